@@ -1,0 +1,1 @@
+//! Labs, test guests, judges and fault tools.

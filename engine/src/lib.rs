@@ -1,0 +1,1 @@
+//! Virtual machine monitor and replication of one seat.

@@ -1,0 +1,2 @@
+//! The engine process of one seat.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The daemon process of one node.
+fn main() {}

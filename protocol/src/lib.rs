@@ -1,0 +1,1 @@
+//! Protocol of a fault-tolerant VM: pure decisions, no I/O.
