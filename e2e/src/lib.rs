@@ -1,1 +1,3 @@
 //! Labs, test guests, judges and fault tools.
+
+pub mod lab;

@@ -1,2 +1,58 @@
-//! `cargo xtask`.
-fn main() {}
+//! `cargo xtask`: the project's own commands, the same on a developer's machine and in CI.
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod check;
+mod demo;
+mod lab;
+mod sim;
+mod test;
+
+/// Build, check, test and try the project.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Formatting, lints, tidy rules, licences, documentation: what must hold before a change lands
+    Check(check::Check),
+    /// Run the tests, tier by tier
+    Test(test::Test),
+    /// Protect a virtual machine, kill its host, and show what the client saw
+    Demo(demo::Demo),
+    /// Run the protocol's seeded simulator
+    Sim(sim::Sim),
+    /// Emulated machines: build their images, start one
+    Lab(lab::Lab),
+}
+
+/// The root of the source tree.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map(Path::to_path_buf)
+        .unwrap_or_default()
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Check(command) => command.run(),
+        Command::Test(command) => command.run(),
+        Command::Demo(command) => command.run(),
+        Command::Sim(command) => command.run(),
+        Command::Lab(command) => command.run(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

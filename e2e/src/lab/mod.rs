@@ -1,0 +1,1 @@
+//! Emulated machines: images, nodes, networks and faults.
