@@ -1,1 +1,3 @@
 //! Virtual machine monitor and replication of one seat.
+
+pub mod control;
