@@ -1,3 +1,4 @@
 //! Labs, test guests, judges and fault tools.
 
+pub mod guest_protocol;
 pub mod lab;
