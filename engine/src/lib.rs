@@ -1,3 +1,7 @@
 //! Virtual machine monitor and replication of one seat.
 
 pub mod control;
+pub mod kvm;
+pub mod memory;
+pub mod pause;
+pub mod state;
