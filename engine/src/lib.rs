@@ -3,5 +3,6 @@
 pub mod control;
 pub mod kvm;
 pub mod memory;
+pub mod outbox;
 pub mod pause;
 pub mod state;

@@ -1,0 +1,270 @@
+//! What the guest says to the world, held until the world may hear it.
+//!
+//! ```text
+//!   NIC, console ── put(epoch) ──► held, in order ── epoch ≤ gate? ──► tap, console file
+//!                                       │                 ▲
+//!                                       └ of_epoch() ► replication      driver: set_gate()
+//! ```
+//!
+//! Invariant: the gate is compared for every single item, under the lock that orders items, immediately before the item
+//! is handed to the host kernel. Nothing leaves in an order other than the guest's.
+//!
+//! The decision what the gate is belongs to `ftvm_protocol`; this module only obeys it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The gate's value for "everything may leave at once".
+const OPEN: u64 = u64::MAX;
+
+/// One thing that the guest emitted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// An Ethernet frame.
+    Frame {
+        /// Which NIC, in configuration order.
+        nic: u8,
+        /// The frame, without any header of ours.
+        bytes: Arc<[u8]>,
+    },
+    /// Characters of the serial console.
+    Console(Arc<[u8]>),
+}
+
+impl Output {
+    fn size_bytes(&self) -> usize {
+        match self {
+            Output::Frame { bytes, .. } | Output::Console(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// Where released output goes. Must not block: a frame that the host can't take now is dropped, as on a wire.
+pub trait Sink: Send + Sync {
+    /// Hands one item to the host.
+    fn emit(&self, output: &Output);
+}
+
+struct Held {
+    epoch: u64,
+    since: Instant,
+    output: Output,
+}
+
+#[derive(Default)]
+struct Queue {
+    held: VecDeque<Held>,
+    held_bytes: usize,
+    released: Released,
+}
+
+/// What has left, for metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Released {
+    /// Items that left.
+    pub items: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Sum of the time that they were held.
+    pub held_total: Duration,
+    /// Longest time that one was held.
+    pub held_max: Duration,
+}
+
+/// Holds output back until its epoch may be released.
+pub struct Outbox {
+    gate: AtomicU64,
+    queue: Mutex<Queue>,
+    sink: Box<dyn Sink>,
+}
+
+impl Outbox {
+    /// An empty outbox with a closed gate.
+    pub fn new(sink: Box<dyn Sink>) -> Self {
+        Self {
+            gate: AtomicU64::new(0),
+            queue: Mutex::new(Queue::default()),
+            sink,
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        // Items are moved in single steps: a panic elsewhere leaves the queue whole.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn may_leave(&self, epoch: u64) -> bool {
+        epoch <= self.gate.load(Ordering::SeqCst)
+    }
+
+    /// Takes an item of the running epoch `epoch`; called inside the pause gate. It leaves at once if it may.
+    pub fn put(&self, epoch: u64, output: Output) {
+        let mut queue = self.queue();
+        if queue.held.is_empty() && self.may_leave(epoch) {
+            queue.released.items += 1;
+            queue.released.bytes += output.size_bytes() as u64;
+            self.sink.emit(&output);
+            return;
+        }
+        queue.held_bytes += output.size_bytes();
+        queue.held.push_back(Held {
+            epoch,
+            since: Instant::now(),
+            output,
+        });
+    }
+
+    /// Sets the gate to "epochs up to and including `epoch`" and lets go what may leave. Lowering the gate holds for everything
+    /// that has not left yet.
+    pub fn release_through(&self, epoch: u64) {
+        self.gate.store(epoch.min(OPEN - 1), Ordering::SeqCst);
+        self.let_go();
+    }
+
+    /// Sets the gate to "everything", for a seat that is confirmed to be alone.
+    pub fn open(&self) {
+        self.gate.store(OPEN, Ordering::SeqCst);
+        self.let_go();
+    }
+
+    /// Nothing leaves any more.
+    pub fn close(&self) {
+        self.gate.store(0, Ordering::SeqCst);
+    }
+
+    /// Emits items as long as the first one may leave; the gate is read anew for each.
+    fn let_go(&self) {
+        loop {
+            let mut queue = self.queue();
+            let Some(first) = queue.held.front() else { return };
+            if !self.may_leave(first.epoch) {
+                return;
+            }
+            let Some(held) = queue.held.pop_front() else { return };
+            self.sink.emit(&held.output);
+            let waited = held.since.elapsed();
+            let bytes = held.output.size_bytes();
+            queue.held_bytes -= bytes;
+            queue.released.items += 1;
+            queue.released.bytes += bytes as u64;
+            queue.released.held_total += waited;
+            queue.released.held_max = queue.released.held_max.max(waited);
+        }
+    }
+
+    /// The output of an epoch that is still held, in order: what has to travel with that epoch.
+    pub fn of_epoch(&self, epoch: u64) -> Vec<Output> {
+        let queue = self.queue();
+        let of_epoch = queue.held.iter().filter(|held| held.epoch == epoch);
+        of_epoch.map(|held| held.output.clone()).collect()
+    }
+
+    /// Whether output waits for the running epoch to end, and how many bytes wait in all.
+    pub fn waiting(&self, running_epoch: u64) -> (bool, usize) {
+        let queue = self.queue();
+        let of_running = queue.held.back().is_some_and(|held| held.epoch == running_epoch);
+        (of_running, queue.held_bytes)
+    }
+
+    /// Drops everything that is held: the guest that said it is not the one that goes on.
+    pub fn discard(&self) {
+        let mut queue = self.queue();
+        queue.held.clear();
+        queue.held_bytes = 0;
+    }
+
+    /// What has left so far.
+    pub fn released(&self) -> Released {
+        self.queue().released
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default, Clone)]
+    struct Wire(Arc<Mutex<Vec<Output>>>);
+
+    impl Sink for Wire {
+        fn emit(&self, output: &Output) {
+            self.0.lock().unwrap().push(output.clone());
+        }
+    }
+
+    fn frame(byte: u8) -> Output {
+        Output::Frame {
+            nic: 0,
+            bytes: Arc::from([byte]),
+        }
+    }
+
+    fn outbox() -> (Outbox, Wire) {
+        let wire = Wire::default();
+        (Outbox::new(Box::new(wire.clone())), wire)
+    }
+
+    #[test]
+    fn a_closed_gate_holds_everything() {
+        let (outbox, wire) = outbox();
+        outbox.put(1, frame(1));
+        outbox.put(2, frame(2));
+        assert!(wire.0.lock().unwrap().is_empty());
+        assert_eq!(outbox.of_epoch(2), [frame(2)]);
+        assert_eq!(outbox.waiting(2), (true, 2));
+        assert_eq!(outbox.waiting(3), (false, 2));
+    }
+
+    #[test]
+    fn the_gate_moves_epoch_by_epoch() {
+        let (outbox, wire) = outbox();
+        for epoch in 1..=3 {
+            outbox.put(epoch, frame(epoch as u8));
+        }
+        outbox.release_through(2);
+        assert_eq!(*wire.0.lock().unwrap(), [frame(1), frame(2)]);
+        outbox.release_through(3);
+        assert_eq!(*wire.0.lock().unwrap(), [frame(1), frame(2), frame(3)]);
+    }
+
+    #[test]
+    fn an_open_gate_keeps_the_order_of_what_was_held() {
+        let (outbox, wire) = outbox();
+        outbox.put(1, frame(1));
+        outbox.open();
+        outbox.put(2, frame(2));
+        assert_eq!(*wire.0.lock().unwrap(), [frame(1), frame(2)]);
+        outbox.close();
+        outbox.put(2, frame(3));
+        assert_eq!(wire.0.lock().unwrap().len(), 2);
+        outbox.discard();
+        outbox.open();
+        assert_eq!(wire.0.lock().unwrap().len(), 2);
+        assert_eq!(outbox.released().items, 2);
+    }
+
+    /// A sink that closes the gate while the first item leaves: the second item of the same batch must stay.
+    #[test]
+    fn the_gate_is_read_for_every_item() {
+        struct Closer(Arc<Mutex<Option<Arc<Outbox>>>>, Wire);
+        impl Sink for Closer {
+            fn emit(&self, output: &Output) {
+                self.1.emit(output);
+                if let Some(outbox) = &*self.0.lock().unwrap() {
+                    outbox.close();
+                }
+            }
+        }
+        let cell = Arc::new(Mutex::new(None));
+        let wire = Wire::default();
+        let outbox = Arc::new(Outbox::new(Box::new(Closer(cell.clone(), wire.clone()))));
+        outbox.put(1, frame(1));
+        outbox.put(1, frame(2));
+        *cell.lock().unwrap() = Some(outbox.clone());
+        outbox.release_through(1);
+        assert_eq!(*wire.0.lock().unwrap(), [frame(1)]);
+        assert_eq!(outbox.of_epoch(1), [frame(2)]);
+    }
+}
