@@ -1,4 +1,5 @@
 //! Labs, test guests, judges and fault tools.
 
 pub mod guest_protocol;
+pub mod hosts;
 pub mod lab;

@@ -1,0 +1,162 @@
+//! Entering the outer namespaces: this program starts itself again as pid 1 of a new pid namespace.
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitStatus};
+
+use super::{HostsError, io as failed, net};
+
+/// Set for the inner program; the value is of no meaning.
+const MARK: &str = "FTVM_OUTER_NAMESPACES";
+
+/// Where the caller is after [`enter`].
+#[derive(Debug)]
+pub enum Outer {
+    /// Inside: go on.
+    Inside,
+    /// The inner program has run and ended like this; nothing of it is left.
+    Ended(ExitStatus),
+}
+
+/// True in the inner program.
+pub fn inside() -> bool {
+    std::env::var_os(MARK).is_some() && std::process::id() == 1
+}
+
+/// Inside already: says so. Otherwise runs this executable with `arguments` inside new outer namespaces until it ends.
+///
+/// The inner program dies with the calling thread, whatever happens to that.
+pub fn enter<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Outer, HostsError> {
+    if inside() {
+        end_on_signals()?;
+        net::ip("link set lo up\n")?;
+        return Ok(Outer::Inside);
+    }
+    let program = std::env::current_exe().map_err(failed("finding this program's own file"))?;
+    let mut command = Command::new("unshare");
+    command
+        .args(unshare_options())
+        .arg("--")
+        .arg(program)
+        .args(arguments)
+        .env(MARK, "1");
+    // SAFETY: one system call between fork and exec; the setting survives exec.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        });
+    }
+    let _guard = LeaveInterruptsToTheInner::new()?;
+    command
+        .status()
+        .map(Outer::Ended)
+        .map_err(failed("starting `unshare` (Debian package util-linux)"))
+}
+
+/// Runs a test's `body` in outer namespaces of its own: the test binary starts itself again with this one test.
+///
+/// # Panics
+/// If the namespaces can't be made or the inner run of the test failed.
+pub fn test_inside(test: &str, body: impl FnOnce()) {
+    let arguments = ["--exact", test, "--nocapture", "--test-threads=1"];
+    match enter(&arguments).unwrap_or_else(|error| panic!("{test}: {error}: {:?}", std::error::Error::source(&error))) {
+        Outer::Inside => body(),
+        Outer::Ended(status) => assert!(
+            status.success(),
+            "{test} failed inside its namespaces ({status}), see above"
+        ),
+    }
+}
+
+fn unshare_options() -> Vec<OsString> {
+    let mut options = vec![
+        "--net",
+        "--mount",
+        "--pid",
+        "--ipc",
+        "--uts",
+        "--fork",
+        "--mount-proc",
+        "--kill-child=SIGKILL",
+    ];
+    // SAFETY: geteuid has no preconditions.
+    let uid = unsafe { libc::geteuid() };
+    if uid != 0 {
+        options.extend(["--user", "--map-root-user"]);
+        if has_subordinate_ids(uid) {
+            options.push("--map-auto");
+        }
+    }
+    options.into_iter().map(OsString::from).collect()
+}
+
+/// Whether more than one uid can be mapped, so that an engine can get a uid of its own.
+fn has_subordinate_ids(uid: u32) -> bool {
+    let user = fs::read_to_string("/etc/passwd").ok().and_then(|text| {
+        text.lines().find_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next()?;
+            (fields.nth(1)? == uid.to_string()).then(|| name.to_owned())
+        })
+    });
+    let named = |file: &str| {
+        fs::read_to_string(file).is_ok_and(|text| {
+            text.lines().any(|line| {
+                let owner = line.split(':').next();
+                owner == user.as_deref() || owner == Some(uid.to_string().as_str())
+            })
+        })
+    };
+    let tool = |name: &str| {
+        std::env::var_os("PATH")
+            .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(name).exists()))
+    };
+    named("/etc/subuid") && named("/etc/subgid") && tool("newuidmap") && tool("newgidmap")
+}
+
+/// Pid 1 is not killed by signals without a handler: end on those by which people end programs. The kernel kills the rest.
+fn end_on_signals() -> Result<(), HostsError> {
+    extern "C" fn end(signal: libc::c_int) {
+        // SAFETY: _exit is async-signal-safe.
+        unsafe { libc::_exit(128 + signal) }
+    }
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+        set_handler(signal, end as *const () as libc::sighandler_t)?;
+    }
+    Ok(())
+}
+
+/// While the inner program runs, ctrl-C is its business: it ends, and this program goes on to tidy up and report.
+struct LeaveInterruptsToTheInner;
+
+impl LeaveInterruptsToTheInner {
+    fn new() -> Result<Self, HostsError> {
+        extern "C" fn nothing(_: libc::c_int) {}
+        // A handler, not SIG_IGN: ignoring would be inherited by the inner program.
+        set_handler(libc::SIGINT, nothing as *const () as libc::sighandler_t)?;
+        Ok(Self)
+    }
+}
+
+impl Drop for LeaveInterruptsToTheInner {
+    fn drop(&mut self) {
+        set_handler(libc::SIGINT, libc::SIG_DFL).ok();
+    }
+}
+
+fn set_handler(signal: libc::c_int, handler: libc::sighandler_t) -> Result<(), HostsError> {
+    // SAFETY: the structure is zeroed plain data with a valid handler; handlers used here are async-signal-safe.
+    let result = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(signal, &action, std::ptr::null_mut())
+    };
+    if result < 0 {
+        Err(failed("installing a signal handler")(io::Error::last_os_error()))
+    } else {
+        Ok(())
+    }
+}
