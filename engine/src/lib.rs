@@ -5,4 +5,5 @@ pub mod kvm;
 pub mod memory;
 pub mod outbox;
 pub mod pause;
+pub mod replication;
 pub mod state;
