@@ -6,4 +6,5 @@ pub mod memory;
 pub mod outbox;
 pub mod pause;
 pub mod replication;
+pub mod seccomp;
 pub mod state;

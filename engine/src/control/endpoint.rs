@@ -163,6 +163,21 @@ struct Books {
     stopping: bool,
 }
 
+impl Books {
+    fn take_pending(&mut self, which: impl Fn(&Pending) -> bool) -> Vec<(u64, Pending)> {
+        let taken: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, pending)| which(pending))
+            .map(|(request, _)| *request)
+            .collect();
+        taken
+            .into_iter()
+            .filter_map(|request| Some((request, self.pending.remove(&request)?)))
+            .collect()
+    }
+}
+
 struct Shared {
     hello: Hello,
     books: Mutex<Books>,
@@ -393,10 +408,7 @@ impl Thread {
         let now = Instant::now();
         let expired: Vec<(u64, Pending)> = {
             let mut books = self.shared.books();
-            books
-                .pending
-                .extract_if(.., |_, pending| pending.deadline <= now)
-                .collect()
+            books.take_pending(|pending| pending.deadline <= now)
         };
         for (request, pending) in expired {
             self.fail(request, &pending, "no answer within the deadline");
@@ -479,10 +491,7 @@ impl Thread {
             if books.current.generation == generation {
                 books.current.connection = None;
             }
-            books
-                .pending
-                .extract_if(.., |_, pending| pending.generation == generation)
-                .collect()
+            books.take_pending(|pending| pending.generation == generation)
         };
         for (request, pending) in orphans {
             self.fail(request, &pending, "the daemon went away before it answered");
