@@ -1,6 +1,8 @@
 //! Virtual machine monitor and replication of one seat.
 
+pub mod backends;
 pub mod control;
+pub mod devices;
 pub mod kvm;
 pub mod memory;
 pub mod outbox;
