@@ -5,7 +5,7 @@
 //!          ◄── Handle::{request, event, reply, set_status} ── driver
 //! ```
 //!
-//! Invariant: every arbiter request gets exactly one [`Input::Answer`], in time or as [`Answer::Unknown`]. An answer that is
+//! Invariant: every arbiter request gets exactly one [`Input::Answer`], in time or as unknown. An answer that is
 //! read after its deadline counts as unknown too, for this process may have been stopped in between (rule 2).
 
 use std::collections::BTreeMap;
@@ -14,10 +14,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::message::{
-    Answer, ArbiterRequest, CONTROL_FD, Command, Event, Fd, FromEngine, Hello, Launch, Reply, ToEngine, VERSION,
+    Answer, Ask, CONTROL_FD, Command, Event, Fd, FromEngine, Hello, Launch, Reply, ToEngine, VERSION,
 };
 use super::socket::{Connection, Listener, Message, SocketError};
 
@@ -126,8 +127,10 @@ pub enum Input {
     Answer {
         /// Number that [`Handle::request`] gave.
         request: u64,
-        /// The answer. `Unknown` if the deadline passed or the daemon went.
+        /// The answer; the safe one of its kind if the deadline passed or the daemon went.
         answer: Answer,
+        /// Why it is not what one would wish, for logs and status.
+        why: Option<String>,
         /// An answer that is handled later than this counts as unknown.
         deadline: Instant,
     },
@@ -152,8 +155,42 @@ struct Current {
 
 struct Pending {
     deadline: Instant,
-    write: bool,
+    kind: Kind,
     generation: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Swap,
+    Seats,
+}
+
+impl Kind {
+    fn of(ask: &Ask) -> Kind {
+        match ask {
+            Ask::ReadRecord => Kind::Read,
+            Ask::SwapRecord { .. } => Kind::Swap,
+            Ask::AskSeats { .. } => Kind::Seats,
+        }
+    }
+
+    fn fits(self, answer: &Answer) -> bool {
+        matches!(
+            (self, answer),
+            (Kind::Read, Answer::Read(_)) | (Kind::Swap, Answer::Swap(_)) | (Kind::Seats, Answer::Seats(_))
+        )
+    }
+
+    /// What is true when nobody answered. A read leaves nothing behind; a write may still land if it was sent.
+    fn unanswered(self, sent: bool) -> Answer {
+        match self {
+            Kind::Read => Answer::Read(ReadOutcome::Unreachable),
+            Kind::Swap if sent => Answer::Swap(SwapOutcome::Unknown),
+            Kind::Swap => Answer::Swap(SwapOutcome::NotSent),
+            Kind::Seats => Answer::Seats(Vec::new()),
+        }
+    }
 }
 
 struct Books {
@@ -215,8 +252,8 @@ pub struct Handle(Arc<Shared>);
 
 impl Handle {
     /// Asks the arbiter; exactly one [`Input::Answer`] with the returned number follows.
-    pub fn request(&self, ask: ArbiterRequest, deadline: Duration) -> u64 {
-        let write = matches!(ask, ArbiterRequest::Swap { .. });
+    pub fn request(&self, ask: Ask, deadline: Duration) -> u64 {
+        let kind = Kind::of(&ask);
         let until = Instant::now() + deadline;
         let (request, generation) = {
             let mut books = self.0.books();
@@ -228,7 +265,7 @@ impl Handle {
                 request,
                 Pending {
                     deadline: until,
-                    write,
+                    kind,
                     generation,
                 },
             );
@@ -244,10 +281,12 @@ impl Handle {
             Some(generation),
         );
         if !sent && self.0.books().pending.remove(&request).is_some() {
-            let why = "no daemon takes the request: is ftvm-node-daemon running on this node?".to_owned();
+            let why = Some("no daemon takes the request: is ftvm-node-daemon running on this node?".to_owned());
+            let answer = kind.unanswered(false);
             (self.0.sink)(Input::Answer {
                 request,
-                answer: Answer::Unreachable { why },
+                answer,
+                why,
                 deadline: until,
             });
         }
@@ -416,16 +455,11 @@ impl Thread {
     }
 
     fn fail(&self, request: u64, pending: &Pending, why: &str) {
-        let why = why.to_owned();
-        // A read leaves nothing behind; a write may still land.
-        let answer = if pending.write {
-            Answer::Unknown { why }
-        } else {
-            Answer::Unreachable { why }
-        };
+        let (answer, why) = (pending.kind.unanswered(true), Some(why.to_owned()));
         (self.shared.sink)(Input::Answer {
             request,
             answer,
+            why,
             deadline: pending.deadline,
         });
     }
@@ -433,9 +467,9 @@ impl Thread {
     fn receive(&self, connection: &Connection, generation: u64) {
         match connection.receive::<ToEngine>(false) {
             Ok(Message {
-                body: ToEngine::Answer { request, answer },
+                body: ToEngine::Answer { request, answer, why },
                 ..
-            }) => self.answer(request, answer, generation),
+            }) => self.answer(request, answer, why, generation),
             Ok(Message {
                 body: ToEngine::Command { id, command },
                 ..
@@ -463,7 +497,7 @@ impl Thread {
         }
     }
 
-    fn answer(&self, request: u64, answer: Answer, generation: u64) {
+    fn answer(&self, request: u64, answer: Answer, why: Option<String>, generation: u64) {
         let pending = {
             let mut books = self.shared.books();
             match books.pending.get(&request) {
@@ -475,10 +509,13 @@ impl Thread {
         let Some(pending) = pending else { return };
         if pending.deadline <= Instant::now() {
             self.fail(request, &pending, "the answer was read after the deadline");
+        } else if !pending.kind.fits(&answer) {
+            self.fail(request, &pending, "the daemon answered another question");
         } else {
             (self.shared.sink)(Input::Answer {
                 request,
                 answer,
+                why,
                 deadline: pending.deadline,
             });
         }

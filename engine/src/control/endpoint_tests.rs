@@ -1,8 +1,9 @@
 use super::*;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, channel};
 
-use crate::control::RecordVersion;
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
+use ftvm_protocol::record::{Phase, Record};
 
 struct Rig {
     daemon: Option<Connection>,
@@ -17,7 +18,10 @@ fn hello() -> Hello {
         engine: "test".into(),
         vm: "vm".into(),
         seat: "a".into(),
-        incarnation: "a-1".into(),
+        incarnation: Incarnation {
+            seat: SeatId(1),
+            start: 1,
+        },
     }
 }
 
@@ -52,18 +56,20 @@ impl Rig {
     }
 
     fn swap(&self, deadline: Duration) -> u64 {
-        let expected = RecordVersion {
-            uid: "u".into(),
-            version: "1".into(),
-        };
+        let record = Record::genesis(SeatId(1), Phase::Running);
         self.endpoint.handle().request(
-            ArbiterRequest::Swap {
-                expected,
-                record: serde_json::json!({}),
+            Ask::SwapRecord {
+                uid: ArbiterUid(1),
+                version: 1,
+                record,
             },
             deadline,
         )
     }
+}
+
+fn is_answer(input: &Input, number: u64, expected: &Answer) -> bool {
+    matches!(input, Input::Answer { request, answer, .. } if *request == number && answer == expected)
 }
 
 impl Drop for Rig {
@@ -117,13 +123,14 @@ fn each_request_is_answered_once() {
         panic!("a request comes")
     };
     assert_eq!(seen, request);
-    let answer = Answer::Unreachable { why: "test".into() };
+    let answer = Answer::Swap(SwapOutcome::Conflict);
     for _ in 0..2 {
         daemon
             .send(
                 &ToEngine::Answer {
                     request,
                     answer: answer.clone(),
+                    why: None,
                 },
                 &[],
             )
@@ -138,7 +145,7 @@ fn each_request_is_answered_once() {
             &[],
         )
         .unwrap();
-    assert!(matches!(rig.next(), Input::Answer { request: r, answer: a, .. } if r == request && a == answer));
+    assert!(is_answer(&rig.next(), request, &answer));
     assert!(
         matches!(rig.next(), Input::Command { .. }),
         "the doubled answer is dropped"
@@ -146,36 +153,58 @@ fn each_request_is_answered_once() {
 }
 
 #[test]
-fn a_late_answer_is_unknown_for_a_write_and_unreachable_for_a_read() {
+fn a_late_answer_is_the_safe_one() {
     let rig = rig("late", uid());
     let daemon = rig.daemon.as_ref().unwrap();
     let write = rig.swap(Duration::from_millis(10));
-    assert!(matches!(rig.next(), Input::Answer { request, answer: Answer::Unknown { .. }, .. } if request == write));
+    assert!(is_answer(&rig.next(), write, &Answer::Swap(SwapOutcome::Unknown)));
     let read = rig
         .endpoint
         .handle()
-        .request(ArbiterRequest::Read, Duration::from_millis(10));
-    assert!(matches!(rig.next(), Input::Answer { request, answer: Answer::Unreachable { .. }, .. } if request == read));
-    let won = Answer::Won {
-        record: serde_json::json!({}),
-        version: RecordVersion {
-            uid: "u".into(),
-            version: "2".into(),
-        },
-    };
+        .request(Ask::ReadRecord, Duration::from_millis(10));
+    assert!(is_answer(&rig.next(), read, &Answer::Read(ReadOutcome::Unreachable)));
+    let late = Answer::Swap(SwapOutcome::Conflict);
     daemon
         .send(
             &ToEngine::Answer {
                 request: write,
-                answer: won,
+                answer: late,
+                why: None,
             },
             &[],
         )
         .unwrap();
-    assert_eq!(
-        rig.inputs.recv_timeout(Duration::from_millis(100)),
-        Err(RecvTimeoutError::Timeout)
+    daemon
+        .send(
+            &ToEngine::Command {
+                id: 1,
+                command: Command::Status,
+            },
+            &[],
+        )
+        .unwrap();
+    assert!(
+        matches!(rig.next(), Input::Command { .. }),
+        "the late answer is dropped"
     );
+}
+
+#[test]
+fn an_answer_to_another_question_is_no_answer() {
+    let rig = rig("other", uid());
+    let daemon = rig.daemon.as_ref().unwrap();
+    let request = rig.swap(LONG);
+    daemon
+        .send(
+            &ToEngine::Answer {
+                request,
+                answer: Answer::Seats(vec![]),
+                why: None,
+            },
+            &[],
+        )
+        .unwrap();
+    assert!(is_answer(&rig.next(), request, &Answer::Swap(SwapOutcome::Unknown)));
 }
 
 #[test]
@@ -183,13 +212,11 @@ fn the_daemons_death_settles_nothing_and_a_new_daemon_adopts() {
     let mut rig = rig("adopt", uid());
     let request = rig.swap(LONG);
     rig.daemon = None;
-    let unknown = rig.next();
-    assert!(matches!(unknown, Input::Answer { request: r, answer: Answer::Unknown { .. }, .. } if r == request));
+    assert!(is_answer(&rig.next(), request, &Answer::Swap(SwapOutcome::Unknown)));
     assert_eq!(rig.next(), Input::DaemonLost);
     // Without a daemon nothing is sent, and that is known for sure.
     let request = rig.swap(LONG);
-    let answer = rig.next();
-    assert!(matches!(answer, Input::Answer { request: r, answer: Answer::Unreachable { .. }, .. } if r == request));
+    assert!(is_answer(&rig.next(), request, &Answer::Swap(SwapOutcome::NotSent)));
 
     let second = Connection::connect(&rig.path).unwrap();
     assert_eq!(rig.read(&second), FromEngine::Hello(hello()));

@@ -1,5 +1,7 @@
 //! Exit codes of all programs of the project; `docs/exit-codes.md` explains each and a test compares the two.
 
+use ftvm_protocol::core::EndReason;
+
 /// Ended as asked.
 pub const OK: u8 = 0;
 /// A defect of the program: an unexpected state or a panic.
@@ -32,7 +34,7 @@ pub const CPU: u8 = 20;
 pub const STORAGE: u8 = 21;
 /// The jail could not be built.
 pub const JAIL: u8 = 22;
-/// The arbiter decided for the peer: this engine halted for good.
+/// The peer is the successor, or ejected this seat: this incarnation halted for good, a new one may join.
 pub const SEAT_LOST: u8 = 23;
 /// The launch message is malformed or of another version.
 pub const LAUNCH: u8 = 24;
@@ -44,6 +46,18 @@ pub const REFUSED: u8 = 26;
 pub const SECCOMP: u8 = 27;
 /// The request was not settled within its time.
 pub const TIMEOUT: u8 = 28;
+/// The guest could not be loaded or run on this host.
+pub const GUEST: u8 = 29;
+
+/// What an engine exits with when its core ends it.
+pub fn of_end(reason: EndReason) -> u8 {
+    match reason {
+        EndReason::Stopped => OK,
+        EndReason::LostToSuccessor | EndReason::Ejected | EndReason::SessionOver => SEAT_LOST,
+        EndReason::HeaderFailed => STORAGE,
+        EndReason::GuestFailed => GUEST,
+    }
+}
 
 /// Every code with its name, as the documentation lists them.
 pub const ALL: &[(u8, &str)] = &[
@@ -69,4 +83,5 @@ pub const ALL: &[(u8, &str)] = &[
     (REFUSED, "refused"),
     (SECCOMP, "seccomp"),
     (TIMEOUT, "timeout"),
+    (GUEST, "guest"),
 ];

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 
+use ftvm_protocol::core::{ReadOutcome, SeatReport, SwapOutcome};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId, Term, VmId};
+use ftvm_protocol::record::Record;
 use serde::{Deserialize, Serialize};
 
 /// Version of the launch message. A daemon starts only engines of its own version; adoption tolerates others.
@@ -20,21 +23,6 @@ pub const CONSOLE_INPUT_BYTES_MAX: usize = 4096;
 
 /// Number of the control socket in a freshly started engine.
 pub const CONTROL_FD: i32 = 3;
-
-/// An arbiter record as JSON, as the protocol crate encodes it.
-pub type Record = serde_json::Value;
-
-/// What makes a stored record the one that was read; opaque to everyone but the arbiter.
-///
-/// A swap is done only if the arbiter still holds the record of this version (resourceVersion and metadata.uid of a Lease;
-/// term and folder identity of the file arbiter).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RecordVersion {
-    /// Identity of the arbiter object: a re-created one has another.
-    pub uid: String,
-    /// Changes with every write and never returns to an earlier value.
-    pub version: String,
-}
 
 /// Position of a file descriptor among those that came with the launch message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -62,8 +50,10 @@ pub enum ToEngine {
     Answer {
         /// Number of the request.
         request: u64,
-        /// What the arbiter said.
+        /// What the arbiter or the other daemons said.
         answer: Answer,
+        /// Why it is not what one would wish, for people.
+        why: Option<String>,
     },
     /// Something to do; the engine replies with the same number.
     Command {
@@ -80,12 +70,12 @@ pub enum ToEngine {
 pub enum FromEngine {
     /// First message on every connection.
     Hello(Hello),
-    /// A question to the arbiter.
+    /// A question to the arbiter or to the daemons of other seats.
     Request {
         /// Unique within the life of the engine.
         request: u64,
         /// The question.
-        ask: ArbiterRequest,
+        ask: Ask,
         /// The daemon gives up after this many milliseconds; the engine counts by its own clock.
         deadline_ms: u32,
     },
@@ -112,7 +102,7 @@ pub struct Hello {
     /// Name of the seat.
     pub seat: String,
     /// Incarnation of this engine.
-    pub incarnation: String,
+    pub incarnation: Incarnation,
 }
 
 /// Everything that an engine needs to begin.
@@ -120,16 +110,16 @@ pub struct Hello {
 pub struct Launch {
     /// [`VERSION`] of the daemon.
     pub version: u16,
-    /// Name of the virtual machine, the same for both seats.
+    /// Name of the virtual machine, the same for both seats; for people.
     pub vm: String,
-    /// Name of this seat.
+    /// The virtual machine.
+    pub vm_id: VmId,
+    /// Name of this seat, for people.
     pub seat: String,
-    /// Name of this run of the engine, never used before and never again: seat name and a random value.
-    pub incarnation: String,
-    /// Identity of the arbiter object (rule 10).
-    pub arbiter_uid: String,
-    /// How to begin.
-    pub begin: Begin,
+    /// This run of the engine, never used before and never again.
+    pub incarnation: Incarnation,
+    /// Every other seat of this VM that the daemon knows of.
+    pub other_seats: Vec<SeatId>,
     /// `machine::MachineConfig` as JSON: memory, vCPUs, CPU baseline, firmware tables.
     pub machine: serde_json::Value,
     /// Kernel, initrd and command line.
@@ -148,17 +138,6 @@ pub struct Launch {
     pub files: Files,
     /// Only a process with this user id (as the engine sees it) may connect to the control listener.
     pub daemon_uid: u32,
-}
-
-/// How a new engine begins.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "how", rename_all = "snake_case")]
-pub enum Begin {
-    /// Look at the record and the header; join the peer if it lives, cold start by rule 8 once the daemon has sent the
-    /// evidence, wait and say so otherwise.
-    Auto,
-    /// A new, empty seat: wait for the active to replicate to it, never boot.
-    Join,
 }
 
 /// What the guest boots.
@@ -205,8 +184,8 @@ pub struct Link {
     pub listener: Fd,
     /// Its address as the peer reaches it.
     pub listen_address: SocketAddr,
-    /// The peer, if there is one already.
-    pub peer: Option<Peer>,
+    /// Whom to dial, if known already.
+    pub peers: Vec<Peer>,
     /// Who this seat is, and whom it believes.
     pub identity: Identity,
 }
@@ -214,15 +193,15 @@ pub struct Link {
 /// The other seat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
-    /// Name of the seat: the certificate must say the same.
+    /// Its name, for people.
     pub seat: String,
+    /// The seat: the certificate must say the same.
+    pub seat_id: SeatId,
     /// Where its link listens.
     pub address: SocketAddr,
-    /// Its incarnation, if known.
-    pub incarnation: Option<String>,
 }
 
-/// TLS identity of a seat. Certificate names are `SEAT.VM.ftvm`, as a DNS subject alternative name.
+/// TLS identity of a seat. The certificate's one subject alternative name is the DNS name [`identity_name`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Certificate chain of this seat, PEM.
@@ -233,34 +212,53 @@ pub struct Identity {
     pub authority_pem: String,
 }
 
-/// Name in the certificate of a seat, in lower case: `SEAT.VM.ftvm`.
-pub fn identity_name(vm: &str, seat: &str) -> String {
-    format!("{}.{}.ftvm", seat.to_ascii_lowercase(), vm.to_ascii_lowercase())
+/// Name in the certificate of a seat: `SEAT-UUID.VM-UUID.ftvm`, the only DNS subject alternative name in it.
+pub fn identity_name(vm: VmId, seat: SeatId) -> String {
+    format!("{seat}.{vm}.ftvm")
 }
 
-/// Time-outs, in milliseconds.
+/// Time-outs, in milliseconds: [`ftvm_protocol::core::Timing`], which explains each.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
 pub struct Timing {
-    /// Interval of heartbeats on the link.
     pub heartbeat_ms: u32,
-    /// A peer that was not heard of for this long is lost.
     pub peer_lost_ms: u32,
-    /// Hard deadline of one arbiter request.
     pub arbiter_deadline_ms: u32,
-    /// Pause between two attempts at the arbiter.
-    pub arbiter_retry_ms: u32,
-    /// Without contact for this long a seat of a pair writes nothing on its own (rule 11).
+    pub retry_ms: u32,
     pub contact_limit_ms: u32,
+    pub ack_stall_ms: u32,
+    pub switch_ms: u32,
+    pub holder_first_ms: u32,
 }
 
 impl Default for Timing {
     fn default() -> Self {
+        let core = ftvm_protocol::core::Timing::default();
+        let ms = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
         Timing {
-            heartbeat_ms: 50,
-            peer_lost_ms: 300,
-            arbiter_deadline_ms: 1000,
-            arbiter_retry_ms: 50,
-            contact_limit_ms: 600_000,
+            heartbeat_ms: ms(core.heartbeat_ms),
+            peer_lost_ms: ms(core.peer_lost_ms),
+            arbiter_deadline_ms: ms(core.arbiter_deadline_ms),
+            retry_ms: ms(core.retry_ms),
+            contact_limit_ms: ms(core.contact_limit_ms),
+            ack_stall_ms: ms(core.ack_stall_ms),
+            switch_ms: ms(core.switch_ms),
+            holder_first_ms: ms(core.holder_first_ms),
+        }
+    }
+}
+
+impl From<&Timing> for ftvm_protocol::core::Timing {
+    fn from(timing: &Timing) -> Self {
+        ftvm_protocol::core::Timing {
+            heartbeat_ms: timing.heartbeat_ms.into(),
+            peer_lost_ms: timing.peer_lost_ms.into(),
+            arbiter_deadline_ms: timing.arbiter_deadline_ms.into(),
+            retry_ms: timing.retry_ms.into(),
+            contact_limit_ms: timing.contact_limit_ms.into(),
+            ack_stall_ms: timing.ack_stall_ms.into(),
+            switch_ms: timing.switch_ms.into(),
+            holder_first_ms: timing.holder_first_ms.into(),
         }
     }
 }
@@ -299,7 +297,7 @@ pub struct Files {
     pub kvm: Fd,
     /// `/dev/userfaultfd`, where the node has it.
     pub userfaultfd: Option<Fd>,
-    /// Header of the seat (rule 8), read and written in place.
+    /// Header of the seat (rule 8), read and written in place by [`super::header_file`].
     pub header: Fd,
     /// Redo journal of the standby (rule 5).
     pub journal: Fd,
@@ -311,56 +309,38 @@ pub struct Files {
     pub exit_report: Fd,
 }
 
-/// Questions to the arbiter.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Questions of an engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case")]
-pub enum ArbiterRequest {
+pub enum Ask {
     /// The record as it is now, past every cache.
-    Read,
-    /// Replace the record of this version.
-    Swap {
-        /// What was read in this attempt.
-        expected: RecordVersion,
-        /// The record to write.
+    ReadRecord,
+    /// Write the record if identity and version still are these. One try.
+    SwapRecord {
+        /// Identity of the arbiter object that must match.
+        uid: ArbiterUid,
+        /// Version that must match.
+        version: u64,
+        /// The new record.
         record: Record,
+    },
+    /// Header and guest of these seats, asked of their daemons now.
+    AskSeats {
+        /// Which seats.
+        seats: Vec<SeatId>,
     },
 }
 
-/// Answers of the arbiter.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "answer", rename_all = "snake_case")]
+/// Answers to [`Ask`], of the same kind as the question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", content = "outcome", rename_all = "snake_case")]
 pub enum Answer {
-    /// The record, read now.
-    Record {
-        /// The record.
-        record: Record,
-        /// What a swap must name.
-        version: RecordVersion,
-    },
-    /// The swap was done.
-    Won {
-        /// The record that now stands.
-        record: Record,
-        /// Its version.
-        version: RecordVersion,
-    },
-    /// Another record stands; ours was not and will not be written.
-    Conflict {
-        /// The record that stands.
-        record: Record,
-        /// Its version.
-        version: RecordVersion,
-    },
-    /// Nobody knows: the write may have been done or may still land.
-    Unknown {
-        /// Why.
-        why: String,
-    },
-    /// The request did not reach the arbiter, or it refuses us: nothing was and nothing will be written.
-    Unreachable {
-        /// Why.
-        why: String,
-    },
+    /// To [`Ask::ReadRecord`].
+    Read(ReadOutcome),
+    /// To [`Ask::SwapRecord`].
+    Swap(SwapOutcome),
+    /// To [`Ask::AskSeats`]; a seat that is missing is unreadable and unknown.
+    Seats(Vec<SeatReport>),
 }
 
 /// What a daemon may tell an engine to do.
@@ -369,44 +349,31 @@ pub enum Answer {
 pub enum Command {
     /// Report [`Status`].
     Status,
-    /// Replicate to this new standby (rule 4); only the active does anything with it.
-    Join {
-        /// The joiner.
-        peer: Peer,
-    },
-    /// The peer's address or seat changed without a join.
-    SetPeer {
-        /// The peer.
-        peer: Peer,
+    /// Dial these peers from now on, and no others: a replaced seat, another address.
+    SetPeers {
+        /// The peers.
+        peers: Vec<Peer>,
     },
     /// The peer's daemon says that this incarnation is dead. A hint: the arbiter decides.
-    PeerLostHint {
+    PeerGone {
         /// The dead incarnation.
-        incarnation: String,
+        incarnation: Incarnation,
         /// How that is known.
         why: String,
-    },
-    /// What the daemon of another seat says of it (rules 8 and 11).
-    PeerEvidence {
-        /// What it says.
-        evidence: PeerEvidence,
     },
     /// Planned switchover (rule 6).
     Switchover,
     /// Stop the virtual machine (rule 7); `phase` becomes Stopped.
-    Stop {
-        /// Identifies the request of the user.
-        request: String,
-    },
-    /// Leave `phase` Stopped (rule 7).
+    Stop,
+    /// Start over a record that says Stopped at exactly this term (rule 7).
     Start {
-        /// Identifies the request of the user.
-        request: String,
+        /// Term of the Stopped record.
+        over_stopped_term: Term,
     },
-    /// Override a holder that is alone (rule 9).
+    /// Override a holder that is alone and dead (rule 9).
     AcceptDataLoss {
-        /// Who says so, and the proof that the holder is dead.
-        evidence: PeerEvidence,
+        /// The holder as the person saw it.
+        holder: Incarnation,
     },
     /// Press the guest's power button.
     PowerButton,
@@ -419,21 +386,6 @@ pub enum Command {
     Digest,
     /// End this engine without touching the record: for the seat that lost, or after a hand-over.
     Quit,
-}
-
-/// What a seat's daemon can say of it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PeerEvidence {
-    /// The seat that is spoken of.
-    pub seat: String,
-    /// True: no engine of this seat runs a guest, under any incarnation (no such process, another boot id, an exit report).
-    pub runs_no_guest: bool,
-    /// Term of the seat's header; none if it has no header yet.
-    pub header_term: Option<u64>,
-    /// The header exists but could not be read: a person decides.
-    pub header_unreadable: bool,
-    /// How that is known, for people.
-    pub source: String,
 }
 
 /// Replies to commands.
@@ -468,24 +420,18 @@ pub struct Digest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// Launched, no decision yet.
+    /// Waits: for its turn to boot, or for a leader to join. `why` says for what.
     Starting,
-    /// May not boot yet and says why.
-    Waiting,
     /// Receives its first whole checkpoint.
     Joining,
     /// Holds a complete checkpoint and follows the active.
     Standby,
-    /// Asks the arbiter whether it may take over.
-    TakingOver,
     /// Runs the guest.
     Active,
-    /// Runs or ran the guest, frozen for a switchover or a stop.
+    /// Handed the guest over and waits for the outcome.
     Frozen,
-    /// The virtual machine is stopped.
-    Stopped,
-    /// Lost: halted for good, to be rebuilt from the winner.
-    Halted,
+    /// Ended, with a report.
+    Ended,
 }
 
 /// The state of an engine. Keys are stable; new ones may be added.
@@ -496,19 +442,21 @@ pub struct Status {
     /// Name of the seat.
     pub seat: String,
     /// Incarnation of the engine.
-    pub incarnation: String,
+    pub incarnation: Incarnation,
     /// Role.
     pub role: Role,
+    /// Has a running or paused guest, or a checkpoint that it may run.
+    pub holds_guest: bool,
     /// True while a standby has acknowledged a covering checkpoint and the record names both.
     pub protected: bool,
     /// Why the role is what it is, or why the machine is not protected.
     pub why: String,
     /// Term of the record that this engine knows to be in force.
-    pub term: u64,
+    pub term: Term,
     /// Holder in that record.
-    pub holder: Option<String>,
+    pub holder: Option<Incarnation>,
     /// Members in that record.
-    pub members: Vec<String>,
+    pub members: Vec<Incarnation>,
     /// Last epoch that was cut (active) or received whole (standby).
     pub epoch: u64,
     /// Last epoch that the standby acknowledged.
@@ -529,7 +477,7 @@ pub struct PeerStatus {
     /// Its seat.
     pub seat: String,
     /// Its incarnation, once it told.
-    pub incarnation: Option<String>,
+    pub incarnation: Option<Incarnation>,
     /// Where its link listens.
     pub address: SocketAddr,
     /// True while the link is up.
@@ -545,7 +493,7 @@ pub enum Event {
         /// The new role.
         role: Role,
         /// Term in force.
-        term: u64,
+        term: Term,
         /// Why.
         why: String,
     },
@@ -592,13 +540,13 @@ pub struct ExitReport {
     /// Name of the seat.
     pub seat: String,
     /// Incarnation of the engine.
-    pub incarnation: String,
+    pub incarnation: Incarnation,
     /// Exit code of the process, see `docs/exit-codes.md`.
     pub code: u8,
     /// Role at the end.
     pub role: Role,
     /// Last term known to be in force.
-    pub term: u64,
+    pub term: Term,
     /// What, where, why, what to do.
     pub message: String,
 }
