@@ -11,8 +11,8 @@ pub type Page = [u8; PAGE_SIZE];
 /// A page of zeroes.
 pub const ZERO_PAGE: Page = [0; PAGE_SIZE];
 
-/// Guest RAM by page number. Pages are numbered from 0 without holes: the number indexes RAM, it is not a guest physical address
-/// shifted right.
+/// Guest RAM by page number. Pages are numbered from 0 without holes: the number indexes RAM, it is not a guest
+/// physical address shifted right.
 ///
 /// Reading while the guest writes gives some mixture of old and new bytes, never undefined behaviour; whoever needs a
 /// consistent page reads it again after it was found dirty, or while the guest is paused.
@@ -47,8 +47,9 @@ impl PageMemory for GuestRam {
             bytes.len()
         );
         let start = self.page_ptr(page).expect("callers check page numbers");
-        // SAFETY: `page_ptr` gives PAGE_SIZE bytes that stay mapped while `self` lives, the range was checked to be among them, and a
-        // slice of ours can't overlap guest memory. What comes from the peer is not marked as written by this program.
+        // SAFETY: `page_ptr` gives PAGE_SIZE bytes that stay mapped while `self` lives, the range was checked to be
+        // among them, and a slice of ours can't overlap guest memory. What comes from the peer is not marked as
+        // written by this program.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), start.as_ptr().add(offset), bytes.len()) };
     }
 }

@@ -4,19 +4,21 @@
 //!          active                                                      standby
 //!  paused guest ─► SealedEpoch ─► epoch::EpochSender                epoch::EpochReceiver ─► StagedEpoch ─► apply
 //!                    │ pages          │ frames      link  ══TLS══  link    │ validated         │ disk writes
-//!                    └► pages::PageEncoder (workers, delta cache)          │                   └► journal, disk_apply
-//!  frames to the guest ─► epoch::InputFrame ────────────────────────────► epoch::InputLog (until their epoch commits)
-//!  running guest ─► resync (whole memory, whole disks) ─────────────────► applied as it arrives, useless until complete
+//! └► pages::PageEncoder (workers, delta cache)          │                   └► journal, disk_apply
+//! frames to the guest ─► epoch::InputFrame ────────────────────────────► epoch::InputLog (until their epoch commits)
+//! running guest ─► resync (whole memory, whole disks) ─────────────────► applied as it arrives, useless until
+//! complete
 //! ```
 //!
-//! Nothing here decides: roles, acknowledgments and the output gate belong to `ftvm_protocol`. Nothing here needs a VM:
-//! guest memory is the trait [`PageMemory`], volumes are [`storage::Storage`], so every part is tested alone.
+//! Nothing here decides: roles, acknowledgments and the output gate belong to `ftvm_protocol`. Nothing here needs a
+//! VM: guest memory is the trait [`PageMemory`], volumes are [`storage::Storage`], so every part is tested alone.
 //!
-//! Invariant: whatever arrives from a peer is checked completely before anything of it changes guest memory or a volume;
-//! applying what was checked can't fail for a reason that lies in the data.
+//! Invariant: whatever arrives from a peer is checked completely before anything of it changes guest memory or a
+//! volume; applying what was checked can't fail for a reason that lies in the data.
 //!
 //! Invariant: every buffer is bounded; who produces faster than the link carries waits or is told so.
 
+pub mod epoch;
 pub mod memory;
 pub mod pages;
 

@@ -31,9 +31,10 @@ const LIFETIME_GENERATIONS: u32 = 1;
 /// Slots looked at for one to evict before the new page is sent without being remembered.
 const SEARCH_SLOTS: usize = 8;
 
-/// Versions by page number. A generation is one call of the encoder. A page that was used in this generation or the one before is not evicted for
-/// another: a guest that dirties more pages than fit in every epoch keeps hitting those that are here, where evicting the
-/// oldest would never hit; and a scan over all memory costs nothing of what is in use.
+/// Versions by page number. A generation is one call of the encoder. A page that was used in this generation or the
+/// one before is not evicted for another: a guest that dirties more pages than fit in every epoch keeps hitting those
+/// that are here, where evicting the oldest would never hit; and a scan over all memory costs nothing of what is in
+/// use.
 pub(super) struct PageCache {
     capacity: usize,
     slots_of: HashMap<u32, u32, BuildHasherDefault<PageHasher>>,

@@ -1,8 +1,8 @@
 //! One page to bytes. A record is {kind u8, page u32, length u16, data}, little endian.
 //!
-//! The words that changed are written as runs {words to skip u8, words that follow u8, the new words}; new words rather
-//! than their XOR, so that applying needs no read. A page that changed in many words is XORed with its last version and
-//! compressed (LZ4 block).
+//! The words that changed are written as runs {words to skip u8, words that follow u8, the new words}; new words
+//! rather than their XOR, so that applying needs no read. A page that changed in many words is XORed with its last
+//! version and compressed (LZ4 block).
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 
@@ -114,8 +114,8 @@ pub(super) fn is_zero(page: &Page) -> bool {
         .all(|block| block.iter().fold(0u8, |all, byte| all | byte) == 0)
 }
 
-/// Appends the runs of words in which `page` differs from `base`; gives up (leaving `out` longer) once more than `limit` bytes were
-/// appended. `Some(bytes)` appended, 0 if the pages are equal.
+/// Appends the runs of words in which `page` differs from `base`; gives up (leaving `out` longer) once more than
+/// `limit` bytes were appended. `Some(bytes)` appended, 0 if the pages are equal.
 pub(super) fn encode_runs(page: &Page, base: &Page, out: &mut Vec<u8>, limit: usize) -> Option<usize> {
     let start = out.len();
     let mut skip = 0usize;
@@ -154,7 +154,8 @@ pub(super) fn encode_runs(page: &Page, base: &Page, out: &mut Vec<u8>, limit: us
     Some(out.len() - start)
 }
 
-/// Visits the runs of a record as (byte offset in the page, new bytes). `None` if the record is malformed; then the runs before the fault were visited.
+/// Visits the runs of a record as (byte offset in the page, new bytes). `None` if the record is malformed; then the
+/// runs before the fault were visited.
 pub(super) fn visit_runs(mut data: &[u8], mut visit: impl FnMut(usize, &[u8])) -> Option<()> {
     let mut word = 0usize;
     while let Some((&[skip, count], rest)) = data.split_first_chunk::<2>() {
@@ -243,7 +244,8 @@ impl PageCoder {
         self.code_alone(page)
     }
 
-    /// Without a version to compare with. Incompressible pages come in herds: after a fruitless attempt the next ones are sent as they are.
+    /// Without a version to compare with. Incompressible pages come in herds: after a fruitless attempt the next ones
+    /// are sent as they are.
     fn code_alone<'a>(&'a mut self, page: &'a Page) -> Coded<'a> {
         if self.resting > 0 {
             self.resting -= 1;

@@ -1,8 +1,8 @@
 //! Encodes sets of pages with several threads.
 //!
-//! Pages are dealt to shards by number; a shard owns its part of the delta cache and is worked on by one thread at a time,
-//! so there is no shared cache to lock page by page. A page always belongs to the same shard, and a call returns when all
-//! its chunks were handed to the sink: so chunks of one page are in order, whatever the threads do.
+//! Pages are dealt to shards by number; a shard owns its part of the delta cache and is worked on by one thread at a
+//! time, so there is no shared cache to lock page by page. A page always belongs to the same shard, and a call
+//! returns when all its chunks were handed to the sink: so chunks of one page are in order, whatever the threads do.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,7 +20,8 @@ const INLINE_PAGES: usize = 64;
 /// More threads than this gain nothing before the link is full.
 const WORKERS_MAX: usize = 16;
 
-/// A set of pages to encode.
+/// A set of pages to encode, best in ascending order: a page below the one before it begins a new chunk. A page that
+/// is in the set twice is sent twice.
 pub trait PageSource: Send + Sync {
     /// Number of pages in the set.
     fn len(&self) -> usize;
@@ -89,8 +90,8 @@ impl PageSource for CopiedPages {
     }
 }
 
-/// Pages read from memory when their turn comes, for copying while the guest runs. A page that the guest writes meanwhile has to be sent again:
-/// collect the dirty pages after this set was taken from them.
+/// Pages read from memory when their turn comes, for copying while the guest runs. A page that the guest writes
+/// meanwhile has to be sent again: collect the dirty pages after this set was taken from them.
 pub struct LivePages {
     memory: Arc<dyn PageMemory>,
     numbers: Vec<u32>,
@@ -121,8 +122,8 @@ impl PageSource for LivePages {
 #[error("the link is down, nothing more can be sent")]
 pub struct SinkClosed;
 
-/// Where finished chunks go. Called by several threads; the order of the calls is the order of the stream. May block: that is how a slow
-/// link slows down the encoder.
+/// Where finished chunks go. Called by several threads; the order of the calls is the order of the stream. May block:
+/// that is how a slow link slows down the encoder.
 pub trait ChunkSink: Send + Sync {
     /// Takes a chunk; its first [`CHUNK_HEADER_BYTES`] start with room for a sequence number.
     fn chunk(&self, payload: Vec<u8>) -> Result<(), SinkClosed>;
@@ -298,6 +299,9 @@ impl ChunkBuilder {
         }
         let mut payload = std::mem::take(&mut self.payload);
         payload[4..8].copy_from_slice(&records.to_le_bytes());
+        if payload.len() < payload.capacity() / 2 {
+            payload.shrink_to_fit();
+        }
         stats.encoded_bytes += payload.len() as u64;
         work.sink.chunk(payload)
     }
@@ -359,8 +363,8 @@ impl PageEncoder {
         Ok(encoder)
     }
 
-    /// Encodes the pages of `source`, hands the chunks to `sink` and returns when the last one was taken. After an error the cache is empty and
-    /// the receiver needs every page that it may lack.
+    /// Encodes the pages of `source`, hands the chunks to `sink` and returns when the last one was taken. After an
+    /// error the cache is empty and the receiver needs every page that it may lack.
     pub fn encode(&mut self, source: Arc<dyn PageSource>, sink: Arc<dyn ChunkSink>) -> Result<PageStats, EncodeError> {
         let inline = source.len() <= INLINE_PAGES;
         let work = Work {

@@ -162,7 +162,8 @@ impl PageChunk {
         self.payload.capacity()
     }
 
-    /// Brings `memory` to the version sent. Deltas are against what earlier chunks left there, so chunks are applied in the order of the stream.
+    /// Brings `memory` to the version sent. Deltas are against what earlier chunks left there, so chunks are applied
+    /// in the order of the stream.
     ///
     /// # Panics
     /// If `memory` has fewer pages than the chunk was checked for.
