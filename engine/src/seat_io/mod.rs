@@ -1,0 +1,14 @@
+//! Between the devices and the host: backends that hold output back, copy input to the standby and record disk changes.
+//!
+//! ```text
+//!   frontend NIC  ── transmit ──► Outbox ── gate ──► tap          tap ── receive ──► copy to the standby ──► frontend
+//!   frontend disk ── write ─────► volume, at once; completed() ──► DiskLog of the running epoch
+//! ```
+//!
+//! Frontends see the ordinary backend traits. Everything that has to do with an epoch happens inside the pause gate.
+
+mod disk;
+mod nic;
+
+pub use disk::{DiskLog, EpochChanges, SeatDisk};
+pub use nic::{HostSink, Inbox, InputCopy, SeatConsole, SeatNic};
