@@ -8,6 +8,6 @@ pub mod memory;
 pub mod outbox;
 pub mod pause;
 pub mod replication;
-pub mod seat_header;
+pub mod seat_io;
 pub mod seccomp;
 pub mod state;

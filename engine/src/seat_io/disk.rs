@@ -17,8 +17,6 @@ pub struct EpochChanges {
     pub contains_flush: bool,
 }
 
-/// Takes each completed change while a resync copies the disk. Must not block.
-pub type ChangeCopy = Box<dyn Fn(&DiskChange) + Send>;
 
 #[derive(Default)]
 struct Books {
