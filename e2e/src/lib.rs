@@ -2,4 +2,5 @@
 
 pub mod guest_protocol;
 pub mod hosts;
+pub mod judge;
 pub mod lab;

@@ -120,8 +120,8 @@ impl Lab {
         &mut self.hosts[index]
     }
 
-    /// A function that moves the thread that calls it into the client's network namespace.
-    pub fn client_entrance(&self) -> Result<impl FnOnce() -> Result<(), HostsError> + Send + 'static, HostsError> {
+    /// A function that moves the thread that calls it into the client's network namespace, for good.
+    pub fn client_entrance(&self) -> Result<impl FnOnce() -> Result<(), HostsError> + Send + use<>, HostsError> {
         let network = network_of(self.client.pid())?;
         Ok(move || namespace::enter_network(&network))
     }
@@ -260,6 +260,12 @@ impl Host {
             });
         }
         Ok(output)
+    }
+
+    /// A function that moves the thread that calls it into this host's network namespace, for good.
+    pub fn entrance(&self) -> Result<impl FnOnce() -> Result<(), HostsError> + Send + use<>, HostsError> {
+        let network = network_of(self.init()?.pid())?;
+        Ok(move || namespace::enter_network(&network))
     }
 
     /// A persistent tap of this name, joined to the guest's bridge.

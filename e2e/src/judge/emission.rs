@@ -1,0 +1,212 @@
+//! Who spoke as the guest, and did two ever do so at once? No I/O, no clock.
+//!
+//! Definition. A frame with the guest's MAC address brings **new content** if it carries bytes of a TCP stream (payload,
+//! SYN or FIN) beyond everything that any host sent of that stream before. Retransmissions, and frames that a successor
+//! sends once more, bring none. The host that brings new content is the **speaker**; when another host does so, it takes
+//! over and the former one is **deposed**. Two things are forbidden:
+//!
+//! 1. A deposed host brings new content (it is active in a term that is not its own), unless it was rebuilt from the
+//!    winner first ([`Emissions::rebuilt`]). It may repeat what was said before, that is an ordinary network duplicate;
+//!    such frames are counted apart.
+//! 2. A host sends other bytes at a position of a stream than were sent there before: two histories.
+//!
+//! Frames that the sniffer missed can hide new content, so a verdict is only as good as its count of missed frames.
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::net::SocketAddrV4;
+
+use serde::Serialize;
+
+use super::packet::{Packet, Segment};
+
+/// Bytes of each stream that are kept for comparison.
+const KEPT_BYTES: usize = 1 << 20;
+/// Streams that are followed at once; the one that was quiet for longest is forgotten beyond that.
+const STREAMS_MAX: usize = 1024;
+
+/// What was seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct EmissionReport {
+    /// Frames by host.
+    pub frames: BTreeMap<usize, u64>,
+    /// How often the speaker changed.
+    pub handovers: u64,
+    /// Frames with new content from a deposed host.
+    pub dual_active: u64,
+    /// Frames whose bytes differ from those that were sent at the same place of their stream before.
+    pub rewritten: u64,
+    /// Frames from deposed hosts that brought nothing new: allowed, and of interest.
+    pub late_repeats: u64,
+}
+
+#[derive(Debug)]
+struct Stream {
+    /// Number of its SYN, if that was seen: the same one again is a retransmission.
+    first: Option<u32>,
+    /// Number of the byte after the last one that was ever sent.
+    end: u32,
+    /// The last bytes before `end`, as far as they are known without a hole.
+    tail: VecDeque<u8>,
+    /// For forgetting: the number of the last frame.
+    used: u64,
+}
+
+/// What one frame did to its stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Effect {
+    new: bool,
+    rewritten: bool,
+}
+
+/// Follows the guest's frames on the client network.
+#[derive(Debug, Default)]
+pub struct Emissions {
+    streams: HashMap<(SocketAddrV4, SocketAddrV4), Stream>,
+    speaker: Option<usize>,
+    deposed: BTreeSet<usize>,
+    report: EmissionReport,
+    observed: u64,
+}
+
+impl Emissions {
+    /// Enters a frame with the guest's MAC address that came from `host`.
+    pub fn observe(&mut self, host: usize, packet: &Packet<'_>) {
+        self.observed += 1;
+        *self.report.frames.entry(host).or_default() += 1;
+        let effect = match packet {
+            Packet::Tcp(segment) => self.stream_effect(segment),
+            Packet::Other => Effect::default(),
+        };
+        self.report.rewritten += u64::from(effect.rewritten);
+        match (effect.new, self.deposed.contains(&host)) {
+            (true, true) => self.report.dual_active += 1,
+            (true, false) => self.speaks(host),
+            (false, true) => self.report.late_repeats += 1,
+            (false, false) => {}
+        }
+    }
+
+    /// The host now runs a new incarnation that was built from the winner's state: it may speak again.
+    pub fn rebuilt(&mut self, host: usize) {
+        self.deposed.remove(&host);
+    }
+
+    /// The host that brought new content last.
+    pub fn speaker(&self) -> Option<usize> {
+        self.speaker
+    }
+
+    /// What was seen so far.
+    pub fn report(&self) -> &EmissionReport {
+        &self.report
+    }
+
+    fn speaks(&mut self, host: usize) {
+        if let Some(former) = self.speaker.replace(host)
+            && former != host
+        {
+            self.deposed.insert(former);
+            self.report.handovers += 1;
+        }
+    }
+
+    fn stream_effect(&mut self, segment: &Segment<'_>) -> Effect {
+        let key = (segment.source, segment.destination);
+        if segment.syn {
+            let end = segment.seq.wrapping_add(1);
+            if self
+                .streams
+                .get(&key)
+                .is_some_and(|stream| stream.first == Some(segment.seq))
+            {
+                return Effect::default();
+            }
+            self.forget_one_if_full();
+            self.streams
+                .insert(key, Stream::new(Some(segment.seq), end, self.observed));
+            return Effect {
+                new: true,
+                rewritten: false,
+            };
+        }
+        if segment.payload.is_empty() && !segment.fin {
+            return Effect::default();
+        }
+        if !self.streams.contains_key(&key) {
+            // A connection older than this observer: it begins here.
+            self.forget_one_if_full();
+            self.streams.insert(key, Stream::new(None, segment.seq, self.observed));
+        }
+        let observed = self.observed;
+        let Some(stream) = self.streams.get_mut(&key) else {
+            return Effect::default();
+        };
+        stream.used = observed;
+        stream.take(segment)
+    }
+
+    fn forget_one_if_full(&mut self) {
+        if self.streams.len() >= STREAMS_MAX {
+            let oldest = self
+                .streams
+                .iter()
+                .min_by_key(|(_, stream)| stream.used)
+                .map(|(key, _)| *key);
+            oldest.map(|key| self.streams.remove(&key));
+        }
+    }
+}
+
+impl Stream {
+    fn new(first: Option<u32>, end: u32, used: u64) -> Self {
+        Self {
+            first,
+            end,
+            tail: VecDeque::new(),
+            used,
+        }
+    }
+
+    fn take(&mut self, segment: &Segment<'_>) -> Effect {
+        // Where the segment begins, relative to what is known: negative is a repetition, positive leaves a hole.
+        let begin = serial_distance(self.end, segment.seq);
+        let length = segment.payload.len() as i64;
+        let mut effect = Effect::default();
+        if begin > 0 {
+            self.tail.clear();
+        } else {
+            effect.rewritten = self.differs(i64::from(begin), segment.payload);
+        }
+        // A FIN takes a number of its own, like a byte.
+        let end = i64::from(begin) + length + i64::from(segment.fin);
+        if end > 0 {
+            effect.new = true;
+            self.end = self.end.wrapping_add(end as u32);
+            let known = (-i64::from(begin)).clamp(0, length) as usize;
+            self.tail.extend(&segment.payload[known..]);
+            if segment.fin {
+                self.tail.push_back(0);
+            }
+            let excess = self.tail.len().saturating_sub(KEPT_BYTES);
+            self.tail.drain(..excess);
+        }
+        effect
+    }
+
+    /// Whether the part of `payload` that repeats kept bytes differs from them; `begin` is at most 0.
+    fn differs(&self, begin: i64, payload: &[u8]) -> bool {
+        let tail_start = -(self.tail.len() as i64);
+        payload.iter().enumerate().any(|(index, byte)| {
+            let at = begin + index as i64;
+            (tail_start..0).contains(&at) && self.tail[(at - tail_start) as usize] != *byte
+        })
+    }
+}
+
+/// How far `to` lies behind `from` in serial arithmetic.
+fn serial_distance(from: u32, to: u32) -> i32 {
+    to.wrapping_sub(from) as i32
+}
+
+#[cfg(test)]
+#[path = "emission_tests.rs"]
+mod tests;
