@@ -17,7 +17,6 @@ pub struct EpochChanges {
     pub contains_flush: bool,
 }
 
-
 #[derive(Default)]
 struct Books {
     recording: bool,

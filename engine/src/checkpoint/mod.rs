@@ -1,0 +1,280 @@
+//! When an epoch ends, and what is copied before the guest pauses for it.
+//!
+//! ```text
+//!            interval over, output waits,
+//!            or much is recorded                  few dirty pages, or rounds used up
+//!   Running ──────────────────────► harvest ──────────────────────────────────────► seal (pause)
+//!                                     ▲   │ many dirty pages
+//!                           round sent│   ▼
+//!                                  PreCopy: pages are encoded and sent while the guest runs
+//! ```
+//!
+//! The pause must not grow with the dirty set: whatever is dirty is harvested (write-protected again) and sent while
+//! the guest runs, round after round, until a residue is left that fits the pause. What the guest writes meanwhile is
+//! found by the next harvest and sent again; the later copy wins.
+//!
+//! A guest that dirties pages faster than rounds can send them never gets to a small residue. It is then slowed down by
+//! [`Decision::Throttle`]: it stands still for a part of each round, which shows in its metrics.
+//!
+//! This module decides and measures; it touches neither guest nor link.
+
+mod histogram;
+
+pub use histogram::Histogram;
+
+use std::time::{Duration, Instant};
+
+/// Bounds of the pacer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PacerConfig {
+    /// Shortest epoch.
+    pub interval_min: Duration,
+    /// Longest epoch.
+    pub interval_max: Duration,
+    /// Pages that may be copied inside the pause.
+    pub residue_pages: usize,
+    /// Rounds of pre-copy without throttling.
+    pub free_rounds: u32,
+    /// Rounds after which the epoch is sealed whatever is left.
+    pub rounds_max: u32,
+    /// Epochs that may be sent and not acknowledged when the next one is sealed.
+    pub in_flight_max: usize,
+    /// Share of time that pauses may take: an epoch lasts at least the usual pause divided by this.
+    pub pause_share: f64,
+    /// Recorded output and disk changes above which the epoch ends at once, in bytes.
+    pub recorded_bytes_max: usize,
+}
+
+impl Default for PacerConfig {
+    fn default() -> Self {
+        Self {
+            interval_min: Duration::from_millis(1),
+            interval_max: Duration::from_millis(50),
+            residue_pages: 96,
+            free_rounds: 4,
+            rounds_max: 24,
+            in_flight_max: 2,
+            pause_share: 0.25,
+            recorded_bytes_max: 8 << 20,
+        }
+    }
+}
+
+/// What the pacer has to know when it is asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Observation {
+    /// Now.
+    pub now: Instant,
+    /// Output of the running epoch waits to be released.
+    pub output_waits: bool,
+    /// Bytes of output held and disk changes recorded.
+    pub recorded_bytes: usize,
+    /// Epochs sent and not acknowledged.
+    pub in_flight: usize,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Nothing before this moment, unless something happens.
+    WaitUntil(Instant),
+    /// Nothing until an acknowledgment or a report of the sender comes.
+    WaitForReport,
+    /// Harvest dirty pages and tell [`Pacer::harvested`].
+    Harvest,
+    /// Send the harvested pages while the guest runs; tell [`Pacer::round_sent`] when they are encoded.
+    SendRound,
+    /// The same, but let the guest stand still meanwhile for this share of the time, in percent.
+    Throttle(u8),
+    /// Pause the guest and end the epoch.
+    Seal,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Running,
+    Harvesting,
+    Sending,
+}
+
+/// Decides for one session at a time.
+#[derive(Debug)]
+pub struct Pacer {
+    config: PacerConfig,
+    phase: Phase,
+    began: Instant,
+    rounds: u32,
+    /// Moving average of the pause.
+    pause: Duration,
+    /// Somebody asked for the end of this epoch.
+    hurry: bool,
+}
+
+impl Pacer {
+    /// A pacer whose first epoch begins now.
+    pub fn new(config: PacerConfig, now: Instant) -> Self {
+        Self {
+            config,
+            phase: Phase::Running,
+            began: now,
+            rounds: 0,
+            pause: Duration::ZERO,
+            hurry: false,
+        }
+    }
+
+    /// End the running epoch as soon as its residue is small: a switchover, a stop, a digest.
+    pub fn hurry(&mut self) {
+        self.hurry = true;
+    }
+
+    /// What to do now.
+    pub fn decide(&mut self, seen: Observation) -> Decision {
+        match self.phase {
+            Phase::Sending => Decision::WaitForReport,
+            Phase::Harvesting => Decision::Harvest,
+            Phase::Running => self.decide_running(seen),
+        }
+    }
+
+    fn decide_running(&mut self, seen: Observation) -> Decision {
+        if seen.in_flight >= self.config.in_flight_max {
+            return Decision::WaitForReport;
+        }
+        let least = self
+            .config
+            .interval_min
+            .max(self.pause.div_f64(self.config.pause_share));
+        let early = seen.output_waits || self.hurry || seen.recorded_bytes >= self.config.recorded_bytes_max;
+        let due = self.began
+            + if early {
+                least
+            } else {
+                self.config.interval_max.max(least)
+            };
+        if seen.now < due {
+            return Decision::WaitUntil(due);
+        }
+        self.phase = Phase::Harvesting;
+        Decision::Harvest
+    }
+
+    /// So many pages are dirty and not sent.
+    pub fn harvested(&mut self, dirty_pages: usize) -> Decision {
+        if dirty_pages <= self.config.residue_pages || self.rounds >= self.config.rounds_max {
+            return Decision::Seal;
+        }
+        self.phase = Phase::Sending;
+        let over = (self.rounds + 1).saturating_sub(self.config.free_rounds);
+        if over == 0 {
+            return Decision::SendRound;
+        }
+        // The longer it takes to converge, the harder the brake; never a complete stop before the rounds are used up.
+        Decision::Throttle(u8::try_from((over * 15).min(90)).unwrap_or(90))
+    }
+
+    /// The pages of the round are encoded and queued.
+    pub fn round_sent(&mut self) {
+        self.rounds += 1;
+        self.phase = Phase::Harvesting;
+    }
+
+    /// Rounds sent in this epoch so far.
+    pub fn rounds(&self) -> u32 {
+        self.rounds
+    }
+
+    /// The epoch was sealed; the guest stood still for `pause`. The next one runs since `now`.
+    pub fn sealed(&mut self, now: Instant, pause: Duration) {
+        self.pause = (self.pause * 7 + pause) / 8;
+        self.phase = Phase::Running;
+        self.began = now;
+        self.rounds = 0;
+        self.hurry = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(now: Instant) -> Observation {
+        Observation {
+            now,
+            output_waits: false,
+            recorded_bytes: 0,
+            in_flight: 0,
+        }
+    }
+
+    #[test]
+    fn an_idle_epoch_lasts_the_longest_interval() {
+        let began = Instant::now();
+        let mut pacer = Pacer::new(PacerConfig::default(), began);
+        let due = began + PacerConfig::default().interval_max;
+        assert_eq!(pacer.decide(seen(began)), Decision::WaitUntil(due));
+        assert_eq!(pacer.decide(seen(due)), Decision::Harvest);
+        assert_eq!(pacer.harvested(3), Decision::Seal);
+    }
+
+    #[test]
+    fn waiting_output_ends_it_after_the_shortest() {
+        let began = Instant::now();
+        let mut pacer = Pacer::new(PacerConfig::default(), began);
+        let early = Observation {
+            output_waits: true,
+            ..seen(began + PacerConfig::default().interval_min)
+        };
+        assert_eq!(pacer.decide(early), Decision::Harvest);
+    }
+
+    #[test]
+    fn pauses_take_no_more_than_their_share() {
+        let began = Instant::now();
+        let mut pacer = Pacer::new(PacerConfig::default(), began);
+        for _ in 0..64 {
+            pacer.sealed(began, Duration::from_millis(8));
+        }
+        let early = Observation {
+            output_waits: true,
+            ..seen(began + Duration::from_millis(20))
+        };
+        assert!(matches!(pacer.decide(early), Decision::WaitUntil(_)));
+    }
+
+    #[test]
+    fn a_standby_that_lags_holds_the_next_epoch_back() {
+        let began = Instant::now();
+        let config = PacerConfig::default();
+        let mut pacer = Pacer::new(config, began);
+        let lagging = Observation {
+            in_flight: config.in_flight_max,
+            ..seen(began + config.interval_max)
+        };
+        assert_eq!(pacer.decide(lagging), Decision::WaitForReport);
+    }
+
+    #[test]
+    fn a_guest_that_outruns_the_rounds_is_braked_and_then_sealed() {
+        let began = Instant::now();
+        let config = PacerConfig::default();
+        let mut pacer = Pacer::new(config, began);
+        let mut brakes = Vec::new();
+        pacer.hurry();
+        assert_eq!(pacer.decide(seen(began + config.interval_min)), Decision::Harvest);
+        loop {
+            match pacer.harvested(config.residue_pages + 1) {
+                Decision::SendRound => brakes.push(0),
+                Decision::Throttle(percent) => brakes.push(percent),
+                Decision::Seal => break,
+                other => panic!("{other:?}"),
+            }
+            assert_eq!(pacer.decide(seen(began)), Decision::WaitForReport);
+            pacer.round_sent();
+            assert_eq!(pacer.decide(seen(began)), Decision::Harvest);
+        }
+        assert_eq!(brakes.len() as u32, config.rounds_max);
+        assert!(brakes.is_sorted(), "the brake only gets harder: {brakes:?}");
+        assert_eq!(brakes.last(), Some(&90));
+    }
+}
