@@ -19,7 +19,6 @@
 
 mod endpoint;
 pub mod exit_code;
-pub mod header_file;
 mod message;
 mod socket;
 
