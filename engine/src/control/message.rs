@@ -297,7 +297,7 @@ pub struct Files {
     pub kvm: Fd,
     /// `/dev/userfaultfd`, where the node has it.
     pub userfaultfd: Option<Fd>,
-    /// Header of the seat (rule 8), read and written in place by [`crate::seat_header`].
+    /// Header of the seat (rule 8), read and written in place by [`super::header_file`].
     pub header: Fd,
     /// Redo journal of the standby (rule 5).
     pub journal: Fd,

@@ -19,6 +19,7 @@
 
 mod endpoint;
 pub mod exit_code;
+pub mod header_file;
 mod message;
 mod socket;
 
