@@ -1,6 +1,8 @@
 //! Labs, test guests, judges and fault tools.
 
+pub mod demo;
 pub mod guest_protocol;
 pub mod hosts;
 pub mod judge;
 pub mod lab;
+pub mod report;

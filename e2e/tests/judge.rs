@@ -170,7 +170,8 @@ fn an_honest_server_is_clean() {
 
 #[test]
 fn every_lie_turns_it_red_in_its_own_category() {
-    let cases: [(Lie, fn(&Outcome) -> u64); 10] = [
+    type Category = fn(&Outcome) -> u64;
+    let cases: [(Lie, Category); 10] = [
         (Lie::Forgets, |outcome| outcome.findings().lost_answers),
         (Lie::Restarts, |outcome| {
             outcome.findings().reboots.min(outcome.findings().lost_answers)

@@ -124,9 +124,10 @@ pub struct PhaseReport {
     pub gap_ms: f64,
 }
 
-/// The clock of gaps.
+/// What the owner of the judge may see while it runs: what was found, and the clock of gaps.
 #[derive(Debug)]
-struct Gaps {
+struct Watch {
+    findings: Findings,
     phase_since: Instant,
     answers: u64,
     longest: Duration,
@@ -134,9 +135,10 @@ struct Gaps {
     waiting_since: Option<Instant>,
 }
 
-impl Gaps {
+impl Watch {
     fn new(now: Instant) -> Self {
         Self {
+            findings: Findings::default(),
             phase_since: now,
             answers: 0,
             longest: Duration::ZERO,
@@ -198,7 +200,7 @@ enum Order {
 #[derive(Debug)]
 pub struct Judge {
     orders: Sender<Order>,
-    gaps: Arc<Mutex<Gaps>>,
+    watch: Arc<Mutex<Watch>>,
     answers: Arc<AtomicU64>,
     ended: Arc<AtomicBool>,
     thread: JoinHandle<Outcome>,
@@ -222,16 +224,16 @@ impl Judge {
         entrance: impl FnOnce() -> Result<(), E> + Send + 'static,
     ) -> io::Result<Self> {
         let (orders, orders_of_client) = mpsc::channel();
-        let gaps = Arc::new(Mutex::new(Gaps::new(Instant::now())));
+        let watch = Arc::new(Mutex::new(Watch::new(Instant::now())));
         let (answers, ended) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
-        let shared = (Arc::clone(&gaps), Arc::clone(&answers), Arc::clone(&ended));
+        let shared = (Arc::clone(&watch), Arc::clone(&answers), Arc::clone(&ended));
         let thread = std::thread::Builder::new().name("judge".to_owned()).spawn(move || {
-            let (gaps, answers, ended) = shared;
+            let (watch, answers, ended) = shared;
             let stream = entrance()
                 .map_err(|error| error.to_string())
                 .and_then(|()| connect(&plan));
             let outcome = match stream {
-                Ok(stream) => Client::new(plan, stream, orders_of_client, gaps, answers).run(),
+                Ok(stream) => Client::new(plan, stream, orders_of_client, watch, answers).run(),
                 Err(why) => nothing(End::NoConnection { why }),
             };
             ended.store(true, Ordering::Release);
@@ -239,7 +241,7 @@ impl Judge {
         })?;
         Ok(Self {
             orders,
-            gaps,
+            watch,
             answers,
             ended,
             thread,
@@ -258,12 +260,17 @@ impl Judge {
 
     /// Ends the current phase and reports on it.
     pub fn phase(&self) -> PhaseReport {
-        lock(&self.gaps).turn(Instant::now())
+        lock(&self.watch).turn(Instant::now())
+    }
+
+    /// What was found so far.
+    pub fn findings(&self) -> Findings {
+        lock(&self.watch).findings.clone()
     }
 
     /// How long an answer is being waited for at the moment.
     pub fn waiting(&self) -> Duration {
-        lock(&self.gaps)
+        lock(&self.watch)
             .waiting_since
             .map_or(Duration::ZERO, |since| since.elapsed())
     }
@@ -309,8 +316,8 @@ fn nothing(end: End) -> Outcome {
     }
 }
 
-fn lock(gaps: &Mutex<Gaps>) -> MutexGuard<'_, Gaps> {
-    gaps.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(watch: &Mutex<Watch>) -> MutexGuard<'_, Watch> {
+    watch.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The first connection; a guest that still boots refuses it or does not answer.
@@ -352,7 +359,7 @@ struct Client {
     plan: JudgePlan,
     stream: TcpStream,
     orders: Receiver<Order>,
-    gaps: Arc<Mutex<Gaps>>,
+    watch: Arc<Mutex<Watch>>,
     answers: Arc<AtomicU64>,
     ledger: Ledger,
     open: std::collections::VecDeque<Open>,
@@ -377,14 +384,14 @@ impl Client {
         plan: JudgePlan,
         stream: TcpStream,
         orders: Receiver<Order>,
-        gaps: Arc<Mutex<Gaps>>,
+        watch: Arc<Mutex<Watch>>,
         answers: Arc<AtomicU64>,
     ) -> Self {
         Self {
             plan,
             stream,
             orders,
-            gaps,
+            watch,
             answers,
             ledger: Ledger::new(1),
             open: std::collections::VecDeque::new(),
@@ -501,7 +508,7 @@ impl Client {
         if self.open.is_empty() {
             self.last_progress = now;
         }
-        lock(&self.gaps).asked(now);
+        lock(&self.watch).asked(now);
         self.open.push_back(Open {
             sent_at: now,
             bulk_bytes: if op == Op::Bulk { arg as usize } else { 0 },
@@ -579,7 +586,10 @@ impl Client {
         }
         self.last_progress = now;
         self.answers.fetch_add(1, Ordering::Relaxed);
-        lock(&self.gaps).answered(now, !self.open.is_empty());
+        let mut watch = lock(&self.watch);
+        watch.answered(now, !self.open.is_empty());
+        watch.findings.clone_from(self.ledger.findings());
+        drop(watch);
         if let Some(reply) = self.asked.take_if(|_| self.open.is_empty()) {
             reply.send(*answer).ok();
         }
