@@ -1,1 +1,220 @@
 //! Emulated machines: images, nodes, networks and faults.
+//!
+//! ```text
+//!   this process (judge, test)            lab namespace (own network, mounts, process ids)
+//!   ─────────────────────────             ┌──────────────────────────────────────────────────────┐
+//!   Lab ── Sandbox ─────────────────────► │ mgmt   10.77.0.0/24 ── lab .1 · node 1 .11 · node 2 .12│ agent, shared folder
+//!    │      (launcher thread, one pipe)   │ repl   10.78.0.0/24 ── lab .1 · node 1 .11 · node 2 .12│ replication link
+//!    ├─ Node 1 = one QEMU process         │ client 10.79.0.0/24 ── lab .1 · guest .100            │ what clients see
+//!    ├─ Node 2 = one QEMU process         └──────────────────────────────────────────────────────┘
+//!    └─ Share = one NFS server
+//! ```
+//! Invariant: nothing outlives the process that made the lab; the kernel takes it back (see [`sandbox`]).
+//! Invariant: labs of several processes do not meet: each has its own network, and its own folder for disks and logs.
+use std::fs::{self, File};
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, ensure};
+use rustix::fs::FlockOperation;
+
+pub mod binaries;
+pub mod cache;
+pub mod image;
+pub mod node;
+pub mod sandbox;
+pub mod session;
+pub mod wire;
+
+pub use node::{Node, NodeConfig};
+pub use sandbox::Sandbox;
+
+/// A network of the lab; every node has a card in each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// The lab talks to the nodes' agents, and nodes reach the shared folder. Not part of what is tested.
+    Management,
+    /// The nodes among themselves: the replication link.
+    Replication,
+    /// Guests and their clients.
+    Client,
+}
+
+/// All networks, in the order of the nodes' cards.
+pub const NETWORKS: [Network; 3] = [Network::Management, Network::Replication, Network::Client];
+
+impl Network {
+    /// The bridge in the lab's namespace.
+    #[must_use]
+    pub fn bridge(self) -> &'static str {
+        match self {
+            Network::Management => "mgmt",
+            Network::Replication => "repl",
+            Network::Client => "client",
+        }
+    }
+
+    /// The card in a node.
+    #[must_use]
+    pub fn card(self) -> &'static str {
+        match self {
+            Network::Management => "eth0",
+            Network::Replication => "eth1",
+            Network::Client => "eth2",
+        }
+    }
+
+    /// An address in it; the lab itself is 1.
+    #[must_use]
+    pub fn address(self, host: u8) -> Ipv4Addr {
+        match self {
+            Network::Management => Ipv4Addr::new(10, 77, 0, host),
+            Network::Replication => Ipv4Addr::new(10, 78, 0, host),
+            Network::Client => Ipv4Addr::new(10, 79, 0, host),
+        }
+    }
+}
+
+/// A lab: namespaces with three networks, a folder for its disks and logs, and the programs that its nodes get.
+pub struct Lab {
+    sandbox: Arc<Sandbox>,
+    folder: Folder,
+}
+
+impl Lab {
+    /// Makes a lab. `programs` are files that every node finds under their own names in /lab.
+    ///
+    /// # Errors
+    /// Without the right to make namespaces, or when a program is missing.
+    pub fn new(programs: &[PathBuf]) -> anyhow::Result<Self> {
+        let folder = Folder::new()?;
+        let sandbox = Arc::new(Sandbox::new()?);
+        for network in NETWORKS {
+            let bridge = network.bridge();
+            sandbox.run(
+                "ip",
+                &[
+                    "link",
+                    "add",
+                    bridge,
+                    "type",
+                    "bridge",
+                    "forward_delay",
+                    "0",
+                    "mcast_snooping",
+                    "0",
+                ],
+            )?;
+            sandbox.run(
+                "ip",
+                &["address", "add", &format!("{}/24", network.address(1)), "dev", bridge],
+            )?;
+            sandbox.run("ip", &["link", "set", bridge, "up"])?;
+        }
+        let lab = Self { sandbox, folder };
+        lab.make_payload(programs)?;
+        Ok(lab)
+    }
+
+    /// Boots a node; `index` (1 to 89) must be its own.
+    ///
+    /// # Errors
+    /// If its image cannot be built or it does not boot.
+    pub fn node(&self, name: &str, index: u8, config: NodeConfig) -> anyhow::Result<Node> {
+        ensure!(
+            (1..90).contains(&index),
+            "node {name}: {index} is no index of a node (1 to 89)"
+        );
+        Node::boot(&self.sandbox, &self.folder.path, (name, index), config)
+    }
+
+    /// The lab's namespaces: clients outside the nodes connect from there.
+    #[must_use]
+    pub fn sandbox(&self) -> &Arc<Sandbox> {
+        &self.sandbox
+    }
+
+    /// The lab's folder for disks and logs; removed with it.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder.path
+    }
+
+    /// The disk that carries agent and programs into the nodes.
+    fn make_payload(&self, programs: &[PathBuf]) -> anyhow::Result<()> {
+        let root = self.folder.path.join("payload");
+        fs::create_dir(&root)?;
+        let mut bytes = 0;
+        let agent = binaries::build(&[("ftvm-e2e", "ftvm-node-agent")], binaries::Profile::Dev)?;
+        for program in agent.iter().chain(programs) {
+            let name = program
+                .file_name()
+                .with_context(|| format!("{} names no file", program.display()))?;
+            bytes +=
+                fs::copy(program, root.join(name)).with_context(|| format!("cannot read {}", program.display()))?;
+        }
+        let init = root.join("init.sh");
+        fs::write(&init, include_str!("../../nodes/init.sh"))?;
+        fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        let size_mib = (bytes >> 20) + (bytes >> 24) + 8;
+        let image = self.folder.path.join("payload.img");
+        let output = Command::new("mke2fs")
+            .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
+            .args([root.as_os_str(), image.as_os_str()])
+            .arg(format!("{size_mib}M"))
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot start mke2fs")?;
+        ensure!(
+            output.status.success(),
+            "mke2fs: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        fs::remove_dir_all(&root)?;
+        Ok(())
+    }
+}
+
+/// A lab's folder, locked while it is in use; folders that a killed process left behind are removed by the next lab.
+struct Folder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Folder {
+    fn new() -> anyhow::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let parent = cache::folder()?.join("labs");
+        fs::create_dir_all(&parent)?;
+        for entry in fs::read_dir(&parent)?.filter_map(Result::ok) {
+            // Ours to remove only if nobody holds its lock.
+            if let Ok(lock) = File::open(entry.path().join("lock"))
+                && rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+            {
+                fs::remove_dir_all(entry.path())?;
+            }
+        }
+        let path = parent.join(format!(
+            "{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        ));
+        fs::create_dir(&path)?;
+        let lock = File::create(path.join("lock"))?;
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+        Ok(Self { path, _lock: lock })
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if std::env::var_os("FTVM_KEEP_LABS").is_some() {
+            eprintln!("lab: kept {} (the next lab removes it)", self.path.display());
+        } else if let Err(error) = fs::remove_dir_all(&self.path) {
+            eprintln!("lab: cannot remove {}: {error}", self.path.display());
+        }
+    }
+}

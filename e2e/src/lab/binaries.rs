@@ -1,0 +1,57 @@
+//! The project's own programs, built and found.
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, ensure};
+
+/// How to build them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// As tests are built.
+    Dev,
+    /// As users get them.
+    Release,
+}
+
+/// Builds programs, named as (package, binary), and returns where they are, in the same order. Cargo does nothing if they are fresh.
+///
+/// # Errors
+/// If one does not compile; the compiler's messages go to standard error.
+pub fn build(programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<PathBuf>> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--quiet", "--message-format=json-render-diagnostics"]);
+    if profile == Profile::Release {
+        cargo.arg("--release");
+    }
+    for (package, binary) in programs {
+        cargo.args(["--package", package, "--bin", binary]);
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("no workspace above this package")?;
+    let output = cargo
+        .current_dir(root)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    ensure!(output.status.success(), "cargo cannot build {programs:?}");
+    let messages: Vec<serde_json::Value> = output
+        .stdout
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| serde_json::from_slice(line).ok())
+        .collect();
+    let find = |binary: &str| {
+        messages
+            .iter()
+            .find(|message| message["target"]["name"] == binary && message["executable"].is_string())
+    };
+    programs
+        .iter()
+        .map(|(_, binary)| {
+            let path = find(binary).and_then(|message| message["executable"].as_str());
+            path.map(PathBuf::from)
+                .with_context(|| format!("cargo did not say where {binary} is"))
+        })
+        .collect()
+}

@@ -1,0 +1,68 @@
+//! The emulated nodes themselves: do they boot, obey, lose their links, die and come back with their data?
+use std::time::{Duration, Instant};
+
+use ftvm_e2e::lab::{Lab, Network, NodeConfig};
+
+#[test]
+fn nodes_boot_talk_die_and_return() {
+    let lab = Lab::new(&[]).unwrap();
+    let begin = Instant::now();
+    let one = lab.node("one", 1, NodeConfig::default()).unwrap();
+    eprintln!("node booted in {:.1} s", begin.elapsed().as_secs_f64());
+    let two = lab.node("two", 2, NodeConfig::default()).unwrap();
+
+    assert_eq!(
+        one.sh("hostname; ls /dev/kvm; stat -c %T -f /sys/fs/cgroup").unwrap(),
+        "one\n/dev/kvm\ncgroup2fs"
+    );
+    assert_eq!(
+        two.run(&["sh", "-c", "echo out; echo err >&2; exit 7"]).unwrap().code,
+        7
+    );
+    assert!(
+        one.start(&ftvm_e2e::lab::wire::Start {
+            argv: vec!["/no/such".into()],
+            ..Default::default()
+        })
+        .is_err()
+    );
+
+    // Files, larger than any buffer on the way.
+    let content: Vec<u8> = (0..3_000_000u32)
+        .flat_map(|number| (number.wrapping_mul(2_654_435_761)).to_le_bytes())
+        .collect();
+    one.write("/data/file", &content).unwrap();
+    assert!(one.read("/data/file").unwrap() == content);
+
+    // Links.
+    let ping = format!("ping -q -c 3 -i 0.2 -W 1 {}", one.address(Network::Replication));
+    two.sh(&ping).unwrap();
+    one.set_link(Network::Replication, false).unwrap();
+    assert!(two.sh(&ping).is_err(), "a ping got through a cut link");
+    one.set_link(Network::Replication, true).unwrap();
+    two.sh(&ping).unwrap();
+    two.impair(Network::Replication, "loss 100%").unwrap();
+    assert!(two.sh(&ping).is_err(), "a ping got through total loss");
+    two.impair(Network::Replication, "").unwrap();
+    two.sh(&ping).unwrap();
+
+    // A paused machine answers nothing, and goes on.
+    let up = || one.sh("cut -d. -f1 /proc/uptime").unwrap().parse::<u64>().unwrap();
+    let before = up();
+    one.pause().unwrap();
+    assert!(one.try_run(&["true"], Duration::from_secs(1)).is_err());
+    one.resume().unwrap();
+    assert!(up() >= before);
+
+    // Death and return: memory is gone, the data disk is not.
+    one.sh("touch /run/memory; sync").unwrap();
+    one.kill().unwrap();
+    assert!(!one.is_running());
+    assert!(one.try_run(&["true"], Duration::from_secs(1)).is_err());
+    one.power_on().unwrap();
+    assert_eq!(
+        one.sh("ls /run/memory 2>/dev/null | wc -l; stat -c %s /data/file")
+            .unwrap(),
+        "0\n12000000"
+    );
+}
