@@ -31,6 +31,8 @@ pub struct Timing {
     pub ack_stall_ms: u64,
     /// A frozen source waits this long for its target before it swaps to go on by itself.
     pub switch_ms: u64,
+    /// A seat that needs nothing from the arbiter reads the record this often (condition, re-created records).
+    pub observe_ms: u64,
     /// At a cold start a seat that is not the holder's waits this long for the holder's seat.
     pub holder_first_ms: u64,
 }
@@ -45,6 +47,7 @@ impl Default for Timing {
             contact_limit_ms: 600_000,
             ack_stall_ms: 10_000,
             switch_ms: 3_000,
+            observe_ms: 10_000,
             holder_first_ms: 5_000,
         }
     }

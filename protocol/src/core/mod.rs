@@ -1,9 +1,39 @@
-//! The core of one seat.
+//! The protocol core of one seat: a state machine that decides, and does nothing.
+//!
+//! ```text
+//!                 ┌──────────────────────── Starting ◄─ a new engine process (new incarnation)
+//!                 │ Join from a leader         │ won cold start (rule 8) or override (rule 9)
+//!                 ▼                            ▼
+//!              Joining                       Active ──── alone: members {A}, gate open
+//!                 │ join checkpoint staged,    │ ▲  │ ▲   └─ joining: after the cut, acknowledged epochs only
+//!                 │ header durable             │ │  │ │   └─ pair: members {A,B}, acknowledged epochs only
+//!                 ▼        won takeover (3)    │ │  │ │
+//!              Standby ──── won switchover (6)─┘ │  │ │ won swap of its own (6)
+//!                 ▲                              │  │ │
+//!                 └──── Follow from the target ──┼─ Frozen ◄─ switchover asked for
+//!                                                │
+//!   every role ──► Ended(reason): lost, ejected, stopped, storage or guest failed; the process exits
+//! ```
+//!
+//! Every change of who may be active goes through one *attempt*: read the record uncached, decide on what was read,
+//! perhaps ask the other seats' daemons, swap ([`attempt`], [`decide`]). A step first takes its event in, then works out
+//! level-triggered what is wanted now ([`drive`]), so a lost or late event delays and never misleads.
+//!
+//! Invariant: the gate is derived from the state at the end of every step, never set by an event.
+//! Invariant: nothing is released, reported or acknowledged that depends on a header which is not durable.
+//! Invariant: a write of unknown outcome is settled by an own later swap; reading it only ever takes rights away.
 
 mod action;
+mod attempt;
 mod config;
+mod decide;
+mod drive;
 mod event;
+mod follower;
+mod leader;
+mod links;
 mod refusal;
+mod role;
 mod status;
 
 pub use action::{Action, EndReason, Gate};
@@ -12,47 +42,172 @@ pub use event::{Command, Event, GuestReport, HeaderReport, ReadOutcome, Seal, Se
 pub use refusal::Refusal;
 pub use status::{ArbiterState, RoleName, Status};
 
-use crate::identity::RequestId;
+use crate::header::SeatHeader;
+use crate::identity::{ArbiterUid, Incarnation, LinkId, Nonce, RequestId, SeatId, SessionId, Term};
+use crate::message::{Message, PeerRole, SessionEnd, View};
+use attempt::Attempt;
+use links::Link;
+use role::{Confirmed, JoinStage, LeadStage, Role, Starting};
 
 /// The protocol core of one engine process.
 #[derive(Debug, Clone)]
 pub struct Core {
-    config: Config,
+    me: Incarnation,
+    timing: Timing,
+    other_seats: Vec<SeatId>,
     now_ms: u64,
+    /// Since when this process has been scheduled without a gap: silence before that is our own.
+    awake_since_ms: u64,
     requests: u64,
+    nonces: u64,
+    sessions: u64,
+    /// The header on disk.
+    durable: Option<SeatHeader>,
+    writing: Option<(RequestId, SeatHeader)>,
+    header_retry_ms: u64,
+    known_term: Term,
+    known_uid: Option<ArbiterUid>,
+    /// A re-created record that names us: its UID is being written to the header.
+    adopting: Option<(ArbiterUid, Term)>,
+    links: Vec<Link>,
+    role: Role,
+    attempt: Option<Attempt>,
+    next_attempt_ms: u64,
+    next_observe_ms: u64,
+    next_join_ms: u64,
+    /// UID and version that a write of unknown outcome expects: while the record has them it may still land.
+    unsettled: Option<(ArbiterUid, u64)>,
+    arbiter: ArbiterState,
+    refused: Option<Refusal>,
     gate: Gate,
+    failure: Option<String>,
 }
 
 impl Core {
     /// A core that has just started: no guest, no peer, gate closed. The driver calls `step` with [`Event::Tick`] next.
     pub fn new(config: Config) -> Self {
+        let Config {
+            incarnation,
+            header,
+            other_seats,
+            timing,
+            now_ms,
+        } = config;
+        let durable = match header {
+            StoredHeader::Found(header) => Some(header),
+            StoredHeader::Absent | StoredHeader::Damaged => None,
+        };
         Self {
-            now_ms: config.now_ms,
+            me: incarnation,
+            timing,
+            other_seats,
+            now_ms,
+            awake_since_ms: now_ms,
             requests: 0,
+            nonces: 0,
+            sessions: 0,
+            known_term: durable.as_ref().map_or(0, |header| header.term),
+            known_uid: durable.as_ref().map(|header| header.uid),
+            durable,
+            writing: None,
+            header_retry_ms: 0,
+            adopting: None,
+            links: Vec::new(),
+            role: Role::Starting(Starting {
+                stop: false,
+                start_over: None,
+                accept_loss: None,
+                holder_could_since_ms: None,
+                prepare: None,
+                stopped: None,
+            }),
+            attempt: None,
+            next_attempt_ms: now_ms,
+            next_observe_ms: now_ms + timing.observe_ms,
+            next_join_ms: now_ms,
+            unsettled: None,
+            arbiter: ArbiterState::Unknown,
+            refused: None,
             gate: Gate::Closed,
-            config,
+            failure: None,
         }
     }
 
     /// Handles one event. `now_ms` never steps back (if it does, the last value is used); `actions` is appended to and
     /// executed in order before the next step.
     pub fn step(&mut self, now_ms: u64, event: Event, actions: &mut Vec<Action>) {
+        if matches!(self.role, Role::Ended(_)) {
+            return;
+        }
+        if now_ms > self.now_ms + self.timing.peer_lost_ms / 2 {
+            self.awake_since_ms = now_ms;
+        }
         self.now_ms = self.now_ms.max(now_ms);
-        if event == Event::Tick {
-            let request = self.next_request();
-            let deadline_ms = self.now_ms + self.config.timing.arbiter_deadline_ms;
-            actions.push(Action::ReadRecord { request, deadline_ms });
+        let first = actions.len();
+        self.expire_attempt(actions);
+        self.take_in(event, actions);
+        self.drive(actions);
+        let gate = self.wanted_gate();
+        if gate != self.gate {
+            let opens = match (self.gate, gate) {
+                (_, Gate::Open) | (Gate::Closed, _) => true,
+                (Gate::Through(old), Gate::Through(new)) => new > old,
+                (Gate::Open | Gate::Through(_), _) => false,
+            };
+            self.gate = gate;
+            actions.insert(if opens { actions.len() } else { first }, Action::SetGate(gate));
         }
     }
 
-    fn next_request(&mut self) -> RequestId {
-        self.requests += 1;
-        RequestId(self.requests)
+    fn take_in(&mut self, event: Event, actions: &mut Vec<Action>) {
+        match event {
+            Event::Tick => {}
+            Event::Connected { link, peer } => self.on_connected(link, peer),
+            Event::Disconnected { link } => self.on_disconnected(link, actions),
+            Event::Received { link, message } => self.on_message(link, message, actions),
+            Event::PeerGone { peer } => self.on_peer_gone(peer, actions),
+            Event::EpochSealed { epoch, seal } => self.on_sealed(epoch, seal, actions),
+            Event::EpochStaged {
+                session,
+                epoch,
+                leader_acked,
+            } => {
+                self.on_staged(session, epoch, leader_acked, actions);
+            }
+            Event::SessionFailed { session } => self.on_session_failed(session, actions),
+            Event::HeaderWritten { request } => self.on_header_written(request, actions),
+            Event::HeaderFailed { request } => self.on_header_failed(request, actions),
+            Event::RecordRead { request, outcome } => self.on_read(request, outcome, actions),
+            Event::RecordSwapped { request, outcome } => self.on_swapped(request, outcome, actions),
+            Event::SeatsReported { request, reports } => self.on_reports(request, &reports, actions),
+            Event::GuestPoweredOff => self.on_powered_off(actions),
+            Event::GuestFailed { error } => {
+                self.failure = Some(error);
+                self.end(EndReason::GuestFailed, actions);
+            }
+            Event::Command(command) => self.on_command(command, actions),
+        }
     }
 
     /// When the next [`Event::Tick`] is due at the latest, in the core's clock.
     pub fn next_wake_ms(&self) -> u64 {
-        self.now_ms + self.config.timing.heartbeat_ms
+        let mut wake = self.now_ms + self.timing.heartbeat_ms;
+        let mut at = |time: u64| wake = wake.min(time);
+        for link in &self.links {
+            at(link.next_probe_ms());
+        }
+        if let Some((_, _, _, contact_ms)) = self.role.session() {
+            let lost_ms = contact_ms.max(self.awake_since_ms) + self.timing.peer_lost_ms + 1;
+            if lost_ms > self.now_ms {
+                at(lost_ms);
+            }
+        }
+        if let Some(deadline_ms) = self.attempt.as_ref().map(Attempt::deadline_ms) {
+            at(deadline_ms + 1);
+        } else if self.next_attempt_ms > self.now_ms {
+            at(self.next_attempt_ms);
+        }
+        wake.max(self.now_ms + 1)
     }
 
     /// The gate as of the last step.
@@ -60,27 +215,216 @@ impl Core {
         self.gate
     }
 
-    /// Snapshot for status, metrics and the daemon's answers to other seats.
-    pub fn status(&self) -> Status {
-        Status {
-            incarnation: self.config.incarnation,
-            role: RoleName::Starting,
-            holds_guest: false,
-            protected: false,
-            term: 0,
-            uid: None,
-            peer: None,
-            session: None,
-            gate: self.gate,
-            epoch: 0,
-            acked: 0,
-            arbiter: ArbiterState::Unknown,
-            unsettled: false,
-            contact_age_ms: None,
-            stopping: false,
-            refused: None,
-            recreate: None,
-            failure: None,
+    fn next_request(&mut self) -> RequestId {
+        self.requests += 1;
+        RequestId(self.requests)
+    }
+
+    fn next_nonce(&mut self) -> Nonce {
+        self.nonces += 1;
+        Nonce(u128::from(self.me.start) << 64 | u128::from(self.nonces))
+    }
+
+    fn next_session(&mut self) -> SessionId {
+        self.sessions += 1;
+        SessionId(self.sessions)
+    }
+
+    fn refuse(&mut self, refusal: Refusal, actions: &mut Vec<Action>) {
+        self.refused = Some(refusal);
+        actions.push(Action::Refused(refusal));
+    }
+
+    fn link(&self, id: LinkId) -> Option<&Link> {
+        self.links.iter().find(|link| link.id == id)
+    }
+
+    fn send(&self, link: LinkId, message: Message, actions: &mut Vec<Action>) {
+        if self.link(link).is_some() {
+            actions.push(Action::Send { link, message });
+        }
+    }
+
+    /// A write of this seat is on its way or may still land.
+    fn has_tried(&self) -> bool {
+        self.unsettled.is_some() || self.attempt.as_ref().is_some_and(Attempt::is_swapping)
+    }
+
+    fn contact_age_ms(&self) -> Option<u64> {
+        self.role
+            .session()
+            .map(|(_, _, _, contact_ms)| self.now_ms.saturating_sub(contact_ms))
+    }
+
+    /// Has the session's peer been silent too long? Silence during which this process itself did not run is none.
+    fn is_silent(&self) -> bool {
+        self.role.session().is_some_and(|(_, _, _, contact_ms)| {
+            self.now_ms.saturating_sub(contact_ms.max(self.awake_since_ms)) > self.timing.peer_lost_ms
+        })
+    }
+
+    /// Rule 11: no contact for longer than T.
+    fn is_contact_too_old(&self) -> bool {
+        self.contact_age_ms()
+            .is_some_and(|age_ms| age_ms > self.timing.contact_limit_ms)
+    }
+
+    /// Does the session that this seat leads work?
+    fn is_lead_healthy(&self) -> bool {
+        self.role.lead().is_some_and(|lead| lead.broken.is_none()) && !self.is_silent()
+    }
+
+    fn header_is_current(&self) -> bool {
+        self.needed_header()
+            .is_none_or(|needed| self.durable.as_ref() == Some(&needed))
+    }
+
+    fn wanted_gate(&self) -> Gate {
+        let (active, frozen) = match &self.role {
+            Role::Active(active) => (active, false),
+            Role::Frozen(frozen) => (&frozen.active, true),
+            Role::Starting(_) | Role::Joining(_) | Role::Standby(_) | Role::Ended(_) => return Gate::Closed,
+        };
+        if !self.header_is_current() {
+            return Gate::Closed;
+        }
+        let live = active
+            .lead
+            .as_ref()
+            .is_some_and(|lead| !matches!(lead.stage, LeadStage::Offered { .. } | LeadStage::Streaming));
+        if active.confirmed == Confirmed::Alone && !active.doubt && !live && !frozen {
+            return Gate::Open;
+        }
+        let acked = active.lead.as_ref().map_or(0, |lead| lead.acked);
+        Gate::Through(active.floor.max(acked))
+    }
+
+    fn view(&self) -> View {
+        let role = match &self.role {
+            Role::Starting(_) => PeerRole::Starting,
+            Role::Joining(_) => PeerRole::Joining,
+            Role::Standby(_) => PeerRole::Standby,
+            Role::Active(_) => PeerRole::Active,
+            Role::Frozen(_) => PeerRole::Frozen,
+            Role::Ended(_) => PeerRole::Ended,
+        };
+        let session = match &self.role {
+            Role::Joining(joining) => Some((joining.leader, joining.session)),
+            Role::Standby(standby) => Some((standby.leader, standby.session)),
+            Role::Active(_) | Role::Frozen(_) => self.role.lead().map(|lead| (self.me, lead.session)),
+            Role::Starting(_) | Role::Ended(_) => None,
+        };
+        View {
+            role,
+            term: self.known_term,
+            uid: self.known_uid,
+            session,
+            unsettled: self.has_tried(),
+        }
+    }
+
+    /// Ends for good. Tells the other side of a session if it can.
+    fn end(&mut self, reason: EndReason, actions: &mut Vec<Action>) {
+        if let Role::Joining(_) | Role::Standby(_) = &self.role
+            && let Some((_, session, link, _)) = self.role.session()
+        {
+            self.send(
+                link,
+                Message::End {
+                    session,
+                    reason: SessionEnd::FollowerLeft,
+                },
+                actions,
+            );
+        }
+        self.attempt = None;
+        self.role = Role::Ended(reason);
+        actions.push(Action::End(reason));
+    }
+
+    // ---- header
+
+    /// The header that this role needs on disk, if it needs any.
+    fn needed_header(&self) -> Option<SeatHeader> {
+        let uid = self.adopting.map(|(uid, _)| uid).or(self.known_uid);
+        match &self.role {
+            Role::Starting(starting) => starting.prepare.clone(),
+            Role::Joining(joining) => Some(SeatHeader {
+                term: if joining.stage == JoinStage::Completing {
+                    self.known_term
+                } else {
+                    self.durable.as_ref().map_or(0, |header| header.term)
+                },
+                uid: joining.uid,
+                incarnations: vec![self.me],
+                complete: joining.stage == JoinStage::Completing,
+            }),
+            Role::Standby(_) => self.durable.as_ref().map(|header| SeatHeader {
+                uid: uid.unwrap_or(header.uid),
+                ..header.clone()
+            }),
+            Role::Active(active) | Role::Frozen(role::Frozen { active, .. }) => Some(SeatHeader {
+                term: active.term.max(self.adopting.map_or(0, |(_, term)| term)),
+                uid: uid?,
+                incarnations: vec![self.me],
+                complete: true,
+            }),
+            Role::Ended(_) => None,
+        }
+    }
+
+    fn write_header(&mut self, actions: &mut Vec<Action>) {
+        if self.writing.is_some() || self.now_ms < self.header_retry_ms || self.header_is_current() {
+            return;
+        }
+        if let Some(header) = self.needed_header() {
+            let request = self.next_request();
+            self.writing = Some((request, header.clone()));
+            actions.push(Action::WriteHeader { request, header });
+        }
+    }
+
+    fn on_header_written(&mut self, request: RequestId, actions: &mut Vec<Action>) {
+        match self.writing.take_if(|(writing, _)| *writing == request) {
+            Some((_, header)) => self.durable = Some(header),
+            None => actions.push(Action::Refused(Refusal::StaleAnswer)),
+        }
+        if let Some((uid, term)) = self.adopting
+            && self.durable.as_ref().is_some_and(|header| header.uid == uid)
+        {
+            self.finish_adoption(uid, term);
+        }
+    }
+
+    fn on_header_failed(&mut self, request: RequestId, actions: &mut Vec<Action>) {
+        if self.writing.take_if(|(writing, _)| *writing == request).is_none() {
+            actions.push(Action::Refused(Refusal::StaleAnswer));
+            return;
+        }
+        self.header_retry_ms = self.now_ms + self.timing.retry_ms;
+        self.refuse(Refusal::HeaderNotWritten, actions);
+        let peer_can_do_it = match &self.role {
+            Role::Joining(_) => true,
+            Role::Active(active) => {
+                active.confirmed == Confirmed::Pair && !active.doubt && active.stop.is_none() && self.is_lead_healthy()
+            }
+            Role::Starting(_) | Role::Standby(_) | Role::Frozen(_) | Role::Ended(_) => false,
+        };
+        if peer_can_do_it {
+            self.end(EndReason::HeaderFailed, actions);
+        }
+    }
+
+    fn finish_adoption(&mut self, uid: ArbiterUid, term: Term) {
+        self.adopting = None;
+        self.known_uid = Some(uid);
+        self.known_term = self.known_term.max(term);
+        // Writes for the old record can't land in the new one.
+        self.unsettled = None;
+        match &mut self.role {
+            Role::Active(active) | Role::Frozen(role::Frozen { active, .. }) => active.term = active.term.max(term),
+            Role::Standby(standby) => standby.unsettled_since_ms = None,
+            Role::Starting(_) | Role::Joining(_) | Role::Ended(_) => {}
         }
     }
 }

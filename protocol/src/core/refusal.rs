@@ -99,6 +99,9 @@ pub enum Refusal {
     /// The stop is already being written.
     #[error("the stop is already being written: wait until it is stopped, then start")]
     StopUnderWay,
+    /// The header could not be written.
+    #[error("seat header could not be written: nothing is released until it is; check the seat's storage")]
+    HeaderNotWritten,
     /// The target refused a switchover or did not answer in time.
     #[error("{0} did not take over in time: the guest goes on here after a swap")]
     SwitchFailed(Incarnation),

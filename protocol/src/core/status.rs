@@ -1,10 +1,12 @@
 //! What the core tells about itself: for status files, metrics, conditions.
 
-use crate::identity::{ArbiterUid, Epoch, Incarnation, SessionId, Term};
-use crate::record::Record;
+use crate::identity::{ArbiterUid, Epoch, Incarnation, Nonce, SessionId, Term};
+use crate::record::{Members, Phase, Record};
 
-use super::action::Gate;
+use super::Core;
+use super::action::{EndReason, Gate};
 use super::refusal::Refusal;
+use super::role::{Confirmed, Frozen, LeadStage, Role};
 
 /// Role in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -45,6 +47,8 @@ pub struct Status {
     pub incarnation: Incarnation,
     /// Its role.
     pub role: RoleName,
+    /// Why it ended, in role [`RoleName::Ended`].
+    pub ended: Option<EndReason>,
     /// Has a running or paused guest or a checkpoint that it may run: what the daemon answers other seats with
     /// ([`super::event::GuestReport::Present`]).
     pub holds_guest: bool,
@@ -75,8 +79,92 @@ pub struct Status {
     /// Why the last attempt or command was refused; what a person sees when it waits.
     pub refused: Option<Refusal>,
     /// The record that the operator may create if it is gone: this seat's consent. For `members` of two, both seats
-    /// must give the same consent (term: the larger one).
+    /// must give the same consent (term: the larger one). The operator draws the nonce.
     pub recreate: Option<Record>,
     /// Text of a guest failure.
     pub failure: Option<String>,
+}
+
+impl Core {
+    /// Snapshot for status, metrics and the daemon's answers to other seats.
+    pub fn status(&self) -> Status {
+        let session = self.role.session();
+        let active = self.role.active();
+        let (epoch, acked) = match &self.role {
+            Role::Standby(standby) => (standby.staged, standby.acked),
+            Role::Joining(joining) => (joining.staged, 0),
+            Role::Active(active) | Role::Frozen(Frozen { active, .. }) => {
+                (active.running, active.lead.as_ref().map_or(0, |lead| lead.acked))
+            }
+            Role::Starting(_) | Role::Ended(_) => (0, 0),
+        };
+        Status {
+            incarnation: self.me,
+            role: self.role.name(),
+            ended: if let Role::Ended(reason) = self.role {
+                Some(reason)
+            } else {
+                None
+            },
+            holds_guest: matches!(self.role, Role::Standby(_) | Role::Active(_) | Role::Frozen(_)),
+            protected: self.is_protected(),
+            term: self.known_term,
+            uid: self.known_uid,
+            peer: session.map(|(peer, ..)| peer),
+            session: session.map(|(_, session, ..)| session),
+            gate: self.gate,
+            epoch,
+            acked,
+            arbiter: self.arbiter,
+            unsettled: self.unsettled.is_some() || active.is_some_and(|active| active.doubt),
+            contact_age_ms: self.contact_age_ms(),
+            stopping: active.is_some_and(|active| active.stop.is_some()),
+            refused: self.refused,
+            recreate: self.recreate_consent(),
+            failure: self.failure.clone(),
+        }
+    }
+
+    fn is_protected(&self) -> bool {
+        match &self.role {
+            Role::Active(active) => {
+                active.confirmed == Confirmed::Pair
+                    && !active.doubt
+                    && active.lead.as_ref().is_some_and(|lead| lead.stage == LeadStage::Live)
+                    && self.is_lead_healthy()
+                    && self.header_is_current()
+            }
+            Role::Starting(_) | Role::Joining(_) | Role::Standby(_) | Role::Frozen(_) | Role::Ended(_) => false,
+        }
+    }
+
+    /// Rule 10: the record that may be created in place of one that is gone, as far as this seat is concerned.
+    fn recreate_consent(&self) -> Option<Record> {
+        let known = self.known_uid.filter(|_| self.arbiter == ArbiterState::Gone)?;
+        if self.has_tried() || self.adopting.is_some() {
+            return None;
+        }
+        let (holder, members) = match &self.role {
+            Role::Active(active) if active.stop.is_none() => match (active.confirmed, &active.lead) {
+                (Confirmed::Alone, None) if !active.doubt => (self.me, Members::one(self.me)),
+                (Confirmed::Pair, Some(lead)) if lead.stage == LeadStage::Live && self.is_lead_healthy() => {
+                    (self.me, Members::pair(self.me, lead.peer))
+                }
+                _ => return None,
+            },
+            Role::Standby(standby) if !standby.lost && !standby.failed && !self.is_silent() => {
+                (standby.leader, Members::pair(self.me, standby.leader))
+            }
+            _ => return None,
+        };
+        Some(Record {
+            holder,
+            members,
+            term: self.known_term + 1,
+            nonce: Nonce(0),
+            phase: Phase::Running,
+            group: 0,
+            predecessor: Some(known),
+        })
+    }
 }
