@@ -228,6 +228,7 @@ pub struct Timing {
     pub contact_limit_ms: u32,
     pub ack_stall_ms: u32,
     pub switch_ms: u32,
+    pub observe_ms: u32,
     pub holder_first_ms: u32,
 }
 
@@ -243,6 +244,7 @@ impl Default for Timing {
             contact_limit_ms: ms(core.contact_limit_ms),
             ack_stall_ms: ms(core.ack_stall_ms),
             switch_ms: ms(core.switch_ms),
+            observe_ms: ms(core.observe_ms),
             holder_first_ms: ms(core.holder_first_ms),
         }
     }
@@ -258,6 +260,7 @@ impl From<&Timing> for ftvm_protocol::core::Timing {
             contact_limit_ms: timing.contact_limit_ms.into(),
             ack_stall_ms: timing.ack_stall_ms.into(),
             switch_ms: timing.switch_ms.into(),
+            observe_ms: timing.observe_ms.into(),
             holder_first_ms: timing.holder_first_ms.into(),
         }
     }

@@ -340,11 +340,11 @@ impl Active {
         if epoch != self.running {
             return Err(Refusal::EpochGap);
         }
-        if let (Seal::JoinCut, Some(lead)) = (seal, &mut self.lead) {
-            if lead.stage == LeadStage::Streaming {
-                lead.stage = LeadStage::Live;
-                lead.cut = epoch;
-            }
+        if let (Seal::JoinCut, Some(lead)) = (seal, &mut self.lead)
+            && lead.stage == LeadStage::Streaming
+        {
+            lead.stage = LeadStage::Live;
+            lead.cut = epoch;
         }
         self.running = epoch + 1;
         // Produced while confirmed alone: free, whatever comes.
