@@ -19,8 +19,10 @@
 //! Invariant: every buffer is bounded; who produces faster than the link carries waits or is told so.
 
 pub mod epoch;
+pub mod link;
 pub mod memory;
 pub mod pages;
+pub mod threads;
 
 pub use memory::{HeapMemory, PAGE_SIZE, Page, PageMemory};
 
