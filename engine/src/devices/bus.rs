@@ -135,9 +135,9 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Default)]
 pub struct Buses {
     /// Port I/O, 0..=0xffff.
-    pub pio: Bus,
+    pub pio: Arc<Bus>,
     /// Memory-mapped I/O, guest physical addresses outside RAM.
-    pub mmio: Bus,
+    pub mmio: Arc<Bus>,
 }
 
 #[cfg(test)]
