@@ -56,7 +56,7 @@ pub(super) fn write_gdt(mem: &GuestMem) -> Result<(), BootError> {
 pub(super) fn write_page_tables(mem: &GuestMem, at: u64) -> Result<(), BootError> {
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 1 << 7;
-    write_all(mem, at, &(at + 0x1000 | PRESENT_WRITABLE).to_le_bytes())?;
+    write_all(mem, at, &((at + 0x1000) | PRESENT_WRITABLE).to_le_bytes())?;
     for gib in 0..4u64 {
         let directory = at + 0x2000 + gib * 0x1000;
         write_all(
@@ -64,7 +64,7 @@ pub(super) fn write_page_tables(mem: &GuestMem, at: u64) -> Result<(), BootError
             at + 0x1000 + gib * 8,
             &(directory | PRESENT_WRITABLE).to_le_bytes(),
         )?;
-        let entries = (0..512u64).map(|entry| (gib << 30) + (entry << 21) | PRESENT_WRITABLE | LARGE);
+        let entries = (0..512u64).map(|entry| ((gib << 30) + (entry << 21)) | PRESENT_WRITABLE | LARGE);
         let bytes: Vec<u8> = entries.flat_map(u64::to_le_bytes).collect();
         write_all(mem, directory, &bytes)?;
     }
