@@ -1,0 +1,100 @@
+//! What the daemon says: commands, and answers to what the core asked.
+
+use std::time::Instant;
+
+use ftvm_protocol::core::{Command as CoreCommand, Event, ReadOutcome, SwapOutcome};
+use ftvm_protocol::identity::RequestId;
+
+use super::{Driver, Ended};
+use crate::control::{Answer, Command, CommandId, Reply, exit_code};
+
+impl Driver {
+    pub(super) fn command(&mut self, id: CommandId, command: Command) {
+        let core = |command| Event::Command(command);
+        match command {
+            Command::Status => {
+                let status = self.status();
+                self.control.reply(id, Reply::Status(Box::new(status)));
+            }
+            Command::SetPeers { peers } => {
+                let dialled = peers.iter().map(|peer| (peer.seat_id, peer.address)).collect();
+                self.seat.peers = peers;
+                self.hub.set_peers(dialled);
+                self.control.reply(id, Reply::Ok);
+            }
+            Command::PeerGone { incarnation, why } => {
+                tracing::info!("hint: {incarnation} has ended ({why})");
+                self.control.reply(id, Reply::Ok);
+                self.step(Event::PeerGone { peer: incarnation });
+            }
+            Command::Switchover => self.core_command(id, core(CoreCommand::Switchover)),
+            Command::Stop => self.core_command(id, core(CoreCommand::Stop)),
+            Command::Start { over_stopped_term } => {
+                self.core_command(id, core(CoreCommand::Start { over_stopped_term }));
+            }
+            Command::AcceptDataLoss { holder } => self.core_command(id, core(CoreCommand::AcceptDataLoss { holder })),
+            Command::PowerButton => {
+                self.seat.machine.press_power_button();
+                self.control.reply(id, Reply::Ok);
+            }
+            Command::ConsoleInput { bytes } => {
+                self.seat.machine.console_input(&bytes);
+                self.control.reply(id, Reply::Ok);
+            }
+            Command::Digest => self.begin_digest(id),
+            Command::Quit => {
+                self.control.reply(id, Reply::Ok);
+                self.ended = Some(Ended {
+                    code: exit_code::OK,
+                    message: "ended by the daemon's command; the arbiter's record was not touched".to_owned(),
+                });
+            }
+        }
+    }
+
+    /// A command that the core decides: refused if one of its actions says so, begun otherwise.
+    fn core_command(&mut self, id: CommandId, event: Event) {
+        self.commanding = Some(id);
+        self.step(event);
+        if let Some(id) = self.commanding.take() {
+            self.control.reply(id, Reply::Ok);
+        }
+    }
+
+    pub(super) fn answered(&mut self, request: u64, answer: Answer, why: Option<String>, deadline: Instant) {
+        let Some(request) = self.requests.remove(&request) else { return };
+        if let Some(why) = why {
+            tracing::warn!("{why}");
+            self.figures.last_trouble = Some(why);
+        }
+        let late = Instant::now() > deadline;
+        self.step(event_of(request, answer, late));
+    }
+}
+
+/// An answer that is handled after its deadline is none: the process may have stood still in between (rule 2).
+fn event_of(request: RequestId, answer: Answer, late: bool) -> Event {
+    match answer {
+        Answer::Read(outcome) => Event::RecordRead {
+            request,
+            outcome: if late { ReadOutcome::Unreachable } else { outcome },
+        },
+        Answer::Swap(outcome) => Event::RecordSwapped {
+            request,
+            outcome: if late { late_swap(outcome) } else { outcome },
+        },
+        Answer::Seats(reports) => Event::SeatsReported {
+            request,
+            reports: if late { Vec::new() } else { reports },
+        },
+    }
+}
+
+/// A refusal stays one however late it is read; a success that is read too late is unknown.
+fn late_swap(outcome: SwapOutcome) -> SwapOutcome {
+    match outcome {
+        SwapOutcome::Won(_) | SwapOutcome::Unknown => SwapOutcome::Unknown,
+        SwapOutcome::Conflict => SwapOutcome::Conflict,
+        SwapOutcome::NotSent => SwapOutcome::NotSent,
+    }
+}

@@ -1,0 +1,262 @@
+//! The thread that receives a session's epochs.
+//!
+//! ```text
+//!   frames ─► EpochReceiver ─► staged ──(journal, fsync if flushed)──► report Staged ─► core ─► Apply ─► memory, disks
+//! ```
+//!
+//! The driver says what may be applied, so memory never runs ahead of what the core counts as this seat's state.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use ftvm_protocol::identity::{Epoch, SessionId};
+use ftvm_protocol::wire::Kind;
+
+use super::Queue;
+use crate::replication::epoch::{EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input};
+use crate::replication::link::Frame;
+use crate::replication::memory::PageMemory;
+use crate::replication::resync::ResyncTarget;
+use crate::replication::standby_disks::StandbyDisks;
+
+/// Most bytes of input kept for injection, and of output kept for sending again.
+const LOG_BYTES: usize = 8 << 20;
+
+/// For the receiving thread.
+pub enum Job {
+    /// A frame of some session.
+    Frame(Frame),
+    /// The core counts this epoch as this seat's state: bring memory and disks there.
+    Apply(Epoch),
+    /// Takeover from this epoch. The thread ends.
+    TakeOver {
+        /// The last staged epoch, as the core counts.
+        epoch: Epoch,
+        /// Takes what the successor needs.
+        reply: Sender<Result<TakenOver, String>>,
+    },
+}
+
+/// What a successor starts from. Memory and disks are at the epoch already.
+pub struct TakenOver {
+    /// vCPU and device state.
+    pub state: Vec<u8>,
+    /// Input that the guest got after the checkpoint.
+    pub inputs: Vec<PortData>,
+    /// Output that may not have left, oldest first.
+    pub outputs: Vec<PortData>,
+}
+
+/// What the receiving thread reports.
+#[derive(Debug)]
+pub struct Report {
+    /// The session.
+    pub session: SessionId,
+    /// What happened.
+    pub news: News,
+}
+
+/// News of a session that is followed.
+#[derive(Debug)]
+pub enum News {
+    /// An epoch is here whole, checked, and durable as far as it has to be.
+    Staged {
+        /// Which.
+        epoch: Epoch,
+        /// Output up to here has left the leader.
+        leader_acked: Epoch,
+        /// It completes a resync: load the state once to prove that it loads.
+        joins: bool,
+        /// vCPU and device state.
+        state: Arc<[u8]>,
+    },
+    /// The session can't go on.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+/// What a follower works on.
+pub struct Place {
+    /// Guest RAM.
+    pub memory: Arc<dyn PageMemory>,
+    /// The seat's disks and journal.
+    pub disks: StandbyDisks,
+    /// What is accepted.
+    pub limits: StagingLimits,
+}
+
+/// Where frames and orders for the receiving thread go.
+#[derive(Clone)]
+pub struct Receiving(Sender<Job>);
+
+impl Receiving {
+    /// Starts the thread for a session. `last`: the epoch that memory is at, with its state, if no resync comes first.
+    pub fn start(
+        session: SessionId,
+        place: Place,
+        last: Option<(Epoch, Vec<u8>)>,
+        queue: Queue,
+        enter: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (jobs, todo) = channel();
+        std::thread::Builder::new().name("receive".to_owned()).spawn(move || {
+            enter();
+            Follower::new(session, place, last, queue).run(&todo);
+        })?;
+        Ok(Self(jobs))
+    }
+
+    /// Hands a job over; dropped if the thread has ended.
+    pub fn give(&self, job: Job) {
+        let _ = self.0.send(job);
+    }
+
+    /// Takes over from `epoch`: waits until memory and disks are there.
+    pub fn take_over(&self, epoch: Epoch) -> Result<TakenOver, String> {
+        let (reply, answer) = channel();
+        self.give(Job::TakeOver { epoch, reply });
+        answer
+            .recv()
+            .map_err(|_| "the receiving thread has ended before the takeover".to_owned())?
+    }
+}
+
+struct Follower {
+    session: SessionId,
+    place: Place,
+    receiver: EpochReceiver,
+    resync: ResyncTarget,
+    staged: VecDeque<StagedEpoch>,
+    applied: Option<(Epoch, Vec<u8>)>,
+    inputs: InputLog,
+    outputs: OutputLog,
+    queue: Queue,
+}
+
+impl Follower {
+    fn new(session: SessionId, place: Place, last: Option<(Epoch, Vec<u8>)>, queue: Queue) -> Self {
+        let last_epoch = last.as_ref().map(|(epoch, _)| *epoch);
+        Self {
+            session,
+            receiver: EpochReceiver::new(place.limits.clone(), last_epoch),
+            resync: ResyncTarget::new(&place.limits),
+            place,
+            staged: VecDeque::new(),
+            applied: last,
+            inputs: InputLog::new(LOG_BYTES),
+            outputs: OutputLog::new(LOG_BYTES),
+            queue,
+        }
+    }
+
+    fn run(mut self, todo: &Receiver<Job>) {
+        while let Ok(job) = todo.recv() {
+            match job {
+                Job::Frame(frame) if frame.session != self.session.0 => {}
+                Job::Frame(frame) => {
+                    if let Err(why) = self.frame(frame) {
+                        return self.report(News::Failed { why });
+                    }
+                }
+                Job::Apply(epoch) => {
+                    if let Err(why) = self.apply_through(epoch) {
+                        return self.report(News::Failed { why });
+                    }
+                }
+                Job::TakeOver { epoch, reply } => {
+                    // A driver that does not wait any more is one that ends.
+                    let _ = reply.send(self.take_over(epoch));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn report(&self, news: News) {
+        self.queue.follow(Report {
+            session: self.session,
+            news,
+        });
+    }
+
+    fn frame(&mut self, frame: Frame) -> Result<(), String> {
+        match frame.kind {
+            Kind::Input => {
+                let items = decode_input(&frame.payload, self.place.limits.nics).map_err(|error| error.to_string())?;
+                self.inputs.add(frame.epoch, items);
+                Ok(())
+            }
+            Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => {
+                let place = &mut self.place;
+                self.resync
+                    .accept(frame.kind, frame.payload, &*place.memory, &mut place.disks)
+                    .map_err(|error| error.to_string())?;
+                self.receiver.bulk_frame();
+                Ok(())
+            }
+            kind => {
+                let staged = self.receiver.accept(kind, frame.epoch, frame.payload);
+                match staged.map_err(|error| error.to_string())? {
+                    Some(staged) => self.stage(staged),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+
+    fn stage(&mut self, staged: StagedEpoch) -> Result<(), String> {
+        let joins = staged.base.is_none();
+        let disks = &mut self.place.disks;
+        disks
+            .stage(staged.epoch, &staged.disk, staged.contains_flush || joins)
+            .map_err(|error| error.to_string())?;
+        let news = News::Staged {
+            epoch: staged.epoch,
+            leader_acked: staged.released_through,
+            joins,
+            state: Arc::from(staged.state.as_slice()),
+        };
+        self.staged.push_back(staged);
+        if joins {
+            // Nobody may take over before the join is acknowledged, and the proof of loading needs the memory.
+            let epoch = self.receiver.last().unwrap_or_default();
+            self.apply_through(epoch)?;
+        }
+        self.report(news);
+        Ok(())
+    }
+
+    fn apply_through(&mut self, epoch: Epoch) -> Result<(), String> {
+        while self.staged.front().is_some_and(|staged| staged.epoch <= epoch) {
+            let Some(staged) = self.staged.pop_front() else { break };
+            staged.apply_pages(&*self.place.memory);
+            let disks = &mut self.place.disks;
+            disks.commit(staged.epoch).map_err(|error| error.to_string())?;
+            self.inputs.contained_through(staged.epoch);
+            self.outputs
+                .add(staged.epoch, staged.outputs, staged.released_through);
+            self.applied = Some((staged.epoch, staged.state));
+        }
+        Ok(())
+    }
+
+    fn take_over(&mut self, epoch: Epoch) -> Result<TakenOver, String> {
+        self.apply_through(epoch)?;
+        self.place.disks.settle().map_err(|error| error.to_string())?;
+        let (applied, state) = self
+            .applied
+            .take()
+            .ok_or("there is no complete checkpoint to take over from")?;
+        if applied != epoch {
+            return Err(format!("memory is at epoch {applied}, the core counts {epoch}"));
+        }
+        Ok(TakenOver {
+            state,
+            inputs: self.inputs.take_for_injection(epoch),
+            outputs: self.outputs.take_for_resending(),
+        })
+    }
+}

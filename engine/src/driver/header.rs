@@ -1,0 +1,41 @@
+//! The thread that writes the seat's header: an fsync may take long, and heartbeats don't wait.
+
+use std::sync::mpsc::{Sender, channel};
+
+use ftvm_protocol::header::SeatHeader;
+use ftvm_protocol::identity::RequestId;
+
+use super::Queue;
+use crate::control::header_file::HeaderFile;
+
+/// Writes headers one after another; each is reported.
+pub struct HeaderWriter(Sender<(RequestId, SeatHeader)>);
+
+impl HeaderWriter {
+    /// Starts the thread; `enter` runs first in it.
+    pub fn start(
+        mut file: HeaderFile,
+        queue: Queue,
+        enter: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (jobs, todo) = channel::<(RequestId, SeatHeader)>();
+        std::thread::Builder::new().name("header".to_owned()).spawn(move || {
+            enter();
+            while let Ok((request, header)) = todo.recv() {
+                let written = file.write(&header).map_err(|error| format!("{error}: {}", source_of(&error)));
+                queue.header(request, written);
+            }
+        })?;
+        Ok(Self(jobs))
+    }
+
+    /// Hands a header over.
+    pub fn write(&self, request: RequestId, header: SeatHeader) {
+        // The thread lives as long as the process.
+        let _ = self.0.send((request, header));
+    }
+}
+
+fn source_of(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(String::new, ToString::to_string)
+}

@@ -1,0 +1,204 @@
+//! The thread that sends a session's epochs, and what the driver knows of the session it leads.
+//!
+//! Encoding pages takes the time that the guest must not lose, so the driver only hands over what is to be sent. Jobs
+//! are done in order; each has one report.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, SessionId};
+
+use super::Queue;
+use crate::checkpoint::Pacer;
+use crate::memory::DirtyPages;
+use crate::replication::epoch::{EpochSender, EpochStats, SealedEpoch, SendError};
+use crate::replication::memory::PageMemory;
+use crate::replication::pages::LivePages;
+use crate::replication::resync::{ResyncError, ResyncSource};
+
+/// Something to send.
+pub enum Job {
+    /// The whole machine, while the guest runs.
+    Resync(Box<ResyncSource>),
+    /// Pages of the running epoch, while the guest runs.
+    Round {
+        /// The running epoch.
+        epoch: Epoch,
+        /// What it builds on.
+        base: Option<Epoch>,
+        /// Output up to here has left.
+        released_through: Epoch,
+        /// The pages.
+        pages: Vec<u32>,
+    },
+    /// The end of an epoch.
+    Finish(Box<SealedEpoch>),
+}
+
+/// What became of a job.
+#[derive(Debug)]
+pub enum Done {
+    /// The bulk was sent.
+    Resync,
+    /// A round is encoded and queued.
+    Round,
+    /// An epoch is queued whole.
+    Epoch {
+        /// Which.
+        epoch: Epoch,
+        /// What it took.
+        stats: EpochStats,
+    },
+    /// The session can't go on.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+/// A report of the sending thread.
+#[derive(Debug)]
+pub struct Report {
+    /// The session that it belongs to.
+    pub session: SessionId,
+    /// What became of the job.
+    pub done: Done,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum JobError {
+    #[error(transparent)]
+    Send(#[from] SendError),
+    #[error(transparent)]
+    Resync(#[from] ResyncError),
+}
+
+/// The sending thread of one session. It ends when this is dropped and the link is down or its jobs are done.
+pub struct Sending {
+    jobs: Sender<Job>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Sending {
+    /// Starts the thread; `enter` runs first in it.
+    pub fn start(
+        session: SessionId,
+        sender: EpochSender,
+        memory: Arc<dyn PageMemory>,
+        queue: Queue,
+        enter: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (jobs, todo) = channel();
+        let thread = std::thread::Builder::new().name("epochs".to_owned()).spawn(move || {
+            enter();
+            send_all(session, sender, &memory, &todo, &queue);
+        })?;
+        Ok(Self {
+            jobs,
+            thread: Some(thread),
+        })
+    }
+
+    /// Hands a job over. A thread that is gone has reported why.
+    pub fn give(&self, job: Job) {
+        let _ = self.jobs.send(job);
+    }
+
+    /// Ends the thread without waiting for it: it may wait for a link that the driver is about to close.
+    pub fn abandon(mut self) {
+        drop(self.thread.take());
+    }
+}
+
+fn send_all(
+    session: SessionId,
+    mut sender: EpochSender,
+    memory: &Arc<dyn PageMemory>,
+    todo: &Receiver<Job>,
+    queue: &Queue,
+) {
+    let mut begun = None;
+    while let Ok(job) = todo.recv() {
+        let done = match do_job(&mut sender, memory, &mut begun, job) {
+            Ok(done) => done,
+            Err(error) => Done::Failed { why: error.to_string() },
+        };
+        let failed = matches!(done, Done::Failed { .. });
+        queue.lead(Report { session, done });
+        if failed {
+            return;
+        }
+    }
+}
+
+fn do_job(
+    sender: &mut EpochSender,
+    memory: &Arc<dyn PageMemory>,
+    begun: &mut Option<Epoch>,
+    job: Job,
+) -> Result<Done, JobError> {
+    match job {
+        Job::Resync(source) => {
+            source.run(sender)?;
+            Ok(Done::Resync)
+        }
+        Job::Round {
+            epoch,
+            base,
+            released_through,
+            pages,
+        } => {
+            if *begun != Some(epoch) {
+                sender.begin(epoch, base, released_through)?;
+                *begun = Some(epoch);
+            }
+            sender.pages(Arc::new(LivePages::new(memory.clone(), pages)))?;
+            Ok(Done::Round)
+        }
+        Job::Finish(sealed) => {
+            let stats = sender.finish(&sealed)?;
+            Ok(Done::Epoch {
+                epoch: sealed.epoch,
+                stats,
+            })
+        }
+    }
+}
+
+/// How far a session that this seat leads has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The joiner is not ready yet.
+    Prepared,
+    /// The bulk is being sent.
+    Bulk,
+    /// The bulk is sent; the join checkpoint comes next.
+    JoinCut,
+    /// Ordinary epochs.
+    Streaming,
+}
+
+/// The session that this seat leads.
+pub struct Leading {
+    /// Its name.
+    pub session: SessionId,
+    /// The link that carries its bulk.
+    pub link: LinkId,
+    /// The follower.
+    pub peer: Incarnation,
+    /// How far it is.
+    pub stage: Stage,
+    /// Its thread.
+    pub sending: Sending,
+    /// When to end an epoch.
+    pub pacer: Pacer,
+    /// Dirty and not sent.
+    pub dirty: DirtyPages,
+    /// What the running epoch builds on; none before the join checkpoint.
+    pub base: Option<Epoch>,
+    /// Sealed and not acknowledged, with the time of the seal.
+    pub in_flight: VecDeque<(Epoch, Instant)>,
+}

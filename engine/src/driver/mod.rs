@@ -1,0 +1,302 @@
+//! The one thread that owns a seat: it runs the protocol core and does what the core says.
+//!
+//! ```text
+//!   control thread ─┐
+//!   link threads  ──┤                 ┌─► arbiter requests, header writes, control messages
+//!   vCPUs, devices ─┼─► queue ─► core ─► actions ─► machine: boot, pause, load, run
+//!   sender, receiver┤                 └─► outbox: gate
+//!   header writer ──┘
+//! ```
+//!
+//! Invariant: everything that may change the seat's role is an event in the queue; the core decides, the driver executes
+//! all actions of a step in order before it takes the next event.
+//!
+//! Invariant: the driver never waits for a peer, a disk or the daemon. What may take long has a thread of its own that
+//! reports back. The one exception is a takeover, which waits for what was received to be applied.
+
+mod act;
+mod command;
+mod epochs;
+mod follow;
+mod header;
+mod lead;
+mod seat;
+mod status;
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use ftvm_protocol::core::{Action, Core, Event, RoleName, Status as CoreStatus};
+use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId};
+
+use crate::control::{self, CommandId, Handle};
+use crate::machine::VmEvent;
+use crate::replication::link::{LinkEvent, LinkHub, LinkSender};
+
+pub use seat::{Seat, SeatError, prepare};
+
+/// What reaches the driver.
+#[derive(Debug)]
+enum Input {
+    Control(control::Input),
+    Link(LinkEvent),
+    Machine(VmEvent),
+    Lead(lead::Report),
+    Follow(follow::Report),
+    Header { request: RequestId, written: Result<(), String> },
+}
+
+/// Where everybody else puts what the driver has to know. Never blocks.
+#[derive(Clone, Debug)]
+pub struct Queue(Sender<Input>);
+
+impl Queue {
+    fn put(&self, input: Input) {
+        // The driver is gone only when the process ends.
+        let _ = self.0.send(input);
+    }
+
+    /// From the control thread.
+    pub fn control(&self, input: control::Input) {
+        self.put(Input::Control(input));
+    }
+
+    /// From a link's thread.
+    pub fn link(&self, event: LinkEvent) {
+        self.put(Input::Link(event));
+    }
+
+    /// From the machine's threads.
+    pub fn machine(&self, event: VmEvent) {
+        self.put(Input::Machine(event));
+    }
+
+    fn lead(&self, report: lead::Report) {
+        self.put(Input::Lead(report));
+    }
+
+    fn follow(&self, report: follow::Report) {
+        self.put(Input::Follow(report));
+    }
+
+    fn header(&self, request: RequestId, written: Result<(), String>) {
+        self.put(Input::Header { request, written });
+    }
+}
+
+/// A queue and the driver's end of it.
+pub fn queue() -> (Queue, Inputs) {
+    let (sender, receiver) = channel();
+    (Queue(sender), Inputs(receiver))
+}
+
+/// The driver's end of its queue.
+pub struct Inputs(Receiver<Input>);
+
+/// A link that is up.
+struct Link {
+    peer: Incarnation,
+    sender: LinkSender,
+}
+
+/// How the engine ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Exit code, see `docs/exit-codes.md`.
+    pub code: u8,
+    /// What, where, why, what to do.
+    pub message: String,
+}
+
+/// What the guest does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    /// There is none, or only a checkpoint of it.
+    None,
+    /// Its vCPUs run.
+    Running,
+    /// It stands still at the end of an epoch.
+    Paused,
+}
+
+/// The owner of a seat.
+pub struct Driver {
+    core: Core,
+    seat: Seat,
+    control: Handle,
+    hub: LinkHub,
+    queue: Queue,
+    began: Instant,
+    links: BTreeMap<LinkId, Link>,
+    guest: Guest,
+    leading: Option<lead::Leading>,
+    following: Option<Following>,
+    /// State at the end of the last sealed epoch: what a frozen source follows from.
+    sealed_state: Option<(Epoch, Vec<u8>)>,
+    header: header::HeaderWriter,
+    /// Requests of the core by the control thread's number.
+    requests: BTreeMap<u64, RequestId>,
+    /// The command whose step is being executed.
+    commanding: Option<CommandId>,
+    digest: Option<epochs::PendingDigest>,
+    figures: status::Figures,
+    told: status::Told,
+    ended: Option<Ended>,
+}
+
+/// The session that this seat follows.
+struct Following {
+    session: ftvm_protocol::identity::SessionId,
+    receiving: follow::Receiving,
+    applied: Epoch,
+}
+
+impl Driver {
+    /// A driver for a prepared seat.
+    pub fn new(core: Core, mut seat: Seat, control: Handle, hub: LinkHub, queue: Queue) -> std::io::Result<Self> {
+        let header = header::HeaderWriter::start(seat.take_header_file(), queue.clone(), seat.enter(seat::Work::Storage))?;
+        Ok(Self {
+            core,
+            seat,
+            control,
+            hub,
+            queue,
+            began: Instant::now(),
+            links: BTreeMap::new(),
+            guest: Guest::None,
+            leading: None,
+            following: None,
+            sealed_state: None,
+            header,
+            requests: BTreeMap::new(),
+            commanding: None,
+            digest: None,
+            figures: status::Figures::default(),
+            told: status::Told::default(),
+            ended: None,
+        })
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Runs until the seat ends.
+    pub fn run(&mut self, inputs: &Inputs) -> Ended {
+        self.step(Event::Tick);
+        loop {
+            if let Some(ended) = self.ended.take() {
+                return ended;
+            }
+            self.drive_epochs();
+            let wait = self.next_wake().saturating_duration_since(Instant::now());
+            match inputs.0.recv_timeout(wait) {
+                Ok(input) => self.take(input),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Ended {
+                        code: control::exit_code::INTERNAL,
+                        message: "every thread of the engine has ended: a defect".to_owned(),
+                    };
+                }
+            }
+            if self.now_ms() >= self.core.next_wake_ms() {
+                self.step(Event::Tick);
+            }
+        }
+    }
+
+    /// When something is due although nobody enqueues anything.
+    fn next_wake(&self) -> Instant {
+        let tick = self.began + Duration::from_millis(self.core.next_wake_ms());
+        match self.epoch_due() {
+            Some(due) => tick.min(due),
+            None => tick,
+        }
+    }
+
+    /// One step of the core, its actions included.
+    fn step(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.core.step(self.now_ms(), event, &mut actions);
+        for action in actions {
+            if self.ended.is_some() {
+                return;
+            }
+            self.act(action);
+        }
+        self.after_step();
+    }
+
+    fn after_step(&mut self) {
+        let status = self.core.status();
+        self.apply_what_counts(&status);
+        self.settle_tracking(&status);
+        self.tell_changes(&status);
+    }
+
+    /// Lets the receiver bring memory to what the core counts as this seat's state.
+    fn apply_what_counts(&mut self, status: &CoreStatus) {
+        if let Some(following) = &mut self.following
+            && status.role == RoleName::Standby
+            && status.epoch > following.applied
+        {
+            following.applied = status.epoch;
+            following.receiving.give(follow::Job::Apply(status.epoch));
+        }
+    }
+
+    /// A guest without a follower needs no tracking; it is switched on again before a session begins.
+    fn settle_tracking(&mut self, status: &CoreStatus) {
+        let needless = self.guest == Guest::Running && self.leading.is_none() && status.role == RoleName::Active;
+        if needless && self.seat.machine.is_tracking() {
+            self.stop_recording();
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Control(control::Input::Command { id, command }) => self.command(id, command),
+            Input::Control(control::Input::Answer {
+                request,
+                answer,
+                why,
+                deadline,
+            }) => self.answered(request, answer, why, deadline),
+            Input::Control(control::Input::DaemonConnected) => self.told.forget(),
+            Input::Control(control::Input::DaemonLost) => {
+                tracing::warn!("the node daemon is gone; the guest goes on without it");
+            }
+            Input::Link(event) => self.link_event(event),
+            Input::Machine(event) => self.machine_event(event),
+            Input::Lead(report) => self.lead_report(report),
+            Input::Follow(report) => self.follow_report(report),
+            Input::Header { request, written } => match written {
+                Ok(()) => self.step(Event::HeaderWritten { request }),
+                Err(why) => {
+                    tracing::error!("{why}");
+                    self.step(Event::HeaderFailed { request });
+                }
+            },
+        }
+    }
+
+    fn machine_event(&mut self, event: VmEvent) {
+        match event {
+            VmEvent::Reset | VmEvent::TripleFault => {
+                self.tell_guest("reset");
+                if let Err(error) = self.seat.machine.reset() {
+                    self.step(Event::GuestFailed { error: error.to_string() });
+                }
+            }
+            VmEvent::PowerOff => {
+                self.tell_guest("switched itself off");
+                self.pause_guest();
+                self.step(Event::GuestPoweredOff);
+            }
+            VmEvent::Fatal(error) => self.step(Event::GuestFailed { error }),
+            VmEvent::Device(event) => self.warn(event.to_string()),
+        }
+    }
+}
