@@ -1,0 +1,523 @@
+//! The configuration of a standalone daemon: a YAML file.
+//!
+//! This module alone knows that it is YAML. Unknown fields are refused. The schema is published as
+//! `docs/standalone-schema.json`; a test compares it with these types.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use ftvm_engine::control;
+use ftvm_protocol::identity::SeatId;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Errors of the configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It could not be read.
+    #[error("configuration {path} can't be read ({source}); docs/standalone.md describes it")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// It is no YAML of this form.
+    #[error("configuration {path}: {why}; docs/standalone.md lists the fields")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        why: String,
+    },
+    /// It contradicts itself.
+    #[error("configuration: {place}: {why}; {advice}")]
+    Refused {
+        /// Which part.
+        place: String,
+        /// Why.
+        why: String,
+        /// What to do.
+        advice: String,
+    },
+}
+
+fn refuse<T>(place: impl Into<String>, why: impl Into<String>, advice: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError::Refused {
+        place: place.into(),
+        why: why.into(),
+        advice: advice.into(),
+    })
+}
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Name of this node, for people.
+    pub node: String,
+    /// Folder of the daemon, not shared with another one.
+    pub state_folder: PathBuf,
+    /// Socket for `ftvm` and other daemons; `daemon.sock` in the state folder if missing.
+    #[serde(default)]
+    pub control_socket: Option<PathBuf>,
+    /// The static engine program; `ftvm-engine` beside the daemon if missing.
+    #[serde(default)]
+    pub engine: Option<PathBuf>,
+    /// The arbiter.
+    pub arbiter: ArbiterConfig,
+    /// The jail of the engines.
+    #[serde(default)]
+    pub jail: JailConfig,
+    /// Seats of this node. Others may be added through the socket.
+    #[serde(default)]
+    pub seats: Vec<SeatConfig>,
+}
+
+/// The arbiter: a folder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ArbiterConfig {
+    /// Folder on a POSIX file system that all daemons of a virtual machine reach: local for one machine, NFS for two. The
+    /// record of a virtual machine is in the folder of its name below.
+    pub folder: PathBuf,
+}
+
+/// The jail of the engines.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct JailConfig {
+    /// First of the user ids (and group ids) that engines get, one each; nothing else may use them. Without root the
+    /// engines keep the daemon's user.
+    pub uid_first: u32,
+    /// How many there are.
+    pub uid_count: u32,
+    /// A network namespace for taps, links and the engine, as a path (`/run/netns/NAME`). Root only.
+    pub network_namespace: Option<PathBuf>,
+    /// Cgroup folders that engines join, one a hierarchy. They must exist.
+    pub cgroups: Vec<PathBuf>,
+}
+
+impl Default for JailConfig {
+    fn default() -> Self {
+        JailConfig {
+            uid_first: 1_900_000_000,
+            uid_count: 1000,
+            network_namespace: None,
+            cgroups: Vec::new(),
+        }
+    }
+}
+
+/// One seat.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SeatConfig {
+    /// Name of the virtual machine: lower-case letters, digits and dashes.
+    pub vm: String,
+    /// Name of this seat, another one than its peer's.
+    pub seat: String,
+    /// Folder with the identity of this seat, as `ftvm standalone identities` makes it.
+    pub identity: PathBuf,
+    /// True on the one seat whose disks hold the virtual machine's first contents; `ftvm standalone up` begins there.
+    #[serde(default)]
+    pub original_disk: bool,
+    /// Memory and CPUs.
+    pub machine: MachineConfig,
+    /// What the guest boots.
+    pub boot: BootConfig,
+    /// Network cards.
+    #[serde(default)]
+    pub nics: Vec<NicConfig>,
+    /// Disks.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Header of the seat; beside its disks by preference. In the state folder if missing.
+    #[serde(default)]
+    pub header: Option<PathBuf>,
+    /// Redo journal of the seat; beside its disks by preference. In the state folder if missing.
+    #[serde(default)]
+    pub journal: Option<PathBuf>,
+    /// The replication link.
+    pub link: LinkConfig,
+    /// Time-outs.
+    #[serde(default)]
+    pub timing: TimingConfig,
+    /// Checkpoint settings.
+    #[serde(default)]
+    pub checkpoint: CheckpointConfig,
+}
+
+/// Memory and CPUs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Guest memory.
+    pub memory_mib: u64,
+    /// vCPUs, 1 to 16.
+    pub vcpus: u8,
+}
+
+/// What the guest boots.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BootConfig {
+    /// A bzImage or a PVH ELF kernel.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// The kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// Name in messages and metrics.
+    pub name: String,
+    /// MAC address, the same on both seats.
+    pub mac: String,
+    /// Name of the tap.
+    pub tap: String,
+    /// Bridge to put the tap into.
+    #[serde(default)]
+    pub bridge: Option<String>,
+    /// Largest payload of a frame.
+    #[serde(default = "default_mtu")]
+    pub mtu: u16,
+    /// Use a tap that exists, as it is.
+    #[serde(default)]
+    pub existing: bool,
+}
+
+fn default_mtu() -> u16 {
+    1500
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Name in messages and metrics, the same on both seats.
+    pub name: String,
+    /// A raw file or a block device of this seat alone.
+    pub path: PathBuf,
+    /// The guest must not write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Refuse a disk of another size, so that both seats have the same.
+    #[serde(default)]
+    pub size_mib: Option<u64>,
+}
+
+/// The replication link.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LinkConfig {
+    /// Address and port where this seat listens, as its peer reaches them.
+    #[schemars(with = "String")]
+    pub listen: SocketAddr,
+    /// The other seats.
+    #[serde(default)]
+    pub peers: Vec<PeerConfig>,
+}
+
+/// Another seat of the same virtual machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerConfig {
+    /// Its name.
+    pub seat: String,
+    /// Its identity, if the folder `identity` does not know that name.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub seat_id: Option<SeatId>,
+    /// Where its link listens.
+    #[schemars(with = "String")]
+    pub address: SocketAddr,
+    /// Control socket of its daemon, where that is on this machine.
+    #[serde(default)]
+    pub daemon: Option<PathBuf>,
+}
+
+/// Time-outs in milliseconds; what is missing has the protocol's default.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TimingConfig {
+    /// Interval of probes on the link.
+    pub heartbeat_ms: Option<u32>,
+    /// A peer that answered nothing for so long is lost.
+    pub peer_lost_ms: Option<u32>,
+    /// Deadline of one request to the arbiter.
+    pub arbiter_deadline_ms: Option<u32>,
+    /// Pause between attempts.
+    pub retry_ms: Option<u32>,
+    /// Without contact for so long a seat of a pair writes nothing on its own.
+    pub contact_limit_ms: Option<u32>,
+    /// A standby that acknowledges nothing for so long is ejected.
+    pub ack_stall_ms: Option<u32>,
+    /// A frozen source waits so long for its target.
+    pub switch_ms: Option<u32>,
+    /// At a cold start another seat waits so long for the holder's.
+    pub holder_first_ms: Option<u32>,
+}
+
+/// Checkpoint settings; what is missing has the engine's default.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointConfig {
+    /// Shortest epoch in microseconds.
+    pub interval_min_us: Option<u32>,
+    /// Longest epoch in microseconds.
+    pub interval_max_us: Option<u32>,
+    /// An epoch ends early at so many dirty pages.
+    pub dirty_pages_max: Option<u32>,
+    /// Bound of the delta cache.
+    pub delta_cache_mib: Option<u32>,
+    /// Encoder threads.
+    pub workers: Option<u8>,
+}
+
+impl TimingConfig {
+    /// With defaults filled in.
+    pub fn resolve(&self) -> control::Timing {
+        let default = control::Timing::default();
+        control::Timing {
+            heartbeat_ms: self.heartbeat_ms.unwrap_or(default.heartbeat_ms),
+            peer_lost_ms: self.peer_lost_ms.unwrap_or(default.peer_lost_ms),
+            arbiter_deadline_ms: self.arbiter_deadline_ms.unwrap_or(default.arbiter_deadline_ms),
+            retry_ms: self.retry_ms.unwrap_or(default.retry_ms),
+            contact_limit_ms: self.contact_limit_ms.unwrap_or(default.contact_limit_ms),
+            ack_stall_ms: self.ack_stall_ms.unwrap_or(default.ack_stall_ms),
+            switch_ms: self.switch_ms.unwrap_or(default.switch_ms),
+            holder_first_ms: self.holder_first_ms.unwrap_or(default.holder_first_ms),
+        }
+    }
+}
+
+impl CheckpointConfig {
+    /// With defaults filled in.
+    pub fn resolve(&self) -> control::Checkpoint {
+        let default = control::Checkpoint::default();
+        let delta_cache = self.delta_cache_mib.map(|mib| u64::from(mib) << 20);
+        control::Checkpoint {
+            interval_min_us: self.interval_min_us.unwrap_or(default.interval_min_us),
+            interval_max_us: self.interval_max_us.unwrap_or(default.interval_max_us),
+            dirty_pages_max: self.dirty_pages_max.unwrap_or(default.dirty_pages_max),
+            delta_cache_bytes: delta_cache.unwrap_or(default.delta_cache_bytes),
+            workers: self.workers.unwrap_or(default.workers),
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Config::parse(&text, path)
+    }
+
+    /// Parses and checks a text; `path` is for messages.
+    pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
+        let parse = |error: serde_yaml::Error| ConfigError::Parse {
+            path: path.to_owned(),
+            why: error.to_string(),
+        };
+        let config: Config = serde_yaml::from_str(text).map_err(parse)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// As YAML text.
+    pub fn to_yaml(&self) -> String {
+        // Plain data with text keys always encodes.
+        serde_yaml::to_string(self).unwrap_or_default()
+    }
+
+    /// JSON schema of the file.
+    pub fn schema() -> serde_json::Value {
+        schemars::schema_for!(Config).to_value()
+    }
+
+    /// The control socket.
+    pub fn control_socket(&self) -> PathBuf {
+        self.control_socket
+            .clone()
+            .unwrap_or_else(|| self.state_folder.join("daemon.sock"))
+    }
+
+    /// Refuses what contradicts itself.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        check_name("node", &self.node)?;
+        for (n, seat) in self.seats.iter().enumerate() {
+            seat.check()?;
+            for other in &self.seats[..n] {
+                seat.check_beside(other)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl SeatConfig {
+    /// `VM/SEAT`, for messages.
+    pub fn label(&self) -> String {
+        format!("{}/{}", self.vm, self.seat)
+    }
+
+    /// Refuses what contradicts itself.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        check_name("vm", &self.vm)?;
+        check_name("seat", &self.seat)?;
+        let at = |field: &str| format!("seat {}: {field}", self.label());
+        if !(1..=16).contains(&self.machine.vcpus) {
+            return refuse(
+                at("machine.vcpus"),
+                format!("{} vCPUs", self.machine.vcpus),
+                "1 to 16 are supported",
+            );
+        }
+        if !(16..=1 << 20).contains(&self.machine.memory_mib) {
+            return refuse(
+                at("machine.memory_mib"),
+                format!("{} MiB", self.machine.memory_mib),
+                "16 MiB to 1 TiB",
+            );
+        }
+        self.check_devices()?;
+        for peer in &self.link.peers {
+            if peer.seat == self.seat || peer.address == self.link.listen {
+                let why = format!("the peer {} at {} is this seat itself", peer.seat, peer.address);
+                let advice = "two seats need different names, addresses and identities";
+                return refuse(at("link.peers"), why, advice);
+            }
+        }
+        let timing = self.timing.resolve();
+        if timing.heartbeat_ms == 0 || timing.peer_lost_ms < 2 * timing.heartbeat_ms {
+            let why = format!(
+                "peer lost after {} ms with a heartbeat every {} ms",
+                timing.peer_lost_ms, timing.heartbeat_ms
+            );
+            return refuse(at("timing"), why, "peer_lost_ms must be at least twice heartbeat_ms");
+        }
+        let checkpoint = self.checkpoint.resolve();
+        if checkpoint.interval_min_us == 0 || checkpoint.interval_max_us < checkpoint.interval_min_us {
+            return refuse(
+                at("checkpoint"),
+                "interval bounds are empty",
+                "0 < interval_min_us <= interval_max_us",
+            );
+        }
+        Ok(())
+    }
+
+    fn check_devices(&self) -> Result<(), ConfigError> {
+        let at = |field: &str| format!("seat {}: {field}", self.label());
+        let mut names = BTreeSet::new();
+        for nic in &self.nics {
+            check_name("nics.name", &nic.name)?;
+            if parse_mac(&nic.mac).is_none() {
+                let why = format!("`{}` is no unicast MAC address", nic.mac);
+                return refuse(
+                    at("nics.mac"),
+                    why,
+                    "write six hexadecimal pairs, such as 02:00:00:00:00:01",
+                );
+            }
+            if nic.tap.is_empty() || nic.tap.len() > 15 || nic.tap.contains(['/', ' ', ':', '%']) {
+                return refuse(
+                    at("nics.tap"),
+                    format!("`{}` is no device name", nic.tap),
+                    "1 to 15 letters or digits",
+                );
+            }
+            if !(576..=9216).contains(&nic.mtu) {
+                return refuse(at("nics.mtu"), format!("{} bytes", nic.mtu), "576 to 9216");
+            }
+            if !names.insert(&nic.name) {
+                return refuse(
+                    at("nics.name"),
+                    format!("`{}` appears twice", nic.name),
+                    "give each card its own name",
+                );
+            }
+        }
+        for disk in &self.disks {
+            check_name("disks.name", &disk.name)?;
+            if !names.insert(&disk.name) {
+                return refuse(
+                    at("disks.name"),
+                    format!("`{}` appears twice", disk.name),
+                    "give each disk its own name",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses two seats of one daemon that would use the same thing.
+    pub fn check_beside(&self, other: &SeatConfig) -> Result<(), ConfigError> {
+        let place = format!("seats {} and {}", other.label(), self.label());
+        let both = |what: &str| refuse(place.clone(), format!("both {what}"), "each seat needs its own");
+        if (&self.vm, &self.seat) == (&other.vm, &other.seat) {
+            return both("have the same name");
+        }
+        if self.identity == other.identity {
+            return both("have the same identity folder");
+        }
+        if self.link.listen == other.link.listen {
+            return both(&format!("listen on {}", self.link.listen));
+        }
+        if let Some(path) = self.own_files().intersection(&other.own_files()).next() {
+            return both(&format!("use {}", path.display()));
+        }
+        if let Some(tap) = self
+            .nics
+            .iter()
+            .find(|nic| other.nics.iter().any(|its| its.tap == nic.tap))
+        {
+            return both(&format!("use tap {}", tap.tap));
+        }
+        Ok(())
+    }
+
+    fn own_files(&self) -> BTreeSet<&PathBuf> {
+        let disks = self.disks.iter().filter(|disk| !disk.read_only).map(|disk| &disk.path);
+        disks.chain(&self.header).chain(&self.journal).collect()
+    }
+}
+
+fn check_name(place: &str, name: &str) -> Result<(), ConfigError> {
+    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || name.len() > 40 || !name.chars().all(fits) {
+        return refuse(
+            place,
+            format!("`{name}` is no name"),
+            "1 to 40 lower-case letters, digits and dashes",
+        );
+    }
+    Ok(())
+}
+
+/// A unicast MAC address from text.
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0u8; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    let unicast = mac[0] & 1 == 0 && mac != [0; 6];
+    (parts.next().is_none() && unicast).then_some(mac)
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;
