@@ -210,6 +210,11 @@ impl Listener {
         Listener { socket }
     }
 
+    /// The socket itself, to hand it to an engine.
+    pub fn into_fd(self) -> OwnedFd {
+        self.socket
+    }
+
     /// Accepts one connection; [`SocketError::WouldBlock`] only if the socket is non-blocking.
     pub fn accept(&self) -> Result<Connection, SocketError> {
         loop {

@@ -1,0 +1,63 @@
+//! Checking a configuration and everything that it names without starting anything.
+
+use std::path::Path;
+
+use ftvm_engine::control::exit_code;
+
+use crate::arbiter::FileArbiter;
+use crate::config::Config;
+use crate::daemon::engine_path;
+use crate::jail;
+use crate::prepare::prepare;
+use crate::state::StateFolder;
+
+/// Checks, prints one line a finding, and returns the exit code of the first one.
+///
+/// It takes the daemon's lock and makes the taps for a moment, so it refuses while the daemon runs.
+pub fn report(path: &Path) -> u8 {
+    let findings = match Config::load(path) {
+        Ok(config) => check(&config),
+        Err(error) => vec![(exit_code::CONFIG, error.to_string())],
+    };
+    for (code, message) in &findings {
+        eprintln!("ftvm-node-daemon: error {code}: {message}");
+    }
+    if findings.is_empty() {
+        println!("{}: no errors", path.display());
+    }
+    findings.first().map_or(exit_code::OK, |(code, _)| *code)
+}
+
+/// Everything that is wrong, as exit code and message.
+pub fn check(config: &Config) -> Vec<(u8, String)> {
+    let state = match StateFolder::open(&config.state_folder) {
+        Ok(state) => state,
+        Err(error) => return vec![(exit_code::STATE_FOLDER, error.to_string())],
+    };
+    let mut findings = Vec::new();
+    match engine_path(config) {
+        Ok(engine) => {
+            if let Err(error) = jail::open_static_program(&engine) {
+                findings.push((exit_code::JAIL, error.to_string()));
+            }
+        }
+        Err(error) => findings.push((error.exit_code(), error.to_string())),
+    }
+    for seat in &config.seats {
+        let prepared = state
+            .seat(&seat.vm, &seat.seat)
+            .map_err(Into::into)
+            .and_then(|folder| prepare(seat, &folder, config.jail.network_namespace.as_deref()));
+        if let Err(error) = prepared {
+            findings.push((error.exit_code(), error.to_string()));
+        }
+        // A folder that is not set up yet is fine: `up` does that.
+        let arbiter = config.arbiter.folder.join(&seat.vm);
+        if (arbiter.exists() || !config.arbiter.folder.is_dir())
+            && let Err(error) = FileArbiter::new(arbiter).newest()
+        {
+            findings.push((exit_code::ARBITER, error.to_string()));
+        }
+    }
+    findings
+}

@@ -1,0 +1,442 @@
+//! One seat: a thread that starts, adopts, watches and restarts its engine.
+//!
+//! ```text
+//!              set up, or no original disk
+//!   NotSetUp ─────────────────────────────► start ──► Running ──► ended ──► Waiting ──(pause)──► start
+//!                                            ▲                       └─ code 0: Stopped ──(Start)──► start
+//!                   an engine of an earlier daemon lives: adopt
+//! ```
+//!
+//! Invariant: the engine is remembered in the state folder before it gets its launch message. An engine whose daemon dies
+//! before that sees its control connection close and ends by itself, so no engine runs that the next daemon doesn't know.
+//!
+//! Invariant: nothing here ends an engine because the daemon ends.
+
+mod attend;
+mod start;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use ftvm_engine::control::header_file::read_header;
+use ftvm_engine::control::{Command, Connection, Event, ExitReport, Reply, Role, Status, ToEngine};
+use ftvm_protocol::core::{GuestReport, HeaderReport, SeatReport, StoredHeader};
+use ftvm_protocol::identity::{Incarnation, SeatId};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+
+use crate::api::{Phase, SeatStatus, TimedEvent};
+use crate::arbiter::Bounded;
+use crate::config::{JailConfig, SeatConfig};
+use crate::prepare::header_path;
+use crate::state::{SeatFolder, StateError};
+
+/// Events kept for status.
+const EVENTS_MAX: usize = 64;
+/// Engine log: renamed at the start of an engine once it is larger.
+const LOG_BYTES_MAX: u64 = 16 << 20;
+/// Requests of one engine that are worked on at a time; more are refused.
+const REQUESTS_MAX: usize = 8;
+
+/// What a seat needs of its daemon.
+pub struct Surroundings {
+    /// The engine program.
+    pub engine: PathBuf,
+    /// Where engines mount their root.
+    pub jail_mount_point: PathBuf,
+    /// The jail's settings.
+    pub jail: JailConfig,
+    /// Asks the daemons of other seats; the seats that are not here.
+    pub ask_seats: Box<dyn Fn(&[SeatId], Duration) -> Vec<SeatReport> + Send + Sync>,
+    /// Tells other daemons that an engine ended.
+    pub tell_gone: Box<dyn Fn(&SeatConfig, Incarnation) + Send + Sync>,
+}
+
+/// One seat.
+pub struct Seat {
+    folder: SeatFolder,
+    arbiter: Arc<Bounded>,
+    surroundings: Arc<Surroundings>,
+    /// Position among the seats of this daemon, for its user id.
+    slot: u32,
+    inner: Mutex<Inner>,
+    wake: OwnedFd,
+}
+
+struct Inner {
+    config: SeatConfig,
+    seat_id: Option<SeatId>,
+    phase: Phase,
+    why: String,
+    code: u8,
+    engine: Option<Engine>,
+    /// An engine may be running that could not be reached or read of: nothing is started and nothing is said of it.
+    doubt: bool,
+    starts: u64,
+    /// Failures in a row, for the pause before the next start.
+    failures: u32,
+    next_start: Option<Instant>,
+    removing: bool,
+    last_exit: Option<ExitReport>,
+    last_role: Option<Role>,
+    events: VecDeque<TimedEvent>,
+    replies: BTreeMap<u64, Sender<Reply>>,
+    next_command: u64,
+    requests: usize,
+}
+
+/// A running engine.
+struct Engine {
+    incarnation: Incarnation,
+    pid: i32,
+    pidfd: Arc<OwnedFd>,
+    adopted: bool,
+    /// Whether it has a user id of its own.
+    own_user: bool,
+    since: Instant,
+    connection: Option<Arc<Connection>>,
+}
+
+/// Why a command was not answered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// There is no engine.
+    #[error("seat {seat} has no running engine ({why})")]
+    NoEngine {
+        /// The seat.
+        seat: String,
+        /// Its state.
+        why: String,
+    },
+    /// It does not answer.
+    #[error("the engine of seat {seat} did not answer within {after_ms} ms: it may be stopped (SIGSTOP) or overloaded")]
+    NoAnswer {
+        /// The seat.
+        seat: String,
+        /// How long it was waited for.
+        after_ms: u128,
+    },
+}
+
+impl Seat {
+    /// A seat; [`Seat::run`] is its thread.
+    pub fn new(
+        config: SeatConfig,
+        folder: SeatFolder,
+        arbiter: Arc<Bounded>,
+        surroundings: Arc<Surroundings>,
+        slot: u32,
+    ) -> Result<Arc<Seat>, StateError> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| {
+            StateError::Io {
+                what: "eventfd for",
+                path: folder.path().to_owned(),
+                source: errno.into(),
+            }
+        })?;
+        let inner = Inner {
+            config,
+            seat_id: None,
+            phase: Phase::Waiting,
+            why: "not started yet".to_owned(),
+            code: 0,
+            engine: None,
+            doubt: false,
+            starts: 0,
+            failures: 0,
+            next_start: None,
+            removing: false,
+            last_exit: None,
+            last_role: None,
+            events: VecDeque::new(),
+            replies: BTreeMap::new(),
+            next_command: 1,
+            requests: 0,
+        };
+        Ok(Arc::new(Seat {
+            folder,
+            arbiter,
+            surroundings,
+            slot,
+            inner: Mutex::new(inner),
+            wake,
+        }))
+    }
+
+    /// The supervising thread; returns when the seat was removed.
+    pub fn run(self: &Arc<Seat>) {
+        self.adopt();
+        loop {
+            let (removing, has_engine) = {
+                let inner = self.inner();
+                (inner.removing, inner.engine.is_some())
+            };
+            if has_engine {
+                self.attend();
+            } else if removing {
+                return;
+            } else {
+                match self.pause_before_start() {
+                    Some(Duration::ZERO) => self.start(),
+                    pause => self.sleep(pause),
+                }
+            }
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // Changed in single steps, so a panic elsewhere leaves it whole.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // Only a full counter can refuse, and then the thread is awake anyway.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Waits until the seat is woken or the pause is over.
+    fn sleep(&self, pause: Option<Duration>) {
+        let mut fds = [PollFd::new(&self.wake, PollFlags::IN)];
+        // An interrupted wait is a wake-up without news.
+        let _ = rustix::event::poll(&mut fds, timespec(pause).as_ref());
+        self.drain_wake();
+    }
+
+    fn drain_wake(&self) {
+        let mut counter = [0u8; 8];
+        // Non-blocking; an empty counter only means that nobody woke us.
+        let _ = rustix::io::read(&self.wake, &mut counter);
+    }
+
+    /// How long to wait before the engine may be started; none: until something changes.
+    fn pause_before_start(&self) -> Option<Duration> {
+        let config = self.config();
+        let needs_set_up = config.original_disk && !matches!(self.stored_header(), Ok(StoredHeader::Found(_)));
+        let mut inner = self.inner();
+        if inner.doubt || inner.phase == Phase::Stopped {
+            return None;
+        }
+        if needs_set_up {
+            inner.phase = Phase::NotSetUp;
+            inner.why = format!(
+                "seat {} has the original disks and no header: run `ftvm standalone up`",
+                config.label()
+            );
+            return None;
+        }
+        Some(
+            inner
+                .next_start
+                .map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now())),
+        )
+    }
+
+    fn stored_header(&self) -> Result<StoredHeader, String> {
+        let path = header_path(&self.config(), &self.folder);
+        match std::fs::File::open(&path) {
+            Ok(file) => read_header(&file).map_err(|error| error.to_string()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(StoredHeader::Absent),
+            Err(error) => Err(format!("{}: {error}", path.display())),
+        }
+    }
+
+    // ---- what the daemon asks of it
+
+    /// The configuration in force for the next start.
+    pub fn config(&self) -> SeatConfig {
+        self.inner().config.clone()
+    }
+
+    /// The folder of the seat.
+    pub fn folder(&self) -> &SeatFolder {
+        &self.folder
+    }
+
+    /// Its arbiter.
+    pub fn arbiter(&self) -> &Arc<Bounded> {
+        &self.arbiter
+    }
+
+    /// Its position among the daemon's seats.
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// The seat, once its identity was read.
+    pub fn seat_id(&self) -> Option<SeatId> {
+        self.inner().seat_id
+    }
+
+    /// Remembers the identity.
+    pub fn set_seat_id(&self, seat_id: SeatId) {
+        self.inner().seat_id = Some(seat_id);
+    }
+
+    /// Replaces the configuration; a waiting seat is tried again at once.
+    pub fn reconfigure(&self, config: SeatConfig) {
+        let mut inner = self.inner();
+        inner.config = config;
+        inner.next_start = None;
+        drop(inner);
+        self.wake();
+    }
+
+    /// Tries to start at once, also after a stop.
+    pub fn start_now(&self) {
+        let mut inner = self.inner();
+        if inner.engine.is_none() {
+            inner.phase = Phase::Waiting;
+            inner.next_start = None;
+        }
+        drop(inner);
+        self.wake();
+    }
+
+    /// Ends the engine and then the thread.
+    pub fn remove(&self) {
+        self.inner().removing = true;
+        let quit = self.send_command(Command::Quit);
+        if quit.is_err() {
+            // It does not read: the seat is to go all the same.
+            self.kill();
+        }
+        self.wake();
+    }
+
+    fn kill(&self) {
+        let pidfd = self.inner().engine.as_ref().map(|engine| engine.pidfd.clone());
+        if let Some(pidfd) = pidfd {
+            // Only an ended process refuses.
+            let _ = rustix::process::pidfd_send_signal(&*pidfd, rustix::process::Signal::KILL);
+        }
+    }
+
+    /// Hands a command to the engine and waits for its reply.
+    pub fn command(&self, command: Command, patience: Duration) -> Result<Reply, CommandError> {
+        let (id, receiver) = self.send_command(command)?;
+        let reply = receiver.recv_timeout(patience);
+        self.inner().replies.remove(&id);
+        let after_ms = patience.as_millis();
+        reply.map_err(|_| CommandError::NoAnswer {
+            seat: self.config().label(),
+            after_ms,
+        })
+    }
+
+    fn send_command(&self, command: Command) -> Result<(u64, Receiver<Reply>), CommandError> {
+        let (sender, receiver) = channel();
+        let (id, connection) = {
+            let mut inner = self.inner();
+            let id = inner.next_command;
+            inner.next_command += 1;
+            let connection = inner.engine.as_ref().and_then(|engine| engine.connection.clone());
+            let seat = inner.config.label();
+            let connection = connection.ok_or_else(|| CommandError::NoEngine {
+                seat,
+                why: inner.why.clone(),
+            })?;
+            inner.replies.insert(id, sender);
+            (id, connection)
+        };
+        if connection.send(&ToEngine::Command { id, command }, &[]).is_err() {
+            let mut inner = self.inner();
+            inner.replies.remove(&id);
+            return Err(CommandError::NoAnswer {
+                seat: inner.config.label(),
+                after_ms: 0,
+            });
+        }
+        Ok((id, receiver))
+    }
+
+    /// The engine's own status, asked now.
+    fn engine_status(&self, patience: Duration) -> Option<Status> {
+        match self.command(Command::Status, patience) {
+            Ok(Reply::Status(status)) => Some(*status),
+            _ => None,
+        }
+    }
+
+    /// Header and guest of this seat, for another seat's cold start (rules 8 and 11).
+    pub fn report(&self, seat_id: SeatId, patience: Duration) -> SeatReport {
+        let header = match self.stored_header() {
+            Ok(StoredHeader::Found(header)) => HeaderReport::Found(header),
+            Ok(StoredHeader::Absent) => HeaderReport::Absent,
+            Ok(StoredHeader::Damaged) | Err(_) => HeaderReport::Unreadable,
+        };
+        let (doubt, running) = {
+            let inner = self.inner();
+            (inner.doubt, inner.engine.is_some())
+        };
+        let guest = match (doubt, running) {
+            (true, _) => GuestReport::Unknown,
+            (false, false) => GuestReport::None,
+            (false, true) => match self.engine_status(patience) {
+                Some(status) if status.holds_guest => GuestReport::Present,
+                Some(_) => GuestReport::None,
+                None => GuestReport::Unknown,
+            },
+        };
+        SeatReport {
+            seat: seat_id,
+            header,
+            guest,
+        }
+    }
+
+    /// Everything for people.
+    pub fn status(&self, patience: Duration) -> SeatStatus {
+        let engine = self.engine_status(patience);
+        let inner = self.inner();
+        let own_user = inner
+            .engine
+            .as_ref()
+            .map_or(self.may_change_user(), |engine| engine.own_user);
+        SeatStatus {
+            vm: inner.config.vm.clone(),
+            seat: inner.config.seat.clone(),
+            seat_id: inner.seat_id,
+            original_disk: inner.config.original_disk,
+            phase: inner.phase,
+            why: inner.why.clone(),
+            code: inner.code,
+            pid: inner.engine.as_ref().map(|engine| engine.pid),
+            adopted: inner.engine.as_ref().is_some_and(|engine| engine.adopted),
+            jail: if own_user { "full" } else { "reduced" }.to_owned(),
+            starts: inner.starts,
+            console: self.folder.file("console.log"),
+            log: self.folder.file("engine.log"),
+            engine,
+            last_exit: inner.last_exit.clone(),
+            events: inner.events.iter().cloned().collect(),
+        }
+    }
+
+    fn note(&self, event: Event) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        let mut inner = self.inner();
+        tracing::info!(seat = inner.config.label(), "{}", describe(&event));
+        if let Event::Role { role, .. } = event {
+            inner.last_role = Some(role);
+        }
+        inner.events.push_back(TimedEvent { unix_ms, event });
+        if inner.events.len() > EVENTS_MAX {
+            inner.events.pop_front();
+        }
+    }
+}
+
+fn describe(event: &Event) -> String {
+    serde_json::to_string(event).unwrap_or_default()
+}
+
+fn timespec(duration: Option<Duration>) -> Option<Timespec> {
+    duration.map(|duration| Timespec {
+        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(duration.subsec_nanos()),
+    })
+}

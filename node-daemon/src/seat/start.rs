@@ -1,0 +1,258 @@
+//! Starting a seat's engine, and adopting one that an earlier daemon started.
+
+use std::fs::OpenOptions;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ftvm_engine::control::{Connection, FromEngine, Hello, ToEngine};
+use ftvm_protocol::identity::Incarnation;
+use rustix::process::{Pid, PidfdFlags};
+
+use super::{Engine, LOG_BYTES_MAX, Seat};
+use crate::api::Phase;
+use crate::jail::{self, Child, Jail, Program};
+use crate::prepare::{SeatError, prepare};
+use crate::state::{self, EngineRecord};
+
+/// Pauses before the next start, by failures in a row.
+const PAUSES_MS: [u64; 7] = [0, 500, 1_000, 2_000, 5_000, 10_000, 30_000];
+/// After so long an engine counts as one that ran well.
+const RAN_WELL: Duration = Duration::from_secs(30);
+
+impl Seat {
+    pub(super) fn start(self: &Arc<Seat>) {
+        match self.try_start() {
+            Ok(()) => {}
+            Err(error) => {
+                let message = error.to_string();
+                tracing::error!(seat = self.config().label(), code = error.exit_code(), "{message}");
+                self.ended(message, error.exit_code());
+            }
+        }
+    }
+
+    fn try_start(self: &Arc<Seat>) -> Result<(), SeatError> {
+        let config = self.config();
+        let network = self.surroundings.jail.network_namespace.as_deref();
+        let prepared = prepare(&config, &self.folder, network)?;
+        let incarnation = prepared.launch.incarnation;
+        self.set_seat_id(incarnation.seat);
+        let (ours, theirs) = Connection::pair()?;
+        let program = jail::open_static_program(&self.surroundings.engine)?;
+        let log = self.folder.open_log("engine.log", LOG_BYTES_MAX)?;
+        let jail = self.jail()?;
+        let name = ["ftvm-engine".to_owned(), config.label()];
+        let program = Program {
+            file: &program,
+            arguments: &name,
+            log: &log,
+            control: theirs.into_fd(),
+        };
+        let child = jail::spawn(&jail, program)?;
+        // Remembered before it is told anything: see the module's invariant.
+        let result = self.remember(&child, incarnation, &jail).and_then(|()| {
+            let fds: Vec<_> = prepared.fds.iter().map(|fd| fd.as_fd()).collect();
+            Ok(ours.send(&ToEngine::Launch(Box::new(prepared.launch)), &fds)?)
+        });
+        if let Err(error) = result {
+            // Without a launch message it ends by itself as soon as our end closes.
+            drop(ours);
+            child.wait();
+            self.folder.forget_engine()?;
+            return Err(error);
+        }
+        tracing::info!(seat = config.label(), pid = child.pid, %incarnation, "engine started");
+        let mut inner = self.inner();
+        inner.phase = Phase::Running;
+        inner.starts += 1;
+        (inner.why, inner.code) = (String::new(), 0);
+        inner.engine = Some(Engine {
+            incarnation,
+            pid: child.pid,
+            pidfd: Arc::new(child.pidfd),
+            adopted: false,
+            own_user: jail.user.is_some(),
+            since: Instant::now(),
+            connection: Some(Arc::new(ours)),
+        });
+        Ok(())
+    }
+
+    fn remember(&self, child: &Child, incarnation: Incarnation, jail: &Jail) -> Result<(), SeatError> {
+        let record = EngineRecord {
+            incarnation,
+            pid: child.pid,
+            // A child that ended already is noticed by its pidfd; no process has this start time.
+            start_time: state::start_time(child.pid).unwrap_or(u64::MAX),
+            boot_id: state::boot_id()?,
+            uid: jail.user.map(|(uid, _)| uid),
+        };
+        Ok(self.folder.set_engine(&record)?)
+    }
+
+    fn jail(&self) -> Result<Jail, SeatError> {
+        let settings = &self.surroundings.jail;
+        let open_network = |path: &std::path::PathBuf| {
+            std::fs::File::open(path)
+                .map(Into::into)
+                .map_err(|source| SeatError::NetworkNamespace {
+                    path: path.clone(),
+                    source,
+                })
+        };
+        let mut cgroups = Vec::new();
+        for folder in &settings.cgroups {
+            let path = folder.join("cgroup.procs");
+            let file = OpenOptions::new().write(true).open(&path);
+            cgroups.push(file.map_err(|source| SeatError::Cgroup { path, source })?);
+        }
+        let uid = settings.uid_first.saturating_add(self.slot);
+        Ok(Jail {
+            user: self.may_change_user().then_some((uid, uid)),
+            mount_point: self.surroundings.jail_mount_point.clone(),
+            network: settings.network_namespace.as_ref().map(open_network).transpose()?,
+            cgroups,
+            descriptors_max: 1024,
+        })
+    }
+
+    /// Root of a user namespace that maps these user ids, such as the machine's first one.
+    pub(super) fn may_change_user(&self) -> bool {
+        let settings = &self.surroundings.jail;
+        let uid = settings.uid_first.saturating_add(self.slot);
+        rustix::process::geteuid().is_root() && is_mapped("uid_map", uid) && is_mapped("gid_map", uid)
+    }
+
+    /// Takes over an engine that an earlier daemon started.
+    pub(super) fn adopt(self: &Arc<Seat>) {
+        let record = match self.folder.engine() {
+            Ok(None) => return,
+            Ok(Some(record)) => record,
+            Err(error) => return self.doubt(error.to_string()),
+        };
+        let Some(pidfd) = living(&record) else {
+            tracing::info!(
+                seat = self.config().label(),
+                pid = record.pid,
+                "the earlier daemon's engine has ended"
+            );
+            self.collect_report(record.incarnation, jail::Ended::Unseen);
+            // A failure to forget only means that the next daemon looks again.
+            let _ = self.folder.forget_engine();
+            return;
+        };
+        self.set_seat_id(record.incarnation.seat);
+        tracing::info!(
+            seat = self.config().label(),
+            pid = record.pid,
+            "adopting the earlier daemon's engine"
+        );
+        let mut inner = self.inner();
+        inner.phase = Phase::Running;
+        (inner.why, inner.code) = (String::new(), 0);
+        inner.engine = Some(Engine {
+            incarnation: record.incarnation,
+            pid: record.pid,
+            pidfd: Arc::new(pidfd),
+            adopted: true,
+            own_user: record.uid.is_some(),
+            since: Instant::now(),
+            connection: None,
+        });
+    }
+
+    /// Connects to an engine whose connection is missing; false if it has to be tried again.
+    pub(super) fn reconnect(&self, incarnation: Incarnation) -> bool {
+        let connection = match Connection::connect(&self.folder.control_socket()) {
+            Ok(connection) => connection,
+            Err(error) => {
+                self.inner().why = format!("the engine runs, but its control socket does not answer: {error}");
+                return false;
+            }
+        };
+        // The engine greets first; whoever else listens there is not the engine that was started.
+        match greeting(&connection) {
+            Some(hello) if hello.incarnation == incarnation => {}
+            other => {
+                let who = other.map_or("nobody".to_owned(), |hello| hello.incarnation.to_string());
+                self.inner().why = format!("the control socket is answered by {who} instead of {incarnation}");
+                return false;
+            }
+        }
+        let mut inner = self.inner();
+        inner.why.clear();
+        if let Some(engine) = &mut inner.engine {
+            engine.connection = Some(Arc::new(connection));
+        }
+        true
+    }
+
+    fn doubt(&self, why: String) {
+        tracing::error!(seat = self.config().label(), "{why}");
+        let mut inner = self.inner();
+        inner.doubt = true;
+        inner.why = why;
+        inner.code = ftvm_engine::control::exit_code::STATE_FOLDER;
+    }
+
+    /// The engine ended or could not be started: when to try again.
+    pub(super) fn ended(&self, why: String, code: u8) {
+        let mut inner = self.inner();
+        let ran_well = inner
+            .engine
+            .take()
+            .is_some_and(|engine| engine.since.elapsed() >= RAN_WELL);
+        inner.failures = if ran_well { 0 } else { inner.failures.saturating_add(1) };
+        let index = usize::try_from(inner.failures)
+            .unwrap_or(usize::MAX)
+            .min(PAUSES_MS.len() - 1);
+        inner.next_start = Some(Instant::now() + Duration::from_millis(PAUSES_MS[index]));
+        inner.phase = Phase::Waiting;
+        (inner.why, inner.code) = (why, code);
+        inner.replies.clear();
+    }
+}
+
+/// The hello that an engine sends first, within two seconds.
+fn greeting(connection: &Connection) -> Option<Hello> {
+    let mut fds = [rustix::event::PollFd::from_borrowed_fd(
+        connection.as_fd(),
+        rustix::event::PollFlags::IN,
+    )];
+    let patience = super::timespec(Some(Duration::from_secs(2)));
+    rustix::event::poll(&mut fds, patience.as_ref()).ok()?;
+    match connection.receive::<FromEngine>(false).ok()?.body {
+        FromEngine::Hello(hello) => Some(hello),
+        _ => None,
+    }
+}
+
+/// A pidfd of the very process that was remembered, if it lives.
+fn living(record: &EngineRecord) -> Option<std::os::fd::OwnedFd> {
+    if state::boot_id().ok()? != record.boot_id {
+        return None;
+    }
+    // The descriptor first: then the start time read below is of the process that the descriptor holds.
+    let pidfd = rustix::process::pidfd_open(Pid::from_raw(record.pid)?, PidfdFlags::empty()).ok()?;
+    (state::start_time(record.pid)? == record.start_time && !has_ended(&pidfd)).then_some(pidfd)
+}
+
+fn has_ended(pidfd: &std::os::fd::OwnedFd) -> bool {
+    let mut fds = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
+    let now = super::timespec(Some(Duration::ZERO));
+    rustix::event::poll(&mut fds, now.as_ref()).is_ok_and(|ready| ready > 0)
+}
+
+/// Whether an id exists in this user namespace (user_namespaces(7): lines of first inside, first outside, count).
+fn is_mapped(map: &str, id: u32) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/self/{map}")).unwrap_or_default();
+    text.lines().any(|line| {
+        let mut numbers = line
+            .split_ascii_whitespace()
+            .map(|number| number.parse::<u64>().unwrap_or(0));
+        let (first, _, count) = (numbers.next(), numbers.next(), numbers.next());
+        let (first, count) = (first.unwrap_or(0), count.unwrap_or(0));
+        (first..first.saturating_add(count)).contains(&u64::from(id))
+    })
+}
