@@ -77,6 +77,7 @@ fn contradictions_are_refused_with_a_reason() {
                 s.identity = "/elsewhere".into();
                 s.link.listen.set_port(1);
                 s.disks.clear();
+                (s.header, s.journal) = (None, None);
             });
         }),
     ];
