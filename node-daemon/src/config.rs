@@ -262,6 +262,8 @@ pub struct TimingConfig {
     pub ack_stall_ms: Option<u32>,
     /// A frozen source waits so long for its target.
     pub switch_ms: Option<u32>,
+    /// A seat that needs nothing from the arbiter reads the record this often.
+    pub observe_ms: Option<u32>,
     /// At a cold start another seat waits so long for the holder's.
     pub holder_first_ms: Option<u32>,
 }
@@ -294,6 +296,7 @@ impl TimingConfig {
             contact_limit_ms: self.contact_limit_ms.unwrap_or(default.contact_limit_ms),
             ack_stall_ms: self.ack_stall_ms.unwrap_or(default.ack_stall_ms),
             switch_ms: self.switch_ms.unwrap_or(default.switch_ms),
+            observe_ms: self.observe_ms.unwrap_or(default.observe_ms),
             holder_first_ms: self.holder_first_ms.unwrap_or(default.holder_first_ms),
         }
     }
