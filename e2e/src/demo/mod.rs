@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 pub mod prerequisites;
+pub mod programs;
 pub mod rounds;
 pub mod system;
 pub mod unprotected;

@@ -27,6 +27,8 @@ pub struct Patience {
     pub failover: Duration,
     /// Undisturbed time before each fault.
     pub calm: Duration,
+    /// Without an answer for this long the client gives its connection up.
+    pub stalled: Duration,
     /// How long a host stays frozen, or a link cut, after the failover.
     pub hold: Duration,
 }
@@ -37,6 +39,7 @@ impl Default for Patience {
             protected: Duration::from_secs(120),
             failover: Duration::from_secs(20),
             calm: Duration::from_secs(1),
+            stalled: Duration::from_secs(30),
             hold: Duration::from_secs(1),
         }
     }
@@ -79,6 +82,7 @@ impl<'a> Stage<'a> {
         system.start(&lab)?;
         let plan = JudgePlan {
             connect_within: patience.protected,
+            stalled_after: patience.stalled,
             ..JudgePlan::new(SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT)))
         };
         let judge = Judge::start(plan, lab.client_entrance()?)?;

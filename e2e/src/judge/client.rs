@@ -306,6 +306,21 @@ impl Judge {
     }
 }
 
+/// Asks the guest for its state on a connection of its own: for [`Ledger::inspect`], after the judge has ended.
+pub fn inspect(guest: SocketAddr, within: Duration) -> io::Result<Answer> {
+    let plan = JudgePlan {
+        connect_within: within,
+        ..JudgePlan::new(guest)
+    };
+    let mut stream = connect(&plan).map_err(io::Error::other)?;
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(within))?;
+    stream.write_all(&Request::new(Op::Status, 0, 0, 0).encode())?;
+    let mut bytes = [0; ANSWER_BYTES];
+    stream.read_exact(&mut bytes)?;
+    Answer::decode(&bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
 fn nothing(end: End) -> Outcome {
     Outcome {
         end,

@@ -1,0 +1,131 @@
+//! Negative controls with a real guest that nobody protects: its host dies, and the judge must turn red.
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ftvm_e2e::demo::rounds::{Ending, GUEST_ADDRESS, Patience, Stage};
+use ftvm_e2e::demo::unprotected::Unprotected;
+use ftvm_e2e::demo::{Fault, Options, programs};
+use ftvm_e2e::guest_protocol::{Answer, DEFAULT_PORT, Op};
+use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::hosts::{Lab, LabPlan};
+use ftvm_e2e::judge::client::{self, End, Judge, JudgePlan};
+use ftvm_e2e::report::Progress;
+
+const GUEST: ([u8; 4], u16) = (GUEST_ADDRESS, DEFAULT_PORT);
+
+fn folder(test: &str) -> PathBuf {
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(test);
+    std::fs::remove_dir_all(&path).ok();
+    std::fs::create_dir_all(&path).expect("the target folder is writable");
+    path
+}
+
+/// The guest's kernel. It is built before the namespaces are entered: there is no network in them.
+fn kernel() -> PathBuf {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest-path");
+    if !inside() {
+        let built = programs::build_guest().expect("the embedded guest builds");
+        std::fs::write(&file, built.to_str().expect("a path of text")).expect("the target folder is writable");
+    }
+    PathBuf::from(std::fs::read_to_string(file).expect("the outer run wrote it"))
+}
+
+/// The guest's state, from where its client stood.
+fn look(lab: &Lab) -> Answer {
+    let entrance = lab.client_entrance().unwrap();
+    let asked = std::thread::spawn(move || {
+        entrance().unwrap();
+        client::inspect(SocketAddr::from(GUEST), Duration::from_secs(60)).unwrap()
+    });
+    asked.join().unwrap()
+}
+
+fn play(test: &str, fault: Fault, kernel: PathBuf) -> (Ending, Unprotected) {
+    let folder = folder(test);
+    let lab = Lab::new(&LabPlan::three_hosts(&folder)).unwrap();
+    let options = Options {
+        fault,
+        ..Options::default()
+    };
+    let mut system = Unprotected::new(kernel, folder, options.memory_mib);
+    let patience = Patience {
+        stalled: Duration::from_secs(4),
+        ..Patience::default()
+    };
+    let progress = Progress::new();
+    let stage = Stage::prepare(&options, patience, &progress, lab, &mut system).unwrap();
+    (stage.play(), system)
+}
+
+#[test]
+fn without_a_fault_the_judge_is_green() {
+    let kernel = kernel();
+    test_inside("without_a_fault_the_judge_is_green", || {
+        let (ending, _system) = play("green", Fault::None, kernel);
+        assert!(ending.report.passed(), "{:?}", ending.report.complaints);
+        assert!(ending.report.answers > 100);
+        // The ledger agrees with an observer on another connection.
+        let mut ledger = ending.outcome.ledger;
+        ledger.inspect(&look(&ending.lab));
+        assert!(ledger.findings().is_clean(), "{:?}", ledger.findings());
+    });
+}
+
+#[test]
+fn an_unprotected_guest_whose_host_dies_is_red() {
+    let kernel = kernel();
+    test_inside("an_unprotected_guest_whose_host_dies_is_red", || {
+        let (mut ending, mut system) = play("red", Fault::KillHost, kernel);
+        assert!(!ending.report.passed());
+        assert_eq!(ending.outcome.end, End::Stalled, "{:?}", ending.report.complaints);
+        // Somebody starts the machine on another host, from the disk that was saved: what was said is gone.
+        system.boot(&ending.lab, 1).unwrap();
+        ending.outcome.ledger.inspect(&look(&ending.lab));
+        let findings = ending.outcome.ledger.findings();
+        assert!(findings.reboots >= 1, "{findings:?}");
+    });
+}
+
+#[test]
+fn a_killed_process_of_an_unprotected_guest_is_red() {
+    let kernel = kernel();
+    test_inside("a_killed_process_of_an_unprotected_guest_is_red", || {
+        let (ending, _system) = play("red-process", Fault::KillEngine, kernel);
+        assert!(!ending.report.passed());
+        assert!(
+            ending.outcome.unanswered > 0 || ending.outcome.end != End::Told,
+            "{:?}",
+            ending.outcome.end
+        );
+    });
+}
+
+#[test]
+fn an_answer_that_only_memory_knew_is_lost() {
+    let kernel = kernel();
+    test_inside("an_answer_that_only_memory_knew_is_lost", || {
+        let folder = folder("lost");
+        let mut lab = Lab::new(&LabPlan::three_hosts(&folder)).unwrap();
+        let mut system = Unprotected::new(kernel, folder, 128);
+        ftvm_e2e::demo::system::System::start(&mut system, &lab).unwrap();
+        let plan = JudgePlan {
+            stalled_after: Duration::from_secs(2),
+            ..JudgePlan::new(SocketAddr::from(GUEST))
+        };
+        let judge = Judge::start(plan, lab.client_entrance().unwrap()).unwrap();
+        assert!(judge.quiet());
+        // Durable, durable, and then three that are in memory alone.
+        for op in [Op::Journal, Op::Journal, Op::Increment, Op::Increment, Op::Increment] {
+            judge.ask(op, 0, 0).unwrap();
+        }
+        lab.host_mut(0).kill().unwrap();
+        let outcome = judge.finish();
+        assert!(outcome.findings().is_clean(), "so far nothing contradicts an answer");
+        system.boot(&lab, 1).unwrap();
+        let mut ledger = outcome.ledger;
+        ledger.inspect(&look(&lab));
+        assert_eq!(ledger.findings().lost_answers, 3, "{:?}", ledger.findings());
+        assert_eq!(ledger.findings().reboots, 1);
+    });
+}
