@@ -50,7 +50,7 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 #[test]
 fn hosts_are_separate_and_restart_as_new_machines() {
     test_inside("hosts_are_separate_and_restart_as_new_machines", || {
-        let mut lab = lab("separate");
+        let lab = lab("separate");
         let boot_id = |host: &Host| {
             host.run(shell("hostname; cat /proc/sys/kernel/random/boot_id; ls /run"))
                 .unwrap()
@@ -72,10 +72,10 @@ fn hosts_are_separate_and_restart_as_new_machines() {
             "processes of one host show on another"
         );
 
-        lab.host_mut(0).kill().unwrap();
+        lab.host(0).kill().unwrap();
         assert_eq!(sleeper.wait().unwrap().code(), Some(128 + libc::SIGKILL));
         assert!(lab.host(0).run(shell("true")).is_err(), "a dead host runs programs");
-        lab.host_mut(0).start().unwrap();
+        lab.host(0).start().unwrap();
         assert_ne!(first, boot_id(lab.host(0)), "a restarted host keeps its boot id");
         assert!(lab.host(0).processes().unwrap().is_empty());
     });
@@ -84,7 +84,7 @@ fn hosts_are_separate_and_restart_as_new_machines() {
 #[test]
 fn a_killed_host_sends_no_farewell() {
     test_inside("a_killed_host_sends_no_farewell", || {
-        let mut lab = lab("farewell");
+        let lab = lab("farewell");
         // A server on h1's replication address that only listens and holds what it accepted.
         let address = SocketAddr::from((lab.host(0).replication_address(), 4000));
         let server = "perl -MIO::Socket::INET -e 'my $l = IO::Socket::INET->new(LocalPort => 4000, Listen => 5, \
@@ -100,7 +100,7 @@ fn a_killed_host_sends_no_farewell() {
         let mut stream = stream.unwrap();
         let mut byte = [0];
         stream.read_exact(&mut byte).unwrap();
-        lab.host_mut(0).kill().unwrap();
+        lab.host(0).kill().unwrap();
         process.wait().unwrap();
         stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
         let error = stream

@@ -1,16 +1,19 @@
 //! Negative controls with a real guest that nobody protects: its host dies, and the judge must turn red.
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
-use ftvm_e2e::demo::rounds::{Ending, GUEST_ADDRESS, Patience, Stage};
+use ftvm_e2e::demo::rounds::{Patience, Stage};
+use ftvm_e2e::demo::system::System;
 use ftvm_e2e::demo::unprotected::Unprotected;
-use ftvm_e2e::demo::{Fault, Options, programs};
+use ftvm_e2e::demo::witness::EmbeddedWitness;
+use ftvm_e2e::demo::{Fault, GUEST_ADDRESS, GUEST_MAC, Options, programs};
 use ftvm_e2e::guest_protocol::{Answer, DEFAULT_PORT, Op};
 use ftvm_e2e::hosts::outer::{inside, test_inside};
 use ftvm_e2e::hosts::{Lab, LabPlan};
-use ftvm_e2e::judge::client::{self, End, Judge, JudgePlan};
-use ftvm_e2e::report::Progress;
+use ftvm_e2e::judge::client::{self, End, Judge, JudgePlan, Outcome};
+use ftvm_e2e::report::{Progress, Report};
 
 const GUEST: ([u8; 4], u16) = (GUEST_ADDRESS, DEFAULT_PORT);
 
@@ -41,28 +44,54 @@ fn look(lab: &Lab) -> Answer {
     asked.join().unwrap()
 }
 
-fn play(test: &str, fault: Fault, kernel: PathBuf) -> (Ending, Unprotected) {
+/// What is left after a play without protection.
+struct Aftermath {
+    report: Report,
+    outcome: Outcome,
+    lab: Rc<Lab>,
+    system: Unprotected,
+}
+
+fn play(test: &str, fault: Fault, kernel: PathBuf) -> Aftermath {
     let folder = folder(test);
-    let lab = Lab::new(&LabPlan::three_hosts(&folder)).unwrap();
+    let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
     let options = Options {
         fault,
         ..Options::default()
     };
-    let mut system = Unprotected::new(kernel, folder, options.memory_mib);
+    let mut system = Unprotected::new(Rc::clone(&lab), kernel, folder, options.memory_mib);
     let patience = Patience {
         stalled: Duration::from_secs(4),
         ..Patience::default()
     };
     let progress = Progress::new();
-    let stage = Stage::prepare(&options, patience, &progress, lab, &mut system).unwrap();
-    (stage.play(), system)
+    let client = || {
+        let plan = JudgePlan {
+            stalled_after: patience.stalled,
+            ..JudgePlan::new(SocketAddr::from(GUEST))
+        };
+        let judge = Judge::start(plan, lab.client_entrance()?)?;
+        Ok(EmbeddedWitness {
+            judge,
+            churn_pages: options.churn_pages,
+            churn_rate: options.churn_rate,
+        })
+    };
+    let stage = Stage::prepare(&options, patience, &progress, (&*lab, GUEST_MAC), &mut system, client).unwrap();
+    let (report, outcome) = stage.play();
+    Aftermath {
+        report,
+        outcome,
+        lab,
+        system,
+    }
 }
 
 #[test]
 fn without_a_fault_the_judge_is_green() {
     let kernel = kernel();
     test_inside("without_a_fault_the_judge_is_green", || {
-        let (ending, _system) = play("green", Fault::None, kernel);
+        let ending = play("green", Fault::None, kernel);
         assert!(ending.report.passed(), "{:?}", ending.report.complaints);
         assert!(ending.report.answers > 100);
         // The ledger agrees with an observer on another connection.
@@ -76,11 +105,11 @@ fn without_a_fault_the_judge_is_green() {
 fn an_unprotected_guest_whose_host_dies_is_red() {
     let kernel = kernel();
     test_inside("an_unprotected_guest_whose_host_dies_is_red", || {
-        let (mut ending, mut system) = play("red", Fault::KillHost, kernel);
+        let mut ending = play("red", Fault::KillHost, kernel);
         assert!(!ending.report.passed());
         assert_eq!(ending.outcome.end, End::Stalled, "{:?}", ending.report.complaints);
         // Somebody starts the machine on another host, from the disk that was saved: what was said is gone.
-        system.boot(&ending.lab, 1).unwrap();
+        ending.system.boot(1).unwrap();
         ending.outcome.ledger.inspect(&look(&ending.lab));
         let findings = ending.outcome.ledger.findings();
         assert!(findings.reboots >= 1, "{findings:?}");
@@ -91,7 +120,7 @@ fn an_unprotected_guest_whose_host_dies_is_red() {
 fn a_killed_process_of_an_unprotected_guest_is_red() {
     let kernel = kernel();
     test_inside("a_killed_process_of_an_unprotected_guest_is_red", || {
-        let (ending, _system) = play("red-process", Fault::KillEngine, kernel);
+        let ending = play("red-process", Fault::KillEngine, kernel);
         assert!(!ending.report.passed());
         assert!(
             ending.outcome.unanswered > 0 || ending.outcome.end != End::Told,
@@ -106,9 +135,9 @@ fn an_answer_that_only_memory_knew_is_lost() {
     let kernel = kernel();
     test_inside("an_answer_that_only_memory_knew_is_lost", || {
         let folder = folder("lost");
-        let mut lab = Lab::new(&LabPlan::three_hosts(&folder)).unwrap();
-        let mut system = Unprotected::new(kernel, folder, 128);
-        ftvm_e2e::demo::system::System::start(&mut system, &lab).unwrap();
+        let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
+        let mut system = Unprotected::new(Rc::clone(&lab), kernel, folder, 128);
+        System::start(&mut system).unwrap();
         let plan = JudgePlan {
             stalled_after: Duration::from_secs(2),
             ..JudgePlan::new(SocketAddr::from(GUEST))
@@ -119,10 +148,10 @@ fn an_answer_that_only_memory_knew_is_lost() {
         for op in [Op::Journal, Op::Journal, Op::Increment, Op::Increment, Op::Increment] {
             judge.ask(op, 0, 0).unwrap();
         }
-        lab.host_mut(0).kill().unwrap();
+        lab.host(0).kill().unwrap();
         let outcome = judge.finish();
         assert!(outcome.findings().is_clean(), "so far nothing contradicts an answer");
-        system.boot(&lab, 1).unwrap();
+        system.boot(1).unwrap();
         let mut ledger = outcome.ledger;
         ledger.inspect(&look(&lab));
         assert_eq!(ledger.findings().lost_answers, 3, "{:?}", ledger.findings());

@@ -4,11 +4,15 @@
 //! same play with an unprotected machine ([`unprotected`]) is a negative control: it must end badly.
 use std::path::PathBuf;
 
+use crate::judge::packet::Mac;
+
+pub mod machines;
 pub mod prerequisites;
 pub mod programs;
 pub mod rounds;
 pub mod system;
 pub mod unprotected;
+pub mod witness;
 
 /// What is done to the active host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,11 +60,55 @@ impl Fault {
     }
 }
 
+/// What runs in the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guest {
+    /// A small program of this project, on this machine's KVM.
+    Embedded,
+    /// Debian with Redis and an HTTP server, in emulated machines.
+    Linux,
+}
+
+impl Guest {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedded => "embedded",
+            Self::Linux => "linux",
+        }
+    }
+
+    /// The guest of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Embedded, Self::Linux]
+            .into_iter()
+            .find(|guest| guest.name() == name)
+    }
+}
+
+/// The guest's address on the client network.
+pub const GUEST_ADDRESS: [u8; 4] = [10, 77, 0, 2];
+/// The guest's MAC address, the same wherever it runs.
+pub const GUEST_MAC: Mac = [0x02, 0xF7, 0x00, 0x00, 0x00, 0x01];
+
+/// What the embedded guest is told at its start.
+pub fn guest_command_line() -> String {
+    let [a, b, c, d] = GUEST_ADDRESS;
+    format!("ip={a}.{b}.{c}.{d}/24 gw=none")
+}
+
+/// A MAC address as text.
+pub fn mac_text(mac: Mac) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
 /// What the user chose.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The fault.
     pub fault: Fault,
+    /// The guest.
+    pub guest: Guest,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// Guest CPUs.
@@ -79,6 +127,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             fault: Fault::KillHost,
+            guest: Guest::Embedded,
             memory_mib: 128,
             vcpus: 1,
             rounds: 1,

@@ -1,8 +1,6 @@
 //! What keeps the guest alive (or does not): the view that the demonstration has of it.
 use serde::Deserialize;
 
-use crate::hosts::Lab;
-
 /// Role of a seat as its engine reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -71,7 +69,7 @@ pub struct Digest {
     pub memory: String,
 }
 
-/// What keeps the guest alive. Hosts are named by their place in the lab.
+/// What keeps the guest alive. Machines are named by their place.
 pub trait System {
     /// Whether it claims to protect the guest at all.
     fn protects(&self) -> bool;
@@ -79,18 +77,18 @@ pub trait System {
     /// File name of the program that runs the guest, for killing it.
     fn engine_program(&self) -> &str;
 
-    /// Starts everything on all hosts; the guest begins to boot.
-    fn start(&mut self, lab: &Lab) -> anyhow::Result<()>;
+    /// Starts everything on all machines; the guest begins to boot.
+    fn start(&mut self) -> anyhow::Result<()>;
 
-    /// What a host says of its seat; none if it can't be asked (dead, frozen) or has no seat.
-    fn seat(&mut self, lab: &Lab, host: usize) -> Option<Seat>;
+    /// What a machine says of its seat; none if it can't be asked (dead, frozen) or has no seat.
+    fn seat(&mut self, machine: usize) -> Option<Seat>;
 
-    /// A host that was dead has been started again and runs nothing yet.
-    fn host_started(&mut self, lab: &Lab, host: usize) -> anyhow::Result<()>;
+    /// A machine that was dead has been started again and runs nothing yet.
+    fn machine_started(&mut self, machine: usize) -> anyhow::Result<()>;
 
     /// Compares both seats' memory at one epoch and both disks, while the guest's clients are quiet. An error says what
     /// differs.
-    fn compare_sides(&mut self, lab: &Lab, active: usize, standby: usize) -> anyhow::Result<()>;
+    fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()>;
 
     /// What a person would like to read after a failure: paths of logs.
     fn logs(&self) -> Vec<std::path::PathBuf>;

@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::rc::Rc;
 
 use anyhow::Context;
 
 use super::prerequisites::find_program;
-use super::rounds::{GUEST_ADDRESS, GUEST_MAC};
 use super::system::{Role, Seat, System};
+use super::{GUEST_MAC, guest_command_line, mac_text};
 use crate::hosts::{HostProcess, Lab};
 
 /// The emulator; it also names the process to kill.
@@ -16,6 +17,7 @@ const EMULATOR: &str = "qemu-system-x86_64";
 
 /// The guest under QEMU, emulated in software: it needs no KVM.
 pub struct Unprotected {
+    lab: Rc<Lab>,
     kernel: PathBuf,
     folder: PathBuf,
     memory_mib: u32,
@@ -24,8 +26,9 @@ pub struct Unprotected {
 
 impl Unprotected {
     /// A machine whose disk and logs are in `folder`.
-    pub fn new(kernel: impl Into<PathBuf>, folder: impl Into<PathBuf>, memory_mib: u32) -> Self {
+    pub fn new(lab: Rc<Lab>, kernel: impl Into<PathBuf>, folder: impl Into<PathBuf>, memory_mib: u32) -> Self {
         Self {
+            lab,
             kernel: kernel.into(),
             folder: folder.into(),
             memory_mib,
@@ -42,10 +45,10 @@ impl Unprotected {
     }
 
     /// Starts the machine on a host, from the disk as it is: what a person does after the host of a VM died.
-    pub fn boot(&mut self, lab: &Lab, host: usize) -> anyhow::Result<()> {
+    pub fn boot(&mut self, host: usize) -> anyhow::Result<()> {
         let emulator =
             find_program(EMULATOR).with_context(|| format!("{EMULATOR} is not installed (qemu-system-x86)"))?;
-        let host = lab.host(host);
+        let host = self.lab.host(host);
         host.add_tap("guest0")?;
         let log = File::create(self.folder.join("qemu.log")).context("creating QEMU's log")?;
         let mut command = Command::new(emulator);
@@ -62,12 +65,12 @@ impl Unprotected {
             ])
             .args(["-m", &self.memory_mib.to_string(), "-kernel"])
             .arg(&self.kernel)
-            .args(["-append", &command_line()])
+            .args(["-append", &guest_command_line()])
             .args(["-serial", &format!("file:{}", path(&self.console()))])
             .args(["-netdev", "tap,id=n0,ifname=guest0,script=no,downscript=no"])
             .args([
                 "-device",
-                &format!("virtio-net-pci,netdev=n0,disable-legacy=on,mac={}", mac_text()),
+                &format!("virtio-net-pci,netdev=n0,disable-legacy=on,mac={}", mac_text(GUEST_MAC)),
             ])
             .args([
                 "-drive",
@@ -80,17 +83,6 @@ impl Unprotected {
         self.machine = Some(host.spawn("the machine", command)?);
         Ok(())
     }
-}
-
-/// What the guest is told at its start.
-pub fn command_line() -> String {
-    let [a, b, c, d] = GUEST_ADDRESS;
-    format!("ip={a}.{b}.{c}.{d}/24 gw=none")
-}
-
-/// The guest's MAC address as text.
-pub fn mac_text() -> String {
-    GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// QEMU separates options by commas; a comma in a value is doubled.
@@ -107,15 +99,16 @@ impl System for Unprotected {
         EMULATOR
     }
 
-    fn start(&mut self, lab: &Lab) -> anyhow::Result<()> {
+    fn start(&mut self) -> anyhow::Result<()> {
         let disk = File::create(self.disk()).context("creating the guest's disk")?;
         disk.set_len(64 << 20).context("sizing the guest's disk")?;
-        self.boot(lab, 0)
+        self.boot(0)
     }
 
-    fn seat(&mut self, lab: &Lab, host: usize) -> Option<Seat> {
-        let runs = lab
-            .host(host)
+    fn seat(&mut self, machine: usize) -> Option<Seat> {
+        let runs = self
+            .lab
+            .host(machine)
             .processes_named(EMULATOR)
             .is_ok_and(|processes| !processes.is_empty());
         runs.then(|| Seat {
@@ -129,11 +122,11 @@ impl System for Unprotected {
         })
     }
 
-    fn host_started(&mut self, _: &Lab, _: usize) -> anyhow::Result<()> {
+    fn machine_started(&mut self, _: usize) -> anyhow::Result<()> {
         Ok(())
     }
 
-    fn compare_sides(&mut self, _: &Lab, _: usize, _: usize) -> anyhow::Result<()> {
+    fn compare_sides(&mut self, _: usize, _: usize) -> anyhow::Result<()> {
         anyhow::bail!("an unprotected machine has one side")
     }
 

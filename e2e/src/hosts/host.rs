@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{HostsError, io as failed, namespace, net, outer};
@@ -112,14 +113,6 @@ impl Lab {
         &self.hosts[index]
     }
 
-    /// A host by its place in the plan, to be changed.
-    ///
-    /// # Panics
-    /// If there is no such host.
-    pub fn host_mut(&mut self, index: usize) -> &mut Host {
-        &mut self.hosts[index]
-    }
-
     /// A function that moves the thread that calls it into the client's network namespace, for good.
     pub fn client_entrance(&self) -> Result<impl FnOnce() -> Result<(), HostsError> + Send + use<>, HostsError> {
         let network = network_of(self.client.pid())?;
@@ -151,7 +144,7 @@ pub struct Host {
     plan: HostPlan,
     prefix: u8,
     lab_folder: PathBuf,
-    init: Option<namespace::Init>,
+    init: Mutex<Option<namespace::Init>>,
 }
 
 /// A process that runs on a host.
@@ -167,11 +160,11 @@ pub struct ProcessInfo {
 
 impl Host {
     fn new(plan: &HostPlan, lab: &LabPlan) -> Result<Self, HostsError> {
-        let mut host = Self {
+        let host = Self {
             plan: plan.clone(),
             prefix: lab.prefix,
             lab_folder: lab.folder.clone(),
-            init: None,
+            init: Mutex::new(None),
         };
         host.start()?;
         Ok(host)
@@ -199,11 +192,11 @@ impl Host {
 
     /// True until [`Host::kill`].
     pub fn is_running(&self) -> bool {
-        self.init.is_some()
+        self.lock().is_some()
     }
 
     /// Starts the host, with a new boot id and nothing running.
-    pub fn start(&mut self) -> Result<(), HostsError> {
+    pub fn start(&self) -> Result<(), HostsError> {
         if self.is_running() {
             return Err(self.state_error("it is running already"));
         }
@@ -225,13 +218,13 @@ impl Host {
                  link set {guest} up\nlink set client0 master {guest} up\n"
             ),
         )?;
-        self.init = Some(init);
+        *self.lock() = Some(init);
         Ok(())
     }
 
     /// Starts a program on this host. Its working directory is `/`, of which the host sees the same files as everyone.
     pub fn spawn(&self, name: &str, command: Command) -> Result<HostProcess, HostsError> {
-        let started = namespace::start_inside(self.init()?, command)?;
+        let started = self.with_init(|init| namespace::start_inside(init, command))?;
         Ok(HostProcess {
             name: format!("{name} on {}", self.name()),
             started,
@@ -245,7 +238,7 @@ impl Host {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let started = namespace::start_inside(self.init()?, command)?;
+        let started = self.with_init(|init| namespace::start_inside(init, command))?;
         let output = started
             .keeper
             .wait_with_output()
@@ -264,31 +257,28 @@ impl Host {
 
     /// A function that moves the thread that calls it into this host's network namespace, for good.
     pub fn entrance(&self) -> Result<impl FnOnce() -> Result<(), HostsError> + Send + use<>, HostsError> {
-        let network = network_of(self.init()?.pid())?;
+        let network = self.with_init(|init| network_of(init.pid()))?;
         Ok(move || namespace::enter_network(&network))
     }
 
     /// A persistent tap of this name, joined to the guest's bridge.
     pub fn add_tap(&self, tap: &str) -> Result<(), HostsError> {
         let guest = Lab::GUEST_BRIDGE;
-        ip_inside(
-            self.init()?,
-            &format!("tuntap add dev {tap} mode tap\nlink set {tap} master {guest} up\n"),
-        )
+        let lines = format!("tuntap add dev {tap} mode tap\nlink set {tap} master {guest} up\n");
+        self.with_init(|init| ip_inside(init, &lines))
     }
 
     /// Pulls the plug: first the links lose their carrier, so that no farewell (FIN, RST) leaves; then every process
     /// dies at once. Returns the moment at which the links were down.
-    pub fn kill(&mut self) -> Result<Instant, HostsError> {
+    pub fn kill(&self) -> Result<Instant, HostsError> {
         let (client, ft) = (self.client_port(), self.replication_port());
-        let Some(init) = self.init.as_mut() else {
+        let Some(mut init) = self.lock().take() else {
             return Err(self.state_error("it is not running"));
         };
         net::set_link(&client, false)?;
         net::set_link(&ft, false)?;
         let at = Instant::now();
         init.kill();
-        self.init = None;
         // The links of a dead host go when its namespace is torn down, which the kernel does later: not waiting for it
         // lets the next start find the old names.
         for port in [client, ft] {
@@ -341,7 +331,7 @@ impl Host {
 
     /// The processes on this host, without its init.
     pub fn processes(&self) -> Result<Vec<ProcessInfo>, HostsError> {
-        let init = self.init()?.pid();
+        let init = self.with_init(|init| Ok(init.pid()))?;
         let namespace = |pid: i32| fs::metadata(format!("/proc/{pid}/ns/pid")).map(|meta| meta.ino());
         let own = namespace(init).map_err(failed(format!("reading the pid namespace of host {}", self.name())))?;
         let mut found = Vec::new();
@@ -384,8 +374,14 @@ impl Host {
         Ok((killed, Instant::now()))
     }
 
-    fn init(&self) -> Result<&namespace::Init, HostsError> {
-        self.init.as_ref().ok_or_else(|| self.state_error("it is not running"))
+    fn lock(&self) -> MutexGuard<'_, Option<namespace::Init>> {
+        self.init.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with_init<T>(&self, work: impl FnOnce(&namespace::Init) -> Result<T, HostsError>) -> Result<T, HostsError> {
+        self.lock()
+            .as_ref()
+            .map_or_else(|| Err(self.state_error("it is not running")), work)
     }
 
     fn state_error(&self, what: impl Into<String>) -> HostsError {

@@ -54,7 +54,7 @@ fn hosts_that_speak_as_the_guest_are_told_apart() {
             // Unit tests have no folder of their own from cargo.
             let folder = PathBuf::from(std::env::current_exe().unwrap().parent().unwrap()).join("sniffer-test");
             std::fs::create_dir_all(&folder).unwrap();
-            let mut lab = Lab::new(&LabPlan::three_hosts(&folder)).unwrap();
+            let lab = Lab::new(&LabPlan::three_hosts(&folder)).unwrap();
             let ports = lab.hosts().iter().map(Host::client_port).collect();
             let sniffer = Sniffer::start(GUEST, ports).unwrap();
             let seen = |count: u64| {
@@ -79,8 +79,8 @@ fn hosts_that_speak_as_the_guest_are_told_apart() {
             assert_eq!((report.handovers, report.dual_active), (1, 1), "{report:?}");
 
             // A restarted host has new links and is still recognised.
-            lab.host_mut(0).kill().unwrap();
-            lab.host_mut(0).start().unwrap();
+            lab.host(0).kill().unwrap();
+            lab.host(0).start().unwrap();
             send(lab.host(0), GUEST, 149, b"again");
             let report = seen(5);
             assert_eq!(report.frames.get(&0), Some(&3), "{report:?}");

@@ -45,10 +45,8 @@ pub struct Round {
     pub epochs: u64,
     /// Bytes sent over the replication link by the host that was active before the fault, since it was started.
     pub sent_bytes: u64,
-    /// What the guest found when it checked its memory and its journal after the round: pages and records at fault.
-    pub self_check_errors: u64,
-    /// Both seats' digests of memory were compared at one epoch, and both disk files byte by byte.
-    pub sides_compared: bool,
+    /// The guest's self-check passed, and both sides had the same memory and the same disks.
+    pub examined: bool,
 }
 
 /// Everything that a demonstration found.
