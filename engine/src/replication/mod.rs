@@ -19,9 +19,12 @@
 //! Invariant: every buffer is bounded; who produces faster than the link carries waits or is told so.
 
 pub mod epoch;
+pub mod journal;
 pub mod link;
 pub mod memory;
 pub mod pages;
+pub mod standby_disks;
+pub mod storage;
 pub mod threads;
 
 pub use memory::{HeapMemory, PAGE_SIZE, Page, PageMemory};

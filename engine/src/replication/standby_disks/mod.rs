@@ -1,0 +1,165 @@
+//! The disks of a standby: epochs are journalled when they are staged, and written to the volumes when they commit.
+//!
+//! ```text
+//!   stage(epoch, changes, durable) ─► journal (fsync if durable)          acknowledged after this
+//!   commit(epoch)                  ─► applier thread ─► volumes ─► sync ─► the journal's older half is free again
+//!   takeover: settle() waits for all of it, or read through what waits (volume())
+//! ```
+//!
+//! Invariant: nothing that was not committed reaches a volume while the engine lives; after it was killed,
+//! [`StandbyDisks::open`] replays the journal, and the volumes have every epoch that was staged as durable.
+
+mod applier;
+mod overlay;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use super::epoch::DiskChange;
+use super::journal::{Journal, JournalError, Recovered};
+use super::storage::Storage;
+use super::threads::ThreadFilters;
+use applier::Applier;
+
+pub use applier::{ReadThrough, VolumeError};
+
+/// Why the standby's disks can't follow.
+#[derive(Debug, thiserror::Error)]
+pub enum StandbyDisksError {
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A volume.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// An epoch was to be committed that was not staged, or out of order: a defect of the caller.
+    #[error("epoch {0} was not staged before it was committed")]
+    NotStaged(u64),
+    /// The thread that writes to the volumes could not be started.
+    #[error("can't start the thread that writes to the volumes: {0}")]
+    Spawn(#[source] io::Error),
+}
+
+/// Journal and volumes of one standby seat. One thread uses it.
+pub struct StandbyDisks {
+    journal: Journal,
+    applier: Applier,
+    staged: VecDeque<(u64, Vec<DiskChange>)>,
+    /// Volumes were written by a resync and not synced since.
+    resynced: bool,
+    recovered: Recovered,
+}
+
+impl StandbyDisks {
+    /// Replays the journal onto the volumes (by disk index) and starts empty. An engine does this before it uses its
+    /// disks in any role.
+    pub fn open(
+        journal: Arc<dyn Storage>,
+        volumes: Vec<Arc<dyn Storage>>,
+        filters: &ThreadFilters,
+    ) -> Result<Self, StandbyDisksError> {
+        let (journal, recovered) = Journal::recover(journal, &volumes)?;
+        let applier = Applier::start(volumes, filters).map_err(StandbyDisksError::Spawn)?;
+        Ok(Self {
+            journal,
+            applier,
+            staged: VecDeque::new(),
+            resynced: false,
+            recovered,
+        })
+    }
+
+    /// What the journal held when it was opened.
+    pub fn recovered(&self) -> Recovered {
+        self.recovered
+    }
+
+    /// Keeps an epoch's changes until it commits. With `durable` they, and those of all epochs before, survive a
+    /// power cut when this returns: the epoch may be acknowledged. May wait for epochs that were committed, never for
+    /// one that was not.
+    pub fn stage(&mut self, epoch: u64, changes: &[DiskChange], durable: bool) -> Result<(), StandbyDisksError> {
+        if durable && self.resynced {
+            self.applier.sync_now()?;
+            self.resynced = false;
+        }
+        if !changes.is_empty() || durable {
+            self.append(epoch, changes, durable)?;
+        }
+        self.staged.push_back((epoch, changes.to_vec()));
+        Ok(())
+    }
+
+    fn append(&mut self, epoch: u64, changes: &[DiskChange], durable: bool) -> Result<(), StandbyDisksError> {
+        match self
+            .journal
+            .append(epoch, changes, durable, self.applier.synced_through())
+        {
+            Err(JournalError::Full) => {}
+            result => return Ok(result?),
+        }
+        // Everything committed so far goes to the volumes first. What was staged and not committed is in the current
+        // half, or the journal is too small.
+        self.applier.sync_now()?;
+        Ok(self
+            .journal
+            .append(epoch, changes, durable, self.applier.synced_through())?)
+    }
+
+    /// The epoch is this seat's state now: its changes go to the volumes. Epochs before it that were staged go with
+    /// it. Waits while too much waits for the volumes.
+    pub fn commit(&mut self, epoch: u64) -> Result<(), StandbyDisksError> {
+        if self.staged.front().is_none_or(|(staged, _)| *staged > epoch) {
+            return Err(StandbyDisksError::NotStaged(epoch));
+        }
+        while self.staged.front().is_some_and(|(staged, _)| *staged <= epoch) {
+            let Some((staged, changes)) = self.staged.pop_front() else {
+                break;
+            };
+            self.applier.apply(changes, Some(staged))?;
+        }
+        if self.journal.wants_sync(self.applier.synced_through()).is_some() {
+            self.applier.request_sync();
+        }
+        Ok(())
+    }
+
+    /// A resync begins: the volumes become anything but consistent, and what the journal holds is of no use.
+    pub fn begin_resync(&mut self) -> Result<(), StandbyDisksError> {
+        self.staged.clear();
+        self.applier.drain()?;
+        self.journal.reset()?;
+        self.resynced = true;
+        Ok(())
+    }
+
+    /// Writes what a resync brings, in the order of the calls. Waits while too much waits for the volumes.
+    pub fn write_resync(&mut self, changes: Vec<DiskChange>) -> Result<(), StandbyDisksError> {
+        self.resynced = true;
+        Ok(self.applier.apply(changes, None)?)
+    }
+
+    /// Takeover: returns when everything committed is durable on the volumes and the journal is empty, so that a
+    /// guest may write to the volumes directly. What was staged and not committed is dropped.
+    pub fn settle(&mut self) -> Result<(), StandbyDisksError> {
+        self.staged.clear();
+        self.applier.sync_now()?;
+        self.resynced = false;
+        Ok(self.journal.reset()?)
+    }
+
+    /// A view of disk `disk` that reads through what waits for the volume and puts writes behind it, in order: for a
+    /// takeover that doesn't wait. Its `sync` makes the volumes durable; the journal may be emptied
+    /// ([`Self::settle`]) at any time after that, and has to be before the volume is written past this view.
+    pub fn volume(&self, disk: u16) -> Option<ReadThrough> {
+        self.applier.volume(disk)
+    }
+
+    /// Bytes that wait for the volumes.
+    pub fn waiting_bytes(&self) -> usize {
+        self.applier.waiting_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,216 @@
+use super::*;
+use crate::replication::journal::JOURNAL_MIN_BYTES;
+use crate::replication::testing::{MemStorage, Seeded, apply_change, random_change};
+
+const SECTORS: u64 = 64;
+
+struct Bench {
+    journal: Arc<MemStorage>,
+    volumes: [Arc<MemStorage>; 2],
+}
+
+impl Bench {
+    fn new() -> Self {
+        let volume = || MemStorage::new(vec![0xAA; SECTORS as usize * 512]);
+        Self {
+            journal: MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize]),
+            volumes: [volume(), volume()],
+        }
+    }
+
+    fn open(&self) -> Result<StandbyDisks, StandbyDisksError> {
+        let volumes = self
+            .volumes
+            .iter()
+            .map(|volume| volume.clone() as Arc<dyn Storage>)
+            .collect();
+        StandbyDisks::open(self.journal.clone(), volumes, &None)
+    }
+
+    fn bytes(&self) -> [Vec<u8>; 2] {
+        [self.volumes[0].bytes(), self.volumes[1].bytes()]
+    }
+}
+
+fn changes(seeded: &mut Seeded) -> Vec<DiskChange> {
+    (0..seeded.below(6))
+        .map(|_| {
+            let disk = seeded.below(2) as u16;
+            random_change(seeded, disk, SECTORS)
+        })
+        .collect()
+}
+
+fn apply_all(disks: &mut [Vec<u8>; 2], changes: &[DiskChange]) {
+    changes
+        .iter()
+        .for_each(|change| apply_change(&mut disks[usize::from(change.disk)], change));
+}
+
+#[test]
+fn volumes_have_what_was_committed_and_nothing_else() {
+    let bench = Bench::new();
+    let mut disks = bench.open().expect("opens");
+    let mut seeded = Seeded::new(1);
+    let mut expected = bench.bytes();
+    let mut staged = VecDeque::new();
+    for epoch in 1..=500 {
+        let changes = changes(&mut seeded);
+        disks.stage(epoch, &changes, seeded.below(3) == 0).expect("staged");
+        staged.push_back((epoch, changes));
+        // Up to two epochs are staged and not committed, as when acknowledgments are on their way.
+        while staged.len() > 2 || (!staged.is_empty() && seeded.below(2) == 0) {
+            let (epoch, changes) = staged.pop_front().expect("not empty");
+            disks.commit(epoch).expect("committed");
+            apply_all(&mut expected, &changes);
+        }
+    }
+    disks.settle().expect("settled");
+    assert!(bench.bytes() == expected);
+    drop(disks);
+    assert_eq!(bench.open().expect("opens").recovered(), Recovered::default());
+    assert!(bench.bytes() == expected);
+}
+
+#[test]
+fn after_a_power_cut_every_durable_epoch_is_on_the_volumes() {
+    for seed in 0..100 {
+        let bench = Bench::new();
+        let mut disks = bench.open().expect("opens");
+        let mut seeded = Seeded::new(seed);
+        let mut state = bench.bytes();
+        let (mut states, mut durable) = (vec![state.clone()], 0);
+        let epochs = 1 + seeded.below(60);
+        for epoch in 1..=epochs {
+            let changes = changes(&mut seeded);
+            let flush = seeded.below(3) == 0;
+            disks.stage(epoch, &changes, flush).expect("staged");
+            disks.commit(epoch).expect("committed");
+            for change in &changes {
+                apply_all(&mut state, std::slice::from_ref(change));
+                states.push(state.clone());
+            }
+            if flush {
+                durable = states.len() - 1;
+            }
+        }
+        let cut = |storage: &Arc<MemStorage>, seeded: &mut Seeded| MemStorage::new(storage.after_power_cut(seeded));
+        let left = Bench {
+            journal: cut(&bench.journal, &mut seeded),
+            volumes: [cut(&bench.volumes[0], &mut seeded), cut(&bench.volumes[1], &mut seeded)],
+        };
+        left.open().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        for (disk, bytes) in left.bytes().iter().enumerate() {
+            for sector in 0..SECTORS as usize {
+                let range = sector * 512..(sector + 1) * 512;
+                let known = states[durable..]
+                    .iter()
+                    .any(|state| state[disk][range.clone()] == bytes[range.clone()]);
+                assert!(
+                    known,
+                    "seed {seed}: sector {sector} of disk {disk} is older than the last flush"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_takeover_may_read_and_write_before_the_volumes_have_caught_up() {
+    let bench = Bench::new();
+    let mut disks = bench.open().expect("opens");
+    let mut seeded = Seeded::new(2);
+    let mut expected = bench.bytes();
+    for epoch in 1..=30 {
+        let changes = changes(&mut seeded);
+        disks.stage(epoch, &changes, false).expect("staged");
+        disks.commit(epoch).expect("committed");
+        apply_all(&mut expected, &changes);
+    }
+    let view = disks.volume(1).expect("there are two");
+    for _ in 0..300 {
+        if seeded.below(3) == 0 {
+            let change = random_change(&mut seeded, 1, SECTORS);
+            apply_change(&mut expected[1], &change);
+            match &change.what {
+                crate::replication::epoch::DiskData::Zeroed(len) => view.zero(change.offset, *len).expect("zeroed"),
+                crate::replication::epoch::DiskData::Written(data) => {
+                    view.write_at(change.offset, data).expect("written")
+                }
+            }
+        }
+        let start = seeded.below(60) * 512;
+        let mut buf = [0; 4 * 512];
+        view.read_at(start, &mut buf).expect("read");
+        assert!(buf[..] == expected[1][start as usize..][..buf.len()]);
+    }
+    view.sync().expect("durable");
+    assert!(view.is_settled());
+    assert!(
+        view.write_at(SECTORS * 512 - 512, &[0; 1024]).is_err(),
+        "outside the volume"
+    );
+    disks.settle().expect("settled");
+    assert!(bench.bytes() == expected);
+}
+
+#[test]
+fn a_volume_that_fails_is_told_and_what_was_durable_stays_in_the_journal() {
+    for error in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
+        let bench = Bench::new();
+        let mut disks = bench.open().expect("opens");
+        let change = DiskChange::written(0, 512, &[7; 512]);
+        bench.volumes[0].fail_after(0, error);
+        disks.stage(1, std::slice::from_ref(&change), true).expect("journalled");
+        let _ = disks.commit(1);
+        let failed = disks.settle().expect_err("the volume fails");
+        assert!(
+            matches!(&failed, StandbyDisksError::Volume(VolumeError { disk: 0, .. })),
+            "{failed}"
+        );
+        assert!(disks.stage(2, &[], true).is_ok() && disks.commit(2).is_err());
+        drop(disks);
+        let mended = Bench {
+            volumes: Bench::new().volumes,
+            journal: bench.journal.clone(),
+        };
+        mended.open().expect("recovers");
+        assert_eq!(mended.volumes[0].bytes()[512..1024], [7; 512]);
+    }
+}
+
+#[test]
+fn epochs_commit_only_after_they_were_staged() {
+    let mut disks = Bench::new().open().expect("opens");
+    assert!(matches!(disks.commit(1), Err(StandbyDisksError::NotStaged(1))));
+    disks.stage(2, &[], false).expect("staged");
+    assert!(matches!(disks.commit(1), Err(StandbyDisksError::NotStaged(1))));
+    disks.commit(2).expect("staged");
+}
+
+#[test]
+fn a_resync_forgets_the_journal_and_is_durable_before_its_join_is() {
+    let bench = Bench::new();
+    let mut disks = bench.open().expect("opens");
+    disks
+        .stage(1, &[DiskChange::written(0, 0, &[1; 512])], true)
+        .expect("staged");
+    disks.begin_resync().expect("begun");
+    disks
+        .write_resync(vec![
+            DiskChange::written(0, 0, &[2; 512]),
+            DiskChange::written(1, 512, &[3; 512]),
+        ])
+        .expect("written");
+    disks.stage(9, &[], true).expect("join");
+    let mut seeded = Seeded::new(3);
+    let left = MemStorage::new(bench.volumes[0].after_power_cut(&mut seeded));
+    assert_eq!(left.bytes()[..512], [2; 512], "durable with the join");
+    drop(disks);
+    bench.open().expect("opens");
+    assert_eq!(
+        bench.volumes[0].bytes()[..512],
+        [2; 512],
+        "the journal of before the resync is not replayed"
+    );
+}

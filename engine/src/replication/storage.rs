@@ -1,0 +1,123 @@
+//! Volumes and the journal as replication sees them: bytes at offsets, and durability.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+
+use rustix::fs::{FallocateFlags, fallocate};
+
+/// A volume or file of fixed size. Shared between threads; concurrent changes of the same range leave either content.
+pub trait Storage: Send + Sync {
+    /// Size in bytes.
+    fn size_bytes(&self) -> u64;
+    /// Fills `buf` from `offset`; a short read is an error.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// Writes all of `data` at `offset`.
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Makes a range read as zeroes; its blocks stay allocated.
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Returns when everything written before is durable.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// Written at once when a file system can't zero a range by itself.
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// A file or block device.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    size_bytes: u64,
+}
+
+impl FileStorage {
+    /// Takes over an open file or block device of at least `size_bytes`; `None` takes its own size.
+    pub fn new(mut file: File, size_bytes: Option<u64>) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let has = if metadata.file_type().is_block_device() {
+            file.seek(SeekFrom::End(0))?
+        } else {
+            metadata.len()
+        };
+        let size_bytes = size_bytes.unwrap_or(has);
+        if has < size_bytes {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("it has {has} bytes, {size_bytes} are needed"),
+            ));
+        }
+        Ok(Self { file, size_bytes })
+    }
+
+    /// Like [`Self::new`] for a regular file that is made longer if it is too short: all of it is allocated, so that
+    /// writing to it later can't find the file system full.
+    pub fn allocated(file: File, size_bytes: u64) -> io::Result<Self> {
+        if file.metadata()?.len() < size_bytes {
+            match fallocate(&file, FallocateFlags::empty(), 0, size_bytes) {
+                Ok(()) => {}
+                // A file system without it: written instead.
+                Err(rustix::io::Errno::OPNOTSUPP) => write_zeroes(&file, 0, size_bytes)?,
+                Err(error) => return Err(error.into()),
+            }
+            file.sync_all()?;
+        }
+        Self::new(file, Some(size_bytes))
+    }
+
+    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
+        if offset.checked_add(len).is_some_and(|end| end <= self.size_bytes) {
+            return Ok(());
+        }
+        let what = format!(
+            "{len} bytes at {offset} are outside the {} bytes of the volume",
+            self.size_bytes
+        );
+        Err(io::Error::new(io::ErrorKind::InvalidInput, what))
+    }
+}
+
+fn write_zeroes(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
+    let end = offset + len;
+    while offset < end {
+        let piece = (end - offset).min(ZEROES.len() as u64);
+        file.write_all_at(&ZEROES[..piece as usize], offset)?;
+        offset += piece;
+    }
+    Ok(())
+}
+
+impl Storage for FileStorage {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.check(offset, buf.len() as u64)?;
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.check(offset, data.len() as u64)?;
+        self.file.write_all_at(data, offset)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(offset, len)?;
+        match fallocate(
+            &self.file,
+            FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
+            offset,
+            len,
+        ) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NODEV | rustix::io::Errno::INVAL) => {
+                write_zeroes(&self.file, offset, len)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
