@@ -34,6 +34,45 @@ fn nodes_boot_talk_die_and_return() {
     one.write("/data/file", &content).unwrap();
     assert!(one.read("/data/file").unwrap() == content);
 
+    // The shared folder: what the file arbiter relies on.
+    let share = lab.share().unwrap();
+    share.mount(&one).unwrap();
+    share.mount(&two).unwrap();
+    one.sh("cd /share; echo first > a; sync a; ln a record").unwrap();
+    assert!(
+        two.sh("cd /share; echo second > b; ln b record").is_err(),
+        "link(2) overwrote a record"
+    );
+    assert_eq!(
+        two.sh("cat /share/record; stat -c %h /share/record").unwrap(),
+        "first\n2"
+    );
+    assert!(
+        two.sh("set -o noclobber; echo x > /share/a").is_err(),
+        "O_EXCL did not hold"
+    );
+    assert_eq!(std::fs::read(share.folder().join("record")).unwrap(), b"first\n");
+    let race =
+        "cd /share; for i in $(seq 50); do echo $0 > t.$0.$i; ln t.$0.$i term.$i 2>/dev/null && echo $i; done; true";
+    let (left, right) = std::thread::scope(|scope| {
+        let other = scope.spawn(|| two.run(&["sh", "-c", race, "two"]).unwrap());
+        (
+            one.run(&["sh", "-c", race, "one"]).unwrap().stdout,
+            other.join().unwrap().stdout,
+        )
+    });
+    let mut won: Vec<u32> = [left, right]
+        .concat()
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| std::str::from_utf8(line).ok()?.parse().ok())
+        .collect();
+    won.sort_unstable();
+    assert_eq!(
+        won,
+        (1..=50).collect::<Vec<_>>(),
+        "each term must have exactly one winner"
+    );
+
     // Links.
     let ping = format!("ping -q -c 3 -i 0.2 -W 1 {}", one.address(Network::Replication));
     two.sh(&ping).unwrap();

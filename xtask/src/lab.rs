@@ -1,15 +1,32 @@
 //! `cargo xtask lab`: emulated machines from the command line.
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, Subcommand};
+use ftvm_e2e::lab::image::Image;
 
 /// Options of `cargo xtask lab`.
 #[derive(Args)]
-pub struct Lab {}
+pub struct Lab {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the images of nodes and of the Debian guest, if they are not there, and say where they are
+    Images,
+}
 
 impl Lab {
     /// Runs the command.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        anyhow::bail!("emulated machines are not part of this build: they come with e2e::lab")
+        match self.command {
+            Command::Images => {
+                for image in [Image::node()?, Image::guest()?] {
+                    println!("{}", image.folder.display());
+                }
+            }
+        }
+        Ok(ExitCode::SUCCESS)
     }
 }

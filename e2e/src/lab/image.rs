@@ -29,7 +29,6 @@ struct Recipe {
 const NODE: Recipe = Recipe {
     kind: "node",
     packages: &[
-        "dropbear-bin",
         "e2fsprogs",
         "ethtool",
         "initramfs-tools",
@@ -38,7 +37,6 @@ const NODE: Recipe = Recipe {
         "kmod",
         "linux-image-cloud-amd64",
         "mount",
-        "nfs-common",
         "nftables",
         "procps",
         "zstd",
@@ -52,7 +50,6 @@ const GUEST: Recipe = Recipe {
     packages: &[
         "dropbear",
         "e2fsprogs",
-        "ifupdown",
         "initramfs-tools",
         "iproute2",
         "linux-image-cloud-amd64",

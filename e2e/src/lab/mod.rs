@@ -23,14 +23,17 @@ use rustix::fs::FlockOperation;
 
 pub mod binaries;
 pub mod cache;
+pub mod guest;
 pub mod image;
 pub mod node;
 pub mod sandbox;
 pub mod session;
+pub mod share;
 pub mod wire;
 
 pub use node::{Node, NodeConfig};
 pub use sandbox::Sandbox;
+pub use share::Share;
 
 /// A network of the lab; every node has a card in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,6 +132,14 @@ impl Lab {
             "node {name}: {index} is no index of a node (1 to 89)"
         );
         Node::boot(&self.sandbox, &self.folder.path, (name, index), config)
+    }
+
+    /// Exports a folder that the nodes can share; at most once a lab.
+    ///
+    /// # Errors
+    /// If the NFS server does not start.
+    pub fn share(&self) -> anyhow::Result<Share> {
+        Share::new(&self.sandbox, &self.folder.path)
     }
 
     /// The lab's namespaces: clients outside the nodes connect from there.

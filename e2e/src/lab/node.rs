@@ -27,6 +27,8 @@ pub struct NodeConfig {
     pub memory_mib: u32,
     /// Size of the disk that is mounted on /data and survives the node's death, in MiB (sparse).
     pub data_mib: u64,
+    /// Raw images that the node sees as further disks, /dev/vdd and on; they survive its death. For seats.
+    pub disks: Vec<PathBuf>,
 }
 
 impl Default for NodeConfig {
@@ -34,6 +36,7 @@ impl Default for NodeConfig {
         Self {
             memory_mib: 1200,
             data_mib: 4096,
+            disks: Vec::new(),
         }
     }
 }
@@ -388,6 +391,13 @@ impl Node {
                 path.display()
             ));
             qemu.arg("-device").arg(format!("virtio-blk-pci,drive={name}"));
+        }
+        for (place, path) in self.config.disks.iter().enumerate() {
+            qemu.arg("-drive").arg(format!(
+                "if=none,id=disk{place},format=raw,discard=unmap,file={}",
+                path.display()
+            ));
+            qemu.arg("-device").arg(format!("virtio-blk-pci,drive=disk{place}"));
         }
         for (place, network) in NETWORKS.into_iter().enumerate() {
             let tap = self.tap(network);
