@@ -10,12 +10,13 @@
 .set PERCPU_USER_STACK, 24
 .set PERCPU_INTERRUPTS, 32
 .set PERCPU_TSS, 64
+.set PERCPU_BYTES, 256            # the I/O bitmap follows the last one
 
 .set KERNEL_CODE, 0x08
 .set KERNEL_DATA, 0x10
-.set USER_CODE, 0x18 + 3
+.set KERNEL_CODE32, 0x18
 .set USER_DATA, 0x20 + 3
-.set KERNEL_CODE32, 0x28
+.set USER_CODE, 0x28 + 3
 .set FIRST_TSS, 0x30
 
 .set TRAMPOLINE, 0x8000
@@ -81,17 +82,23 @@ long_mode:
     cmp qword ptr [rdi + PERCPU_INDEX], 0
     jne 1f
     call build_idt
+    mov al, 0xFF                    # firmware may have left the 8259s open, at the vectors of exceptions
+    out 0x21, al
+    out 0xA1, al
 1:
     lidt [idt_pointer]
 
-    # The TSS: the ring 0 stack, and no I/O bitmap (IOPL 3 opens every port).
+    # The TSS: the ring 0 stack, and the bitmap that opens every port to ring 3 (where a hypervisor drops IOPL 3).
     mov [rdi + PERCPU_TSS + 4], rsp
-    mov word ptr [rdi + PERCPU_TSS + 102], 104
     lea rax, [rdi + PERCPU_TSS]
+    mov ecx, offset PERCPU + PERCPU_BYTES * MAX_VCPUS
+    sub ecx, eax
+    mov word ptr [rdi + PERCPU_TSS + 102], cx
+    add ecx, 8192                   # the segment ends with the bitmap's closing byte
     mov rbx, [rdi + PERCPU_INDEX]
     shl rbx, 4
     add rbx, FIRST_TSS
-    mov word ptr [gdt + rbx], 103
+    mov word ptr [gdt + rbx], cx
     mov word ptr [gdt + rbx + 2], ax
     mov rcx, rax
     shr rcx, 16
@@ -116,7 +123,7 @@ long_mode:
     push rsi
     iretq
 
-# Exceptions, then one handler for every device, timer and IPI vector, the gate of ring 3, the spurious vector.
+# Exceptions, then one handler for every device, timer and IPI vector, then the spurious vector.
 build_idt:
     lea rbx, [idt]
     lea rax, [exception_stubs]
@@ -132,9 +139,9 @@ build_idt:
     call set_gate
     dec ecx
     jnz 2b
-    lea rbx, [idt + 0x80 * 16]
-    lea rax, [ring3_gate]
-    mov edx, 0xEE
+    lea rbx, [idt + 13 * 16]
+    lea rax, [general_protection]
+    mov edx, 0x8E
     call set_gate
     lea rbx, [idt + 0xFF * 16]
     lea rax, [spurious]
@@ -167,31 +174,37 @@ interrupt:
 spurious:
     iretq
 
-# int 0x80: RAX 0 waits for an interrupt, unless one came since ring 3 cleared the wake word; 1 reads MSR RCX into RAX;
-# 2 writes RDX to MSR RCX; 3 stops this vCPU for good.
+# Ring 3 asks ring 0 by HLT, which it may not execute: RAX 0 waits for an interrupt, unless one came since ring 3
+# cleared the wake word; 1 reads MSR RCX into RAX, and RDX is lost; 2 stops this vCPU for good. (Exceptions enter ring 0
+# on any hypervisor; INT n and SYSCALL do not on one that runs ring 3 natively and interprets ring 0.)
 .align 16
-ring3_gate:
+general_protection:
+    push rcx
+    mov rcx, [rsp + 16]             # RIP
+    cmp byte ptr [rcx], 0xF4        # HLT
+    pop rcx
+    jne 4f
+    add rsp, 8                      # the error code
+    inc qword ptr [rsp]             # go on after the HLT
     test rax, rax
     jnz 2f
     cmp byte ptr gs:[PERCPU_WAKE], 0
     jne 1f
     sti
     hlt
+    cli
 1:  iretq
-2:  cmp rax, 2
-    je 3f
-    ja 4f
+2:  cmp rax, 1
+    jne 3f
     rdmsr
     shl rdx, 32
     or rax, rdx
     iretq
-3:  mov rax, rdx
-    shr rdx, 32
-    wrmsr
-    iretq
-4:  cli
+3:  cli
     hlt
-    jmp 4b
+    jmp 3b
+4:  push 13
+    jmp exception
 
 # Exceptions end in ring 3, where exception_main reports them.
 .align 16
@@ -269,9 +282,9 @@ gdt:
     .quad 0
     .quad 0x00209A0000000000        # 0x08 ring 0 code
     .quad 0x00CF92000000FFFF        # 0x10 ring 0 data
-    .quad 0x0020FA0000000000        # 0x18 ring 3 code
+    .quad 0x00CF9A000000FFFF        # 0x18 ring 0 code, 32 bits
     .quad 0x00CFF2000000FFFF        # 0x20 ring 3 data
-    .quad 0x00CF9A000000FFFF        # 0x28 ring 0 code, 32 bits
+    .quad 0x0020FA0000000000        # 0x28 ring 3 code
     .fill MAX_VCPUS * 2, 8, 0       # 0x30 task state segments
 gdt_end:
 gdt_pointer:

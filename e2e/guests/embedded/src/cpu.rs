@@ -70,16 +70,32 @@ const fn per_cpu(index: usize) -> PerCpu {
     }
 }
 
-/// Every vCPU's area, by index.
+/// The vCPUs' areas, and the I/O bitmap that their task state segments share: it must lie within 64 KiB of them.
+#[repr(C)]
+pub struct Areas {
+    cpus: [PerCpu; MAX_VCPUS],
+    io_bitmap: IoBitmap,
+}
+
+/// Bit clear: ring 3 may use the port. The hardware wants a byte of ones behind it.
+#[repr(C)]
+struct IoBitmap {
+    ports: [u8; 8192],
+    end: u8,
+}
+
+const _: () = assert!(offset_of!(Areas, io_bitmap) == 256 * MAX_VCPUS);
+
+/// Every vCPU's area, by index, and the I/O bitmap.
 #[unsafe(no_mangle)]
-pub static PERCPU: [PerCpu; MAX_VCPUS] = {
-    let mut areas = [const { per_cpu(0) }; MAX_VCPUS];
+pub static PERCPU: Areas = {
+    let mut cpus = [const { per_cpu(0) }; MAX_VCPUS];
     let mut index = 0;
     while index < MAX_VCPUS {
-        areas[index] = per_cpu(index);
+        cpus[index] = per_cpu(index);
         index += 1;
     }
-    areas
+    Areas { cpus, io_bitmap: IoBitmap { ports: [0; 8192], end: 0xFF } }
 };
 
 /// The index of the vCPU that asks.
@@ -92,7 +108,7 @@ pub fn index() -> usize {
 
 /// This vCPU's area.
 pub fn this() -> &'static PerCpu {
-    &PERCPU[index()]
+    &PERCPU.cpus[index()]
 }
 
 impl PerCpu {
@@ -114,22 +130,22 @@ impl PerCpu {
 
 /// Sleeps until an interrupt; returns at once if one came since [`PerCpu::clear_wake`].
 pub fn wait() {
-    // SAFETY: boot.s: the gate's function 0 changes nothing but RAX's flags.
-    unsafe { asm!("int 0x80", in("rax") 0u64) };
+    // SAFETY: boot.s, general_protection: function 0 changes no register.
+    unsafe { asm!("hlt", in("rax") 0u64) };
 }
 
 /// Reads a model-specific register.
 pub fn read_msr(register: u32) -> u64 {
     let value: u64;
-    // SAFETY: boot.s: function 1 reads the register into RAX, and uses RDX. A missing register is an exception.
-    unsafe { asm!("int 0x80", inout("rax") 1u64 => value, in("rcx") u64::from(register), out("rdx") _) };
+    // SAFETY: boot.s, general_protection: function 1. A missing register is an exception, which is reported.
+    unsafe { asm!("hlt", inout("rax") 1u64 => value, in("rcx") u64::from(register), out("rdx") _) };
     value
 }
 
 /// Stops this vCPU for good.
 pub fn stop() -> ! {
-    // SAFETY: boot.s: function 3 never returns.
-    unsafe { asm!("int 0x80", in("rax") 3u64, options(noreturn)) };
+    // SAFETY: boot.s, general_protection: function 2 never returns.
+    unsafe { asm!("hlt", in("rax") 2u64, options(noreturn)) };
 }
 
 /// The time stamp counter.

@@ -13,7 +13,8 @@ mod runtime;
 #[unsafe(no_mangle)]
 extern "C" fn guest_main() -> ! {
     serial::init();
-    log!("hello");
+    log!("hello {:#x}", cpu::read_msr(0x1b));
+    cpu::this().clear_wake(); cpu::wait();
     cpu::stop();
 }
 
