@@ -205,6 +205,16 @@ impl<'a> Scan<'a> {
         Self { slots, durable_seq }
     }
 
+    /// Goes on with a scan whose slots were kept.
+    pub fn resume(slots: &'a mut [Slot], durable_seq: u64) -> Self {
+        Self { slots, durable_seq }
+    }
+
+    /// The last record that is known to be durable so far.
+    pub fn durable_seq(&self) -> u64 {
+        self.durable_seq
+    }
+
     /// Takes the record sector number `index` (without the header's sectors).
     pub fn add(&mut self, index: usize, sector: &Sector) {
         let capacity = self.slots.len();

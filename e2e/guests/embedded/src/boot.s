@@ -8,7 +8,6 @@
 .set PERCPU_INDEX, 8
 .set PERCPU_KERNEL_STACK, 16
 .set PERCPU_USER_STACK, 24
-.set PERCPU_INTERRUPTS, 32
 .set PERCPU_TSS, 64
 .set PERCPU_BYTES, 256            # the I/O bitmap follows the last one
 
@@ -166,7 +165,6 @@ set_gate:
 .align 16
 interrupt:
     mov byte ptr gs:[PERCPU_WAKE], 1
-    inc qword ptr gs:[PERCPU_INTERRUPTS]
     push rax
     mov eax, 0xFEE000B0             # the local APIC's end of interrupt
     mov dword ptr [rax], 0

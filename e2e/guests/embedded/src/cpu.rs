@@ -3,7 +3,7 @@
 use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU8, Ordering};
 
 global_asm!(include_str!("boot.s"));
 
@@ -39,7 +39,6 @@ pub struct PerCpu {
     index: usize,
     kernel_stack_top: *const u8,
     user_stack_top: *const u8,
-    interrupts: AtomicU64,
     /// Set by the vCPU itself once it runs in ring 3.
     pub online: AtomicU8,
     task_state: TaskState,
@@ -50,7 +49,6 @@ const _: () = {
     assert!(offset_of!(PerCpu, index) == 8);
     assert!(offset_of!(PerCpu, kernel_stack_top) == 16);
     assert!(offset_of!(PerCpu, user_stack_top) == 24);
-    assert!(offset_of!(PerCpu, interrupts) == 32);
     assert!(offset_of!(PerCpu, task_state) == 64);
 };
 
@@ -61,10 +59,13 @@ const fn per_cpu(index: usize) -> PerCpu {
     PerCpu {
         wake: AtomicU8::new(0),
         index,
-        kernel_stack_top: (&raw const KERNEL_STACKS[index]).cast::<u8>().wrapping_add(KERNEL_STACK_BYTES),
+        kernel_stack_top: (&raw const KERNEL_STACKS[index])
+            .cast::<u8>()
+            .wrapping_add(KERNEL_STACK_BYTES),
         // A function is entered with the stack pointer 8 below a multiple of 16, as after a call.
-        user_stack_top: (&raw const USER_STACKS[index]).cast::<u8>().wrapping_add(USER_STACK_BYTES - 8),
-        interrupts: AtomicU64::new(0),
+        user_stack_top: (&raw const USER_STACKS[index])
+            .cast::<u8>()
+            .wrapping_add(USER_STACK_BYTES - 8),
         online: AtomicU8::new(0),
         task_state: TaskState(UnsafeCell::new([0; 112])),
     }
@@ -95,7 +96,13 @@ pub static PERCPU: Areas = {
         cpus[index] = per_cpu(index);
         index += 1;
     }
-    Areas { cpus, io_bitmap: IoBitmap { ports: [0; 8192], end: 0xFF } }
+    Areas {
+        cpus,
+        io_bitmap: IoBitmap {
+            ports: [0; 8192],
+            end: 0xFF,
+        },
+    }
 };
 
 /// The index of the vCPU that asks.
@@ -117,14 +124,14 @@ impl PerCpu {
         self.wake.store(0, Ordering::SeqCst);
     }
 
+    /// Makes this vCPU look at everything again, as an interrupt would.
+    pub fn set_wake(&self) {
+        self.wake.store(1, Ordering::SeqCst);
+    }
+
     /// Whether an interrupt came since [`PerCpu::clear_wake`].
     pub fn woken(&self) -> bool {
         self.wake.load(Ordering::Acquire) != 0
-    }
-
-    /// Interrupts taken since the start.
-    pub fn interrupts(&self) -> u64 {
-        self.interrupts.load(Ordering::Relaxed)
     }
 }
 
@@ -194,4 +201,9 @@ pub fn in32(port: u16) -> u32 {
 pub fn out32(port: u16, value: u32) {
     // SAFETY: as for out8.
     unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// The area of vCPU number `index`.
+pub fn area(index: usize) -> &'static PerCpu {
+    &PERCPU.cpus[index]
 }

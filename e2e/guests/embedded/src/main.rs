@@ -1,24 +1,201 @@
 //! A bare-metal guest that serves numbered requests over TCP, journals them on a disk and checks its own memory.
 //!
-//! It is entered through its PVH note (boot.s) and does all its work in ring 3 with IOPL 3: a hypervisor that
-//! interprets ring 0 still runs it at full speed.
+//! It is entered through its PVH note (boot.s) and does all its work in ring 3: a hypervisor that interprets ring 0 still
+//! runs it at full speed. The first vCPU runs the service, and every vCPU its worker. Nothing ever waits by spinning but
+//! set-up; an idle vCPU sleeps, and any interrupt makes it look at everything again.
 #![no_std]
 #![no_main]
 
-mod cpu;
+#[path = "../../../src/guest_journal.rs"]
+#[allow(dead_code)]
+mod guest_journal;
+#[path = "../../../src/guest_protocol.rs"]
+#[allow(dead_code)]
+mod guest_protocol;
+
+use guest_protocol as protocol;
+
 #[macro_use]
 mod serial;
+mod acpi;
+mod apic;
+mod config;
+mod cpu;
+mod disk;
+mod journal;
+mod memory;
+mod net;
+mod pci;
 mod runtime;
+mod service;
+mod start_info;
+mod statics;
+mod time;
+mod virtio;
+mod worker;
 
+use acpi::Acpi;
+use config::Config;
+use cpu::MAX_VCPUS;
+use disk::Disk;
+use journal::Journal;
+use memory::Region;
+use net::Net;
+use service::Service;
+use start_info::StartInfo;
+use statics::Published;
+use virtio::PciTransport;
+use worker::{Churn, Next, Worker};
+
+/// What the other vCPUs need to begin: the pages, and how many vCPUs share them.
+static PARTS: Published<(Region, usize)> = Published::new();
+
+const NETWORK: u32 = 1;
+const BLOCK: u32 = 2;
+
+/// Where boot.s sends the first vCPU.
 #[unsafe(no_mangle)]
 extern "C" fn guest_main() -> ! {
     serial::init();
-    log!("hello {:#x}", cpu::read_msr(0x1b));
-    cpu::this().clear_wake(); cpu::wait();
-    cpu::stop();
+    let info = StartInfo::read();
+    let config = Config::parse(info.command_line());
+    let acpi = Acpi::read(info.rsdp);
+    apic::init();
+    let clock = time::start();
+    apic::set_timer_hz(clock.apic_hz);
+    let region = Region::take(info.ram());
+    let vcpus = start_others(&acpi, &config);
+    log!(
+        "version {}, {vcpus} vcpus, {} MiB free, TSC {} MHz, APIC timer {} MHz",
+        env!("CARGO_PKG_VERSION"),
+        region.pages() * memory::PAGE_BYTES >> 20,
+        clock.tsc_hz / 1_000_000,
+        clock.apic_hz / 1_000_000
+    );
+    let (net, disk) = open_devices();
+    let (journal, past) = Journal::open(disk);
+    let Some(net) = net else {
+        panic!("no virtio network card: nobody can reach this guest");
+    };
+
+    PARTS.set((region, vcpus));
+    worker::set_check_rate(config.check_rate);
+    if config.churn_pages > 0 {
+        let pages = config.churn_pages.min(region.pages());
+        worker::order_churn(Churn {
+            pages,
+            rate: config.churn_rate,
+            words: config.churn_words,
+        });
+    }
+    (1..vcpus).for_each(apic::wake);
+    log!(
+        "boots {}, count {}, ready on {} port {}",
+        journal.boots,
+        past.count,
+        config.ip,
+        config.port
+    );
+    let mut service = Service::start(net, &config, journal, past, region, acpi, vcpus);
+    let mut worker = Worker::new(region, vcpus);
+    run(
+        || {
+            service.poll();
+            service.next(time::now())
+        },
+        &mut worker,
+    )
 }
 
+/// Where boot.s sends every other vCPU.
 #[unsafe(no_mangle)]
 extern "C" fn application_main() -> ! {
-    cpu::stop();
+    apic::init();
+    apic::set_timer_hz(apic::timer_hz());
+    cpu::this().online.store(1, core::sync::atomic::Ordering::Release);
+    let (region, vcpus) = loop {
+        cpu::this().clear_wake();
+        if let Some(parts) = PARTS.get() {
+            break parts;
+        }
+        cpu::wait();
+    };
+    run(|| None, &mut Worker::new(region, vcpus))
+}
+
+/// A vCPU's loop: `serve` whenever an interrupt came or its time has come, the worker in between, sleep if neither has
+/// anything to do. `serve` says when it must run next.
+fn run(mut serve: impl FnMut() -> Option<time::Nanoseconds>, worker: &mut Worker) -> ! {
+    let area = cpu::this();
+    let mut alarm = apic::Alarm::default();
+    loop {
+        area.clear_wake();
+        let due = serve();
+        loop {
+            let next = worker.step();
+            let now = time::now();
+            let deadline = match next {
+                Next::Busy => None,
+                Next::At(at) => Some(due.map_or(at, |due| due.min(at))),
+                Next::Idle => due,
+            };
+            if area.woken() || due.is_some_and(|due| due <= now) {
+                break;
+            }
+            if next == Next::Busy {
+                continue;
+            }
+            if let Some(deadline) = deadline {
+                alarm.set(deadline, now);
+            }
+            cpu::wait();
+            break;
+        }
+    }
+}
+
+/// Starts the other vCPUs; returns how many run in all.
+fn start_others(acpi: &Acpi, config: &Config) -> usize {
+    let listed = acpi.apic_ids();
+    let wanted = config.vcpus.unwrap_or(listed.len().max(1)).min(MAX_VCPUS);
+    let own = apic::id();
+    // Without ACPI the identifiers are 0, 1, 2 …
+    let ids = (0..MAX_VCPUS as u32).map(|index| listed.get(index as usize).copied().unwrap_or(index));
+    let count = if listed.is_empty() { wanted } else { listed.len() };
+    let mut vcpus = 1;
+    for apic_id in ids.take(count).filter(|&id| id != own) {
+        if vcpus >= wanted {
+            break;
+        }
+        if apic::start_vcpu(vcpus, apic_id) {
+            vcpus += 1;
+        } else {
+            log!("vCPU with APIC identifier {apic_id} does not start, going on without it");
+        }
+    }
+    vcpus
+}
+
+/// Opens the first network card and the first disk.
+fn open_devices() -> (Option<Net>, Option<Disk>) {
+    let (mut net, mut disk) = (None, None);
+    pci::for_each_virtio(|registers, vector| {
+        let (kind, place) = (registers.kind, registers.function);
+        let opened = match kind {
+            NETWORK if net.is_none() => Net::open(PciTransport::new(registers)).map(|card| {
+                let [a, b, c, d, e, f] = card.mac;
+                log!("{place}: network card {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}, vector {vector}");
+                net = Some(card);
+            }),
+            BLOCK if disk.is_none() => Disk::open(PciTransport::new(registers)).map(|opened| {
+                log!("{place}: disk of {} sectors, vector {vector}", opened.sectors());
+                disk = Some(opened);
+            }),
+            _ => Ok(()),
+        };
+        if let Err(error) = opened {
+            log!("{place}: virtio type {kind} can't be opened: {error}");
+        }
+    });
+    (net, disk)
 }

@@ -1,0 +1,517 @@
+//! The service: smoltcp's interface and sockets, and what a request does. PROTOCOL.md describes it for clients.
+
+use crate::acpi::Acpi;
+use crate::apic;
+use crate::config::Config;
+use crate::cpu::{in8, out8};
+use crate::guest_journal::Record;
+use crate::journal::{BATCH_RECORDS, Journal, Past};
+use crate::memory::Region;
+use crate::net::Net;
+use crate::protocol::{
+    ANSWER_BYTES, Answer, CHURN_WORD_ONLY, Checksum, MAX_PAYLOAD_BYTES, Op, REFUSED, REQUEST_BYTES, Request, fill_bulk,
+    next_chain,
+};
+use crate::statics::Once;
+use crate::time::{self, Nanoseconds};
+use crate::worker::{self, Churn};
+use smoltcp::iface::{Interface, SocketHandle, SocketSet, SocketStorage};
+use smoltcp::socket::tcp::{Socket, SocketBuffer, State as TcpState};
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr};
+
+/// Connections at a time.
+pub const CONNECTIONS: usize = 12;
+const BUFFER_BYTES: usize = 256 << 10;
+/// A client that is silently gone gives its connection back after this; a paused one is not taken for gone.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(300);
+/// Requests of one connection that are served before the others' turn.
+const REQUESTS_A_TURN: usize = 64;
+/// How long a reset or power-off waits for the client's TCP to acknowledge the answer.
+const ENDING_NS: u64 = 200_000_000;
+
+type Buffers = [[u8; BUFFER_BYTES]; CONNECTIONS];
+static RECEIVE: Once<Buffers> = Once::new([[0; BUFFER_BYTES]; CONNECTIONS]);
+static SEND: Once<Buffers> = Once::new([[0; BUFFER_BYTES]; CONNECTIONS]);
+static WAITING: Once<[Waiting; CONNECTIONS]> = Once::new([Waiting::NEW; CONNECTIONS]);
+static STORAGE: Once<[SocketStorage<'static>; CONNECTIONS]> = Once::new([SocketStorage::EMPTY; CONNECTIONS]);
+
+/// What a connection is at.
+enum Phase {
+    /// The next request.
+    Ready,
+    /// Taking the payload of a sink.
+    Sink { request: Request, left: u64, sum: Checksum },
+    /// Sending the data of a bulk.
+    Bulk { seq: u64, offset: u64, size: u64 },
+    /// Waiting until every vCPU has filled its pages.
+    Churn { request: Request, ticket: u64 },
+    /// Waiting until memory and journal are checked.
+    Verify { request: Request, ticket: u64 },
+    /// Answered; when the client has it, the machine ends.
+    Ending { op: Op, deadline: Nanoseconds },
+}
+
+/// Answers that wait for their journal records, oldest first.
+struct Waiting {
+    answers: [(u64, Answer); BATCH_RECORDS],
+    first: usize,
+    count: usize,
+}
+
+impl Waiting {
+    const NEW: Self = Self {
+        answers: [(0, EMPTY_ANSWER); BATCH_RECORDS],
+        first: 0,
+        count: 0,
+    };
+
+    fn push(&mut self, record: u64, answer: Answer) {
+        self.answers[(self.first + self.count) % BATCH_RECORDS] = (record, answer);
+        self.count += 1;
+    }
+
+    fn front(&self) -> Option<(u64, Answer)> {
+        (self.count > 0).then(|| self.answers[self.first])
+    }
+
+    fn pop(&mut self) {
+        self.first = (self.first + 1) % BATCH_RECORDS;
+        self.count -= 1;
+    }
+}
+
+const EMPTY_ANSWER: Answer = Answer {
+    op: 0,
+    seq: 0,
+    count: 0,
+    chain: 0,
+    guest_time_ns: 0,
+    journal_seq: 0,
+    boots: 0,
+    memory_errors: 0,
+    journal_errors: 0,
+    vcpus: 0,
+    churned_pages: 0,
+    work: 0,
+};
+
+struct Connection {
+    handle: SocketHandle,
+    phase: Phase,
+    waiting: &'static mut Waiting,
+}
+
+/// What requests change, apart from connections.
+struct Machine {
+    journal: Journal,
+    region: Region,
+    acpi: Acpi,
+    vcpus: usize,
+    count: u64,
+    chain: u64,
+}
+
+/// The network interface, its connections and the machine behind them.
+pub struct Service {
+    net: Net,
+    interface: Interface,
+    sockets: SocketSet<'static>,
+    connections: [Connection; CONNECTIONS],
+    machine: Machine,
+    port: u16,
+}
+
+fn instant(now: Nanoseconds) -> Instant {
+    Instant::from_micros((now / 1000) as i64)
+}
+
+impl Service {
+    /// Brings the interface up and listens.
+    pub fn start(
+        mut net: Net,
+        config: &Config,
+        journal: Journal,
+        past: Past,
+        region: Region,
+        acpi: Acpi,
+        vcpus: usize,
+    ) -> Self {
+        let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ethernet(EthernetAddress(net.mac)));
+        settings.random_seed = crate::cpu::time_stamp();
+        let mut interface = Interface::new(settings, &mut net, instant(time::now()));
+        interface.update_ip_addrs(|addresses| {
+            addresses.push(IpCidr::Ipv4(config.ip)).expect("room for one address");
+        });
+        if let Some(gateway) = config.gateway {
+            interface
+                .routes_mut()
+                .add_default_ipv4_route(gateway)
+                .expect("room for one route");
+        }
+        let mut sockets = SocketSet::new(&mut STORAGE.take()[..]);
+        let mut buffers = RECEIVE.take().iter_mut().zip(SEND.take().iter_mut());
+        let mut waiting = WAITING.take().iter_mut();
+        let connections = core::array::from_fn(|_| {
+            let (receive, send) = buffers.next().expect("as many buffers as connections");
+            let mut socket = Socket::new(SocketBuffer::new(&mut receive[..]), SocketBuffer::new(&mut send[..]));
+            socket.set_nagle_enabled(false);
+            socket.set_keep_alive(Some(KEEP_ALIVE));
+            socket.set_timeout(Some(TIMEOUT));
+            Connection {
+                handle: sockets.add(socket),
+                phase: Phase::Ready,
+                waiting: waiting.next().expect("one a connection"),
+            }
+        });
+        let machine = Machine {
+            journal,
+            region,
+            acpi,
+            vcpus,
+            count: past.count,
+            chain: past.chain,
+        };
+        Self {
+            net,
+            interface,
+            sockets,
+            connections,
+            machine,
+            port: config.port,
+        }
+    }
+
+    /// Goes on as far as possible without waiting.
+    pub fn poll(&mut self) {
+        loop {
+            let now = time::now();
+            if self.net.neighbour_moved() {
+                // smoltcp forgets its neighbours when addresses change, and offers no other way.
+                self.interface.update_ip_addrs(|_| {});
+            }
+            let mut progress =
+                self.interface.poll(instant(now), &mut self.net, &mut self.sockets) != smoltcp::iface::PollResult::None;
+            progress |= self.machine.journal.poll();
+            for connection in &mut self.connections {
+                let socket = self.sockets.get_mut::<Socket>(connection.handle);
+                progress |= connection.serve(socket, &mut self.machine, self.port);
+            }
+            self.net.flush();
+            if !progress {
+                return;
+            }
+        }
+    }
+
+    /// When [`Service::poll`] has to run again though no interrupt came.
+    pub fn next(&mut self, now: Nanoseconds) -> Option<Nanoseconds> {
+        let stack = self
+            .interface
+            .poll_delay(instant(now), &self.sockets)
+            .map(|delay| now + delay.total_micros() * 1000);
+        let ending = self.connections.iter().filter_map(|connection| match connection.phase {
+            Phase::Ending { deadline, .. } => Some(deadline),
+            _ => None,
+        });
+        stack.into_iter().chain(ending).min()
+    }
+}
+
+impl Connection {
+    /// Serves what can be served; true if anything moved.
+    fn serve(&mut self, socket: &mut Socket<'_>, machine: &mut Machine, port: u16) -> bool {
+        if socket.state() == TcpState::Closed {
+            self.phase = Phase::Ready;
+            self.waiting.count = 0;
+            socket.listen(port).expect("the port is not 0, the socket is closed");
+            return true;
+        }
+        let mut moved = false;
+        for _ in 0..REQUESTS_A_TURN {
+            moved |= self.release(socket, machine);
+            if !self.advance(socket, machine) {
+                break;
+            }
+            moved = true;
+        }
+        let idle = matches!(self.phase, Phase::Ready) && self.waiting.count == 0;
+        if idle && socket.state() == TcpState::CloseWait && socket.recv_queue() < REQUEST_BYTES {
+            socket.close();
+            moved = true;
+        }
+        moved
+    }
+
+    /// Sends the answers whose records have become durable, or never will.
+    fn release(&mut self, socket: &mut Socket<'_>, machine: &Machine) -> bool {
+        let mut moved = false;
+        while let Some((record, mut answer)) = self.waiting.front() {
+            let durable = record <= machine.journal.durable_seq;
+            if !durable && machine.journal.usable() || !room_for_answer(socket) {
+                break;
+            }
+            if !durable {
+                answer.op |= REFUSED;
+            }
+            send(
+                socket,
+                &machine.state(Answer {
+                    journal_seq: machine.journal.durable_seq,
+                    ..answer
+                }),
+            );
+            self.waiting.pop();
+            moved = true;
+        }
+        moved
+    }
+
+    /// One step of the current request, or the next request. False if it has to wait.
+    fn advance(&mut self, socket: &mut Socket<'_>, machine: &mut Machine) -> bool {
+        match &mut self.phase {
+            Phase::Ready => return self.next_request(socket, machine),
+            Phase::Sink { request, left, sum } => {
+                if *left > 0 {
+                    let taken = socket.recv(|bytes| {
+                        let part = bytes.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                        sum.update(&bytes[..part]);
+                        (part, part as u64)
+                    });
+                    let taken = taken.unwrap_or(0);
+                    *left -= taken;
+                    return taken > 0;
+                }
+                if !room_for_answer(socket) {
+                    return false;
+                }
+                let chain = sum.finish();
+                let answer = Answer {
+                    chain,
+                    ..machine.answer(*request)
+                };
+                send(socket, &answer);
+            }
+            Phase::Bulk { seq, offset, size } => {
+                if *offset < *size {
+                    let sent = socket.send(|bytes| {
+                        let part = bytes.len().min(usize::try_from(*size - *offset).unwrap_or(usize::MAX));
+                        fill_bulk(*seq, *offset, &mut bytes[..part]);
+                        (part, part as u64)
+                    });
+                    let sent = sent.unwrap_or(0);
+                    *offset += sent;
+                    return sent > 0;
+                }
+            }
+            Phase::Churn { request, ticket } => {
+                if !worker::churn_ready(*ticket, machine.vcpus) || !room_for_answer(socket) {
+                    return false;
+                }
+                send(socket, &machine.answer(*request));
+            }
+            Phase::Verify { request, ticket } => {
+                let done = worker::verified(*ticket, machine.vcpus) && !machine.journal.verifying();
+                if !done || !room_for_answer(socket) {
+                    return false;
+                }
+                send(socket, &machine.answer(*request));
+            }
+            Phase::Ending { op, deadline } => {
+                if socket.send_queue() == 0 || time::now() >= *deadline {
+                    machine.end(*op);
+                }
+                return false;
+            }
+        }
+        self.phase = Phase::Ready;
+        true
+    }
+
+    fn next_request(&mut self, socket: &mut Socket<'_>, machine: &mut Machine) -> bool {
+        let mut bytes = [0; REQUEST_BYTES];
+        if socket.recv_queue() < REQUEST_BYTES || socket.peek_slice(&mut bytes) != Ok(REQUEST_BYTES) {
+            return false;
+        }
+        let Ok(request) = Request::decode(&bytes) else {
+            socket.abort();
+            return true;
+        };
+        let op = Op::from_u32(request.op);
+        if op == Some(Op::Journal) && machine.journal.usable() {
+            if !machine.journal.ready() || self.waiting.count == BATCH_RECORDS {
+                return false;
+            }
+            consume(socket);
+            let (record, answer) = machine.journal_increment(request);
+            self.waiting.push(record, answer);
+            return true;
+        }
+        if self.waiting.count > 0 || !room_for_answer(socket) {
+            return false;
+        }
+        consume(socket);
+        self.start(socket, machine, request, op);
+        true
+    }
+
+    /// Starts a request that needs no earlier answer to go first.
+    fn start(&mut self, socket: &mut Socket<'_>, machine: &mut Machine, request: Request, op: Option<Op>) {
+        match op {
+            Some(Op::SetChurn) if request.arg <= machine.region.pages() => {
+                let rate = request.arg2 & !CHURN_WORD_ONLY;
+                let words = request.arg2 & CHURN_WORD_ONLY != 0;
+                let ticket = worker::order_churn(Churn {
+                    pages: request.arg,
+                    rate,
+                    words,
+                });
+                machine.wake_others();
+                self.phase = Phase::Churn { request, ticket };
+            }
+            Some(Op::Verify) => {
+                machine.journal.verify();
+                let ticket = worker::order_verify();
+                machine.wake_others();
+                self.phase = Phase::Verify { request, ticket };
+            }
+            Some(Op::Sink) if request.arg <= MAX_PAYLOAD_BYTES => {
+                self.phase = Phase::Sink {
+                    request,
+                    left: request.arg,
+                    sum: Checksum::default(),
+                };
+            }
+            Some(Op::Bulk) if request.arg <= MAX_PAYLOAD_BYTES => {
+                send(socket, &machine.answer(request));
+                self.phase = Phase::Bulk {
+                    seq: request.seq,
+                    offset: 0,
+                    size: request.arg,
+                };
+            }
+            Some(op @ (Op::Reset | Op::PowerOff)) => {
+                send(socket, &machine.answer(request));
+                self.phase = Phase::Ending {
+                    op,
+                    deadline: time::now() + ENDING_NS,
+                };
+            }
+            _ => {
+                let done = op.is_some_and(|op| machine.apply(op, &request));
+                let refused = if done { 0 } else { REFUSED };
+                send(
+                    socket,
+                    &Answer {
+                        op: request.op | refused,
+                        ..machine.answer(request)
+                    },
+                );
+                if op == Some(Op::Sink) {
+                    // Its payload would be taken for requests.
+                    socket.close();
+                }
+            }
+        }
+    }
+}
+
+impl Machine {
+    /// The requests that are done at once. False if it is refused.
+    fn apply(&mut self, op: Op, request: &Request) -> bool {
+        match op {
+            Op::Increment => self.increment(request.seq),
+            Op::Status => {}
+            Op::SetWork if request.arg <= 1 => {
+                worker::order_work(request.arg == 1);
+                self.wake_others();
+            }
+            Op::Damage => return worker::damage(&self.region, request.arg, request.arg2),
+            _ => return false,
+        }
+        true
+    }
+
+    fn increment(&mut self, seq: u64) {
+        self.count += 1;
+        self.chain = next_chain(self.chain, seq, self.count);
+    }
+
+    fn journal_increment(&mut self, request: Request) -> (u64, Answer) {
+        self.increment(request.seq);
+        let record = Record {
+            request_seq: request.seq,
+            count: self.count,
+            chain: self.chain,
+            guest_time_ns: time::now(),
+            ..Record::default()
+        };
+        (self.journal.append(record), self.answer(request))
+    }
+
+    /// An answer to `request` with the state as it is now.
+    fn answer(&self, request: Request) -> Answer {
+        let known = Answer {
+            op: request.op,
+            seq: request.seq,
+            count: self.count,
+            chain: self.chain,
+            ..EMPTY_ANSWER
+        };
+        self.state(known)
+    }
+
+    /// `answer` with everything that is not the request's own as it is now.
+    fn state(&self, answer: Answer) -> Answer {
+        let totals = worker::totals();
+        Answer {
+            guest_time_ns: time::now(),
+            journal_seq: self.journal.durable_seq,
+            boots: self.journal.boots,
+            memory_errors: totals.memory_errors,
+            journal_errors: self.journal.errors,
+            vcpus: self.vcpus as u32,
+            churned_pages: totals.churned,
+            work: totals.work,
+            ..answer
+        }
+    }
+
+    fn wake_others(&self) {
+        (1..self.vcpus).for_each(apic::wake);
+    }
+
+    /// Ends the machine. Returns only if nothing heeds it.
+    fn end(&self, op: Op) {
+        const RESET_CONTROL: u16 = 0xCF9;
+        const KEYBOARD_CONTROLLER: u16 = 0x64;
+        if op == Op::PowerOff {
+            log!("power off");
+            self.acpi.power_off();
+            log!("power off: ACPI names no way, or it had no effect");
+        } else {
+            log!("reset");
+            out8(RESET_CONTROL, 0x02);
+            out8(RESET_CONTROL, 0x06);
+            while in8(KEYBOARD_CONTROLLER) & 2 != 0 {}
+            out8(KEYBOARD_CONTROLLER, 0xFE);
+        }
+        crate::cpu::stop();
+    }
+}
+
+fn room_for_answer(socket: &Socket<'_>) -> bool {
+    socket.send_capacity() - socket.send_queue() >= ANSWER_BYTES
+}
+
+/// Sends an answer. There is room: callers ask first. A connection that closed meanwhile gets none.
+fn send(socket: &mut Socket<'_>, answer: &Answer) {
+    let _ = socket.send_slice(&answer.encode());
+}
+
+/// Takes the request that was peeked at out of the buffer.
+fn consume(socket: &mut Socket<'_>) {
+    let mut bytes = [0; REQUEST_BYTES];
+    let _ = socket.recv_slice(&mut bytes);
+}
