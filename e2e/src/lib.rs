@@ -1,6 +1,7 @@
 //! Labs, test guests, judges and fault tools.
 
 pub mod demo;
+pub mod guest_build;
 pub mod guest_journal;
 pub mod guest_protocol;
 pub mod hosts;

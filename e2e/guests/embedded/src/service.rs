@@ -3,7 +3,7 @@
 use crate::acpi::Acpi;
 use crate::apic;
 use crate::config::Config;
-use crate::cpu::{in8, out8};
+use crate::cpu::out8;
 use crate::guest_journal::Record;
 use crate::journal::{BATCH_RECORDS, Journal, Past};
 use crate::memory::Region;
@@ -486,16 +486,21 @@ impl Machine {
     fn end(&self, op: Op) {
         const RESET_CONTROL: u16 = 0xCF9;
         const KEYBOARD_CONTROLLER: u16 = 0x64;
+        /// The machine may end a little after it was told to.
+        const GRACE_US: u64 = 1_000_000;
         if op == Op::PowerOff {
             log!("power off");
             self.acpi.power_off();
+            time::spin_us(GRACE_US);
             log!("power off: ACPI names no way, or it had no effect");
         } else {
             log!("reset");
             out8(RESET_CONTROL, 0x02);
             out8(RESET_CONTROL, 0x06);
-            while in8(KEYBOARD_CONTROLLER) & 2 != 0 {}
+            time::spin_us(GRACE_US);
             out8(KEYBOARD_CONTROLLER, 0xFE);
+            time::spin_us(GRACE_US);
+            log!("reset: neither port {RESET_CONTROL:#x} nor {KEYBOARD_CONTROLLER:#x} had an effect");
         }
         crate::cpu::stop();
     }

@@ -1,0 +1,217 @@
+//! A guest under QEMU's emulation, its disk, and a client of its service.
+
+use ftvm_e2e::guest_build::build_embedded_guest;
+use ftvm_e2e::guest_protocol::{ANSWER_BYTES, Answer, DEFAULT_PORT, Op, Request};
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Emulation on a busy machine is slow; nothing is judged by this but whether it comes at all.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A scratch disk; removed at the end.
+pub struct Disk(PathBuf);
+
+impl Disk {
+    pub fn create(name: &str, bytes: u64) -> Self {
+        let path = std::env::temp_dir().join(format!("ftvm-guest-{}-{name}.img", std::process::id()));
+        File::create(&path)
+            .and_then(|file| file.set_len(bytes))
+            .expect("a scratch disk");
+        Self(path)
+    }
+
+    fn file(&self) -> File {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&self.0)
+            .expect("the scratch disk")
+    }
+
+    /// Flips one bit of the byte at `offset`.
+    pub fn flip(&self, offset: u64) {
+        let mut byte = [0];
+        self.file().read_exact_at(&mut byte, offset).expect("inside the disk");
+        self.file()
+            .write_all_at(&[byte[0] ^ 4], offset)
+            .expect("inside the disk");
+    }
+
+    pub fn zero(&self, offset: u64, bytes: usize) {
+        self.file()
+            .write_all_at(&vec![0; bytes], offset)
+            .expect("inside the disk");
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// A running guest; killed when dropped.
+pub struct Guest {
+    child: Child,
+    console: BufReader<ChildStdout>,
+    port: u16,
+}
+
+impl Guest {
+    /// Starts a guest with user networking and waits until it serves.
+    pub fn start(name: &str, disk: Option<&Disk>, command_line: &str) -> Self {
+        let port = free_port();
+        let network =
+            format!("user,net=10.0.0.0/24,host=10.0.0.1,hostfwd=tcp:127.0.0.1:{port}-10.0.0.2:{DEFAULT_PORT}");
+        let mut guest = Self::start_on(name, disk, command_line, &network);
+        guest.port = port;
+        guest
+    }
+
+    /// Starts a guest with another network.
+    pub fn start_on(name: &str, disk: Option<&Disk>, command_line: &str, network: &str) -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let elf = build_embedded_guest(&root).expect("the guest builds");
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args([
+                "-name",
+                name,
+                "-M",
+                "q35,accel=tcg",
+                "-cpu",
+                "max",
+                "-smp",
+                "2",
+                "-m",
+                "64",
+            ])
+            .args([
+                "-nodefaults",
+                "-display",
+                "none",
+                "-serial",
+                "stdio",
+                "-append",
+                command_line,
+                "-kernel",
+            ])
+            .arg(elf)
+            .args(["-netdev", &format!("{network},id=net"), "-device"])
+            .arg("virtio-net-pci,netdev=net,disable-legacy=on,romfile=");
+        if let Some(disk) = disk {
+            let path = disk.0.to_str().expect("a plain path");
+            command.args(["-drive", &format!("file={path},if=none,id=disk,format=raw"), "-device"]);
+            command.arg("virtio-blk-pci,drive=disk,disable-legacy=on");
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("qemu-system-x86_64 starts (Debian package qemu-system-x86)");
+        let console = BufReader::new(child.stdout.take().expect("it is piped"));
+        let mut guest = Self {
+            child,
+            console,
+            port: 0,
+        };
+        guest.wait_ready();
+        guest
+    }
+
+    /// Reads the console until the guest serves.
+    pub fn wait_ready(&mut self) {
+        let mut seen = String::new();
+        while !seen.contains(" ready on ") {
+            assert!(!seen.contains(" stops: "), "the guest failed:\n{seen}");
+            let mut line = Vec::new();
+            let bytes = self.console.read_until(b'\n', &mut line).expect("the console");
+            assert!(bytes > 0, "QEMU ended before the guest served; its console:\n{seen}");
+            seen.push_str(&String::from_utf8_lossy(&line));
+        }
+    }
+
+    /// Waits until QEMU ends by itself.
+    pub fn wait_end(&mut self) {
+        let mut rest = String::new();
+        let _ = self.console.read_to_string(&mut rest);
+        let status = self.child.wait().expect("it was started");
+        assert!(status.success(), "QEMU ended with {status}; the console's end:\n{rest}");
+    }
+
+    pub fn connect(&self) -> Client {
+        let stream = TcpStream::connect(("127.0.0.1", self.port)).expect("the forwarded port");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+        Client(stream)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A port that is free now.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a free port")
+        .port()
+}
+
+/// One connection.
+pub struct Client(TcpStream);
+
+impl Client {
+    pub fn raw(&mut self, bytes: &[u8]) {
+        self.0.write_all(bytes).expect("the connection stands");
+    }
+
+    pub fn send(&mut self, op: Op, seq: u64, arg: u64, arg2: u64) {
+        self.raw(&Request::new(op, seq, arg, arg2).encode());
+    }
+
+    pub fn bytes(&mut self, size: usize) -> Vec<u8> {
+        let mut bytes = vec![0; size];
+        self.0.read_exact(&mut bytes).expect("the connection stands");
+        bytes
+    }
+
+    pub fn answer(&mut self) -> Answer {
+        let bytes: [u8; ANSWER_BYTES] = self.bytes(ANSWER_BYTES).try_into().expect("so many were read");
+        Answer::decode(&bytes).expect("an answer")
+    }
+
+    pub fn call(&mut self, op: Op, seq: u64, arg: u64, arg2: u64) -> Answer {
+        self.call_raw(op as u32, seq, arg, arg2)
+    }
+
+    pub fn call_raw(&mut self, op: u32, seq: u64, arg: u64, arg2: u64) -> Answer {
+        self.raw(&Request { op, seq, arg, arg2 }.encode());
+        let answer = self.answer();
+        assert_eq!(answer.seq, seq);
+        answer
+    }
+
+    /// Whether the guest closed the connection; waits for it.
+    pub fn at_end(&mut self) -> bool {
+        !matches!(self.0.read(&mut [0]), Ok(1..))
+    }
+
+    /// Asks again until `condition` holds.
+    pub fn until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
+        let start = Instant::now();
+        while !condition(self) {
+            assert!(start.elapsed() < PATIENCE, "not after {PATIENCE:?}: {what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
