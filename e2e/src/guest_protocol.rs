@@ -313,7 +313,7 @@ impl Checksum {
 
     /// The checksum of everything taken so far.
     pub fn finish(&self) -> u64 {
-        let state = if self.length_bytes % 8 > 0 {
+        let state = if !self.length_bytes.is_multiple_of(8) {
             mix(self.state, u64::from_le_bytes(self.tail))
         } else {
             self.state

@@ -119,6 +119,13 @@ pub fn this() -> &'static PerCpu {
 }
 
 impl PerCpu {
+    /// Fails if the stack of ring 3 ever reached its end. (Pages of 2 MiB leave no room for a guard page.)
+    pub fn check_stack(&self) {
+        // SAFETY: the lowest bytes of this vCPU's own stack; no frame lives there as long as this holds.
+        let lowest = unsafe { USER_STACKS[self.index].0.get().cast::<[u64; 4]>().read_volatile() };
+        assert!(lowest == [0; 4], "the stack of {USER_STACK_BYTES} bytes is too small");
+    }
+
     /// Forgets earlier interrupts. What they announced must be looked for after this and before [`wait`].
     pub fn clear_wake(&self) {
         self.wake.store(0, Ordering::SeqCst);

@@ -68,7 +68,7 @@ extern "C" fn guest_main() -> ! {
     log!(
         "version {}, {vcpus} vcpus, {} MiB free, TSC {} MHz, APIC timer {} MHz",
         env!("CARGO_PKG_VERSION"),
-        region.pages() * memory::PAGE_BYTES >> 20,
+        (region.pages() * memory::PAGE_BYTES) >> 20,
         clock.tsc_hz / 1_000_000,
         clock.apic_hz / 1_000_000
     );
@@ -129,6 +129,7 @@ fn run(mut serve: impl FnMut() -> Option<time::Nanoseconds>, worker: &mut Worker
     let area = cpu::this();
     let mut alarm = apic::Alarm::default();
     loop {
+        area.check_stack();
         area.clear_wake();
         let due = serve();
         loop {

@@ -23,6 +23,7 @@ impl<T> Once<T> {
     }
 
     /// The value; a second call is a defect of this program.
+    #[allow(clippy::mut_from_ref)] // the flag makes the reference unique
     pub fn take(&'static self) -> &'static mut T {
         assert!(!self.taken.swap(true, Ordering::AcqRel), "taken twice");
         // SAFETY: the flag lets one caller through, ever.
