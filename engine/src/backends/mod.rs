@@ -1,6 +1,10 @@
 //! What stands behind the devices: host interfaces, files, consoles. Frontends in [`crate::devices`] know only these
 //! traits, so replication can wrap a backend without either side knowing.
 
+pub mod console;
+pub mod file_disk;
+pub mod tap;
+
 use std::io;
 use std::os::fd::RawFd;
 

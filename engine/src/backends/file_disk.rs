@@ -1,0 +1,327 @@
+//! A raw disk in a file or on a block device.
+//!
+//! Disks are thick: every block is allocated before a guest runs ([`FileDisk::allocate`]) and stays so, therefore
+//! discarding and zeroing write zeroes without giving blocks back.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, OFlags};
+use thiserror::Error;
+
+use super::{DiskBackend, DiskOp};
+
+const SECTOR_BYTES: u64 = 512;
+/// Unit of writing zeroes where the file system can't do it by itself.
+const ZEROES_BYTES: usize = 256 << 10;
+
+// linux/fs.h
+const BLKZEROOUT: libc::c_ulong = 0x127f;
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+
+/// Why there is no disk.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// Nothing there.
+    #[error("disk {}: no such file or device: check the path, or make it with `truncate -s SIZE {}`", path.display(), path.display())]
+    Missing {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// Opening failed.
+    #[error("disk {}: can't be opened for {access}: check its permissions and its file system", path.display())]
+    Open {
+        /// The disk.
+        path: PathBuf,
+        /// "reading" or "writing".
+        access: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Open for reading only, but the guest is to write.
+    #[error("disk {} is read-only: make it writable, or configure it with read_only", path.display())]
+    ReadOnly {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// A directory, a socket, ...
+    #[error("disk {} is neither a regular file nor a block device", path.display())]
+    NotADisk {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// Size zero or no multiple of 512.
+    #[error("disk {} has {size_bytes} bytes: a disk is a positive multiple of 512; extend it with `truncate`", path.display())]
+    Size {
+        /// The disk.
+        path: PathBuf,
+        /// Its size in bytes.
+        size_bytes: u64,
+    },
+    /// Not the size that was expected.
+    #[error(
+        "disk {} has {size_bytes} bytes where {expected_bytes} are expected: it was cut, or is another disk; restore it or build the seat anew",
+        path.display()
+    )]
+    Short {
+        /// The disk.
+        path: PathBuf,
+        /// Its size in bytes.
+        size_bytes: u64,
+        /// What was expected.
+        expected_bytes: u64,
+    },
+    /// Another process has locked it.
+    #[error("disk {} is in use by another process: stop the virtual machine that uses it (`fuser {}`)", path.display(), path.display())]
+    InUse {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// No room for all of its blocks.
+    #[error(
+        "disk {}: its file system has no room for all {size_bytes} bytes, which are allocated before a guest runs: free some space", path.display()
+    )]
+    NoSpace {
+        /// The disk.
+        path: PathBuf,
+        /// Its size in bytes.
+        size_bytes: u64,
+    },
+    /// Something else went wrong.
+    #[error("disk {}: {what} failed", path.display())]
+    Io {
+        /// The disk.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+/// An open and locked disk. The lock belongs to the open file description, so it travels with the descriptor.
+#[derive(Debug)]
+pub struct FileDisk {
+    file: File,
+    path: PathBuf,
+    size_bytes: u64,
+    read_only: bool,
+    block_device: bool,
+    /// The file system zeroes ranges by itself, as far as known.
+    zeroes_ranges: bool,
+}
+
+impl FileDisk {
+    /// Opens and locks the disk at `path`.
+    pub fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(!read_only).open(path);
+        let file = file.map_err(|source| open_error(path, read_only, source))?;
+        Self::from_file(file, path, read_only)
+    }
+
+    /// Takes over an open file. `path` is for messages.
+    pub fn from_file(file: File, path: &Path, read_only: bool) -> Result<Self, DiskError> {
+        let path = path.to_owned();
+        let failed = |what| {
+            let path = path.clone();
+            move |source| DiskError::Io { path, what, source }
+        };
+        let kind = file.metadata().map_err(failed("stat"))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DiskError::NotADisk { path });
+        }
+        let mode = rustix::fs::fcntl_getfl(&file).map_err(|errno| failed("fcntl")(errno.into()))?;
+        if !read_only && mode & OFlags::ACCMODE != OFlags::RDWR {
+            return Err(DiskError::ReadOnly { path });
+        }
+        let block_device = kind.is_block_device();
+        let size_bytes = size(&file, block_device).map_err(failed("finding its size"))?;
+        if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskError::Size { path, size_bytes });
+        }
+        if let Err(source) = lock(&file, read_only) {
+            return Err(match source.raw_os_error() {
+                Some(libc::EAGAIN | libc::EACCES) => DiskError::InUse { path },
+                _ => failed("locking")(source),
+            });
+        }
+        Ok(Self {
+            file,
+            path,
+            size_bytes,
+            read_only,
+            block_device,
+            zeroes_ranges: true,
+        })
+    }
+
+    /// Refuses a disk that has not the size that a header or the peer names.
+    pub fn expect_size(self, expected_bytes: u64) -> Result<Self, DiskError> {
+        if self.size_bytes == expected_bytes {
+            return Ok(self);
+        }
+        Err(DiskError::Short {
+            path: self.path,
+            size_bytes: self.size_bytes,
+            expected_bytes,
+        })
+    }
+
+    /// Allocates every block that is not allocated yet; content stays. Takes long for a large sparse file on a file
+    /// system that can't preallocate, where zeroes can't be told from holes and the holes are filled one by one.
+    pub fn allocate(&self) -> Result<(), DiskError> {
+        if self.block_device || self.read_only {
+            return Ok(());
+        }
+        let result = match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, self.size_bytes) {
+            Err(rustix::io::Errno::OPNOTSUPP) => self.fill_holes(),
+            other => other.map_err(io::Error::from),
+        };
+        result.map_err(|source| match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => DiskError::NoSpace {
+                path: self.path.clone(),
+                size_bytes: self.size_bytes,
+            },
+            _ => DiskError::Io {
+                path: self.path.clone(),
+                what: "allocating its blocks",
+                source,
+            },
+        })
+    }
+
+    fn fill_holes(&self) -> io::Result<()> {
+        let mut at = 0;
+        while at < self.size_bytes {
+            let hole = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Hole(at))?;
+            if hole >= self.size_bytes {
+                break;
+            }
+            let end = match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(hole)) {
+                Ok(end) => end.min(self.size_bytes),
+                Err(rustix::io::Errno::NXIO) => self.size_bytes,
+                Err(errno) => return Err(errno.into()),
+            };
+            write_zeroes(&self.file, hole, end - hole)?;
+            at = end;
+        }
+        self.file.sync_all()
+    }
+
+    /// Where it is, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn zero(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        if self.block_device {
+            let range = [offset, len];
+            // SAFETY: BLKZEROOUT reads two 64-bit numbers.
+            if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT as _, range.as_ptr()) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            return Ok(());
+        }
+        if self.zeroes_ranges {
+            let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+            match rustix::fs::fallocate(&self.file, flags, offset, len) {
+                Err(rustix::io::Errno::OPNOTSUPP) => self.zeroes_ranges = false,
+                other => return Ok(other?),
+            }
+        }
+        write_zeroes(&self.file, offset, len)
+    }
+}
+
+fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
+    let path = path.to_owned();
+    let access = if read_only { "reading" } else { "writing" };
+    match source.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR | libc::ENXIO) => DiskError::Missing { path },
+        Some(libc::EROFS) => DiskError::ReadOnly { path },
+        // Opening a directory for writing.
+        Some(libc::EISDIR) => DiskError::NotADisk { path },
+        _ => DiskError::Open { path, access, source },
+    }
+}
+
+fn size(file: &File, block_device: bool) -> io::Result<u64> {
+    if !block_device {
+        return Ok(file.metadata()?.len());
+    }
+    let mut bytes = 0u64;
+    // SAFETY: BLKGETSIZE64 writes one 64-bit number.
+    if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64 as _, &raw mut bytes) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(bytes)
+}
+
+/// Locks the whole file: several may read, one may write.
+fn lock(file: &File, read_only: bool) -> io::Result<()> {
+    // SAFETY: an all-zero flock is a valid value of the plain C structure.
+    let mut whole: libc::flock = unsafe { std::mem::zeroed() };
+    whole.l_type = if read_only { libc::F_RDLCK } else { libc::F_WRLCK } as _;
+    whole.l_whence = libc::SEEK_SET as _;
+    // SAFETY: F_OFD_SETLK reads an flock.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn write_zeroes(file: &File, mut offset: u64, mut len: u64) -> io::Result<()> {
+    let zeroes = vec![0; ZEROES_BYTES.min(len as usize)];
+    while len > 0 {
+        let part = len.min(zeroes.len() as u64);
+        file.write_all_at(&zeroes[..part as usize], offset)?;
+        offset += part;
+        len -= part;
+    }
+    Ok(())
+}
+
+impl DiskBackend for FileDisk {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.zero(offset, len)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.zero(offset, len)
+    }
+
+    fn completed(&mut self, _: &DiskOp<'_>, _: bool) {}
+}
+
+#[cfg(test)]
+#[path = "file_disk_tests.rs"]
+mod tests;
