@@ -13,6 +13,8 @@ pub mod blk;
 pub mod net;
 pub mod pci_device;
 pub mod queue;
+#[cfg(test)]
+pub(crate) mod rig;
 pub mod rng;
 pub mod transport;
 pub(crate) mod worker;
