@@ -2,9 +2,11 @@
 
 pub mod backends;
 pub mod checkpoint;
+pub mod boot;
 pub mod control;
 pub mod devices;
 pub mod kvm;
+pub mod machine;
 pub mod memory;
 pub mod outbox;
 pub mod pause;
@@ -12,3 +14,4 @@ pub mod replication;
 pub mod seat_io;
 pub mod seccomp;
 pub mod state;
+pub mod vcpu;

@@ -52,7 +52,9 @@ pub struct CpuBaseline {
 #[derive(Debug, Error, PartialEq, Eq)]
 #[allow(missing_docs)] // the texts say it
 pub enum CpuError {
-    #[error("CPU: this host lacks {feature}, which the VM's CPU has: use hosts with like CPUs, or start the VM anew on this pair")]
+    #[error(
+        "CPU: this host lacks {feature}, which the VM's CPU has: use hosts with like CPUs, or start the VM anew on this pair"
+    )]
     Feature { feature: String },
     #[error("CPU: vendor {theirs} there, {ours} here: both hosts of a pair need CPUs of one vendor")]
     Vendor { ours: String, theirs: String },
@@ -98,7 +100,12 @@ const FEATURES: &[(u32, u32, Register, u32)] = {
         (0x4000_0001, 0, Eax, bits(&[0, 1, 3, 11, 24])),
         (0x4000_0001, 0, Edx, 0),
         // Not: SVM, IBS, SKINIT, WDT, LWP, NodeId, performance counters, MWAITX.
-        (0x8000_0001, 0, Ecx, !(bits(&[2, 3, 10, 12, 13, 15, 19, 23, 24, 27, 28, 29]))),
+        (
+            0x8000_0001,
+            0,
+            Ecx,
+            !(bits(&[2, 3, 10, 12, 13, 15, 19, 23, 24, 27, 28, 29])),
+        ),
         (0x8000_0001, 0, Edx, u32::MAX),
         // An invariant TSC would make guests trust it for years across hosts whose crystals differ; kvmclock corrects.
         (0x8000_0007, 0, Edx, 0),
@@ -133,7 +140,10 @@ const fn bits(positions: &[u32]) -> u32 {
 
 /// For a register of feature bits, those that may be shown.
 fn mask(leaf: u32, subleaf: u32, register: Register) -> Option<u32> {
-    FEATURES.iter().find(|(l, s, r, _)| (*l, *s, *r) == (leaf, subleaf, register)).map(|(.., mask)| *mask)
+    FEATURES
+        .iter()
+        .find(|(l, s, r, _)| (*l, *s, *r) == (leaf, subleaf, register))
+        .map(|(.., mask)| *mask)
 }
 
 const REGISTERS: [Register; 4] = [Register::Eax, Register::Ebx, Register::Ecx, Register::Edx];
@@ -163,15 +173,21 @@ impl CpuBaseline {
                 _ => {}
             }
         }
-        Ok(Self { leaves, tsc_khz: host_tsc_khz(kvm)? })
+        Ok(Self {
+            leaves,
+            tsc_khz: host_tsc_khz(kvm)?,
+        })
     }
 
     fn find(&self, leaf: u32, subleaf: u32) -> Option<&CpuidLeaf> {
-        self.leaves.iter().find(|entry| (entry.leaf, entry.subleaf) == (leaf, subleaf))
+        self.leaves
+            .iter()
+            .find(|entry| (entry.leaf, entry.subleaf) == (leaf, subleaf))
     }
 
     fn register(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {
-        self.find(leaf, subleaf).map_or(0, |entry| entry.registers[register as usize])
+        self.find(leaf, subleaf)
+            .map_or(0, |entry| entry.registers[register as usize])
     }
 
     fn vendor(&self) -> String {
@@ -197,9 +213,15 @@ impl CpuBaseline {
                 leaf.registers[0] = (leaf.registers[0] & !0xFFFF) | least(0) | least(8);
             }
         }
-        let kept = leaves.iter().find(|leaf| (leaf.leaf, leaf.subleaf) == (0xD, 0)).map_or(3, |leaf| leaf.registers[0]);
+        let kept = leaves
+            .iter()
+            .find(|leaf| (leaf.leaf, leaf.subleaf) == (0xD, 0))
+            .map_or(3, |leaf| leaf.registers[0]);
         leaves.retain(|leaf| leaf.leaf != 0xD || leaf.subleaf < 2 || kept & (1 << leaf.subleaf) != 0);
-        Ok(Self { leaves, tsc_khz: self.tsc_khz })
+        Ok(Self {
+            leaves,
+            tsc_khz: self.tsc_khz,
+        })
     }
 
     /// Whether the host whose most is `host` can provide this baseline; otherwise the first thing it lacks.
@@ -217,13 +239,22 @@ impl CpuBaseline {
                 }
             }
         }
-        let (ours, theirs) =
-            (host.register(0x8000_0008, 0, Register::Eax) & 0xFF, self.register(0x8000_0008, 0, Register::Eax) & 0xFF);
+        let (ours, theirs) = (
+            host.register(0x8000_0008, 0, Register::Eax) & 0xFF,
+            self.register(0x8000_0008, 0, Register::Eax) & 0xFF,
+        );
         if theirs > ours {
-            return Err(CpuError::Layout { what: "number of physical address bits", ours, theirs });
+            return Err(CpuError::Layout {
+                what: "number of physical address bits",
+                ours,
+                theirs,
+            });
         }
         if !tsc_scaling && !tsc_alike(self.tsc_khz, host.tsc_khz) {
-            return Err(CpuError::TscFrequency { wanted_khz: self.tsc_khz, host_khz: host.tsc_khz });
+            return Err(CpuError::TscFrequency {
+                wanted_khz: self.tsc_khz,
+                host_khz: host.tsc_khz,
+            });
         }
         Ok(())
     }
@@ -231,7 +262,9 @@ impl CpuBaseline {
     /// What has to be equal on two hosts: vendor, and the places of extended state in memory.
     fn check_like(&self, other: &Self) -> Result<(), CpuError> {
         if other.leaves.len() > MAX_LEAVES {
-            return Err(CpuError::TooLarge { leaves: other.leaves.len() });
+            return Err(CpuError::TooLarge {
+                leaves: other.leaves.len(),
+            });
         }
         let (ours, theirs) = (self.vendor(), other.vendor());
         if ours != theirs {
@@ -239,10 +272,16 @@ impl CpuBaseline {
         }
         let common = self.register(0xD, 0, Register::Eax) & other.register(0xD, 0, Register::Eax);
         for subleaf in (2..32).filter(|subleaf| common & (1 << subleaf) != 0) {
-            let (ours, theirs) =
-                (self.register(0xD, subleaf, Register::Ebx), other.register(0xD, subleaf, Register::Ebx));
+            let (ours, theirs) = (
+                self.register(0xD, subleaf, Register::Ebx),
+                other.register(0xD, subleaf, Register::Ebx),
+            );
             if ours != theirs {
-                return Err(CpuError::Layout { what: "offset of an extended register state", ours, theirs });
+                return Err(CpuError::Layout {
+                    what: "offset of an extended register state",
+                    ours,
+                    theirs,
+                });
             }
         }
         Ok(())
@@ -283,7 +322,16 @@ fn apic_id_bits(count: u8) -> u32 {
 
 fn entry(function: u32, index: u32, indexed: bool, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
     let flags = if indexed { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
-    kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() }
+    kvm_cpuid_entry2 {
+        function,
+        index,
+        flags,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    }
 }
 
 /// Fills in what differs between vCPUs or depends on their number.
@@ -299,7 +347,11 @@ fn number_vcpu(leaf: &CpuidLeaf, registers: &mut [u32; 4], index: u8, count: u8)
         }
         // Cores of the package; every cache but the last level belongs to one core.
         0x4 if *eax & 0x1F != 0 => {
-            let shared = if (*eax >> 5) & 7 >= 3 { count.next_power_of_two() - 1 } else { 0 };
+            let shared = if (*eax >> 5) & 7 >= 3 {
+                count.next_power_of_two() - 1
+            } else {
+                0
+            };
             *eax = (*eax & 0x3FFF) | (shared << 14) | ((count.next_power_of_two() - 1) << 26);
         }
         // Number of cores less one, bits of the APIC ID.
@@ -330,7 +382,12 @@ fn filtered(entry: &kvm_cpuid_entry2) -> CpuidLeaf {
     if entry.function == 0xD && subleaf == 1 {
         registers[3] = 0;
     }
-    CpuidLeaf { leaf: entry.function, subleaf, indexed, registers }
+    CpuidLeaf {
+        leaf: entry.function,
+        subleaf,
+        indexed,
+        registers,
+    }
 }
 
 fn is_kept_xsave_state(subleaf: u32) -> bool {
@@ -344,7 +401,10 @@ pub(crate) fn tsc_alike(one_khz: u32, other_khz: u32) -> bool {
 
 /// The frequency that a vCPU's TSC has by default, from a vCPU made for the purpose.
 fn host_tsc_khz(kvm: &Kvm) -> Result<u32, KvmError> {
-    let vm = kvm.device().create_vm().map_err(refused("creating a virtual machine"))?;
+    let vm = kvm
+        .device()
+        .create_vm()
+        .map_err(refused("creating a virtual machine"))?;
     let vcpu = vm.create_vcpu(0).map_err(refused("creating a vCPU"))?;
     vcpu.get_tsc_khz().map_err(refused("reading the TSC frequency"))
 }
@@ -358,7 +418,11 @@ mod tests {
     }
 
     fn leaf_of(baseline: &mut CpuBaseline, leaf: u32, subleaf: u32) -> &mut CpuidLeaf {
-        baseline.leaves.iter_mut().find(|entry| (entry.leaf, entry.subleaf) == (leaf, subleaf)).expect("leaf")
+        baseline
+            .leaves
+            .iter_mut()
+            .find(|entry| (entry.leaf, entry.subleaf) == (leaf, subleaf))
+            .expect("leaf")
     }
 
     #[test]
@@ -375,9 +439,17 @@ mod tests {
     fn what_can_not_be_replicated_is_hidden() {
         let host = host();
         assert_eq!(host.register(1, 0, Register::Ecx) & bits(&[5, 30]), 0, "vmx, rdrand");
-        assert_eq!(host.register(7, 0, Register::Ebx) & bits(&[18, 4, 11]), 0, "rdseed, tsx");
+        assert_eq!(
+            host.register(7, 0, Register::Ebx) & bits(&[18, 4, 11]),
+            0,
+            "rdseed, tsx"
+        );
         assert_eq!(host.register(0x8000_0001, 0, Register::Ecx) & bits(&[2]), 0, "svm");
-        assert_eq!(host.register(0x4000_0001, 0, Register::Eax) & bits(&[4, 5]), 0, "async page faults, steal time");
+        assert_eq!(
+            host.register(0x4000_0001, 0, Register::Eax) & bits(&[4, 5]),
+            0,
+            "async page faults, steal time"
+        );
         assert!(host.find(0xA, 0).is_none(), "performance counters");
     }
 
@@ -386,12 +458,24 @@ mod tests {
         let rich = host();
         let mut poor = rich.clone();
         let (leaf, register) = (1, Register::Edx);
-        assert_ne!(rich.register(leaf, 0, register) & (1 << 26), 0, "SSE2 is part of x86-64");
+        assert_ne!(
+            rich.register(leaf, 0, register) & (1 << 26),
+            0,
+            "SSE2 is part of x86-64"
+        );
         leaf_of(&mut poor, leaf, 0).registers[register as usize] &= !(1 << 26);
         let error = rich.check(&poor, false).expect_err("lacks SSE2");
-        assert_eq!(error, CpuError::Feature { feature: "sse2 (CPUID leaf 0x1.0 Edx bit 26)".into() });
+        assert_eq!(
+            error,
+            CpuError::Feature {
+                feature: "sse2 (CPUID leaf 0x1.0 Edx bit 26)".into()
+            }
+        );
         assert_eq!(poor.check(&rich, false), Ok(()));
-        for common in [rich.intersect(&poor).expect("alike"), poor.intersect(&rich).expect("alike")] {
+        for common in [
+            rich.intersect(&poor).expect("alike"),
+            poor.intersect(&rich).expect("alike"),
+        ] {
             assert_eq!(common.check(&rich, false), Ok(()));
             assert_eq!(common.check(&poor, false), Ok(()));
         }
@@ -419,7 +503,11 @@ mod tests {
         let host = host();
         for index in [0u8, 3] {
             let cpuid = host.for_vcpu(index, 4).expect("cpuid");
-            let one = cpuid.as_slice().iter().find(|entry| entry.function == 1).expect("leaf 1");
+            let one = cpuid
+                .as_slice()
+                .iter()
+                .find(|entry| entry.function == 1)
+                .expect("leaf 1");
             assert_eq!((one.ebx >> 24, (one.ebx >> 16) & 0xFF), (index.into(), 4));
             assert_ne!(one.ecx & (1 << 31), 0, "hypervisor");
         }

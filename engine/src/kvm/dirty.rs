@@ -56,8 +56,10 @@ unsafe impl Send for Ring {}
 /// Turns dirty rings on; must happen before the first vCPU is made. Returns the entries of each ring, 0 if this host
 /// has none and the dirty log is used.
 pub(super) fn enable_rings(vm: &VmFd, capabilities: &Capabilities, wanted_entries: u32) -> Result<u32, KvmError> {
-    let entries =
-        wanted_entries.next_power_of_two().max(MIN_RING_ENTRIES).min(capabilities.dirty_ring_max_entries);
+    let entries = wanted_entries
+        .next_power_of_two()
+        .max(MIN_RING_ENTRIES)
+        .min(capabilities.dirty_ring_max_entries);
     if wanted_entries == 0 || entries < MIN_RING_ENTRIES {
         return Ok(0);
     }
@@ -67,8 +69,12 @@ pub(super) fn enable_rings(vm: &VmFd, capabilities: &Capabilities, wanted_entrie
         kvm_bindings::KVM_CAP_DIRTY_LOG_RING
     };
     let bytes = u64::from(entries) * size_of::<kvm_dirty_gfn>() as u64;
-    vm.enable_cap(&kvm_enable_cap { cap, args: [bytes, 0, 0, 0], ..Default::default() })
-        .map_err(refused("enabling dirty rings"))?;
+    vm.enable_cap(&kvm_enable_cap {
+        cap,
+        args: [bytes, 0, 0, 0],
+        ..Default::default()
+    })
+    .map_err(refused("enabling dirty rings"))?;
     Ok(entries)
 }
 
@@ -158,7 +164,11 @@ impl Ring {
             return Err(io::Error::last_os_error());
         }
         let entries = NonNull::new(mapping.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { entries, count, next: 0 })
+        Ok(Self {
+            entries,
+            count,
+            next: 0,
+        })
     }
 
     /// Takes all published entries; returns their number.
@@ -190,6 +200,11 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         // SAFETY: exactly the mapping that `map` made, used by nobody else.
-        unsafe { libc::munmap(self.entries.as_ptr().cast(), self.count as usize * size_of::<kvm_dirty_gfn>()) };
+        unsafe {
+            libc::munmap(
+                self.entries.as_ptr().cast(),
+                self.count as usize * size_of::<kvm_dirty_gfn>(),
+            )
+        };
     }
 }

@@ -16,10 +16,15 @@ ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
 fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Makes the pages of all harvested ring entries trackable again; returns how many entries that were.
@@ -30,7 +35,10 @@ pub fn reset_dirty_rings(vm: &impl AsRawFd) -> io::Result<u32> {
 
 /// Fetches and clears the dirty bitmap of a slot, and write-protects the pages in it.
 pub fn get_dirty_log(vm: &impl AsRawFd, slot: u32, bitmap: &mut [u64]) -> io::Result<()> {
-    let mut log = kvm_dirty_log { slot, ..Default::default() };
+    let mut log = kvm_dirty_log {
+        slot,
+        ..Default::default()
+    };
     log.__bindgen_anon_1.dirty_bitmap = bitmap.as_mut_ptr().cast();
     // SAFETY: the caller's bitmap has a bit for every page of the slot (see `DirtySource`), and lives through the call.
     checked(unsafe { ioctl_with_ref(vm, KVM_GET_DIRTY_LOG(), &log) }).map(drop)
@@ -67,10 +75,27 @@ pub fn setup_mce(vcpu: &impl AsRawFd, mcg_cap: u64) -> io::Result<()> {
 /// Reads a 64-bit device attribute.
 pub fn get_device_attr_u64(device: &impl AsRawFd, group: u32, attr: u64) -> io::Result<u64> {
     let mut value = 0u64;
-    let request = kvm_device_attr { flags: 0, group, attr, addr: &raw mut value as u64 };
+    let request = kvm_device_attr {
+        flags: 0,
+        group,
+        attr,
+        addr: &raw mut value as u64,
+    };
     // SAFETY: the kernel reads the structure and writes eight bytes to the address in it, which is `value`.
     checked(unsafe { ioctl_with_ref(device, KVM_GET_DEVICE_ATTR(), &request) })?;
     Ok(value)
+}
+
+/// Writes a 64-bit device attribute.
+pub fn set_device_attr_u64(device: &impl AsRawFd, group: u32, attr: u64, value: u64) -> io::Result<()> {
+    let request = kvm_device_attr {
+        flags: 0,
+        group,
+        attr,
+        addr: &raw const value as u64,
+    };
+    // SAFETY: the kernel reads the structure, and eight bytes at the address in it, which is `value`.
+    checked(unsafe { ioctl_with_ref(device, KVM_SET_DEVICE_ATTR(), &request) }).map(drop)
 }
 
 /// Structures of KVM's ABI that are saved as they are.

@@ -23,7 +23,9 @@ pub enum KvmError {
         "KVM: {path} does not exist: turn on virtualisation (VT-x or AMD-V) in the firmware, or nested virtualisation if this is a virtual machine, then `modprobe kvm_intel` or `modprobe kvm_amd`"
     )]
     Missing { path: String },
-    #[error("KVM: {path} may not be opened by this user: add it to the group that owns the file (`usermod -aG kvm USER`), or run as root")]
+    #[error(
+        "KVM: {path} may not be opened by this user: add it to the group that owns the file (`usermod -aG kvm USER`), or run as root"
+    )]
     NotPermitted { path: String },
     #[error("KVM: {path} can't be opened")]
     Open { path: String, source: io::Error },
@@ -34,12 +36,19 @@ pub enum KvmError {
     #[error("KVM: {what} was refused by the kernel")]
     Call { what: &'static str, source: io::Error },
     #[error("KVM: {what} transferred {done} of {asked} items")]
-    Short { what: &'static str, done: usize, asked: usize },
+    Short {
+        what: &'static str,
+        done: usize,
+        asked: usize,
+    },
 }
 
 /// Turns an errno of `kvm-ioctls` into a [`KvmError::Call`].
 pub(crate) fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
-    move |error| KvmError::Call { what, source: io::Error::from_raw_os_error(error.errno()) }
+    move |error| KvmError::Call {
+        what,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
 }
 
 /// Turns an I/O error into a [`KvmError::Call`].

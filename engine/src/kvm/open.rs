@@ -70,11 +70,18 @@ impl Kvm {
     /// Opens KVM's device at another path.
     pub fn open_at(path: &Path) -> Result<Self, KvmError> {
         let name = path.display().to_string();
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => KvmError::Missing { path: name.clone() },
-            io::ErrorKind::PermissionDenied => KvmError::NotPermitted { path: name.clone() },
-            _ => KvmError::Open { path: name.clone(), source },
-        })?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => KvmError::Missing { path: name.clone() },
+                io::ErrorKind::PermissionDenied => KvmError::NotPermitted { path: name.clone() },
+                _ => KvmError::Open {
+                    path: name.clone(),
+                    source,
+                },
+            })?;
         Self::from_fd(file.into())
     }
 
@@ -86,10 +93,15 @@ impl Kvm {
         if version != API_VERSION {
             return Err(KvmError::NotKvm { version });
         }
-        let missing: Vec<&str> =
-            REQUIRED.iter().filter(|(cap, _)| !device.check_extension(*cap)).map(|(_, name)| *name).collect();
+        let missing: Vec<&str> = REQUIRED
+            .iter()
+            .filter(|(cap, _)| !device.check_extension(*cap))
+            .map(|(_, name)| *name)
+            .collect();
         if !missing.is_empty() {
-            return Err(KvmError::Capabilities { missing: missing.join(", ") });
+            return Err(KvmError::Capabilities {
+                missing: missing.join(", "),
+            });
         }
         let capabilities = Capabilities::probe(&device);
         Ok(Self { device, capabilities })
@@ -110,7 +122,11 @@ impl Capabilities {
     fn probe(device: &KvmDevice) -> Self {
         let ask = |number: u32| device.check_extension_raw(number.into()).max(0);
         let acq_rel = ask(kvm_bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL);
-        let ring_bytes = if acq_rel > 0 { acq_rel } else { ask(kvm_bindings::KVM_CAP_DIRTY_LOG_RING) };
+        let ring_bytes = if acq_rel > 0 {
+            acq_rel
+        } else {
+            ask(kvm_bindings::KVM_CAP_DIRTY_LOG_RING)
+        };
         Self {
             dirty_ring_max_entries: ring_bytes as u32 / size_of::<kvm_bindings::kvm_dirty_gfn>() as u32,
             dirty_ring_acq_rel: acq_rel > 0,
@@ -131,8 +147,13 @@ mod tests {
 
     #[test]
     fn errors_say_what_to_do() {
-        let missing = Kvm::open_at(Path::new("/nonexistent/kvm")).expect_err("no such file").to_string();
-        assert!(missing.contains("/nonexistent/kvm") && missing.contains("modprobe"), "{missing}");
+        let missing = Kvm::open_at(Path::new("/nonexistent/kvm"))
+            .expect_err("no such file")
+            .to_string();
+        assert!(
+            missing.contains("/nonexistent/kvm") && missing.contains("modprobe"),
+            "{missing}"
+        );
         let wrong = Kvm::open_at(Path::new("/dev/null")).expect_err("not KVM").to_string();
         assert!(wrong.contains("not KVM"), "{wrong}");
     }

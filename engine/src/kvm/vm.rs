@@ -48,11 +48,20 @@ const RUNNING: u64 = u64::MAX;
 impl Vm {
     /// Makes a machine without vCPUs. `ring_entries` is the size of each vCPU's dirty ring, 0 for the dirty log.
     pub fn new(kvm: &Kvm, ram: Arc<GuestRam>, ring_entries: u32) -> Result<Self, KvmError> {
-        let fd = kvm.device().create_vm().map_err(refused("creating a virtual machine"))?;
-        fd.set_tss_address(TSS_ADDRESS).map_err(refused("setting the TSS address"))?;
-        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(refused("setting the identity map address"))?;
-        fd.create_irq_chip().map_err(refused("creating the interrupt controllers"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        let fd = kvm
+            .device()
+            .create_vm()
+            .map_err(refused("creating a virtual machine"))?;
+        fd.set_tss_address(TSS_ADDRESS)
+            .map_err(refused("setting the TSS address"))?;
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(refused("setting the identity map address"))?;
+        fd.create_irq_chip()
+            .map_err(refused("creating the interrupt controllers"))?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
         fd.create_pit2(pit).map_err(refused("creating the timer (PIT)"))?;
         let capabilities = *kvm.capabilities();
         enable_event_capabilities(&fd, &capabilities)?;
@@ -62,8 +71,14 @@ impl Vm {
             spilled: DirtyPages::new(ram.pages()),
             tracking: false,
         };
-        let vm =
-            Self { fd, ram, capabilities, ring_entries, dirty: Mutex::new(dirty), held_clock_ns: AtomicU64::new(RUNNING) };
+        let vm = Self {
+            fd,
+            ram,
+            capabilities,
+            ring_entries,
+            dirty: Mutex::new(dirty),
+            held_clock_ns: AtomicU64::new(RUNNING),
+        };
         vm.set_slots(0)?;
         Ok(vm)
     }
@@ -150,7 +165,8 @@ impl Vm {
 
     /// Makes [`GuestClock`] show `now_ns` until time runs again (`None`).
     pub fn hold_clock(&self, now_ns: Option<u64>) {
-        self.held_clock_ns.store(now_ns.map_or(RUNNING, |now| now.min(RUNNING - 1)), Ordering::SeqCst);
+        self.held_clock_ns
+            .store(now_ns.map_or(RUNNING, |now| now.min(RUNNING - 1)), Ordering::SeqCst);
     }
 
     /// What the clock shows if it stands.
@@ -171,19 +187,30 @@ impl Vm {
 fn enable_event_capabilities(fd: &VmFd, capabilities: &Capabilities) -> Result<(), KvmError> {
     let wanted = [
         (capabilities.exception_payload, kvm_bindings::KVM_CAP_EXCEPTION_PAYLOAD),
-        (capabilities.triple_fault_event, kvm_bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT),
+        (
+            capabilities.triple_fault_event,
+            kvm_bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+        ),
     ];
     for (_, cap) in wanted.into_iter().filter(|(there, _)| *there) {
-        fd.enable_cap(&kvm_enable_cap { cap, args: [1, 0, 0, 0], ..Default::default() })
-            .map_err(refused("enabling the saving of pending exceptions"))?;
+        fd.enable_cap(&kvm_enable_cap {
+            cap,
+            args: [1, 0, 0, 0],
+            ..Default::default()
+        })
+        .map_err(refused("enabling the saving of pending exceptions"))?;
     }
     Ok(())
 }
 
 impl MsiSender for Vm {
     fn send(&self, address: u64, data: u32) {
-        let msi =
-            kvm_msi { address_lo: address as u32, address_hi: (address >> 32) as u32, data, ..Default::default() };
+        let msi = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
         // The message comes from the guest's own table; one that KVM can't deliver is lost as it is on real hardware.
         if let Err(error) = self.fd.signal_msi(msi) {
             tracing::debug!("MSI {address:#x}/{data:#x} was not delivered: {error}");
@@ -193,11 +220,15 @@ impl MsiSender for Vm {
 
 impl NotifyRegistrar for Vm {
     fn register(&self, address: u64, eventfd: BorrowedFd<'_>) -> io::Result<()> {
-        self.fd.register_ioevent(&borrow(eventfd), &IoEventAddress::Mmio(address), NoDatamatch).map_err(os_error)
+        self.fd
+            .register_ioevent(&borrow(eventfd), &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(os_error)
     }
 
     fn unregister(&self, address: u64, eventfd: BorrowedFd<'_>) -> io::Result<()> {
-        self.fd.unregister_ioevent(&borrow(eventfd), &IoEventAddress::Mmio(address), NoDatamatch).map_err(os_error)
+        self.fd
+            .unregister_ioevent(&borrow(eventfd), &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(os_error)
     }
 }
 
@@ -213,13 +244,15 @@ fn os_error(error: kvm_ioctls::Error) -> io::Error {
 
 impl GuestClock for Vm {
     fn now_ns(&self) -> u64 {
-        self.held_clock_ns().unwrap_or_else(|| match ioctl::get_clock(&self.fd).map_err(failed("reading the clock")) {
-            Ok(clock) => clock.clock,
-            Err(error) => {
-                tracing::error!("{error}");
-                0
-            }
-        })
+        self.held_clock_ns().unwrap_or_else(
+            || match ioctl::get_clock(&self.fd).map_err(failed("reading the clock")) {
+                Ok(clock) => clock.clock,
+                Err(error) => {
+                    tracing::error!("{error}");
+                    0
+                }
+            },
+        )
     }
 }
 

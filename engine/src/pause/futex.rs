@@ -51,3 +51,21 @@ pub fn wait_until(word: &AtomicU32, spins: u32, done: impl Fn(u32) -> bool) -> u
         wait(word, value);
     }
 }
+
+/// Sleeps while `word` holds `expected`, but no longer than `timeout`. May return early.
+pub fn wait_timeout(word: &AtomicU32, expected: u32, timeout: std::time::Duration) {
+    let timeout = libc::timespec {
+        tv_sec: timeout.as_secs() as libc::time_t,
+        tv_nsec: timeout.subsec_nanos().into(),
+    };
+    // SAFETY: the word and the time-out outlive the call, the kernel only reads them.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+            expected,
+            &raw const timeout,
+        );
+    }
+}

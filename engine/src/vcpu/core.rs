@@ -1,0 +1,256 @@
+//! One vCPU of KVM: made with the guest's CPU, saved and loaded.
+
+use super::msrs::{self, IA32_TSC, IA32_TSC_DEADLINE, KVM_WALL_CLOCKS, MsrList};
+use super::state::{ApicTimer, VcpuState, VcpuTime, encode};
+use crate::kvm::ioctl::{self, Abi};
+use crate::kvm::{CpuBaseline, Kvm, KvmError, Vm, failed, refused};
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_mp_state, kvm_xsave};
+use kvm_ioctls::VcpuFd;
+use std::sync::Arc;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Bytes of a wall clock structure of kvmclock, `virt/kvm/x86/msr.rst`.
+const WALL_CLOCK_BYTES: usize = 12;
+
+/// Everything that belongs to one vCPU.
+#[derive(Debug)]
+pub struct VcpuCore {
+    pub(super) fd: VcpuFd,
+    pub(super) index: u8,
+    /// The last exit's answer was not yet taken by KVM.
+    pub(super) incomplete: bool,
+    vm: Arc<Vm>,
+    msr_list: MsrList,
+    msr_buffer: Msrs,
+    tsc_khz: u32,
+    /// Bytes of the state as last saved.
+    saved: Vec<u8>,
+    /// What a load left to [`VcpuCore::start_time`].
+    held: Option<Held>,
+}
+
+/// Parts of a loaded state that move with time: they are set when the guest runs on.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    time: VcpuTime,
+    timer: ApicTimer,
+}
+
+impl VcpuCore {
+    /// Makes vCPU `index` of `count` with the CPU of `baseline`. `msr_list` is that of the first vCPU, which finds it.
+    pub fn new(
+        kvm: &Kvm,
+        vm: &Arc<Vm>,
+        index: u8,
+        count: u8,
+        baseline: &CpuBaseline,
+        msr_list: Option<&MsrList>,
+    ) -> Result<Self, KvmError> {
+        let fd = vm.create_vcpu(index)?;
+        let host_khz = fd.get_tsc_khz().map_err(refused("reading the TSC frequency"))?;
+        if host_khz != baseline.tsc_khz && vm.capabilities().tsc_scaling {
+            fd.set_tsc_khz(baseline.tsc_khz)
+                .map_err(refused("setting the TSC frequency"))?;
+        }
+        fd.set_cpuid2(&baseline.for_vcpu(index, count)?)
+            .map_err(refused("setting the CPU's features"))?;
+        // No machine check banks: errors of the host's memory are not passed on. Where KVM has none anyway it refuses.
+        if let Err(error) = ioctl::setup_mce(&fd, 0) {
+            tracing::debug!("machine check banks stay as they are: {error}");
+        }
+        let msr_list = msr_list.map_or_else(|| MsrList::probe(kvm, &fd), |list| Ok(list.clone()))?;
+        let core = Self {
+            msr_buffer: msr_list.buffer()?,
+            fd,
+            index,
+            incomplete: false,
+            vm: vm.clone(),
+            msr_list,
+            tsc_khz: baseline.tsc_khz,
+            saved: Vec::new(),
+            held: None,
+        };
+        core.tsc_offset()?;
+        Ok(core)
+    }
+
+    /// The vCPU's file.
+    pub fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// The registers that the state carries.
+    pub fn msr_list(&self) -> &MsrList {
+        &self.msr_list
+    }
+
+    pub(super) fn immediate_exit_ptr(&mut self) -> *mut u8 {
+        &raw mut self.fd.get_kvm_run().immediate_exit
+    }
+
+    /// The state as [`VcpuCore::save`] left it.
+    pub fn saved(&self) -> &[u8] {
+        &self.saved
+    }
+
+    fn tsc_offset(&self) -> Result<u64, KvmError> {
+        ioctl::get_device_attr_u64(&self.fd, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.into())
+            .map_err(failed("reading the TSC offset (needs Linux 5.16)"))
+    }
+
+    fn set_tsc_offset(&self, offset: u64) -> Result<(), KvmError> {
+        ioctl::set_device_attr_u64(&self.fd, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.into(), offset)
+            .map_err(failed("setting the TSC offset"))
+    }
+
+    /// The TSC of the host as this vCPU counts it: scaled, without the guest's offset.
+    pub fn host_tsc(&self) -> Result<u64, KvmError> {
+        Ok(msrs::read_one(&self.fd, IA32_TSC)?.wrapping_sub(self.tsc_offset()?))
+    }
+
+    /// Whether a loaded state waits for [`VcpuCore::start_time`].
+    pub fn is_held(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Reads the whole state into the vCPU's own buffer. The vCPU must be parked.
+    ///
+    /// The MP state comes first, because reading it makes KVM act on pending INIT and start-up messages; events come
+    /// last, because KVM folds pending NMIs into them.
+    pub fn save(&mut self) -> Result<(), KvmError> {
+        let fd = &self.fd;
+        let mp_state = fd.get_mp_state().map_err(refused("reading the MP state"))?;
+        let regs = fd.get_regs().map_err(refused("reading registers"))?;
+        let sregs = ioctl::get_sregs2(fd).map_err(failed("reading special registers"))?;
+        let xcrs = fd.get_xcrs().map_err(refused("reading XCR0"))?;
+        let xsave = fd.get_xsave().map_err(refused("reading extended registers"))?;
+        let debugregs = fd.get_debug_regs().map_err(refused("reading debug registers"))?;
+        let mut lapic = fd.get_lapic().map_err(refused("reading the local APIC"))?;
+        msrs::read_all(fd, &mut self.msr_buffer)?;
+        let wall_clock = msrs::read_one(fd, KVM_WALL_CLOCKS[1])?;
+        let time = match self.held {
+            Some(held) => {
+                held.timer.put(&mut lapic);
+                held.time
+            }
+            None => VcpuTime {
+                tsc_offset: self.tsc_offset()?,
+                tsc_deadline: msrs::read_one(fd, IA32_TSC_DEADLINE)?,
+            },
+        };
+        let events = fd.get_vcpu_events().map_err(refused("reading pending events"))?;
+        self.saved.clear();
+        let out = &mut self.saved;
+        encode(
+            out,
+            &[
+                mp_state.as_bytes(),
+                regs.as_bytes(),
+                sregs.as_bytes(),
+                xcrs.as_bytes(),
+                debugregs.as_bytes(),
+            ],
+        );
+        encode(out, &[events.as_bytes(), lapic.as_bytes()]);
+        encode(
+            out,
+            &[
+                &time.tsc_offset.to_le_bytes(),
+                &time.tsc_deadline.to_le_bytes(),
+                &wall_clock.to_le_bytes(),
+            ],
+        );
+        encode(out, &[&self.tsc_khz.to_le_bytes()]);
+        let entries = self.msr_buffer.as_slice();
+        encode(out, &[&(entries.len() as u32).to_le_bytes()]);
+        entries.iter().for_each(|entry| out.extend_from_slice(entry.as_bytes()));
+        xsave
+            .region
+            .iter()
+            .for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
+        Ok(())
+    }
+
+    /// Loads a state that [`VcpuState::parse`] accepted. What moves with time is held until [`VcpuCore::start_time`].
+    ///
+    /// The order is the one that KVM wants: special registers before the local APIC (its mode is in them), the TSC's
+    /// offset before the APIC, the deadline after it, and events last, since other calls may change them.
+    pub fn load(&mut self, state: &VcpuState) -> Result<(), KvmError> {
+        let fd = &self.fd;
+        fd.set_mp_state(state.mp_state)
+            .map_err(refused("setting the MP state"))?;
+        ioctl::set_sregs2(fd, &state.sregs).map_err(failed("setting special registers"))?;
+        fd.set_regs(&state.regs).map_err(refused("setting registers"))?;
+        fd.set_xcrs(&state.xcrs).map_err(refused("setting XCR0"))?;
+        let xsave = kvm_xsave {
+            region: *state.xsave,
+            ..Default::default()
+        };
+        // SAFETY: no feature with more than 4096 bytes of state is in any baseline, so KVM reads no further.
+        unsafe { fd.set_xsave(&xsave) }.map_err(refused("setting extended registers"))?;
+        fd.set_debug_regs(&state.debugregs)
+            .map_err(refused("setting debug registers"))?;
+        self.set_tsc_offset(state.time.tsc_offset)?;
+        let mut lapic = state.lapic;
+        let timer = ApicTimer::take(&mut lapic);
+        msrs::write_one(fd, IA32_TSC_DEADLINE, 0)?;
+        fd.set_lapic(&lapic).map_err(refused("setting the local APIC"))?;
+        msrs::write_all(fd, &state.msrs)?;
+        self.load_wall_clock(state.wall_clock)?;
+        fd.set_vcpu_events(&state.events)
+            .map_err(refused("setting pending events"))?;
+        self.held = Some(Held {
+            time: state.time,
+            timer,
+        });
+        self.incomplete = false;
+        Ok(())
+    }
+
+    /// Sets where kvmclock's wall clock lies. KVM writes the host's time of day there at once; the guest's memory keeps
+    /// what the guest had.
+    fn load_wall_clock(&self, address: u64) -> Result<(), KvmError> {
+        if address == 0 || msrs::read_one(&self.fd, KVM_WALL_CLOCKS[1])? == address {
+            return Ok(());
+        }
+        let mem = self.vm.ram().mem();
+        let mut content = [0; WALL_CLOCK_BYTES];
+        let in_ram = mem.read_slice(&mut content, GuestAddress(address)).is_ok();
+        msrs::write_one(&self.fd, KVM_WALL_CLOCKS[1], address)?;
+        if in_ram {
+            mem.write_slice(&content, GuestAddress(address))
+                .expect("it was readable");
+        }
+        Ok(())
+    }
+
+    /// Lets time run on after a load: the guest's TSC is moved by `shift` (the host's TSC at the save less the host's
+    /// TSC now), then the timers start with what they had left.
+    pub fn start_time(&mut self, shift: u64) -> Result<(), KvmError> {
+        let Some(held) = self.held.take() else { return Ok(()) };
+        self.set_tsc_offset(held.time.tsc_offset.wrapping_add(shift))?;
+        // Read again: interrupts may have come in since the load.
+        let mut lapic = self.fd.get_lapic().map_err(refused("reading the local APIC"))?;
+        held.timer.put(&mut lapic);
+        self.fd
+            .set_lapic(&lapic)
+            .map_err(refused("starting the local APIC's timer"))?;
+        if held.time.tsc_deadline != 0 {
+            msrs::write_one(&self.fd, IA32_TSC_DEADLINE, held.time.tsc_deadline)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the vCPU back to its power-on state; its TSC runs on.
+    pub fn reset(&mut self, power_on: &VcpuState) -> Result<(), KvmError> {
+        let tsc_offset = self.tsc_offset()?;
+        self.load(power_on)?;
+        self.held = None;
+        self.set_tsc_offset(tsc_offset)
+    }
+
+    /// Whether the vCPU waits for a start-up message or sleeps, as KVM numbers it.
+    pub fn mp_state(&self) -> Result<kvm_mp_state, KvmError> {
+        self.fd.get_mp_state().map_err(refused("reading the MP state"))
+    }
+}
