@@ -197,7 +197,7 @@ impl Rtc {
         if self.status_b() & B_BINARY != 0 {
             value
         } else {
-            value / 10 << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
@@ -214,7 +214,7 @@ impl Rtc {
             return self.encode(hour);
         }
         let half = if hour >= 12 { 0x80 } else { 0 };
-        half | self.encode(if hour % 12 == 0 { 12 } else { hour % 12 })
+        half | self.encode(if hour.is_multiple_of(12) { 12 } else { hour % 12 })
     }
 
     fn decode_hour(&self, value: u8) -> Option<u8> {
