@@ -7,6 +7,7 @@ use ftvm_engine::control::exit_code;
 use crate::arbiter::FileArbiter;
 use crate::config::Config;
 use crate::daemon::engine_path;
+use crate::explain;
 use crate::jail;
 use crate::prepare::prepare;
 use crate::state::StateFolder;
@@ -17,7 +18,7 @@ use crate::state::StateFolder;
 pub fn report(path: &Path) -> u8 {
     let findings = match Config::load(path) {
         Ok(config) => check(&config),
-        Err(error) => vec![(exit_code::CONFIG, error.to_string())],
+        Err(error) => vec![(exit_code::CONFIG, explain(&error))],
     };
     for (code, message) in &findings {
         eprintln!("ftvm-node-daemon: error {code}: {message}");
@@ -32,16 +33,16 @@ pub fn report(path: &Path) -> u8 {
 pub fn check(config: &Config) -> Vec<(u8, String)> {
     let state = match StateFolder::open(&config.state_folder) {
         Ok(state) => state,
-        Err(error) => return vec![(exit_code::STATE_FOLDER, error.to_string())],
+        Err(error) => return vec![(exit_code::STATE_FOLDER, explain(&error))],
     };
     let mut findings = Vec::new();
     match engine_path(config) {
         Ok(engine) => {
             if let Err(error) = jail::open_static_program(&engine) {
-                findings.push((exit_code::JAIL, error.to_string()));
+                findings.push((exit_code::JAIL, explain(&error)));
             }
         }
-        Err(error) => findings.push((error.exit_code(), error.to_string())),
+        Err(error) => findings.push((error.exit_code(), explain(&error))),
     }
     for seat in &config.seats {
         let prepared = state
@@ -49,14 +50,14 @@ pub fn check(config: &Config) -> Vec<(u8, String)> {
             .map_err(Into::into)
             .and_then(|folder| prepare(seat, &folder, config.jail.network_namespace.as_deref()));
         if let Err(error) = prepared {
-            findings.push((error.exit_code(), error.to_string()));
+            findings.push((error.exit_code(), explain(&error)));
         }
         // A folder that is not set up yet is fine: `up` does that.
         let arbiter = config.arbiter.folder.join(&seat.vm);
         if (arbiter.exists() || !config.arbiter.folder.is_dir())
             && let Err(error) = FileArbiter::new(arbiter).newest()
         {
-            findings.push((exit_code::ARBITER, error.to_string()));
+            findings.push((exit_code::ARBITER, explain(&error)));
         }
     }
     findings

@@ -17,6 +17,7 @@ use crate::api::{DaemonStatus, Phase, Request, Response};
 use crate::arbiter::{Bounded, FileArbiter};
 use crate::client;
 use crate::config::{Config, SeatConfig};
+use crate::explain;
 use crate::identity;
 use crate::prepare::{SeatError, header_path};
 use crate::seat::{CommandError, Seat, Surroundings};
@@ -295,14 +296,14 @@ impl Daemon {
 
     fn apply(self: &Arc<Daemon>, config: SeatConfig) -> Response {
         if let Err(error) = config.check() {
-            return refused(exit_code::CONFIG, error.to_string());
+            return refused(exit_code::CONFIG, explain(&error));
         }
         let key = (config.vm.clone(), config.seat.clone());
         for (other_key, other) in self.seats().iter() {
             if *other_key != key
                 && let Err(error) = config.check_beside(&other.config())
             {
-                return refused(exit_code::CONFIG, error.to_string());
+                return refused(exit_code::CONFIG, explain(&error));
             }
         }
         let existing = self.seats().get(&key).cloned();
@@ -310,7 +311,7 @@ impl Daemon {
             Some(seat) => seat.reconfigure(config),
             None => {
                 if let Err(error) = self.add(config) {
-                    return refused(error.exit_code(), error.to_string());
+                    return refused(error.exit_code(), explain(&error));
                 }
             }
         }
@@ -457,8 +458,8 @@ fn unknown(seat: SeatId) -> SeatReport {
 fn command_seat(seat: &Seat, command: Command) -> Response {
     match seat.command(command, COMMAND_PATIENCE) {
         Ok(reply) => Response::Reply { reply },
-        Err(error @ CommandError::NoEngine { .. }) => refused(exit_code::REFUSED, error.to_string()),
-        Err(error @ CommandError::NoAnswer { .. }) => refused(exit_code::TIMEOUT, error.to_string()),
+        Err(error @ CommandError::NoEngine { .. }) => refused(exit_code::REFUSED, explain(&error)),
+        Err(error @ CommandError::NoAnswer { .. }) => refused(exit_code::TIMEOUT, explain(&error)),
     }
 }
 
@@ -490,7 +491,7 @@ fn start_stopped(seat: &Arc<Seat>) -> Response {
     loop {
         match seat.command(start.clone(), COMMAND_PATIENCE) {
             Ok(reply) => return Response::Reply { reply },
-            Err(error) if Instant::now() >= until => return refused(exit_code::TIMEOUT, error.to_string()),
+            Err(error) if Instant::now() >= until => return refused(exit_code::TIMEOUT, explain(&error)),
             // The engine is being started by the seat's thread.
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
@@ -510,7 +511,7 @@ fn try_set_up(config: &SeatConfig, seat: &Seat, arbiter_folder: &Path) -> Result
         return Err((exit_code::REFUSED, message));
     }
     let (who, _) = identity::load(&config.identity, &config.vm, &config.seat)
-        .map_err(|error| (exit_code::IDENTITY, error.to_string()))?;
+        .map_err(|error| (exit_code::IDENTITY, explain(&error)))?;
     let path = header_path(config, seat.folder());
     let disk_error = |why: String| {
         let error = SeatError::Disk {
@@ -518,7 +519,7 @@ fn try_set_up(config: &SeatConfig, seat: &Seat, arbiter_folder: &Path) -> Result
             path: path.clone(),
             why,
         };
-        (error.exit_code(), error.to_string())
+        (error.exit_code(), explain(&error))
     };
     let file = std::fs::OpenOptions::new()
         .read(true)
@@ -527,7 +528,7 @@ fn try_set_up(config: &SeatConfig, seat: &Seat, arbiter_folder: &Path) -> Result
         .truncate(false)
         .open(&path);
     let file = file.map_err(|error| disk_error(format!("can't be opened: {error}")))?;
-    let (mut header, stored) = HeaderFile::open(file).map_err(|error| disk_error(error.to_string()))?;
+    let (mut header, stored) = HeaderFile::open(file).map_err(|error| disk_error(explain(&error)))?;
     let arbiter = FileArbiter::new(arbiter_folder.join(&config.vm));
     match stored {
         StoredHeader::Found(stored) => return Ok(stored.uid),
@@ -541,10 +542,10 @@ fn try_set_up(config: &SeatConfig, seat: &Seat, arbiter_folder: &Path) -> Result
     let first = Record::genesis(who.seat_id, record::Phase::Running);
     let uid = arbiter
         .set_up(&first)
-        .map_err(|error| (exit_code::ARBITER, error.to_string()))?;
+        .map_err(|error| (exit_code::ARBITER, explain(&error)))?;
     header
         .write(&SeatHeader::genesis(who.seat_id, uid))
-        .map_err(|error| disk_error(error.to_string()))?;
+        .map_err(|error| disk_error(explain(&error)))?;
     Ok(uid)
 }
 

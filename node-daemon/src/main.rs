@@ -78,8 +78,8 @@ fn run(path: &std::path::Path) -> u8 {
     exit_code::OK
 }
 
-fn fail(error: &dyn std::error::Error, code: u8) -> u8 {
-    eprintln!("ftvm-node-daemon: {error}");
+fn fail(error: &(dyn std::error::Error + 'static), code: u8) -> u8 {
+    eprintln!("ftvm-node-daemon: {}", ftvm_node_daemon::explain(error));
     code
 }
 

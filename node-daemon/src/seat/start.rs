@@ -11,6 +11,7 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::{Engine, LOG_BYTES_MAX, Seat};
 use crate::api::Phase;
+use crate::explain;
 use crate::jail::{self, Child, Jail, Program};
 use crate::prepare::{SeatError, prepare};
 use crate::state::{self, EngineRecord};
@@ -25,7 +26,7 @@ impl Seat {
         match self.try_start() {
             Ok(()) => {}
             Err(error) => {
-                let message = error.to_string();
+                let message = explain(&error);
                 tracing::error!(seat = self.config().label(), code = error.exit_code(), "{message}");
                 self.ended(message, error.exit_code());
             }
@@ -129,7 +130,7 @@ impl Seat {
         let record = match self.folder.engine() {
             Ok(None) => return,
             Ok(Some(record)) => record,
-            Err(error) => return self.doubt(error.to_string()),
+            Err(error) => return self.doubt(explain(&error)),
         };
         let Some(pidfd) = living(&record) else {
             tracing::info!(
@@ -167,7 +168,10 @@ impl Seat {
         let connection = match Connection::connect(&self.folder.control_socket()) {
             Ok(connection) => connection,
             Err(error) => {
-                self.inner().why = format!("the engine runs, but its control socket does not answer: {error}");
+                self.inner().why = format!(
+                    "the engine runs, but its control socket does not answer: {}",
+                    explain(&error)
+                );
                 return false;
             }
         };
