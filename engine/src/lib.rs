@@ -1,8 +1,8 @@
 //! Virtual machine monitor and replication of one seat.
 
 pub mod backends;
-pub mod checkpoint;
 pub mod boot;
+pub mod checkpoint;
 pub mod control;
 pub mod devices;
 pub mod kvm;

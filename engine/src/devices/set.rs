@@ -40,6 +40,8 @@ pub struct Platform {
     pub ram: Arc<GuestRam>,
     /// The gate that device threads work behind.
     pub gate: Arc<PauseGate>,
+    /// Where the devices are put.
+    pub buses: Arc<Buses>,
     /// Message-signalled interrupts.
     pub msi: Arc<dyn MsiSender>,
     /// The line of COM1, GSI [`serial::COM1_GSI`].
@@ -56,14 +58,14 @@ pub struct Platform {
     pub prepare_thread: Arc<dyn Fn(DeviceThread) + Send + Sync>,
 }
 
-/// What a device thread does.
+/// What a device thread does. All of them interrupt the guest (KVM_SIGNAL_MSI), so all need the calls of a network thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceThread {
     /// Serves a network interface.
     Net,
     /// Serves a disk.
     Disk,
-    /// Serves the random generator; needs no backend.
+    /// Serves the random generator.
     Rng,
 }
 
@@ -126,7 +128,7 @@ impl DeviceSet {
         let mut set = Self {
             threads: Vec::new(),
             gate: platform.gate.clone(),
-            buses: Arc::new(Buses::default()),
+            buses: platform.buses.clone(),
             virtio: Vec::new(),
             functions: Vec::new(),
             root,

@@ -345,6 +345,7 @@ impl Bench {
         let platform = Platform {
             ram: Arc::new(GuestRam::new(RAM_BYTES, false).unwrap()),
             gate: Arc::new(PauseGate::new_closed(1)),
+            buses: Arc::default(),
             msi: msi.clone(),
             serial_irq: serial_line.clone(),
             sci_irq: sci_line.clone(),
