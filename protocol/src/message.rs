@@ -36,6 +36,9 @@ pub struct View {
     pub uid: Option<ArbiterUid>,
     /// The session that it leads or follows.
     pub session: Option<(Incarnation, SessionId)>,
+    /// The other side of that session. Only who names the receiver here is in contact with it: an active that has
+    /// ejected a standby still answers its probes.
+    pub with: Option<Incarnation>,
     /// A swap of its own is in flight or its outcome unknown: as a standby it acknowledges nothing meanwhile.
     pub unsettled: bool,
 }

@@ -191,6 +191,10 @@ impl Core {
                 ) {
                     self.arbiter = ArbiterState::Strange;
                 }
+                if let Role::Starting(starting) = &mut self.role {
+                    // Accepting a loss is for what the person saw then: a refusal answers it.
+                    starting.accept_loss = None;
+                }
                 self.conclude(self.timing.retry_ms);
                 self.refuse(refusal, actions);
             }

@@ -56,7 +56,9 @@ impl Core {
         match &self.role {
             Role::Starting(starting) => {
                 let prepared = starting.prepare.as_ref().is_none_or(|_| self.header_is_current());
-                starting.stopped.is_none() && prepared && (self.unsettled.is_some() || !self.sees_active())
+                starting.stopped.is_none() && prepared && {
+                    self.unsettled.is_some() || starting.accept_loss.is_some() || !self.sees_active()
+                }
             }
             Role::Standby(standby) => {
                 standby.lost

@@ -82,7 +82,7 @@ impl Core {
                 Ok(())
             }
             Message::ProbeReply { n, view } => {
-                self.on_contact(link, n);
+                self.on_contact(link, n, view.with);
                 self.on_view(link, view, actions);
                 Ok(())
             }
@@ -117,7 +117,8 @@ impl Core {
         }
     }
 
-    fn on_contact(&mut self, id: LinkId, n: u64) {
+    fn on_contact(&mut self, id: LinkId, n: u64, with: Option<Incarnation>) {
+        let me = self.me;
         let Some(link) = self.links.iter_mut().find(|link| link.id == id) else {
             return;
         };
@@ -125,6 +126,7 @@ impl Core {
         let Some(sent_ms) = link.answered(n) else { return };
         if let Some((of_session, contact_ms)) = self.role.contact_mut()
             && of_session == peer
+            && with == Some(me)
         {
             *contact_ms = (*contact_ms).max(sent_ms);
         }
@@ -160,12 +162,12 @@ impl Core {
         if of_session != peer {
             return;
         }
-        match &self.role {
-            Role::Joining(_) | Role::Standby(_) => {
-                if view.session == Some((peer, session)) {
-                    self.known_term = self.known_term.max(view.term);
-                }
+        match &mut self.role {
+            Role::Joining(_) | Role::Standby(_) if view.session == Some((peer, session)) => {
+                self.known_term = self.known_term.max(view.term);
             }
+            // The leader does not lead us any more and its word of it got lost: read the record.
+            Role::Standby(standby) => standby.verify = true,
             // The peer became active by a swap above all that we confirmed: we lost, whether the arbiter answers or not.
             Role::Active(_) if view.role == PeerRole::Active && view.term > self.known_term => {
                 self.end(EndReason::LostToSuccessor, actions);
@@ -176,7 +178,7 @@ impl Core {
             {
                 self.end(EndReason::LostToSuccessor, actions);
             }
-            Role::Active(_) | Role::Frozen(_) | Role::Starting(_) | Role::Ended(_) => {}
+            Role::Active(_) | Role::Frozen(_) | Role::Joining(_) | Role::Starting(_) | Role::Ended(_) => {}
         }
     }
 

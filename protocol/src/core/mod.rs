@@ -319,6 +319,7 @@ impl Core {
             term: self.known_term,
             uid: self.known_uid,
             session,
+            with: self.role.session().map(|(peer, ..)| peer),
             unsettled: self.has_tried(),
         }
     }

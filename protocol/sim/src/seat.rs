@@ -1,0 +1,722 @@
+//! The driver of a simulated seat: executes the core's actions on a model guest, disk and replication stream.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+use ftvm_protocol::core::{Action, Config, Core, EndReason, Event, Gate, Seal, StoredHeader};
+use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, SessionId};
+use ftvm_protocol::message::Message;
+use ftvm_protocol::record::Phase;
+
+use crate::checks::Kind;
+use crate::coverage::Fault;
+use crate::history::Node;
+use crate::world::{Disk, Engine, Input, TIMING, What, World};
+
+/// One epoch on the wire. It travels in several parts and is nothing until all are there.
+#[derive(Debug, Clone)]
+pub(crate) struct Bulk {
+    pub(crate) session: SessionId,
+    pub(crate) epoch: Epoch,
+    pub(crate) parts: u8,
+    /// The join checkpoint: a whole state; others build on the epoch before.
+    pub(crate) join: bool,
+    pub(crate) state: Node,
+    pub(crate) flush: bool,
+    pub(crate) outputs: Vec<Node>,
+    pub(crate) leader_acked: Epoch,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Guest {
+    pub(crate) state: Node,
+    pub(crate) running: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Leading {
+    pub(crate) session: SessionId,
+    pub(crate) link: LinkId,
+    /// After the cut: epochs stream.
+    pub(crate) live: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Following {
+    pub(crate) session: SessionId,
+    /// Parts that arrived, by epoch.
+    arrived: BTreeMap<Epoch, (u8, Rc<Bulk>)>,
+    /// The next epoch; unknown until the join checkpoint.
+    next: Option<Epoch>,
+    /// What is being staged, and whether all its parts are there.
+    staging: Option<(bool, Rc<Bulk>)>,
+}
+
+impl Following {
+    fn new(session: SessionId, next: Option<Epoch>) -> Self {
+        Self {
+            session,
+            arrived: BTreeMap::new(),
+            next,
+            staging: None,
+        }
+    }
+}
+
+/// What a driver holds.
+#[derive(Debug, Clone)]
+pub(crate) struct Driver {
+    pub(crate) gate: Gate,
+    pub(crate) guest: Option<Guest>,
+    guest_scheduled: bool,
+    seal_scheduled: bool,
+    /// The running epoch.
+    pub(crate) epoch: Epoch,
+    /// Output that waits at the NIC, with the epoch that produced it.
+    pub(crate) waiting: VecDeque<(Epoch, Node)>,
+    /// Output of the running epoch.
+    produced: Vec<Node>,
+    last_sealed: Option<Node>,
+    /// The last staged epoch and its state.
+    pub(crate) checkpoint: Option<(Epoch, Node)>,
+    stored_outputs: BTreeMap<Epoch, Vec<Node>>,
+    pub(crate) leading: Option<Leading>,
+    pub(crate) following: Option<Following>,
+}
+
+impl Driver {
+    fn new() -> Self {
+        Self {
+            gate: Gate::Closed,
+            guest: None,
+            guest_scheduled: false,
+            seal_scheduled: false,
+            epoch: 0,
+            waiting: VecDeque::new(),
+            produced: Vec::new(),
+            last_sealed: None,
+            checkpoint: None,
+            stored_outputs: BTreeMap::new(),
+            leading: None,
+            following: None,
+        }
+    }
+
+    /// The state that this seat would run, or runs.
+    pub(crate) fn state(&self) -> Option<Node> {
+        self.guest
+            .as_ref()
+            .map(|guest| guest.state)
+            .or(self.checkpoint.map(|(_, state)| state))
+    }
+}
+
+impl World {
+    // ---- the process
+
+    pub(crate) fn start_engine(&mut self, slot: usize) {
+        self.slots[slot].node_up = true;
+        self.slots[slot].fenced = false;
+        if self.slots[slot].engine.is_some() {
+            return;
+        }
+        self.lives += 1;
+        let life = self.lives;
+        let incarnation = Incarnation {
+            seat: self.slots[slot].seat,
+            start: self.mutated_start(life),
+        };
+        let header = match self.mutated_stored_header(slot) {
+            Some(header) => StoredHeader::Found(header),
+            None => StoredHeader::Absent,
+        };
+        let config = Config {
+            incarnation,
+            header,
+            other_seats: vec![self.slots[1 - slot].seat],
+            timing: self.mutated_timing(TIMING),
+            now_ms: self.now_ms,
+        };
+        let core = Core::new(config);
+        let driver = Driver::new();
+        let engine = Engine {
+            life,
+            incarnation,
+            core,
+            driver,
+            paused: false,
+            inbox: Vec::new(),
+            tick_at_ms: 0,
+        };
+        self.slots[slot].engine = Some(engine);
+        self.log(|| format!("{slot}: engine starts as {incarnation:?}"));
+        self.step(slot, Event::Tick);
+    }
+
+    /// The process is gone. `orderly`: its connections are closed at once by the node's kernel.
+    pub(crate) fn kill_engine(&mut self, slot: usize, orderly: bool) {
+        let Some(engine) = self.slots[slot].engine.take() else {
+            return;
+        };
+        for at in 0..self.links.len() {
+            for end in 0..2 {
+                if self.links[at].ends[end] != (slot, engine.life) {
+                    continue;
+                }
+                let silent_ms = self.rng.range(60, 400);
+                let notice_ms = if orderly { self.rng.range(1, 4) } else { silent_ms };
+                let mut delays_ms = [Some(notice_ms); 2];
+                delays_ms[end] = None;
+                self.links[at].open[end] = false;
+                if orderly || self.rng.percent(70) {
+                    self.break_link(at, delays_ms);
+                }
+            }
+        }
+        if orderly && self.rng.percent(50) {
+            let hint = Event::PeerGone {
+                peer: engine.incarnation,
+            };
+            let delay_ms = self.rng.range(1, 30);
+            self.input_after(delay_ms, 1 - slot, Input::Core(hint));
+        }
+    }
+
+    // ---- inputs
+
+    pub(crate) fn handle(&mut self, slot: usize, input: Input) {
+        match input {
+            Input::Core(event) => self.step(slot, event),
+            Input::Bulk(bulk, part) => self.bulk_arrives(slot, &bulk, part),
+            Input::Nic => self.nic(slot),
+            Input::Guest => self.guest_steps(slot),
+            Input::Seal => self.seal_due(slot),
+            Input::Cut(session) => self.cut_due(slot, session),
+            Input::Captured(seal) => self.seal(slot, seal),
+            Input::Staged(session, epoch) => self.staged(slot, session, epoch),
+            Input::HeaderDone(request, header) => {
+                if self.rng.percent(self.profile.header_fails_percent) {
+                    self.meet(Fault::HeaderFailed, slot);
+                    self.step(slot, Event::HeaderFailed { request });
+                    return;
+                }
+                if !self.mutated_header_is_lost(&header) {
+                    self.slots[slot].disk.header = Some(header);
+                }
+                self.step(slot, Event::HeaderWritten { request });
+            }
+        }
+    }
+
+    /// The NIC's thread: looks at the gate for every frame, at the moment of sending.
+    fn nic(&mut self, slot: usize) {
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let by = engine.incarnation;
+        let gate = engine.driver.gate;
+        let mut send = Vec::new();
+        engine.driver.waiting.retain(|(epoch, state)| {
+            let admitted = gate.admits(*epoch);
+            if admitted {
+                send.push(*state);
+            }
+            !admitted
+        });
+        for state in send {
+            self.log(|| format!("{slot}: releases {state}"));
+            let result = self.checks.release(&self.history, state, by);
+            self.check(result);
+            if gate == Gate::Open {
+                self.creates(by);
+            }
+        }
+    }
+
+    fn creates(&mut self, by: Incarnation) {
+        if let Some(snapshot) = self.arbiter.get() {
+            let (generation, term) = (self.arbiter.generation, snapshot.record.term);
+            let result = self.checks.create(generation, term, by);
+            self.check(result);
+        }
+    }
+
+    fn guest_steps(&mut self, slot: usize) {
+        let flush = self.rng.percent(20);
+        let output = self.rng.percent(70);
+        let delay_ms = self.rng.range(4, 14);
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        engine.driver.guest_scheduled = false;
+        let Some(guest) = engine.driver.guest.as_mut().filter(|guest| guest.running) else {
+            return;
+        };
+        let state = self.history.step(guest.state, flush);
+        guest.state = state;
+        self.slots[slot].disk.volatile = Some(state);
+        if flush {
+            self.slots[slot].disk.durable = Some(state);
+        }
+        if output {
+            engine.driver.waiting.push_back((engine.driver.epoch, state));
+            engine.driver.produced.push(state);
+            let nic_ms = self.rng.range(0, 2);
+            self.input_after(nic_ms, slot, Input::Nic);
+        }
+        self.schedule_guest(slot, delay_ms);
+    }
+
+    pub(crate) fn schedule_guest(&mut self, slot: usize, delay_ms: u64) {
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        if !engine.driver.guest_scheduled {
+            engine.driver.guest_scheduled = true;
+            self.input_after(delay_ms, slot, Input::Guest);
+        }
+    }
+
+    // ---- leading
+
+    fn schedule_seal(&mut self, slot: usize) {
+        let delay_ms = self.rng.range(6, 25);
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        if !engine.driver.seal_scheduled {
+            engine.driver.seal_scheduled = true;
+            self.input_after(delay_ms, slot, Input::Seal);
+        }
+    }
+
+    fn seal_due(&mut self, slot: usize) {
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        engine.driver.seal_scheduled = false;
+        let driver = &engine.driver;
+        let live = driver.leading.as_ref().is_some_and(|leading| leading.live);
+        let running = driver.guest.as_ref().is_some_and(|guest| guest.running);
+        if !live || !running {
+            return;
+        }
+        let lag = driver.epoch.saturating_sub(engine.core.status().acked);
+        if lag <= 4 {
+            self.seal(slot, Seal::Ordinary);
+        }
+        self.schedule_seal(slot);
+    }
+
+    fn cut_due(&mut self, slot: usize, session: SessionId) {
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        match &mut engine.driver.leading {
+            Some(leading) if leading.session == session => leading.live = true,
+            _ => return,
+        }
+        self.seal(slot, Seal::JoinCut);
+        self.schedule_seal(slot);
+    }
+
+    fn seal(&mut self, slot: usize, seal: Seal) {
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let driver = &mut engine.driver;
+        let Some(guest) = &driver.guest else { return };
+        let state = guest.state;
+        let epoch = driver.epoch;
+        driver.epoch += 1;
+        let outputs = std::mem::take(&mut driver.produced);
+        let join = seal == Seal::JoinCut;
+        let flush = join
+            || driver
+                .last_sealed
+                .is_none_or(|last| self.history.flushed(last) != self.history.flushed(state))
+            || seal == Seal::Final;
+        driver.last_sealed = Some(state);
+        if seal == Seal::Final {
+            self.slots[slot].disk.durable = Some(state);
+        }
+        let leader_acked = engine.core.status().acked;
+        if let Some(leading) = driver.leading.as_ref().filter(|leading| leading.live) {
+            let (session, link) = (leading.session, leading.link);
+            let parts = self.rng.range(1, 3) as u8;
+            let bulk = Rc::new(Bulk {
+                session,
+                epoch,
+                parts,
+                join,
+                state,
+                flush,
+                outputs,
+                leader_acked,
+            });
+            for part in 0..parts {
+                self.carry(slot, link, || Input::Bulk(bulk.clone(), part), true);
+            }
+        }
+        self.log(|| format!("{slot}: seals epoch {epoch} ({seal:?}) with state {state}"));
+        self.step(slot, Event::EpochSealed { epoch, seal });
+        self.mutate_after_seal(slot, seal, epoch);
+    }
+
+    // ---- following
+
+    fn bulk_arrives(&mut self, slot: usize, bulk: &Rc<Bulk>, part: u8) {
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let Some(following) = engine.driver.following.as_mut().filter(|f| f.session == bulk.session) else {
+            return;
+        };
+        if following.next.is_some_and(|next| bulk.epoch < next) || following.next.is_none() && !bulk.join {
+            // Epochs behind the join checkpoint may overtake it; keep them.
+            if following.next.is_some() {
+                return;
+            }
+        }
+        if following.arrived.len() > 64 {
+            return;
+        }
+        let (mask, _) = following.arrived.entry(bulk.epoch).or_insert((0, bulk.clone()));
+        *mask |= 1 << part;
+        self.stage_next(slot);
+    }
+
+    fn stage_next(&mut self, slot: usize) {
+        let delay_ms = self.rng.range(1, 4);
+        let partial_is_enough = [false, true].map(|join| self.mutated_partial_is_enough(join));
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let Some(following) = &mut engine.driver.following else {
+            return;
+        };
+        if following.staging.is_some() {
+            return;
+        }
+        let whole = |mask: u8, bulk: &Bulk| mask & ((1 << bulk.parts) - 1) == (1 << bulk.parts) - 1;
+        let ready = following.arrived.iter().find(|(epoch, (mask, bulk))| {
+            (whole(*mask, bulk) || partial_is_enough[usize::from(bulk.join)])
+                && following.next.map_or(bulk.join, |next| next == **epoch)
+        });
+        let Some((epoch, (mask, bulk))) = ready.map(|(epoch, entry)| (*epoch, entry.clone())) else {
+            return;
+        };
+        following.staging = Some((whole(mask, &bulk), bulk));
+        let session = following.session;
+        following.arrived = following.arrived.split_off(&(epoch + 1));
+        self.input_after(delay_ms, slot, Input::Staged(session, epoch));
+    }
+
+    fn staged(&mut self, slot: usize, session: SessionId, epoch: Epoch) {
+        let journals = self.mutated_journals();
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let driver = &mut engine.driver;
+        let Some(following) = driver
+            .following
+            .as_mut()
+            .filter(|following| following.session == session)
+        else {
+            return;
+        };
+        let Some((whole, bulk)) = following.staging.take() else {
+            return;
+        };
+        following.next = Some(epoch + 1);
+        let state = if whole {
+            Some(bulk.state)
+        } else {
+            driver.checkpoint.map(|(_, state)| state)
+        };
+        driver.checkpoint = state.map(|state| (epoch, state));
+        driver.stored_outputs.insert(epoch, bulk.outputs.clone());
+        while driver.stored_outputs.len() > 16 {
+            driver.stored_outputs.pop_first();
+        }
+        let disk = &mut self.slots[slot].disk;
+        if bulk.join {
+            disk.volatile = state;
+            disk.durable = state;
+        } else {
+            disk.volatile = state;
+            if bulk.flush && journals {
+                disk.durable = state;
+            }
+        }
+        self.log(|| format!("{slot}: staged epoch {epoch} with state {state:?}"));
+        self.step(
+            slot,
+            Event::EpochStaged {
+                session,
+                epoch,
+                leader_acked: bulk.leader_acked,
+            },
+        );
+        self.mutate_after_staging(slot, session, epoch);
+        self.stage_next(slot);
+    }
+
+    // ---- actions
+
+    pub(crate) fn execute(&mut self, slot: usize, action: Action) {
+        match action {
+            Action::SetGate(gate) => {
+                let gate = self.mutated_gate(slot, gate);
+                if let Some(engine) = &mut self.slots[slot].engine {
+                    engine.driver.gate = gate;
+                }
+                let delay_ms = self.rng.range(0, 2);
+                self.input_after(delay_ms, slot, Input::Nic);
+            }
+            Action::Send { link, message } => self.send(slot, link, message),
+            Action::WriteHeader { request, header } => {
+                let delay_ms = self.rng.range(1, 4);
+                // It may be on the disk before anybody hears of it.
+                if self.rng.percent(20) && !self.mutated_header_is_lost(&header) {
+                    self.slots[slot].disk.header = Some(header.clone());
+                }
+                self.input_after(delay_ms, slot, Input::HeaderDone(request, header));
+            }
+            Action::ReadRecord { request, .. } => {
+                let delay_ms = self.rng.range(1, self.profile.arbiter_delay_ms);
+                let Some(life) = self.slots[slot].engine.as_ref().map(|engine| engine.life) else {
+                    return;
+                };
+                self.after(delay_ms, What::Read { slot, life, request });
+            }
+            Action::SwapRecord {
+                request,
+                uid,
+                version,
+                record,
+                ..
+            } => {
+                if !self.mutated_swap(slot, request, (uid, version), &record) {
+                    self.send_put(slot, request, (uid, version), record);
+                }
+            }
+            Action::AskSeats { request, seats, .. } => {
+                let delay_ms = self.rng.range(1, 6);
+                let Some(life) = self.slots[slot].engine.as_ref().map(|engine| engine.life) else {
+                    return;
+                };
+                self.after(
+                    delay_ms,
+                    What::Ask {
+                        slot,
+                        life,
+                        request,
+                        seats,
+                    },
+                );
+            }
+            Action::BootFromDisk { first_epoch, .. } => self.boot(slot, first_epoch),
+            Action::LoadAndRun {
+                epoch, resend_after, ..
+            } => self.load_and_run(slot, epoch, resend_after),
+            Action::Resume => {
+                if let Some(guest) = self.slots[slot]
+                    .engine
+                    .as_mut()
+                    .and_then(|engine| engine.driver.guest.as_mut())
+                {
+                    guest.running = true;
+                }
+                self.schedule_guest(slot, 1);
+                self.schedule_seal(slot);
+            }
+            Action::BeginResync { session, link, .. } => {
+                if let Some(engine) = &mut self.slots[slot].engine {
+                    engine.driver.leading = Some(Leading {
+                        session,
+                        link,
+                        live: false,
+                    });
+                }
+            }
+            Action::StreamResync { session } => {
+                let delay_ms = self.rng.range(5, 30);
+                self.input_after(delay_ms, slot, Input::Cut(session));
+            }
+            Action::LeadFrom { session, link, .. } => {
+                if let Some(engine) = &mut self.slots[slot].engine {
+                    engine.driver.leading = Some(Leading {
+                        session,
+                        link,
+                        live: true,
+                    });
+                }
+                self.schedule_seal(slot);
+            }
+            Action::Seal(seal) => self.pause_and_seal(slot, seal),
+            Action::EndSession { .. } => {
+                if let Some(engine) = &mut self.slots[slot].engine {
+                    engine.driver.leading = None;
+                }
+            }
+            Action::ReceiveResync { session, .. } => {
+                if let Some(engine) = &mut self.slots[slot].engine {
+                    engine.driver.checkpoint = None;
+                    engine.driver.following = Some(Following::new(session, None));
+                }
+                self.slots[slot].disk.volatile = None;
+                self.slots[slot].disk.durable = None;
+            }
+            Action::FollowFrom { session, base, .. } => self.follow_from(slot, session, base),
+            Action::ReportStopped { .. } => self.report_stopped(slot),
+            Action::End(reason) => self.ended(slot, reason),
+            Action::Refused(refusal) => self.mutate_refused(slot, refusal),
+        }
+    }
+
+    pub(crate) fn send(&mut self, slot: usize, link: LinkId, message: Message) {
+        if let Message::Probe { n, .. } = message {
+            self.probes_sent.insert((slot, link), n);
+        }
+        if let Message::Ack { leader, .. } = message
+            && self.slot_of(leader).is_some()
+        {
+            // From here on the leader may release: that is when output comes into being.
+            self.creates(leader);
+        }
+        self.carry(
+            slot,
+            link,
+            || {
+                Input::Core(Event::Received {
+                    link,
+                    message: message.clone(),
+                })
+            },
+            false,
+        );
+    }
+
+    fn boot(&mut self, slot: usize, first_epoch: Epoch) {
+        let disk = self.slots[slot].disk.volatile;
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let me = engine.incarnation;
+        if let Some(state) = disk {
+            engine.driver.guest = Some(Guest { state, running: true });
+            engine.driver.epoch = first_epoch;
+        }
+        if self.checks.active() != Some(me) || disk.is_none() || self.checks.stopped {
+            let result = self.checks.boot(&self.history, me, disk);
+            self.check(result);
+        }
+        self.checks.runs(me);
+        self.schedule_guest(slot, 2);
+    }
+
+    fn load_and_run(&mut self, slot: usize, epoch: Epoch, resend_after: Epoch) {
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let me = engine.incarnation;
+        let driver = &mut engine.driver;
+        let state = driver
+            .checkpoint
+            .filter(|(staged, _)| *staged == epoch)
+            .map(|(_, state)| state);
+        driver.following = None;
+        driver.epoch = epoch + 1;
+        driver.last_sealed = None;
+        if let Some(state) = state {
+            driver.guest = Some(Guest { state, running: true });
+            driver.checkpoint = None;
+            self.slots[slot].disk.volatile = Some(state);
+        }
+        for (of, outputs) in std::mem::take(&mut driver.stored_outputs) {
+            if of > resend_after && of <= epoch {
+                driver.waiting.extend(outputs.into_iter().map(|output| (of, output)));
+            }
+        }
+        if self.checks.active() != Some(me) || state.is_none() || self.checks.stopped {
+            let result = self.checks.take_over(&self.history, me, state);
+            self.check(result);
+        }
+        self.checks.runs(me);
+        self.schedule_guest(slot, 1);
+    }
+
+    fn pause_and_seal(&mut self, slot: usize, seal: Seal) {
+        let goes_on = self.mutated_no_pause(seal);
+        let delay_ms = self.rng.range(0, 3);
+        if let Some(guest) = self.slots[slot]
+            .engine
+            .as_mut()
+            .and_then(|engine| engine.driver.guest.as_mut())
+        {
+            guest.running = goes_on;
+        }
+        self.input_after(delay_ms, slot, Input::Captured(seal));
+    }
+
+    fn follow_from(&mut self, slot: usize, session: SessionId, base: Epoch) {
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let driver = &mut engine.driver;
+        driver.leading = None;
+        driver.checkpoint = driver.guest.take().map(|guest| (base, guest.state));
+        driver.following = Some(Following::new(session, Some(base + 1)));
+        driver.stored_outputs.clear();
+        driver.produced.clear();
+    }
+
+    fn report_stopped(&mut self, slot: usize) {
+        self.log(|| format!("{slot}: the user is told: stopped"));
+        if self
+            .arbiter
+            .get()
+            .is_none_or(|snapshot| snapshot.record.phase == Phase::Stopped)
+            || self.mutation.is_some()
+            || !self.arbiter.disturbed
+        {
+            self.checks.tell_stopped(&self.history);
+        }
+        self.user.powered_off |= !self.user.wants_stop;
+        self.user.start_over = None;
+    }
+
+    fn ended(&mut self, slot: usize, reason: EndReason) {
+        let Some(engine) = &self.slots[slot].engine else { return };
+        let me = engine.incarnation;
+        let holds = self
+            .arbiter
+            .get()
+            .is_some_and(|snapshot| snapshot.record.holder == me && snapshot.record.phase == Phase::Running);
+        let gives_up = matches!(
+            reason,
+            EndReason::LostToSuccessor | EndReason::Ejected | EndReason::SessionOver
+        );
+        if holds && gives_up && !self.arbiter.disturbed {
+            self.check(Err((
+                Kind::GaveUp,
+                format!("{me:?} ends ({reason:?}) though the record names it as holder"),
+            )));
+        }
+        self.kill_engine(slot, true);
+        let delay_ms = self.rng.range(5, 30);
+        self.after(delay_ms, What::Start { slot });
+    }
+
+    pub(crate) fn lose_disk(&mut self, slot: usize) {
+        self.slots[slot].disk = Disk {
+            header: None,
+            volatile: None,
+            durable: None,
+        };
+        self.disks_lost += 1;
+        self.lives += 1;
+        self.slots[slot].seat = ftvm_protocol::identity::SeatId(0xb000 + u128::from(self.lives));
+    }
+}

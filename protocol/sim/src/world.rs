@@ -1,0 +1,862 @@
+//! The model world: two nodes with a seat each, a network, an arbiter, a user, an operator.
+//!
+//! Virtual time in milliseconds; everything that happens is an entry of one queue, ordered by time and then by the order
+//! of its making, so that a seed always gives the same run.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::rc::Rc;
+
+use ftvm_protocol::core::{Action, Command, Core, Event, ReadOutcome, RoleName, SwapOutcome, Timing};
+use ftvm_protocol::header::SeatHeader;
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, LinkId, RequestId, SeatId, SessionId, Term};
+use ftvm_protocol::message::Message;
+use ftvm_protocol::record::{Phase, Record, Snapshot};
+
+use crate::arbiter::{Arbiter, Put};
+use crate::checks::{Checks, Kind, Violation};
+use crate::coverage::{Coverage, Fault};
+use crate::history::{History, Node, ROOT};
+use crate::mutation::Mutation;
+use crate::profile::Profile;
+use crate::rng::Rng;
+use crate::seat::{Bulk, Driver};
+
+/// Times of the simulated seats: as the defaults relate to each other, but short.
+pub const TIMING: Timing = Timing {
+    heartbeat_ms: 20,
+    peer_lost_ms: 80,
+    arbiter_deadline_ms: 60,
+    retry_ms: 15,
+    contact_limit_ms: 500,
+    ack_stall_ms: 200,
+    switch_ms: 120,
+    observe_ms: 150,
+    holder_first_ms: 60,
+};
+
+/// What reaches a process; held back while it is paused.
+#[derive(Debug, Clone)]
+pub(crate) enum Input {
+    Core(Event),
+    Bulk(Rc<Bulk>, u8),
+    /// The NIC's thread looks what it may send.
+    Nic,
+    /// The guest makes a step.
+    Guest,
+    /// An epoch's time is over.
+    Seal,
+    /// The resync has little left: cut.
+    Cut(SessionId),
+    /// The paused guest's last epoch is captured.
+    Captured(ftvm_protocol::core::Seal),
+    /// Staging of an epoch is done.
+    Staged(SessionId, u64),
+    /// A header is on its way to the disk.
+    HeaderDone(RequestId, SeatHeader),
+}
+
+#[derive(Debug)]
+pub(crate) enum What {
+    Input {
+        slot: usize,
+        life: u64,
+        input: Input,
+    },
+    Read {
+        slot: usize,
+        life: u64,
+        request: RequestId,
+    },
+    Put {
+        slot: usize,
+        life: u64,
+        request: RequestId,
+        uid: ArbiterUid,
+        version: u64,
+        record: Record,
+        late: bool,
+    },
+    Ask {
+        slot: usize,
+        life: u64,
+        request: RequestId,
+        seats: Vec<SeatId>,
+    },
+    Fault,
+    Resume {
+        slot: usize,
+        life: u64,
+    },
+    Start {
+        slot: usize,
+    },
+    Dial,
+    Operator,
+    Create {
+        record: Record,
+    },
+    User,
+    Restore {
+        back: usize,
+    },
+}
+
+struct Entry {
+    at_ms: u64,
+    order: u64,
+    what: What,
+}
+
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        (self.at_ms, self.order) == (other.at_ms, other.order)
+    }
+}
+impl Eq for Entry {}
+impl PartialOrd for Entry {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Entry {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at_ms, self.order).cmp(&(other.at_ms, other.order))
+    }
+}
+
+/// Disk of a slot: what survives its process, and what survives its node.
+#[derive(Debug, Clone)]
+pub(crate) struct Disk {
+    pub(crate) header: Option<SeatHeader>,
+    /// State in the volume and the page cache; `None` while it is no whole state.
+    pub(crate) volatile: Option<Node>,
+    /// State that survives a power cut.
+    pub(crate) durable: Option<Node>,
+}
+
+pub(crate) struct Engine {
+    pub(crate) life: u64,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) core: Core,
+    pub(crate) driver: Driver,
+    pub(crate) paused: bool,
+    pub(crate) inbox: Vec<Input>,
+    pub(crate) tick_at_ms: u64,
+}
+
+pub(crate) struct Slot {
+    pub(crate) seat: SeatId,
+    pub(crate) node_up: bool,
+    /// A person vouched that the node is dead.
+    pub(crate) fenced: bool,
+    pub(crate) disk: Disk,
+    pub(crate) engine: Option<Engine>,
+    /// Nothing that this seat sends arrives before then.
+    pub(crate) cut_until_ms: u64,
+    /// The arbiter is out of reach until then.
+    pub(crate) arbiter_down_until_ms: u64,
+}
+
+pub(crate) struct LinkState {
+    pub(crate) id: LinkId,
+    /// Slot and life at either end.
+    pub(crate) ends: [(usize, u64); 2],
+    pub(crate) open: [bool; 2],
+    /// When the last message to either end arrives: order is kept unless the network reorders.
+    last_ms: [u64; 2],
+}
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct User {
+    pub(crate) wants_stop: bool,
+    pub(crate) start_over: Option<Term>,
+    /// The incarnation that was told to accept the loss of that holder.
+    pub(crate) overrides: Option<(Incarnation, Incarnation)>,
+    /// The guest switched itself off: it need not come back.
+    pub(crate) powered_off: bool,
+}
+
+/// One run.
+pub struct World {
+    pub(crate) rng: Rng,
+    pub(crate) now_ms: u64,
+    queue: BinaryHeap<Reverse<Entry>>,
+    order: u64,
+    pub(crate) lives: u64,
+    pub(crate) slots: [Slot; 2],
+    pub(crate) arbiter: Arbiter,
+    pub(crate) links: Vec<LinkState>,
+    next_link: u64,
+    pub(crate) history: History,
+    pub(crate) checks: Checks,
+    pub(crate) profile: Profile,
+    pub(crate) user: User,
+    pub(crate) mutation: Option<Mutation>,
+    /// Counters.
+    pub coverage: Coverage,
+    trace: Option<Vec<String>>,
+    pub(crate) violation: Option<Violation>,
+    pub(crate) healing: bool,
+    pub(crate) disks_lost: u64,
+    creating: bool,
+    steps: u64,
+    /// Newest probe by slot and link (for mutations).
+    pub(crate) probes_sent: HashMap<(usize, LinkId), u64>,
+    /// Last write as it would look when won (for mutations).
+    pub(crate) last_put: Option<(RequestId, Snapshot)>,
+}
+
+impl World {
+    /// A new world; nothing has happened.
+    pub fn new(seed: u64, mutation: Option<Mutation>, trace: bool) -> Self {
+        let mut rng = Rng::new(seed);
+        let profile = Profile::draw(&mut rng);
+        let seat = |n: u128| SeatId(0xa000 + n);
+        let slot = |n: u128| Slot {
+            seat: seat(n),
+            node_up: true,
+            fenced: false,
+            disk: Disk {
+                header: None,
+                volatile: None,
+                durable: None,
+            },
+            engine: None,
+            cut_until_ms: 0,
+            arbiter_down_until_ms: 0,
+        };
+        let mut world = Self {
+            rng,
+            now_ms: 0,
+            queue: BinaryHeap::new(),
+            order: 0,
+            lives: 0,
+            slots: [slot(0), slot(1)],
+            arbiter: Arbiter::new(Record::genesis(seat(0), Phase::Running)),
+            links: Vec::new(),
+            next_link: 0,
+            history: History::default(),
+            checks: Checks::default(),
+            profile,
+            user: User::default(),
+            mutation,
+            coverage: Coverage::default(),
+            trace: trace.then(Vec::new),
+            violation: None,
+            healing: false,
+            disks_lost: 0,
+            creating: false,
+            steps: 0,
+            probes_sent: HashMap::new(),
+            last_put: None,
+        };
+        world.slots[0].disk = Disk {
+            header: Some(SeatHeader::genesis(seat(0), ArbiterUid(1))),
+            volatile: Some(ROOT),
+            durable: Some(ROOT),
+        };
+        for slot in 0..2 {
+            world.after(slot as u64, What::Start { slot });
+        }
+        world.after(5, What::Dial);
+        world.after(7, What::Operator);
+        world.after(9, What::User);
+        world.plan_faults();
+        world
+    }
+
+    /// Core steps taken.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// What happened, line by line, if it was recorded.
+    pub fn trace(&self) -> &[String] {
+        self.trace.as_deref().unwrap_or(&[])
+    }
+
+    /// The invariant that was violated.
+    pub fn violation(&self) -> Option<&Violation> {
+        self.violation.as_ref()
+    }
+
+    pub(crate) fn log(&mut self, text: impl FnOnce() -> String) {
+        if let Some(trace) = &mut self.trace {
+            let line = format!("{:>6} {}", self.now_ms, text());
+            trace.push(line);
+        }
+    }
+
+    pub(crate) fn after(&mut self, delay_ms: u64, what: What) {
+        self.order += 1;
+        self.queue.push(Reverse(Entry {
+            at_ms: self.now_ms + delay_ms,
+            order: self.order,
+            what,
+        }));
+    }
+
+    pub(crate) fn input_after(&mut self, delay_ms: u64, slot: usize, input: Input) {
+        if let Some(engine) = &self.slots[slot].engine {
+            let life = engine.life;
+            self.after(delay_ms, What::Input { slot, life, input });
+        }
+    }
+
+    pub(crate) fn check(&mut self, result: Result<(), (Kind, String)>) {
+        if let Err((kind, text)) = result
+            && self.violation.is_none()
+        {
+            self.log(|| format!("VIOLATION {kind:?}: {text}"));
+            self.violation = Some(Violation {
+                kind,
+                at_ms: self.now_ms,
+                text,
+            });
+        }
+    }
+
+    /// Runs until that time, or a violation.
+    pub fn run_until(&mut self, until_ms: u64) {
+        while self.violation.is_none() {
+            match self.queue.peek() {
+                Some(Reverse(entry)) if entry.at_ms <= until_ms => {}
+                _ => break,
+            }
+            if let Some(Reverse(entry)) = self.queue.pop() {
+                self.now_ms = entry.at_ms;
+                self.happen(entry.what);
+            }
+        }
+        self.now_ms = self.now_ms.max(until_ms);
+    }
+
+    fn happen(&mut self, what: What) {
+        match what {
+            What::Input { slot, life, input } => self.input(slot, life, input),
+            What::Read { slot, life, request } => self.arbiter_reads(slot, life, request),
+            What::Put {
+                slot,
+                life,
+                request,
+                uid,
+                version,
+                record,
+                late,
+            } => {
+                self.arbiter_writes(slot, life, request, uid, version, record, late);
+            }
+            What::Ask {
+                slot,
+                life,
+                request,
+                seats,
+            } => self.daemons_answer(slot, life, request, &seats),
+            What::Fault => self.inject(),
+            What::Resume { slot, life } => self.resume(slot, life),
+            What::Start { slot } => self.start_engine(slot),
+            What::Dial => self.dial(),
+            What::Operator => self.operator(),
+            What::Create { record } => self.create(record),
+            What::User => self.user_acts(),
+            What::Restore { back } => self.restore(back),
+        }
+    }
+
+    // ---- processes
+
+    fn input(&mut self, slot: usize, life: u64, input: Input) {
+        let Some(engine) = self.slots[slot].engine.as_mut().filter(|engine| engine.life == life) else {
+            return;
+        };
+        if engine.paused {
+            engine.inbox.push(input);
+            return;
+        }
+        self.handle(slot, input);
+    }
+
+    pub(crate) fn resume(&mut self, slot: usize, life: u64) {
+        let Some(engine) = self.slots[slot]
+            .engine
+            .as_mut()
+            .filter(|engine| engine.life == life && engine.paused)
+        else {
+            return;
+        };
+        engine.paused = false;
+        let inbox = std::mem::take(&mut engine.inbox);
+        self.log(|| format!("{slot}: resumes with {} inputs", inbox.len()));
+        // The NIC's thread may be the first that runs, under the gate as it was.
+        let nic_first = self.rng.percent(60);
+        if nic_first {
+            self.handle(slot, Input::Nic);
+        }
+        if self.rng.percent(30) {
+            self.handle(slot, Input::Core(Event::Tick));
+        }
+        for input in inbox {
+            if self.slots[slot]
+                .engine
+                .as_ref()
+                .is_none_or(|engine| engine.life != life)
+            {
+                return;
+            }
+            self.handle(slot, input);
+        }
+        self.handle(slot, Input::Nic);
+    }
+
+    /// One step of a core, and everything that it wants done.
+    pub(crate) fn step(&mut self, slot: usize, event: Event) {
+        let now_ms = self.now_ms;
+        let Some(event) = self.mutate_event(slot, event) else {
+            return;
+        };
+        self.steps += 1;
+        if self.trace.is_some() && !is_boring(&event) {
+            self.log(|| format!("{slot}: <- {event:?}"));
+        }
+        let Some(engine) = &mut self.slots[slot].engine else {
+            return;
+        };
+        let life = engine.life;
+        let mut actions = Vec::new();
+        engine.core.step(now_ms, event, &mut actions);
+        let wake_ms = engine.core.next_wake_ms();
+        if engine.tick_at_ms <= now_ms || wake_ms < engine.tick_at_ms {
+            engine.tick_at_ms = wake_ms;
+            self.after(
+                wake_ms - now_ms,
+                What::Input {
+                    slot,
+                    life,
+                    input: Input::Core(Event::Tick),
+                },
+            );
+        }
+        for action in actions {
+            if self.slots[slot]
+                .engine
+                .as_ref()
+                .is_none_or(|engine| engine.life != life)
+            {
+                return;
+            }
+            if self.trace.is_some() && !matches!(&action, Action::Send { message, .. } if is_heartbeat(message)) {
+                self.log(|| format!("{slot}: -> {action:?}"));
+            }
+            self.execute(slot, action);
+        }
+        self.mutate_after_step(slot);
+    }
+
+    // ---- network
+
+    pub(crate) fn dial(&mut self) {
+        self.after(15, What::Dial);
+        let [Some(a), Some(b)] = [&self.slots[0].engine, &self.slots[1].engine] else {
+            return;
+        };
+        if a.paused || b.paused || self.slots.iter().any(|slot| slot.cut_until_ms > self.now_ms) {
+            return;
+        }
+        let ends = [(0, a.life), (1, b.life)];
+        if self
+            .links
+            .iter()
+            .any(|link| link.ends == ends && link.open == [true, true])
+        {
+            return;
+        }
+        let peers = [b.incarnation, a.incarnation];
+        self.next_link += 1;
+        let id = LinkId(self.next_link);
+        self.links.retain(|link| link.open != [false, false]);
+        self.links.push(LinkState {
+            id,
+            ends,
+            open: [true, true],
+            last_ms: [0, 0],
+        });
+        for (slot, peer) in peers.into_iter().enumerate() {
+            let delay_ms = self.rng.range(1, 4);
+            self.input_after(delay_ms, slot, Input::Core(Event::Connected { link: id, peer }));
+        }
+    }
+
+    /// Breaks a connection; either end learns of it in its own time.
+    pub(crate) fn break_link(&mut self, at: usize, delays_ms: [Option<u64>; 2]) {
+        let (id, ends) = (self.links[at].id, self.links[at].ends);
+        for (end, delay_ms) in delays_ms.into_iter().enumerate() {
+            if let Some(delay_ms) = delay_ms.filter(|_| self.links[at].open[end]) {
+                self.links[at].open[end] = false;
+                let (slot, life) = ends[end];
+                let input = Input::Core(Event::Disconnected { link: id });
+                self.after(delay_ms, What::Input { slot, life, input });
+            }
+        }
+    }
+
+    /// Carries something over a link, with everything that can happen on the way.
+    pub(crate) fn carry(&mut self, from: usize, id: LinkId, what: impl Fn() -> Input, bulk: bool) {
+        let Some(at) = self.links.iter().position(|link| link.id == id) else {
+            return;
+        };
+        let to = if self.links[at].ends[0].0 == from { 1 } else { 0 };
+        let (slot, life) = self.links[at].ends[to];
+        let lost = self.rng.percent(self.profile.loss_percent);
+        let cut_until_ms = self.slots[from].cut_until_ms;
+        let cut = cut_until_ms > self.now_ms;
+        if lost || (cut && !self.profile.cut_delays) {
+            let fault = if bulk { Fault::EpochPartial } else { Fault::MessageLost };
+            self.meet(fault, slot);
+            return;
+        }
+        let mut delay_ms = self.rng.range(1, 3);
+        let late = self.rng.percent(self.profile.late_percent);
+        if late {
+            delay_ms += self.rng.range(1, 40);
+            self.meet(Fault::MessageLate, slot);
+        }
+        if cut {
+            delay_ms += cut_until_ms - self.now_ms;
+        }
+        let mut at_ms = self.now_ms + delay_ms;
+        if !late || !self.profile.reorders {
+            at_ms = at_ms.max(self.links[at].last_ms[to]);
+            self.links[at].last_ms[to] = at_ms;
+        }
+        let now_ms = self.now_ms;
+        self.after(
+            at_ms - now_ms,
+            What::Input {
+                slot,
+                life,
+                input: what(),
+            },
+        );
+        if self.rng.percent(self.profile.twice_percent) {
+            self.meet(Fault::MessageTwice, slot);
+            let again_ms = at_ms - now_ms + self.rng.range(0, 30);
+            self.after(
+                again_ms,
+                What::Input {
+                    slot,
+                    life,
+                    input: what(),
+                },
+            );
+        }
+    }
+
+    pub(crate) fn meet(&mut self, fault: Fault, slot: usize) {
+        if let Some(engine) = &self.slots[slot].engine {
+            self.coverage.met(fault, &engine.core.status());
+        }
+    }
+
+    // ---- arbiter
+
+    fn answer(&mut self, slot: usize, life: u64, event: Event) {
+        if self.rng.percent(self.profile.answer_lost_percent) {
+            self.meet(Fault::AnswerLost, slot);
+            if let (Event::RecordSwapped { request, .. }, true) = (&event, self.rng.percent(50)) {
+                let unknown = Event::RecordSwapped {
+                    request: *request,
+                    outcome: SwapOutcome::Unknown,
+                };
+                self.after(
+                    20,
+                    What::Input {
+                        slot,
+                        life,
+                        input: Input::Core(unknown),
+                    },
+                );
+            }
+            return;
+        }
+        let delay_ms = self.rng.range(1, self.profile.arbiter_delay_ms);
+        self.after(
+            delay_ms,
+            What::Input {
+                slot,
+                life,
+                input: Input::Core(event),
+            },
+        );
+    }
+
+    fn arbiter_reads(&mut self, slot: usize, life: u64, request: RequestId) {
+        let outcome = if self.slots[slot].arbiter_down_until_ms > self.now_ms {
+            self.meet(Fault::ArbiterUnreachable, slot);
+            ReadOutcome::Unreachable
+        } else {
+            self.arbiter
+                .get()
+                .cloned()
+                .map_or(ReadOutcome::Gone, ReadOutcome::Found)
+        };
+        self.answer(slot, life, Event::RecordRead { request, outcome });
+    }
+
+    pub(crate) fn send_put(
+        &mut self,
+        slot: usize,
+        request: RequestId,
+        (uid, version): (ArbiterUid, u64),
+        record: Record,
+    ) {
+        let Some(life) = self.slots[slot].engine.as_ref().map(|engine| engine.life) else {
+            return;
+        };
+        if self.slots[slot].arbiter_down_until_ms > self.now_ms && self.rng.percent(60) {
+            self.meet(Fault::ArbiterUnreachable, slot);
+            let outcome = if self.rng.percent(50) {
+                SwapOutcome::NotSent
+            } else {
+                SwapOutcome::Unknown
+            };
+            self.answer(slot, life, Event::RecordSwapped { request, outcome });
+            return;
+        }
+        let late = self.rng.percent(self.profile.put_late_percent);
+        let mut delay_ms = self.rng.range(1, self.profile.arbiter_delay_ms);
+        if late {
+            self.meet(Fault::PutLate, slot);
+            delay_ms += self.rng.range(20, 500);
+            if self.rng.percent(50) {
+                let unknown = Event::RecordSwapped {
+                    request,
+                    outcome: SwapOutcome::Unknown,
+                };
+                self.input_after(40, slot, Input::Core(unknown));
+            }
+        }
+        self.after(
+            delay_ms,
+            What::Put {
+                slot,
+                life,
+                request,
+                uid,
+                version,
+                record,
+                late,
+            },
+        );
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn arbiter_writes(
+        &mut self,
+        slot: usize,
+        life: u64,
+        request: RequestId,
+        uid: ArbiterUid,
+        version: u64,
+        record: Record,
+        late: bool,
+    ) {
+        let before = self.arbiter.get().map(|snapshot| snapshot.record.clone());
+        let put = match self.mutated_put(&record, uid, version) {
+            Some(put) => put,
+            None => self.arbiter.put(uid, version, record),
+        };
+        self.log(|| format!("arbiter: write of {slot} (life {life}, late {late}): {put:?}"));
+        let outcome = match put {
+            Put::Won(snapshot) => {
+                self.landed(before, &snapshot);
+                SwapOutcome::Won(snapshot)
+            }
+            Put::Conflict => SwapOutcome::Conflict,
+            Put::Gone => SwapOutcome::NotSent,
+        };
+        self.answer(slot, life, Event::RecordSwapped { request, outcome });
+    }
+
+    /// A record was written: whoever holds it now may start from this moment on.
+    fn landed(&mut self, before: Option<Record>, now: &Snapshot) {
+        let holder = now.record.holder;
+        if now.record.phase != Phase::Running || self.checks.active() == Some(holder) {
+            return;
+        }
+        let Some(slot) = self.slot_of(holder) else { return };
+        let Some(engine) = &self.slots[slot].engine else { return };
+        if engine.core.status().role == RoleName::Starting {
+            let disk = self.slots[slot].disk.volatile;
+            let overridden = before.as_ref().map(|before| before.holder);
+            if self
+                .user
+                .overrides
+                .is_some_and(|(by, of)| by == holder && Some(of) == overridden)
+            {
+                self.user.overrides = None;
+                let result = self.checks.accept_loss(holder, disk);
+                self.check(result);
+                return;
+            }
+            let living = before.and_then(|before| {
+                let other = self.slots[1 - slot].engine.as_ref()?;
+                before.members.contains(other.incarnation).then_some(other.incarnation)
+            });
+            if let Some(living) = living {
+                let text = format!("{holder:?} boots while {living:?} has the running guest");
+                self.check(Err((Kind::BootedBesideLiving, text)));
+            }
+            let result = self.checks.boot(&self.history, holder, disk);
+            self.check(result);
+        } else {
+            let state = engine.driver.state();
+            let result = self.checks.take_over(&self.history, holder, state);
+            self.check(result);
+        }
+    }
+
+    pub(crate) fn slot_of(&self, incarnation: Incarnation) -> Option<usize> {
+        self.slots.iter().position(|slot| {
+            slot.engine
+                .as_ref()
+                .is_some_and(|engine| engine.incarnation == incarnation)
+        })
+    }
+
+    fn restore(&mut self, back: usize) {
+        let back = back.min(self.arbiter.backups());
+        if self.arbiter.restore(back) {
+            self.log(|| format!("arbiter: restored, {back} writes back"));
+            self.checks.restored();
+            // Whatever was on its way to the old arbiter is gone with its connections.
+            self.queue
+                .retain(|Reverse(entry)| !matches!(entry.what, What::Put { .. } | What::Read { .. }));
+            for slot in 0..2 {
+                self.meet(Fault::Restored, slot);
+            }
+        }
+    }
+
+    // ---- operator and user
+
+    fn operator(&mut self) {
+        self.after(25, What::Operator);
+        self.mutated_operator();
+        if self.arbiter.get().is_some() || self.creating {
+            return;
+        }
+        if let Some(record) = self.operator_plan() {
+            self.creating = true;
+            let delay_ms = self.rng.range(1, 20);
+            self.after(delay_ms, What::Create { record });
+        }
+    }
+
+    fn operator_plan(&self) -> Option<Record> {
+        let statuses = [0, 1].map(|slot| self.slots[slot].engine.as_ref().map(|engine| engine.core.status()));
+        if let Some(record) = self.mutated_plan(&statuses) {
+            return Some(record);
+        }
+        let consents = statuses.clone().map(|status| status.and_then(|status| status.recreate));
+        for (slot, consent) in consents.iter().enumerate() {
+            let Some(consent) = consent else { continue };
+            let term = match &consents[1 - slot] {
+                _ if consent.members.is_only(consent.holder) => consent.term,
+                Some(other) if other.members == consent.members && other.holder == consent.holder => {
+                    consent.term.max(other.term)
+                }
+                _ => continue,
+            };
+            return Some(Record {
+                term,
+                ..consent.clone()
+            });
+        }
+        // The peer is proven dead, and its header is not above what the active knows.
+        (0..2).find_map(|slot| {
+            let status = statuses[slot]
+                .as_ref()
+                .filter(|status| status.role == RoleName::Active && !status.stopping)?;
+            let other = &self.slots[1 - slot];
+            let no_guest = other.node_up && other.engine.as_ref().is_none_or(|e| !e.core.status().holds_guest);
+            let readable = other.node_up
+                && other
+                    .disk
+                    .header
+                    .as_ref()
+                    .is_none_or(|header| header.term <= status.term)
+                && status.peer.is_some_and(|peer| peer.seat == other.seat);
+            let mut record = Record::genesis(other.seat, Phase::Running);
+            record.holder = status.incarnation;
+            record.members = ftvm_protocol::record::Members::one(status.incarnation);
+            record.term = status.term + 1;
+            record.predecessor = status.uid;
+            (no_guest && readable).then_some(record)
+        })
+    }
+
+    fn create(&mut self, record: Record) {
+        self.creating = false;
+        if self.arbiter.get().is_some() {
+            return;
+        }
+        let snapshot = self.arbiter.recreate(record);
+        self.log(|| format!("operator: creates {snapshot:?}"));
+        self.landed(None, &snapshot);
+    }
+
+    fn user_acts(&mut self) {
+        self.after(30, What::User);
+        let phase = self
+            .arbiter
+            .get()
+            .map(|snapshot| (snapshot.record.phase, snapshot.record.term));
+        if let (true, false, Some((Phase::Stopped, term))) = (self.healing, self.user.wants_stop, phase)
+            && !self.user.powered_off
+        {
+            self.checks.stopped = false;
+            self.user.start_over = Some(term);
+        }
+        for slot in 0..2 {
+            let Some(engine) = &self.slots[slot].engine else {
+                continue;
+            };
+            let status = engine.core.status();
+            let command = match status.role {
+                RoleName::Starting | RoleName::Active if self.user.wants_stop && !self.checks.stopped => {
+                    if status.stopping {
+                        continue;
+                    }
+                    self.meet(Fault::UserStop, slot);
+                    Command::Stop
+                }
+                RoleName::Starting | RoleName::Active => match self.user.start_over {
+                    Some(over_stopped_term) if !self.user.wants_stop => {
+                        self.meet(Fault::UserStart, slot);
+                        Command::Start { over_stopped_term }
+                    }
+                    _ => continue,
+                },
+                _ => continue,
+            };
+            let delay_ms = self.rng.range(0, 5);
+            self.input_after(delay_ms, slot, Input::Core(Event::Command(command)));
+        }
+    }
+}
+
+fn is_heartbeat(message: &Message) -> bool {
+    matches!(
+        message,
+        Message::Probe { .. } | Message::ProbeReply { .. } | Message::Ack { .. }
+    )
+}
+
+fn is_boring(event: &Event) -> bool {
+    match event {
+        Event::Tick => true,
+        Event::Received { message, .. } => is_heartbeat(message),
+        _ => false,
+    }
+}
