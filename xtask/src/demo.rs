@@ -1,15 +1,69 @@
 //! `cargo xtask demo`: the options are parsed here, `ftvm_e2e::demo` does the work.
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use ftvm_e2e::demo::programs::Profile;
+use ftvm_e2e::demo::{Fault, Guest, Options, command};
 
 /// Options of `cargo xtask demo`.
 #[derive(Args)]
-pub struct Demo {}
+pub struct Demo {
+    /// What happens to the active host: kill-engine, kill-host, pause-host, cut-link, cut-link-one-way or none
+    #[arg(long, default_value = "kill-host", value_parser = fault)]
+    fault: Fault,
+    /// What runs in the machine: embedded (on this machine's KVM), or linux (Debian in emulated nodes, anywhere)
+    #[arg(long, default_value = "embedded", value_parser = guest)]
+    guest: Guest,
+    /// Memory of the guest in MiB [default: 128, or 512 for linux]
+    #[arg(long)]
+    memory: Option<u32>,
+    /// CPUs of the guest
+    #[arg(long, default_value_t = 1)]
+    vcpus: u32,
+    /// How often the fault strikes; each time the dead host comes back as the next third seat
+    #[arg(long, default_value_t = 1)]
+    rounds: u32,
+    /// Write the report to this file, too
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Pages that the guest keeps dirtying
+    #[arg(long, default_value_t = 1024)]
+    churn_pages: u64,
+    /// Pages that each of its CPUs dirties a second
+    #[arg(long, default_value_t = 2000)]
+    churn_rate: u64,
+    /// Run programs as users get them, which takes longer to build
+    #[arg(long)]
+    release: bool,
+}
+
+fn fault(name: &str) -> Result<Fault, String> {
+    Fault::from_name(name).ok_or_else(|| format!("one of {}", Fault::ALL.map(Fault::name).join(", ")))
+}
+
+fn guest(name: &str) -> Result<Guest, String> {
+    Guest::from_name(name).ok_or_else(|| "embedded or linux".to_owned())
+}
 
 impl Demo {
     /// Runs the demonstration.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        anyhow::bail!("the demonstration is not part of this build: it comes with e2e::demo")
+        let options = Options {
+            fault: self.fault,
+            guest: self.guest,
+            memory_mib: self.memory.unwrap_or(match self.guest {
+                Guest::Embedded => 128,
+                Guest::Linux => 512,
+            }),
+            vcpus: self.vcpus,
+            rounds: self.rounds,
+            json: self.json,
+            churn_pages: self.churn_pages,
+            churn_rate: self.churn_rate,
+        };
+        let profile = if self.release { Profile::Release } else { Profile::Dev };
+        let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+        command::run(&options, profile, &arguments)
     }
 }

@@ -6,10 +6,13 @@ use std::path::PathBuf;
 
 use crate::judge::packet::Mac;
 
+pub mod command;
+pub mod daemon;
 pub mod machines;
 pub mod prerequisites;
 pub mod programs;
 pub mod rounds;
+pub mod standalone;
 pub mod system;
 pub mod unprotected;
 pub mod witness;

@@ -3,11 +3,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
+use serde::{Deserialize, Serialize};
 
 pub use crate::lab::binaries::Profile;
 
 /// The programs and the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Programs {
     /// The folder of `ftvm-engine`, `ftvm-node-daemon` and `ftvm`.
     pub folder: PathBuf,

@@ -79,13 +79,7 @@ impl<'a, W: Witness> Stage<'a, W> {
             system,
             sniffer,
             witness: witness()?,
-            report: Report {
-                fault: options.fault.name().to_owned(),
-                guest: options.guest.name().to_owned(),
-                memory_mib: options.memory_mib,
-                vcpus: options.vcpus,
-                ..Report::default()
-            },
+            report: Report::new(options),
             tally_before: Tally::default(),
             frozen: None,
         };
@@ -228,6 +222,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     /// Waits until a host is active in a later term; after a cut that may be the same one, now alone.
     fn wait_failover(&mut self, before: usize, term: u64) -> anyhow::Result<usize> {
         if self.options.fault == Fault::None || !self.system.protects() {
+            std::thread::sleep(self.patience.hold);
             return Ok(before);
         }
         let deadline = Instant::now() + self.patience.failover;

@@ -28,6 +28,11 @@ pub fn inside() -> bool {
 ///
 /// The inner program dies with the calling thread, whatever happens to that.
 pub fn enter<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Outer, HostsError> {
+    enter_with(arguments, &[])
+}
+
+/// Like [`enter`], with words for the inner program's environment.
+pub fn enter_with<S: AsRef<OsStr>>(arguments: &[S], environment: &[(&str, String)]) -> Result<Outer, HostsError> {
     if inside() {
         end_on_signals()?;
         net::ip("link set lo up\n")?;
@@ -40,7 +45,7 @@ pub fn enter<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Outer, HostsError> {
         .arg("--")
         .arg(program)
         .args(arguments)
-        .env(MARK, "1");
+        .env(MARK, "1").envs(environment.iter().map(|(name, value)| (name, value)));
     // SAFETY: one system call between fork and exec; the setting survives exec.
     unsafe {
         command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::demo::Options;
+
 mod progress;
 mod table;
 
@@ -97,6 +99,17 @@ pub struct Report {
 }
 
 impl Report {
+    /// A report without rounds.
+    pub fn new(options: &Options) -> Self {
+        Self {
+            fault: options.fault.name().to_owned(),
+            guest: options.guest.name().to_owned(),
+            memory_mib: options.memory_mib,
+            vcpus: options.vcpus,
+            ..Self::default()
+        }
+    }
+
     /// Derives the totals from the rounds.
     pub fn sum_up(&mut self) {
         self.rounds = self.per_round.len() as u32;

@@ -1,0 +1,322 @@
+//! The real thing: a daemon on every host, and a folder that all of them reach as arbiter.
+//!
+//! ```text
+//!   FOLDER/arbiter/            the record, which all hosts reach
+//!   FOLDER/hN/config.yaml      the daemon's configuration
+//!   FOLDER/hN/disk.raw         the seat's disk
+//!   FOLDER/hN/state/           the daemon's state folder: sockets, logs, header, journal
+//!   FOLDER/hN/daemon.log
+//! ```
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+
+use super::programs::Programs;
+use super::system::{Digest, Seat, System};
+use super::{GUEST_MAC, Options, daemon, guest_command_line, mac_text};
+use crate::hosts::{HostProcess, Lab};
+
+/// File name of a seat's disk in its host's folder.
+pub const DISK: &str = "disk.raw";
+/// Name of the virtual machine.
+const VM: &str = "demo";
+/// Where replication links listen.
+const LINK_PORT: u16 = 7100;
+/// Size of the guest's disk.
+const DISK_MIB: u64 = 64;
+/// How long a daemon may take to answer. A frozen one is not asked.
+const ANSWER: Duration = Duration::from_millis(500);
+/// How long both sides may take to become equal once nothing happens any more.
+const SETTLE: Duration = Duration::from_secs(20);
+
+/// Daemons and engines.
+pub struct Standalone {
+    lab: Rc<Lab>,
+    programs: Programs,
+    folder: PathBuf,
+    memory_mib: u32,
+    vcpus: u32,
+    daemons: Vec<Option<HostProcess>>,
+}
+
+impl Standalone {
+    /// Nothing is started yet; `folder` must have a short path.
+    pub fn new(lab: Rc<Lab>, programs: &Programs, folder: &Path, options: &Options) -> Self {
+        Self {
+            daemons: lab.hosts().iter().map(|_| None).collect(),
+            lab,
+            programs: programs.clone(),
+            folder: folder.to_owned(),
+            memory_mib: options.memory_mib,
+            vcpus: options.vcpus,
+        }
+    }
+
+    fn host_folder(&self, host: usize) -> PathBuf {
+        self.folder.join(self.lab.host(host).name())
+    }
+
+    fn disk(&self, host: usize) -> PathBuf {
+        self.host_folder(host).join(DISK)
+    }
+
+    fn socket(&self, host: usize) -> PathBuf {
+        self.host_folder(host).join("state/daemon.sock")
+    }
+
+    fn config_path(&self, host: usize) -> PathBuf {
+        self.host_folder(host).join("config.yaml")
+    }
+
+    fn link_address(&self, host: usize) -> String {
+        format!("{}:{LINK_PORT}", self.lab.host(host).replication_address())
+    }
+
+    /// The configuration of a host's daemon. (JSON is YAML.)
+    fn config(&self, host: usize) -> anyhow::Result<Value> {
+        let peers: Vec<Value> = (0..self.lab.hosts().len())
+            .filter(|&peer| peer != host)
+            .map(|peer| json!({ "seat": seat_name(peer), "address": self.link_address(peer), "daemon": self.socket(peer) }))
+            .collect();
+        let folder = self.host_folder(host);
+        let (uid_first, uid_count) = engine_uids()?;
+        Ok(json!({
+            "node": self.lab.host(host).name(),
+            "state_folder": folder.join("state"),
+            "engine": self.programs.folder.join(ENGINE),
+            "arbiter": { "folder": self.folder.join("arbiter") },
+            "jail": { "uid_first": uid_first, "uid_count": uid_count },
+            "seats": [{
+                "vm": VM,
+                "seat": seat_name(host),
+                "identity": self.folder.join("identities").join(seat_name(host)),
+                "original_disk": host == 0,
+                "machine": { "memory_mib": self.memory_mib, "vcpus": self.vcpus },
+                "boot": { "kernel": self.programs.guest, "cmdline": guest_command_line() },
+                "nics": [{ "name": "net0", "mac": mac_text(GUEST_MAC), "tap": "guest0", "bridge": Lab::GUEST_BRIDGE }],
+                "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
+                "header": folder.join("header"),
+                "journal": folder.join("journal"),
+                "link": { "listen": self.link_address(host), "peers": peers },
+            }],
+        }))
+    }
+
+    /// An empty host gets a disk and a daemon.
+    fn prepare_host(&mut self, host: usize) -> anyhow::Result<()> {
+        let folder = self.host_folder(host);
+        fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        let disk = self.disk(host);
+        if !disk.exists() {
+            let file = File::create(&disk).with_context(|| format!("creating {}", disk.display()))?;
+            file.set_len(DISK_MIB << 20).with_context(|| format!("sizing {}", disk.display()))?;
+        }
+        let config = self.config_path(host);
+        let text = serde_json::to_string_pretty(&self.config(host)?)?;
+        fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
+        self.start_daemon(host)
+    }
+
+    fn start_daemon(&mut self, host: usize) -> anyhow::Result<()> {
+        let mut command = Command::new(self.programs.folder.join("ftvm-node-daemon"));
+        command.arg("run").arg("--config").arg(self.config_path(host));
+        let log = self.log(&self.host_folder(host).join("daemon.log"))?;
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let mut process = self.lab.host(host).spawn("ftvm-node-daemon", command)?;
+        let deadline = Instant::now() + SETTLE;
+        while daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).is_err() {
+            if let Some(status) = process.try_wait()? {
+                bail!("the daemon of {} ended ({status}): {}", self.lab.host(host).name(), self.last_words(host));
+            }
+            ensure!(Instant::now() < deadline, "the daemon of {} does not answer", self.lab.host(host).name());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.daemons[host] = Some(process);
+        Ok(())
+    }
+
+    fn last_words(&self, host: usize) -> String {
+        let text = fs::read_to_string(self.host_folder(host).join("daemon.log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(5)..].join("; ")
+    }
+
+    fn log(&self, path: &Path) -> anyhow::Result<File> {
+        let mut options = File::options();
+        options.create(true).append(true);
+        options.open(path).with_context(|| format!("opening {}", path.display()))
+    }
+
+    /// A `ftvm` command line, run to its end.
+    fn ftvm(&self, arguments: &[&str]) -> anyhow::Result<()> {
+        let mut command = Command::new(self.programs.folder.join("ftvm"));
+        let output = command.args(arguments).stdin(Stdio::null()).output().context("starting ftvm")?;
+        let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        ensure!(output.status.success(), "ftvm {} ({}): {text}", arguments.join(" "), output.status);
+        Ok(())
+    }
+
+    /// The record is made on the host whose disk has the machine's first contents; its engine then begins.
+    fn set_up(&self) -> anyhow::Result<()> {
+        let request = json!({ "request": "set_up", "vm": VM, "seat": seat_name(0) });
+        let answer = daemon::ask(&self.socket(0), &request, SETTLE).context("asking for the first record")?;
+        ensure!(answer["response"] == "set_up", "the first record was not made: {answer}");
+        Ok(())
+    }
+
+    /// One round of questions to a host's daemon about its seat's engine.
+    fn ask_engine(&self, host: usize, command: Value) -> anyhow::Result<Value> {
+        let request = json!({ "request": "command", "vm": VM, "seat": seat_name(host), "command": command });
+        let answer = daemon::ask(&self.socket(host), &request, SETTLE)
+            .with_context(|| format!("asking the daemon of {}", self.lab.host(host).name()))?;
+        ensure!(answer["response"] == "reply", "the daemon of {} said {answer}", self.lab.host(host).name());
+        Ok(answer["reply"].clone())
+    }
+
+    fn digest(&self, host: usize) -> anyhow::Result<Digest> {
+        let reply = self.ask_engine(host, json!({ "do": "digest" }))?;
+        ensure!(reply["reply"] == "digest", "instead of a digest, {} said {reply}", self.lab.host(host).name());
+        Ok(serde_json::from_value(reply)?)
+    }
+
+    /// Both digests at one epoch. The guest is quiet but its clock ticks, so an epoch may pass between the two answers.
+    fn compare_memory(&self, active: usize, standby: usize) -> anyhow::Result<()> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let (ours, theirs) = (self.digest(active)?, self.digest(standby)?);
+            if ours.epoch == theirs.epoch {
+                ensure!(
+                    ours.memory == theirs.memory,
+                    "memory differs at epoch {}: {} and {}",
+                    ours.epoch,
+                    ours.memory,
+                    theirs.memory
+                );
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "no digests of one epoch within {SETTLE:?}: {} and {}",
+                ours.epoch,
+                theirs.epoch
+            );
+        }
+    }
+
+    /// The disks become equal once the standby has applied its journal; nobody writes any more.
+    fn compare_disks(&self, active: usize, standby: usize) -> anyhow::Result<()> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let (ours, theirs) = (fs::read(self.disk(active))?, fs::read(self.disk(standby))?);
+            let Some(at) = first_difference(&ours, &theirs) else { return Ok(()) };
+            ensure!(Instant::now() < deadline, "the disks differ at byte {at} and stay so for {SETTLE:?}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// The engine's program.
+const ENGINE: &str = "ftvm-engine";
+
+fn seat_name(host: usize) -> String {
+    // Three hosts, so three letters.
+    char::from(b'a' + host as u8).to_string()
+}
+
+/// User ids for engines: high ones where all exist, else some of those that this user namespace has.
+fn engine_uids() -> anyhow::Result<(u32, u32)> {
+    let map = fs::read_to_string("/proc/self/uid_map").context("reading this namespace's user ids")?;
+    Ok(uids_from(&map))
+}
+
+/// Lines of a uid map are: first id inside, first id outside, count (user_namespaces(7)).
+fn uids_from(map: &str) -> (u32, u32) {
+    let ranges = map.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace().map(|field| field.parse::<u64>().ok());
+        let (first, _, count) = (fields.next()??, fields.next()??, fields.next()??);
+        Some((first, count))
+    });
+    let (first, count) = ranges.max_by_key(|(_, count)| *count).unwrap_or((0, 1));
+    match (first, count) {
+        (0, count) if count > 1_900_001_000 => (1_900_000_000, 1000),
+        // Only root exists: the engine keeps that user, which outside is an ordinary one.
+        (_, 1) => (0, 1),
+        (first, count) => ((first + count.saturating_sub(100)) as u32, count.min(100) as u32),
+    }
+}
+
+fn first_difference(ours: &[u8], theirs: &[u8]) -> Option<usize> {
+    if ours.len() != theirs.len() {
+        return Some(ours.len().min(theirs.len()));
+    }
+    if ours == theirs {
+        return None;
+    }
+    ours.iter().zip(theirs).position(|(a, b)| a != b)
+}
+
+impl System for Standalone {
+    fn protects(&self) -> bool {
+        true
+    }
+
+    fn engine_program(&self) -> &str {
+        ENGINE
+    }
+
+    fn start(&mut self) -> anyhow::Result<()> {
+        fs::create_dir_all(self.folder.join("arbiter")).context("making the arbiter's folder")?;
+        let seats: Vec<String> = (0..self.lab.hosts().len()).map(seat_name).collect();
+        let identities = self.folder.join("identities").display().to_string();
+        self.ftvm(&["standalone", "identities", "--vm", VM, "--seats", &seats.join(","), "--out", &identities])?;
+        for host in 0..self.lab.hosts().len() {
+            self.prepare_host(host)?;
+        }
+        self.set_up()
+    }
+
+    fn seat(&mut self, host: usize) -> Option<Seat> {
+        let status = daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).ok()?;
+        let seats = status["seats"].as_array()?;
+        let seat = seats.iter().find(|seat| seat["vm"] == VM && seat["engine"].is_object())?;
+        serde_json::from_value(seat["engine"].clone()).ok()
+    }
+
+    fn machine_started(&mut self, host: usize) -> anyhow::Result<()> {
+        self.daemons[host] = None;
+        self.prepare_host(host)
+    }
+
+    fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
+        self.compare_memory(active, standby)?;
+        self.compare_disks(active, standby)
+    }
+
+    fn logs(&self) -> Vec<PathBuf> {
+        (0..self.lab.hosts().len()).map(|host| self.host_folder(host).join("daemon.log")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_get_ids_that_exist() {
+        assert_eq!(uids_from("         0          0 4294967295\n"), (1_900_000_000, 1000));
+        assert_eq!(uids_from("0 1000 1\n"), (0, 1));
+        assert_eq!(uids_from("0 1000 1\n1 100000 65536\n"), (65437, 100));
+    }
+
+    #[test]
+    fn differences_are_found_where_they_are() {
+        assert_eq!(first_difference(b"abc", b"abc"), None);
+        assert_eq!(first_difference(b"abc", b"abd"), Some(2));
+        assert_eq!(first_difference(b"abc", b"ab"), Some(2));
+    }
+}
