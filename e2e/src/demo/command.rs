@@ -46,7 +46,10 @@ pub fn run(options: &Options, profile: Profile, arguments: &[OsString]) -> anyho
     let ended = outer::enter_with(arguments, &[(PROGRAMS, serde_json::to_string(&programs)?)])?;
     remove_disks(&folder)?;
     match ended {
-        Outer::Ended(status) => Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from)),
+        Outer::Ended(status) => Ok(status
+            .code()
+            .and_then(|code| u8::try_from(code).ok())
+            .map_or(ExitCode::FAILURE, ExitCode::from)),
         Outer::Inside => Ok(ExitCode::FAILURE),
     }
 }
@@ -62,7 +65,8 @@ fn new_folder() -> anyhow::Result<PathBuf> {
         fs::remove_dir_all(&path).with_context(|| format!("removing the last demonstration's {}", path.display()))?;
     }
     fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
-    path.canonicalize().with_context(|| format!("looking at {}", path.display()))
+    path.canonicalize()
+        .with_context(|| format!("looking at {}", path.display()))
 }
 
 /// Disks are large and of no use afterwards; logs are small and may be.
@@ -83,13 +87,18 @@ fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {
     let report = play(options, &programs, Path::new(SHORT_FOLDER), &progress);
     print!("{}", table(&report, progress.colours()));
     if let Some(path) = &options.json {
-        report.write_json(path).with_context(|| format!("writing {}", path.display()))?;
+        report
+            .write_json(path)
+            .with_context(|| format!("writing {}", path.display()))?;
         println!("  written to {}\n", path.display());
     }
     if report.passed() {
         return Ok(ExitCode::SUCCESS);
     }
-    println!("  logs of daemons, engines and the guest's console: {}\n", folder().display());
+    println!(
+        "  logs of daemons, engines and the guest's console: {}\n",
+        folder().display()
+    );
     Ok(ExitCode::FAILURE)
 }
 
@@ -110,9 +119,17 @@ fn play_on_stage(options: &Options, programs: &Programs, folder: &Path, progress
     let mut system = Standalone::new(Rc::clone(&lab), programs, folder, options);
     let client = || {
         let guest = SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT));
-        let plan = JudgePlan { connect_within: patience.protected, stalled_after: patience.stalled, ..JudgePlan::new(guest) };
+        let plan = JudgePlan {
+            connect_within: patience.protected,
+            stalled_after: patience.stalled,
+            ..JudgePlan::new(guest)
+        };
         let judge = Judge::start(plan, lab.client_entrance()?)?;
-        Ok(EmbeddedWitness { judge, churn_pages: options.churn_pages, churn_rate: options.churn_rate })
+        Ok(EmbeddedWitness {
+            judge,
+            churn_pages: options.churn_pages,
+            churn_rate: options.churn_rate,
+        })
     };
     let stage = Stage::prepare(options, patience, progress, (&*lab, GUEST_MAC), &mut system, client)?;
     let (report, _) = stage.play();
@@ -121,11 +138,27 @@ fn play_on_stage(options: &Options, programs: &Programs, folder: &Path, progress
 
 /// Shows a folder at a short path too, in this mount namespace only.
 fn bind(folder: &Path, short: &Path) -> anyhow::Result<()> {
-    let folder = folder.canonicalize().with_context(|| format!("looking at {}", folder.display()))?;
+    let folder = folder
+        .canonicalize()
+        .with_context(|| format!("looking at {}", folder.display()))?;
     let text = |path: &Path| CString::new(path.as_os_str().as_bytes()).context("a path with a NUL byte");
     let (from, to) = (text(&folder)?, text(short)?);
     // SAFETY: NUL-terminated paths; the other pointers may be null for a bind mount.
-    let result = unsafe { libc::mount(from.as_ptr(), to.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null()) };
-    ensure!(result == 0, "mounting {} on {}: {}", folder.display(), short.display(), std::io::Error::last_os_error());
+    let result = unsafe {
+        libc::mount(
+            from.as_ptr(),
+            to.as_ptr(),
+            std::ptr::null(),
+            libc::MS_BIND,
+            std::ptr::null(),
+        )
+    };
+    ensure!(
+        result == 0,
+        "mounting {} on {}: {}",
+        folder.display(),
+        short.display(),
+        std::io::Error::last_os_error()
+    );
     Ok(())
 }

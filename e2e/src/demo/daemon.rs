@@ -19,7 +19,12 @@ pub fn ask(socket: &Path, request: &Value, patience: Duration) -> io::Result<Val
     let text = serde_json::to_vec(request)?;
     // SAFETY: an open descriptor, and a buffer of the length given.
     let sent = unsafe {
-        libc::send(connection.as_raw_fd(), text.as_ptr().cast(), text.len(), libc::MSG_NOSIGNAL)
+        libc::send(
+            connection.as_raw_fd(),
+            text.as_ptr().cast(),
+            text.len(),
+            libc::MSG_NOSIGNAL,
+        )
     };
     if sent < 0 {
         return Err(io::Error::last_os_error());
@@ -28,7 +33,10 @@ pub fn ask(socket: &Path, request: &Value, patience: Duration) -> io::Result<Val
     // SAFETY: an open descriptor, and a buffer of the length given.
     let length = unsafe { libc::recv(connection.as_raw_fd(), answer.as_mut_ptr().cast(), answer.len(), 0) };
     match usize::try_from(length) {
-        Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the daemon closed the connection without an answer")),
+        Ok(0) => Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the daemon closed the connection without an answer",
+        )),
         Ok(length) => Ok(serde_json::from_slice(&answer[..length])?),
         Err(_) => Err(io::Error::last_os_error()),
     }
@@ -58,7 +66,10 @@ fn connect(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
         address.sun_family = libc::AF_UNIX as libc::sa_family_t;
         let bytes = name.as_bytes_with_nul();
         if bytes.len() > address.sun_path.len() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is too long for a Unix socket"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the path is too long for a Unix socket",
+            ));
         }
         for (to, from) in address.sun_path.iter_mut().zip(bytes) {
             *to = *from as libc::c_char;
@@ -77,7 +88,12 @@ mod tests {
 
     #[test]
     fn an_absent_daemon_is_an_error() {
-        let error = ask(Path::new("/nonexistent/daemon.sock"), &Value::Null, Duration::from_millis(100)).unwrap_err();
+        let error = ask(
+            Path::new("/nonexistent/daemon.sock"),
+            &Value::Null,
+            Duration::from_millis(100),
+        )
+        .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         let long = "x".repeat(200);
         let error = ask(Path::new(&long), &Value::Null, Duration::from_millis(100)).unwrap_err();

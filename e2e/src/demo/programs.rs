@@ -1,6 +1,5 @@
 //! The programs that a demonstration runs, built if they are not fresh.
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
@@ -35,35 +34,10 @@ pub fn build(profile: Profile) -> anyhow::Result<Programs> {
     })
 }
 
-/// Builds the embedded guest, which is a workspace of its own with flags of its own.
+/// Builds the embedded guest.
 pub fn build_guest() -> anyhow::Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .context("no workspace above this package")?;
-    let source = root.join("e2e/guests/embedded");
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .args(["build", "--quiet", "--release"])
-        .current_dir(&source)
-        .stdin(Stdio::null());
-    // What cargo tells this program's own build must not reach the other one.
-    for (name, _) in std::env::vars_os() {
-        let text = name.to_string_lossy();
-        if text.starts_with("CARGO_") && text != "CARGO_HOME" || text == "RUSTFLAGS" {
-            cargo.env_remove(name);
-        }
-    }
-    let status = cargo.status().context("starting cargo")?;
-    ensure!(
-        status.success(),
-        "the embedded guest in {} does not build",
-        source.display()
-    );
-    let guest = root.join("target/guest/x86_64-unknown-linux-gnu/release/ftvm-guest");
-    ensure!(
-        guest.is_file(),
-        "cargo built the embedded guest, but not as {}",
-        guest.display()
-    );
-    Ok(guest)
+    crate::guest_build::build_embedded_guest(root)
 }

@@ -114,7 +114,8 @@ impl Standalone {
         let disk = self.disk(host);
         if !disk.exists() {
             let file = File::create(&disk).with_context(|| format!("creating {}", disk.display()))?;
-            file.set_len(DISK_MIB << 20).with_context(|| format!("sizing {}", disk.display()))?;
+            file.set_len(DISK_MIB << 20)
+                .with_context(|| format!("sizing {}", disk.display()))?;
         }
         let config = self.config_path(host);
         let text = serde_json::to_string_pretty(&self.config(host)?)?;
@@ -131,9 +132,17 @@ impl Standalone {
         let deadline = Instant::now() + SETTLE;
         while daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).is_err() {
             if let Some(status) = process.try_wait()? {
-                bail!("the daemon of {} ended ({status}): {}", self.lab.host(host).name(), self.last_words(host));
+                bail!(
+                    "the daemon of {} ended ({status}): {}",
+                    self.lab.host(host).name(),
+                    self.last_words(host)
+                );
             }
-            ensure!(Instant::now() < deadline, "the daemon of {} does not answer", self.lab.host(host).name());
+            ensure!(
+                Instant::now() < deadline,
+                "the daemon of {} does not answer",
+                self.lab.host(host).name()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
         self.daemons[host] = Some(process);
@@ -149,15 +158,26 @@ impl Standalone {
     fn log(&self, path: &Path) -> anyhow::Result<File> {
         let mut options = File::options();
         options.create(true).append(true);
-        options.open(path).with_context(|| format!("opening {}", path.display()))
+        options
+            .open(path)
+            .with_context(|| format!("opening {}", path.display()))
     }
 
     /// A `ftvm` command line, run to its end.
     fn ftvm(&self, arguments: &[&str]) -> anyhow::Result<()> {
         let mut command = Command::new(self.programs.folder.join("ftvm"));
-        let output = command.args(arguments).stdin(Stdio::null()).output().context("starting ftvm")?;
+        let output = command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .context("starting ftvm")?;
         let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        ensure!(output.status.success(), "ftvm {} ({}): {text}", arguments.join(" "), output.status);
+        ensure!(
+            output.status.success(),
+            "ftvm {} ({}): {text}",
+            arguments.join(" "),
+            output.status
+        );
         Ok(())
     }
 
@@ -165,7 +185,10 @@ impl Standalone {
     fn set_up(&self) -> anyhow::Result<()> {
         let request = json!({ "request": "set_up", "vm": VM, "seat": seat_name(0) });
         let answer = daemon::ask(&self.socket(0), &request, SETTLE).context("asking for the first record")?;
-        ensure!(answer["response"] == "set_up", "the first record was not made: {answer}");
+        ensure!(
+            answer["response"] == "set_up",
+            "the first record was not made: {answer}"
+        );
         Ok(())
     }
 
@@ -174,13 +197,21 @@ impl Standalone {
         let request = json!({ "request": "command", "vm": VM, "seat": seat_name(host), "command": command });
         let answer = daemon::ask(&self.socket(host), &request, SETTLE)
             .with_context(|| format!("asking the daemon of {}", self.lab.host(host).name()))?;
-        ensure!(answer["response"] == "reply", "the daemon of {} said {answer}", self.lab.host(host).name());
+        ensure!(
+            answer["response"] == "reply",
+            "the daemon of {} said {answer}",
+            self.lab.host(host).name()
+        );
         Ok(answer["reply"].clone())
     }
 
     fn digest(&self, host: usize) -> anyhow::Result<Digest> {
         let reply = self.ask_engine(host, json!({ "do": "digest" }))?;
-        ensure!(reply["reply"] == "digest", "instead of a digest, {} said {reply}", self.lab.host(host).name());
+        ensure!(
+            reply["reply"] == "digest",
+            "instead of a digest, {} said {reply}",
+            self.lab.host(host).name()
+        );
         Ok(serde_json::from_value(reply)?)
     }
 
@@ -213,8 +244,13 @@ impl Standalone {
         let deadline = Instant::now() + SETTLE;
         loop {
             let (ours, theirs) = (fs::read(self.disk(active))?, fs::read(self.disk(standby))?);
-            let Some(at) = first_difference(&ours, &theirs) else { return Ok(()) };
-            ensure!(Instant::now() < deadline, "the disks differ at byte {at} and stay so for {SETTLE:?}");
+            let Some(at) = first_difference(&ours, &theirs) else {
+                return Ok(());
+            };
+            ensure!(
+                Instant::now() < deadline,
+                "the disks differ at byte {at} and stay so for {SETTLE:?}"
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -273,7 +309,16 @@ impl System for Standalone {
         fs::create_dir_all(self.folder.join("arbiter")).context("making the arbiter's folder")?;
         let seats: Vec<String> = (0..self.lab.hosts().len()).map(seat_name).collect();
         let identities = self.folder.join("identities").display().to_string();
-        self.ftvm(&["standalone", "identities", "--vm", VM, "--seats", &seats.join(","), "--out", &identities])?;
+        self.ftvm(&[
+            "standalone",
+            "identities",
+            "--vm",
+            VM,
+            "--seats",
+            &seats.join(","),
+            "--out",
+            &identities,
+        ])?;
         for host in 0..self.lab.hosts().len() {
             self.prepare_host(host)?;
         }
@@ -283,7 +328,9 @@ impl System for Standalone {
     fn seat(&mut self, host: usize) -> Option<Seat> {
         let status = daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).ok()?;
         let seats = status["seats"].as_array()?;
-        let seat = seats.iter().find(|seat| seat["vm"] == VM && seat["engine"].is_object())?;
+        let seat = seats
+            .iter()
+            .find(|seat| seat["vm"] == VM && seat["engine"].is_object())?;
         serde_json::from_value(seat["engine"].clone()).ok()
     }
 
@@ -298,7 +345,9 @@ impl System for Standalone {
     }
 
     fn logs(&self) -> Vec<PathBuf> {
-        (0..self.lab.hosts().len()).map(|host| self.host_folder(host).join("daemon.log")).collect()
+        (0..self.lab.hosts().len())
+            .map(|host| self.host_folder(host).join("daemon.log"))
+            .collect()
     }
 }
 

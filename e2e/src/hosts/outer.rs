@@ -45,7 +45,8 @@ pub fn enter_with<S: AsRef<OsStr>>(arguments: &[S], environment: &[(&str, String
         .arg("--")
         .arg(program)
         .args(arguments)
-        .env(MARK, "1").envs(environment.iter().map(|(name, value)| (name, value)));
+        .env(MARK, "1")
+        .envs(environment.iter().map(|(name, value)| (name, value)));
     // SAFETY: one system call between fork and exec; the setting survives exec.
     unsafe {
         command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
