@@ -2,6 +2,7 @@
 //!
 //! Only root and the daemon's own user are answered (SO_PEERCRED). Keys are stable; new ones may be added.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use ftvm_engine::control::{Command, Event, ExitReport, Reply, Status};
@@ -10,7 +11,7 @@ use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::record::Snapshot;
 use serde::{Deserialize, Serialize};
 
-use crate::config::SeatConfig;
+use crate::config::{PeerConfig, SeatConfig};
 
 /// What a client asks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,6 +53,15 @@ pub enum Request {
         vm: String,
         /// Name of the seat.
         seat: String,
+    },
+    /// Make these the peers of a seat, from now on: in its configuration and in its running engine.
+    SetPeers {
+        /// Name of the virtual machine.
+        vm: String,
+        /// Name of the seat.
+        seat: String,
+        /// The peers.
+        peers: Vec<PeerConfig>,
     },
     /// The record of a virtual machine, read now.
     Record {
@@ -151,6 +161,10 @@ pub struct SeatStatus {
     pub seat_id: Option<SeatId>,
     /// Whether it has the original disks.
     pub original_disk: bool,
+    /// Where its link listens.
+    pub link_address: SocketAddr,
+    /// Its peers, as configured or set last.
+    pub peers: Vec<PeerConfig>,
     /// Phase.
     pub phase: Phase,
     /// Why, and what to do; empty if all is well.

@@ -497,7 +497,8 @@ impl SeatConfig {
     }
 }
 
-fn check_name(place: &str, name: &str) -> Result<(), ConfigError> {
+/// Refuses what is no name of a node, virtual machine, seat or device.
+pub fn check_name(place: &str, name: &str) -> Result<(), ConfigError> {
     let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty() || name.len() > 40 || !name.chars().all(fits) {
         return refuse(

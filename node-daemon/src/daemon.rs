@@ -16,7 +16,7 @@ use ftvm_protocol::record::{self, Record, Snapshot};
 use crate::api::{DaemonStatus, Phase, Request, Response};
 use crate::arbiter::{Bounded, FileArbiter};
 use crate::client;
-use crate::config::{Config, SeatConfig};
+use crate::config::{Config, PeerConfig, SeatConfig};
 use crate::explain;
 use crate::identity;
 use crate::prepare::{SeatError, header_path};
@@ -207,6 +207,7 @@ impl Daemon {
             Request::SetUp { vm, seat } => self.with_seat(&vm, &seat, |seat| self.set_up(seat)),
             Request::Command { vm, seat, command } => self.with_seat(&vm, &seat, |seat| command_seat(seat, command)),
             Request::Start { vm, seat } => self.with_seat(&vm, &seat, |seat| start_stopped(seat)),
+            Request::SetPeers { vm, seat, peers } => self.with_seat(&vm, &seat, |seat| set_peers(seat, peers)),
             Request::Record { vm } => match self.seats().values().find(|seat| seat.config().vm == vm).cloned() {
                 Some(seat) => {
                     let (snapshot, why) = read_record(seat.arbiter());
@@ -460,6 +461,29 @@ fn command_seat(seat: &Seat, command: Command) -> Response {
         Ok(reply) => Response::Reply { reply },
         Err(error @ CommandError::NoEngine { .. }) => refused(exit_code::REFUSED, explain(&error)),
         Err(error @ CommandError::NoAnswer { .. }) => refused(exit_code::TIMEOUT, explain(&error)),
+    }
+}
+
+fn set_peers(seat: &Seat, peers: Vec<PeerConfig>) -> Response {
+    let mut config = seat.config();
+    config.link.peers = peers;
+    if let Err(error) = config.check() {
+        return refused(exit_code::CONFIG, explain(&error));
+    }
+    let who = match identity::load(&config.identity, &config.vm, &config.seat) {
+        Ok((who, _)) => who,
+        Err(error) => return refused(exit_code::IDENTITY, explain(&error)),
+    };
+    let peers = match crate::prepare::peers(&config, &who) {
+        Ok(peers) => peers,
+        Err(error) => return refused(error.exit_code(), explain(&error)),
+    };
+    seat.reconfigure(config);
+    match seat.command(Command::SetPeers { peers }, COMMAND_PATIENCE) {
+        // Without an engine the next one gets them.
+        Err(CommandError::NoEngine { .. }) => Response::Done,
+        Err(error) => refused(exit_code::TIMEOUT, error.to_string()),
+        Ok(reply) => Response::Reply { reply },
     }
 }
 

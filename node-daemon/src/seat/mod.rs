@@ -400,6 +400,8 @@ impl Seat {
             seat: inner.config.seat.clone(),
             seat_id: inner.seat_id,
             original_disk: inner.config.original_disk,
+            link_address: inner.config.link.listen,
+            peers: inner.config.link.peers.clone(),
             phase: inner.phase,
             why: inner.why.clone(),
             code: inner.code,

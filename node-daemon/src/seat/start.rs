@@ -122,7 +122,8 @@ impl Seat {
     pub(super) fn may_change_user(&self) -> bool {
         let settings = &self.surroundings.jail;
         let uid = settings.uid_first.saturating_add(self.slot);
-        rustix::process::geteuid().is_root() && is_mapped("uid_map", uid) && is_mapped("gid_map", uid)
+        let own = rustix::process::geteuid();
+        own.is_root() && own.as_raw() != uid && is_mapped("uid_map", uid) && is_mapped("gid_map", uid)
     }
 
     /// Takes over an engine that an earlier daemon started.

@@ -31,7 +31,10 @@ pub fn test_engine() -> PathBuf {
     path.pop();
     path.pop();
     let path = path.join("examples/test-engine");
-    assert!(path.exists(), "run all tests of the package (which builds examples), or `cargo build --example test-engine`");
+    assert!(
+        path.exists(),
+        "run all tests of the package (which builds examples), or `cargo build --example test-engine`"
+    );
     path
 }
 
