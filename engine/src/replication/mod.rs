@@ -23,6 +23,7 @@ pub mod journal;
 pub mod link;
 pub mod memory;
 pub mod pages;
+pub mod resync;
 pub mod standby_disks;
 pub mod storage;
 pub mod threads;

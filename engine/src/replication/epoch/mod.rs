@@ -16,10 +16,11 @@
 mod input;
 mod receiver;
 mod sender;
-mod wire;
+pub(super) mod wire;
 
 pub use input::{InputLog, OutputLog};
 pub use receiver::{EpochError, EpochReceiver, StagedEpoch, StagingLimits};
+pub(super) use sender::NumberedStream;
 pub use sender::{EpochSender, EpochStats, FrameSink, SealedEpoch, SendError};
 pub use wire::{PayloadError, decode_input, encode_input};
 

@@ -313,7 +313,8 @@ impl EpochReceiver {
                 payload.len()
             }
             Kind::EpochDisk => {
-                let changes = wire::decode_disk(&payload, &self.limits.disk_bytes).map_err(malformed)?;
+                let changes =
+                    wire::decode_disk(&payload, SEQUENCE_BYTES, &self.limits.disk_bytes).map_err(malformed)?;
                 let bytes = changes.iter().map(DiskChange::staged_bytes).sum();
                 staged.disk.extend(changes);
                 bytes

@@ -17,6 +17,10 @@ pub trait FrameSink: Send + Sync {
     /// Bulk frames (resync) queued so far on this connection: an epoch that builds on them tells the receiver, which
     /// checks that it has had as many.
     fn bulk_frames(&self) -> u64;
+
+    /// Waits until every bulk frame was handed to the connection: what is queued then, of any class, comes behind
+    /// them.
+    fn wait_bulk_sent(&self) -> Result<(), SinkClosed>;
 }
 
 /// Everything of an epoch but pages that were sent before its end, as taken while the guest was paused.
@@ -63,18 +67,51 @@ struct Stream {
     checksum: crc32fast::Hasher,
 }
 
-struct Shared {
+/// Numbers the payloads of one epoch, or of one resync, and queues them in that order.
+pub(in crate::replication) struct NumberedStream {
     sink: Arc<dyn FrameSink>,
     stream: Mutex<Stream>,
 }
 
-impl Shared {
+/// What went through a stream so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::replication) struct StreamTotals {
+    pub frames: u64,
+    pub payload_bytes: u64,
+    pub checksum: u32,
+}
+
+impl NumberedStream {
+    pub fn new(sink: Arc<dyn FrameSink>) -> Self {
+        Self {
+            sink,
+            stream: Mutex::default(),
+        }
+    }
+
+    /// Begins again at number 0.
+    pub fn restart(&self, epoch: u64) {
+        *self.stream() = Stream {
+            epoch,
+            ..Stream::default()
+        };
+    }
+
+    pub fn totals(&self) -> StreamTotals {
+        let stream = self.stream();
+        StreamTotals {
+            frames: u64::from(stream.sequence),
+            payload_bytes: stream.payload_bytes,
+            checksum: stream.checksum.clone().finalize(),
+        }
+    }
+
     fn stream(&self) -> MutexGuard<'_, Stream> {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Numbers a payload that begins with room for it, and queues it.
-    fn send(&self, kind: Kind, mut payload: Vec<u8>) -> Result<(), SinkClosed> {
+    pub fn send(&self, kind: Kind, mut payload: Vec<u8>) -> Result<(), SinkClosed> {
         let mut stream = self.stream();
         payload[..SEQUENCE_BYTES].copy_from_slice(&stream.sequence.to_le_bytes());
         stream.sequence += 1;
@@ -84,7 +121,7 @@ impl Shared {
     }
 }
 
-impl ChunkSink for Shared {
+impl ChunkSink for NumberedStream {
     fn chunk(&self, payload: Vec<u8>) -> Result<(), SinkClosed> {
         self.send(Kind::EpochPages, payload)
     }
@@ -106,7 +143,7 @@ pub enum SendError {
 
 /// Sends epochs, one after another, from one thread.
 pub struct EpochSender {
-    shared: Arc<Shared>,
+    stream: Arc<NumberedStream>,
     encoder: PageEncoder,
     begun: Option<(u64, Instant)>,
     pages: PageStats,
@@ -115,12 +152,8 @@ pub struct EpochSender {
 impl EpochSender {
     /// A sender into `sink` whose receiver starts with a resync.
     pub fn new(sink: Arc<dyn FrameSink>, encoder: PageEncoder) -> Self {
-        let shared = Shared {
-            sink,
-            stream: Mutex::default(),
-        };
         Self {
-            shared: Arc::new(shared),
+            stream: Arc::new(NumberedStream::new(sink)),
             encoder,
             begun: None,
             pages: PageStats::default(),
@@ -129,20 +162,17 @@ impl EpochSender {
 
     /// Begins an epoch, if [`Self::pages`] is to send some of it before it is sealed.
     pub fn begin(&mut self, epoch: u64, base: Option<u64>, released_through: u64) -> Result<(), SendError> {
-        *self.shared.stream() = Stream {
-            epoch,
-            ..Stream::default()
-        };
+        self.stream.restart(epoch);
         self.pages = PageStats::default();
         self.begun = Some((epoch, Instant::now()));
         let begin = Begin {
             base,
-            fence: self.shared.sink.bulk_frames(),
+            fence: self.stream.sink.bulk_frames(),
             released_through,
         };
         self.guarded(|sender| {
             Ok(sender
-                .shared
+                .stream
                 .send(Kind::EpochBegin, wire::sequenced(0, &begin, "EpochBegin")?)?)
         })
     }
@@ -150,7 +180,7 @@ impl EpochSender {
     /// Sends pages of the epoch that was begun. Pages that change after this have to be sent again before it ends.
     pub fn pages(&mut self, source: Arc<dyn PageSource>) -> Result<PageStats, SendError> {
         self.guarded(|sender| {
-            let stats = sender.encoder.encode(source, sender.shared.clone())?;
+            let stats = sender.encoder.encode(source, sender.stream.clone())?;
             sender.pages.add(&stats);
             Ok(stats)
         })
@@ -171,32 +201,31 @@ impl EpochSender {
             let mut payload = Vec::with_capacity(SEQUENCE_BYTES + piece.len());
             payload.resize(SEQUENCE_BYTES, 0);
             payload.extend_from_slice(piece);
-            self.shared.send(Kind::EpochState, payload)?;
+            self.stream.send(Kind::EpochState, payload)?;
         }
-        wire::encode_disk(&sealed.disk, |payload| self.shared.send(Kind::EpochDisk, payload))?;
-        wire::encode_ports(&sealed.outputs, SEQUENCE_BYTES, |payload| {
-            self.shared.send(Kind::EpochOutput, payload)
+        wire::encode_disk(&sealed.disk, SEQUENCE_BYTES, |payload| {
+            self.stream.send(Kind::EpochDisk, payload)
         })?;
-        let (frames, end) = {
-            let stream = self.shared.stream();
-            let end = End {
-                pages: self.pages.pages - self.pages.unchanged,
-                state_bytes: sealed.state.len() as u64,
-                disk_changes: sealed.disk.iter().map(wire::disk_records).sum(),
-                outputs: sealed.outputs.iter().map(wire::port_records).sum(),
-                contains_flush: sealed.contains_flush,
-                payload_bytes: stream.payload_bytes,
-                checksum: stream.checksum.clone().finalize(),
-            };
-            (u64::from(stream.sequence) + 1, end)
+        wire::encode_ports(&sealed.outputs, SEQUENCE_BYTES, |payload| {
+            self.stream.send(Kind::EpochOutput, payload)
+        })?;
+        let totals = self.stream.totals();
+        let end = End {
+            pages: self.pages.pages - self.pages.unchanged,
+            state_bytes: sealed.state.len() as u64,
+            disk_changes: sealed.disk.iter().map(wire::disk_records).sum(),
+            outputs: sealed.outputs.iter().map(wire::port_records).sum(),
+            contains_flush: sealed.contains_flush,
+            payload_bytes: totals.payload_bytes,
+            checksum: totals.checksum,
         };
-        self.shared
+        self.stream
             .send(Kind::EpochEnd, wire::sequenced(0, &end, "EpochEnd")?)?;
         let send_time = self.begun.take().map_or(Duration::ZERO, |(_, begun)| begun.elapsed());
         Ok(EpochStats {
             pages: self.pages,
-            payload_bytes: end.payload_bytes,
-            frames,
+            payload_bytes: totals.payload_bytes,
+            frames: totals.frames + 1,
             send_time,
         })
     }
@@ -214,6 +243,11 @@ impl EpochSender {
     pub fn reset(&mut self) {
         self.encoder.reset();
         self.begun = None;
+    }
+
+    /// Where frames go, for a resync over the same connection.
+    pub(in crate::replication) fn sink(&self) -> Arc<dyn FrameSink> {
+        self.stream.sink.clone()
     }
 
     /// The encoder, for a resync over the same connection.

@@ -43,6 +43,10 @@ impl FrameSink for Taken {
     fn bulk_frames(&self) -> u64 {
         3
     }
+
+    fn wait_bulk_sent(&self) -> Result<(), SinkClosed> {
+        Ok(())
+    }
 }
 
 fn limits() -> StagingLimits {

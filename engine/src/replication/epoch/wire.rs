@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{DiskChange, DiskData, PORT_DATA_MAX_BYTES, Port, PortData, SECTOR_BYTES};
 
 /// Bytes at the start of every payload of an epoch: its number in the epoch, from 0.
-pub(super) const SEQUENCE_BYTES: usize = 4;
+pub(in crate::replication) const SEQUENCE_BYTES: usize = 4;
 /// Payloads that are filled with records are closed at this size.
 pub(super) const PAYLOAD_TARGET_BYTES: usize = 256 * 1024;
 /// A larger write is cut into pieces.
@@ -93,11 +93,15 @@ pub(super) struct End {
     pub checksum: u32,
 }
 
-pub(super) fn sequenced<T: Serialize>(sequence: u32, value: &T, what: &'static str) -> Result<Vec<u8>, PayloadError> {
+pub(in crate::replication) fn sequenced<T: Serialize>(
+    sequence: u32,
+    value: &T,
+    what: &'static str,
+) -> Result<Vec<u8>, PayloadError> {
     postcard::to_extend(value, sequence.to_le_bytes().to_vec()).map_err(|_| PayloadError::Malformed(what))
 }
 
-pub(super) fn sequence_of(payload: &[u8], what: &'static str) -> Result<u32, PayloadError> {
+pub(in crate::replication) fn sequence_of(payload: &[u8], what: &'static str) -> Result<u32, PayloadError> {
     let cut = PayloadError::CutOff {
         what,
         bytes: payload.len(),
@@ -108,7 +112,10 @@ pub(super) fn sequence_of(payload: &[u8], what: &'static str) -> Result<u32, Pay
         .ok_or(cut)
 }
 
-pub(super) fn decode<'a, T: Deserialize<'a>>(payload: &'a [u8], what: &'static str) -> Result<T, PayloadError> {
+pub(in crate::replication) fn decode<'a, T: Deserialize<'a>>(
+    payload: &'a [u8],
+    what: &'static str,
+) -> Result<T, PayloadError> {
     let body = payload.get(SEQUENCE_BYTES..).unwrap_or_default();
     match postcard::take_from_bytes(body) {
         Ok((value, [])) => Ok(value),
@@ -149,10 +156,14 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Puts disk changes into payloads of about [`PAYLOAD_TARGET_BYTES`], each with room for its sequence number; hands
-/// over each that is full.
-pub(super) fn encode_disk<E>(changes: &[DiskChange], mut full: impl FnMut(Vec<u8>) -> Result<(), E>) -> Result<(), E> {
-    let mut payload = vec![0; SEQUENCE_BYTES];
+/// Puts disk changes into payloads of about [`PAYLOAD_TARGET_BYTES`] behind `prefix` bytes of zeroes; hands over each
+/// that is full.
+pub(in crate::replication) fn encode_disk<E>(
+    changes: &[DiskChange],
+    prefix: usize,
+    mut full: impl FnMut(Vec<u8>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut payload = vec![0; prefix];
     for change in changes {
         match &change.what {
             DiskData::Zeroed(len) => disk_record(&mut payload, DISK_ZEROED, change.disk, change.offset, *len, &[]),
@@ -169,24 +180,20 @@ pub(super) fn encode_disk<E>(changes: &[DiskChange], mut full: impl FnMut(Vec<u8
                     );
                     offset += piece.len() as u64;
                     if payload.len() >= PAYLOAD_TARGET_BYTES {
-                        full(std::mem::replace(&mut payload, vec![0; SEQUENCE_BYTES]))?;
+                        full(std::mem::replace(&mut payload, vec![0; prefix]))?;
                     }
                 }
             }
         }
         if payload.len() >= PAYLOAD_TARGET_BYTES {
-            full(std::mem::replace(&mut payload, vec![0; SEQUENCE_BYTES]))?;
+            full(std::mem::replace(&mut payload, vec![0; prefix]))?;
         }
     }
-    if payload.len() > SEQUENCE_BYTES {
-        full(payload)
-    } else {
-        Ok(())
-    }
+    if payload.len() > prefix { full(payload) } else { Ok(()) }
 }
 
 /// Records that [`encode_disk`] makes of a change.
-pub(super) fn disk_records(change: &DiskChange) -> u64 {
+pub(in crate::replication) fn disk_records(change: &DiskChange) -> u64 {
     match &change.what {
         DiskData::Zeroed(_) => 1,
         DiskData::Written(data) => data.len().div_ceil(WRITE_PIECE_BYTES) as u64,
@@ -207,11 +214,15 @@ fn disk_record(payload: &mut Vec<u8>, kind: u8, disk: u16, offset: u64, len: u64
     payload.extend_from_slice(data);
 }
 
-/// Decodes the disk changes behind a sequence number, for disks of these sizes.
-pub(super) fn decode_disk(payload: &[u8], disk_bytes: &[u64]) -> Result<Vec<DiskChange>, PayloadError> {
-    const WHAT: &str = "EpochDisk";
+/// Decodes the disk changes behind `prefix` bytes, for disks of these sizes.
+pub(in crate::replication) fn decode_disk(
+    payload: &[u8],
+    prefix: usize,
+    disk_bytes: &[u64],
+) -> Result<Vec<DiskChange>, PayloadError> {
+    const WHAT: &str = "disk";
     let mut fields = Fields::new(WHAT, payload);
-    fields.take(SEQUENCE_BYTES)?;
+    fields.take(prefix)?;
     let mut changes = Vec::new();
     while !fields.rest.is_empty() {
         let [kind] = fields.array()?;

@@ -337,6 +337,10 @@ impl FrameSink for SessionSink {
     fn bulk_frames(&self) -> u64 {
         self.bulk_frames.load(Ordering::Relaxed)
     }
+
+    fn wait_bulk_sent(&self) -> Result<(), SinkClosed> {
+        self.sender.wait_sent(Class::Bulk).map_err(|_| SinkClosed)
+    }
 }
 
 #[cfg(test)]

@@ -157,6 +157,20 @@ impl PageChunk {
         self.pages
     }
 
+    /// Visits the numbers of the pages that [`Self::apply`] changes.
+    pub fn visit_pages(&self, mut visit: impl FnMut(u32)) {
+        let mut rest = &self.payload[CHUNK_HEADER_BYTES..];
+        while let Some(record) = next_record(rest) {
+            rest = record.rest;
+            let count = if record.kind == PageKind::Zero as u8 {
+                u32::from(record.len)
+            } else {
+                1
+            };
+            (record.page..record.page + count).for_each(&mut visit);
+        }
+    }
+
     /// Bytes of memory that the chunk holds.
     pub fn staged_bytes(&self) -> usize {
         self.payload.capacity()

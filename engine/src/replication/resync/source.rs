@@ -1,0 +1,267 @@
+//! The active's side of a resync.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ftvm_protocol::wire::Kind;
+
+use super::window::ResyncWindow;
+use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, ResyncError};
+use crate::replication::epoch::{DiskChange, EpochSender, NumberedStream, wire};
+use crate::replication::memory::{PAGE_SIZE, PageMemory};
+use crate::replication::pages::{ChunkSink, EncodeError, LivePages, PageStats, SinkClosed};
+use crate::replication::storage::Storage;
+
+/// Disks are copied in blocks of this size.
+const BLOCK_BYTES: u64 = 256 * 1024;
+/// Memory is copied in pieces of this many pages; between them disk changes are sent.
+const PIECE_PAGES: u32 = 4096;
+
+/// How far a resync is; shared with whoever shows it.
+#[derive(Debug, Default)]
+pub struct ResyncProgress {
+    total_bytes: AtomicU64,
+    done_bytes: AtomicU64,
+}
+
+impl ResyncProgress {
+    /// Bytes of memory and disks in all; 0 before a resync begins.
+    pub fn total_bytes(&self) -> u64 {
+        self.total_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of memory and disks that were read, encoded and queued.
+    pub fn done_bytes(&self) -> u64 {
+        self.done_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Percent done, `None` while no resync runs.
+    pub fn percent(&self) -> Option<u8> {
+        let (done, total) = (self.done_bytes(), self.total_bytes());
+        (total > 0 && done < total).then(|| (u128::from(done) * 100 / u128::from(total)) as u8)
+    }
+
+    fn begin(&self, total_bytes: u64) {
+        self.done_bytes.store(0, Ordering::Relaxed);
+        self.total_bytes.store(total_bytes, Ordering::Relaxed);
+    }
+
+    fn add(&self, bytes: u64) {
+        self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn end(&self) {
+        self.total_bytes.store(0, Ordering::Relaxed);
+    }
+}
+
+/// What a resync took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ResyncStats {
+    /// Pages by kind.
+    pub pages: PageStats,
+    /// Bytes of disks copied, zeroes included.
+    pub disk_bytes: u64,
+    /// Changes that completed meanwhile and were sent behind.
+    pub disk_changes: u64,
+    /// Payload bytes of all frames.
+    pub payload_bytes: u64,
+    /// From begin to end.
+    pub time: Duration,
+}
+
+impl ResyncStats {
+    /// Bytes of memory and disks copied in a second.
+    pub fn bytes_per_second(&self) -> f64 {
+        let bytes = self.pages.pages * PAGE_SIZE as u64 + self.disk_bytes;
+        bytes as f64 / self.time.as_secs_f64().max(1e-9)
+    }
+}
+
+type Feed = Box<dyn FnMut() -> Vec<DiskChange> + Send>;
+
+/// Copies a running machine.
+pub struct ResyncSource {
+    memory: Arc<dyn PageMemory>,
+    volumes: Vec<Arc<dyn Storage>>,
+    changes: Feed,
+    window: Arc<ResyncWindow>,
+    progress: Arc<ResyncProgress>,
+}
+
+impl ResyncSource {
+    /// All of `memory` and `volumes`. `changes` gives the disk changes that completed since it was asked last, in
+    /// order; recording began before this is made. Dirty tracking of memory began before, too.
+    pub fn new(
+        memory: Arc<dyn PageMemory>,
+        volumes: Vec<Arc<dyn Storage>>,
+        changes: impl FnMut() -> Vec<DiskChange> + Send + 'static,
+        progress: Arc<ResyncProgress>,
+    ) -> Self {
+        Self {
+            memory,
+            volumes,
+            changes: Box::new(changes),
+            window: Arc::default(),
+            progress,
+        }
+    }
+
+    /// Where `Credit` frames of the session go; without them the resync stalls after a few megabytes.
+    pub fn window(&self) -> Arc<ResyncWindow> {
+        self.window.clone()
+    }
+
+    /// Sends everything through `sender`'s encoder and connection; returns when the last frame was handed to the
+    /// connection. The join checkpoint comes next, with what was dirtied and changed since.
+    pub fn run(mut self, sender: &mut EpochSender) -> Result<ResyncStats, ResyncError> {
+        let begun = Instant::now();
+        sender.reset();
+        let disk_bytes: Vec<u64> = self.volumes.iter().map(|volume| volume.size_bytes()).collect();
+        let page_count = self.memory.page_count();
+        let copied_bytes: u64 = disk_bytes.iter().sum();
+        self.progress
+            .begin(u64::from(page_count) * PAGE_SIZE as u64 + copied_bytes);
+        let bulk = Arc::new(Bulk::new(sender, self.window.clone()));
+        let begin = wire::sequenced(
+            0,
+            &Begin {
+                page_count,
+                disk_bytes: disk_bytes.clone(),
+            },
+            "ResyncBegin",
+        )?;
+        bulk.send(Kind::ResyncBegin, begin)?;
+
+        let mut stats = ResyncStats {
+            disk_bytes: copied_bytes,
+            ..ResyncStats::default()
+        };
+        for (disk, size) in disk_bytes.into_iter().enumerate() {
+            stats.disk_changes += self.copy_disk(disk as u16, size, &bulk)?;
+        }
+        for first in (0..page_count).step_by(PIECE_PAGES as usize) {
+            let pages = first..page_count.min(first.saturating_add(PIECE_PAGES));
+            let bytes = pages.len() as u64 * PAGE_SIZE as u64;
+            let source = Arc::new(LivePages::new(self.memory.clone(), pages.collect()));
+            let encoded = sender.encoder().encode(source, bulk.clone());
+            stats.pages.add(&encoded.map_err(|error| bulk.why(error))?);
+            stats.disk_changes += self.send_changes(&bulk)?;
+            self.progress.add(bytes);
+        }
+        let totals = bulk.stream.totals();
+        stats.payload_bytes = totals.payload_bytes;
+        let end = End {
+            payload_bytes: totals.payload_bytes,
+            checksum: totals.checksum,
+        };
+        bulk.send(Kind::ResyncEnd, wire::sequenced(0, &end, "ResyncEnd")?)?;
+        sender.sink().wait_bulk_sent()?;
+        stats.time = begun.elapsed();
+        Ok(stats)
+    }
+
+    fn copy_disk(&mut self, disk: u16, size: u64, bulk: &Bulk) -> Result<u64, ResyncError> {
+        let volume = self.volumes[usize::from(disk)].clone();
+        let mut block = vec![0; BLOCK_BYTES.min(size) as usize];
+        let mut sent = 0;
+        let mut offset = 0;
+        // Runs of zeroes are gathered: most of many disks.
+        let mut zeroes = 0;
+        while offset < size {
+            let len = BLOCK_BYTES.min(size - offset);
+            let bytes = &mut block[..len as usize];
+            volume
+                .read_at(offset, bytes)
+                .map_err(|error| ResyncError::Read { disk, offset, error })?;
+            let zero = is_zero(bytes);
+            if zero {
+                zeroes += len;
+            }
+            let mut copy = Vec::new();
+            let changes = (self.changes)();
+            let flush_zeroes = !zero || !changes.is_empty() || offset + len == size;
+            if zeroes > 0 && flush_zeroes {
+                let end = if zero { offset + len } else { offset };
+                copy.push(DiskChange::zeroed(disk, end - zeroes, zeroes));
+                zeroes = 0;
+            }
+            if !zero {
+                copy.push(DiskChange::written(disk, offset, bytes));
+            }
+            bulk.disk(DISK_COPY, &copy)?;
+            // Only now: what completed after the block was read has to come behind it.
+            bulk.disk(DISK_CHANGES, &changes)?;
+            sent += changes.len() as u64;
+            offset += len;
+            self.progress.add(len);
+        }
+        Ok(sent)
+    }
+
+    fn send_changes(&mut self, bulk: &Bulk) -> Result<u64, ResyncError> {
+        let changes = (self.changes)();
+        bulk.disk(DISK_CHANGES, &changes)?;
+        Ok(changes.len() as u64)
+    }
+}
+
+impl Drop for ResyncSource {
+    fn drop(&mut self) {
+        self.progress.end();
+    }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes
+        .chunks(4096)
+        .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// Bulk frames, numbered and within the window.
+struct Bulk {
+    stream: NumberedStream,
+    window: Arc<ResyncWindow>,
+    /// Why the window refused, for the encoder's caller: the encoder itself only knows that its sink is closed.
+    refused: Mutex<Option<ResyncError>>,
+}
+
+impl Bulk {
+    fn new(sender: &EpochSender, window: Arc<ResyncWindow>) -> Self {
+        Self {
+            stream: NumberedStream::new(sender.sink()),
+            window,
+            refused: Mutex::default(),
+        }
+    }
+
+    fn send(&self, kind: Kind, payload: Vec<u8>) -> Result<(), ResyncError> {
+        self.window.take(payload.len() as u64)?;
+        Ok(self.stream.send(kind, payload)?)
+    }
+
+    fn disk(&self, what: u8, changes: &[DiskChange]) -> Result<(), ResyncError> {
+        wire::encode_disk(changes, DISK_PREFIX_BYTES, |mut payload| {
+            payload[DISK_PREFIX_BYTES - 1] = what;
+            self.send(Kind::ResyncDisk, payload)
+        })
+    }
+
+    fn why(&self, error: EncodeError) -> ResyncError {
+        self.refused
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .unwrap_or(error.into())
+    }
+}
+
+impl ChunkSink for Bulk {
+    fn chunk(&self, payload: Vec<u8>) -> Result<(), SinkClosed> {
+        self.send(Kind::ResyncMemory, payload).map_err(|error| {
+            *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            SinkClosed
+        })
+    }
+}

@@ -1,0 +1,181 @@
+//! The side that receives a resync.
+
+use ftvm_protocol::wire::Kind;
+
+use super::window::{CREDIT_EVERY_BYTES, credit_payload};
+use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, ResyncError};
+use crate::replication::epoch::{DiskChange, PayloadError, StagingLimits, wire};
+use crate::replication::memory::PageMemory;
+use crate::replication::pages::PageChunk;
+use crate::replication::standby_disks::StandbyDisks;
+
+/// What has arrived.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ResyncTotals {
+    /// Pages applied.
+    pub pages: u64,
+    /// Bytes of disks copied.
+    pub disk_bytes: u64,
+    /// Payload bytes of all frames.
+    pub payload_bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Waiting,
+    Running,
+    Complete,
+}
+
+/// Writes what a resync brings to memory and disks as it arrives; knows whether everything came.
+pub struct ResyncTarget {
+    page_count: u32,
+    disk_bytes: Vec<u64>,
+    phase: Phase,
+    next: u32,
+    checksum: crc32fast::Hasher,
+    /// A bit for each page that came.
+    pages: Vec<u64>,
+    /// How far each disk is copied.
+    copied: Vec<u64>,
+    totals: ResyncTotals,
+    credited: u64,
+}
+
+impl ResyncTarget {
+    /// For the machine that `limits` describe.
+    pub fn new(limits: &StagingLimits) -> Self {
+        Self {
+            page_count: limits.page_count,
+            disk_bytes: limits.disk_bytes.clone(),
+            phase: Phase::Waiting,
+            next: 0,
+            checksum: crc32fast::Hasher::new(),
+            pages: Vec::new(),
+            copied: vec![0; limits.disk_bytes.len()],
+            totals: ResyncTotals::default(),
+            credited: 0,
+        }
+    }
+
+    /// Everything came: the join checkpoint may follow.
+    pub fn is_complete(&self) -> bool {
+        self.phase == Phase::Complete
+    }
+
+    /// What has arrived so far.
+    pub fn totals(&self) -> ResyncTotals {
+        self.totals
+    }
+
+    /// Takes a frame of one of the resync kinds. `Some` is the payload of a `Credit` frame to send to the active:
+    /// without it, the active stops sending.
+    pub fn accept(
+        &mut self,
+        kind: Kind,
+        payload: Vec<u8>,
+        memory: &dyn PageMemory,
+        disks: &mut StandbyDisks,
+    ) -> Result<Option<Vec<u8>>, ResyncError> {
+        let found = wire::sequence_of(&payload, "resync")?;
+        if found != self.next {
+            return Err(ResyncError::Sequence {
+                found,
+                expected: self.next,
+            });
+        }
+        match (kind, self.phase) {
+            (Kind::ResyncBegin, Phase::Waiting) => self.begin(&payload, disks)?,
+            (Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd, Phase::Running) => {}
+            (Kind::ResyncBegin, _) => return Err(ResyncError::Unexpected("a second beginning")),
+            (_, Phase::Waiting) => return Err(ResyncError::Unexpected("no resync was begun")),
+            _ => return Err(ResyncError::Unexpected("the resync had ended")),
+        }
+        self.next += 1;
+        let len = payload.len() as u64;
+        if kind == Kind::ResyncEnd {
+            self.end(&payload)?;
+        } else {
+            self.checksum.update(&payload);
+        }
+        match kind {
+            Kind::ResyncMemory => self.memory(payload, memory)?,
+            Kind::ResyncDisk => self.disk(&payload, disks)?,
+            _ => {}
+        }
+        self.totals.payload_bytes += len;
+        if self.totals.payload_bytes - self.credited < CREDIT_EVERY_BYTES && kind != Kind::ResyncEnd {
+            return Ok(None);
+        }
+        self.credited = self.totals.payload_bytes;
+        Ok(Some(credit_payload(self.credited)))
+    }
+
+    fn begin(&mut self, payload: &[u8], disks: &mut StandbyDisks) -> Result<(), ResyncError> {
+        let begin: Begin = wire::decode(payload, "ResyncBegin")?;
+        if begin.page_count != self.page_count || begin.disk_bytes != self.disk_bytes {
+            let describe = |pages: u32, disks: &[u64]| format!("{pages} pages and disks of {disks:?} bytes");
+            return Err(ResyncError::OtherMachine {
+                theirs: describe(begin.page_count, &begin.disk_bytes[..begin.disk_bytes.len().min(64)]),
+                ours: describe(self.page_count, &self.disk_bytes),
+            });
+        }
+        disks.begin_resync()?;
+        self.pages = vec![0; self.page_count.div_ceil(64) as usize];
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    fn memory(&mut self, payload: Vec<u8>, memory: &dyn PageMemory) -> Result<(), ResyncError> {
+        let chunk = PageChunk::check(payload, self.page_count)?;
+        chunk.apply(memory);
+        let pages = &mut self.pages;
+        chunk.visit_pages(|page| pages[page as usize / 64] |= 1 << (page % 64));
+        self.totals.pages += chunk.pages();
+        Ok(())
+    }
+
+    fn disk(&mut self, payload: &[u8], disks: &mut StandbyDisks) -> Result<(), ResyncError> {
+        let changes = wire::decode_disk(payload, DISK_PREFIX_BYTES, &self.disk_bytes)?;
+        match payload[DISK_PREFIX_BYTES - 1] {
+            DISK_CHANGES => {}
+            DISK_COPY => changes.iter().try_for_each(|change| self.copied(change))?,
+            _ => return Err(PayloadError::Malformed("ResyncDisk").into()),
+        }
+        Ok(disks.write_resync(changes)?)
+    }
+
+    fn copied(&mut self, change: &DiskChange) -> Result<(), ResyncError> {
+        let copied = &mut self.copied[usize::from(change.disk)];
+        if change.offset != *copied {
+            return Err(ResyncError::Block {
+                disk: change.disk,
+                found: change.offset,
+                expected: *copied,
+            });
+        }
+        *copied = change.end();
+        self.totals.disk_bytes += change.len();
+        Ok(())
+    }
+
+    fn end(&mut self, payload: &[u8]) -> Result<(), ResyncError> {
+        let end: End = wire::decode(payload, "ResyncEnd")?;
+        let came: u64 = self.pages.iter().map(|word| u64::from(word.count_ones())).sum();
+        let incomplete = |what| Err(ResyncError::Incomplete(what));
+        if came != u64::from(self.page_count) {
+            return incomplete(format!("{came} of {} pages came", self.page_count));
+        }
+        if let Some(disk) = (0..self.copied.len()).find(|&disk| self.copied[disk] != self.disk_bytes[disk]) {
+            return incomplete(format!(
+                "disk {disk} was copied through byte {} of {}",
+                self.copied[disk], self.disk_bytes[disk]
+            ));
+        }
+        if end.payload_bytes != self.totals.payload_bytes || end.checksum != self.checksum.clone().finalize() {
+            return incomplete("its bytes are not those that were sent".to_owned());
+        }
+        self.phase = Phase::Complete;
+        Ok(())
+    }
+}

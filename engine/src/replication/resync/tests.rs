@@ -1,0 +1,430 @@
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+
+use ftvm_protocol::wire::Kind;
+
+use super::*;
+use crate::replication::epoch::{
+    DiskChange, DiskData, EpochReceiver, EpochSender, FrameSink, SealedEpoch, StagedEpoch, StagingLimits,
+};
+use crate::replication::journal::JOURNAL_MIN_BYTES;
+use crate::replication::memory::{HeapMemory, PageMemory};
+use crate::replication::pages::{CopiedPages, EncoderConfig, PageEncoder};
+use crate::replication::standby_disks::StandbyDisks;
+use crate::replication::storage::Storage;
+use crate::replication::testing::{MemStorage, Seeded, random_change};
+
+const PAGES: u32 = 5000;
+const DISKS: [u64; 2] = [3 << 20, 100 * 512];
+
+type Frame = (Kind, u64, Vec<u8>);
+
+/// A link as a channel.
+struct Wire {
+    frames: SyncSender<Frame>,
+    bulk: AtomicU64,
+}
+
+impl FrameSink for Wire {
+    fn frame(&self, kind: Kind, epoch: u64, payload: Vec<u8>) -> Result<(), SinkClosed> {
+        assert!(payload.len() <= kind.max_len() as usize);
+        if matches!(
+            kind,
+            Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd
+        ) {
+            self.bulk.fetch_add(1, Ordering::Relaxed);
+        }
+        self.frames.send((kind, epoch, payload)).map_err(|_| SinkClosed)
+    }
+
+    fn bulk_frames(&self) -> u64 {
+        self.bulk.load(Ordering::Relaxed)
+    }
+
+    fn wait_bulk_sent(&self) -> Result<(), SinkClosed> {
+        Ok(())
+    }
+}
+
+fn wire() -> (EpochSender, Receiver<Frame>) {
+    let (frames, received) = sync_channel(4);
+    let encoder = PageEncoder::new(EncoderConfig {
+        workers: 2,
+        cache_bytes: 1 << 20,
+        ..EncoderConfig::default()
+    });
+    let sink = Arc::new(Wire {
+        frames,
+        bulk: AtomicU64::new(0),
+    });
+    (EpochSender::new(sink, encoder.expect("threads")), received)
+}
+
+fn limits() -> StagingLimits {
+    StagingLimits {
+        page_count: PAGES,
+        disk_bytes: DISKS.to_vec(),
+        nics: 1,
+        max_epoch_bytes: 64 << 20,
+    }
+}
+
+struct Standby {
+    memory: HeapMemory,
+    volumes: Vec<Arc<MemStorage>>,
+    disks: StandbyDisks,
+    target: ResyncTarget,
+}
+
+impl Standby {
+    fn new() -> Self {
+        let mut seeded = Seeded::new(99);
+        let memory = HeapMemory::new(PAGES);
+        (0..PAGES).for_each(|page| memory.write_in_page(page, 0, &[0xEE]));
+        let volumes: Vec<_> = DISKS
+            .iter()
+            .map(|&bytes| MemStorage::new(seeded.bytes(bytes as usize)))
+            .collect();
+        let stores = volumes
+            .iter()
+            .map(|volume| volume.clone() as Arc<dyn Storage>)
+            .collect();
+        let journal = MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize * 4]);
+        let disks = StandbyDisks::open(journal, stores, &None).expect("opens");
+        Self {
+            memory,
+            volumes,
+            disks,
+            target: ResyncTarget::new(&limits()),
+        }
+    }
+
+    fn accept(&mut self, frame: Frame) -> Result<Option<Vec<u8>>, ResyncError> {
+        self.target.accept(frame.0, frame.2, &self.memory, &mut self.disks)
+    }
+
+    /// Takes frames to the end of the wire; gives the epoch that completes it.
+    fn follow(&mut self, frames: &Receiver<Frame>, window: &ResyncWindow) -> Option<StagedEpoch> {
+        let mut receiver = EpochReceiver::new(limits(), None);
+        let mut staged = None;
+        for (kind, epoch, payload) in frames {
+            if matches!(
+                kind,
+                Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd
+            ) {
+                receiver.bulk_frame();
+                if let Some(credit) = self.accept((kind, epoch, payload)).expect("accepted") {
+                    window.credited(&credit).expect("credit for what was sent");
+                }
+            } else {
+                staged = receiver.accept(kind, epoch, payload).expect("accepted").or(staged);
+            }
+        }
+        staged
+    }
+}
+
+/// An active whose guest writes memory and disks all the time.
+struct Active {
+    memory: Arc<HeapMemory>,
+    volumes: Vec<Arc<MemStorage>>,
+    completed: Mutex<Vec<DiskChange>>,
+    dirty: Mutex<Vec<u32>>,
+    stop: AtomicBool,
+}
+
+impl Active {
+    fn new() -> Arc<Self> {
+        let mut seeded = Seeded::new(1);
+        let memory = Arc::new(HeapMemory::new(PAGES));
+        (0..PAGES)
+            .filter(|page| page % 3 == 0)
+            .for_each(|page| memory.write_page(page, &seeded.page()));
+        let volumes = DISKS.iter().map(|&bytes| {
+            let mut contents = seeded.bytes(bytes as usize);
+            contents[bytes as usize / 3..bytes as usize / 2].fill(0);
+            MemStorage::new(contents)
+        });
+        Arc::new(Self {
+            memory,
+            volumes: volumes.collect(),
+            completed: Mutex::default(),
+            dirty: Mutex::default(),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    fn write_disk(&self, seeded: &mut Seeded) {
+        let disk = seeded.below(2) as u16;
+        let change = random_change(seeded, disk, DISKS[usize::from(disk)] / 512);
+        let volume = &self.volumes[usize::from(disk)];
+        match &change.what {
+            DiskData::Written(data) => volume.write_at(change.offset, data).expect("no fault"),
+            DiskData::Zeroed(len) => volume.zero(change.offset, *len).expect("no fault"),
+        }
+        // Completion comes later than the write.
+        std::thread::yield_now();
+        self.completed.lock().expect("no panic").push(change);
+    }
+
+    fn run_guest(&self, seed: u64) {
+        let mut seeded = Seeded::new(seed);
+        while !self.stop.load(Ordering::Relaxed) {
+            self.write_disk(&mut seeded);
+            let page = seeded.below(PAGES.into()) as u32;
+            self.memory
+                .write_in_page(page, 8 * seeded.below(512) as usize, &seeded.next().to_le_bytes());
+            self.dirty.lock().expect("no panic").push(page);
+        }
+    }
+
+    fn source(self: &Arc<Self>) -> ResyncSource {
+        let volumes = self
+            .volumes
+            .iter()
+            .map(|volume| volume.clone() as Arc<dyn Storage>)
+            .collect();
+        let active = self.clone();
+        let changes = move || std::mem::take(&mut *active.completed.lock().expect("no panic"));
+        ResyncSource::new(self.memory.clone(), volumes, changes, Arc::default())
+    }
+
+    fn join(&self, epoch: u64) -> SealedEpoch {
+        let mut dirty = std::mem::take(&mut *self.dirty.lock().expect("no panic"));
+        dirty.sort_unstable();
+        dirty.dedup();
+        let mut pages = CopiedPages::default();
+        dirty.into_iter().for_each(|page| pages.copy_from(&*self.memory, page));
+        let disk = std::mem::take(&mut *self.completed.lock().expect("no panic"));
+        SealedEpoch {
+            epoch,
+            pages: Arc::new(pages),
+            disk,
+            ..SealedEpoch::default()
+        }
+    }
+}
+
+#[test]
+fn both_sides_are_equal_after_a_resync_under_writes() {
+    let active = Active::new();
+    let (mut sender, frames) = wire();
+    let source = active.source();
+    let window = source.window();
+    let mut standby = Standby::new();
+    let (staged, stats) = std::thread::scope(|scope| {
+        let guest = scope.spawn(|| active.run_guest(5));
+        let sending = scope.spawn(|| {
+            let stats = source.run(&mut sender).expect("sent");
+            active.stop.store(true, Ordering::Relaxed);
+            guest.join().expect("no panic");
+            sender.finish(&active.join(7)).expect("sent");
+            drop(sender);
+            stats
+        });
+        let staged = standby.follow(&frames, &window).expect("join checkpoint");
+        (staged, sending.join().expect("no panic"))
+    });
+    assert!(standby.target.is_complete());
+    assert_eq!(stats.disk_bytes, DISKS.iter().sum::<u64>());
+    assert!(stats.disk_changes > 5, "the guest wrote meanwhile: {stats:?}");
+    assert!(stats.pages.zero > 3000, "most pages are zero: {stats:?}");
+    standby.disks.stage(staged.epoch, &staged.disk, true).expect("staged");
+    staged.apply_pages(&standby.memory);
+    standby.disks.commit(staged.epoch).expect("committed");
+    standby.disks.settle().expect("settled");
+    assert_eq!(digest_memory(&*active.memory, 2), digest_memory(&standby.memory, 2));
+    for (ours, theirs) in active.volumes.iter().zip(&standby.volumes) {
+        assert_eq!(
+            digest_storage(&**ours).expect("read"),
+            digest_storage(&**theirs).expect("read")
+        );
+        assert!(ours.bytes() == theirs.bytes());
+    }
+}
+
+/// All frames of a resync of a machine that stands still.
+fn frames_of(active: &Arc<Active>) -> Vec<Frame> {
+    let (mut sender, frames) = wire();
+    let source = active.source();
+    let window = source.window();
+    std::thread::scope(|scope| {
+        scope.spawn(move || source.run(&mut sender).expect("sent"));
+        let mut taken = 0u64;
+        frames
+            .iter()
+            .inspect(|frame| {
+                taken += frame.2.len() as u64;
+                window.credited(&taken.to_le_bytes()).expect("credit for what was sent");
+            })
+            .collect()
+    })
+}
+
+#[test]
+fn a_resync_is_complete_only_with_every_frame() {
+    let frames = frames_of(&Active::new());
+    let mut whole = Standby::new();
+    frames
+        .iter()
+        .for_each(|frame| drop(whole.accept(frame.clone()).expect("accepted")));
+    assert!(whole.target.is_complete());
+    for lost in (0..frames.len()).step_by(7) {
+        let mut standby = Standby::new();
+        let rest = frames
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| *at != lost)
+            .map(|(_, frame)| frame.clone());
+        let refused = rest.into_iter().find_map(|frame| standby.accept(frame).err());
+        let last = lost == frames.len() - 1;
+        assert_eq!(refused.is_none(), last, "frame {lost} of {}", frames.len());
+        assert!(!standby.target.is_complete());
+    }
+    let again = whole.accept(frames[1].clone());
+    assert!(matches!(again, Err(ResyncError::Sequence { .. })), "{again:?}");
+}
+
+#[test]
+fn pages_and_blocks_that_never_came_are_missed() {
+    let frames = frames_of(&Active::new());
+    for kind in [Kind::ResyncMemory, Kind::ResyncDisk] {
+        let mut standby = Standby::new();
+        // A sender that left a frame out and numbered and summed the others as if that were right.
+        let skipped = frames
+            .iter()
+            .rposition(|frame| frame.0 == kind)
+            .expect("there are some");
+        let mut checksum = crc32fast::Hasher::new();
+        let mut payload_bytes = 0;
+        let rest = frames
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| *at != skipped)
+            .map(|(_, frame)| frame.clone());
+        let refused = rest.zip(0u32..).find_map(|(mut frame, number)| {
+            if frame.0 == Kind::ResyncEnd {
+                let end = End {
+                    payload_bytes,
+                    checksum: checksum.clone().finalize(),
+                };
+                frame.2 = crate::replication::epoch::wire::sequenced(number, &end, "end").expect("encodes");
+            }
+            frame.2[..4].copy_from_slice(&number.to_le_bytes());
+            checksum.update(&frame.2);
+            payload_bytes += frame.2.len() as u64;
+            standby.accept(frame).err()
+        });
+        assert!(matches!(refused, Some(ResyncError::Incomplete(_))), "{refused:?}");
+    }
+}
+
+#[test]
+fn another_machine_is_refused_before_anything_is_overwritten() {
+    let active = Active::new();
+    let frames = frames_of(&active);
+    let mut standby = Standby::new();
+    standby.target = ResyncTarget::new(&StagingLimits {
+        page_count: PAGES + 1,
+        ..limits()
+    });
+    let before = standby.volumes[0].bytes();
+    let refused = standby.accept(frames[0].clone());
+    assert!(matches!(refused, Err(ResyncError::OtherMachine { .. })), "{refused:?}");
+    let refused = standby.accept((frames[1].0, 0, frames[0].2.clone()));
+    assert!(matches!(refused, Err(ResyncError::Unexpected(_))), "{refused:?}");
+    assert!(standby.volumes[0].bytes() == before);
+}
+
+#[test]
+fn damaged_frames_are_refused_without_a_panic() {
+    let frames = frames_of(&Active::new());
+    let mut seeded = Seeded::new(4);
+    for _ in 0..40 {
+        let mut standby = Standby::new();
+        let damaged = seeded.below(frames.len().min(20) as u64) as usize;
+        let refused = frames.iter().enumerate().take(40).find_map(|(at, frame)| {
+            let mut frame = frame.clone();
+            if at == damaged {
+                let below = frame.2.len().min(48) as u64;
+                frame.2[seeded.below(below) as usize] ^= 1 << seeded.below(8);
+            }
+            standby.accept(frame).err()
+        });
+        // What passes is found by the checksum at the end.
+        assert!(refused.is_some() || !standby.target.is_complete());
+    }
+}
+
+#[test]
+fn without_credit_the_source_waits_and_closing_ends_it() {
+    let active = Active::new();
+    let (mut sender, frames) = wire();
+    let source = active.source();
+    let window = source.window();
+    let waiting = std::thread::spawn(move || source.run(&mut sender));
+    // Everything that comes without credit: less than all.
+    let mut came = 0u64;
+    while came < 7 << 20 {
+        came += frames.recv().expect("more comes").2.len() as u64;
+    }
+    window.close();
+    let result = waiting.join().expect("no panic");
+    assert!(matches!(result, Err(ResyncError::Closed(_))), "{result:?}");
+    came += frames.iter().map(|frame| frame.2.len() as u64).sum::<u64>();
+    assert!(came <= 8 << 20, "{came} bytes came without credit");
+    assert!(
+        window.credited(&u64::MAX.to_le_bytes()).is_err(),
+        "credit for what was never sent"
+    );
+    assert!(window.credited(&[1]).is_err());
+}
+
+#[test]
+fn a_disk_that_cannot_be_read_ends_the_resync() {
+    struct Broken;
+    impl Storage for Broken {
+        fn size_bytes(&self) -> u64 {
+            1 << 20
+        }
+        fn read_at(&self, offset: u64, _: &mut [u8]) -> std::io::Result<()> {
+            if offset > 300_000 {
+                Err(std::io::ErrorKind::Other.into())
+            } else {
+                Ok(())
+            }
+        }
+        fn write_at(&self, _: u64, _: &[u8]) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn zero(&self, _: u64, _: u64) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn sync(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let (mut sender, frames) = wire();
+    let progress = Arc::new(ResyncProgress::default());
+    let source = ResyncSource::new(
+        Arc::new(HeapMemory::new(1)),
+        vec![Arc::new(Broken)],
+        Vec::new,
+        progress.clone(),
+    );
+    let result = source.run(&mut sender);
+    assert!(
+        matches!(
+            result,
+            Err(ResyncError::Read {
+                disk: 0,
+                offset: 524_288,
+                ..
+            })
+        ),
+        "{result:?}"
+    );
+    assert_eq!(progress.percent(), None, "over");
+    drop(frames);
+}
