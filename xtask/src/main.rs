@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 mod check;
 mod demo;
 mod lab;
+mod packages;
 mod sim;
 mod test;
 

@@ -15,7 +15,7 @@ pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 79, 0, 100);
 /// A MAC address for it: locally administered, the same wherever the guest runs.
 pub const MAC: &str = "52:54:00:00:79:64";
 /// The kernel command line that it needs.
-pub const CMDLINE: &str = "root=/dev/vda ro console=ttyS0 net.ifnames=0";
+pub const CMDLINE: &str = "root=/dev/vda ro console=ttyS0 net.ifnames=0 quiet";
 /// Ends the line on its console that says that all services are up.
 pub const READY: &str = "guest ready, up for";
 

@@ -1,0 +1,238 @@
+//! `cargo xtask test`: every test of the project, in tiers; the cheap ones first.
+//!
+//! A tier is a list of commands with a budget of time for all of them. Tests find their tier by their place: what is in a package's `src` is
+//! `unit`; integration tests are `native`, unless their file's name begins with `emulated_`.
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Args;
+
+use crate::packages;
+
+mod runner;
+mod tally;
+
+use tally::Tally;
+
+/// Options of `cargo xtask test`.
+#[derive(Args)]
+pub struct Test {
+    /// Only what runs in under two minutes without emulated nodes
+    #[arg(long)]
+    quick: bool,
+    /// Only this tier (may be given several times)
+    #[arg(long = "tier", value_name = "NAME")]
+    tiers: Vec<String>,
+}
+
+/// Tests that are run together.
+struct Tier {
+    name: &'static str,
+    /// What it shows, in a few words.
+    about: &'static str,
+    /// Time for its tests once everything is built, on two cores.
+    budget: Duration,
+    /// Time to build them on a new machine.
+    build: Duration,
+    /// Part of `--quick`.
+    quick: bool,
+    commands: Vec<Vec<String>>,
+}
+
+struct Outcome {
+    tier: &'static str,
+    about: &'static str,
+    tally: Tally,
+    took: Duration,
+    budget: Duration,
+}
+
+impl Test {
+    /// Runs the tiers, then prints a table and how many tests passed and failed.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let root = crate::root();
+        let all = tiers(&root)?;
+        if let Some(unknown) = self
+            .tiers
+            .iter()
+            .find(|name| !all.iter().any(|tier| tier.name == **name))
+        {
+            let names: Vec<&str> = all.iter().map(|tier| tier.name).collect();
+            anyhow::bail!("there is no tier {unknown:?}; there are: {}", names.join(", "));
+        }
+        let chosen: Vec<Tier> = all.into_iter().filter(|tier| self.wants(tier)).collect();
+        packages::ensure(packages::NATIVE)?;
+        if chosen.iter().any(|tier| tier.name == "emulated") {
+            packages::ensure(packages::EMULATED)?;
+        }
+        let outcomes = chosen
+            .iter()
+            .map(|tier| run_tier(tier, &root))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(report(&outcomes))
+    }
+
+    fn wants(&self, tier: &Tier) -> bool {
+        if self.tiers.is_empty() {
+            tier.quick || !self.quick
+        } else {
+            self.tiers.iter().any(|name| name == tier.name)
+        }
+    }
+}
+
+fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
+    let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+    let cargo = |words: &[&str]| {
+        std::iter::once("cargo")
+            .chain(words.iter().copied())
+            .map(str::to_owned)
+            .collect()
+    };
+    let this = std::env::current_exe().context("cannot find this program")?;
+    let this = this.to_str().context("this program's path is not text")?;
+    let (native, emulated): (Vec<String>, Vec<String>) = integration_tests(root)?
+        .into_iter()
+        .partition(|name| !name.starts_with("emulated_"));
+    let tests = |names: &[String]| {
+        // One at a time: they measure, and they share two cores.
+        let words = ["cargo", "test", "--workspace", "--no-fail-fast"]
+            .map(str::to_owned)
+            .into_iter();
+        let words = words.chain(names.iter().flat_map(|name| ["--test".to_owned(), name.clone()]));
+        if names.is_empty() {
+            Vec::new()
+        } else {
+            vec![words.chain(["--", "--test-threads=1"].map(str::to_owned)).collect()]
+        }
+    };
+    let tiers = vec![
+        Tier {
+            name: "check",
+            about: "formatting, lints, tidy rules, licences, documentation",
+            budget: minutes(2),
+            build: minutes(8),
+            quick: false,
+            commands: vec![vec![this.to_owned(), "check".to_owned()]],
+        },
+        Tier {
+            name: "unit",
+            about: "each module by itself; the protocol in its simulator",
+            budget: minutes(1),
+            build: minutes(10),
+            quick: true,
+            commands: vec![
+                cargo(&["test", "--workspace", "--no-fail-fast", "--lib", "--bins"]),
+                cargo(&["test", "--workspace", "--no-fail-fast", "--doc"]),
+            ],
+        },
+        Tier {
+            name: "native",
+            about: "real processes and sockets, and this machine's KVM",
+            budget: minutes(4),
+            build: minutes(5),
+            quick: true,
+            commands: tests(&native),
+        },
+        Tier {
+            name: "emulated",
+            about: "Linux guests under kvm-amd, on emulated machines",
+            budget: minutes(20),
+            build: minutes(8),
+            quick: false,
+            commands: tests(&emulated),
+        },
+    ];
+    Ok(tiers.into_iter().filter(|tier| !tier.commands.is_empty()).collect())
+}
+
+/// The names of all integration tests of the workspace.
+fn integration_tests(root: &Path) -> anyhow::Result<Vec<String>> {
+    let output = Command::new("cargo")
+        .args(["metadata", "--format-version", "1", "--no-deps"])
+        .current_dir(root)
+        .output()
+        .context("cannot start cargo")?;
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).with_context(|| {
+        format!(
+            "cannot read cargo's metadata: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        )
+    })?;
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let targets = packages.flat_map(|package| package["targets"].as_array().into_iter().flatten());
+    let tests = targets
+        .filter(|target| target["kind"][0] == "test")
+        .filter_map(|target| target["name"].as_str());
+    let mut names: Vec<String> = tests.map(str::to_owned).collect();
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+fn run_tier(tier: &Tier, root: &Path) -> anyhow::Result<Outcome> {
+    println!("\n== {}: {} ==", tier.name, tier.about);
+    let begin = Instant::now();
+    let deadline = begin + tier.budget + tier.build;
+    let mut tally = Tally::default();
+    let mut built = Duration::ZERO;
+    for command in &tier.commands {
+        if command.get(1).is_some_and(|word| word == "test") && !command.iter().any(|word| word == "--doc") {
+            let build = Instant::now();
+            let options = command.iter().position(|word| word == "--").unwrap_or(command.len());
+            let mut words = command[..options].to_vec();
+            words.push("--no-run".to_owned());
+            runner::run(tier.name, &words, root, deadline, &mut Tally::default())?;
+            built += build.elapsed();
+        }
+        let mut found = Tally::default();
+        let ending = runner::run(tier.name, command, root, deadline, &mut found)?;
+        found.close(&command.join(" "), ending);
+        tally += found;
+    }
+    let took = begin.elapsed() - built;
+    if took > tier.budget {
+        tally.fail(format!(
+            "the tier took {:.0} s, its budget is {} s",
+            took.as_secs_f64(),
+            tier.budget.as_secs()
+        ));
+    }
+    Ok(Outcome {
+        tier: tier.name,
+        about: tier.about,
+        tally,
+        took,
+        budget: tier.budget,
+    })
+}
+
+/// Prints what happened; the last line is for programs.
+fn report(outcomes: &[Outcome]) -> ExitCode {
+    println!(
+        "\n{:<10} {:>7} {:>7} {:>8} {:>8}  what",
+        "tier", "passed", "failed", "seconds", "budget"
+    );
+    for outcome in outcomes {
+        let (passed, failed) = (outcome.tally.passed, outcome.tally.failures.len());
+        let (seconds, budget) = (outcome.took.as_secs(), outcome.budget.as_secs());
+        println!(
+            "{:<10} {passed:>7} {failed:>7} {seconds:>8} {budget:>8}  {}",
+            outcome.tier, outcome.about
+        );
+    }
+    let failures: Vec<&String> = outcomes.iter().flat_map(|outcome| &outcome.tally.failures).collect();
+    if !failures.is_empty() {
+        println!("\nfailed:");
+        failures.iter().for_each(|failure| println!("  {failure}"));
+    }
+    let passed: usize = outcomes.iter().map(|outcome| outcome.tally.passed).sum();
+    println!("\n{passed} passed, {} failed", failures.len());
+    if failures.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
