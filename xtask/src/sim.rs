@@ -47,7 +47,12 @@ impl Sim {
             None => None,
             Some("list") => {
                 for mutation in Mutation::ALL {
-                    println!("{:<22} rule {:>2}: {}", format!("{mutation:?}"), mutation.rule(), mutation.text());
+                    println!(
+                        "{:<22} rule {:>2}: {}",
+                        format!("{mutation:?}"),
+                        mutation.rule(),
+                        mutation.text()
+                    );
                 }
                 return Ok(ExitCode::SUCCESS);
             }
@@ -74,18 +79,28 @@ impl Sim {
         if self.trace || found.failure.is_some() {
             print_run(&run(found.failure.unwrap_or(self.seed), mutation, true));
         }
-        Ok(if found.failure.is_some() == mutation.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if found.failure.is_some() == mutation.is_some() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 }
 
 fn find(name: &str) -> anyhow::Result<Mutation> {
-    let wanted = Mutation::ALL.iter().copied().find(|mutation| format!("{mutation:?}").eq_ignore_ascii_case(name));
+    let wanted = Mutation::ALL
+        .iter()
+        .copied()
+        .find(|mutation| format!("{mutation:?}").eq_ignore_ascii_case(name));
     wanted.ok_or_else(|| anyhow::anyhow!("there is no mutation `{name}`: `--mutation list` names them"))
 }
 
 /// Runs the seeds on all cores until one fails; reports the lowest seed that failed.
 fn hunt(seeds: &Range<u64>, mutation: Option<Mutation>) -> Found {
-    let found = Mutex::new(Found { next: seeds.start, ..Found::default() });
+    let found = Mutex::new(Found {
+        next: seeds.start,
+        ..Found::default()
+    });
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let begin = Instant::now();
     let lock = || found.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

@@ -102,46 +102,52 @@ fn acceptable(expression: &str) -> bool {
     // "/" is what old crates write for OR.
     let spaced = expression.replace('/', " OR ").replace('(', " ( ").replace(')', " ) ");
     let words: Vec<&str> = spaced.split_whitespace().collect();
-    let mut place = 0;
-    let met = any_of(&words, &mut place);
-    met && place == words.len()
+    let mut rest = words.as_slice();
+    any_of(&mut rest) == Some(true) && rest.is_empty()
 }
 
-fn any_of(words: &[&str], place: &mut usize) -> bool {
-    let mut met = all_of(words, place);
-    while words.get(*place) == Some(&"OR") {
-        *place += 1;
-        let other = all_of(words, place);
-        met = met || other;
+// Each of these takes what it understands from the front; none: the expression is malformed.
+
+fn any_of(words: &mut &[&str]) -> Option<bool> {
+    let mut met = all_of(words)?;
+    while take(words, "OR") {
+        met |= all_of(words)?;
     }
-    met
+    Some(met)
 }
 
-fn all_of(words: &[&str], place: &mut usize) -> bool {
-    let mut met = one(words, place);
-    while words.get(*place) == Some(&"AND") {
-        *place += 1;
-        let other = one(words, place);
-        met = met && other;
+fn all_of(words: &mut &[&str]) -> Option<bool> {
+    let mut met = one(words)?;
+    while take(words, "AND") {
+        met &= one(words)?;
     }
-    met
+    Some(met)
 }
 
-fn one(words: &[&str], place: &mut usize) -> bool {
-    let Some(word) = words.get(*place) else { return false };
-    *place += 1;
-    if *word == "(" {
-        let met = any_of(words, place);
-        let closed = words.get(*place) == Some(&")");
-        *place += 1;
-        return met && closed;
+fn one(words: &mut &[&str]) -> Option<bool> {
+    if take(words, "(") {
+        let met = any_of(words)?;
+        return take(words, ")").then_some(met);
     }
-    let mut name = (*word).to_owned();
-    if let (Some(&"WITH"), Some(exception)) = (words.get(*place), words.get(*place + 1)) {
-        name = format!("{name} WITH {exception}");
-        *place += 2;
+    let mut name = next(words)?.to_owned();
+    if take(words, "WITH") {
+        name = format!("{name} WITH {}", next(words)?);
     }
-    ALLOWED.contains(&name.as_str())
+    Some(ALLOWED.contains(&name.as_str()))
+}
+
+fn next<'a>(words: &mut &[&'a str]) -> Option<&'a str> {
+    let (first, rest) = words.split_first()?;
+    *words = rest;
+    Some(first)
+}
+
+fn take(words: &mut &[&str], word: &str) -> bool {
+    let found = words.first() == Some(&word);
+    if found {
+        *words = &words[1..];
+    }
+    found
 }
 
 #[cfg(test)]

@@ -157,7 +157,12 @@ mod tests {
         );
         assert_eq!(ending, Ending::Late);
         assert!(begin.elapsed() < Duration::from_secs(60));
-        let mut left = parents().into_keys().filter_map(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
-        assert!(!left.any(|command| command.starts_with(b"sleep\x00600.25")), "the grandchild lives");
+        let mut left = parents()
+            .into_keys()
+            .filter_map(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
+        assert!(
+            !left.any(|command| command.starts_with(b"sleep\x00600.25")),
+            "the grandchild lives"
+        );
     }
 }
