@@ -17,6 +17,7 @@
 
 mod chips;
 mod config;
+mod devices;
 mod events;
 
 pub use config::{MAX_VCPUS, MachineConfig};
