@@ -11,6 +11,7 @@ pub mod memory;
 pub mod outbox;
 pub mod pause;
 pub mod replication;
+pub mod run;
 pub mod seat_io;
 pub mod seccomp;
 pub mod state;

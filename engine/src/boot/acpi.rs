@@ -9,6 +9,7 @@
 //! Power management is the fixed hardware of chapter 4: an event block with the power button, a control block with S5,
 //! and a reset register. There is no SMI command port: the machine is always in ACPI mode.
 
+use crate::devices::legacy::acpi_pm::{CONTROL_PORT, EVENT_PORT, S5_SLEEP_TYPE, SCI_GSI};
 use crate::memory::{PCI_MMIO_END, PCI_MMIO_START};
 use acpi_tables::Aml;
 use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, Device, Name, Package, Path, ResourceTemplate};
@@ -24,19 +25,10 @@ pub const TABLES_START: u64 = 0xE_0000;
 /// End of the room for tables.
 pub const TABLES_END: u64 = 0x10_0000;
 
-/// PM1a event block: status and enable, two bytes each.
-pub const PM1A_EVENT_PORT: u16 = 0x600;
-/// PM1a control block, two bytes.
-pub const PM1A_CONTROL_PORT: u16 = 0x604;
 /// Reset register and the value that resets.
 pub const RESET_PORT: u16 = 0xCF9;
 /// See [`RESET_PORT`].
 pub const RESET_VALUE: u8 = 0x06;
-/// Sleep type of S5 in the control block.
-pub const S5_SLEEP_TYPE: u8 = 5;
-/// System control interrupt: level-triggered, active high.
-pub const SCI_GSI: u32 = 9;
-
 /// Base address of the local APICs.
 pub const LOCAL_APIC_ADDRESS: u32 = 0xFEE0_0000;
 /// Base address of the IOAPIC.
@@ -103,12 +95,12 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     fadt.dsdt = (dsdt as u32).into();
     fadt.x_dsdt = dsdt.into();
     fadt.sci_int = (SCI_GSI as u16).into();
-    fadt.pm1a_evt_blk = u32::from(PM1A_EVENT_PORT).into();
+    fadt.pm1a_evt_blk = u32::from(EVENT_PORT).into();
     fadt.pm1_evt_len = 4;
-    fadt.x_pm1a_evt_blk = port(PM1A_EVENT_PORT, 32, AccessSize::WordAccess);
-    fadt.pm1a_cnt_blk = u32::from(PM1A_CONTROL_PORT).into();
+    fadt.x_pm1a_evt_blk = port(EVENT_PORT, 32, AccessSize::WordAccess);
+    fadt.pm1a_cnt_blk = u32::from(CONTROL_PORT).into();
     fadt.pm1_cnt_len = 2;
-    fadt.x_pm1a_cnt_blk = port(PM1A_CONTROL_PORT, 16, AccessSize::WordAccess);
+    fadt.x_pm1a_cnt_blk = port(CONTROL_PORT, 16, AccessSize::WordAccess);
     fadt.reset_reg = port(RESET_PORT, 8, AccessSize::ByteAccess);
     fadt.reset_value = RESET_VALUE;
     // No C2, no C3 (values beyond the limits say so).
@@ -273,7 +265,7 @@ mod tests {
         assert_eq!(facs % 64, 0);
         let at = (u64::from(facs) - TABLES_START) as usize;
         assert_eq!(&block[at..at + 4], b"FACS");
-        assert_eq!(u32_at(&fadt, 56), u32::from(PM1A_EVENT_PORT));
-        assert_eq!(u32_at(&fadt, 64), u32::from(PM1A_CONTROL_PORT));
+        assert_eq!(u32_at(&fadt, 56), u32::from(EVENT_PORT));
+        assert_eq!(u32_at(&fadt, 64), u32::from(CONTROL_PORT));
     }
 }

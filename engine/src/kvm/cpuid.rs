@@ -114,12 +114,12 @@ const FEATURES: &[(u32, u32, Register, u32)] = {
     ]
 };
 
-/// Leaves that are left out: thermal details beside ARAT, SGX, PT, AMX tiles, performance counters, SVM, IBS, LWP,
+/// Leaves that are left out: thermal details beside ARAT, SGX, PT, AMX tiles, performance counters, topology (made anew), SVM, IBS, LWP,
 /// memory encryption, quality of service, AMD's performance monitoring, Centaur.
 const DROPPED: &[std::ops::RangeInclusive<u32>] = &[
     0x2..=0x3,
     0x5..=0x5,
-    0x9..=0xA,
+    0x9..=0xB,
     0xF..=0x1F,
     0x20..=0x3FFF_FFFF,
     0x4000_0002..=0x7FFF_FFFF,
@@ -299,7 +299,6 @@ impl CpuBaseline {
             })
             .collect();
         if self.register(0, 0, Register::Eax) >= 0xB {
-            entries.retain(|entry| entry.function != 0xB);
             let (bits, count) = (apic_id_bits(count), u32::from(count));
             let index = u32::from(index);
             // Threads, of which a core has one, then cores.
@@ -378,9 +377,14 @@ fn filtered(entry: &kvm_cpuid_entry2) -> CpuidLeaf {
     if entry.function == 0x6 {
         registers = [registers[0], 0, 0, 0];
     }
-    // Sizes of the save area: KVM computes them for the state that is turned on.
-    if entry.function == 0xD && subleaf == 1 {
-        registers[3] = 0;
+    match (entry.function, subleaf) {
+        // Numbers of the physical CPU that answered: filled in for each vCPU.
+        (0x1, _) => registers[1] &= 0xFF00,
+        (0x8000_001E, _) => registers = [0; 4],
+        // Sizes of the save area: KVM computes them for the state that is turned on.
+        (0xD, 0) => registers[1] = 0,
+        (0xD, 1) => (registers[1], registers[3]) = (0, 0),
+        _ => {}
     }
     CpuidLeaf {
         leaf: entry.function,
@@ -433,6 +437,25 @@ mod tests {
         assert!(host.tsc_khz > 100_000);
         let text = serde_json::to_string(&host).expect("JSON");
         assert_eq!(serde_json::from_str::<CpuBaseline>(&text).expect("JSON"), host);
+    }
+
+    /// CPUID tells on which physical CPU it was asked; a baseline must not.
+    #[test]
+    fn the_baseline_is_the_same_on_every_cpu_of_a_host() {
+        let baselines: Vec<CpuBaseline> = (0..std::thread::available_parallelism().map_or(1, usize::from))
+            .map(|cpu| {
+                let pinned = std::thread::spawn(move || {
+                    let mut set = rustix::thread::CpuSet::new();
+                    set.set(cpu);
+                    // A CPU that this process may not use says nothing.
+                    rustix::thread::sched_setaffinity(None, &set).ok().map(|()| host())
+                });
+                pinned.join().expect("thread")
+            })
+            .chain([Some(host())])
+            .flatten()
+            .collect();
+        assert!(baselines.windows(2).all(|pair| pair[0] == pair[1]));
     }
 
     #[test]

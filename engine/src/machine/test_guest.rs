@@ -19,6 +19,8 @@ const LOAD_ADDRESS: u64 = 0x10_0000;
 const SETUP_ADDRESS: u64 = 0x20_0000;
 const TICKS_ADDRESS: u64 = 0x20_1000;
 const COUNT_ADDRESS: u64 = 0x20_1008;
+/// RAM page of the counters.
+pub const COUNTERS_PAGE: u32 = 0x201;
 /// The guest writes its count here, and reads it plus one.
 pub const ECHO_PORT: u64 = 0x500;
 /// The guest writes what went wrong here.
