@@ -1,11 +1,13 @@
 //! The embedded guest under QEMU's emulation: every request, the journal over restarts, and faults that must be found.
 
+mod client;
 mod qemu;
 mod wire;
 
+use client::Client;
 use ftvm_e2e::guest_journal::{self, HEADER_SECTORS, SECTOR_BYTES};
 use ftvm_e2e::guest_protocol::{CHURN_WORD_ONLY, Checksum, MAX_PAYLOAD_BYTES, Op, REFUSED, fill_bulk, next_chain};
-use qemu::{Client, Disk, Guest};
+use qemu::{Disk, Guest};
 use std::time::Duration;
 
 const DISK_BYTES: u64 = 4 << 20;

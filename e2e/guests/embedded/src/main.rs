@@ -180,7 +180,7 @@ fn start_others(acpi: &Acpi, config: &Config) -> usize {
 /// Opens the first network card and the first disk.
 fn open_devices() -> (Option<Net>, Option<Disk>) {
     let (mut net, mut disk) = (None, None);
-    pci::for_each_virtio(|registers, vector| {
+    pci::for_each_virtio(&[NETWORK, BLOCK], |registers, vector| {
         let (kind, place) = (registers.kind, registers.function);
         let opened = match kind {
             NETWORK if net.is_none() => Net::open(PciTransport::new(registers)).map(|card| {

@@ -116,9 +116,9 @@ pub struct VirtioFunction {
     pub device_bytes: u32,
 }
 
-/// Calls `found` for every modern virtio device on bus 0, set up to be used: BARs placed, memory and bus mastering on,
+/// Calls `found` for every modern virtio device of these kinds on bus 0, set up to be used: BARs placed, memory and bus mastering on,
 /// MSI-X on with its first entry delivering `vector` to the first vCPU.
-pub fn for_each_virtio(mut found: impl FnMut(VirtioFunction, u8)) {
+pub fn for_each_virtio(kinds: &[u32], mut found: impl FnMut(VirtioFunction, u8)) {
     let mut window_end = BAR_WINDOW_END;
     let mut vector = apic::DEVICE_VECTOR;
     for device in 0..32 {
@@ -131,8 +131,8 @@ pub fn for_each_virtio(mut found: impl FnMut(VirtioFunction, u8)) {
                 }
                 continue;
             }
-            if identity & 0xFFFF == VIRTIO_VENDOR && identity >> 16 > MODERN_DEVICE {
-                let kind = (identity >> 16) - MODERN_DEVICE;
+            let kind = (identity >> 16).wrapping_sub(MODERN_DEVICE);
+            if identity & 0xFFFF == VIRTIO_VENDOR && kinds.contains(&kind) {
                 match set_up(function, kind, vector, &mut window_end) {
                     Some(virtio) => {
                         found(virtio, vector);
