@@ -1,7 +1,6 @@
 //! Virtual machine monitor and replication of one seat.
 
 pub mod backends;
-pub mod boot;
 pub mod checkpoint;
 pub mod control;
 pub mod devices;

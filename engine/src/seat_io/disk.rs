@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::backends::{DiskBackend, DiskOp};
 use crate::replication::epoch::DiskChange;
+use crate::replication::storage::Storage;
 
 /// What happened to the disks in one epoch.
 #[derive(Debug, Default)]
@@ -71,17 +72,23 @@ impl DiskLog {
     }
 }
 
-/// A disk whose changes are recorded.
+/// A disk whose changes are recorded. The volume is shared with the resync, which reads it while the guest writes.
 pub struct SeatDisk {
     disk: u16,
-    volume: Box<dyn DiskBackend>,
+    volume: Arc<dyn Storage>,
+    read_only: bool,
     log: Arc<DiskLog>,
 }
 
 impl SeatDisk {
     /// Disk `disk` of the machine on `volume`.
-    pub fn new(disk: u16, volume: Box<dyn DiskBackend>, log: Arc<DiskLog>) -> Self {
-        Self { disk, volume, log }
+    pub fn new(disk: u16, volume: Arc<dyn Storage>, read_only: bool, log: Arc<DiskLog>) -> Self {
+        Self {
+            disk,
+            volume,
+            read_only,
+            log,
+        }
     }
 }
 
@@ -91,7 +98,7 @@ impl DiskBackend for SeatDisk {
     }
 
     fn read_only(&self) -> bool {
-        self.volume.read_only()
+        self.read_only
     }
 
     fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -103,21 +110,20 @@ impl DiskBackend for SeatDisk {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.volume.flush()
+        self.volume.sync()
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.volume.discard(offset, len)
+        self.volume.zero(offset, len)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.volume.write_zeroes(offset, len)
+        self.volume.zero(offset, len)
     }
 
-    fn completed(&mut self, op: &DiskOp<'_>, ok: bool) {
-        self.volume.completed(op, ok);
+    fn completed(&mut self, op: &DiskOp<'_>, _ok: bool) {
         // A failed write may have changed some of its blocks. The guest was told that it failed, so either content is
-        // right on either side; but the sides would differ, so the range is recorded as it was meant.
+        // right; the range is recorded as it was meant, and the sides agree again when the guest tries once more.
         self.log.completed(self.disk, op);
     }
 }

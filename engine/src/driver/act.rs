@@ -1,0 +1,430 @@
+//! Does what the core says.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal};
+use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, SessionId};
+use ftvm_protocol::message::Message;
+use ftvm_protocol::wire::Kind;
+
+use super::seat::Work;
+use super::{Driver, Ended, Following, Guest, Link, follow, lead};
+use crate::checkpoint::Pacer;
+use crate::control::{Ask, Reply, exit_code};
+use crate::memory::DirtyPages;
+use crate::outbox::Output;
+use crate::replication::epoch::{EpochSender, Port, PortData, encode_input};
+use crate::replication::link::{LinkEvent, LinkSender, SessionSink};
+use crate::replication::pages::PageEncoder;
+
+impl Driver {
+    pub(super) fn act(&mut self, action: Action) {
+        match action {
+            Action::SetGate(gate) => self.set_gate(gate),
+            Action::Send { link, message } => self.send(link, &message),
+            Action::WriteHeader { request, header } => self.header.write(request, header),
+            Action::ReadRecord { request, deadline_ms } => self.ask(request, Ask::ReadRecord, deadline_ms),
+            Action::SwapRecord {
+                request,
+                uid,
+                version,
+                record,
+                deadline_ms,
+            } => self.ask(request, Ask::SwapRecord { uid, version, record }, deadline_ms),
+            Action::AskSeats {
+                request,
+                seats,
+                deadline_ms,
+            } => self.ask(request, Ask::AskSeats { seats }, deadline_ms),
+            Action::BootFromDisk { first_epoch, .. } => self.boot(first_epoch),
+            Action::LoadAndRun {
+                epoch, resend_after, ..
+            } => self.take_over(epoch, resend_after),
+            Action::Resume => self.resume_guest(),
+            Action::BeginResync { session, link, peer } => self.begin_leading(session, link, peer, None),
+            Action::StreamResync { session } => self.stream_resync(session),
+            Action::LeadFrom {
+                session,
+                link,
+                peer,
+                base,
+            } => self.begin_leading(session, link, peer, Some(base)),
+            Action::Seal(seal) => self.seal(seal),
+            Action::EndSession { session } => self.end_session(session),
+            Action::ReceiveResync { session, link, leader } => self.begin_following(session, link, leader, None),
+            Action::FollowFrom {
+                session,
+                link,
+                leader,
+                base,
+            } => self.follow_from(session, link, leader, base),
+            Action::ReportStopped { term } => tracing::info!("stopped as of term {term}"),
+            Action::End(reason) => self.end(reason),
+            Action::Refused(refusal) => self.refused(refusal),
+        }
+    }
+
+    fn set_gate(&mut self, gate: Gate) {
+        match gate {
+            Gate::Closed => self.seat.outbox.close(),
+            Gate::Through(epoch) => self.seat.outbox.release_through(epoch),
+            Gate::Open => self.seat.outbox.open(),
+        }
+    }
+
+    fn send(&mut self, link: LinkId, message: &Message) {
+        let Some(link) = self.links.get(&link) else { return };
+        match message.encode() {
+            // A link that refuses is down or about to be; its event follows.
+            Ok(payload) => drop(link.sender.try_send(Kind::Control, 0, 0, payload)),
+            Err(error) => tracing::error!("{error}"),
+        }
+    }
+
+    fn ask(&mut self, request: RequestId, ask: Ask, deadline_ms: u64) {
+        let left = deadline_ms.saturating_sub(self.now_ms());
+        let number = self.control.request(ask, Duration::from_millis(left));
+        self.requests.insert(number, request);
+    }
+
+    fn refused(&mut self, refusal: Refusal) {
+        match self.commanding.take() {
+            Some(id) => self.control.reply(id, Reply::Refused { why: refusal.to_string() }),
+            None => tracing::debug!("refused: {refusal}"),
+        }
+    }
+
+    // ---- guest
+
+    fn guest_failed(&mut self, error: &dyn std::error::Error) {
+        let error = crate::error_chain(error);
+        tracing::error!("{error}");
+        // Inside a step: the core hears of it next.
+        self.queue.machine(crate::machine::VmEvent::Fatal(error));
+    }
+
+    fn boot(&mut self, first_epoch: Epoch) {
+        if let Err(why) = self.seat.recover_disks() {
+            self.queue.machine(crate::machine::VmEvent::Fatal(why));
+            return;
+        }
+        self.seat.gate().set_epoch(first_epoch);
+        match self.seat.machine.boot() {
+            Ok(()) => self.resume_guest(),
+            Err(error) => self.guest_failed(&error),
+        }
+    }
+
+    fn take_over(&mut self, epoch: Epoch, resend_after: Epoch) {
+        let began = Instant::now();
+        let Some(following) = self.following.take() else {
+            // The frozen source goes on where it stands.
+            self.seat.gate().set_epoch(epoch + 1);
+            return self.resume_guest();
+        };
+        let taken = match following.receiving.take_over(epoch) {
+            Ok(taken) => taken,
+            Err(why) => return self.queue.machine(crate::machine::VmEvent::Fatal(why)),
+        };
+        if let Err(error) = self.seat.machine.load(&taken.state) {
+            return self.guest_failed(&error);
+        }
+        self.seat.gate().set_epoch(epoch + 1);
+        self.seat.stale_taps.iter().for_each(|stale| stale.store(true, Ordering::Release));
+        for PortData { port, bytes } in taken.inputs {
+            if let Port::Nic(nic) = port {
+                self.seat.inbox.inject(nic, bytes);
+            }
+        }
+        self.announce(epoch);
+        tracing::info!("output of epochs after {resend_after} is sent once more");
+        for output in taken.outputs {
+            self.seat.outbox.put(epoch, output_of(output));
+        }
+        self.start_recording();
+        if let Err(error) = self.seat.machine.after_takeover() {
+            return self.guest_failed(&error);
+        }
+        self.resume_guest();
+        self.figures.takeover = Some(began.elapsed());
+    }
+
+    /// Tells the network where the guest's addresses are now, as soon as the gate admits `epoch`.
+    fn announce(&mut self, epoch: Epoch) {
+        for (nic, mac) in self.seat.macs.clone().into_iter().enumerate() {
+            let frame = Output::Frame {
+                nic: nic as u8,
+                bytes: Arc::from(rarp_announcement(mac)),
+            };
+            self.seat.outbox.put(epoch, frame);
+        }
+    }
+
+    pub(super) fn resume_guest(&mut self) {
+        match self.seat.machine.resume() {
+            Ok(()) => self.guest = Guest::Running,
+            Err(error) => self.guest_failed(&error),
+        }
+    }
+
+    pub(super) fn pause_guest(&mut self) {
+        if self.guest != Guest::Running {
+            return;
+        }
+        match self.seat.machine.pause() {
+            Ok(()) => self.guest = Guest::Paused,
+            Err(error) => self.guest_failed(&error),
+        }
+    }
+
+    /// From now on every write of the guest is found and every change of its disks recorded.
+    pub(super) fn start_recording(&mut self) {
+        let running = self.guest == Guest::Running;
+        if running {
+            self.pause_guest();
+        }
+        self.seat.disk_log.record(true);
+        if let Err(error) = self.seat.machine.set_tracking(true) {
+            self.guest_failed(&error);
+        }
+        if running {
+            self.resume_guest();
+        }
+    }
+
+    pub(super) fn stop_recording(&mut self) {
+        self.seat.disk_log.record(false);
+        if let Err(error) = self.seat.machine.set_tracking(false) {
+            self.guest_failed(&error);
+        }
+    }
+
+    // ---- sessions
+
+    fn begin_leading(&mut self, session: SessionId, link: LinkId, peer: Incarnation, base: Option<Epoch>) {
+        let Some(sender) = self.links.get(&link).map(|link| link.sender.clone()) else {
+            return self.session_failed(session, "the link is gone");
+        };
+        if base.is_none() {
+            self.start_recording();
+        }
+        let sink = Arc::new(SessionSink::new(sender.clone(), session));
+        let sending = PageEncoder::new(self.seat.encoder).map_err(|error| error.to_string()).and_then(|encoder| {
+            let sender = EpochSender::new(sink, encoder);
+            let memory = self.seat.page_memory();
+            let started = lead::Sending::start(session, sender, memory, self.queue.clone(), self.seat.enter(Work::Worker));
+            started.map_err(|error| error.to_string())
+        });
+        let sending = match sending {
+            Ok(sending) => sending,
+            Err(why) => return self.session_failed(session, &why),
+        };
+        self.copy_input(sender, session);
+        let stage = if base.is_some() { lead::Stage::Streaming } else { lead::Stage::Prepared };
+        self.leading = Some(lead::Leading {
+            session,
+            link,
+            peer,
+            stage,
+            sending,
+            pacer: Pacer::new(self.seat.pacer, Instant::now()),
+            dirty: DirtyPages::new(self.seat.machine.ram().pages()),
+            base,
+            in_flight: std::collections::VecDeque::new(),
+        });
+    }
+
+    /// Frames to the guest go to the follower too, as they come.
+    fn copy_input(&self, sender: LinkSender, session: SessionId) {
+        self.seat.inbox.set_copy(Some(Box::new(move |nic, epoch, frame| {
+            let item = PortData {
+                port: Port::Nic(u16::from(nic)),
+                bytes: frame.to_vec(),
+            };
+            for payload in encode_input(&[item]) {
+                // Full or down: the network may lose frames, and the client asks again.
+                let _ = sender.try_send(Kind::Input, epoch, session.0, payload);
+            }
+        })));
+    }
+
+    fn stream_resync(&mut self, session: SessionId) {
+        let source = self.seat.resync_source();
+        if let Some(leading) = self.leading.as_mut().filter(|leading| leading.session == session) {
+            leading.stage = lead::Stage::Bulk;
+            leading.sending.give(lead::Job::Resync(Box::new(source)));
+        }
+    }
+
+    fn end_session(&mut self, session: SessionId) {
+        if self.leading.as_ref().is_some_and(|leading| leading.session == session) {
+            self.seat.inbox.set_copy(None);
+            if let Some(leading) = self.leading.take() {
+                leading.sending.abandon();
+            }
+            self.fail_digest("the session with the standby ended");
+        }
+        if self.following.as_ref().is_some_and(|following| following.session == session) {
+            self.set_route(None);
+            self.following = None;
+        }
+    }
+
+    fn session_failed(&mut self, session: SessionId, why: &str) {
+        tracing::warn!("session {}: {why}", session.0);
+        self.queue.lead(lead::Report {
+            session,
+            done: lead::Done::Failed { why: why.to_owned() },
+        });
+    }
+
+    fn begin_following(
+        &mut self,
+        session: SessionId,
+        link: LinkId,
+        leader: Incarnation,
+        last: Option<(Epoch, Vec<u8>)>,
+    ) {
+        tracing::info!("session {} over link {}: follows {leader}", session.0, link.0);
+        let applied = last.as_ref().map_or(0, |(epoch, _)| *epoch);
+        let started = self.seat.follower_place().and_then(|place| {
+            let enter = self.seat.enter(Work::Storage);
+            let started = follow::Receiving::start(session, place, last, self.queue.clone(), enter);
+            started.map_err(|error| error.to_string())
+        });
+        match started {
+            Ok(receiving) => {
+                self.set_route(Some(receiving.clone()));
+                self.following = Some(Following {
+                    session,
+                    receiving,
+                    applied,
+                });
+            }
+            Err(why) => self.session_failed(session, &why),
+        }
+    }
+
+    fn follow_from(&mut self, session: SessionId, link: LinkId, leader: Incarnation, base: Epoch) {
+        if let Some(leading) = self.leading.take() {
+            leading.sending.abandon();
+        }
+        self.seat.inbox.set_copy(None);
+        self.seat.outbox.discard();
+        self.stop_recording();
+        self.guest = Guest::None;
+        match self.sealed_state.take().filter(|(epoch, _)| *epoch == base) {
+            Some(last) => self.begin_following(session, link, leader, Some(last)),
+            None => self.session_failed(session, "this seat's last sealed epoch is not the one to follow from"),
+        }
+    }
+
+    fn set_route(&self, receiving: Option<follow::Receiving>) {
+        *self.seat.route.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = receiving;
+    }
+
+    // ---- links
+
+    pub(super) fn link_event(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Up { link, peer, sender, .. } => {
+                tracing::info!("link {} to {peer} is up", link.0);
+                self.links.insert(link, Link { peer, sender });
+                self.tell_link(true, format!("connected to {peer}"));
+                self.step(Event::Connected { link, peer });
+            }
+            LinkEvent::Down { link, reason } => {
+                if let Some(gone) = self.links.remove(&link) {
+                    tracing::warn!("link {} to {} is down: {reason}", link.0, gone.peer);
+                }
+                self.tell_link(false, reason.to_string());
+                self.step(Event::Disconnected { link });
+            }
+            LinkEvent::Refused { address, reason } => {
+                let from = address.map_or_else(|| "unknown".to_owned(), |address| address.to_string());
+                tracing::info!("connection with {from} refused: {reason}");
+                self.figures.last_trouble = Some(format!("connection with {from}: {reason}"));
+            }
+            LinkEvent::Frame { link, frame } => match frame.kind {
+                Kind::Control => match Message::decode(&frame.payload) {
+                    Ok(message) => self.step(Event::Received { link, message }),
+                    Err(error) => self.close_link(link, &error.to_string()),
+                },
+                kind => self.close_link(link, &format!("frame of kind {kind:?} does not belong here")),
+            },
+        }
+    }
+
+    fn close_link(&mut self, link: LinkId, why: &str) {
+        if let Some(link) = self.links.get(&link) {
+            link.sender.close(why);
+        }
+    }
+
+    // ---- the end
+
+    fn end(&mut self, reason: EndReason) {
+        self.seat.outbox.close();
+        self.pause_guest();
+        let message = match reason {
+            EndReason::Stopped => "the virtual machine is stopped".to_owned(),
+            EndReason::LostToSuccessor => {
+                "another seat holds the arbiter's record: this engine is out of date, a new one may join".to_owned()
+            }
+            EndReason::Ejected => "the active seat ejected this one: a new engine may join".to_owned(),
+            EndReason::SessionOver => "the session ended before this seat became a member: a new engine may join".to_owned(),
+            EndReason::HeaderFailed => "the seat's header could not be written: check the seat's storage".to_owned(),
+            EndReason::GuestFailed => {
+                let text = self.core.status().failure.unwrap_or_default();
+                format!("the guest could not be loaded or run on this host: {text}")
+            }
+        };
+        self.ended = Some(Ended {
+            code: exit_code::of_end(reason),
+            message,
+        });
+    }
+}
+
+fn output_of(data: PortData) -> Output {
+    let bytes = Arc::from(data.bytes.as_slice());
+    match data.port {
+        Port::Nic(nic) => Output::Frame { nic: nic as u8, bytes },
+        Port::Console => Output::Console(bytes),
+    }
+}
+
+/// A reverse ARP request of the guest's own address (RFC 903), broadcast: bridges learn where the address is, and
+/// nobody answers.
+fn rarp_announcement(mac: [u8; 6]) -> Vec<u8> {
+    const FRAME_BYTES_MIN: usize = 60;
+    let mut frame = vec![0xff; 6];
+    frame.extend_from_slice(&mac);
+    frame.extend_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    frame.extend_from_slice(&mac);
+    frame.extend_from_slice(&[0; 4]);
+    frame.extend_from_slice(&mac);
+    frame.extend_from_slice(&[0; 4]);
+    frame.resize(FRAME_BYTES_MIN, 0);
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_announcement_is_a_reverse_arp_request() {
+        let mac = [2, 0, 0, 0, 0, 1];
+        let frame = rarp_announcement(mac);
+        assert_eq!(frame.len(), 60);
+        assert_eq!(frame[..6], [0xff; 6]);
+        assert_eq!(frame[6..12], mac);
+        assert_eq!(frame[12..14], [0x80, 0x35]);
+        assert_eq!(frame[20..22], [0, 3]);
+        assert_eq!(frame[22..28], mac);
+        assert_eq!(frame[32..38], mac);
+    }
+}

@@ -1,0 +1,294 @@
+//! Ends epochs: harvest, rounds, the pause, and what sender and receiver report.
+
+use std::time::{Duration, Instant};
+
+use ftvm_protocol::core::{Event, Seal};
+use ftvm_protocol::identity::Epoch;
+
+use super::lead::{Done, Job, Leading, Stage};
+use super::{Driver, Guest, follow, lead};
+use crate::checkpoint::{Decision, Observation};
+use crate::control::{CommandId, Digest, Reply};
+use crate::outbox::Output;
+use crate::replication::epoch::{Port, PortData, SealedEpoch};
+use crate::replication::pages::CopiedPages;
+
+/// While bulk is sent the dirty rings have to be emptied, or vCPUs stop at a full one.
+const BULK_HARVEST: Duration = Duration::from_millis(5);
+
+/// A digest that was asked for.
+#[derive(Debug)]
+pub struct PendingDigest {
+    command: CommandId,
+}
+
+impl Driver {
+    /// When the running epoch needs attention, if it ever does without an event.
+    pub(super) fn epoch_due(&mut self) -> Option<Instant> {
+        if self.guest != Guest::Running {
+            return None;
+        }
+        let seen = self.observe();
+        let leading = self.leading.as_mut()?;
+        match leading.stage {
+            Stage::Prepared => None,
+            Stage::Bulk => Some(seen.now + BULK_HARVEST),
+            Stage::JoinCut | Stage::Streaming => match leading.pacer.decide(seen) {
+                Decision::WaitUntil(due) => Some(due),
+                Decision::WaitForReport => None,
+                _ => Some(seen.now),
+            },
+        }
+    }
+
+    fn observe(&self) -> Observation {
+        let epoch = self.seat.gate().epoch();
+        let (output_waits, held_bytes) = self.seat.outbox.waiting(epoch);
+        Observation {
+            now: Instant::now(),
+            output_waits,
+            recorded_bytes: held_bytes + self.seat.disk_log.bytes(),
+            in_flight: self.leading.as_ref().map_or(0, |leading| leading.in_flight.len()),
+        }
+    }
+
+    /// Does what is due for the running epoch.
+    pub(super) fn drive_epochs(&mut self) {
+        if self.guest != Guest::Running {
+            return;
+        }
+        let seen = self.observe();
+        let Some(leading) = self.leading.as_mut() else { return };
+        match leading.stage {
+            Stage::Prepared => {}
+            // What the guest writes while the bulk is sent belongs to the join checkpoint.
+            Stage::Bulk => self.harvest(),
+            Stage::JoinCut | Stage::Streaming => {
+                if leading.pacer.decide(seen) == Decision::Harvest {
+                    self.round();
+                }
+            }
+        }
+    }
+
+    fn harvest(&mut self) {
+        let Some(leading) = self.leading.as_mut() else { return };
+        if let Err(error) = self.seat.machine.harvest(&mut leading.dirty) {
+            self.queue.machine(crate::machine::VmEvent::Fatal(error.to_string()));
+        }
+    }
+
+    /// Harvests; then sends a round while the guest runs, or ends the epoch.
+    fn round(&mut self) {
+        self.harvest();
+        let epoch = self.seat.gate().epoch();
+        let Some(leading) = self.leading.as_mut() else { return };
+        match leading.pacer.harvested(leading.dirty.len()) {
+            Decision::SendRound => Self::send_round(leading, epoch),
+            Decision::Throttle(percent) => {
+                Self::send_round(leading, epoch);
+                self.brake(percent);
+            }
+            _ => {
+                let seal = if leading.stage == Stage::JoinCut { Seal::JoinCut } else { Seal::Ordinary };
+                self.seal(seal);
+            }
+        }
+    }
+
+    /// Pages are write-protected again already: whatever the guest writes from here on is found by the next harvest.
+    fn send_round(leading: &mut Leading, epoch: Epoch) {
+        leading.dirty.sort();
+        let pages = leading.dirty.iter().collect();
+        leading.dirty.clear();
+        leading.sending.give(Job::Round {
+            epoch,
+            base: leading.base,
+            released_through: leading.in_flight.front().map_or(epoch, |(first, _)| *first) - 1,
+            pages,
+        });
+    }
+
+    /// Lets a guest that outruns the link stand still for a part of the time.
+    fn brake(&mut self, percent: u8) {
+        const SLICE: Duration = Duration::from_millis(1);
+        self.pause_guest();
+        let still = SLICE * u32::from(percent) / 100;
+        std::thread::sleep(still);
+        self.figures.braked += still;
+        self.resume_guest();
+    }
+
+    /// Pauses the guest, takes what is left of the epoch, and lets the core say what leaves and whether the guest runs on.
+    pub(super) fn seal(&mut self, seal: Seal) {
+        let began = Instant::now();
+        self.pause_guest();
+        let epoch = self.seat.gate().epoch();
+        if self.leading.is_none() {
+            return self.seal_alone(epoch, seal);
+        }
+        self.harvest();
+        let state = match self.seat.machine.save() {
+            Ok(state) => state,
+            Err(error) => return self.queue.machine(crate::machine::VmEvent::Fatal(error.to_string())),
+        };
+        let outputs = self.seat.outbox.of_epoch(epoch);
+        let changes = self.seat.disk_log.take();
+        let Some(leading) = self.leading.as_mut() else { return };
+        let memory = self.seat.machine.ram();
+        let mut pages = CopiedPages::with_capacity(leading.dirty.len());
+        for page in leading.dirty.iter() {
+            pages.copy_from(&**memory, page);
+        }
+        let copied = pages.numbers().len();
+        leading.dirty.clear();
+        let sealed = SealedEpoch {
+            epoch,
+            base: leading.base,
+            released_through: leading.in_flight.front().map_or(epoch, |(first, _)| *first) - 1,
+            pages: std::sync::Arc::new(pages),
+            state,
+            disk: changes.changes,
+            outputs: Vec::new(),
+            contains_flush: changes.contains_flush || seal == Seal::Final,
+        };
+        let rounds = leading.pacer.rounds();
+        leading.base = Some(epoch);
+        leading.stage = Stage::Streaming;
+        leading.in_flight.push_back((epoch, Instant::now()));
+        self.seat.gate().set_epoch(epoch + 1);
+        if matches!(seal, Seal::Freeze | Seal::Final) {
+            self.sealed_state = Some((epoch, sealed.state.clone()));
+        }
+        self.step(Event::EpochSealed { epoch, seal });
+        let runs_on = matches!(seal, Seal::Ordinary | Seal::JoinCut) && self.guest == Guest::Paused && self.ended.is_none();
+        if runs_on {
+            self.resume_guest();
+        }
+        let pause = began.elapsed();
+        self.figures.sealed(pause, copied, rounds);
+        if let Some(leading) = self.leading.as_mut() {
+            leading.pacer.sealed(Instant::now(), pause);
+            let outputs = outputs.into_iter().map(port_data).collect();
+            leading.sending.give(Job::Finish(Box::new(SealedEpoch { outputs, ..sealed })));
+        }
+    }
+
+    /// A stop of a guest without a follower: its disks are flushed, and that is all there is.
+    fn seal_alone(&mut self, epoch: Epoch, seal: Seal) {
+        if let Err(why) = self.seat.flush_disks() {
+            return self.queue.machine(crate::machine::VmEvent::Fatal(why));
+        }
+        self.seat.gate().set_epoch(epoch + 1);
+        self.step(Event::EpochSealed { epoch, seal });
+    }
+
+    pub(super) fn lead_report(&mut self, report: lead::Report) {
+        let ours = self.leading.as_ref().is_some_and(|leading| leading.session == report.session);
+        match report.done {
+            // A session that could not even be begun is reported too.
+            Done::Failed { why } => {
+                tracing::warn!("session {} can't go on: {why}", report.session.0);
+                self.figures.last_trouble = Some(why);
+                self.step(Event::SessionFailed { session: report.session });
+            }
+            _ if !ours => {}
+            Done::Resync => {
+                if let Some(leading) = self.leading.as_mut() {
+                    leading.stage = Stage::JoinCut;
+                    leading.pacer.hurry();
+                }
+            }
+            Done::Round => {
+                if let Some(leading) = self.leading.as_mut() {
+                    leading.pacer.round_sent();
+                }
+            }
+            Done::Epoch { epoch, stats } => {
+                tracing::trace!("epoch {epoch} queued");
+                self.figures.sent(&stats);
+            }
+        }
+    }
+
+    /// Forgets what the core counts as acknowledged.
+    pub(super) fn acknowledged(&mut self, acked: Epoch) {
+        let Some(leading) = self.leading.as_mut() else { return };
+        while leading.in_flight.front().is_some_and(|(epoch, _)| *epoch <= acked) {
+            if let Some((_, sealed)) = leading.in_flight.pop_front() {
+                self.figures.acknowledged.add(sealed.elapsed());
+            }
+        }
+    }
+
+    pub(super) fn follow_report(&mut self, report: follow::Report) {
+        let session = report.session;
+        if self.following.as_ref().is_none_or(|following| following.session != session) {
+            return;
+        }
+        match report.news {
+            follow::News::Failed { why } => {
+                tracing::warn!("session {} can't be followed: {why}", session.0);
+                self.figures.last_trouble = Some(why);
+                self.step(Event::SessionFailed { session });
+            }
+            follow::News::Staged {
+                epoch,
+                leader_acked,
+                joins,
+                state,
+            } => {
+                // The join checkpoint is loaded for real; later ones are checked as far as that goes without loading.
+                let loads = if joins { self.seat.machine.load(&state) } else { self.seat.machine.check(&state) };
+                match loads {
+                    Ok(()) => self.step(Event::EpochStaged {
+                        session,
+                        epoch,
+                        leader_acked,
+                    }),
+                    Err(error) => {
+                        tracing::error!("epoch {epoch} can't be loaded: {error}");
+                        self.step(Event::SessionFailed { session });
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- digest
+
+    pub(super) fn begin_digest(&mut self, id: CommandId) {
+        if self.guest == Guest::None && self.following.is_none() {
+            let why = "this seat has no guest and no checkpoint of one".to_owned();
+            return self.control.reply(id, Reply::Refused { why });
+        }
+        self.digest = Some(PendingDigest { command: id });
+        self.fail_digest("digests are not available in this role");
+    }
+
+    pub(super) fn fail_digest(&mut self, why: &str) {
+        if let Some(digest) = self.digest.take() {
+            self.control.reply(digest.command, Reply::Refused { why: why.to_owned() });
+        }
+    }
+
+    #[allow(dead_code)]
+    fn digest_reply(&mut self, digest: Digest) {
+        if let Some(pending) = self.digest.take() {
+            self.control.reply(pending.command, Reply::Digest(digest));
+        }
+    }
+}
+
+fn port_data(output: Output) -> PortData {
+    match output {
+        Output::Frame { nic, bytes } => PortData {
+            port: Port::Nic(u16::from(nic)),
+            bytes: bytes.to_vec(),
+        },
+        Output::Console(bytes) => PortData {
+            port: Port::Console,
+            bytes: bytes.to_vec(),
+        },
+    }
+}

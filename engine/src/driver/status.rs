@@ -1,0 +1,216 @@
+//! What the driver tells: status, events, figures.
+
+use std::time::Duration;
+
+use ftvm_protocol::core::{ArbiterState, RoleName, Status as CoreStatus};
+use serde_json::{Map, Value, json};
+
+use super::{Driver, Guest};
+use crate::checkpoint::Histogram;
+use crate::control::{Event, PeerStatus, Role, Status};
+use crate::replication::epoch::EpochStats;
+use crate::replication::pages::PageStats;
+
+/// Everything that is counted or measured since the engine started.
+#[derive(Debug, Default)]
+pub struct Figures {
+    /// How long the guest stood still for each epoch.
+    pub pause: Histogram,
+    /// From the seal of an epoch to its acknowledgment.
+    pub acknowledged: Histogram,
+    /// Epochs sealed.
+    pub epochs: u64,
+    /// Pages copied inside pauses.
+    pub residue_pages: u64,
+    /// Rounds sent before seals.
+    pub rounds: u64,
+    /// Pages by kind.
+    pub pages: PageStats,
+    /// Payload bytes of epochs.
+    pub epoch_bytes: u64,
+    /// Time that the guest was held back because it outran the link.
+    pub braked: Duration,
+    /// From the decision to take over to the guest running.
+    pub takeover: Option<Duration>,
+    /// The last thing that did not work.
+    pub last_trouble: Option<String>,
+}
+
+impl Figures {
+    /// An epoch was sealed.
+    pub fn sealed(&mut self, pause: Duration, residue_pages: usize, rounds: u32) {
+        self.pause.add(pause);
+        self.epochs += 1;
+        self.residue_pages += residue_pages as u64;
+        self.rounds += u64::from(rounds);
+    }
+
+    /// An epoch was queued whole.
+    pub fn sent(&mut self, stats: &EpochStats) {
+        self.pages.add(&stats.pages);
+        self.epoch_bytes += stats.payload_bytes;
+    }
+}
+
+/// What was told last, so that only changes are told.
+#[derive(Debug, Default)]
+pub struct Told {
+    role: Option<RoleName>,
+    protected: Option<bool>,
+    arbiter: Option<ArbiterState>,
+}
+
+impl Told {
+    /// A new daemon is told everything.
+    pub fn forget(&mut self) {
+        *self = Told::default();
+    }
+}
+
+fn role_of(role: RoleName) -> Role {
+    match role {
+        RoleName::Starting => Role::Starting,
+        RoleName::Joining => Role::Joining,
+        RoleName::Standby => Role::Standby,
+        RoleName::Active => Role::Active,
+        RoleName::Frozen => Role::Frozen,
+        RoleName::Ended => Role::Ended,
+    }
+}
+
+impl Driver {
+    /// Tells the daemon what changed in this step.
+    pub(super) fn tell_changes(&mut self, status: &CoreStatus) {
+        self.acknowledged(status.acked);
+        if self.told.role != Some(status.role) {
+            self.told.role = Some(status.role);
+            let why = self.why(status);
+            tracing::info!("role {:?}, term {}: {why}", status.role, status.term);
+            self.control.event(Event::Role {
+                role: role_of(status.role),
+                term: status.term,
+                why,
+            });
+        }
+        if self.told.protected != Some(status.protected) {
+            self.told.protected = Some(status.protected);
+            let why = self.why(status);
+            self.control.event(Event::Protected {
+                protected: status.protected,
+                why,
+            });
+        }
+        if self.told.arbiter != Some(status.arbiter) {
+            self.told.arbiter = Some(status.arbiter);
+            let reachable = matches!(status.arbiter, ArbiterState::Reachable);
+            let why = format!("{:?}", status.arbiter);
+            self.control.event(Event::Arbiter { reachable, why });
+        }
+    }
+
+    pub(super) fn tell_guest(&self, what: &str) {
+        tracing::info!("the guest {what}");
+        self.control.event(Event::Guest { what: what.to_owned() });
+    }
+
+    pub(super) fn tell_link(&self, up: bool, why: String) {
+        self.control.event(Event::Link { up, why });
+    }
+
+    pub(super) fn warn(&mut self, text: String) {
+        tracing::warn!("{text}");
+        self.figures.last_trouble = Some(text.clone());
+        self.control.event(Event::Warning { text });
+    }
+
+    fn why(&self, status: &CoreStatus) -> String {
+        if let Some(failure) = &status.failure {
+            return failure.clone();
+        }
+        if status.protected {
+            return match status.peer {
+                Some(peer) => format!("protected by {peer}"),
+                None => "protected".to_owned(),
+            };
+        }
+        match (status.refused, &self.figures.last_trouble) {
+            (Some(refusal), _) => refusal.to_string(),
+            (None, Some(trouble)) => trouble.clone(),
+            (None, None) => match status.role {
+                RoleName::Active => "no standby has joined yet".to_owned(),
+                RoleName::Starting => "waits for its turn to boot, or for an active seat to join".to_owned(),
+                _ => String::new(),
+            },
+        }
+    }
+
+    /// The whole state, for the daemon.
+    pub(super) fn status(&self) -> Status {
+        let status = self.core.status();
+        let (holder, members) = match (status.role, status.peer, status.protected) {
+            (RoleName::Active, Some(peer), true) => (Some(status.incarnation), vec![status.incarnation, peer]),
+            (RoleName::Active, _, _) => (Some(status.incarnation), vec![status.incarnation]),
+            (RoleName::Standby, Some(peer), _) => (Some(peer), vec![peer, status.incarnation]),
+            _ => (None, Vec::new()),
+        };
+        let peer = self.seat.peers.first().map(|peer| PeerStatus {
+            seat: peer.seat.clone(),
+            incarnation: status.peer,
+            address: peer.address,
+            connected: self.links.values().any(|link| link.peer.seat == peer.seat_id),
+        });
+        Status {
+            vm: self.seat.vm.clone(),
+            seat: self.seat.seat.clone(),
+            incarnation: status.incarnation,
+            role: role_of(status.role),
+            holds_guest: status.holds_guest,
+            protected: status.protected,
+            why: self.why(&status),
+            term: status.term,
+            holder,
+            members,
+            epoch: status.epoch,
+            acknowledged: status.acked,
+            peer,
+            arbiter_reachable: matches!(status.arbiter, ArbiterState::Reachable),
+            resync_percent: self.seat.resync_percent(),
+            counters: self.counters(),
+        }
+    }
+
+    fn counters(&self) -> Map<String, Value> {
+        let figures = &self.figures;
+        let released = self.seat.outbox.released();
+        let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let counters = json!({
+            "pause_us_p50": figures.pause.quantile_us(0.5),
+            "pause_us_p99": figures.pause.quantile_us(0.99),
+            "pause_us_max": us(figures.pause.max()),
+            "ack_us_p50": figures.acknowledged.quantile_us(0.5),
+            "ack_us_p99": figures.acknowledged.quantile_us(0.99),
+            "epochs": figures.epochs,
+            "residue_pages": figures.residue_pages,
+            "precopy_rounds": figures.rounds,
+            "pages_sent": figures.pages.pages,
+            "pages_zero": figures.pages.zero,
+            "pages_unchanged": figures.pages.unchanged,
+            "pages_raw": figures.pages.raw,
+            "epoch_sent_bytes": figures.epoch_bytes,
+            "link_sent_bytes": self.links.values().map(|link| link.sender.state().taken_bytes).sum::<u64>(),
+            "braked_us": us(figures.braked),
+            "takeover_us": figures.takeover.map(us),
+            "released_items": released.items,
+            "released_bytes": released.bytes,
+            "held_us_max": us(released.held_max),
+            "held_us_total": us(released.held_total),
+            "output_dropped": self.seat.dropped(),
+            "input_frames": self.seat.inbox.frames(),
+            "guest_running": self.guest == Guest::Running,
+        });
+        match counters {
+            Value::Object(counters) => counters,
+            _ => Map::new(),
+        }
+    }
+}
