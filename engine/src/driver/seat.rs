@@ -1,0 +1,567 @@
+//! A seat as launched: machine, disks, network and files, put together from the launch message.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ftvm_protocol::core::{Config, StoredHeader, Timing as CoreTiming};
+use ftvm_protocol::wire::Hello;
+
+use super::follow::{Place, Receiving};
+use super::guest::SeatMachine;
+use super::{Queue, follow};
+use crate::backends::{DiskBackend, NetBackend};
+use crate::boot::BootSource;
+use crate::checkpoint::PacerConfig;
+use crate::control::header_file::{HeaderFile, HeaderFileError};
+use crate::control::{EndpointError, Launch, LaunchFds, Peer, Timing, exit_code};
+use crate::devices::DeviceError;
+use crate::devices::set::{Backends, DeviceSet, DeviceSetConfig, DeviceThread};
+use crate::devices::virtio::blk::DiskConfig;
+use crate::devices::virtio::net::NetConfig;
+use crate::kvm::{Kvm, KvmError};
+use crate::machine::{EventSender, Machine, MachineConfig, MachineError};
+use crate::outbox::Outbox;
+use crate::pause::PauseGate;
+use crate::replication::epoch::StagingLimits;
+use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, TlsError, TlsIdentity};
+use crate::replication::memory::PageMemory;
+use crate::replication::pages::EncoderConfig;
+use crate::replication::resync::ResyncSource;
+use crate::replication::standby_disks::StandbyDisks;
+use crate::replication::storage::{FileStorage, Storage};
+use crate::seat_io::{DiskLog, HostSink, Inbox, SeatConsole, SeatDisk, SeatNic};
+use crate::seccomp::{Filters, ThreadKind};
+
+/// Size of the journal in bytes: several epochs of the largest size.
+const JOURNAL_BYTES: u64 = 64 << 20;
+/// Bytes that one epoch may hold on the standby, beside a share of its RAM.
+const STAGING_BYTES_MIN: usize = 48 << 20;
+
+/// Why a seat can't be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum SeatError {
+    /// Descriptors and message don't fit together.
+    #[error(transparent)]
+    Launch(#[from] EndpointError),
+    /// The machine's configuration is not one.
+    #[error("machine configuration in the launch message: {0}")]
+    MachineConfig(#[source] serde_json::Error),
+    /// A MAC address.
+    #[error("network card `{nic}`: `{mac}` is no MAC address: write six hexadecimal bytes with colons, as 02:00:00:00:00:01")]
+    Mac {
+        /// Which card.
+        nic: String,
+        /// What it says.
+        mac: String,
+    },
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A disk.
+    #[error("disk `{name}` ({path}) can't be used: check the file and its file system")]
+    Disk {
+        /// Its name.
+        name: String,
+        /// Its path outside the jail.
+        path: String,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The seat's header.
+    #[error(transparent)]
+    Header(#[from] HeaderFileError),
+    /// The journal.
+    #[error("the seat's journal can't be allocated ({JOURNAL_BYTES} bytes): is its file system full?")]
+    Journal(#[source] std::io::Error),
+    /// Certificate or key.
+    #[error(transparent)]
+    Identity(#[from] TlsError),
+    /// A descriptor, thread or random bytes.
+    #[error("{what} failed")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl SeatError {
+    /// The exit code that says which kind it is.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            SeatError::Launch(_) | SeatError::MachineConfig(_) => exit_code::LAUNCH,
+            SeatError::Mac { .. } => exit_code::CONFIG,
+            SeatError::Kvm(_) => exit_code::KVM,
+            SeatError::Machine(error) => match error {
+                MachineError::Memory(_) => exit_code::MEMORY,
+                MachineError::Kvm(_) => exit_code::KVM,
+                MachineError::Cpu(_) => exit_code::CPU,
+                MachineError::Boot(_) => exit_code::BOOT,
+                _ => exit_code::CONFIG,
+            },
+            SeatError::Disk { .. } => exit_code::DISK,
+            SeatError::Header(_) | SeatError::Journal(_) => exit_code::STORAGE,
+            SeatError::Identity(_) => exit_code::IDENTITY,
+            SeatError::System { .. } => exit_code::INTERNAL,
+        }
+    }
+}
+
+fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> SeatError {
+    move |source| SeatError::System { what, source }
+}
+
+/// Everything that the driver owns of a seat.
+pub struct Seat {
+    /// Name of the VM, for people.
+    pub vm: String,
+    /// Name of the seat, for people.
+    pub seat: String,
+    /// Whom to dial.
+    pub peers: Vec<Peer>,
+    pub(super) machine: SeatMachine,
+    /// Output on its way out.
+    pub outbox: Arc<Outbox>,
+    /// Input on its way in.
+    pub inbox: Arc<Inbox>,
+    /// Disk changes of the running epoch.
+    pub disk_log: Arc<DiskLog>,
+    /// By NIC: what its tap has queued is old.
+    pub stale_taps: Vec<Arc<AtomicBool>>,
+    /// By NIC: the guest's addresses.
+    pub macs: Vec<[u8; 6]>,
+    /// How pages are encoded.
+    pub encoder: EncoderConfig,
+    /// How epochs are paced.
+    pub pacer: PacerConfig,
+    /// Where frames of a followed session go.
+    pub(super) route: Arc<Mutex<Option<Receiving>>>,
+    volumes: Vec<Arc<dyn Storage>>,
+    journal: Arc<dyn Storage>,
+    header: Option<HeaderFile>,
+    dropped: Arc<AtomicU64>,
+    filters: Option<Arc<Filters>>,
+    resync_percent: Arc<AtomicU64>,
+}
+
+/// What the launch prepares beside the seat.
+pub struct Prepared {
+    /// The seat.
+    pub seat: Seat,
+    /// For the core.
+    pub config: Config,
+    /// For the links.
+    pub link: LinkConfig,
+    /// The listening socket of the links.
+    pub listener: TcpListener,
+}
+
+/// Puts a seat together. `filters`: the system call filters of its threads.
+pub fn prepare(
+    launch: &Launch,
+    fds: &mut LaunchFds,
+    queue: &Queue,
+    filters: Option<Arc<Filters>>,
+) -> Result<Prepared, SeatError> {
+    let kvm = Kvm::from_fd(fds.take(launch.files.kvm, "KVM")?)?;
+    if let Some(fd) = launch.files.userfaultfd {
+        drop(fds.take(fd, "userfaultfd")?);
+    }
+    let (header, stored) = HeaderFile::open(fds.take(launch.files.header, "the seat's header")?.into())?;
+    let journal = FileStorage::allocated(fds.take(launch.files.journal, "the journal")?.into(), JOURNAL_BYTES);
+    let journal: Arc<dyn Storage> = Arc::new(journal.map_err(SeatError::Journal)?);
+    let volumes = open_volumes(launch, fds)?;
+    let machine: MachineConfig = serde_json::from_value(launch.machine.clone()).map_err(SeatError::MachineConfig)?;
+    let nics = open_nics(launch, fds)?;
+    let console = fds.take(launch.files.console, "the console")?.into();
+    let boot = BootSource {
+        kernel: fds.take(launch.boot.kernel, "the kernel")?.into(),
+        initrd: match launch.boot.initrd {
+            Some(fd) => Some(fds.take(fd, "the initrd")?.into()),
+            None => None,
+        },
+        cmdline: launch.boot.cmdline.clone(),
+        kernel_name: "kernel".to_owned(),
+        initrd_name: "initrd".to_owned(),
+    };
+    let parts = build(&kvm, &machine, launch, nics, console, &volumes, queue, filters.clone())?;
+    let page_count = parts.machine.ram().pages();
+    let staging = (page_count as usize * crate::memory::PAGE_SIZE / 10).max(STAGING_BYTES_MIN);
+    let seat = Seat {
+        vm: launch.vm.clone(),
+        seat: launch.seat.clone(),
+        peers: launch.link.peers.clone(),
+        machine: SeatMachine::new(parts.machine, parts.devices, boot),
+        outbox: parts.outbox,
+        inbox: parts.inbox,
+        disk_log: parts.disk_log,
+        stale_taps: parts.stale_taps,
+        macs: parts.macs,
+        encoder: EncoderConfig {
+            workers: usize::from(launch.checkpoint.workers).max(1),
+            cache_bytes: usize::try_from(launch.checkpoint.delta_cache_bytes).unwrap_or(usize::MAX),
+            ..EncoderConfig::default()
+        },
+        pacer: PacerConfig {
+            interval_min: Duration::from_micros(u64::from(launch.checkpoint.interval_min_us)),
+            interval_max: Duration::from_micros(u64::from(launch.checkpoint.interval_max_us)),
+            recorded_bytes_max: staging / 4,
+            ..PacerConfig::default()
+        },
+        route: Arc::default(),
+        volumes,
+        journal,
+        header: Some(header),
+        dropped: parts.dropped,
+        filters: filters.clone(),
+        resync_percent: Arc::new(AtomicU64::new(u64::MAX)),
+    };
+    let (link, listener) = link(launch, fds, filters)?;
+    Ok(Prepared {
+        config: core_config(launch, stored),
+        seat,
+        link,
+        listener,
+    })
+}
+
+fn core_config(launch: &Launch, header: StoredHeader) -> Config {
+    Config {
+        incarnation: launch.incarnation,
+        header,
+        other_seats: launch.other_seats.clone(),
+        timing: core_timing(&launch.timing),
+        now_ms: 0,
+    }
+}
+
+fn core_timing(timing: &Timing) -> CoreTiming {
+    CoreTiming {
+        heartbeat_ms: timing.heartbeat_ms.into(),
+        peer_lost_ms: timing.peer_lost_ms.into(),
+        arbiter_deadline_ms: timing.arbiter_deadline_ms.into(),
+        retry_ms: timing.retry_ms.into(),
+        contact_limit_ms: timing.contact_limit_ms.into(),
+        ack_stall_ms: timing.ack_stall_ms.into(),
+        switch_ms: timing.switch_ms.into(),
+        holder_first_ms: timing.holder_first_ms.into(),
+    }
+}
+
+fn open_volumes(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Arc<dyn Storage>>, SeatError> {
+    let mut volumes: Vec<Arc<dyn Storage>> = Vec::new();
+    for disk in &launch.disks {
+        let file: File = fds.take(disk.file, &disk.path)?.into();
+        let storage = FileStorage::new(file, None).map_err(|source| SeatError::Disk {
+            name: disk.name.clone(),
+            path: disk.path.clone(),
+            source,
+        })?;
+        volumes.push(Arc::new(storage));
+    }
+    Ok(volumes)
+}
+
+struct Nic {
+    mac: [u8; 6],
+    mtu: u16,
+    tap: File,
+}
+
+fn open_nics(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Nic>, SeatError> {
+    let mut nics = Vec::new();
+    for nic in &launch.nics {
+        let mac = parse_mac(&nic.mac).ok_or_else(|| SeatError::Mac {
+            nic: nic.name.clone(),
+            mac: nic.mac.clone(),
+        })?;
+        let tap: OwnedFd = fds.take(nic.tap, &nic.name)?;
+        nics.push(Nic {
+            mac,
+            mtu: nic.mtu,
+            tap: tap.into(),
+        });
+    }
+    Ok(nics)
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+struct Parts {
+    machine: Machine,
+    devices: Arc<DeviceSet>,
+    outbox: Arc<Outbox>,
+    inbox: Arc<Inbox>,
+    disk_log: Arc<DiskLog>,
+    stale_taps: Vec<Arc<AtomicBool>>,
+    macs: Vec<[u8; 6]>,
+    dropped: Arc<AtomicU64>,
+}
+
+#[allow(clippy::too_many_arguments)] // one caller, which has them all at hand
+fn build(
+    kvm: &Kvm,
+    config: &MachineConfig,
+    launch: &Launch,
+    nics: Vec<Nic>,
+    console: File,
+    volumes: &[Arc<dyn Storage>],
+    queue: &Queue,
+    filters: Option<Arc<Filters>>,
+) -> Result<Parts, SeatError> {
+    let dropped = Arc::new(AtomicU64::new(0));
+    let taps = nics.iter().map(|nic| nic.tap.try_clone()).collect::<Result<_, _>>();
+    let outbox = Arc::new(Outbox::new(Box::new(HostSink {
+        taps: taps.map_err(system("duplicating a tap's descriptor"))?,
+        console,
+        dropped: dropped.clone(),
+    })));
+    let inbox = Arc::new(Inbox::new(nics.len()));
+    let disk_log = Arc::new(DiskLog::default());
+    let stale_taps: Vec<Arc<AtomicBool>> = nics.iter().map(|_| Arc::default()).collect();
+    let macs = nics.iter().map(|nic| nic.mac).collect();
+    let set_config = DeviceSetConfig {
+        nics: nics.iter().map(|nic| NetConfig { mac: nic.mac, mtu: nic.mtu }).collect(),
+        disks: disk_configs(launch),
+        rng_seed: random_seed()?,
+        rtc_unix_ns: unix_ns(),
+    };
+    let mut devices = None;
+    let events = queue.clone();
+    let machine = Machine::create(
+        config,
+        kvm,
+        EventSender::new(move |event| events.machine(event)),
+        filters.clone(),
+        |platform| {
+            let backends = Backends {
+                nics: net_backends(nics, &platform.gate, &outbox, &inbox, &stale_taps),
+                disks: disk_backends(launch, volumes, &disk_log),
+                console: Box::new(SeatConsole::new(platform.gate.clone(), outbox.clone())),
+            };
+            let prepare_thread = Arc::new(move |thread| enter_device_filter(filters.as_deref(), thread));
+            let set = Arc::new(DeviceSet::new(&set_config, &platform.for_devices(prepare_thread), backends)?);
+            devices = Some(set.clone());
+            Ok::<_, DeviceError>(Box::new(set) as Box<dyn crate::machine::DeviceSet>)
+        },
+    )?;
+    // `create` has called the closure, or has failed.
+    let devices = devices.ok_or_else(|| system("building devices")(std::io::ErrorKind::Other.into()))?;
+    Ok(Parts {
+        machine,
+        devices,
+        outbox,
+        inbox,
+        disk_log,
+        stale_taps,
+        macs,
+        dropped,
+    })
+}
+
+fn disk_configs(launch: &Launch) -> Vec<DiskConfig> {
+    let config = |disk: &crate::control::Disk| DiskConfig {
+        serial: disk.name.clone(),
+        read_only: disk.read_only,
+    };
+    launch.disks.iter().map(config).collect()
+}
+
+fn net_backends(
+    nics: Vec<Nic>,
+    gate: &Arc<PauseGate>,
+    outbox: &Arc<Outbox>,
+    inbox: &Arc<Inbox>,
+    stale: &[Arc<AtomicBool>],
+) -> Vec<Box<dyn NetBackend>> {
+    let mut backends: Vec<Box<dyn NetBackend>> = Vec::new();
+    for (index, (nic, stale)) in nics.into_iter().zip(stale).enumerate() {
+        let (gate, outbox, inbox) = (gate.clone(), outbox.clone(), inbox.clone());
+        backends.push(Box::new(SeatNic::new(index as u8, nic.tap, gate, outbox, inbox, stale.clone())));
+    }
+    backends
+}
+
+fn disk_backends(launch: &Launch, volumes: &[Arc<dyn Storage>], log: &Arc<DiskLog>) -> Vec<Box<dyn DiskBackend>> {
+    let mut backends: Vec<Box<dyn DiskBackend>> = Vec::new();
+    for (index, (disk, volume)) in launch.disks.iter().zip(volumes).enumerate() {
+        let disk = SeatDisk::new(index as u16, volume.clone(), disk.read_only, log.clone());
+        backends.push(Box::new(disk));
+    }
+    backends
+}
+
+fn enter_device_filter(filters: Option<&Filters>, thread: DeviceThread) {
+    let Some(filters) = filters else { return };
+    let kind = match thread {
+        DeviceThread::Net => ThreadKind::Net,
+        DeviceThread::Disk => ThreadKind::Disk,
+        DeviceThread::Rng => ThreadKind::Worker,
+    };
+    filters
+        .enter(kind)
+        .expect("a thread enters the filter that was compiled for it");
+}
+
+fn random_seed() -> Result<[u8; 32], SeatError> {
+    let mut seed = [0; 32];
+    let filled = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
+    match filled {
+        Ok(32) => Ok(seed),
+        Ok(_) => Err(system("getrandom")(std::io::ErrorKind::UnexpectedEof.into())),
+        Err(error) => Err(system("getrandom")(error.into())),
+    }
+}
+
+fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn link(
+    launch: &Launch,
+    fds: &mut LaunchFds,
+    filters: Option<Arc<Filters>>,
+) -> Result<(LinkConfig, TcpListener), SeatError> {
+    let identity = &launch.link.identity;
+    let tls = TlsIdentity::from_pem(
+        launch.vm_id,
+        launch.incarnation.seat,
+        &identity.certificate_pem,
+        &identity.key_pem.0,
+        &identity.authority_pem,
+    )?;
+    let listener = fds.take(launch.link.listener, "the link's listening socket")?;
+    let hello = Hello::new(launch.vm_id, launch.incarnation);
+    let mut config = LinkConfig::new(hello, tls);
+    config.filters = filters;
+    Ok((config, TcpListener::from(listener)))
+}
+
+/// Starts the links of a seat: frames of sessions go straight to the thread that receives them, everything else to the
+/// driver.
+pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, queue: Queue) -> std::io::Result<LinkHub> {
+    let route = seat.route.clone();
+    let hub = LinkHub::start(prepared, Some(listener), move |event| match event {
+        LinkEvent::Frame { frame, .. } if frame.kind.is_bulk() => {
+            let route = route.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(receiving) = &*route {
+                receiving.give(follow::Job::Frame(frame));
+            }
+        }
+        event => queue.link(event),
+    })?;
+    for peer in &seat.peers {
+        hub.add_peer(peer.seat_id, Some(peer.address));
+    }
+    Ok(hub)
+}
+
+/// What a thread that the driver starts is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Encodes and sends.
+    Worker,
+    /// Writes to files.
+    Storage,
+}
+
+impl Seat {
+    /// What runs first in a thread of this kind: its system call filter.
+    pub fn enter(&self, work: Work) -> impl FnOnce() + Send + 'static {
+        let filters = self.filters.clone();
+        move || {
+            let Some(filters) = filters else { return };
+            let kind = match work {
+                Work::Worker => ThreadKind::Worker,
+                Work::Storage => ThreadKind::Disk,
+            };
+            filters
+                .enter(kind)
+                .expect("a thread enters the filter that was compiled for it");
+        }
+    }
+
+    /// The pause gate.
+    pub fn gate(&self) -> &Arc<PauseGate> {
+        self.machine.gate()
+    }
+
+    /// Guest RAM for encoding and applying.
+    pub fn page_memory(&self) -> Arc<dyn PageMemory> {
+        self.machine.ram().clone()
+    }
+
+    /// The header file, once.
+    pub fn take_header_file(&mut self) -> Option<HeaderFile> {
+        self.header.take()
+    }
+
+    fn open_disks(&self) -> Result<StandbyDisks, String> {
+        let opened = StandbyDisks::open(self.journal.clone(), self.volumes.clone(), &self.filters);
+        opened.map_err(|error| crate::error_chain(&error))
+    }
+
+    /// Brings the volumes to what was acknowledged before this engine started.
+    pub fn recover_disks(&self) -> Result<(), String> {
+        self.open_disks()?.settle().map_err(|error| crate::error_chain(&error))
+    }
+
+    /// Makes everything durable that the guest wrote.
+    pub fn flush_disks(&self) -> Result<(), String> {
+        for volume in &self.volumes {
+            volume.sync().map_err(|error| format!("flushing a disk failed: {error}"))?;
+        }
+        Ok(())
+    }
+
+    /// What a receiving thread works on.
+    pub fn follower_place(&self) -> Result<Place, String> {
+        let page_count = self.machine.ram().pages();
+        let ram_bytes = page_count as usize * crate::memory::PAGE_SIZE;
+        Ok(Place {
+            memory: self.page_memory(),
+            disks: self.open_disks()?,
+            limits: StagingLimits {
+                page_count,
+                disk_bytes: self.volumes.iter().map(|volume| volume.size_bytes()).collect(),
+                nics: self.macs.len() as u16,
+                max_epoch_bytes: (ram_bytes / 10).max(STAGING_BYTES_MIN),
+            },
+        })
+    }
+
+    /// Memory and disks, to be copied while the guest runs.
+    pub fn resync_source(&self) -> ResyncSource {
+        ResyncSource::new(self.page_memory(), self.volumes.clone(), self.resync_percent.clone())
+    }
+
+    /// Progress of a resync, if there is one.
+    pub fn resync_percent(&self) -> Option<u8> {
+        let percent = self.resync_percent.load(Ordering::Relaxed);
+        u8::try_from(percent).ok().filter(|percent| *percent < 100)
+    }
+
+    /// Output that the host did not take.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+}
