@@ -5,8 +5,9 @@ use std::time::Instant;
 use ftvm_protocol::core::{Command as CoreCommand, Event, ReadOutcome, SwapOutcome};
 use ftvm_protocol::identity::RequestId;
 
-use super::{Driver, Ended};
-use crate::control::{Answer, Command, CommandId, Reply, exit_code};
+use super::guest::SeatMachine;
+use super::{Driver, Ended, Guest};
+use crate::control::{Answer, Command, CommandId, Peer, Reply, exit_code};
 
 impl Driver {
     pub(super) fn command(&mut self, id: CommandId, command: Command) {
@@ -17,9 +18,7 @@ impl Driver {
                 self.control.reply(id, Reply::Status(Box::new(status)));
             }
             Command::SetPeers { peers } => {
-                let dialled = peers.iter().map(|peer| (peer.seat_id, peer.address)).collect();
-                self.seat.peers = peers;
-                self.hub.set_peers(dialled);
+                self.set_peers(peers);
                 self.control.reply(id, Reply::Ok);
             }
             Command::PeerGone { incarnation, why } => {
@@ -33,14 +32,11 @@ impl Driver {
                 self.core_command(id, core(CoreCommand::Start { over_stopped_term }));
             }
             Command::AcceptDataLoss { holder } => self.core_command(id, core(CoreCommand::AcceptDataLoss { holder })),
-            Command::PowerButton => {
-                self.seat.machine.press_power_button();
-                self.control.reply(id, Reply::Ok);
-            }
-            Command::ConsoleInput { bytes } => {
-                self.seat.machine.console_input(&bytes);
-                self.control.reply(id, Reply::Ok);
-            }
+            Command::PowerButton => self.of_running_guest(id, SeatMachine::press_power_button),
+            Command::ConsoleInput { bytes } => self.of_running_guest(id, |machine| {
+                // What has no room is lost, as on a serial line without flow control.
+                machine.console_input(&bytes);
+            }),
             Command::Digest => self.begin_digest(id),
             Command::Quit => {
                 self.control.reply(id, Reply::Ok);
@@ -50,6 +46,28 @@ impl Driver {
                 });
             }
         }
+    }
+
+    fn of_running_guest(&mut self, id: CommandId, act: impl FnOnce(&SeatMachine)) {
+        if self.guest != Guest::Running {
+            let why = "no guest runs on this seat: give the command to the active one".to_owned();
+            return self.control.reply(id, Reply::Refused { why });
+        }
+        act(&self.seat.machine);
+        self.control.reply(id, Reply::Ok);
+    }
+
+    /// Dials these seats and no others, and lets no others connect.
+    fn set_peers(&mut self, peers: Vec<Peer>) {
+        for old in &self.seat.peers {
+            if peers.iter().all(|peer| peer.seat_id != old.seat_id) {
+                self.hub.remove_peer(old.seat_id);
+            }
+        }
+        for peer in &peers {
+            self.hub.add_peer(peer.seat_id, Some(peer.address));
+        }
+        self.seat.peers = peers;
     }
 
     /// A command that the core decides: refused if one of its actions says so, begun otherwise.

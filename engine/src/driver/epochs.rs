@@ -122,16 +122,17 @@ impl Driver {
     /// Pauses the guest, takes what is left of the epoch, and lets the core say what leaves and whether the guest runs on.
     pub(super) fn seal(&mut self, seal: Seal) {
         let began = Instant::now();
-        self.pause_guest();
         let epoch = self.seat.gate().epoch();
         if self.leading.is_none() {
+            self.pause_guest();
             return self.seal_alone(epoch, seal);
         }
-        self.harvest();
-        let state = match self.seat.machine.save() {
+        let state = match self.seat.machine.pause_and_save() {
             Ok(state) => state,
-            Err(error) => return self.queue.machine(crate::machine::VmEvent::Fatal(error.to_string())),
+            Err(error) => return self.guest_failed(&error),
         };
+        self.guest = Guest::Paused;
+        self.harvest();
         let outputs = self.seat.outbox.of_epoch(epoch);
         let changes = self.seat.disk_log.take();
         let Some(leading) = self.leading.as_mut() else { return };

@@ -18,6 +18,7 @@ mod act;
 mod command;
 mod epochs;
 mod follow;
+mod guest;
 mod header;
 mod lead;
 mod seat;
@@ -27,14 +28,14 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use ftvm_protocol::core::{Action, Core, Event, RoleName, Status as CoreStatus};
+use ftvm_protocol::core::{Core, Event, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId};
 
 use crate::control::{self, CommandId, Handle};
 use crate::machine::VmEvent;
 use crate::replication::link::{LinkEvent, LinkHub, LinkSender};
 
-pub use seat::{Seat, SeatError, prepare};
+pub use seat::{Prepared, Seat, SeatError, prepare, start_links};
 
 /// What reaches the driver.
 #[derive(Debug)]
@@ -155,7 +156,7 @@ struct Following {
 impl Driver {
     /// A driver for a prepared seat.
     pub fn new(core: Core, mut seat: Seat, control: Handle, hub: LinkHub, queue: Queue) -> std::io::Result<Self> {
-        let header = header::HeaderWriter::start(seat.take_header_file(), queue.clone(), seat.enter(seat::Work::Storage))?;
+        let header = header::HeaderWriter::start(seat.take_header_file()?, queue.clone(), seat.enter(seat::Work::Storage))?;
         Ok(Self {
             core,
             seat,
@@ -208,7 +209,7 @@ impl Driver {
     }
 
     /// When something is due although nobody enqueues anything.
-    fn next_wake(&self) -> Instant {
+    fn next_wake(&mut self) -> Instant {
         let tick = self.began + Duration::from_millis(self.core.next_wake_ms());
         match self.epoch_due() {
             Some(due) => tick.min(due),
@@ -284,12 +285,11 @@ impl Driver {
 
     fn machine_event(&mut self, event: VmEvent) {
         match event {
-            VmEvent::Reset | VmEvent::TripleFault => {
-                self.tell_guest("reset");
-                if let Err(error) = self.seat.machine.reset() {
-                    self.step(Event::GuestFailed { error: error.to_string() });
-                }
-            }
+            // The guest stood still before the event was taken: the state that a successor loads asks for it again.
+            VmEvent::Reset | VmEvent::TripleFault | VmEvent::PowerOff if self.guest != Guest::Running => {}
+            VmEvent::Reset => self.reset_guest("resets"),
+            VmEvent::TripleFault => self.reset_guest("resets by a triple fault"),
+            VmEvent::DirtyRingFull => self.harvest(),
             VmEvent::PowerOff => {
                 self.tell_guest("switched itself off");
                 self.pause_guest();
@@ -297,6 +297,14 @@ impl Driver {
             }
             VmEvent::Fatal(error) => self.step(Event::GuestFailed { error }),
             VmEvent::Device(event) => self.warn(event.to_string()),
+        }
+    }
+
+    fn reset_guest(&mut self, what: &str) {
+        self.tell_guest(what);
+        match self.seat.machine.reset() {
+            Ok(()) => self.resume_guest(),
+            Err(error) => self.guest_failed(&error),
         }
     }
 }

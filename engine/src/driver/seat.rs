@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ftvm_protocol::core::{Config, StoredHeader, Timing as CoreTiming};
-use ftvm_protocol::wire::Hello;
+use ftvm_protocol::wire::{Hello, Kind};
 
 use super::follow::{Place, Receiving};
 use super::guest::SeatMachine;
@@ -254,6 +254,7 @@ fn core_timing(timing: &Timing) -> CoreTiming {
         contact_limit_ms: timing.contact_limit_ms.into(),
         ack_stall_ms: timing.ack_stall_ms.into(),
         switch_ms: timing.switch_ms.into(),
+        observe_ms: timing.observe_ms.into(),
         holder_first_ms: timing.holder_first_ms.into(),
     }
 }
@@ -461,7 +462,7 @@ fn link(
 pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, queue: Queue) -> std::io::Result<LinkHub> {
     let route = seat.route.clone();
     let hub = LinkHub::start(prepared, Some(listener), move |event| match event {
-        LinkEvent::Frame { frame, .. } if frame.kind.is_bulk() => {
+        LinkEvent::Frame { frame, .. } if is_of_session(frame.kind) => {
             let route = route.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(receiving) = &*route {
                 receiving.give(follow::Job::Frame(frame));
@@ -473,6 +474,11 @@ pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, que
         hub.add_peer(peer.seat_id, Some(peer.address));
     }
     Ok(hub)
+}
+
+/// Frames that carry a session's data, as opposed to control messages.
+fn is_of_session(kind: Kind) -> bool {
+    !matches!(kind, Kind::Hello | Kind::Control | Kind::Credit)
 }
 
 /// What a thread that the driver starts is for.
@@ -511,8 +517,8 @@ impl Seat {
     }
 
     /// The header file, once.
-    pub fn take_header_file(&mut self) -> Option<HeaderFile> {
-        self.header.take()
+    pub fn take_header_file(&mut self) -> std::io::Result<HeaderFile> {
+        self.header.take().ok_or_else(|| std::io::ErrorKind::AlreadyExists.into())
     }
 
     fn open_disks(&self) -> Result<StandbyDisks, String> {
