@@ -19,7 +19,7 @@ pub mod state;
 pub mod vcpu;
 
 /// An error with its causes in one line.
-pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
+pub fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -1,15 +1,19 @@
 //! The engine process of one seat.
 
-use clap::{Parser, Subcommand};
-use ftvm_engine::run::{self, RunArgs};
 use std::error::Error;
 use std::process::ExitCode;
 
+use clap::{Parser, Subcommand};
+use ftvm_engine::control::{exit_code, inherited_connection};
+use ftvm_engine::driver::process;
+use ftvm_engine::run::{self, RunArgs};
+
+/// Without a command: the engine of a seat, started by ftvm-node-daemon with its control socket on descriptor 3.
 #[derive(Debug, Parser)]
 #[command(name = "ftvm-engine", version, about)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -21,26 +25,24 @@ enum Command {
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(false)
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
         .init();
-    let Command::Run(args) = Cli::parse().command;
-    match run::run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("ftvm-engine: {}", chain(&error));
-            ExitCode::from(error.exit_code())
-        }
+    match Cli::parse().command {
+        Some(Command::Run(args)) => match run::run(&args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, error.exit_code()),
+        },
+        // SAFETY: nothing of this process has opened or taken descriptor 3 yet.
+        None => match unsafe { inherited_connection() } {
+            Ok(connection) => ExitCode::from(process::run(connection)),
+            Err(error) => fail(&error, exit_code::LAUNCH),
+        },
     }
 }
 
-/// The error and its causes on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
+/// Prints the error and its causes on one line.
+fn fail(error: &dyn Error, code: u8) -> ExitCode {
+    eprintln!("ftvm-engine: {}", ftvm_engine::error_chain(error));
+    ExitCode::from(code)
 }

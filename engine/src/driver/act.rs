@@ -16,7 +16,7 @@ use crate::control::{Ask, Reply, exit_code};
 use crate::memory::DirtyPages;
 use crate::outbox::Output;
 use crate::replication::epoch::{EpochSender, Port, PortData, encode_input};
-use crate::replication::link::{LinkEvent, LinkSender, SessionSink};
+use crate::replication::link::{Frame, LinkEvent, LinkSender, SessionSink};
 use crate::replication::pages::PageEncoder;
 
 impl Driver {
@@ -91,7 +91,12 @@ impl Driver {
 
     fn refused(&mut self, refusal: Refusal) {
         match self.commanding.take() {
-            Some(id) => self.control.reply(id, Reply::Refused { why: refusal.to_string() }),
+            Some(id) => self.control.reply(
+                id,
+                Reply::Refused {
+                    why: refusal.to_string(),
+                },
+            ),
             None => tracing::debug!("refused: {refusal}"),
         }
     }
@@ -132,7 +137,10 @@ impl Driver {
             return self.guest_failed(&error);
         }
         self.seat.gate().set_epoch(epoch + 1);
-        self.seat.stale_taps.iter().for_each(|stale| stale.store(true, Ordering::Release));
+        self.seat
+            .stale_taps
+            .iter()
+            .for_each(|stale| stale.store(true, Ordering::Release));
         for PortData { port, bytes } in taken.inputs {
             if let Port::Nic(nic) = port {
                 self.seat.inbox.inject(nic, bytes);
@@ -200,6 +208,7 @@ impl Driver {
     // ---- sessions
 
     fn begin_leading(&mut self, session: SessionId, link: LinkId, peer: Incarnation, base: Option<Epoch>) {
+        tracing::info!("session {} over link {}: leads {peer}", session.0, link.0);
         let Some(sender) = self.links.get(&link).map(|link| link.sender.clone()) else {
             return self.session_failed(session, "the link is gone");
         };
@@ -207,27 +216,38 @@ impl Driver {
             self.start_recording();
         }
         let sink = Arc::new(SessionSink::new(sender.clone(), session));
-        let sending = PageEncoder::new(self.seat.encoder).map_err(|error| error.to_string()).and_then(|encoder| {
-            let sender = EpochSender::new(sink, encoder);
-            let memory = self.seat.page_memory();
-            let started = lead::Sending::start(session, sender, memory, self.queue.clone(), self.seat.enter(Work::Worker));
-            started.map_err(|error| error.to_string())
-        });
+        let sending = PageEncoder::new(self.seat.encoder)
+            .map_err(|error| error.to_string())
+            .and_then(|encoder| {
+                let sender = EpochSender::new(sink, encoder);
+                let memory = self.seat.page_memory();
+                let started = lead::Sending::start(
+                    session,
+                    sender,
+                    memory,
+                    self.queue.clone(),
+                    self.seat.enter(Work::Worker),
+                );
+                started.map_err(|error| error.to_string())
+            });
         let sending = match sending {
             Ok(sending) => sending,
             Err(why) => return self.session_failed(session, &why),
         };
         self.copy_input(sender, session);
-        let stage = if base.is_some() { lead::Stage::Streaming } else { lead::Stage::Prepared };
+        let stage = if base.is_some() {
+            lead::Stage::Streaming
+        } else {
+            lead::Stage::Prepared
+        };
         self.leading = Some(lead::Leading {
             session,
-            link,
-            peer,
             stage,
             sending,
             pacer: Pacer::new(self.seat.pacer, Instant::now()),
             dirty: DirtyPages::new(self.seat.machine.ram().pages()),
             base,
+            window: None,
             in_flight: std::collections::VecDeque::new(),
         });
     }
@@ -250,6 +270,7 @@ impl Driver {
         let source = self.seat.resync_source();
         if let Some(leading) = self.leading.as_mut().filter(|leading| leading.session == session) {
             leading.stage = lead::Stage::Bulk;
+            leading.window = Some(source.window());
             leading.sending.give(lead::Job::Resync(Box::new(source)));
         }
     }
@@ -258,11 +279,15 @@ impl Driver {
         if self.leading.as_ref().is_some_and(|leading| leading.session == session) {
             self.seat.inbox.set_copy(None);
             if let Some(leading) = self.leading.take() {
-                leading.sending.abandon();
+                leading.abandon();
             }
             self.fail_digest("the session with the standby ended");
         }
-        if self.following.as_ref().is_some_and(|following| following.session == session) {
+        if self
+            .following
+            .as_ref()
+            .is_some_and(|following| following.session == session)
+        {
             self.set_route(None);
             self.following = None;
         }
@@ -285,7 +310,10 @@ impl Driver {
     ) {
         tracing::info!("session {} over link {}: follows {leader}", session.0, link.0);
         let applied = last.as_ref().map_or(0, |(epoch, _)| *epoch);
-        let started = self.seat.follower_place().and_then(|place| {
+        let Some(credit) = self.links.get(&link).map(|link| link.sender.clone()) else {
+            return self.session_failed(session, "the link is gone");
+        };
+        let started = self.seat.follower_place(credit).and_then(|place| {
             let enter = self.seat.enter(Work::Storage);
             let started = follow::Receiving::start(session, place, last, self.queue.clone(), enter);
             started.map_err(|error| error.to_string())
@@ -305,7 +333,7 @@ impl Driver {
 
     fn follow_from(&mut self, session: SessionId, link: LinkId, leader: Incarnation, base: Epoch) {
         if let Some(leading) = self.leading.take() {
-            leading.sending.abandon();
+            leading.abandon();
         }
         self.seat.inbox.set_copy(None);
         self.seat.outbox.discard();
@@ -318,7 +346,11 @@ impl Driver {
     }
 
     fn set_route(&self, receiving: Option<follow::Receiving>) {
-        *self.seat.route.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = receiving;
+        *self
+            .seat
+            .route
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = receiving;
     }
 
     // ---- links
@@ -348,8 +380,22 @@ impl Driver {
                     Ok(message) => self.step(Event::Received { link, message }),
                     Err(error) => self.close_link(link, &error.to_string()),
                 },
+                Kind::Credit => self.credited(link, &frame),
                 kind => self.close_link(link, &format!("frame of kind {kind:?} does not belong here")),
             },
+        }
+    }
+
+    fn credited(&mut self, link: LinkId, frame: &Frame) {
+        let leading = self
+            .leading
+            .as_ref()
+            .filter(|leading| leading.session.0 == frame.session);
+        let Some(window) = leading.and_then(|leading| leading.window.as_ref()) else {
+            return;
+        };
+        if let Err(error) = window.credited(&frame.payload) {
+            self.close_link(link, &error.to_string());
         }
     }
 
@@ -370,7 +416,9 @@ impl Driver {
                 "another seat holds the arbiter's record: this engine is out of date, a new one may join".to_owned()
             }
             EndReason::Ejected => "the active seat ejected this one: a new engine may join".to_owned(),
-            EndReason::SessionOver => "the session ended before this seat became a member: a new engine may join".to_owned(),
+            EndReason::SessionOver => {
+                "the session ended before this seat became a member: a new engine may join".to_owned()
+            }
             EndReason::HeaderFailed => "the seat's header could not be written: check the seat's storage".to_owned(),
             EndReason::GuestFailed => {
                 let text = self.core.status().failure.unwrap_or_default();
@@ -380,6 +428,7 @@ impl Driver {
         self.ended = Some(Ended {
             code: exit_code::of_end(reason),
             message,
+            term: self.core.status().term,
         });
     }
 }

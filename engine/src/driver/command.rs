@@ -43,6 +43,7 @@ impl Driver {
                 self.ended = Some(Ended {
                     code: exit_code::OK,
                     message: "ended by the daemon's command; the arbiter's record was not touched".to_owned(),
+                    term: self.core.status().term,
                 });
             }
         }
@@ -80,7 +81,9 @@ impl Driver {
     }
 
     pub(super) fn answered(&mut self, request: u64, answer: Answer, why: Option<String>, deadline: Instant) {
-        let Some(request) = self.requests.remove(&request) else { return };
+        let Some(request) = self.requests.remove(&request) else {
+            return;
+        };
         if let Some(why) = why {
             tracing::warn!("{why}");
             self.figures.last_trouble = Some(why);

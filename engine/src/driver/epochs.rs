@@ -71,7 +71,7 @@ impl Driver {
         }
     }
 
-    fn harvest(&mut self) {
+    pub(super) fn harvest(&mut self) {
         let Some(leading) = self.leading.as_mut() else { return };
         if let Err(error) = self.seat.machine.harvest(&mut leading.dirty) {
             self.queue.machine(crate::machine::VmEvent::Fatal(error.to_string()));
@@ -90,7 +90,11 @@ impl Driver {
                 self.brake(percent);
             }
             _ => {
-                let seal = if leading.stage == Stage::JoinCut { Seal::JoinCut } else { Seal::Ordinary };
+                let seal = if leading.stage == Stage::JoinCut {
+                    Seal::JoinCut
+                } else {
+                    Seal::Ordinary
+                };
                 self.seal(seal);
             }
         }
@@ -162,7 +166,8 @@ impl Driver {
             self.sealed_state = Some((epoch, sealed.state.clone()));
         }
         self.step(Event::EpochSealed { epoch, seal });
-        let runs_on = matches!(seal, Seal::Ordinary | Seal::JoinCut) && self.guest == Guest::Paused && self.ended.is_none();
+        let runs_on =
+            matches!(seal, Seal::Ordinary | Seal::JoinCut) && self.guest == Guest::Paused && self.ended.is_none();
         if runs_on {
             self.resume_guest();
         }
@@ -171,7 +176,9 @@ impl Driver {
         if let Some(leading) = self.leading.as_mut() {
             leading.pacer.sealed(Instant::now(), pause);
             let outputs = outputs.into_iter().map(port_data).collect();
-            leading.sending.give(Job::Finish(Box::new(SealedEpoch { outputs, ..sealed })));
+            leading
+                .sending
+                .give(Job::Finish(Box::new(SealedEpoch { outputs, ..sealed })));
         }
     }
 
@@ -185,13 +192,18 @@ impl Driver {
     }
 
     pub(super) fn lead_report(&mut self, report: lead::Report) {
-        let ours = self.leading.as_ref().is_some_and(|leading| leading.session == report.session);
+        let ours = self
+            .leading
+            .as_ref()
+            .is_some_and(|leading| leading.session == report.session);
         match report.done {
             // A session that could not even be begun is reported too.
             Done::Failed { why } => {
                 tracing::warn!("session {} can't go on: {why}", report.session.0);
                 self.figures.last_trouble = Some(why);
-                self.step(Event::SessionFailed { session: report.session });
+                self.step(Event::SessionFailed {
+                    session: report.session,
+                });
             }
             _ if !ours => {}
             Done::Resync => {
@@ -224,7 +236,11 @@ impl Driver {
 
     pub(super) fn follow_report(&mut self, report: follow::Report) {
         let session = report.session;
-        if self.following.as_ref().is_none_or(|following| following.session != session) {
+        if self
+            .following
+            .as_ref()
+            .is_none_or(|following| following.session != session)
+        {
             return;
         }
         match report.news {
@@ -240,7 +256,11 @@ impl Driver {
                 state,
             } => {
                 // The join checkpoint is loaded for real; later ones are checked as far as that goes without loading.
-                let loads = if joins { self.seat.machine.load(&state) } else { self.seat.machine.check(&state) };
+                let loads = if joins {
+                    self.seat.machine.load(&state)
+                } else {
+                    self.seat.machine.check(&state)
+                };
                 match loads {
                     Ok(()) => self.step(Event::EpochStaged {
                         session,
@@ -269,7 +289,8 @@ impl Driver {
 
     pub(super) fn fail_digest(&mut self, why: &str) {
         if let Some(digest) = self.digest.take() {
-            self.control.reply(digest.command, Reply::Refused { why: why.to_owned() });
+            self.control
+                .reply(digest.command, Reply::Refused { why: why.to_owned() });
         }
     }
 

@@ -14,8 +14,10 @@ use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
-use crate::replication::epoch::{EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input};
-use crate::replication::link::Frame;
+use crate::replication::epoch::{
+    EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input,
+};
+use crate::replication::link::{Frame, LinkSender};
 use crate::replication::memory::PageMemory;
 use crate::replication::resync::ResyncTarget;
 use crate::replication::standby_disks::StandbyDisks;
@@ -86,6 +88,8 @@ pub struct Place {
     pub disks: StandbyDisks,
     /// What is accepted.
     pub limits: StagingLimits,
+    /// Where the leader learns how much of the resync was taken.
+    pub credit: LinkSender,
 }
 
 /// Where frames and orders for the receiving thread go.
@@ -191,9 +195,13 @@ impl Follower {
             }
             Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => {
                 let place = &mut self.place;
-                self.resync
-                    .accept(frame.kind, frame.payload, &*place.memory, &mut place.disks)
-                    .map_err(|error| error.to_string())?;
+                let taken = self
+                    .resync
+                    .accept(frame.kind, frame.payload, &*place.memory, &mut place.disks);
+                if let Some(credit) = taken.map_err(|error| error.to_string())? {
+                    // A link that refuses is down, and its event is under way.
+                    let _ = place.credit.try_send(Kind::Credit, 0, self.session.0, credit);
+                }
                 self.receiver.bulk_frame();
                 Ok(())
             }
@@ -236,8 +244,7 @@ impl Follower {
             let disks = &mut self.place.disks;
             disks.commit(staged.epoch).map_err(|error| error.to_string())?;
             self.inputs.contained_through(staged.epoch);
-            self.outputs
-                .add(staged.epoch, staged.outputs, staged.released_through);
+            self.outputs.add(staged.epoch, staged.outputs, staged.released_through);
             self.applied = Some((staged.epoch, staged.state));
         }
         Ok(())

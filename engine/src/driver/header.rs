@@ -13,16 +13,14 @@ pub struct HeaderWriter(Sender<(RequestId, SeatHeader)>);
 
 impl HeaderWriter {
     /// Starts the thread; `enter` runs first in it.
-    pub fn start(
-        mut file: HeaderFile,
-        queue: Queue,
-        enter: impl FnOnce() + Send + 'static,
-    ) -> std::io::Result<Self> {
+    pub fn start(mut file: HeaderFile, queue: Queue, enter: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
         let (jobs, todo) = channel::<(RequestId, SeatHeader)>();
         std::thread::Builder::new().name("header".to_owned()).spawn(move || {
             enter();
             while let Ok((request, header)) = todo.recv() {
-                let written = file.write(&header).map_err(|error| format!("{error}: {}", source_of(&error)));
+                let written = file
+                    .write(&header)
+                    .map_err(|error| format!("{error}: {}", source_of(&error)));
                 queue.header(request, written);
             }
         })?;

@@ -6,10 +6,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
-use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, SessionId};
+use ftvm_protocol::identity::{Epoch, SessionId};
 
 use super::Queue;
 use crate::checkpoint::Pacer;
@@ -17,7 +16,7 @@ use crate::memory::DirtyPages;
 use crate::replication::epoch::{EpochSender, EpochStats, SealedEpoch, SendError};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::LivePages;
-use crate::replication::resync::{ResyncError, ResyncSource};
+use crate::replication::resync::{ResyncError, ResyncSource, ResyncWindow};
 
 /// Something to send.
 pub enum Job {
@@ -79,7 +78,6 @@ enum JobError {
 /// The sending thread of one session. It ends when this is dropped and the link is down or its jobs are done.
 pub struct Sending {
     jobs: Sender<Job>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Sending {
@@ -92,24 +90,16 @@ impl Sending {
         enter: impl FnOnce() + Send + 'static,
     ) -> std::io::Result<Self> {
         let (jobs, todo) = channel();
-        let thread = std::thread::Builder::new().name("epochs".to_owned()).spawn(move || {
+        std::thread::Builder::new().name("epochs".to_owned()).spawn(move || {
             enter();
             send_all(session, sender, &memory, &todo, &queue);
         })?;
-        Ok(Self {
-            jobs,
-            thread: Some(thread),
-        })
+        Ok(Self { jobs })
     }
 
     /// Hands a job over. A thread that is gone has reported why.
     pub fn give(&self, job: Job) {
         let _ = self.jobs.send(job);
-    }
-
-    /// Ends the thread without waiting for it: it may wait for a link that the driver is about to close.
-    pub fn abandon(mut self) {
-        drop(self.thread.take());
     }
 }
 
@@ -185,10 +175,6 @@ pub enum Stage {
 pub struct Leading {
     /// Its name.
     pub session: SessionId,
-    /// The link that carries its bulk.
-    pub link: LinkId,
-    /// The follower.
-    pub peer: Incarnation,
     /// How far it is.
     pub stage: Stage,
     /// Its thread.
@@ -199,6 +185,17 @@ pub struct Leading {
     pub dirty: DirtyPages,
     /// What the running epoch builds on; none before the join checkpoint.
     pub base: Option<Epoch>,
+    /// How much of the bulk may be under way.
+    pub window: Option<Arc<ResyncWindow>>,
     /// Sealed and not acknowledged, with the time of the seal.
     pub in_flight: VecDeque<(Epoch, Instant)>,
+}
+
+impl Leading {
+    /// Ends the session's thread without waiting for it: it may wait for a link that is about to go.
+    pub fn abandon(self) {
+        if let Some(window) = &self.window {
+            window.close();
+        }
+    }
 }

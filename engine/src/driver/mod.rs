@@ -21,6 +21,7 @@ mod follow;
 mod guest;
 mod header;
 mod lead;
+pub mod process;
 mod seat;
 mod status;
 
@@ -29,7 +30,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use ftvm_protocol::core::{Core, Event, RoleName, Status as CoreStatus};
-use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId};
+use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, Term};
 
 use crate::control::{self, CommandId, Handle};
 use crate::machine::VmEvent;
@@ -45,7 +46,10 @@ enum Input {
     Machine(VmEvent),
     Lead(lead::Report),
     Follow(follow::Report),
-    Header { request: RequestId, written: Result<(), String> },
+    Header {
+        request: RequestId,
+        written: Result<(), String>,
+    },
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -108,6 +112,8 @@ pub struct Ended {
     pub code: u8,
     /// What, where, why, what to do.
     pub message: String,
+    /// Last term known to be in force.
+    pub term: Term,
 }
 
 /// What the guest does.
@@ -156,7 +162,8 @@ struct Following {
 impl Driver {
     /// A driver for a prepared seat.
     pub fn new(core: Core, mut seat: Seat, control: Handle, hub: LinkHub, queue: Queue) -> std::io::Result<Self> {
-        let header = header::HeaderWriter::start(seat.take_header_file()?, queue.clone(), seat.enter(seat::Work::Storage))?;
+        let header =
+            header::HeaderWriter::start(seat.take_header_file()?, queue.clone(), seat.enter(seat::Work::Storage))?;
         Ok(Self {
             core,
             seat,
@@ -199,6 +206,7 @@ impl Driver {
                     return Ended {
                         code: control::exit_code::INTERNAL,
                         message: "every thread of the engine has ended: a defect".to_owned(),
+                        term: self.core.status().term,
                     };
                 }
             }

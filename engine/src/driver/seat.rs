@@ -27,10 +27,10 @@ use crate::machine::{EventSender, Machine, MachineConfig, MachineError};
 use crate::outbox::Outbox;
 use crate::pause::PauseGate;
 use crate::replication::epoch::StagingLimits;
-use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, TlsError, TlsIdentity};
+use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsError, TlsIdentity};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::EncoderConfig;
-use crate::replication::resync::ResyncSource;
+use crate::replication::resync::{ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::StandbyDisks;
 use crate::replication::storage::{FileStorage, Storage};
 use crate::seat_io::{DiskLog, HostSink, Inbox, SeatConsole, SeatDisk, SeatNic};
@@ -51,7 +51,9 @@ pub enum SeatError {
     #[error("machine configuration in the launch message: {0}")]
     MachineConfig(#[source] serde_json::Error),
     /// A MAC address.
-    #[error("network card `{nic}`: `{mac}` is no MAC address: write six hexadecimal bytes with colons, as 02:00:00:00:00:01")]
+    #[error(
+        "network card `{nic}`: `{mac}` is no MAC address: write six hexadecimal bytes with colons, as 02:00:00:00:00:01"
+    )]
     Mac {
         /// Which card.
         nic: String,
@@ -151,7 +153,7 @@ pub struct Seat {
     header: Option<HeaderFile>,
     dropped: Arc<AtomicU64>,
     filters: Option<Arc<Filters>>,
-    resync_percent: Arc<AtomicU64>,
+    resync: Arc<ResyncProgress>,
 }
 
 /// What the launch prepares beside the seat.
@@ -224,7 +226,7 @@ pub fn prepare(
         header: Some(header),
         dropped: parts.dropped,
         filters: filters.clone(),
-        resync_percent: Arc::new(AtomicU64::new(u64::MAX)),
+        resync: Arc::default(),
     };
     let (link, listener) = link(launch, fds, filters)?;
     Ok(Prepared {
@@ -340,7 +342,13 @@ fn build(
     let stale_taps: Vec<Arc<AtomicBool>> = nics.iter().map(|_| Arc::default()).collect();
     let macs = nics.iter().map(|nic| nic.mac).collect();
     let set_config = DeviceSetConfig {
-        nics: nics.iter().map(|nic| NetConfig { mac: nic.mac, mtu: nic.mtu }).collect(),
+        nics: nics
+            .iter()
+            .map(|nic| NetConfig {
+                mac: nic.mac,
+                mtu: nic.mtu,
+            })
+            .collect(),
         disks: disk_configs(launch),
         rng_seed: random_seed()?,
         rtc_unix_ns: unix_ns(),
@@ -359,7 +367,11 @@ fn build(
                 console: Box::new(SeatConsole::new(platform.gate.clone(), outbox.clone())),
             };
             let prepare_thread = Arc::new(move |thread| enter_device_filter(filters.as_deref(), thread));
-            let set = Arc::new(DeviceSet::new(&set_config, &platform.for_devices(prepare_thread), backends)?);
+            let set = Arc::new(DeviceSet::new(
+                &set_config,
+                &platform.for_devices(prepare_thread),
+                backends,
+            )?);
             devices = Some(set.clone());
             Ok::<_, DeviceError>(Box::new(set) as Box<dyn crate::machine::DeviceSet>)
         },
@@ -396,7 +408,14 @@ fn net_backends(
     let mut backends: Vec<Box<dyn NetBackend>> = Vec::new();
     for (index, (nic, stale)) in nics.into_iter().zip(stale).enumerate() {
         let (gate, outbox, inbox) = (gate.clone(), outbox.clone(), inbox.clone());
-        backends.push(Box::new(SeatNic::new(index as u8, nic.tap, gate, outbox, inbox, stale.clone())));
+        backends.push(Box::new(SeatNic::new(
+            index as u8,
+            nic.tap,
+            gate,
+            outbox,
+            inbox,
+            stale.clone(),
+        )));
     }
     backends
 }
@@ -518,7 +537,9 @@ impl Seat {
 
     /// The header file, once.
     pub fn take_header_file(&mut self) -> std::io::Result<HeaderFile> {
-        self.header.take().ok_or_else(|| std::io::ErrorKind::AlreadyExists.into())
+        self.header
+            .take()
+            .ok_or_else(|| std::io::ErrorKind::AlreadyExists.into())
     }
 
     fn open_disks(&self) -> Result<StandbyDisks, String> {
@@ -534,18 +555,21 @@ impl Seat {
     /// Makes everything durable that the guest wrote.
     pub fn flush_disks(&self) -> Result<(), String> {
         for volume in &self.volumes {
-            volume.sync().map_err(|error| format!("flushing a disk failed: {error}"))?;
+            volume
+                .sync()
+                .map_err(|error| format!("flushing a disk failed: {error}"))?;
         }
         Ok(())
     }
 
     /// What a receiving thread works on.
-    pub fn follower_place(&self) -> Result<Place, String> {
+    pub fn follower_place(&self, credit: LinkSender) -> Result<Place, String> {
         let page_count = self.machine.ram().pages();
         let ram_bytes = page_count as usize * crate::memory::PAGE_SIZE;
         Ok(Place {
             memory: self.page_memory(),
             disks: self.open_disks()?,
+            credit,
             limits: StagingLimits {
                 page_count,
                 disk_bytes: self.volumes.iter().map(|volume| volume.size_bytes()).collect(),
@@ -557,13 +581,14 @@ impl Seat {
 
     /// Memory and disks, to be copied while the guest runs.
     pub fn resync_source(&self) -> ResyncSource {
-        ResyncSource::new(self.page_memory(), self.volumes.clone(), self.resync_percent.clone())
+        let log = self.disk_log.clone();
+        let changes = move || log.take().changes;
+        ResyncSource::new(self.page_memory(), self.volumes.clone(), changes, self.resync.clone())
     }
 
     /// Progress of a resync, if there is one.
     pub fn resync_percent(&self) -> Option<u8> {
-        let percent = self.resync_percent.load(Ordering::Relaxed);
-        u8::try_from(percent).ok().filter(|percent| *percent < 100)
+        self.resync.percent()
     }
 
     /// Output that the host did not take.
