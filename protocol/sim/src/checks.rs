@@ -88,6 +88,7 @@ impl Checks {
             ));
         }
         self.releases += 1;
+        self.runs(by);
         add(history, &mut self.released, node);
         add(history, &mut self.durable, history.flushed(node));
         Ok(())
@@ -152,9 +153,8 @@ impl Checks {
         }
     }
 
-    /// The arbiter was restored: a right that nobody has used yet is gone.
-    pub fn restored(&mut self) {
-        self.stopped = false;
+    /// The record was restored or deleted: a right that nobody has used yet is gone.
+    pub fn rights_lapse(&mut self) {
         if self.before.is_some() {
             self.active = self.before.take();
         }
@@ -189,9 +189,13 @@ impl Checks {
         Ok(())
     }
 
-    /// The user is told "stopped": from now on everything released counts as flushed.
-    pub fn tell_stopped(&mut self, history: &History) {
+    /// The user is told "stopped". If a running guest was stopped (not: nothing ran), everything released counts as
+    /// flushed from now on.
+    pub fn tell_stopped(&mut self, history: &History, ran: bool) {
         self.stopped = true;
+        if !ran {
+            return;
+        }
         for node in self.released.clone() {
             add(history, &mut self.durable, node);
         }

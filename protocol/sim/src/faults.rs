@@ -157,6 +157,7 @@ impl World {
                     self.meet(Fault::Deleted, slot);
                 }
                 self.arbiter.delete();
+                self.checks.rights_lapse();
             }
             Injection::Stop => self.user.wants_stop = true,
             Injection::Start => self.user_starts(),

@@ -98,7 +98,9 @@ impl World {
         {
             return Some(PersonNeeded::RestoredTooOld);
         }
-        if self.disks_lost > 0 && refused(|refusal| matches!(refusal, Refusal::OtherHeaderUnreadable(_))) {
+        if self.disks_lost > 0
+            && refused(|refusal| matches!(refusal, Refusal::OtherHeaderUnreadable(_) | Refusal::ContactTooOld))
+        {
             return Some(PersonNeeded::HeaderUnreadable);
         }
         let no_guest = self

@@ -521,6 +521,9 @@ impl World {
                 epoch, resend_after, ..
             } => self.load_and_run(slot, epoch, resend_after),
             Action::Resume => {
+                if let Some(me) = self.slots[slot].engine.as_ref().map(|engine| engine.incarnation) {
+                    self.checks.runs(me);
+                }
                 if let Some(guest) = self.slots[slot]
                     .engine
                     .as_mut()
@@ -681,7 +684,11 @@ impl World {
             || self.mutation.is_some()
             || !self.arbiter.disturbed
         {
-            self.checks.tell_stopped(&self.history);
+            let ran = self.slots[slot]
+                .engine
+                .as_ref()
+                .is_some_and(|engine| engine.driver.guest.is_some());
+            self.checks.tell_stopped(&self.history, ran);
         }
         self.user.powered_off |= !self.user.wants_stop;
         self.user.start_over = None;

@@ -684,21 +684,26 @@ impl World {
         if now.record.phase != Phase::Running || self.checks.active() == Some(holder) {
             return;
         }
+        let overridden = before.as_ref().map(|before| before.holder);
+        if self
+            .user
+            .overrides
+            .is_some_and(|(by, of)| by == holder && Some(of) == overridden)
+        {
+            self.user.overrides = None;
+            let disk = self
+                .slots
+                .iter()
+                .find(|slot| slot.seat == holder.seat)
+                .and_then(|slot| slot.disk.volatile);
+            let result = self.checks.accept_loss(holder, disk);
+            self.check(result);
+            return;
+        }
         let Some(slot) = self.slot_of(holder) else { return };
         let Some(engine) = &self.slots[slot].engine else { return };
         if engine.core.status().role == RoleName::Starting {
             let disk = self.slots[slot].disk.volatile;
-            let overridden = before.as_ref().map(|before| before.holder);
-            if self
-                .user
-                .overrides
-                .is_some_and(|(by, of)| by == holder && Some(of) == overridden)
-            {
-                self.user.overrides = None;
-                let result = self.checks.accept_loss(holder, disk);
-                self.check(result);
-                return;
-            }
             let living = before.and_then(|before| {
                 let other = self.slots[1 - slot].engine.as_ref()?;
                 before.members.contains(other.incarnation).then_some(other.incarnation)
@@ -728,7 +733,8 @@ impl World {
         let back = back.min(self.arbiter.backups());
         if self.arbiter.restore(back) {
             self.log(|| format!("arbiter: restored, {back} writes back"));
-            self.checks.restored();
+            self.checks.stopped = false;
+            self.checks.rights_lapse();
             // Whatever was on its way to the old arbiter is gone with its connections.
             self.queue
                 .retain(|Reverse(entry)| !matches!(entry.what, What::Put { .. } | What::Read { .. }));

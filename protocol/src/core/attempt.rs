@@ -127,10 +127,10 @@ impl Core {
                 self.refuse(Refusal::RecordGone, actions);
             }
             ReadOutcome::Found(snapshot) => {
-                if self
-                    .unsettled
-                    .is_some_and(|expected| expected != (snapshot.uid, snapshot.version))
-                {
+                let read = (snapshot.uid, snapshot.version);
+                let changed = self.unsettled.is_some_and(|expected| expected != read);
+                // Where it was our own that landed, the right it gives is neither taken nor given back by reading.
+                if changed && snapshot.record.holder != self.me {
                     self.settled();
                 }
                 self.arbiter = ArbiterState::Reachable;

@@ -4,7 +4,7 @@ use crate::message::{Message, SessionEnd};
 
 use super::attempt::Attempt;
 use super::role::{Confirmed, JoinStage, Lead, LeadStage, Role, Standby};
-use super::{Action, Core, EndReason, Refusal};
+use super::{Action, Core, EndReason, Refusal, Seal};
 
 impl Core {
     pub(super) fn drive(&mut self, actions: &mut Vec<Action>) {
@@ -251,6 +251,12 @@ impl Core {
             self.cancel_attempt();
         }
         let Role::Active(active) = &mut self.role else { return };
+        // The final epoch needs a follower that takes epochs, or none.
+        let streams = active.lead.as_ref().is_none_or(|lead| lead.stage == LeadStage::Live);
+        if let Some(stop) = active.stop.as_mut().filter(|stop| !stop.asked && streams) {
+            stop.asked = true;
+            actions.push(Action::Seal(Seal::Final));
+        }
         if let Some(term) = active.stop.and_then(|stop| stop.done)
             && header_is_current
         {

@@ -100,7 +100,7 @@ impl Core {
 
     pub(super) fn on_command(&mut self, command: Command, actions: &mut Vec<Action>) {
         let refusal = match command {
-            Command::Stop => self.command_stop(false, actions),
+            Command::Stop => self.command_stop(false),
             Command::Start { over_stopped_term } => self.command_start(over_stopped_term, actions),
             Command::Switchover => self.command_switchover(actions),
             Command::AcceptDataLoss { holder } => match &mut self.role {
@@ -112,18 +112,15 @@ impl Core {
                 _ => Err(Refusal::WrongRole),
             },
         };
-        if let Err(refusal) = refusal {
-            self.refuse(refusal, actions);
-        }
+        // The answer to the command; why the seat itself waits stays in the status.
+        actions.extend(refusal.err().map(Action::Refused));
     }
 
     pub(super) fn on_powered_off(&mut self, actions: &mut Vec<Action>) {
-        if let Err(refusal) = self.command_stop(true, actions) {
-            self.refuse(refusal, actions);
-        }
+        actions.extend(self.command_stop(true).err().map(Action::Refused));
     }
 
-    fn command_stop(&mut self, by_guest: bool, actions: &mut Vec<Action>) -> Result<(), Refusal> {
+    fn command_stop(&mut self, by_guest: bool) -> Result<(), Refusal> {
         match &mut self.role {
             Role::Starting(starting) => {
                 *starting = Starting {
@@ -138,15 +135,7 @@ impl Core {
             Role::Active(active) => {
                 match &mut active.stop {
                     Some(stop) => stop.by_guest |= by_guest,
-                    None => {
-                        active.stop = Some(Stopping {
-                            sealed: None,
-                            by_guest,
-                            written: false,
-                            done: None,
-                        });
-                        actions.push(Action::Seal(Seal::Final));
-                    }
+                    None => active.stop = Some(Stopping::new(by_guest)),
                 }
                 Ok(())
             }
@@ -165,9 +154,11 @@ impl Core {
             }
             Role::Active(active) => match active.stop {
                 None => Ok(()),
-                Some(stop) if stop.sealed.is_some() && !stop.written && !stop.by_guest => {
+                Some(stop) if (stop.sealed.is_some() || !stop.asked) && !stop.written && !stop.by_guest => {
                     active.stop = None;
-                    actions.push(Action::Resume);
+                    if stop.asked {
+                        actions.push(Action::Resume);
+                    }
                     Ok(())
                 }
                 Some(_) => Err(Refusal::StopUnderWay),
@@ -317,20 +308,24 @@ impl Core {
             term: record.term,
             doubt: false,
             lead: None,
-            stop: stop.then_some(Stopping {
-                sealed: None,
-                by_guest: false,
-                written: false,
-                done: None,
-            }),
+            // The user may have changed his mind while the boot was being written.
+            stop: stop.then(|| Stopping::new(false)),
         });
         actions.push(Action::BootFromDisk {
             term: record.term,
             first_epoch: 1,
         });
-        if stop {
-            // The user changed his mind while the boot was being written.
-            actions.push(Action::Seal(Seal::Final));
+    }
+}
+
+impl Stopping {
+    fn new(by_guest: bool) -> Self {
+        Self {
+            asked: false,
+            sealed: None,
+            by_guest,
+            written: false,
+            done: None,
         }
     }
 }

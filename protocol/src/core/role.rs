@@ -207,6 +207,8 @@ pub(super) struct Lead {
 /// A stop under way.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Stopping {
+    /// The driver was asked for the final epoch.
+    pub(super) asked: bool,
     /// The final epoch, once sealed.
     pub(super) sealed: Option<Epoch>,
     /// The guest switched itself off: can't be withdrawn.
