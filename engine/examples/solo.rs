@@ -21,7 +21,7 @@ use ftvm_engine::devices::DeviceError;
 use ftvm_engine::devices::set::{Backends, DeviceSet, DeviceSetConfig};
 use ftvm_engine::devices::virtio::blk::DiskConfig;
 use ftvm_engine::devices::virtio::net::NetConfig;
-use ftvm_engine::kvm::Kvm;
+use ftvm_engine::kvm::{CpuBaseline, Kvm};
 use ftvm_engine::machine::{EventSender, Machine, MachineConfig, VmEvent};
 use ftvm_engine::memory::{DirtyPages, GuestRam, PAGE_SIZE};
 use ftvm_engine::state::{StateReader, StateWriter};
@@ -129,10 +129,13 @@ fn device_config(options: &Options) -> DeviceSetConfig {
     }
 }
 
-fn make(options: &Options, kvm: &Kvm) -> anyhow::Result<Running> {
+fn make(options: &Options, kvm: &Kvm, cpu: Option<CpuBaseline>) -> anyhow::Result<Running> {
     let (sender, events) = EventSender::channel();
     let backends = backends(options)?;
-    let config = MachineConfig::new(options.memory << 20, options.vcpus);
+    let config = MachineConfig {
+        cpu,
+        ..MachineConfig::new(options.memory << 20, options.vcpus)
+    };
     let mut made = None;
     let machine = Machine::create(&config, kvm, sender, None, |platform| {
         let platform = platform.for_devices(Arc::new(|_| ()));
@@ -150,7 +153,7 @@ fn make(options: &Options, kvm: &Kvm) -> anyhow::Result<Running> {
 impl Solo {
     fn new(options: Options) -> anyhow::Result<Self> {
         let kvm = Kvm::open()?;
-        let mut running = make(&options, &kvm)?;
+        let mut running = make(&options, &kvm, None)?;
         running.machine.boot(&source(&options)?)?;
         running.machine.set_tracking(options.pause_every_ms.is_some())?;
         running.machine.resume()?;
@@ -220,10 +223,10 @@ impl Solo {
         let mut writer = StateWriter::new();
         old.machine.save(&mut writer)?;
         let state = writer.finish().to_vec();
-        let ram = old.machine.ram().clone();
+        let (ram, cpu) = (old.machine.ram().clone(), old.machine.cpu().clone());
         // The old machine goes first: it holds the locks of tap and disks.
         drop(old);
-        let mut new = make(&self.options, &self.kvm)?;
+        let mut new = make(&self.options, &self.kvm, Some(cpu))?;
         copy_ram(&ram, new.machine.ram())?;
         new.machine.load(&StateReader::parse(&state)?)?;
         let mut again = StateWriter::new();
