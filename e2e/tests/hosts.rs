@@ -152,7 +152,7 @@ fn links_are_cut_both_ways_or_one_way() {
         lab.mend_links().unwrap();
         assert!(reaches(a, b));
 
-        // One way: h2 still hears h1's pings, nothing comes back.
+        // One way: h2 still hears h1, nothing comes back.
         let received = |host: &Host| {
             let text = host
                 .run(shell("cat /sys/class/net/ft0/statistics/rx_packets"))
@@ -161,10 +161,9 @@ fn links_are_cut_both_ways_or_one_way() {
             String::from_utf8_lossy(&text).trim().parse::<u64>().unwrap()
         };
         lab.cut_link(1, 0, CutDirection::FirstToSecond).unwrap();
-        let before = (received(a), received(b));
-        assert!(!reaches(a, b));
-        assert!(received(b) > before.1, "the open direction is closed");
-        assert_eq!(received(a), before.0, "the cut direction is open");
+        let before = received(b);
+        assert!(!reaches(a, b), "the cut direction is open");
+        assert!(received(b) > before, "the open direction is closed");
     });
 }
 

@@ -132,7 +132,8 @@ impl<'a, W: Witness> Stage<'a, W> {
         round.pause_us_p99 = seat.counter("pause_us_p99");
         round.sent_bytes = seat.counter("link_sent_bytes").map_or(0, |bytes| bytes as u64);
 
-        let at = self.strike(before)?;
+        let standby = self.standby_beside(before);
+        let at = self.strike(before, standby)?;
         let after = self.wait_failover(before, seat.term)?;
         round.active_after.clone_from(&self.names[after]);
         let goal = self.witness.answers() + ANSWERS_AFTER;
@@ -145,10 +146,33 @@ impl<'a, W: Witness> Stage<'a, W> {
             self.names[after]
         ));
         self.relent(before, after)?;
-        if self.system.protects() {
-            self.await_protection(round, at)?;
+        if !self.system.protects() {
+            return Ok(());
         }
-        self.bring_back(before)
+        // After a cut it may be the standby that lost.
+        let lost = if before == after {
+            standby.unwrap_or(before)
+        } else {
+            before
+        };
+        self.rebuild(round, at, (after, lost))
+    }
+
+    /// A third machine takes the place of the lost one, which comes back as the spare; if there is no third, the lost one
+    /// comes back first and takes its own place.
+    fn rebuild(&mut self, round: &mut Round, at: Instant, (after, lost): (usize, usize)) -> anyhow::Result<()> {
+        if self.options.fault == Fault::None {
+            return self.await_protection(round, at);
+        }
+        let spare = (0..self.names.len()).find(|&host| host != after && host != lost && self.machines.is_running(host));
+        if let Some(spare) = spare {
+            self.system.replace(lost, spare)?;
+            self.await_protection(round, at)?;
+            self.bring_back(lost)
+        } else {
+            self.bring_back(lost)?;
+            self.await_protection(round, at)
+        }
     }
 
     fn await_protection(&mut self, round: &mut Round, struck_at: Instant) -> anyhow::Result<()> {
@@ -177,9 +201,8 @@ impl<'a, W: Witness> Stage<'a, W> {
     }
 
     /// The fault itself. Returns when it struck.
-    fn strike(&mut self, active: usize) -> anyhow::Result<Instant> {
+    fn strike(&mut self, active: usize, standby: Option<usize>) -> anyhow::Result<Instant> {
         let name = self.names[active].clone();
-        let standby = self.standby_beside(active);
         self.witness.phase();
         match self.options.fault {
             Fault::KillEngine => {
@@ -261,17 +284,20 @@ impl<'a, W: Witness> Stage<'a, W> {
         Ok(())
     }
 
-    /// A dead host comes back, empty, and is the spare one from now on.
+    /// The host that lost its seat gets an empty one; a dead one is started first.
     fn bring_back(&mut self, host: usize) -> anyhow::Result<()> {
-        if self.machines.is_running(host) {
-            return Ok(());
+        let was_dead = !self.machines.is_running(host);
+        if was_dead {
+            self.machines.start(host)?;
         }
-        self.machines.start(host)?;
-        if self.system.protects() {
-            self.system.machine_started(host)?;
-            self.progress
-                .say(format!("{} is back, as the spare host", self.names[host]));
-        }
+        self.system.make_spare(host)?;
+        let how = if was_dead {
+            "was started again"
+        } else {
+            "has an empty seat"
+        };
+        self.progress
+            .say(format!("{} {how} and waits to be used", self.names[host]));
         Ok(())
     }
 
@@ -375,6 +401,9 @@ impl<'a, W: Witness> Stage<'a, W> {
                 !self.witness.has_ended(),
                 "the client's connection ended while protection was awaited"
             );
+            if let Some(trouble) = self.system.trouble() {
+                bail!("{trouble}; {}", self.describe());
+            }
             if Instant::now() > deadline {
                 bail!("not protected within {patience:?}; {}", self.describe());
             }

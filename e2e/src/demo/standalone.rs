@@ -9,7 +9,7 @@
 //! ```
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,8 @@ pub struct Standalone {
     memory_mib: u32,
     vcpus: u32,
     daemons: Vec<Option<HostProcess>>,
+    /// `ftvm standalone replace`, while it waits for protection.
+    replacing: Option<Child>,
 }
 
 impl Standalone {
@@ -54,6 +56,7 @@ impl Standalone {
             folder: folder.to_owned(),
             memory_mib: options.memory_mib,
             vcpus: options.vcpus,
+            replacing: None,
         }
     }
 
@@ -73,38 +76,35 @@ impl Standalone {
         self.host_folder(host).join("config.yaml")
     }
 
-    fn link_address(&self, host: usize) -> String {
-        format!("{}:{LINK_PORT}", self.lab.host(host).replication_address())
-    }
-
     /// The configuration of a host's daemon. (JSON is YAML.)
     fn config(&self, host: usize) -> anyhow::Result<Value> {
-        let peers: Vec<Value> = (0..self.lab.hosts().len())
-            .filter(|&peer| peer != host)
-            .map(|peer| json!({ "seat": seat_name(peer), "address": self.link_address(peer), "daemon": self.socket(peer) }))
-            .collect();
-        let folder = self.host_folder(host);
         let (uid_first, uid_count) = engine_uids()?;
         Ok(json!({
             "node": self.lab.host(host).name(),
-            "state_folder": folder.join("state"),
+            "state_folder": self.host_folder(host).join("state"),
             "engine": self.programs.folder.join(ENGINE),
             "arbiter": { "folder": self.folder.join("arbiter") },
             "jail": { "uid_first": uid_first, "uid_count": uid_count },
-            "seats": [{
-                "vm": VM,
-                "seat": seat_name(host),
-                "identity": self.folder.join("identities").join(seat_name(host)),
-                "original_disk": host == 0,
-                "machine": { "memory_mib": self.memory_mib, "vcpus": self.vcpus },
-                "boot": { "kernel": self.programs.guest, "cmdline": guest_command_line() },
-                "nics": [{ "name": "net0", "mac": mac_text(GUEST_MAC), "tap": "guest0", "bridge": Lab::GUEST_BRIDGE }],
-                "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
-                "header": folder.join("header"),
-                "journal": folder.join("journal"),
-                "link": { "listen": self.link_address(host), "peers": peers },
-            }],
+            "seats": [self.seat_config(host)],
         }))
+    }
+
+    /// A seat without peers: `ftvm` makes seats known to each other.
+    fn seat_config(&self, host: usize) -> Value {
+        let folder = self.host_folder(host);
+        json!({
+            "vm": VM,
+            "seat": seat_name(host),
+            "identity": self.folder.join("identities").join(seat_name(host)),
+            "original_disk": host == 0,
+            "machine": { "memory_mib": self.memory_mib, "vcpus": self.vcpus },
+            "boot": { "kernel": self.programs.guest, "cmdline": guest_command_line() },
+            "nics": [{ "name": "net0", "mac": mac_text(GUEST_MAC), "tap": "guest0", "bridge": Lab::GUEST_BRIDGE }],
+            "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
+            "header": folder.join("header"),
+            "journal": folder.join("journal"),
+            "link": { "listen": format!("{}:{LINK_PORT}", self.lab.host(host).replication_address()) },
+        })
     }
 
     /// An empty host gets a disk and a daemon.
@@ -163,33 +163,14 @@ impl Standalone {
             .with_context(|| format!("opening {}", path.display()))
     }
 
-    /// A `ftvm` command line, run to its end.
-    fn ftvm(&self, arguments: &[&str]) -> anyhow::Result<()> {
+    /// A `ftvm standalone` command line that addresses the daemons of these hosts.
+    fn ftvm(&self, subcommand: &str, hosts: &[usize]) -> Command {
         let mut command = Command::new(self.programs.folder.join("ftvm"));
-        let output = command
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .context("starting ftvm")?;
-        let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        ensure!(
-            output.status.success(),
-            "ftvm {} ({}): {text}",
-            arguments.join(" "),
-            output.status
-        );
-        Ok(())
-    }
-
-    /// The record is made on the host whose disk has the machine's first contents; its engine then begins.
-    fn set_up(&self) -> anyhow::Result<()> {
-        let request = json!({ "request": "set_up", "vm": VM, "seat": seat_name(0) });
-        let answer = daemon::ask(&self.socket(0), &request, SETTLE).context("asking for the first record")?;
-        ensure!(
-            answer["response"] == "set_up",
-            "the first record was not made: {answer}"
-        );
-        Ok(())
+        command.args(["standalone", subcommand]).stdin(Stdio::null());
+        for &host in hosts {
+            command.arg("--daemon").arg(self.socket(host));
+        }
+        command
     }
 
     /// One round of questions to a host's daemon about its seat's engine.
@@ -256,6 +237,24 @@ impl Standalone {
     }
 }
 
+impl Drop for Standalone {
+    fn drop(&mut self) {
+        if let Some(mut controller) = self.replacing.take() {
+            // It may have ended by itself.
+            controller.kill().ok();
+            controller.wait().ok();
+        }
+    }
+}
+
+/// Runs a command to its end; an exit code other than 0 is an error with what it said.
+fn finish(mut command: Command) -> anyhow::Result<()> {
+    let output = command.output().with_context(|| format!("starting {:?}", command.get_program()))?;
+    let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    ensure!(output.status.success(), "{command:?} ({}): {text}", output.status);
+    Ok(())
+}
+
 /// The engine's program.
 const ENGINE: &str = "ftvm-engine";
 
@@ -308,21 +307,16 @@ impl System for Standalone {
     fn start(&mut self) -> anyhow::Result<()> {
         fs::create_dir_all(self.folder.join("arbiter")).context("making the arbiter's folder")?;
         let seats: Vec<String> = (0..self.lab.hosts().len()).map(seat_name).collect();
-        let identities = self.folder.join("identities").display().to_string();
-        self.ftvm(&[
-            "standalone",
-            "identities",
-            "--vm",
-            VM,
-            "--seats",
-            &seats.join(","),
-            "--out",
-            &identities,
-        ])?;
+        let mut identities = self.ftvm("identities", &[]);
+        identities.args(["--vm", VM, "--seats", &seats.join(","), "--out"]).arg(self.folder.join("identities"));
+        finish(identities)?;
         for host in 0..self.lab.hosts().len() {
             self.prepare_host(host)?;
         }
-        self.set_up()
+        // The third host is the spare one.
+        let mut up = self.ftvm("up", &[0, 1]);
+        up.arg("--unprotected");
+        finish(up)
     }
 
     fn seat(&mut self, host: usize) -> Option<Seat> {
@@ -334,9 +328,39 @@ impl System for Standalone {
         serde_json::from_value(seat["engine"].clone()).ok()
     }
 
-    fn machine_started(&mut self, host: usize) -> anyhow::Result<()> {
-        self.daemons[host] = None;
-        self.prepare_host(host)
+    fn replace(&mut self, lost: usize, spare: usize) -> anyhow::Result<()> {
+        let everyone: Vec<usize> = (0..self.lab.hosts().len()).filter(|&host| self.lab.host(host).is_running()).collect();
+        let mut command = self.ftvm("replace", &everyone);
+        command.args(["--vm", VM, "--lost", &seat_name(lost), "--with", &seat_name(spare)]);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        self.replacing = Some(command.spawn().context("starting ftvm")?);
+        Ok(())
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        let status = self.replacing.as_mut()?.try_wait().ok()??;
+        let output = self.replacing.take()?.wait_with_output().ok()?;
+        let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        (!status.success()).then(|| format!("ftvm standalone replace ({status}): {text}"))
+    }
+
+    fn make_spare(&mut self, host: usize) -> anyhow::Result<()> {
+        // A controller that waits for protection has seen it by now, or never will.
+        if let Some(mut controller) = self.replacing.take() {
+            controller.wait().context("waiting for ftvm")?;
+        }
+        let alive = match &mut self.daemons[host] {
+            Some(process) => process.try_wait()?.is_none(),
+            None => false,
+        };
+        if !alive {
+            self.daemons[host] = None;
+            return self.prepare_host(host);
+        }
+        let request = json!({ "request": "apply_seat", "seat": self.seat_config(host) });
+        let answer = daemon::ask(&self.socket(host), &request, SETTLE)?;
+        ensure!(answer["response"] == "done", "the daemon of {} said {answer}", self.lab.host(host).name());
+        Ok(())
     }
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {

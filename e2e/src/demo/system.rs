@@ -83,8 +83,15 @@ pub trait System {
     /// What a machine says of its seat; none if it can't be asked (dead, frozen) or has no seat.
     fn seat(&mut self, machine: usize) -> Option<Seat>;
 
-    /// A machine that was dead has been started again and runs nothing yet.
-    fn machine_started(&mut self, machine: usize) -> anyhow::Result<()>;
+    /// Begins to replace the seat on machine `lost` by one on machine `spare`. It takes its time; see [`System::trouble`].
+    fn replace(&mut self, lost: usize, spare: usize) -> anyhow::Result<()>;
+
+    /// What went wrong in something that was begun.
+    fn trouble(&mut self) -> Option<String>;
+
+    /// A machine that lost its seat, and may have been started again with nothing running on it, gets a new, empty seat,
+    /// which waits to be used.
+    fn make_spare(&mut self, machine: usize) -> anyhow::Result<()>;
 
     /// Compares both seats' memory at one epoch and both disks, while the guest's clients are quiet. An error says what
     /// differs.

@@ -122,7 +122,15 @@ impl System for Unprotected {
         })
     }
 
-    fn machine_started(&mut self, _: usize) -> anyhow::Result<()> {
+    fn replace(&mut self, _: usize, _: usize) -> anyhow::Result<()> {
+        anyhow::bail!("an unprotected machine has no seat to replace")
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        None
+    }
+
+    fn make_spare(&mut self, _: usize) -> anyhow::Result<()> {
         Ok(())
     }
 
