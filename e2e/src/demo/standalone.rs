@@ -249,7 +249,9 @@ impl Drop for Standalone {
 
 /// Runs a command to its end; an exit code other than 0 is an error with what it said.
 fn finish(mut command: Command) -> anyhow::Result<()> {
-    let output = command.output().with_context(|| format!("starting {:?}", command.get_program()))?;
+    let output = command
+        .output()
+        .with_context(|| format!("starting {:?}", command.get_program()))?;
     let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     ensure!(output.status.success(), "{command:?} ({}): {text}", output.status);
     Ok(())
@@ -308,7 +310,9 @@ impl System for Standalone {
         fs::create_dir_all(self.folder.join("arbiter")).context("making the arbiter's folder")?;
         let seats: Vec<String> = (0..self.lab.hosts().len()).map(seat_name).collect();
         let mut identities = self.ftvm("identities", &[]);
-        identities.args(["--vm", VM, "--seats", &seats.join(","), "--out"]).arg(self.folder.join("identities"));
+        identities
+            .args(["--vm", VM, "--seats", &seats.join(","), "--out"])
+            .arg(self.folder.join("identities"));
         finish(identities)?;
         for host in 0..self.lab.hosts().len() {
             self.prepare_host(host)?;
@@ -329,7 +333,9 @@ impl System for Standalone {
     }
 
     fn replace(&mut self, lost: usize, spare: usize) -> anyhow::Result<()> {
-        let everyone: Vec<usize> = (0..self.lab.hosts().len()).filter(|&host| self.lab.host(host).is_running()).collect();
+        let everyone: Vec<usize> = (0..self.lab.hosts().len())
+            .filter(|&host| self.lab.host(host).is_running())
+            .collect();
         let mut command = self.ftvm("replace", &everyone);
         command.args(["--vm", VM, "--lost", &seat_name(lost), "--with", &seat_name(spare)]);
         command.stdout(Stdio::null()).stderr(Stdio::piped());
@@ -359,7 +365,11 @@ impl System for Standalone {
         }
         let request = json!({ "request": "apply_seat", "seat": self.seat_config(host) });
         let answer = daemon::ask(&self.socket(host), &request, SETTLE)?;
-        ensure!(answer["response"] == "done", "the daemon of {} said {answer}", self.lab.host(host).name());
+        ensure!(
+            answer["response"] == "done",
+            "the daemon of {} said {answer}",
+            self.lab.host(host).name()
+        );
         Ok(())
     }
 
