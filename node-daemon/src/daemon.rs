@@ -206,7 +206,7 @@ impl Daemon {
             Request::RemoveSeat { vm, seat } => self.remove(vm, seat),
             Request::SetUp { vm, seat } => self.with_seat(&vm, &seat, |seat| self.set_up(seat)),
             Request::Command { vm, seat, command } => self.with_seat(&vm, &seat, |seat| command_seat(seat, command)),
-            Request::Start { vm, seat } => self.with_seat(&vm, &seat, |seat| start_stopped(seat)),
+            Request::Start { vm, seat } => self.with_seat(&vm, &seat, start_stopped),
             Request::SetPeers { vm, seat, peers } => self.with_seat(&vm, &seat, |seat| set_peers(seat, peers)),
             Request::Record { vm } => match self.seats().values().find(|seat| seat.config().vm == vm).cloned() {
                 Some(seat) => {

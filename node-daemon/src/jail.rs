@@ -307,7 +307,7 @@ impl Plan {
     }
 
     fn steps(&self) -> Result<std::convert::Infallible, (Step, i32)> {
-        // SAFETY (all blocks below): plain system calls on numbers and on memory that outlives them.
+        // SAFETY: plain system calls on numbers, on descriptors of this plan and on memory that outlives them.
         unsafe {
             check(Step::Session, libc::setsid() as i64)?;
             reset_signals();
@@ -344,10 +344,8 @@ impl Plan {
 
     fn user_namespace(&self) -> Result<(), (Step, i32)> {
         // SAFETY: a system call on a number.
-        check(
-            Step::UserNamespace,
-            unsafe { libc::unshare(libc::CLONE_NEWUSER) }.into(),
-        )?;
+        let unshared = unsafe { libc::unshare(libc::CLONE_NEWUSER) };
+        check(Step::UserNamespace, unshared.into())?;
         for (path, text) in [
             (c"/proc/self/setgroups", c"deny"),
             (c"/proc/self/uid_map", self.uid_map.as_c_str()),

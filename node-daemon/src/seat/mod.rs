@@ -41,6 +41,11 @@ const LOG_BYTES_MAX: u64 = 16 << 20;
 /// Requests of one engine that are worked on at a time; more are refused.
 const REQUESTS_MAX: usize = 8;
 
+/// Asks the daemons of these seats, within this time; seats that nobody answers for are missing.
+pub type AskSeats = dyn Fn(&[SeatId], Duration) -> Vec<SeatReport> + Send + Sync;
+/// Tells other daemons that this incarnation of the seat has ended.
+pub type TellGone = dyn Fn(&SeatConfig, Incarnation) + Send + Sync;
+
 /// What a seat needs of its daemon.
 pub struct Surroundings {
     /// The engine program.
@@ -49,10 +54,10 @@ pub struct Surroundings {
     pub jail_mount_point: PathBuf,
     /// The jail's settings.
     pub jail: JailConfig,
-    /// Asks the daemons of other seats; the seats that are not here.
-    pub ask_seats: Box<dyn Fn(&[SeatId], Duration) -> Vec<SeatReport> + Send + Sync>,
-    /// Tells other daemons that an engine ended.
-    pub tell_gone: Box<dyn Fn(&SeatConfig, Incarnation) + Send + Sync>,
+    /// Asks about other seats.
+    pub ask_seats: Box<AskSeats>,
+    /// Tells of an engine's end.
+    pub tell_gone: Box<TellGone>,
 }
 
 /// One seat.
