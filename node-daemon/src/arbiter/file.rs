@@ -92,8 +92,8 @@ struct Stored {
 pub struct FileArbiter<F: Files = PosixFiles> {
     folder: PathBuf,
     files: F,
-    /// A version that existed, to begin the search with.
-    hint: AtomicU64,
+    /// A version that existed and was durable, so that the search begins there and a reader need not fsync again.
+    durable: AtomicU64,
 }
 
 impl FileArbiter {
@@ -109,7 +109,7 @@ impl<F: Files> FileArbiter<F> {
         FileArbiter {
             folder: folder.into(),
             files,
-            hint: AtomicU64::new(1),
+            durable: AtomicU64::new(0),
         }
     }
 
@@ -135,23 +135,19 @@ impl<F: Files> FileArbiter<F> {
 
     /// The newest record.
     pub fn newest(&self) -> Result<Option<Snapshot>, ArbiterError> {
-        // Creating a file makes a network file system look at the folder again, and proves that it can be written.
-        let probe = self.temporary();
         self.files
-            .create(&probe, b"")
+            .touch(&self.temporary())
             .map_err(|source| self.folder_error("writing", source))?;
-        self.files
-            .remove(&probe)
-            .map_err(|source| self.folder_error("removing a temporary file", source))?;
         let uid = self.identity()?;
         let Some(version) = self.newest_version()? else {
             return Ok(None);
         };
-        self.files
-            .sync_folder(&self.folder)
-            .map_err(|source| self.folder_error("fsync", source))?;
+        if version > self.durable.load(Ordering::Relaxed) {
+            let synced = self.files.sync_folder(&self.folder);
+            synced.map_err(|source| self.folder_error("fsync", source))?;
+        }
         let record = self.load(version, uid)?.ok_or_else(|| self.not_set_up())?;
-        self.hint.fetch_max(version, Ordering::Relaxed);
+        self.is_durable(version);
         Ok(Some(Snapshot { record, uid, version }))
     }
 
@@ -223,7 +219,7 @@ impl<F: Files> FileArbiter<F> {
                 Some(self.folder_error("fsync", source).to_string()),
             );
         }
-        self.hint.fetch_max(next, Ordering::Relaxed);
+        self.is_durable(next);
         (
             SwapOutcome::Won(Snapshot {
                 record: record.clone(),
@@ -289,11 +285,16 @@ impl<F: Files> FileArbiter<F> {
         Ok(Some(stored.record))
     }
 
-    /// Gallops from the hint, then bisects: existence is monotonic.
+    fn is_durable(&self, version: u64) {
+        self.durable.fetch_max(version, Ordering::Relaxed);
+    }
+
+    /// Gallops from a known version, then bisects: existence is monotonic.
     fn newest_version(&self) -> Result<Option<u64>, ArbiterError> {
-        let mut low = self.hint.load(Ordering::Relaxed);
+        let mut low = self.durable.load(Ordering::Relaxed).max(1);
         if !self.exists(low)? {
             // The folder is another one than before; its identity says so to whoever asks.
+            self.durable.store(0, Ordering::Relaxed);
             low = 1;
             if !self.exists(low)? {
                 return Ok(None);

@@ -166,6 +166,9 @@ impl Files for Failing {
     fn create(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
         self.step(|| PosixFiles.create(path, contents))
     }
+    fn touch(&self, path: &Path) -> io::Result<()> {
+        self.step(|| PosixFiles.touch(path))
+    }
     fn link(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.step(|| PosixFiles.link(from, to))
     }
@@ -274,6 +277,9 @@ struct LooksThenRenames;
 impl Files for LooksThenRenames {
     fn create(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
         PosixFiles.create(path, contents)
+    }
+    fn touch(&self, path: &Path) -> io::Result<()> {
+        PosixFiles.touch(path)
     }
     fn link(&self, from: &Path, to: &Path) -> io::Result<()> {
         if to.exists() {

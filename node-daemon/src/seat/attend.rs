@@ -140,6 +140,8 @@ impl Seat {
     }
 
     fn engine_ended(&self, incarnation: Incarnation, how: Ended) {
+        // First of all: its peer takes over the sooner.
+        (self.surroundings.tell_gone)(&self.config(), incarnation);
         // What it said last, its exit report among it.
         let connection = self
             .inner()
@@ -169,7 +171,6 @@ impl Seat {
         if report.code == exit_code::OK && self.is_stopped() {
             self.inner().phase = Phase::Stopped;
         }
-        (self.surroundings.tell_gone)(&self.config(), incarnation);
     }
 
     /// Whether the record says that the virtual machine is stopped. Unreachable: the next engine finds out.
