@@ -6,7 +6,9 @@
 mod client;
 mod vm;
 
+use client::Client;
 use ftvm_e2e::guest_protocol::{CHURN_WORD_ONLY, Checksum, Op, fill_bulk, next_chain};
+use std::sync::atomic::{AtomicBool, Ordering};
 use vm::{Lab, Vm};
 
 #[test]
@@ -69,32 +71,86 @@ fn reset_in_place_and_power_off() {
 
 #[test]
 fn a_machine_saved_amidst_traffic_goes_on_in_another() {
-    for vcpus in [1, 2] {
+    const MOVES: u32 = 6;
+    for vcpus in [1, 4] {
         let lab = Lab::new(&format!("move{vcpus}"));
-        let mut vm = Vm::boot(&lab, vcpus, "churn_pages=2000 churn_rate=20000");
-        let mut client = lab.connect();
-        let (mut seq, mut chain, mut time_ns, mut journal) = (0, 0, 0, 0);
-        for round in 0..8 {
-            let moved = std::thread::scope(|scope| {
-                let moving = scope.spawn(|| vm.move_to_another(&lab));
-                // Requests go on until the move is over, and a bit longer.
-                let mut after = 0;
-                while after < 20 {
-                    let op = if seq % 4 == 0 { Op::Journal } else { Op::Increment };
-                    let answer = client.call(op, seq, 0, 0);
-                    seq += 1;
-                    chain = next_chain(chain, seq - 1, seq);
-                    assert_eq!((answer.count, answer.chain), (seq, chain), "round {round}");
-                    assert!(answer.guest_time_ns > time_ns, "guest time steps back in round {round}");
-                    assert!(answer.journal_seq >= journal);
-                    (time_ns, journal) = (answer.guest_time_ns, answer.journal_seq);
-                    after += u32::from(moving.is_finished());
-                }
-                moving.join().expect("the move succeeds")
-            });
-            vm = moved;
-            let checked = client.call(Op::Verify, 0, 0, 0);
-            assert_eq!((checked.memory_errors, checked.journal_errors), (0, 0), "round {round}");
+        let mut vm = Vm::boot(&lab, vcpus, "churn_pages=2000 churn_rate=20000 check_pages=2000");
+        let (mut counter, mut journal, mut bulk) = (lab.connect(), lab.connect(), lab.connect());
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let stop = StopOnDrop(&over); // a failed assertion ends the other threads too
+            let clients = [
+                scope.spawn(|| count(&mut counter, &over)),
+                scope.spawn(|| pipeline_records(&mut journal, &over)),
+                scope.spawn(|| download_and_upload(&mut bulk, &over)),
+            ];
+            for _ in 0..MOVES {
+                vm = vm.move_to_another(&lab);
+                // Some traffic between two moves.
+                let mut client = lab.connect();
+                let checked = client.call(Op::Verify, 0, 0, 0);
+                assert_eq!((checked.memory_errors, checked.journal_errors), (0, 0), "{vcpus} vCPUs");
+            }
+            // The machine runs until the last answer has come.
+            drop(stop);
+            for client in clients {
+                client.join().expect("every answer was right");
+            }
+        });
+    }
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Requests one by one: no answer is lost, and the guest's count, journal and clock never go back.
+fn count(client: &mut Client, over: &AtomicBool) {
+    let mut last = client.call(Op::Status, 0, 0, 0);
+    let mut seq = 0;
+    while !over.load(Ordering::Relaxed) {
+        seq += 1;
+        let answer = client.call(Op::Increment, seq, 0, 0);
+        assert!(answer.count > last.count && answer.journal_seq >= last.journal_seq);
+        assert!(answer.guest_time_ns > last.guest_time_ns, "guest time steps back");
+        last = answer;
+    }
+}
+
+/// Twenty journal requests under way at a time.
+fn pipeline_records(client: &mut Client, over: &AtomicBool) {
+    let (mut sent, mut received) = (0, 0);
+    while !over.load(Ordering::Relaxed) || received < sent {
+        while sent < received + 20 && !over.load(Ordering::Relaxed) {
+            client.send(Op::Journal, sent, 0, 0);
+            sent += 1;
         }
+        let answer = client.answer();
+        assert_eq!(
+            (answer.seq, answer.refused(), answer.journal_errors),
+            (received, false, 0)
+        );
+        received += 1;
+    }
+}
+
+/// Data in both directions.
+fn download_and_upload(client: &mut Client, over: &AtomicBool) {
+    let mut data = vec![0; 500_001];
+    for seq in 0.. {
+        if over.load(Ordering::Relaxed) {
+            return;
+        }
+        fill_bulk(seq, 0, &mut data);
+        client.send(Op::Bulk, seq, data.len() as u64, 0);
+        client.answer();
+        assert!(client.bytes(data.len()) == data, "bulk data {seq} differs");
+        client.send(Op::Sink, seq, data.len() as u64, 0);
+        client.raw(&data);
+        assert_eq!(client.answer().chain, Checksum::of(&data));
     }
 }
