@@ -503,6 +503,6 @@ impl Drop for Machine {
 }
 
 #[cfg(test)]
-mod test_guest;
+pub(crate) mod test_guest;
 #[cfg(test)]
 mod tests;
