@@ -582,9 +582,23 @@ fn bind(path: &Path) -> Result<Listener, DaemonError> {
             source,
         })?;
     }
-    if Connection::connect(path).is_ok() {
+    if Connection::connect(path).is_ok_and(|connection| belongs_to_the_living(&connection)) {
         return Err(DaemonError::SocketInUse { path: path.to_owned() });
     }
     crate::state::remove_if_there(path)?;
     Ok(Listener::bind(path)?)
+}
+
+/// Whether the process that listens is alive. A dead daemon's socket may still be open for a moment, in a child that was forked
+/// and has not executed its engine yet.
+fn belongs_to_the_living(connection: &Connection) -> bool {
+    match connection
+        .peer()
+        .ok()
+        .and_then(|(pid, _)| rustix::process::Pid::from_raw(pid?))
+    {
+        // Of another pid namespace: not to be judged from here.
+        None => true,
+        Some(pid) => rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH),
+    }
 }

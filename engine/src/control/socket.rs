@@ -2,7 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -111,10 +111,28 @@ impl Connection {
         self.socket
     }
 
-    /// Process id and user id of the other side at the time of connect, as this process's namespaces show them.
+    /// Process id and user id of the other side at the time of connect (or listen), as this process's namespaces show them;
+    /// no process id for a process of another pid namespace. unix(7), SO_PEERCRED.
     pub fn peer(&self) -> Result<(Option<i32>, u32), SocketError> {
-        let credentials = rustix::net::sockopt::socket_peercred(&self.socket).map_err(io("SO_PEERCRED"))?;
-        Ok((Some(credentials.pid.as_raw_nonzero().get()), credentials.uid.as_raw()))
+        let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+        let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+        // SAFETY: a structure and a length that fit each other. (Not by rustix, whose type can't hold the process id 0.)
+        let result = unsafe {
+            libc::getsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERCRED,
+                (&raw mut credentials).cast(),
+                &mut length,
+            )
+        };
+        if result != 0 {
+            return Err(SocketError::Io {
+                what: "SO_PEERCRED".into(),
+                source: std::io::Error::last_os_error(),
+            });
+        }
+        Ok(((credentials.pid != 0).then_some(credentials.pid), credentials.uid))
     }
 
     /// Sends one message; never blocks ([`SocketError::WouldBlock`] says that nothing was sent).
