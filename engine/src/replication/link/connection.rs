@@ -2,6 +2,7 @@
 
 use std::io::{self, BufRead, IoSlice, Read, Write};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,6 +70,8 @@ pub(super) struct Connection {
     assembler: Assembler,
     outgoing: Option<Outgoing>,
     received: Box<[u8]>,
+    /// Part of `received` that TLS has not taken yet.
+    untaken: Range<usize>,
     /// 0 until the hellos were exchanged: nothing but the hello is sent before.
     version: u16,
     stall_deadline: Duration,
@@ -94,6 +97,7 @@ impl Connection {
             assembler: Assembler::new(),
             outgoing: None,
             received: vec![0; RECEIVE_BYTES].into_boxed_slice(),
+            untaken: 0..0,
             version: 0,
             stall_deadline: config.stall_deadline,
             moved: Instant::now(),
@@ -105,9 +109,13 @@ impl Connection {
     pub fn shake_hands(&mut self, own: &Hello, identity: &TlsIdentity, limit: Duration) -> Result<Peer, DownReason> {
         let deadline = Instant::now() + limit;
         let mut hello_queued = false;
+        let mut theirs = None;
         loop {
             if let Some(reason) = self.queue.close_reason() {
                 return Err(reason);
+            }
+            if theirs.is_none() {
+                theirs = self.next_frame()?;
             }
             if !hello_queued && !self.tls.is_handshaking() {
                 let hello = own.to_frame()?;
@@ -115,7 +123,7 @@ impl Connection {
                 hello_queued = true;
             }
             self.send_ciphertext()?;
-            if hello_queued && let Some(frame) = self.next_frame()? {
+            if hello_queued && let Some(frame) = theirs.take() {
                 return self.greeted(own, identity, &frame);
             }
             self.check_open()?;
@@ -241,9 +249,13 @@ impl Connection {
     /// A peer that refuses sends an alert and closes, so that writing fails before the alert was read: the alert says
     /// more.
     fn broken(&mut self, error: io::Error) -> DownReason {
-        match self.receive() {
-            Err(reason @ DownReason::Tls(_)) => reason,
-            _ => DownReason::Broken(error),
+        let _ = self.receive();
+        loop {
+            match self.decrypt() {
+                Ok(true) => {}
+                Err(reason @ DownReason::Tls(_)) => return reason,
+                _ => return DownReason::Broken(error),
+            }
         }
     }
 
@@ -270,59 +282,68 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads what has arrived and decrypts it; an end of the stream is remembered, what came before it is delivered
-    /// first.
+    /// Reads what has arrived; an end of the stream is remembered, what came before it is delivered first.
     fn receive(&mut self) -> Result<(), DownReason> {
-        let bytes = match self.stream.read(&mut self.received) {
-            Ok(0) => {
-                self.peer_closed = true;
-                return Ok(());
-            }
-            Ok(bytes) => bytes,
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                return Ok(());
-            }
+        if !self.untaken.is_empty() {
+            return Ok(());
+        }
+        match self.stream.read(&mut self.received) {
+            Ok(0) => self.peer_closed = true,
+            Ok(bytes) => self.untaken = 0..bytes,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => return Err(DownReason::Broken(error)),
-        };
-        let mut rest = &self.received[..bytes];
-        while !rest.is_empty() {
-            // Takes nothing while decrypted bytes wait to be fetched; [`Self::next_frame`] fetches all, so they never
-            // pile up beyond one read.
-            match self.tls.read_tls(&mut rest) {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(error) => return Err(DownReason::Broken(error)),
-            }
-            self.tls
-                .process_new_packets()
-                .map_err(|error| DownReason::Tls(tls::explain(error)))?;
         }
         Ok(())
     }
 
-    /// The next frame among the decrypted bytes.
+    /// Gives TLS more of what was received; false if there is no more. Only when all decrypted bytes were fetched:
+    /// TLS keeps few of them.
+    fn decrypt(&mut self) -> Result<bool, DownReason> {
+        let mut rest = &self.received[self.untaken.clone()];
+        if rest.is_empty() {
+            return Ok(false);
+        }
+        let taken = self.tls.read_tls(&mut rest).map_err(DownReason::Broken)?;
+        // After the peer's goodbye nothing is taken any more.
+        self.untaken.start = if taken == 0 {
+            self.untaken.end
+        } else {
+            self.untaken.start + taken
+        };
+        self.tls
+            .process_new_packets()
+            .map_err(|error| DownReason::Tls(tls::explain(error)))?;
+        Ok(true)
+    }
+
+    /// The next frame among what was received. After `None` everything was looked at.
     fn next_frame(&mut self) -> Result<Option<Frame>, DownReason> {
         loop {
             let mut reader = self.tls.reader();
-            let chunk = match reader.fill_buf() {
+            match reader.fill_buf() {
                 Ok([]) => {
                     self.peer_closed = true;
                     return Ok(None);
                 }
-                Ok(chunk) => chunk,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Ok(chunk) => {
+                    let mut rest = chunk;
+                    let frame = self.assembler.take(&mut rest)?;
+                    let used = chunk.len() - rest.len();
+                    reader.consume(used);
+                    if frame.is_some() {
+                        return Ok(frame);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if !self.decrypt()? {
+                        return Ok(None);
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     self.peer_closed = true;
                     return Ok(None);
                 }
                 Err(error) => return Err(DownReason::Broken(error)),
-            };
-            let mut rest = chunk;
-            let frame = self.assembler.take(&mut rest)?;
-            let used = chunk.len() - rest.len();
-            reader.consume(used);
-            if frame.is_some() {
-                return Ok(frame);
             }
         }
     }
