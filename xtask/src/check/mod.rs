@@ -57,7 +57,7 @@ impl Check {
 
 /// The workspace, and the packages outside of it that have flags of their own (bare-metal guests).
 fn packages(root: &Path) -> Vec<PathBuf> {
-    let outside = root.join("e2e/guests");
+    let outside = root.join("e2e/guests/embedded");
     let outside = outside.join("Cargo.toml").exists().then_some(outside);
     std::iter::once(root.to_path_buf()).chain(outside).collect()
 }
@@ -110,7 +110,7 @@ fn lints(root: &Path) -> anyhow::Result<()> {
 fn documentation(root: &Path) -> anyhow::Result<()> {
     cargo(
         root,
-        &["doc", "--quiet", "--workspace", "--no-deps"],
+        &["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"],
         &[("RUSTDOCFLAGS", "-D warnings")],
     )
 }

@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(complaints("a.rs", "// x \n"), ["1: blanks at the end of the line"]);
         assert_eq!(complaints("a.rs", "\tx\n"), ["1: a tab"]);
         assert_eq!(
-            complaints("a.rs", "fn f() {\n    unsafe { g() }\n}\n"),
+            complaints("a.rs", concat!("fn f() {\n    uns", "afe { g() }\n}\n")),
             ["2: unsafe without a SAFETY line above"]
         );
         assert_eq!(complaints("a.rs", concat!("// TO", "DO\n")).len(), 1);
