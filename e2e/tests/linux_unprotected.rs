@@ -1,0 +1,127 @@
+//! An unmodified Debian guest on our machine, in an emulated node with real KVM, without protection: so that a wrong
+//! virtio-pci, ACPI, interrupt or clock shows before replication does anything to it.
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use ftvm_e2e::lab::guest::{self, Redis};
+use ftvm_e2e::lab::image::Image;
+use ftvm_e2e::lab::session::{Event, Session};
+use ftvm_e2e::lab::wire::Start;
+use ftvm_e2e::lab::{Lab, Node, NodeConfig};
+
+/// How long the guest may take to do something: emulation is slow, and slower beside other work.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Builds the engine's example that runs one machine.
+fn solo() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--package", "ftvm-engine", "--example", "solo", "--message-format=json"]);
+    let output = cargo.current_dir(root).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let messages = output.stdout.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+    let built = |message: serde_json::Value| message["executable"].as_str().map(PathBuf::from);
+    messages.filter_map(built).next_back().expect("cargo says where the example is")
+}
+
+/// A running guest: everything that it and its machine have said.
+struct Running {
+    session: Session,
+    said: String,
+}
+
+impl Running {
+    fn start(node: &Node, more: &[&str]) -> Self {
+        let words = ["/lab/solo", "--kernel", "/lab/vmlinuz", "--initrd", "/lab/initrd.img", "--memory", "320"];
+        let rest = ["--tap", "guest0", "--disk", "/dev/vdd", "--cmdline", guest::CMDLINE];
+        let argv = words.iter().chain(&rest).chain(more).map(|word| (*word).to_owned()).collect();
+        let start = Start {
+            argv,
+            ..Start::default()
+        };
+        Self {
+            session: node.start(&start).unwrap(),
+            said: String::new(),
+        }
+    }
+
+    /// Listens until `done` says so or the machine ends; its exit code then.
+    fn listen(&mut self, what: &str, mut done: impl FnMut(&str) -> bool) -> Option<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(&self.said) {
+            match self.session.next(deadline) {
+                Ok(Event::Stdout(bytes) | Event::Stderr(bytes)) => self.said += &String::from_utf8_lossy(&bytes),
+                Ok(Event::Exit(code)) => return Some(code),
+                Err(error) => panic!("waited for {what}: {error}\n{}", self.said),
+            }
+        }
+        None
+    }
+
+    fn wait_for(&mut self, words: &str) {
+        let end = self.listen(words, |said| said.contains(words));
+        assert_eq!(end, None, "the machine ended before it said {words:?}:\n{}", self.said);
+    }
+
+    fn wait_end(&mut self) -> i32 {
+        self.listen("the machine's end", |_| false).unwrap()
+    }
+}
+
+#[test]
+fn debian_boots_serves_moves_resets_and_switches_off() {
+    let image = Image::guest().unwrap();
+    let lab = Lab::new(&[solo(), image.kernel.clone(), image.initrd.clone()]).unwrap();
+    let disk = lab.folder().join("guest.img");
+    guest::make_disk(&image, &disk).unwrap();
+    let config = NodeConfig {
+        disks: vec![disk.clone()],
+        ..NodeConfig::default()
+    };
+    let node = lab.node("one", 1, config).unwrap();
+    node.client_tap("guest0").unwrap();
+    for vcpus in ["1", "2"] {
+        let begin = Instant::now();
+        let mut running = Running::start(&node, &["--vcpus", vcpus, "--move-every-ms", "5000"]);
+        running.wait_for(guest::READY);
+        eprintln!("{vcpus} vCPUs: ready after {:.1} s", begin.elapsed().as_secs_f64());
+        serve(&lab, &mut running);
+        let stop = guest::ssh(lab.sandbox(), "echo b > /proc/sysrq-trigger").unwrap();
+        eprintln!("asked for a reset: {}", stop.status);
+        running.said.clear();
+        running.wait_for(guest::READY);
+        guest::ssh(lab.sandbox(), "poweroff").unwrap();
+        assert_eq!(running.wait_end(), 0, "{}", running.said);
+        assert!(running.said.contains("guest stopped: halt"), "{}", running.said);
+        for bad in ["BUG:", "Oops", "Call Trace", "I/O error", "Clocksource", "needs a reset", "driver broke"] {
+            assert!(!running.said.contains(bad), "{bad}:\n{}", running.said);
+        }
+    }
+    drop(node);
+    guest::examine_disk(&disk, lab.folder()).unwrap();
+}
+
+/// One connection to Redis goes on while the machine moves.
+fn serve(lab: &Lab, running: &mut Running) {
+    let moves = |said: &str| said.matches("moved in").count();
+    let mut redis = Redis::connect(lab.sandbox(), Instant::now() + PATIENCE).unwrap();
+    let (before, begin) = (moves(&running.said), Instant::now());
+    let first = redis.increment("n", PATIENCE).unwrap();
+    let mut last = first;
+    while begin.elapsed() < Duration::from_secs(20) {
+        let next = redis.increment("n", PATIENCE).unwrap();
+        assert_eq!(next, last + 1);
+        last = next;
+    }
+    guest::download(lab.sandbox(), 20_000, PATIENCE).unwrap();
+    running.wait_for("moved in");
+    running.listen("three moves", |said| moves(said) >= before + 3);
+    eprintln!("{} increments, {} moves", last - first, moves(&running.said) - before);
+    let time = guest::ssh(lab.sandbox(), "date +%s; cat /sys/devices/system/clocksource/clocksource0/current_clocksource; dmesg -l err,warn");
+    let time = String::from_utf8(time.unwrap().stdout).unwrap();
+    eprintln!("{time}");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let theirs: u64 = time.lines().next().unwrap().parse().unwrap();
+    assert!(theirs.abs_diff(now) < 60, "the guest's clock says {theirs}, it is {now}");
+}
