@@ -5,9 +5,10 @@
 //! `--move-every-ms` moves it into a new machine each time: save, forget, make, load, run on.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -55,6 +56,9 @@ struct Options {
     /// Move into a new machine at this interval.
     #[arg(long)]
     move_every_ms: Option<u64>,
+    /// Obey lines on standard input: `move`, or `button` for the power button.
+    #[arg(long)]
+    obey: bool,
     /// Stop after so many seconds, with exit code 3.
     #[arg(long)]
     seconds: Option<u64>,
@@ -71,6 +75,7 @@ struct Solo {
     options: Options,
     kvm: Kvm,
     running: Option<Running>,
+    commands: Receiver<String>,
     pauses_us: Vec<u64>,
 }
 
@@ -157,10 +162,20 @@ impl Solo {
         running.machine.boot(&source(&options)?)?;
         running.machine.set_tracking(options.pause_every_ms.is_some())?;
         running.machine.resume()?;
+        let (sender, commands) = mpsc::channel();
+        if options.obey {
+            std::thread::spawn(move || {
+                std::io::stdin()
+                    .lines()
+                    .map_while(Result::ok)
+                    .try_for_each(|line| sender.send(line))
+            });
+        }
         Ok(Self {
             options,
             kvm,
             running: Some(running),
+            commands,
             pauses_us: Vec::new(),
         })
     }
@@ -173,7 +188,7 @@ impl Solo {
     fn run(&mut self) -> anyhow::Result<bool> {
         let start = Instant::now();
         let interval = self.options.pause_every_ms.or(self.options.move_every_ms);
-        let tick = Duration::from_millis(interval.unwrap_or(1000));
+        let tick = Duration::from_millis(interval.unwrap_or(100));
         loop {
             match self.running()?.events.recv_timeout(tick) {
                 Ok(VmEvent::PowerOff) => return Ok(true),
@@ -192,6 +207,7 @@ impl Solo {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the machine has ended"),
             }
+            self.obey()?;
             if self
                 .options
                 .seconds
@@ -200,6 +216,17 @@ impl Solo {
                 return Ok(false);
             }
         }
+    }
+
+    fn obey(&mut self) -> anyhow::Result<()> {
+        while let Ok(command) = self.commands.try_recv() {
+            match command.as_str() {
+                "move" => self.relocate()?,
+                "button" => self.running()?.devices.press_power_button(),
+                other => eprintln!("unknown command {other:?}"),
+            }
+        }
+        Ok(())
     }
 
     fn checkpoint(&mut self) -> anyhow::Result<()> {
@@ -229,10 +256,11 @@ impl Solo {
         let mut new = make(&self.options, &self.kvm, Some(cpu))?;
         copy_ram(&ram, new.machine.ram())?;
         new.machine.load(&StateReader::parse(&state)?)?;
-        let mut again = StateWriter::new();
-        new.machine.save(&mut again)?;
-        if again.finish() != state {
-            bail!("load then save is not byte-equal");
+        let mut writer = StateWriter::new();
+        new.machine.save(&mut writer)?;
+        let again = writer.finish().to_vec();
+        if again != state {
+            bail!("load then save differs:{}", differences(&state, &again)?);
         }
         new.machine.after_takeover();
         new.machine.resume()?;
@@ -246,13 +274,40 @@ impl Solo {
     }
 }
 
+/// Through the files behind the two memories: the kernel copies.
 fn copy_ram(from: &GuestRam, into: &GuestRam) -> anyhow::Result<()> {
-    let mut page = [0; PAGE_SIZE];
-    for number in 0..from.pages() {
-        from.read_page(number, &mut page)?;
-        into.write_page(number, &page)?;
+    let mut chunk = vec![0; 1 << 20];
+    let size = u64::from(from.pages()) * PAGE_SIZE as u64;
+    for at in (0..size).step_by(chunk.len()) {
+        let part = &mut chunk[..((size - at) as usize).min(1 << 20)];
+        from.memfd().read_exact_at(part, at)?;
+        into.memfd().write_all_at(part, at)?;
     }
     Ok(())
+}
+
+/// What differs between two states that should be equal.
+fn differences(left: &[u8], right: &[u8]) -> anyhow::Result<String> {
+    let (left, right) = (StateReader::parse(left)?, StateReader::parse(right)?);
+    let mut found = String::new();
+    for (one, other) in left.sections().zip(right.sections()) {
+        let bytes: Vec<_> = one
+            .bytes
+            .iter()
+            .zip(other.bytes)
+            .enumerate()
+            .filter(|(_, (a, b))| a != b)
+            .collect();
+        if one != other {
+            found += &format!(
+                " section {:#x}/{}: {:02x?}",
+                one.kind,
+                one.instance,
+                &bytes[..bytes.len().min(24)]
+            );
+        }
+    }
+    Ok(found)
 }
 
 fn main() -> anyhow::Result<()> {
