@@ -432,9 +432,9 @@ fn disk_backends(launch: &Launch, volumes: &[Arc<dyn Storage>], log: &Arc<DiskLo
 fn enter_device_filter(filters: Option<&Filters>, thread: DeviceThread) {
     let Some(filters) = filters else { return };
     let kind = match thread {
-        DeviceThread::Net => ThreadKind::Net,
+        // All device threads interrupt the guest; the generator's has no file and no frames, but that is all.
+        DeviceThread::Net | DeviceThread::Rng => ThreadKind::Net,
         DeviceThread::Disk => ThreadKind::Disk,
-        DeviceThread::Rng => ThreadKind::Worker,
     };
     filters
         .enter(kind)
