@@ -121,7 +121,7 @@ fn churn_dirties_checks_and_finds_damage() {
     let mut client = guest.connect();
     let clean = client.call(Op::Verify, 1, 0, 0);
     assert_eq!((clean.vcpus, clean.memory_errors), (2, 0));
-    for (pages, mode) in [(1, 0), (1001, 0), (1001, CHURN_WORD_ONLY)] {
+    for (pages, mode) in [(1, 0), (1001, 0), (3, 0), (1001, CHURN_WORD_ONLY)] {
         let before = client.call(Op::SetChurn, 2, pages, mode).churned_pages;
         let dirtied = |client: &mut Client| client.call(Op::Status, 3, 0, 0).churned_pages - before;
         client.until("the churn goes round twice", |client| dirtied(client) > 2 * pages);

@@ -31,6 +31,9 @@ const INIT: u32 = 0x4500;
 const START_UP: u32 = 0x4600;
 const DELIVERY_PENDING: u32 = 1 << 12;
 
+/// A host with much to do lets a vCPU wait.
+const START_UP_NS: u64 = 10_000_000_000;
+
 /// Where a vCPU that gets a start-up IPI begins; boot.s knows it too.
 const TRAMPOLINE: u64 = 0x8000;
 
@@ -127,7 +130,7 @@ pub fn wake(vcpu: usize) {
     send(IDS[vcpu].load(Ordering::Relaxed), 0x4000 | u32::from(WAKE_VECTOR));
 }
 
-/// Starts vCPU number `vcpu`, which has this APIC identifier. False if it does not come up within a second.
+/// Starts vCPU number `vcpu`, which has this APIC identifier. False if it does not come up.
 pub fn start_vcpu(vcpu: usize, apic_id: u32) -> bool {
     let area = cpu::area(vcpu);
     // SAFETY: both symbols bound one run of code in the image, and the page below 1 MiB is RAM on any PC; no other vCPU
@@ -145,7 +148,8 @@ pub fn start_vcpu(vcpu: usize, apic_id: u32) -> bool {
     }
     let start = time::now();
     while area.online.load(Ordering::Acquire) == 0 {
-        if time::now().wrapping_sub(start) > 1_000_000_000 {
+        if time::now().wrapping_sub(start) > START_UP_NS {
+            send(apic_id, INIT); // lest it come up later, on the stack of the next one
             return false;
         }
         core::hint::spin_loop();

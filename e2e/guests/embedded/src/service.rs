@@ -348,7 +348,8 @@ impl Connection {
             self.waiting.push(record, answer);
             return true;
         }
-        if self.waiting.count > 0 || !room_for_answer(socket) {
+        let churn_busy = op == Some(Op::SetChurn) && !worker::churn_ready(worker::last_churn(), machine.vcpus);
+        if self.waiting.count > 0 || churn_busy || !room_for_answer(socket) {
             return false;
         }
         consume(socket);

@@ -31,6 +31,9 @@ static WORK: AtomicBool = AtomicBool::new(false);
 /// One vCPU's reports.
 #[repr(align(128))]
 struct Report {
+    /// The last order for which it stopped touching its old share.
+    stopped: AtomicU64,
+    /// The last order for which it filled its new share.
     churn_generation: AtomicU64,
     verified: AtomicU64,
     churned: AtomicU64,
@@ -40,6 +43,7 @@ struct Report {
 
 static REPORTS: [Report; MAX_VCPUS] = [const {
     Report {
+        stopped: AtomicU64::new(0),
         churn_generation: AtomicU64::new(0),
         verified: AtomicU64::new(0),
         churned: AtomicU64::new(0),
@@ -59,12 +63,17 @@ pub struct Churn {
     pub words: bool,
 }
 
-/// Orders new churn; its ticket for [`churn_ready`]. The caller wakes the other vCPUs.
+/// Orders new churn; its ticket for [`churn_ready`]. The caller has seen the last order ready, and wakes the other vCPUs.
 pub fn order_churn(churn: Churn) -> u64 {
     CHURN_PAGES.store(churn.pages, Ordering::Relaxed);
     CHURN_RATE.store(churn.rate, Ordering::Relaxed);
     CHURN_WORDS.store(churn.words, Ordering::Relaxed);
     CHURN_GENERATION.fetch_add(1, Ordering::Release) + 1
+}
+
+/// The ticket of the last order.
+pub fn last_churn() -> u64 {
+    CHURN_GENERATION.load(Ordering::Acquire)
 }
 
 /// Whether the first `vcpus` have filled their pages for this order.
@@ -223,7 +232,14 @@ impl Worker {
             self.take_order(generation, now);
         }
         if self.filling {
-            self.fill(now);
+            // Old and new shares overlap: nobody fills before everybody stopped. That takes microseconds.
+            let reports = &REPORTS[..self.vcpus];
+            if reports
+                .iter()
+                .all(|report| report.stopped.load(Ordering::Acquire) >= generation)
+            {
+                self.fill(now);
+            }
             return Next::Busy;
         }
         if self.verify != VERIFY.load(Ordering::Acquire) {
@@ -250,6 +266,7 @@ impl Worker {
         self.verify_place = 0;
         self.check_place = 0;
         self.check_pace = Pace::start(now);
+        self.report.stopped.store(generation, Ordering::Release);
     }
 
     fn fill(&mut self, start: Nanoseconds) {
