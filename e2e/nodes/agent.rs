@@ -1,22 +1,29 @@
 //! The agent inside an emulated node: runs commands for the lab, one TCP connection each (`ftvm_e2e::lab::wire` says how).
 //!
-//! As process 1 it starts itself as a server and reaps whatever is orphaned; a server that ends takes the node with it.
+//! `ask SOCKET` carries questions to the daemon of the node instead. As process 1 it starts itself as a server and reaps whatever is orphaned; a server that ends takes the node with it.
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
+use ftvm_e2e::demo::daemon;
 use ftvm_e2e::lab::wire::{self, Start};
 use rustix::process::{Pid, Signal, WaitOptions};
 
+/// How long a daemon may take to answer a question.
+const ANSWER: Duration = Duration::from_secs(20);
+
 fn main() -> ExitCode {
-    let result = if std::process::id() == 1 {
-        first_process()
-    } else {
-        serve()
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.as_slice() {
+        [word, socket] if word == "ask" => ask(Path::new(socket)),
+        _ if std::process::id() == 1 => first_process(),
+        _ => serve(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -41,6 +48,15 @@ fn first_process() -> io::Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Passes questions, one JSON value a line on standard input, to a daemon's socket; prints the answers, `null` where there is none.
+fn ask(socket: &Path) -> io::Result<()> {
+    for line in io::stdin().lines() {
+        let answer = daemon::ask(socket, &serde_json::from_str(&line?)?, ANSWER).unwrap_or_default();
+        println!("{answer}");
+    }
+    Ok(())
 }
 
 fn serve() -> io::Result<()> {

@@ -1,6 +1,7 @@
 //! An unmodified Debian under our VMM, without protection: does it boot, serve, keep time, reset in place and switch itself off?
 use std::time::{Duration, Instant};
 
+use ftvm_e2e::demo::mac_text;
 use ftvm_e2e::lab::binaries::{self, Profile};
 use ftvm_e2e::lab::guest::{self, Redis};
 use ftvm_e2e::lab::image::Image;
@@ -100,10 +101,11 @@ fn debian_boots_serves_resets_and_stops(vcpus: u32) {
             },
         )
         .unwrap();
+    node.client_bridge().unwrap();
     node.client_tap("guest0").unwrap();
 
     let begin = Instant::now();
-    let (tap, vcpus) = (format!("guest0,{}", guest::MAC), vcpus.to_string());
+    let (tap, vcpus) = (format!("guest0,{}", mac_text(guest::MAC)), vcpus.to_string());
     let engine = [
         "/lab/ftvm-engine",
         "run",

@@ -14,7 +14,7 @@ use super::programs::{self, Profile, Programs};
 use super::rounds::{Patience, Stage};
 use super::standalone::Standalone;
 use super::witness::EmbeddedWitness;
-use super::{GUEST_ADDRESS, GUEST_MAC, Options, prerequisites};
+use super::{GUEST_ADDRESS, GUEST_MAC, Guest, Options, linux, prerequisites};
 use crate::guest_protocol::DEFAULT_PORT;
 use crate::hosts::outer::{self, Outer};
 use crate::hosts::{Lab, LabPlan};
@@ -29,6 +29,9 @@ const SHORT_FOLDER: &str = "/mnt";
 /// Runs the demonstration with the embedded guest on this machine's KVM. `arguments` are those with which this program
 /// would do the same again.
 pub fn run(options: &Options, profile: Profile, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    if options.guest == Guest::Linux {
+        return linux::run(options, profile);
+    }
     if outer::inside() {
         return run_inside(options);
     }

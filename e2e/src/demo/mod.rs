@@ -8,6 +8,7 @@ use crate::judge::packet::Mac;
 
 pub mod command;
 pub mod daemon;
+pub mod linux;
 pub mod machines;
 pub mod prerequisites;
 pub mod programs;

@@ -13,7 +13,7 @@ use super::image::Image;
 /// The guest's address in the client network; it is part of its image.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 79, 0, 100);
 /// A MAC address for it: locally administered, the same wherever the guest runs.
-pub const MAC: &str = "52:54:00:00:79:64";
+pub const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x00, 0x79, 0x64];
 /// The kernel command line that it needs.
 pub const CMDLINE: &str = "root=/dev/vda ro console=ttyS0 net.ifnames=0 quiet";
 /// Ends the line on its console that says that all services are up.

@@ -141,19 +141,22 @@ impl Node {
 
     /// The machine dies at once, as if its plug were pulled: first all its links, so that not even a FIN gets out, then its QEMU.
     ///
+    /// Returns when the links were down.
+    ///
     /// # Errors
     /// If it does not run.
-    pub fn kill(&self) -> anyhow::Result<()> {
+    pub fn kill(&self) -> anyhow::Result<Instant> {
         for network in NETWORKS {
             self.set_link(network, false)?;
         }
+        let down = Instant::now();
         let mut qemu = self
             .qemu()
             .take()
             .with_context(|| format!("node {} does not run", self.name))?;
         qemu.kill()?;
         qemu.wait()?;
-        Ok(())
+        Ok(down)
     }
 
     /// Whether its QEMU runs.
@@ -206,16 +209,25 @@ impl Node {
         Ok(())
     }
 
-    /// Connects the client network to a new tap inside the node, through a bridge `br0`; a VMM there gives the tap to its guest.
+    /// Joins the client network's card to a bridge `br0` inside the node, where guests' taps go.
     ///
     /// # Errors
-    /// If the tap exists.
-    pub fn client_tap(&self, tap: &str) -> anyhow::Result<()> {
+    /// If it exists.
+    pub fn client_bridge(&self) -> anyhow::Result<()> {
         let card = Network::Client.card();
         self.sh(&format!(
-            "[ -e /sys/class/net/br0 ] || {{ ip link add br0 type bridge forward_delay 0 mcast_snooping 0 && \
-             ip link set br0 up && ip link set {card} master br0 up; }} && \
-             ip tuntap add {tap} mode tap && ip link set {tap} master br0 up"
+            "ip link add br0 type bridge forward_delay 0 mcast_snooping 0; ip link set br0 up; ip link set {card} master br0 up"
+        ))?;
+        Ok(())
+    }
+
+    /// Makes a tap on the bridge `br0`; a VMM in the node gives it to its guest.
+    ///
+    /// # Errors
+    /// If the tap exists, or the bridge does not.
+    pub fn client_tap(&self, tap: &str) -> anyhow::Result<()> {
+        self.sh(&format!(
+            "ip tuntap add {tap} mode tap; ip link set {tap} master br0 up"
         ))?;
         Ok(())
     }
@@ -341,7 +353,9 @@ impl Node {
         Ok(())
     }
 
-    fn tap(&self, network: Network) -> String {
+    /// The node's end of a network in the lab's namespace.
+    #[must_use]
+    pub fn tap(&self, network: Network) -> String {
         format!("{}{}", network.bridge(), self.index)
     }
 

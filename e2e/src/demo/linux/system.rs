@@ -1,0 +1,303 @@
+//! A daemon on each of two emulated machines; the arbiter's folder comes over NFS.
+//!
+//! ```text
+//!   /lab/          programs, kernel, initrd (read only)      /dev/vdd   the seat's disk
+//!   /share/        arbiter records, identities (NFS)         /data/     configuration, state, header, journal: survives the machine's death
+//! ```
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+
+use super::machines::Emulated;
+use crate::demo::system::{Digest, Seat, System};
+use crate::demo::{Options, mac_text};
+use crate::lab::session::{Event, Session};
+use crate::lab::wire::Start;
+use crate::lab::{Network, guest};
+
+const VM: &str = "demo";
+const SEATS: [&str; 2] = ["a", "b"];
+const LINK_PORT: u16 = 7100;
+const SOCKET: &str = "/data/state/daemon.sock";
+const CONFIG: &str = "/data/config.yaml";
+const DAEMON_LOG: &str = "/data/daemon.log";
+/// For things that take their time in an emulation on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// A machine whose cut link hides an answer is not waited for long.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// Daemons and engines on emulated machines.
+pub struct EmulatedSystem {
+    machines: Rc<Emulated>,
+    memory_mib: u32,
+    vcpus: u32,
+    disks: Vec<PathBuf>,
+    /// One helper a machine that carries questions to its daemon.
+    relays: Vec<Option<Relay>>,
+}
+
+impl EmulatedSystem {
+    /// Nothing is started yet. `disks` are the images behind the seats' disks.
+    pub fn new(machines: Rc<Emulated>, options: &Options, disks: Vec<PathBuf>) -> Self {
+        let relays = disks.iter().map(|_| None).collect();
+        Self {
+            machines,
+            memory_mib: options.memory_mib,
+            vcpus: options.vcpus,
+            disks,
+            relays,
+        }
+    }
+
+    fn sh(&self, machine: usize, script: &str) -> anyhow::Result<String> {
+        self.machines.nodes[machine].sh(script)
+    }
+
+    /// The configuration of a machine's daemon. (JSON is YAML.)
+    fn config(&self, machine: usize) -> Value {
+        let address = |machine: usize| {
+            let address = self.machines.nodes[machine].address(Network::Replication);
+            format!("{address}:{LINK_PORT}")
+        };
+        let other = 1 - machine;
+        json!({
+            "node": self.machines.nodes[machine].name(),
+            "state_folder": "/data/state",
+            "engine": "/lab/ftvm-engine",
+            "arbiter": { "folder": "/share/arbiter" },
+            "jail": { "uid_first": 1_900_000_000_u32, "uid_count": 1000 },
+            "seats": [{
+                "vm": VM,
+                "seat": SEATS[machine],
+                "identity": "/data/identity",
+                "original_disk": machine == 0,
+                "machine": { "memory_mib": self.memory_mib, "vcpus": self.vcpus },
+                "boot": { "kernel": "/lab/vmlinuz", "initrd": "/lab/initrd.img", "cmdline": guest::CMDLINE },
+                "nics": [{ "name": "net0", "mac": mac_text(guest::MAC), "tap": "guest0", "bridge": "br0" }],
+                "disks": [{ "name": "disk0", "path": "/dev/vdd" }],
+                "header": "/data/header",
+                "journal": "/data/journal",
+                "link": { "listen": address(machine), "peers": [{ "seat": SEATS[other], "address": address(other) }] },
+                // An emulated machine may stand still for a while when its host is busy: that is not its death.
+                "timing": { "heartbeat_ms": 200, "peer_lost_ms": 4000, "ack_stall_ms": 30000, "arbiter_deadline_ms": 8000 },
+                "checkpoint": { "interval_min_us": 20_000, "interval_max_us": 200_000, "workers": 1 },
+            }],
+        })
+    }
+
+    /// What a machine needs after each boot, then its daemon.
+    fn start_daemon(&mut self, machine: usize) -> anyhow::Result<()> {
+        let machines = Rc::clone(&self.machines);
+        let node = &machines.nodes[machine];
+        node.client_bridge()?;
+        self.machines.share.mount(node)?;
+        let identity = format!(
+            "[ -d /data/identity ] || cp -r /share/identities/{} /data/identity",
+            SEATS[machine]
+        );
+        node.sh(&identity)?;
+        node.write(CONFIG, serde_json::to_string_pretty(&self.config(machine))?.as_bytes())?;
+        node.daemon(&["/lab/ftvm-node-daemon", "run", "--config", CONFIG], DAEMON_LOG)?;
+        self.relays[machine] = None;
+        let deadline = Instant::now() + PATIENCE;
+        while self.ask(machine, &json!({ "request": "status" })).is_err() {
+            if Instant::now() > deadline || node.run(&["pidof", "ftvm-node-daemon"])?.code != 0 {
+                bail!(
+                    "the daemon of {} does not answer; its last words:\n{}",
+                    node.name(),
+                    self.last_words(machine)
+                );
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
+    /// The end of a daemon's log, with its engine's words.
+    pub fn last_words(&self, machine: usize) -> String {
+        self.sh(
+            machine,
+            &format!("tail -n 15 {DAEMON_LOG}; tail -n 15 /data/state/*/*.log 2>/dev/null || true"),
+        )
+        .unwrap_or_else(|error| format!("{error:#}"))
+    }
+
+    fn ask(&mut self, machine: usize, request: &Value) -> anyhow::Result<Value> {
+        let node = &self.machines.nodes[machine];
+        let relay = match &mut self.relays[machine] {
+            Some(relay) => relay,
+            none => none.insert(Relay::start(node.start(&Relay::command())?)),
+        };
+        let answer = relay.ask(request);
+        if answer.is_err() {
+            self.relays[machine] = None;
+        }
+        let answer = answer.with_context(|| format!("asking the daemon of {}", node.name()))?;
+        ensure!(!answer.is_null(), "the daemon of {} gave no answer", node.name());
+        Ok(answer)
+    }
+
+    fn digest(&mut self, machine: usize) -> anyhow::Result<Digest> {
+        let request = json!({ "request": "command", "vm": VM, "seat": SEATS[machine], "command": { "do": "digest" } });
+        let answer = self.ask(machine, &request)?;
+        let reply = &answer["reply"];
+        ensure!(
+            reply["reply"] == "digest",
+            "instead of a digest, the seat on machine {machine} said {answer}"
+        );
+        Ok(serde_json::from_value(reply.clone())?)
+    }
+
+    /// Both digests at one epoch. A Linux guest is never quite still: it is tried until two fall into the same epoch.
+    fn compare_memory(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let (ours, theirs) = (self.digest(active)?, self.digest(standby)?);
+            if ours.epoch == theirs.epoch {
+                ensure!(ours.memory == theirs.memory, "memory differs at epoch {}", ours.epoch);
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "no digests of one epoch within {PATIENCE:?}: {ours:?} and {theirs:?}"
+            );
+        }
+    }
+
+    /// The images behind both disks become equal once the guest is still, the journal applied and the machines' caches written.
+    fn compare_disks(&self, active: usize, standby: usize) -> anyhow::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            self.sh(active, "sync")?;
+            self.sh(standby, "sync")?;
+            let Some(at) = first_difference(&self.disks[active], &self.disks[standby])? else {
+                return Ok(());
+            };
+            ensure!(
+                Instant::now() < deadline,
+                "the disks differ at byte {at} and stay so for {PATIENCE:?}"
+            );
+        }
+    }
+}
+
+/// Where two files begin to differ.
+fn first_difference(ours: &Path, theirs: &Path) -> anyhow::Result<Option<u64>> {
+    const PART: usize = 1 << 20;
+    let open = |path: &Path| File::open(path).with_context(|| format!("cannot open {}", path.display()));
+    let (mut ours, mut theirs) = (open(ours)?, open(theirs)?);
+    let (mut left, mut right) = (Vec::with_capacity(PART), Vec::with_capacity(PART));
+    let mut offset = 0;
+    loop {
+        left.clear();
+        right.clear();
+        ours.by_ref().take(PART as u64).read_to_end(&mut left)?;
+        theirs.by_ref().take(PART as u64).read_to_end(&mut right)?;
+        if left != right {
+            let same = left.iter().zip(&right).take_while(|(a, b)| a == b).count();
+            return Ok(Some(offset + same as u64));
+        }
+        if left.is_empty() {
+            return Ok(None);
+        }
+        offset += left.len() as u64;
+    }
+}
+
+impl System for EmulatedSystem {
+    fn protects(&self) -> bool {
+        true
+    }
+
+    fn engine_program(&self) -> &str {
+        "ftvm-engine"
+    }
+
+    fn start(&mut self) -> anyhow::Result<()> {
+        self.machines.share.mount(&self.machines.nodes[0])?;
+        self.sh(0, &format!("mkdir /share/arbiter; /lab/ftvm standalone identities --vm {VM} --seats a,b --out /share/identities; umount /share"))?;
+        for machine in 0..SEATS.len() {
+            self.start_daemon(machine)?;
+        }
+        self.sh(0, &format!("/lab/ftvm standalone up --daemon {SOCKET} --unprotected"))
+            .map(|_| ())
+    }
+
+    fn seat(&mut self, machine: usize) -> Option<Seat> {
+        let status = self.ask(machine, &json!({ "request": "status" })).ok()?;
+        let seats = status["seats"].as_array()?;
+        let seat = seats
+            .iter()
+            .find(|seat| seat["vm"] == VM && seat["engine"].is_object())?;
+        serde_json::from_value(seat["engine"].clone()).ok()
+    }
+
+    fn replace(&mut self, _lost: usize, _spare: usize) -> anyhow::Result<()> {
+        bail!("with two machines there is no spare one: the lost one comes back in its own place")
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        None
+    }
+
+    fn make_spare(&mut self, machine: usize) -> anyhow::Result<()> {
+        // A daemon that lives starts its seat's engine again by itself.
+        if self.machines.nodes[machine].run(&["pidof", "ftvm-node-daemon"])?.code == 0 {
+            return Ok(());
+        }
+        self.start_daemon(machine)
+    }
+
+    fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
+        self.compare_memory(active, standby)?;
+        self.compare_disks(active, standby)
+    }
+
+    fn logs(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+}
+
+/// A program in a machine that passes questions to its daemon, one a line.
+struct Relay {
+    session: Session,
+    rest: Vec<u8>,
+}
+
+impl Relay {
+    fn command() -> Start {
+        let argv = ["/lab/ftvm-node-agent", "ask", SOCKET].map(str::to_owned).to_vec();
+        Start {
+            argv,
+            ..Start::default()
+        }
+    }
+
+    fn start(session: Session) -> Self {
+        Self {
+            session,
+            rest: Vec::new(),
+        }
+    }
+
+    fn ask(&mut self, request: &Value) -> anyhow::Result<Value> {
+        self.session.feed(format!("{request}\n").as_bytes())?;
+        let deadline = Instant::now() + ANSWER;
+        loop {
+            if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.rest.drain(..=end).collect();
+                return serde_json::from_slice(&line).context("the answer is no JSON");
+            }
+            match self.session.next(deadline)? {
+                Event::Stdout(bytes) => self.rest.extend(bytes),
+                Event::Stderr(bytes) => bail!("{}", String::from_utf8_lossy(&bytes).trim()),
+                Event::Exit(code) => bail!("the relay ended with code {code}"),
+            }
+        }
+    }
+}
