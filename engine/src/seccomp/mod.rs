@@ -77,12 +77,19 @@ pub enum SeccompError {
     Handler(#[source] std::io::Error),
 }
 
+/// Calls that libc tries on its own and can do without: they fail with this error, and nobody is ended for them.
+///
+/// `clone3`: its flags lie in memory, where a filter can't see them; libc then uses `clone`. `openat`: malloc looks into /proc/sys
+/// and /sys when it shrinks a heap or counts CPUs (glibc malloc/arena.c, sysdeps/unix/sysv/linux/malloc-sysdep.h), and takes a
+/// missing file well. In the jail there is none anyway.
+const QUIETLY_REFUSED: &[(i64, i32)] = &[(libc::SYS_clone3, libc::ENOSYS), (libc::SYS_openat, libc::ENOENT)];
+
 /// The compiled filters of all kinds. Compile once, before threads start.
 #[derive(Debug, Clone)]
 pub struct Filters {
     programs: BTreeMap<ThreadKind, BpfProgram>,
-    /// Answers `clone3` with ENOSYS: its flags lie in memory, where a filter can't see them, and libc then uses `clone`.
-    no_clone3: BpfProgram,
+    /// Filters beside that of the kind, each for one call that libc tries and can do without ([`QUIETLY_REFUSED`]).
+    refusals: Vec<BpfProgram>,
 }
 
 impl Filters {
@@ -97,21 +104,27 @@ impl Filters {
             let program = compile(kind, otherwise.clone()).map_err(|source| SeccompError::Compile { kind, source })?;
             programs.insert(kind, program);
         }
-        let clone3 = BTreeMap::from([(libc::SYS_clone3, vec![])]);
-        let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-        let no_clone3 = SeccompFilter::new(clone3, SeccompAction::Allow, enosys, TargetArch::x86_64)
-            .and_then(BpfProgram::try_from)
-            .map_err(|source| SeccompError::Compile {
-                kind: ThreadKind::Driver,
-                source,
-            })?;
-        Ok(Filters { programs, no_clone3 })
+        let mut refusals = Vec::new();
+        for (call, errno) in QUIETLY_REFUSED {
+            let answer = SeccompAction::Errno(errno.unsigned_abs());
+            let rules = BTreeMap::from([(*call, vec![])]);
+            let program = SeccompFilter::new(rules, SeccompAction::Allow, answer, TargetArch::x86_64)
+                .and_then(BpfProgram::try_from)
+                .map_err(|source| SeccompError::Compile {
+                    kind: ThreadKind::Driver,
+                    source,
+                })?;
+            refusals.push(program);
+        }
+        Ok(Filters { programs, refusals })
     }
 
     /// Puts the calling thread under the filter of this kind, for good.
     pub fn enter(&self, kind: ThreadKind) -> Result<(), SeccompError> {
         let refused = |source| SeccompError::Install { kind, source };
-        seccompiler::apply_filter(&self.no_clone3).map_err(refused)?;
+        for program in &self.refusals {
+            seccompiler::apply_filter(program).map_err(refused)?;
+        }
         // Present by construction: every kind was compiled.
         let program = self.programs.get(&kind).map(Vec::as_slice).unwrap_or_default();
         seccompiler::apply_filter(program).map_err(refused)

@@ -1,7 +1,7 @@
 //! Which kind of thread may do which system call: the one place to add a call.
 //!
 //! An entry with conditions allows the call only with such arguments; several entries of one call are alternatives.
-//! No table contains a way to open a path, start a program, change credentials or map executable memory; a test holds
+//! No table gives a way to open a path, start a program, change credentials or map executable memory; a test holds
 //! every kind to that.
 
 use libc::{
@@ -114,7 +114,7 @@ pub fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Allow> {
         ThreadKind::Disk => &[INTERRUPT, FILE, DISK],
         ThreadKind::Link => &[STREAM, LINK],
         ThreadKind::Control => &[CONTROL],
-        ThreadKind::Worker => &[],
+        ThreadKind::Worker => &[VOLUME],
     };
     COMMON.iter().chain(own.iter().copied().flatten().collect::<Vec<_>>())
 }
@@ -175,7 +175,8 @@ const COMMON: &[Allow] = &[
     with(SYS_fcntl, &[is(1, libc::F_GETFL as i64)]),
     with(SYS_fcntl, &[is(1, libc::F_SETFL as i64)]),
     with(SYS_fcntl, &[is(1, libc::F_DUPFD_CLOEXEC as i64)]),
-    // Answered with ENOSYS by a filter of its own; libc then uses `clone`.
+    // Allowed here and refused with an error by filters of their own: see `QUIETLY_REFUSED`.
+    any(libc::SYS_openat),
     any(SYS_clone3),
     // `log` and panic messages go to standard error; the daemon's connection takes requests and events of any thread.
     any(SYS_sendmsg),
@@ -222,6 +223,9 @@ const FILE: &[Allow] = &[
     with(SYS_newfstatat, &[bits(3, libc::AT_EMPTY_PATH, libc::AT_EMPTY_PATH)]),
     with(SYS_statx, &[bits(2, libc::AT_EMPTY_PATH, libc::AT_EMPTY_PATH)]),
 ];
+
+/// Reading volumes: a resync sends whole disks.
+const VOLUME: &[Allow] = &[any(SYS_pread64), any(SYS_preadv)];
 
 /// Block devices.
 const DISK: &[Allow] = &[

@@ -43,7 +43,7 @@ impl Seat {
         let program = jail::open_static_program(&self.surroundings.engine)?;
         let log = self.folder.open_log("engine.log", LOG_BYTES_MAX)?;
         let jail = self.jail()?;
-        let name = ["ftvm-engine".to_owned(), config.label()];
+        let name = [format!("ftvm-engine {}", config.label())];
         let program = Program {
             file: &program,
             arguments: &name,
