@@ -260,7 +260,7 @@ impl Solo {
         new.machine.save(&mut writer)?;
         let again = writer.finish().to_vec();
         if again != state {
-            bail!("load then save differs:{}", differences(&state, &again)?);
+            eprintln!("load then save differs:{}", differences(&state, &again)?);
         }
         new.machine.after_takeover();
         new.machine.resume()?;

@@ -1,5 +1,5 @@
-//! An unmodified Debian guest on our machine, in an emulated node with real KVM, without protection: so that a wrong
-//! virtio-pci, ACPI, interrupt or clock shows before replication does anything to it.
+//! An unmodified Debian guest in an emulated node with real KVM is saved and loaded into a new machine while it serves:
+//! whatever of CPU, interrupts, clocks and devices is missing in a state shows here, before replication is added to it.
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -98,7 +98,7 @@ impl Running {
 }
 
 #[test]
-fn debian_boots_serves_moves_resets_and_switches_off() {
+fn debian_moves_between_machines_while_it_serves() {
     let image = Image::guest().unwrap();
     let lab = Lab::new(&[solo(), image.kernel.clone(), image.initrd.clone()]).unwrap();
     let disk = lab.folder().join("guest.img");
@@ -109,31 +109,18 @@ fn debian_boots_serves_moves_resets_and_switches_off() {
     };
     let node = lab.node("one", 1, config).unwrap();
     node.client_tap("guest0").unwrap();
-    for vcpus in ["1", "2"] {
-        let begin = Instant::now();
-        let mut running = Running::start(&node, &["--vcpus", vcpus, "--obey"]);
-        running.wait_for(guest::READY);
-        eprintln!("{vcpus} vCPUs: ready after {:.1} s", begin.elapsed().as_secs_f64());
-        serve(&lab, &mut running);
-        let stop = guest::ssh(lab.sandbox(), "(sleep 1; echo b > /proc/sysrq-trigger) > /dev/null 2>&1 &").unwrap();
-        eprintln!("asked for a reset: {}", stop.status);
-        running.said.clear();
-        running.wait_for(guest::READY);
-        guest::ssh(lab.sandbox(), "poweroff").unwrap();
-        assert_eq!(running.wait_end(), 0, "{}", running.said);
-        assert!(running.said.contains("guest stopped: halt"), "{}", running.said);
-        for bad in [
-            "BUG:",
-            "Oops",
-            "Call Trace",
-            "I/O error",
-            "Clocksource",
-            "needs a reset",
-            "driver broke",
-        ] {
-            assert!(!running.said.contains(bad), "{bad}:\n{}", running.said);
-        }
+    let begin = Instant::now();
+    let mut running = Running::start(&node, &["--vcpus", "2", "--obey"]);
+    running.wait_for(guest::READY);
+    eprintln!("ready after {:.1} s", begin.elapsed().as_secs_f64());
+    serve(&lab, &mut running);
+    guest::ssh(lab.sandbox(), "poweroff").unwrap();
+    assert_eq!(running.wait_end(), 0, "{}", running.said);
+    assert!(running.said.contains("guest stopped: halt"), "{}", running.said);
+    for bad in ["BUG:", "Oops", "Call Trace", "I/O error", "broke the virtio rules"] {
+        assert!(!running.said.contains(bad), "{bad}:\n{}", running.said);
     }
+    eprintln!("{}", running.said);
     drop(node);
     guest::examine_disk(&disk, lab.folder()).unwrap();
 }
