@@ -100,6 +100,9 @@ pub enum DeviceError {
         /// Its address.
         mac: [u8; 6],
     },
+    /// Something else is on the buses where a device belongs.
+    #[error("the buses are not free: a machine takes one set of devices")]
+    Bus(#[from] bus::BusError),
     /// The host gave no eventfd.
     #[error("{device}: no eventfd: raise the limit of open files")]
     Wake {

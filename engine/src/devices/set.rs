@@ -108,6 +108,8 @@ pub struct DeviceSet {
     threads: Vec<WorkerThread>,
     gate: Arc<PauseGate>,
     buses: Arc<Buses>,
+    /// First ports of the devices that this set put on the bus.
+    ports: Vec<u64>,
     virtio: Vec<Arc<dyn Saveable>>,
     functions: Vec<Arc<Mutex<dyn Mapped>>>,
     root: Arc<Mutex<PciRoot>>,
@@ -129,6 +131,7 @@ impl DeviceSet {
             threads: Vec::new(),
             gate: platform.gate.clone(),
             buses: platform.buses.clone(),
+            ports: Vec::new(),
             virtio: Vec::new(),
             functions: Vec::new(),
             root,
@@ -138,7 +141,7 @@ impl DeviceSet {
             net_metrics: config.nics.iter().map(|_| Arc::default()).collect(),
             blk_metrics: config.disks.iter().map(|_| Arc::default()).collect(),
         };
-        set.put_on_ports(Arc::new(Mutex::new(I8042::new(platform.events.clone()))));
+        set.put_on_ports(Arc::new(Mutex::new(I8042::new(platform.events.clone()))))?;
         let rng = set.add_virtio("rng".to_owned(), 0, Rng::new(config.rng_seed), platform)?;
         set.start("rng", DeviceThread::Rng, &rng, RngWorker::new(rng.clone()), platform)?;
         for (index, (nic, backend)) in config.nics.iter().zip(backends.nics).enumerate() {
@@ -150,7 +153,8 @@ impl DeviceSet {
         Ok(set)
     }
 
-    fn put_on_ports(&self, i8042: SharedDevice) {
+    /// Puts the devices with fixed ports on the bus. An error leaves those that were put there to [`Drop`].
+    fn put_on_ports(&mut self, i8042: SharedDevice) -> Result<(), DeviceError> {
         let ports: [(u64, u64, SharedDevice); 5] = [
             (CONFIG_PORTS, CONFIG_PORTS_LEN, self.root.clone()),
             (serial::COM1, serial::PORTS, self.serial.clone()),
@@ -159,11 +163,10 @@ impl DeviceSet {
             (i8042::COMMAND_PORT, 1, i8042),
         ];
         for (base, len, device) in ports {
-            self.buses
-                .pio
-                .insert(base, len, device)
-                .expect("fixed ports are disjoint");
+            self.buses.pio.insert(base, len, device)?;
+            self.ports.push(base);
         }
+        Ok(())
     }
 
     fn add_net(
@@ -338,6 +341,8 @@ impl Drop for DeviceSet {
         if closed {
             self.gate.close();
         }
+        // The functions of the PCI root take themselves off the MMIO bus when they go.
+        self.ports.iter().for_each(|base| _ = self.buses.pio.remove(*base));
     }
 }
 

@@ -44,6 +44,8 @@ fn bad_configurations_are_refused_with_their_reason() {
     let mut odd = backends(1, 0);
     odd.disks.push(Box::new(MemoryDisk::new(1000)));
     refused(|_| (), odd, "multiple of 512");
+    let _first = DeviceSet::new(&config(), &bench.platform, backends(1, 1)).unwrap();
+    refused(|_| (), backends(1, 1), "buses are not free");
 }
 
 #[test]
@@ -313,8 +315,11 @@ fn dropping_ends_the_threads_whether_the_gate_is_open_or_closed() {
             rig.open();
         }
         let ram = Arc::downgrade(&rig.bench.platform.ram);
+        let buses = rig.set.buses().clone();
+        let bar = rig.driver(NET_SLOT).bar;
         drop(rig);
         assert_eq!(gate.is_closed(), !open);
+        assert!(!buses.pio.read(0xcf8, &mut [0; 4]) && !buses.mmio.read(bar, &mut [0; 4]));
         wait_until("the memory to be free", || (ram.strong_count() == 0).then_some(()));
     }
 }

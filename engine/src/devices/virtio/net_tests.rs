@@ -217,8 +217,18 @@ fn a_closed_gate_stops_frames_and_a_successor_delivers_them() {
         (1, 1)
     );
 
-    // The notification was not part of the state: the kick stands in for it.
+    // The notification was not part of the state: the kick stands in for it, also when the successor's thread has long
+    // gone to sleep.
     let successor = net.rig.successor();
+    let driver = successor.driver(NET_SLOT);
+    let mut early = driver.start(F_VERSION_1, 16).remove(1);
+    successor.open();
+    early.add(&[(TX_BUFFER, 72, false)]);
+    driver.notify(TX);
+    early.wait_used();
+    successor.close();
+    successor.wire.sent.lock().unwrap().clear();
+    super::super::rig::copy_ram(&net.rig.bench.platform.ram, &successor.bench.platform.ram);
     let (mut tx, mut rx) = (net.tx.moved(&successor), net.rx.moved(&successor));
     successor.wire.inject(Ok(vec![4; 60]));
     successor.take_over(&state);

@@ -119,7 +119,7 @@ impl Rig {
     }
 }
 
-fn copy_ram(from: &GuestRam, into: &GuestRam) {
+pub(crate) fn copy_ram(from: &GuestRam, into: &GuestRam) {
     let mut page = [0; crate::memory::PAGE_SIZE];
     for number in 0..from.pages() {
         from.read_page(number, &mut page).unwrap();
