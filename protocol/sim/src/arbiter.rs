@@ -82,11 +82,12 @@ impl Arbiter {
         self.write(record, uid)
     }
 
-    /// Somebody deletes the record.
-    pub fn delete(&mut self) {
-        self.now = None;
-        self.past.clear();
+    /// Somebody deletes the record; returns a copy that somebody may have kept.
+    pub fn delete(&mut self, back: usize) -> Option<Record> {
+        let mut all: Vec<_> = self.past.drain(..).chain(self.now.take()).collect();
         self.disturbed = true;
+        all.truncate(all.len().saturating_sub(back).max(1));
+        all.pop().map(|snapshot| snapshot.record)
     }
 
     /// The operator creates it again.
@@ -111,6 +112,15 @@ impl Arbiter {
         self.generation += 1;
         self.disturbed = true;
         true
+    }
+
+    /// Somebody applies an old copy of a deleted record: a new object, which names no predecessor.
+    pub fn apply_copy(&mut self, record: Record) {
+        self.generation += 1;
+        self.recreate(Record {
+            predecessor: None,
+            ..record
+        });
     }
 
     /// How many older records a backup could have.

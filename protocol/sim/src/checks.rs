@@ -25,6 +25,8 @@ pub enum Kind {
     BootedBesideLiving,
     /// A seat runs a state that was never whole.
     Garbage,
+    /// A seat says that the VM is protected, and the peer could not take over with all that was released.
+    FalselyProtected,
     /// The holder of the record gives up although nobody took it from it.
     GaveUp,
     /// Faults have stopped and service does not come back, in no documented way.
@@ -104,6 +106,21 @@ impl Checks {
             Kind::TwoCreators,
             format!("{first:?} and {by:?} both create output in term {term}"),
         ))
+    }
+
+    /// That seat calls the VM protected by a peer with this state.
+    pub fn covered(&self, history: &History, by: Incarnation, peer: Option<Node>) -> Result<(), (Kind, String)> {
+        let missing = self
+            .released
+            .iter()
+            .find(|released| !peer.is_some_and(|state| history.contains(state, **released)));
+        match missing {
+            Some(missing) if self.active() == Some(by) => Err((
+                Kind::FalselyProtected,
+                format!("{by:?} calls the VM protected by a peer with state {peer:?}, but {missing} was released"),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Who became active last?

@@ -52,6 +52,8 @@ pub enum Injection {
     SessionFails,
     /// A cut of links for longer than T.
     LongCut,
+    /// The links are cut; soon after the arbiter goes away for longer than T and comes back from a backup.
+    RestoreWhileCut,
 }
 
 impl Injection {
@@ -78,12 +80,15 @@ impl Injection {
         Self::Override,
         Self::SessionFails,
         Self::LongCut,
+        Self::RestoreWhileCut,
     ];
 
     /// In how many of 100 seeds it occurs.
     pub fn enabled_percent(self) -> u64 {
         match self {
-            Self::LoseDisk | Self::Restore | Self::Delete | Self::LongPause | Self::LongCut => 12,
+            Self::RestoreWhileCut | Self::LoseDisk | Self::Restore | Self::Delete | Self::LongPause | Self::LongCut => {
+                12
+            }
             Self::Stop | Self::PowerOff | Self::Override => 20,
             Self::Start => 60,
             Self::PowerCutBoth | Self::ArbiterDown | Self::SessionFails => 30,
@@ -151,12 +156,24 @@ impl World {
                 self.cut(1 - slot, 10, 300);
                 self.arbiter_away(slot, 10, 500);
             }
-            Injection::Restore => self.lose_arbiter_data(),
+            Injection::Restore => self.lose_arbiter_data(0),
+            Injection::RestoreWhileCut => {
+                let limit_ms = TIMING.contact_limit_ms;
+                self.cut(slot, limit_ms + 200, limit_ms + 320);
+                self.cut(1 - slot, limit_ms + 200, limit_ms + 320);
+                let delay_ms = self.rng.range(80, 200);
+                self.lose_arbiter_data(delay_ms);
+            }
             Injection::Delete => {
                 for slot in 0..2 {
                     self.meet(Fault::Deleted, slot);
                 }
-                self.arbiter.delete();
+                let back = self.rng.range(0, 3) as usize;
+                let copy = self.arbiter.delete(back);
+                if let Some(record) = copy.filter(|_| self.rng.percent(30)) {
+                    let delay_ms = self.rng.range(1, 60);
+                    self.after(delay_ms, What::Copy { record });
+                }
                 self.checks.rights_lapse();
             }
             Injection::Stop => self.user.wants_stop = true,
@@ -223,7 +240,16 @@ impl World {
     }
 
     /// The documented procedure: the arbiter is away for longer than T, then an older record is there.
-    fn lose_arbiter_data(&mut self) {
+    fn lose_arbiter_data(&mut self, delay_ms: u64) {
+        let back = self.rng.range(1, 6) as usize;
+        if delay_ms == 0 {
+            self.arbiter_outage(back);
+        } else {
+            self.after(delay_ms, What::Outage { back });
+        }
+    }
+
+    pub(crate) fn arbiter_outage(&mut self, back: usize) {
         let for_ms = TIMING.contact_limit_ms + TIMING.arbiter_deadline_ms + 20;
         if self
             .slots
@@ -235,7 +261,6 @@ impl World {
         for slot in &mut self.slots {
             slot.arbiter_down_until_ms = self.now_ms + for_ms;
         }
-        let back = self.rng.range(1, 6) as usize;
         self.after(for_ms - 1, What::Restore { back });
     }
 

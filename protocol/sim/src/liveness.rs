@@ -79,7 +79,12 @@ impl World {
                 .filter_map(|engine| engine.core.status().refused)
                 .any(|refusal| wanted(&refusal))
         };
-        if self.arbiter.get().is_none() {
+        // An active that is sure of itself is given a new record by the operator.
+        let sure = self.slots.iter().flat_map(|slot| &slot.engine).any(|engine| {
+            let status = engine.core.status();
+            status.role == RoleName::Active && !status.unsettled && !status.stopping
+        });
+        if self.arbiter.get().is_none() && (!sure || self.disks_lost > 0) {
             return Some(PersonNeeded::RecordGone);
         }
         if self.arbiter.disturbed

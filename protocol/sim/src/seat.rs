@@ -70,6 +70,8 @@ pub(crate) struct Driver {
     pub(crate) guest: Option<Guest>,
     guest_scheduled: bool,
     seal_scheduled: bool,
+    /// The last epoch was asked for: no ordinary ones until the guest is resumed.
+    last_epoch: bool,
     /// The running epoch.
     pub(crate) epoch: Epoch,
     /// Output that waits at the NIC, with the epoch that produced it.
@@ -91,6 +93,7 @@ impl Driver {
             guest: None,
             guest_scheduled: false,
             seal_scheduled: false,
+            last_epoch: false,
             epoch: 0,
             waiting: VecDeque::new(),
             produced: Vec::new(),
@@ -147,6 +150,7 @@ impl World {
             paused: false,
             inbox: Vec::new(),
             tick_at_ms: 0,
+            known_term: 0,
         };
         self.slots[slot].engine = Some(engine);
         self.log(|| format!("{slot}: engine starts as {incarnation:?}"));
@@ -233,6 +237,22 @@ impl World {
         }
     }
 
+    /// A seat that calls the VM protected: the peer could take over with everything that was released.
+    fn check_protected(&mut self, slot: usize) {
+        let Some(status) = self.slots[slot].engine.as_ref().map(|engine| engine.core.status()) else {
+            return;
+        };
+        let peer = status
+            .peer
+            .filter(|_| status.protected)
+            .and_then(|peer| self.slot_of(peer));
+        if let Some(engine) = peer.and_then(|peer| self.slots[peer].engine.as_ref()) {
+            let state = engine.driver.state();
+            let result = self.checks.covered(&self.history, status.incarnation, state);
+            self.check(result);
+        }
+    }
+
     fn creates(&mut self, by: Incarnation) {
         if let Some(snapshot) = self.arbiter.get() {
             let (generation, term) = (self.arbiter.generation, snapshot.record.term);
@@ -298,7 +318,7 @@ impl World {
         let driver = &engine.driver;
         let live = driver.leading.as_ref().is_some_and(|leading| leading.live);
         let running = driver.guest.as_ref().is_some_and(|guest| guest.running);
-        if !live || !running {
+        if !live || !running || driver.last_epoch {
             return;
         }
         let lag = driver.epoch.saturating_sub(engine.core.status().acked);
@@ -471,6 +491,7 @@ impl World {
                 if let Some(engine) = &mut self.slots[slot].engine {
                     engine.driver.gate = gate;
                 }
+                self.check_protected(slot);
                 let delay_ms = self.rng.range(0, 2);
                 self.input_after(delay_ms, slot, Input::Nic);
             }
@@ -521,6 +542,9 @@ impl World {
                 epoch, resend_after, ..
             } => self.load_and_run(slot, epoch, resend_after),
             Action::Resume => {
+                if let Some(engine) = &mut self.slots[slot].engine {
+                    engine.driver.last_epoch = false;
+                }
                 if let Some(me) = self.slots[slot].engine.as_ref().map(|engine| engine.incarnation) {
                     self.checks.runs(me);
                 }
@@ -630,6 +654,7 @@ impl World {
             .filter(|(staged, _)| *staged == epoch)
             .map(|(_, state)| state);
         driver.following = None;
+        driver.last_epoch = false;
         driver.epoch = epoch + 1;
         driver.last_sealed = None;
         if let Some(state) = state {
@@ -653,6 +678,9 @@ impl World {
     fn pause_and_seal(&mut self, slot: usize, seal: Seal) {
         let goes_on = self.mutated_no_pause(seal);
         let delay_ms = self.rng.range(0, 3);
+        if let Some(engine) = &mut self.slots[slot].engine {
+            engine.driver.last_epoch = true;
+        }
         if let Some(guest) = self.slots[slot]
             .engine
             .as_mut()
@@ -705,6 +733,17 @@ impl World {
             reason,
             EndReason::LostToSuccessor | EndReason::Ejected | EndReason::SessionOver
         );
+        let known = engine.known_term;
+        let older = self
+            .arbiter
+            .get()
+            .is_some_and(|snapshot| snapshot.record.term < known && self.checks.active() == Some(me));
+        if older && gives_up {
+            self.check(Err((
+                Kind::GaveUp,
+                format!("{me:?} ends ({reason:?}) for a record older than term {known}, which it had confirmed"),
+            )));
+        }
         if holds && gives_up && !self.arbiter.disturbed {
             self.check(Err((
                 Kind::GaveUp,

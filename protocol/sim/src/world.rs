@@ -100,6 +100,12 @@ pub(crate) enum What {
     Restore {
         back: usize,
     },
+    Outage {
+        back: usize,
+    },
+    Copy {
+        record: Record,
+    },
 }
 
 struct Entry {
@@ -143,6 +149,8 @@ pub(crate) struct Engine {
     pub(crate) paused: bool,
     pub(crate) inbox: Vec<Input>,
     pub(crate) tick_at_ms: u64,
+    /// Highest term that the core knew before its current step.
+    pub(crate) known_term: u64,
 }
 
 pub(crate) struct Slot {
@@ -361,6 +369,13 @@ impl World {
             What::Create { record } => self.create(record),
             What::User => self.user_acts(),
             What::Restore { back } => self.restore(back),
+            What::Outage { back } => self.arbiter_outage(back),
+            What::Copy { record } => {
+                if self.arbiter.get().is_none() {
+                    self.log(|| format!("somebody applies an old copy: {record:?}"));
+                    self.arbiter.apply_copy(record);
+                }
+            }
         }
     }
 
@@ -424,6 +439,7 @@ impl World {
         };
         let life = engine.life;
         let mut actions = Vec::new();
+        engine.known_term = engine.core.status().term;
         engine.core.step(now_ms, event, &mut actions);
         let wake_ms = engine.core.next_wake_ms();
         if engine.tick_at_ms <= now_ms || wake_ms < engine.tick_at_ms {
@@ -563,7 +579,8 @@ impl World {
     fn answer(&mut self, slot: usize, life: u64, event: Event) {
         if self.rng.percent(self.profile.answer_lost_percent) {
             self.meet(Fault::AnswerLost, slot);
-            if let (Event::RecordSwapped { request, .. }, true) = (&event, self.rng.percent(50)) {
+            let told = self.rng.percent(50) || self.mutation == Some(Mutation::NoDeadline);
+            if let (Event::RecordSwapped { request, .. }, true) = (&event, told) {
                 let unknown = Event::RecordSwapped {
                     request: *request,
                     outcome: SwapOutcome::Unknown,
