@@ -61,6 +61,7 @@ pub struct Checks {
     active: Option<(Incarnation, Node)>,
     /// The one before, while the active one has not yet begun to run: a restored arbiter may take its right back.
     before: Option<(Incarnation, Node)>,
+    lapsed: Option<Incarnation>,
     /// Who created output, by (arbiter's generation, term).
     creators: HashMap<(u64, Term), Incarnation>,
     /// The user was told "stopped" and has not asked for a start since.
@@ -173,8 +174,14 @@ impl Checks {
     /// The record was restored or deleted: a right that nobody has used yet is gone.
     pub fn rights_lapse(&mut self) {
         if self.before.is_some() {
+            self.lapsed = self.active.map(|(lapsed, _)| lapsed);
             self.active = self.before.take();
         }
+    }
+
+    /// Did a right of that incarnation lapse? The answer that confirms it may still be on its way.
+    pub fn has_lapsed(&self, of: Incarnation) -> bool {
+        self.lapsed == Some(of)
     }
 
     /// A seat becomes active from its disk: what was not flushed may be lost, as by a power cut.
@@ -194,14 +201,19 @@ impl Checks {
         Ok(())
     }
 
+    /// What was released is given up.
+    pub fn forget(&mut self) {
+        self.released.clear();
+        self.durable.clear();
+    }
+
     /// A person accepted the loss.
     pub fn accept_loss(&mut self, by: Incarnation, disk: Option<Node>) -> Result<(), (Kind, String)> {
         self.not_stopped(by)?;
         let Some(disk) = disk else {
             return Err((Kind::Garbage, format!("{by:?} boots from a disk that was never whole")));
         };
-        self.released.clear();
-        self.durable.clear();
+        self.forget();
         self.becomes_active(by, disk);
         Ok(())
     }

@@ -54,6 +54,8 @@ pub enum Injection {
     LongCut,
     /// The links are cut; soon after the arbiter goes away for longer than T and comes back from a backup.
     RestoreWhileCut,
+    /// A seat is isolated; the record is deleted and an old copy applied.
+    DeleteWhileCut,
 }
 
 impl Injection {
@@ -81,12 +83,13 @@ impl Injection {
         Self::SessionFails,
         Self::LongCut,
         Self::RestoreWhileCut,
+        Self::DeleteWhileCut,
     ];
 
     /// In how many of 100 seeds it occurs.
     pub fn enabled_percent(self) -> u64 {
         match self {
-            Self::RestoreWhileCut | Self::LoseDisk | Self::Restore | Self::Delete | Self::LongPause | Self::LongCut => {
+            Self::DeleteWhileCut | Self::RestoreWhileCut | Self::LoseDisk | Self::Restore | Self::Delete | Self::LongPause | Self::LongCut => {
                 12
             }
             Self::Stop | Self::PowerOff | Self::Override => 20,
@@ -159,22 +162,21 @@ impl World {
             Injection::Restore => self.lose_arbiter_data(0),
             Injection::RestoreWhileCut => {
                 let limit_ms = TIMING.contact_limit_ms;
-                self.cut(slot, limit_ms + 200, limit_ms + 320);
                 self.cut(1 - slot, limit_ms + 200, limit_ms + 320);
+                self.arbiter_away(slot, limit_ms, limit_ms + 100);
+                if self.rng.percent(50) {
+                    self.cut(slot, limit_ms + 200, limit_ms + 320);
+                }
                 let delay_ms = self.rng.range(80, 200);
                 self.lose_arbiter_data(delay_ms);
             }
-            Injection::Delete => {
-                for slot in 0..2 {
-                    self.meet(Fault::Deleted, slot);
-                }
-                let back = self.rng.range(0, 3) as usize;
-                let copy = self.arbiter.delete(back);
-                if let Some(record) = copy.filter(|_| self.rng.percent(30)) {
-                    let delay_ms = self.rng.range(1, 60);
-                    self.after(delay_ms, What::Copy { record });
-                }
-                self.checks.rights_lapse();
+            Injection::Delete => self.delete(30),
+            Injection::DeleteWhileCut => {
+                self.cut(slot, 200, 400);
+                self.cut(1 - slot, 200, 400);
+                self.arbiter_away(slot, 150, 300);
+                let delay_ms = self.rng.range(90, 150);
+                self.after(delay_ms, What::Delete);
             }
             Injection::Stop => self.user.wants_stop = true,
             Injection::Start => self.user_starts(),
@@ -182,6 +184,20 @@ impl World {
             Injection::Switchover => self.switchover(slot),
             Injection::Override => self.override_holder(),
             Injection::SessionFails => self.fail_session(slot),
+        }
+    }
+
+    /// The record is deleted; in so many of 100 cases somebody applies an old copy a little later.
+    pub(crate) fn delete(&mut self, copy_percent: u64) {
+        for slot in 0..2 {
+            self.meet(Fault::Deleted, slot);
+        }
+        let back = self.rng.range(0, 3) as usize;
+        let copy = self.arbiter.delete(back);
+        self.checks.rights_lapse();
+        if let Some(record) = copy.filter(|_| self.rng.percent(copy_percent)) {
+            let delay_ms = self.rng.range(1, 60);
+            self.after(delay_ms, What::Copy { record });
         }
     }
 
@@ -319,6 +335,7 @@ impl World {
             self.user.overrides = Some((by, record.holder));
             let command = Command::AcceptDataLoss { holder: record.holder };
             self.input_after(0, slot, Input::Core(Event::Command(command)));
+            break;
         }
     }
 

@@ -80,9 +80,12 @@ impl World {
                 .any(|refusal| wanted(&refusal))
         };
         // An active that is sure of itself is given a new record by the operator.
-        let sure = self.slots.iter().flat_map(|slot| &slot.engine).any(|engine| {
+        let sure = (0..2).any(|slot| {
+            let Some(engine) = &self.slots[slot].engine else { return false };
             let status = engine.core.status();
-            status.role == RoleName::Active && !status.unsettled && !status.stopping
+            let peer_header = self.slots[1 - slot].disk.header.as_ref();
+            let peer_is_newer = status.session.is_some() && peer_header.is_some_and(|h| h.term > status.term);
+            status.role == RoleName::Active && !status.unsettled && !status.stopping && !peer_is_newer
         });
         if self.arbiter.get().is_none() && (!sure || self.disks_lost > 0) {
             return Some(PersonNeeded::RecordGone);

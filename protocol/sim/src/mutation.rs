@@ -353,6 +353,11 @@ impl World {
         timing
     }
 
+    /// Without a deadline of its own the core needs to be told of every loss.
+    pub(crate) fn mutated_loss_notice_ms(&self) -> Option<u64> {
+        self.is(Mutation::NoDeadline).then_some(150)
+    }
+
     pub(crate) fn mutated_header_is_lost(&self, header: &SeatHeader) -> bool {
         self.is(Mutation::HeaderNotWritten) || self.is(Mutation::JoinHeaderNotWritten) && !header.complete
     }

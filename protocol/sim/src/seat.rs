@@ -635,7 +635,7 @@ impl World {
             engine.driver.guest = Some(Guest { state, running: true });
             engine.driver.epoch = first_epoch;
         }
-        if self.checks.active() != Some(me) || disk.is_none() || self.checks.stopped {
+        if self.is_new_active(me) || disk.is_none() || self.checks.stopped {
             let result = self.checks.boot(&self.history, me, disk);
             self.check(result);
         }
@@ -667,12 +667,18 @@ impl World {
                 driver.waiting.extend(outputs.into_iter().map(|output| (of, output)));
             }
         }
-        if self.checks.active() != Some(me) || state.is_none() || self.checks.stopped {
+        if self.is_new_active(me) || state.is_none() || self.checks.stopped {
             let result = self.checks.take_over(&self.history, me, state);
             self.check(result);
         }
         self.checks.runs(me);
         self.schedule_guest(slot, 1);
+    }
+
+    /// The record names that incarnation as holder, and the checks have not yet seen it become so.
+    fn is_new_active(&self, me: Incarnation) -> bool {
+        let holds = self.arbiter.get().is_some_and(|snapshot| snapshot.record.holder == me);
+        (holds || self.checks.has_lapsed(me)) && self.checks.active() != Some(me)
     }
 
     fn pause_and_seal(&mut self, slot: usize, seal: Seal) {

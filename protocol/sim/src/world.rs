@@ -106,6 +106,7 @@ pub(crate) enum What {
     Copy {
         record: Record,
     },
+    Delete,
 }
 
 struct Entry {
@@ -370,6 +371,7 @@ impl World {
             What::User => self.user_acts(),
             What::Restore { back } => self.restore(back),
             What::Outage { back } => self.arbiter_outage(back),
+            What::Delete => self.delete(80),
             What::Copy { record } => {
                 if self.arbiter.get().is_none() {
                     self.log(|| format!("somebody applies an old copy: {record:?}"));
@@ -579,20 +581,19 @@ impl World {
     fn answer(&mut self, slot: usize, life: u64, event: Event) {
         if self.rng.percent(self.profile.answer_lost_percent) {
             self.meet(Fault::AnswerLost, slot);
-            let told = self.rng.percent(50) || self.mutation == Some(Mutation::NoDeadline);
-            if let (Event::RecordSwapped { request, .. }, true) = (&event, told) {
-                let unknown = Event::RecordSwapped {
-                    request: *request,
-                    outcome: SwapOutcome::Unknown,
-                };
-                self.after(
-                    20,
-                    What::Input {
-                        slot,
-                        life,
-                        input: Input::Core(unknown),
-                    },
-                );
+            // Its daemon may say so before the deadline, or not at all.
+            let delay_ms = self.mutated_loss_notice_ms().unwrap_or(20);
+            let unknown = match event {
+                Event::RecordSwapped { request, .. } => {
+                    Some(Event::RecordSwapped { request, outcome: SwapOutcome::Unknown })
+                }
+                Event::RecordRead { request, .. } => {
+                    Some(Event::RecordRead { request, outcome: ReadOutcome::Unreachable })
+                }
+                _ => None,
+            };
+            if let Some(unknown) = unknown.filter(|_| delay_ms > 20 || self.rng.percent(50)) {
+                self.after(delay_ms, What::Input { slot, life, input: Input::Core(unknown) });
             }
             return;
         }
@@ -645,7 +646,7 @@ impl World {
         if late {
             self.meet(Fault::PutLate, slot);
             delay_ms += self.rng.range(20, 500);
-            if self.rng.percent(50) {
+            if self.rng.percent(50) && self.mutation != Some(Mutation::NoDeadline) {
                 let unknown = Event::RecordSwapped {
                     request,
                     outcome: SwapOutcome::Unknown,
@@ -708,13 +709,14 @@ impl World {
             .is_some_and(|(by, of)| by == holder && Some(of) == overridden)
         {
             self.user.overrides = None;
-            let disk = self
-                .slots
-                .iter()
-                .find(|slot| slot.seat == holder.seat)
-                .and_then(|slot| slot.disk.volatile);
-            let result = self.checks.accept_loss(holder, disk);
-            self.check(result);
+            let slot = self.slots.iter().position(|slot| slot.seat == holder.seat);
+            match slot.and_then(|slot| self.slots[slot].disk.volatile) {
+                None if self.slot_of(holder).is_none() => self.checks.forget(),
+                disk => {
+                    let result = self.checks.accept_loss(holder, disk);
+                    self.check(result);
+                }
+            }
             return;
         }
         let Some(slot) = self.slot_of(holder) else { return };
