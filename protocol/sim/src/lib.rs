@@ -15,9 +15,11 @@ mod faults;
 pub mod history;
 mod liveness;
 pub mod mutation;
+mod outside;
 mod profile;
 pub mod rng;
 mod seat;
+mod stream;
 mod world;
 
 pub use checks::{Kind, Violation};

@@ -81,7 +81,9 @@ impl World {
         };
         // An active that is sure of itself is given a new record by the operator.
         let sure = (0..2).any(|slot| {
-            let Some(engine) = &self.slots[slot].engine else { return false };
+            let Some(engine) = &self.slots[slot].engine else {
+                return false;
+            };
             let status = engine.core.status();
             let peer_header = self.slots[1 - slot].disk.header.as_ref();
             let peer_is_newer = status.session.is_some() && peer_header.is_some_and(|h| h.term > status.term);

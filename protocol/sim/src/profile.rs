@@ -23,6 +23,8 @@ pub struct Profile {
     pub put_late_percent: u64,
     /// Header writes that fail.
     pub header_fails_percent: u64,
+    /// Switchovers asked for at every look of the user, in percent.
+    pub switch_percent: u64,
     /// Number of injected faults.
     pub faults: u64,
     /// How long faults are injected.
@@ -41,6 +43,7 @@ impl Profile {
         let answer_lost_percent = rate(50, 30);
         let put_late_percent = rate(50, 40);
         let header_fails_percent = rate(15, 20);
+        let switch_percent = rate(20, 60);
         let weights = crate::faults::Injection::ALL
             .iter()
             .map(|kind| {
@@ -61,6 +64,7 @@ impl Profile {
             answer_lost_percent,
             put_late_percent,
             header_fails_percent,
+            switch_percent,
             faults: rng.range(2, 14),
             faulty_ms: rng.range(300, 1_800),
             weights,
@@ -76,5 +80,6 @@ impl Profile {
         self.answer_lost_percent = 0;
         self.put_late_percent = 0;
         self.header_fails_percent = 0;
+        self.switch_percent = 0;
     }
 }

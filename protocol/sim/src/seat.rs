@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use ftvm_protocol::core::{Action, Config, Core, EndReason, Event, Gate, Seal, StoredHeader};
+use ftvm_protocol::core::{Action, Config, Core, EndReason, Event, Gate, Refusal, Seal, StoredHeader};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, SessionId};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::Phase;
@@ -45,11 +45,11 @@ pub(crate) struct Leading {
 pub(crate) struct Following {
     pub(crate) session: SessionId,
     /// Parts that arrived, by epoch.
-    arrived: BTreeMap<Epoch, (u8, Rc<Bulk>)>,
+    pub(crate) arrived: BTreeMap<Epoch, (u8, Rc<Bulk>)>,
     /// The next epoch; unknown until the join checkpoint.
-    next: Option<Epoch>,
+    pub(crate) next: Option<Epoch>,
     /// What is being staged, and whether all its parts are there.
-    staging: Option<(bool, Rc<Bulk>)>,
+    pub(crate) staging: Option<(bool, Rc<Bulk>)>,
 }
 
 impl Following {
@@ -68,20 +68,20 @@ impl Following {
 pub(crate) struct Driver {
     pub(crate) gate: Gate,
     pub(crate) guest: Option<Guest>,
-    guest_scheduled: bool,
-    seal_scheduled: bool,
+    pub(crate) guest_scheduled: bool,
+    pub(crate) seal_scheduled: bool,
     /// The last epoch was asked for: no ordinary ones until the guest is resumed.
-    last_epoch: bool,
+    pub(crate) last_epoch: bool,
     /// The running epoch.
     pub(crate) epoch: Epoch,
     /// Output that waits at the NIC, with the epoch that produced it.
     pub(crate) waiting: VecDeque<(Epoch, Node)>,
     /// Output of the running epoch.
-    produced: Vec<Node>,
-    last_sealed: Option<Node>,
+    pub(crate) produced: Vec<Node>,
+    pub(crate) last_sealed: Option<Node>,
     /// The last staged epoch and its state.
     pub(crate) checkpoint: Option<(Epoch, Node)>,
-    stored_outputs: BTreeMap<Epoch, Vec<Node>>,
+    pub(crate) stored_outputs: BTreeMap<Epoch, Vec<Node>>,
     pub(crate) leading: Option<Leading>,
     pub(crate) following: Option<Following>,
 }
@@ -297,191 +297,6 @@ impl World {
         }
     }
 
-    // ---- leading
-
-    fn schedule_seal(&mut self, slot: usize) {
-        let delay_ms = self.rng.range(6, 25);
-        let Some(engine) = &mut self.slots[slot].engine else {
-            return;
-        };
-        if !engine.driver.seal_scheduled {
-            engine.driver.seal_scheduled = true;
-            self.input_after(delay_ms, slot, Input::Seal);
-        }
-    }
-
-    fn seal_due(&mut self, slot: usize) {
-        let Some(engine) = &mut self.slots[slot].engine else {
-            return;
-        };
-        engine.driver.seal_scheduled = false;
-        let driver = &engine.driver;
-        let live = driver.leading.as_ref().is_some_and(|leading| leading.live);
-        let running = driver.guest.as_ref().is_some_and(|guest| guest.running);
-        if !live || !running || driver.last_epoch {
-            return;
-        }
-        let lag = driver.epoch.saturating_sub(engine.core.status().acked);
-        if lag <= 4 {
-            self.seal(slot, Seal::Ordinary);
-        }
-        self.schedule_seal(slot);
-    }
-
-    fn cut_due(&mut self, slot: usize, session: SessionId) {
-        let Some(engine) = &mut self.slots[slot].engine else {
-            return;
-        };
-        match &mut engine.driver.leading {
-            Some(leading) if leading.session == session => leading.live = true,
-            _ => return,
-        }
-        self.seal(slot, Seal::JoinCut);
-        self.schedule_seal(slot);
-    }
-
-    fn seal(&mut self, slot: usize, seal: Seal) {
-        let Some(engine) = &mut self.slots[slot].engine else {
-            return;
-        };
-        let driver = &mut engine.driver;
-        let Some(guest) = &driver.guest else { return };
-        let state = guest.state;
-        let epoch = driver.epoch;
-        driver.epoch += 1;
-        let outputs = std::mem::take(&mut driver.produced);
-        let join = seal == Seal::JoinCut;
-        let flush = join
-            || driver
-                .last_sealed
-                .is_none_or(|last| self.history.flushed(last) != self.history.flushed(state))
-            || seal == Seal::Final;
-        driver.last_sealed = Some(state);
-        if seal == Seal::Final {
-            self.slots[slot].disk.durable = Some(state);
-        }
-        let leader_acked = engine.core.status().acked;
-        if let Some(leading) = driver.leading.as_ref().filter(|leading| leading.live) {
-            let (session, link) = (leading.session, leading.link);
-            let parts = self.rng.range(1, 3) as u8;
-            let bulk = Rc::new(Bulk {
-                session,
-                epoch,
-                parts,
-                join,
-                state,
-                flush,
-                outputs,
-                leader_acked,
-            });
-            for part in 0..parts {
-                self.carry(slot, link, || Input::Bulk(bulk.clone(), part), true);
-            }
-        }
-        self.log(|| format!("{slot}: seals epoch {epoch} ({seal:?}) with state {state}"));
-        self.step(slot, Event::EpochSealed { epoch, seal });
-        self.mutate_after_seal(slot, seal, epoch);
-    }
-
-    // ---- following
-
-    fn bulk_arrives(&mut self, slot: usize, bulk: &Rc<Bulk>, part: u8) {
-        let Some(engine) = &mut self.slots[slot].engine else {
-            return;
-        };
-        let Some(following) = engine.driver.following.as_mut().filter(|f| f.session == bulk.session) else {
-            return;
-        };
-        if following.next.is_some_and(|next| bulk.epoch < next) || following.next.is_none() && !bulk.join {
-            // Epochs behind the join checkpoint may overtake it; keep them.
-            if following.next.is_some() {
-                return;
-            }
-        }
-        if following.arrived.len() > 64 {
-            return;
-        }
-        let (mask, _) = following.arrived.entry(bulk.epoch).or_insert((0, bulk.clone()));
-        *mask |= 1 << part;
-        self.stage_next(slot);
-    }
-
-    fn stage_next(&mut self, slot: usize) {
-        let delay_ms = self.rng.range(1, 4);
-        let partial_is_enough = [false, true].map(|join| self.mutated_partial_is_enough(join));
-        let Some(engine) = &mut self.slots[slot].engine else {
-            return;
-        };
-        let Some(following) = &mut engine.driver.following else {
-            return;
-        };
-        if following.staging.is_some() {
-            return;
-        }
-        let whole = |mask: u8, bulk: &Bulk| mask & ((1 << bulk.parts) - 1) == (1 << bulk.parts) - 1;
-        let ready = following.arrived.iter().find(|(epoch, (mask, bulk))| {
-            (whole(*mask, bulk) || partial_is_enough[usize::from(bulk.join)])
-                && following.next.map_or(bulk.join, |next| next == **epoch)
-        });
-        let Some((epoch, (mask, bulk))) = ready.map(|(epoch, entry)| (*epoch, entry.clone())) else {
-            return;
-        };
-        following.staging = Some((whole(mask, &bulk), bulk));
-        let session = following.session;
-        following.arrived = following.arrived.split_off(&(epoch + 1));
-        self.input_after(delay_ms, slot, Input::Staged(session, epoch));
-    }
-
-    fn staged(&mut self, slot: usize, session: SessionId, epoch: Epoch) {
-        let journals = self.mutated_journals();
-        let Some(engine) = &mut self.slots[slot].engine else {
-            return;
-        };
-        let driver = &mut engine.driver;
-        let Some(following) = driver
-            .following
-            .as_mut()
-            .filter(|following| following.session == session)
-        else {
-            return;
-        };
-        let Some((whole, bulk)) = following.staging.take() else {
-            return;
-        };
-        following.next = Some(epoch + 1);
-        let state = if whole {
-            Some(bulk.state)
-        } else {
-            driver.checkpoint.map(|(_, state)| state)
-        };
-        driver.checkpoint = state.map(|state| (epoch, state));
-        driver.stored_outputs.insert(epoch, bulk.outputs.clone());
-        while driver.stored_outputs.len() > 16 {
-            driver.stored_outputs.pop_first();
-        }
-        let disk = &mut self.slots[slot].disk;
-        if bulk.join {
-            disk.volatile = state;
-            disk.durable = state;
-        } else {
-            disk.volatile = state;
-            if bulk.flush && journals {
-                disk.durable = state;
-            }
-        }
-        self.log(|| format!("{slot}: staged epoch {epoch} with state {state:?}"));
-        self.step(
-            slot,
-            Event::EpochStaged {
-                session,
-                epoch,
-                leader_acked: bulk.leader_acked,
-            },
-        );
-        self.mutate_after_staging(slot, session, epoch);
-        self.stage_next(slot);
-    }
-
     // ---- actions
 
     pub(crate) fn execute(&mut self, slot: usize, action: Action) {
@@ -598,7 +413,12 @@ impl World {
             Action::FollowFrom { session, base, .. } => self.follow_from(slot, session, base),
             Action::ReportStopped { .. } => self.report_stopped(slot),
             Action::End(reason) => self.ended(slot, reason),
-            Action::Refused(refusal) => self.mutate_refused(slot, refusal),
+            Action::Refused(refusal) => {
+                if refusal == Refusal::ContactTooOld {
+                    self.meet(Fault::ContactTooOld, slot);
+                }
+                self.mutate_refused(slot, refusal);
+            }
         }
     }
 

@@ -148,14 +148,12 @@ impl Core {
             Role::Active(active) if active.stop.is_none() => match (active.confirmed, &active.lead) {
                 (Confirmed::Alone, _) if !active.doubt => (self.me, Members::one(self.me)),
                 // A broken session may stay broken: the record only has to say what both agree on.
-                (Confirmed::Pair, Some(lead)) if lead.stage == LeadStage::Live && !active.doubt && !self.is_silent() => {
+                (Confirmed::Pair, Some(lead)) if !active.doubt && !self.is_silent() => {
                     (self.me, Members::pair(self.me, lead.peer))
                 }
                 _ => return None,
             },
-            Role::Standby(standby) if !self.is_silent() => {
-                (standby.leader, Members::pair(self.me, standby.leader))
-            }
+            Role::Standby(standby) if !self.is_silent() => (standby.leader, Members::pair(self.me, standby.leader)),
             _ => return None,
         };
         Some(Record {
