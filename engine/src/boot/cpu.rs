@@ -2,7 +2,7 @@
 
 use super::{BootError, write};
 use crate::kvm::{KvmError, failed, ioctl, refused};
-use crate::memory::{GuestMem, PAGE_SIZE};
+use crate::memory::{GuestMem, HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE};
 use crate::vcpu::VcpuCore;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs2};
 
@@ -142,6 +142,23 @@ pub fn set_up_first_vcpu(vcpu: &VcpuCore, entry: &Entry) -> Result<(), KvmError>
     set_segments(&mut sregs, long);
     ioctl::set_sregs2(vcpu.fd(), &sregs).map_err(failed("setting special registers"))?;
     vcpu.fd().set_regs(&regs).map_err(refused("setting registers"))
+}
+
+/// Sets the memory types of a vCPU as firmware would (Intel SDM volume 3, 12.11): everything write-back, the last GiB
+/// below 4 GiB, where devices are, uncached. Without them Linux does without PAT.
+pub fn set_up_memory_types(vcpu: &VcpuCore, physical_address_bits: u32) -> Result<(), KvmError> {
+    const MTRR_PHYS_BASE_0: u32 = 0x200;
+    const MTRR_PHYS_MASK_0: u32 = 0x201;
+    const MTRR_DEF_TYPE: u32 = 0x2FF;
+    const VALID: u64 = 1 << 11;
+    const ENABLE: u64 = 3 << 10;
+    const WRITE_BACK: u64 = 6;
+    const UNCACHED: u64 = 0;
+    let addresses = (1u64 << physical_address_bits.clamp(36, 52)) - 1;
+    let mask = addresses & !(HIGH_RAM_START - LOW_RAM_END - 1);
+    vcpu.set_msr(MTRR_PHYS_BASE_0, LOW_RAM_END | UNCACHED)?;
+    vcpu.set_msr(MTRR_PHYS_MASK_0, mask | VALID)?;
+    vcpu.set_msr(MTRR_DEF_TYPE, ENABLE | WRITE_BACK)
 }
 
 fn set_segments(sregs: &mut kvm_sregs2, long: bool) {

@@ -14,7 +14,7 @@ mod cpu;
 mod elf;
 mod memory_map;
 
-pub use cpu::{Entry, set_up_first_vcpu};
+pub use cpu::{Entry, set_up_first_vcpu, set_up_memory_types};
 pub use memory_map::{MemoryRange, RangeKind, memory_map};
 
 use crate::memory::{GuestMem, GuestRam, LOW_RAM_END, PAGE_SIZE};

@@ -190,6 +190,11 @@ impl CpuBaseline {
             .map_or(0, |entry| entry.registers[register as usize])
     }
 
+    /// Bits of a guest physical address.
+    pub fn physical_address_bits(&self) -> u32 {
+        self.register(0x8000_0008, 0, Register::Eax) & 0xFF
+    }
+
     fn vendor(&self) -> String {
         let [_, ebx, ecx, edx] = self.find(0, 0).map_or([0; 4], |leaf| leaf.registers);
         let bytes: Vec<u8> = [ebx, edx, ecx].into_iter().flat_map(u32::to_le_bytes).collect();

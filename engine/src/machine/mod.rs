@@ -283,6 +283,9 @@ impl Machine {
     pub fn boot(&mut self, source: &BootSource) -> Result<(), MachineError> {
         self.require_still("booting")?;
         let entry = boot::load(self.vm.ram(), source, self.vcpus.len() as u8)?;
+        for vcpu in &self.vcpus {
+            boot::set_up_memory_types(&vcpu.core(), self.baseline.physical_address_bits())?;
+        }
         boot::set_up_first_vcpu(&self.vcpus[0].core(), &entry)?;
         Ok(())
     }

@@ -33,12 +33,11 @@ global_asm!(
     ".set LOAD, 0x100000",
     ".code32",
     // Long mode, with everything up to 1 GiB mapped for user mode.
-    ".att_syntax prefix",
-    "lgdt ftg_gdt_pointer - ftvm_test_guest_start + LOAD",
-    ".intel_syntax noprefix",
-    ".att_syntax prefix",
-    "movl $(ftg_pml4 - ftvm_test_guest_start + LOAD), %eax",
-    ".intel_syntax noprefix",
+    // LGDT of an address that Intel's syntax has no words for; likewise below.
+    ".byte 0x0F, 0x01, 0x15",
+    ".long (ftg_gdt_pointer - ftvm_test_guest_start) + LOAD",
+    ".byte 0xB8", // MOV EAX
+    ".long (ftg_pml4 - ftvm_test_guest_start) + LOAD",
     "mov cr3, eax",
     "mov eax, 0x620", // PAE, OSFXSR, OSXMMEXCPT
     "mov cr4, eax",
@@ -61,9 +60,8 @@ global_asm!(
     "mov rsp, 0x203000",
     "mov eax, 0x28",
     "ltr ax",
-    ".att_syntax prefix",
-    "lidt ftg_idt_pointer - ftvm_test_guest_start + LOAD",
-    ".intel_syntax noprefix",
+    ".byte 0x0F, 0x01, 0x1C, 0x25", // LIDT
+    ".long (ftg_idt_pointer - ftvm_test_guest_start) + LOAD",
     // PICs: vectors from 0x20 and 0x28, only the timer unmasked.
     "mov al, 0x11",
     "out 0x20, al",

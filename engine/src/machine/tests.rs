@@ -519,3 +519,27 @@ fn impossible_machines_are_refused() {
         assert!(refuse(&config).contains("this host lacks avx512"));
     }
 }
+
+/// CPUID leaf 0xD tells the size of the registers that XCR0 turns on; it has to follow what the guest sets.
+#[test]
+fn the_size_of_extended_registers_follows_the_guest() {
+    let mut bench = Bench::new();
+    let code = [
+        &[0x0F, 0x20, 0xE0, 0x0D, 0x00, 0x00, 0x04, 0x00, 0x0F, 0x22, 0xE0][..], // CR4.OSXSAVE
+        &[0x31, 0xC9, 0x31, 0xD2, 0xB8, 0x07, 0x00, 0x00, 0x00, 0x0F, 0x01, 0xD1], // XCR0: x87, SSE, AVX
+        &[0xB8, 0x0D, 0x00, 0x00, 0x00, 0x31, 0xC9, 0x0F, 0xA2],                 // CPUID 0xD.0
+        &[0x89, 0xD8, 0x66, 0xBA, 0x04, 0x05, 0xEF, 0xF4, 0xEB, 0xFD],           // EBX to the port, halt
+    ]
+    .concat();
+    let kernel = test_guest::file_with(&test_guest::elf(&code, 0x10_0000, Some(0x10_0000)));
+    bench.machine.boot(&BootSource { kernel, ..source() }).expect("boot");
+    bench.machine.resume().expect("resume");
+    let start = Instant::now();
+    while bench.seen.failure.load(Ordering::Relaxed) == 0 {
+        assert!(start.elapsed() < PATIENCE, "{:?}", bench.events.try_recv());
+        std::thread::yield_now();
+    }
+    // 512 bytes of x87 and SSE, 64 of the header, 256 of AVX.
+    assert_eq!(bench.seen.failure.load(Ordering::Relaxed), 832);
+    bench.machine.pause();
+}

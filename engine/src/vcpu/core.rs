@@ -23,6 +23,8 @@ pub struct VcpuCore {
     msr_list: MsrList,
     msr_buffer: Msrs,
     tsc_khz: u32,
+    /// KVM scales the host's TSC to the guest's frequency.
+    tsc_scaled: bool,
     /// Bytes of the state as last saved.
     saved: Vec<u8>,
     /// What a load left to [`VcpuCore::start_time`].
@@ -48,14 +50,15 @@ impl VcpuCore {
     ) -> Result<Self, KvmError> {
         let fd = vm.create_vcpu(index)?;
         let host_khz = fd.get_tsc_khz().map_err(refused("reading the TSC frequency"))?;
-        if host_khz != baseline.tsc_khz && vm.capabilities().tsc_scaling {
+        let tsc_scaled = host_khz != baseline.tsc_khz && vm.capabilities().tsc_scaling;
+        if tsc_scaled {
             fd.set_tsc_khz(baseline.tsc_khz)
                 .map_err(refused("setting the TSC frequency"))?;
         }
         fd.set_cpuid2(&baseline.for_vcpu(index, count)?)
             .map_err(refused("setting the CPU's features"))?;
-        // No machine check banks: errors of the host's memory are not passed on. Where KVM has none anyway it refuses.
-        if let Err(error) = ioctl::setup_mce(&fd, 0) {
+        // As few machine check banks as KVM allows: errors of the host's memory are not passed on.
+        if let Err(error) = ioctl::setup_mce(&fd, 1) {
             tracing::debug!("machine check banks stay as they are: {error}");
         }
         let msr_list = msr_list.map_or_else(|| MsrList::probe(kvm, &fd), |list| Ok(list.clone()))?;
@@ -67,6 +70,7 @@ impl VcpuCore {
             vm: vm.clone(),
             msr_list,
             tsc_khz: baseline.tsc_khz,
+            tsc_scaled,
             saved: Vec::new(),
             held: None,
         };
@@ -105,7 +109,16 @@ impl VcpuCore {
 
     /// The TSC of the host as this vCPU counts it: scaled, without the guest's offset.
     pub fn host_tsc(&self) -> Result<u64, KvmError> {
+        if !self.tsc_scaled {
+            // SAFETY: every x86-64 CPU has this instruction, and user mode may use it.
+            return Ok(unsafe { std::arch::x86_64::_rdtsc() });
+        }
         Ok(msrs::read_one(&self.fd, IA32_TSC)?.wrapping_sub(self.tsc_offset()?))
+    }
+
+    /// Sets a model-specific register.
+    pub fn set_msr(&self, index: u32, value: u64) -> Result<(), KvmError> {
+        msrs::write_one(&self.fd, index, value)
     }
 
     /// Whether a loaded state waits for [`VcpuCore::start_time`].
@@ -127,7 +140,8 @@ impl VcpuCore {
         let debugregs = fd.get_debug_regs().map_err(refused("reading debug registers"))?;
         let mut lapic = fd.get_lapic().map_err(refused("reading the local APIC"))?;
         msrs::read_all(fd, &mut self.msr_buffer)?;
-        let wall_clock = msrs::read_one(fd, KVM_WALL_CLOCKS[1])?;
+        let (entries, own) = self.msr_buffer.as_slice().split_at(self.msr_list.indices().len());
+        let (tsc_deadline, wall_clock) = (own[0].data, own[1].data);
         let time = match self.held {
             Some(held) => {
                 held.timer.put(&mut lapic);
@@ -135,7 +149,7 @@ impl VcpuCore {
             }
             None => VcpuTime {
                 tsc_offset: self.tsc_offset()?,
-                tsc_deadline: msrs::read_one(fd, IA32_TSC_DEADLINE)?,
+                tsc_deadline,
             },
         };
         let events = fd.get_vcpu_events().map_err(refused("reading pending events"))?;
@@ -161,7 +175,6 @@ impl VcpuCore {
             ],
         );
         encode(out, &[&self.tsc_khz.to_le_bytes()]);
-        let entries = self.msr_buffer.as_slice();
         encode(out, &[&(entries.len() as u32).to_le_bytes()]);
         entries.iter().for_each(|entry| out.extend_from_slice(entry.as_bytes()));
         xsave
@@ -252,5 +265,30 @@ impl VcpuCore {
     /// Whether the vCPU waits for a start-up message or sleeps, as KVM numbers it.
     pub fn mp_state(&self) -> Result<kvm_mp_state, KvmError> {
         self.fd.get_mp_state().map_err(refused("reading the MP state"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestRam;
+
+    /// What the instruction reads is what KVM counts with.
+    #[test]
+    fn both_ways_to_read_the_hosts_tsc_agree() {
+        let kvm = Kvm::open().expect("KVM");
+        let ram = Arc::new(GuestRam::new(2 << 20, false).expect("RAM"));
+        let vm = Arc::new(Vm::new(&kvm, ram, 0).expect("VM"));
+        let baseline = CpuBaseline::of_host(&kvm).expect("baseline");
+        let mut core = VcpuCore::new(&kvm, &vm, 0, 1, &baseline, None).expect("vCPU");
+        assert!(!core.tsc_scaled);
+        for _ in 0..100 {
+            let before = core.host_tsc().expect("TSC");
+            core.tsc_scaled = true;
+            let between = core.host_tsc().expect("TSC");
+            core.tsc_scaled = false;
+            let after = core.host_tsc().expect("TSC");
+            assert!(before <= between && between <= after, "{before} {between} {after}");
+        }
     }
 }
