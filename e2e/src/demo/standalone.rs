@@ -76,8 +76,12 @@ impl Standalone {
         self.host_folder(host).join("config.yaml")
     }
 
+    fn link_address(&self, host: usize) -> String {
+        format!("{}:{LINK_PORT}", self.lab.host(host).replication_address())
+    }
+
     /// The configuration of a host's daemon. (JSON is YAML.)
-    fn config(&self, host: usize) -> anyhow::Result<Value> {
+    fn config(&self, host: usize, peer: Option<usize>) -> anyhow::Result<Value> {
         let (uid_first, uid_count) = engine_uids()?;
         Ok(json!({
             "node": self.lab.host(host).name(),
@@ -85,12 +89,16 @@ impl Standalone {
             "engine": self.programs.folder.join(ENGINE),
             "arbiter": { "folder": self.folder.join("arbiter") },
             "jail": { "uid_first": uid_first, "uid_count": uid_count },
-            "seats": [self.seat_config(host)],
+            "seats": [self.seat_config(host, peer)],
         }))
     }
 
-    /// A seat without peers: `ftvm` makes seats known to each other.
-    fn seat_config(&self, host: usize) -> Value {
+    /// A seat. The first pair knows each other from the start; a spare has no peer until `ftvm` makes it one.
+    fn seat_config(&self, host: usize, peer: Option<usize>) -> Value {
+        let peers: Vec<Value> = peer
+            .iter()
+            .map(|&peer| json!({ "seat": seat_name(peer), "address": self.link_address(peer), "daemon": self.socket(peer) }))
+            .collect();
         let folder = self.host_folder(host);
         json!({
             "vm": VM,
@@ -103,12 +111,12 @@ impl Standalone {
             "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
             "header": folder.join("header"),
             "journal": folder.join("journal"),
-            "link": { "listen": format!("{}:{LINK_PORT}", self.lab.host(host).replication_address()) },
+            "link": { "listen": self.link_address(host), "peers": peers },
         })
     }
 
     /// An empty host gets a disk and a daemon.
-    fn prepare_host(&mut self, host: usize) -> anyhow::Result<()> {
+    fn prepare_host(&mut self, host: usize, peer: Option<usize>) -> anyhow::Result<()> {
         let folder = self.host_folder(host);
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
         let disk = self.disk(host);
@@ -118,7 +126,7 @@ impl Standalone {
                 .with_context(|| format!("sizing {}", disk.display()))?;
         }
         let config = self.config_path(host);
-        let text = serde_json::to_string_pretty(&self.config(host)?)?;
+        let text = serde_json::to_string_pretty(&self.config(host, peer)?)?;
         fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
         self.start_daemon(host)
     }
@@ -315,9 +323,9 @@ impl System for Standalone {
             .arg(self.folder.join("identities"));
         finish(identities)?;
         for host in 0..self.lab.hosts().len() {
-            self.prepare_host(host)?;
+            // The third host is the spare one.
+            self.prepare_host(host, [Some(1), Some(0)].get(host).copied().flatten())?;
         }
-        // The third host is the spare one.
         let mut up = self.ftvm("up", &[0, 1]);
         up.arg("--unprotected");
         finish(up)
@@ -361,9 +369,9 @@ impl System for Standalone {
         };
         if !alive {
             self.daemons[host] = None;
-            return self.prepare_host(host);
+            return self.prepare_host(host, None);
         }
-        let request = json!({ "request": "apply_seat", "seat": self.seat_config(host) });
+        let request = json!({ "request": "apply_seat", "seat": self.seat_config(host, None) });
         let answer = daemon::ask(&self.socket(host), &request, SETTLE)?;
         ensure!(
             answer["response"] == "done",
