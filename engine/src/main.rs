@@ -12,6 +12,8 @@ use ftvm_engine::run::{self, RunArgs};
 #[derive(Debug, Parser)]
 #[command(name = "ftvm-engine", version, about)]
 struct Cli {
+    /// VM and seat, for people who list processes; the launch message says the same.
+    seat: Option<String>,
     #[command(subcommand)]
     command: Option<Command>,
 }
