@@ -327,7 +327,7 @@ impl System for Standalone {
             self.prepare_host(host, [Some(1), Some(0)].get(host).copied().flatten())?;
         }
         let mut up = self.ftvm("up", &[0, 1]);
-        up.arg("--unprotected");
+        up.args(["--unprotected", "--wait-s", "60"]);
         finish(up)
     }
 
