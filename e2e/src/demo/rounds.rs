@@ -192,11 +192,19 @@ impl<'a, W: Witness> Stage<'a, W> {
                 .good(format!("protected again after {seconds:.1} s: {roles}"));
         }
         self.witness.examine()?;
-        let compared = self.system.compare_sides(active, standby);
-        compared.with_context(|| format!("comparing {} with {}", self.names[active], self.names[standby]))?;
-        round.examined = true;
-        self.progress
-            .say("the guest's self-check passed; both sides have the same memory and the same disk");
+        match self.system.compare_sides(active, standby) {
+            Ok(()) => {
+                round.examined = true;
+                self.progress
+                    .say("the guest's self-check passed; both sides have the same memory and the same disk");
+            }
+            // Worth a complaint, but what follows can be played and judged.
+            Err(error) => {
+                let complaint = format!("round {}: comparing {roles}: {error:#}", round.round);
+                self.progress.bad(&complaint);
+                self.report.complaints.push(complaint);
+            }
+        }
         self.witness.load()
     }
 
