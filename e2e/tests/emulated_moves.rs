@@ -108,6 +108,7 @@ fn debian_moves_between_machines_while_it_serves() {
         ..NodeConfig::default()
     };
     let node = lab.node("one", 1, config).unwrap();
+    node.client_bridge().unwrap();
     node.client_tap("guest0").unwrap();
     let begin = Instant::now();
     let mut running = Running::start(&node, &["--vcpus", "2", "--obey"]);

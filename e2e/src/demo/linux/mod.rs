@@ -107,29 +107,29 @@ fn machines(profile: Profile, progress: &Progress) -> anyhow::Result<(Rc<Emulate
     files.extend([image.kernel.clone(), image.initrd.clone()]);
     let lab = Lab::new(&files)?;
     let share = lab.share()?;
-    let mut disks = Vec::new();
-    let mut nodes = Vec::new();
-    for (index, name) in (1..).zip(["one", "two"]) {
-        let disk = lab.folder().join(format!("{name}.seat.img"));
-        // The second seat's disk begins empty: the resync must fill it.
-        if index == 1 {
-            guest::make_disk(&image, &disk)?;
-        } else {
-            let size = std::fs::metadata(&image.disk)?.len();
-            std::fs::File::create(&disk)?.set_len(size)?;
-        }
-        nodes.push(lab.node(
+    let disks = ["one.seat.img", "two.seat.img"].map(|name| lab.folder().join(name));
+    guest::make_disk(&image, &disks[0])?;
+    // The second seat's disk begins empty: the resync must fill it.
+    std::fs::File::create(&disks[1])?.set_len(std::fs::metadata(&image.disk)?.len())?;
+    let boot = |name, index: u8| {
+        let disk = disks[usize::from(index) - 1].clone();
+        lab.node(
             name,
             index,
             NodeConfig {
-                disks: vec![disk.clone()],
+                disks: vec![disk],
                 ..NodeConfig::default()
             },
-        )?);
-        disks.push(disk);
-    }
+        )
+    };
+    let (one, two) = std::thread::scope(|scope| {
+        let two = scope.spawn(|| boot("two", 2));
+        (boot("one", 1), two.join())
+    });
+    let two = two.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let nodes = vec![one?, two];
     progress.say("two emulated machines, three networks and a shared folder are up");
-    Ok((Rc::new(Emulated { nodes, share, lab }), disks))
+    Ok((Rc::new(Emulated { nodes, share, lab }), disks.to_vec()))
 }
 
 /// The guest stops; then what is on the disks is looked at from outside.

@@ -122,7 +122,7 @@ impl EmulatedSystem {
     pub fn last_words(&self, machine: usize) -> String {
         self.sh(
             machine,
-            &format!("tail -n 15 {DAEMON_LOG}; tail -n 15 /data/state/*/*.log 2>/dev/null || true"),
+            &format!("tail -n 15 {DAEMON_LOG}; tail -n 15 /data/state/seats/*/engine.log 2>/dev/null || true"),
         )
         .unwrap_or_else(|error| format!("{error:#}"))
     }
