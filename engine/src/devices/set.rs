@@ -14,7 +14,7 @@ use super::legacy::rtc::{self, Rtc};
 use super::legacy::serial::{self, Serial};
 use super::pci::root::{CONFIG_PORTS, CONFIG_PORTS_LEN, PciFunction, PciRoot};
 use super::virtio::Frontend;
-use super::virtio::blk::{Blk, BlkCounts, BlkMetrics, BlkWorker, DiskConfig, SECTOR_BYTES};
+use super::virtio::blk::{Blk, BlkCounts, BlkMetrics, BlkWorker, DiskConfig, Executing, SECTOR_BYTES};
 use super::virtio::net::{Net, NetConfig, NetCounts, NetMetrics, NetWorker};
 use super::virtio::pci_device::{Function, Mapped, Saveable, VirtioDevice};
 use super::virtio::rng::{Rng, RngWorker};
@@ -118,6 +118,7 @@ pub struct DeviceSet {
     pm: Arc<Mutex<AcpiPm>>,
     net_metrics: Vec<Arc<NetMetrics>>,
     blk_metrics: Vec<Arc<BlkMetrics>>,
+    executing: Vec<Arc<Executing>>,
 }
 
 impl DeviceSet {
@@ -140,6 +141,7 @@ impl DeviceSet {
             pm: Arc::new(Mutex::new(pm)),
             net_metrics: config.nics.iter().map(|_| Arc::default()).collect(),
             blk_metrics: config.disks.iter().map(|_| Arc::default()).collect(),
+            executing: Vec::new(),
         };
         set.put_on_ports(Arc::new(Mutex::new(I8042::new(platform.events.clone()))))?;
         let rng = set.add_virtio("rng".to_owned(), 0, Rng::new(config.rng_seed), platform)?;
@@ -204,6 +206,7 @@ impl DeviceSet {
         let device = self.add_virtio(name.clone(), index as u32, Blk::new(config, size_bytes), platform)?;
         let metrics = self.blk_metrics[index].clone();
         let worker = BlkWorker::new(device.clone(), backend, platform.events.clone(), metrics, index);
+        self.executing.push(worker.executing());
         self.start(&name, DeviceThread::Disk, &device, worker, platform)
     }
 
@@ -302,6 +305,12 @@ impl DeviceSet {
         lock(&self.pm).reset();
         self.virtio.iter().for_each(|device| device.reset());
         self.remap();
+    }
+
+    /// With the gate closed: waits until no thread is using a disk's backend. A seat that gives the guest away has to,
+    /// before the disk's content becomes the other side's business.
+    pub fn wait_disks_idle(&self) {
+        self.executing.iter().for_each(|executing| executing.wait_end());
     }
 
     /// Characters typed into the console; returns how many had room. Waits while the gate is closed.

@@ -323,3 +323,63 @@ fn dropping_ends_the_threads_whether_the_gate_is_open_or_closed() {
         wait_until("the memory to be free", || (ram.strong_count() == 0).then_some(()));
     }
 }
+
+/// What a pause waits for when network and disk are as busy as they can be: at most a turn of each.
+#[test]
+fn closing_the_gate_is_quick() {
+    use crate::devices::virtio::rig::BUFFERS;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use vm_memory::{Bytes, GuestAddress};
+
+    let rig = Rig::new();
+    let (net, blk) = (rig.driver(NET_SLOT), rig.driver(BLK_SLOT));
+    let mut tx = net.start(F_VERSION_1 | F_EVENT_IDX, 256).remove(1);
+    let mut disk = blk.start(F_VERSION_1 | F_EVENT_IDX, 128).remove(0);
+    rig.mem().write_obj([1u32, 0, 0, 0], GuestAddress(BUFFERS)).unwrap();
+    rig.open();
+    let stop = AtomicBool::new(false);
+    let mut waits_us = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                // Full rings: 64 frames of 1,512 bytes and 30 writes of 32 KiB.
+                while tx.published.wrapping_sub(tx.seen) < 64 {
+                    tx.add(&[(BUFFERS + 0x10_0000, 1524, false)]);
+                }
+                while disk.published.wrapping_sub(disk.seen) < 30 {
+                    disk.add(&[
+                        (BUFFERS, 16, false),
+                        (BUFFERS + 0x1000, 32 << 10, false),
+                        (BUFFERS + 0x40, 1, true),
+                    ]);
+                }
+                net.notify(1);
+                blk.notify(0);
+                while tx.take_used().is_some() || disk.take_used().is_some() {}
+            }
+        });
+        let waits = (0..300).map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            let start = Instant::now();
+            rig.close();
+            let waited = start.elapsed().as_micros() as u64;
+            rig.open();
+            waited
+        });
+        let waits: Vec<u64> = waits.collect();
+        stop.store(true, Ordering::SeqCst);
+        waits
+    });
+    let counts = rig.set.counts();
+    assert!(counts.nics[0].tx_frames > 0 && counts.disks[0].writes > 0, "{counts:?}");
+    assert!(rig.bench.events.take().is_empty());
+    waits_us.sort_unstable();
+    println!(
+        "closing the gate: p50 {} us, p99 {} us; {counts:?}",
+        waits_us[150], waits_us[297]
+    );
+    assert!(
+        waits_us[150] < 50_000,
+        "half of all pauses wait {} us for devices",
+        waits_us[150]
+    );
+}

@@ -22,8 +22,17 @@ use crate::state::{StateError, StateReader, StateWriter};
 pub(crate) struct Inner<F> {
     pub(crate) transport: Transport,
     pub(crate) frontend: F,
-    /// Counts machine resets and loads, so that the worker notices that what it holds is of another life.
-    pub(crate) life: u64,
+    /// Whose requests the worker may be holding.
+    pub(crate) life: Life,
+}
+
+/// Counts what makes a worker's requests out of date.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Life {
+    /// Resets of the machine: nobody waits for the requests any more, but they did happen here.
+    pub(crate) resets: u64,
+    /// Loaded states: the requests belong to a past that another machine has replaced.
+    pub(crate) loads: u64,
 }
 
 impl<F: Frontend> Inner<F> {
@@ -82,7 +91,7 @@ impl<F: Frontend> VirtioDevice<F> {
             inner: Mutex::new(Inner {
                 transport,
                 frontend,
-                life: 0,
+                life: Life::default(),
             }),
             ram: platform.ram.clone(),
             wakes: Arc::new(wakes),
@@ -206,7 +215,7 @@ impl<F: Frontend> Saveable for VirtioDevice<F> {
         let mut inner = self.lock();
         inner.transport.load(saved.transport);
         inner.frontend.load(saved.device);
-        inner.life += 1;
+        inner.life.loads += 1;
         Ok(())
     }
 
@@ -219,7 +228,7 @@ impl<F: Frontend> Saveable for VirtioDevice<F> {
         let mut inner = self.lock();
         inner.transport.load(self.initial.clone());
         inner.frontend.reset();
-        inner.life += 1;
+        inner.life.resets += 1;
     }
 }
 

@@ -205,7 +205,10 @@ fn an_available_index_that_runs_away_is_an_error() {
     }
     // Nor may any be taken back.
     for published in [5u16, 1] {
-        rig.ram.mem().write_obj(published, GuestAddress(rig.vq.avail + 2)).unwrap();
+        rig.ram
+            .mem()
+            .write_obj(published, GuestAddress(rig.vq.avail + 2))
+            .unwrap();
         assert!(matches!(rig.pop_error(), QueueError::AvailIndex { .. }), "{published}");
     }
 }

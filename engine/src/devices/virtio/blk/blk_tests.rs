@@ -373,6 +373,35 @@ fn a_machine_reset_forgets_requests_but_reports_what_was_written() {
     assert_eq!(disk.status(asked), NO_STATUS);
 }
 
+/// A seat that gave its guest away and gets it back: what it was executing then is not its business any more.
+#[test]
+fn requests_of_a_past_that_was_replaced_are_forgotten() {
+    let mut disk = disk();
+    let idle = disk.rig.save();
+    disk.rig.open();
+    let door = disk.rig.disk.door.clone();
+    let held = door.lock().unwrap();
+    disk.ask(OUT, 0, &[1; 512], 0);
+    disk.wait_executing(1);
+    disk.rig.close();
+    let set = &disk.rig.set;
+    let waited = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            set.wait_disks_idle();
+            waited.store(1, Ordering::SeqCst);
+        });
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(waited.load(Ordering::SeqCst), 0, "the backend is in use");
+        drop(held);
+    });
+    assert_eq!(disk.rig.disk.content.lock().unwrap()[0], 1);
+    disk.vq = Vq::new(disk.rig.bench.platform.ram.clone(), disk.vq.desc, 128, false);
+    disk.rig.take_over(&idle);
+    assert_eq!(disk.run(FLUSH, 0, &[], 0).0, OK);
+    assert_eq!(disk.rig.disk.seen(), [Seen::Flush]);
+}
+
 #[test]
 fn a_busy_queue_is_served_in_order_with_and_without_event_idx() {
     for features in [F_VERSION_1, F_VERSION_1 | F_EVENT_IDX] {

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::Frontend;
 use super::queue::QueueState;
 use crate::devices::kind;
-pub(crate) use worker::BlkWorker;
+pub(crate) use worker::{BlkWorker, Executing};
 
 const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;

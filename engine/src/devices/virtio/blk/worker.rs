@@ -1,13 +1,14 @@
 //! The thread of one disk.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::request::{Action, Limits, Request};
 use super::{Blk, BlkMetrics, SERIAL_BYTES};
 use crate::backends::DiskBackend;
+use crate::devices::bus::lock;
 use crate::devices::event::{DeviceEvent, DeviceEvents};
-use crate::devices::virtio::pci_device::{Inner, VirtioDevice};
+use crate::devices::virtio::pci_device::{Inner, Life, VirtioDevice};
 use crate::devices::virtio::queue::{Chain, QueueError};
 use crate::devices::virtio::worker::{Next, Worker};
 use crate::memory::GuestMem;
@@ -21,6 +22,26 @@ const KEPT_BUFFER_BYTES: usize = 64 << 10;
 /// A disk counts as working again when nothing has failed for this long.
 const RECOVERED_AFTER: Duration = Duration::from_secs(10);
 
+/// Whether a disk's thread is using its backend right now.
+#[derive(Debug, Default)]
+pub(crate) struct Executing {
+    now: Mutex<bool>,
+    ended: Condvar,
+}
+
+impl Executing {
+    fn set(&self, now: bool) {
+        *lock(&self.now) = now;
+        self.ended.notify_all();
+    }
+
+    /// Waits until the backend is left alone. With the gate closed nothing new begins.
+    pub(crate) fn wait_end(&self) {
+        let ended = self.ended.wait_while(lock(&self.now), |now| *now);
+        drop(ended.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
 /// Executes the requests of one disk.
 pub(crate) struct BlkWorker {
     device: Arc<VirtioDevice<Blk>>,
@@ -33,7 +54,8 @@ pub(crate) struct BlkWorker {
     /// What is being executed: the requests of `Blk::in_flight`, in the same order.
     batch: Vec<Request>,
     /// The life of the device that `batch` belongs to.
-    life: u64,
+    life: Life,
+    executing: Arc<Executing>,
     chain: Chain,
     buffers: Vec<Vec<u8>>,
     /// When the last request failed, unless the recovery was reported since.
@@ -66,19 +88,27 @@ impl BlkWorker {
             limits,
             batch: Vec::new(),
             life,
+            executing: Arc::default(),
             chain: Chain::default(),
             buffers: Vec::new(),
             failed_at: None,
         }
     }
 
+    /// Tells whether a request is being executed.
+    pub(crate) fn executing(&self) -> Arc<Executing> {
+        self.executing.clone()
+    }
+
     /// Tells backend and guest about the executed batch.
     fn complete(&mut self, inner: &mut Inner<Blk>, mem: &GuestMem) -> Result<(), QueueError> {
-        let same_life = inner.life == self.life;
-        self.life = inner.life;
+        let before = std::mem::replace(&mut self.life, inner.life);
+        let same_life = inner.life == before;
         let batch = std::mem::take(&mut self.batch);
-        // What was executed has changed the disk, whether anybody waits for the answer or not.
-        batch.iter().for_each(|request| request.report(self.disk.as_mut()));
+        if inner.life.loads == before.loads {
+            // What was executed has changed the disk, whether anybody waits for the answer or not.
+            batch.iter().for_each(|request| request.report(self.disk.as_mut()));
+        }
         if same_life && !batch.is_empty() {
             let heads = std::mem::take(&mut inner.frontend.in_flight);
             if !inner.transport.reset_pending() {
@@ -195,7 +225,10 @@ impl Worker for BlkWorker {
             }
         });
         match taken {
-            Ok(true) => Next::Outside,
+            Ok(true) => {
+                self.executing.set(true);
+                Next::Outside
+            }
             Ok(false) => Next::Wait(None),
             Err(error) => {
                 // What was taken stays unanswered: a broken driver gets nothing more until it resets the device.
@@ -217,5 +250,6 @@ impl Worker for BlkWorker {
             }
         }
         self.batch = batch;
+        self.executing.set(false);
     }
 }
