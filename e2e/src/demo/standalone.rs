@@ -382,8 +382,8 @@ impl System for Standalone {
     }
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
-        self.compare_memory(active, standby)?;
-        self.compare_disks(active, standby)
+        self.compare_disks(active, standby)?;
+        self.compare_memory(active, standby)
     }
 
     fn logs(&self) -> Vec<PathBuf> {
