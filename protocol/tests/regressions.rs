@@ -1,0 +1,344 @@
+//! What the simulator found, each as a short script; and the paths that a driver's author wants to see once in full.
+
+mod bench;
+
+use bench::{Arbiter, Bench};
+use ftvm_protocol::core::{Action, Command, EndReason, Event, Gate, Refusal, RoleName, Seal};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
+use ftvm_protocol::message::Message;
+use ftvm_protocol::record::{Members, Phase};
+
+// ---- whole paths
+
+#[test]
+fn a_new_vm_boots_and_becomes_protected() {
+    let mut bench = Bench::new();
+    bench.pass(100);
+    assert_eq!(bench.gate(0), Gate::Open);
+    assert!(bench.seats[0].wanted(|action| matches!(action, Action::BootFromDisk { first_epoch: 1, .. })));
+    assert_eq!(bench.gate(1), Gate::Closed);
+    bench.connect();
+    bench.pass(500);
+    assert!(bench.seats[0].core.status().protected);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Standby);
+    let record = bench.record.clone().expect("a record").record;
+    assert_eq!(record.members, Members::pair(bench.seats[0].me, bench.seats[1].me));
+    let epoch = bench.epoch(0);
+    assert_eq!(bench.gate(0), Gate::Through(epoch));
+}
+
+#[test]
+fn output_waits_for_the_acknowledgment_and_the_successor_sends_it_again() {
+    let mut bench = Bench::pair();
+    let first = bench.epoch(0);
+    bench.seats[1].mute = true;
+    let second = bench.epoch(0);
+    assert_eq!(bench.gate(0), Gate::Through(first), "not acknowledged");
+    bench.step(
+        1,
+        Event::PeerGone {
+            peer: bench.seats[0].me,
+        },
+    );
+    bench.pass(20);
+    let taken = bench.seats[1].wanted(|action| {
+        matches!(action, Action::LoadAndRun { epoch, resend_after, .. } if *epoch == second && *resend_after <= first)
+    });
+    assert!(taken, "{:?}", bench.seats[1].actions.last());
+    assert_eq!(bench.gate(1), Gate::Open);
+}
+
+#[test]
+fn a_loser_ends_and_joins_again() {
+    let mut bench = Bench::pair();
+    bench.seats[0].arbiter = Arbiter::Away;
+    bench.cut();
+    bench.pass(100);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+    assert_ne!(bench.gate(0), Gate::Open, "peer lost and arbiter unreachable: stalls");
+    bench.seats[0].arbiter = Arbiter::Works;
+    bench.pass(500);
+    assert_eq!(bench.seats[0].ended, Some(EndReason::LostToSuccessor));
+    bench.restart(0);
+    bench.connect();
+    bench.pass(1_000);
+    assert!(bench.seats[1].core.status().protected);
+}
+
+#[test]
+fn a_switchover_swaps_the_roles_and_stays_protected() {
+    let mut bench = Bench::pair();
+    bench.step(0, Event::Command(Command::Switchover));
+    bench.pass(300);
+    assert_eq!(bench.seats[0].core.status().role, RoleName::Standby);
+    assert!(bench.seats[1].core.status().protected);
+    let epoch = bench.epoch(1);
+    assert_eq!(bench.gate(1), Gate::Through(epoch));
+}
+
+#[test]
+fn stop_is_reported_after_swap_and_header_and_only_a_start_over_it_leaves_it() {
+    let mut bench = Bench::pair();
+    bench.step(0, Event::Command(Command::Stop));
+    bench.pass(300);
+    let term = bench
+        .record
+        .as_ref()
+        .map(|snapshot| snapshot.record.term)
+        .expect("a record");
+    assert!(bench.seats[0].wanted(|action| *action == Action::ReportStopped { term }));
+    assert_eq!(bench.seats[0].header.as_ref().map(|header| header.term), Some(term));
+    assert_eq!(bench.seats[0].ended, Some(EndReason::Stopped));
+    assert_eq!(bench.seats[1].ended, Some(EndReason::Stopped));
+    bench.restart(0);
+    bench.pass(1_000);
+    assert_eq!(bench.seats[0].core.status().refused, Some(Refusal::PhaseStopped));
+    bench.step(
+        0,
+        Event::Command(Command::Start {
+            over_stopped_term: term - 1,
+        }),
+    );
+    bench.pass(1_000);
+    assert_eq!(
+        bench.seats[0].core.status().role,
+        RoleName::Starting,
+        "a start over another stop"
+    );
+    bench.step(
+        0,
+        Event::Command(Command::Start {
+            over_stopped_term: term,
+        }),
+    );
+    bench.pass(1_000);
+    assert_eq!(bench.seats[0].core.status().role, RoleName::Active);
+    assert_eq!(bench.record.map(|snapshot| snapshot.record.phase), Some(Phase::Running));
+}
+
+#[test]
+fn replayed_and_foreign_acknowledgments_open_nothing() {
+    let mut bench = Bench::pair();
+    let acked = bench.epoch(0);
+    bench.seats[1].mute = true;
+    let open = bench.epoch(0);
+    let me = bench.seats[0].me;
+    let session = bench.seats[0].core.status().session.expect("a session");
+    let other = Incarnation {
+        start: me.start + 1,
+        ..me
+    };
+    let forged = [
+        Message::Ack {
+            leader: me,
+            session,
+            epoch: acked,
+        },
+        Message::Ack {
+            leader: other,
+            session,
+            epoch: open,
+        },
+        Message::Ack {
+            leader: me,
+            session: ftvm_protocol::identity::SessionId(session.0 + 1),
+            epoch: open,
+        },
+        Message::Ack {
+            leader: me,
+            session,
+            epoch: open + 1,
+        },
+    ];
+    for message in forged {
+        bench.say(1, message);
+        assert_eq!(bench.gate(0), Gate::Through(acked));
+    }
+    bench.say(
+        1,
+        Message::Ack {
+            leader: me,
+            session,
+            epoch: open,
+        },
+    );
+    assert_eq!(bench.gate(0), Gate::Through(open), "control: the right one does");
+}
+
+#[test]
+fn an_epoch_that_is_not_the_next_is_not_acknowledged() {
+    let mut bench = Bench::pair();
+    let epoch = bench.epoch(0);
+    let session = bench.seats[0].core.status().session.expect("a session");
+    for wrong in [epoch, epoch + 2] {
+        bench.step(
+            1,
+            Event::EpochStaged {
+                session,
+                epoch: wrong,
+                leader_acked: 0,
+            },
+        );
+        assert_eq!(bench.seats[1].core.status().epoch, epoch);
+    }
+    assert!(bench.seats[1].wanted(|action| *action == Action::Refused(Refusal::EpochGap)));
+}
+
+// ---- found by the simulator
+
+/// An active that has ejected a standby still answers its probes. That is no contact: after a restore from a backup the
+/// standby would take over with an old state.
+#[test]
+fn answers_of_a_leader_that_leads_somebody_else_are_no_contact() {
+    let mut bench = Bench::pair();
+    bench.seats[1].arbiter = Arbiter::Away;
+    bench.cut();
+    bench.pass(100);
+    assert_eq!(bench.gate(0), Gate::Open, "ejected the standby");
+    bench.connect();
+    let before = bench.seats[1].core.status().contact_age_ms.expect("a session");
+    bench.pass(1_000);
+    let after = bench.seats[1].core.status().contact_age_ms.expect("a session");
+    assert!(after >= before + 900, "contact is {after} ms old, was {before}");
+}
+
+/// A takeover that landed unnoticed: reading it settles nothing, and the standby acknowledges nothing to its old leader
+/// until a swap of its own has won.
+#[test]
+fn a_standby_whose_takeover_landed_unnoticed_does_not_acknowledge() {
+    let mut bench = Bench::pair();
+    let acked = bench.epoch(0);
+    bench.seats[1].arbiter = Arbiter::LosesWriteAnswers;
+    bench.seats[0].arbiter = Arbiter::Away;
+    bench.step(
+        1,
+        Event::PeerGone {
+            peer: bench.seats[0].me,
+        },
+    );
+    assert_eq!(
+        bench.record.as_ref().map(|snapshot| snapshot.record.holder),
+        Some(bench.seats[1].me)
+    );
+    bench.pass(400);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Standby);
+    bench.epoch(0);
+    bench.pass(100);
+    assert_eq!(bench.gate(0), Gate::Through(acked));
+    bench.seats[1].arbiter = Arbiter::Works;
+    bench.pass(400);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+}
+
+/// A stop that arrives while the new active waits for its former source: the final epoch waits for the stream.
+#[test]
+fn a_stop_during_a_switchover_seals_when_the_follower_streams() {
+    let mut bench = Bench::pair();
+    bench.seats[0].manual_seals = true;
+    bench.step(0, Event::Command(Command::Switchover));
+    bench.seats[1].mute = true;
+    let session = bench.seats[0].core.status().session.expect("a session");
+    let event = bench.seal_event(0, Seal::Freeze);
+    let Event::EpochSealed { epoch, .. } = event else {
+        unreachable!("a seal")
+    };
+    bench.step(0, event);
+    bench.step(
+        1,
+        Event::EpochStaged {
+            session,
+            epoch,
+            leader_acked: epoch - 1,
+        },
+    );
+    assert_eq!(
+        bench.seats[1].core.status().role,
+        RoleName::Active,
+        "{:?}",
+        bench.seats[1].core.status()
+    );
+    bench.step(1, Event::Command(Command::Stop));
+    assert!(
+        !bench.seats[1].wanted(|action| *action == Action::Seal(Seal::Final)),
+        "nobody would receive it"
+    );
+    bench.seats[1].mute = false;
+    bench.pass(600);
+    assert_eq!(bench.seats[1].ended, Some(EndReason::Stopped));
+    assert!(bench.seats[1].wanted(|action| *action == Action::Seal(Seal::Final)));
+}
+
+/// Accepting a loss is for what the person saw; refused once, it is over and the seat can join again.
+#[test]
+fn a_refused_override_does_not_keep_a_seat_from_joining() {
+    let mut bench = Bench::new();
+    bench.pass(100);
+    let holder = bench.seats[0].me;
+    bench.step(1, Event::Command(Command::AcceptDataLoss { holder }));
+    bench.pass(50);
+    bench.connect();
+    bench.pass(1_000);
+    assert!(bench.seats[0].core.status().protected);
+}
+
+/// The leader's word that a session is over can get lost: a standby that hears of another one reads the record.
+#[test]
+fn a_standby_that_is_led_no_more_finds_out() {
+    let mut bench = Bench::pair();
+    bench.seats[1].arbiter = Arbiter::Away;
+    bench.cut();
+    bench.pass(100);
+    bench.seats[1].arbiter = Arbiter::Works;
+    bench.connect();
+    bench.pass(1_000);
+    assert_eq!(bench.seats[1].ended, Some(EndReason::Ejected));
+}
+
+/// A record deleted while the pair's session is broken: both still agree on who is active, and a new one may be made.
+#[test]
+fn a_pair_with_a_broken_session_agrees_to_a_new_record() {
+    let mut bench = Bench::pair();
+    bench.record = None;
+    bench.cut();
+    bench.connect();
+    bench.pass(1_000);
+    let consents = [0, 1].map(|at| bench.seats[at].core.status().recreate.expect("consent"));
+    assert_eq!(consents[0].members, consents[1].members);
+    assert_eq!(consents[0].holder, bench.seats[0].me);
+    let term = consents[0].term.max(consents[1].term);
+    let record = ftvm_protocol::record::Record {
+        term,
+        ..consents[0].clone()
+    };
+    bench.record = Some(ftvm_protocol::record::Snapshot {
+        record,
+        uid: ArbiterUid(2),
+        version: 1,
+    });
+    bench.pass(2_000);
+    let uids = [0, 1].map(|at| bench.seats[at].core.status().uid);
+    assert!(uids.contains(&Some(ArbiterUid(2))), "{uids:?}");
+}
+
+/// A record from nowhere (other UID, no predecessor) changes nothing for an intact pair and is refused otherwise.
+#[test]
+fn a_strange_record_neither_ends_a_pair_nor_gives_a_takeover() {
+    let mut bench = Bench::pair();
+    let mut strange = bench.record.clone().expect("a record");
+    strange.uid = ArbiterUid(99);
+    strange.record.holder = Incarnation {
+        seat: SeatId(7),
+        start: 7,
+    };
+    strange.record.members = Members::one(strange.record.holder);
+    bench.record = Some(strange);
+    bench.pass(30_000);
+    assert_eq!(bench.seats[0].ended, None);
+    let epoch = bench.epoch(0);
+    assert_eq!(bench.gate(0), Gate::Through(epoch), "protected service goes on");
+    bench.cut();
+    bench.pass(1_000);
+    assert_eq!(bench.gate(0), Gate::Through(epoch));
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Standby);
+    assert_eq!(bench.seats[1].core.status().refused, Some(Refusal::RecordStrange));
+}
