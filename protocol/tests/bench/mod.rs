@@ -158,10 +158,8 @@ impl Bench {
 
     fn execute(&mut self, at: usize, action: Action, todo: &mut Vec<(usize, Event)>) {
         match action {
-            Action::Send { link, message } => {
-                if !self.seats[at].mute && self.link == Some(link) {
-                    todo.push((1 - at, Event::Received { link, message }));
-                }
+            Action::Send { link, message } if !self.seats[at].mute && self.link == Some(link) => {
+                todo.push((1 - at, Event::Received { link, message }));
             }
             Action::WriteHeader { request, header } => {
                 self.seats[at].header = Some(header);
