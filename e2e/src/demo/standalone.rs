@@ -204,11 +204,16 @@ impl Standalone {
         Ok(serde_json::from_value(reply)?)
     }
 
-    /// Both digests at one epoch. The guest is quiet but its clock ticks, so an epoch may pass between the two answers.
+    /// Both digests at one epoch: the active takes one at its next epoch and has the standby take one there, which may be
+    /// a moment later; until then the standby answers with its last.
     fn compare_memory(&self, active: usize, standby: usize) -> anyhow::Result<()> {
         let deadline = Instant::now() + SETTLE;
         loop {
-            let (ours, theirs) = (self.digest(active)?, self.digest(standby)?);
+            let ours = self.digest(active)?;
+            let mut theirs = self.digest(standby)?;
+            while theirs.epoch < ours.epoch && Instant::now() < deadline {
+                theirs = self.digest(standby)?;
+            }
             if ours.epoch == theirs.epoch {
                 ensure!(
                     ours.memory == theirs.memory,

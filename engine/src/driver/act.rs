@@ -219,11 +219,12 @@ impl Driver {
         let sending = PageEncoder::new(self.seat.encoder)
             .map_err(|error| error.to_string())
             .and_then(|encoder| {
-                let sender = EpochSender::new(sink, encoder);
+                let sender = EpochSender::new(sink.clone(), encoder);
                 let memory = self.seat.page_memory();
                 let started = lead::Sending::start(
                     session,
                     sender,
+                    sink,
                     memory,
                     self.queue.clone(),
                     self.seat.enter(Work::Worker),

@@ -12,6 +12,7 @@ use crate::control::{CommandId, Digest, Reply};
 use crate::outbox::Output;
 use crate::replication::epoch::{Port, PortData, SealedEpoch};
 use crate::replication::pages::CopiedPages;
+use crate::replication::resync::{self, digest_memory};
 
 /// While bulk is sent the dirty rings have to be emptied, or vCPUs stop at a full one.
 const BULK_HARVEST: Duration = Duration::from_millis(5);
@@ -162,6 +163,7 @@ impl Driver {
         leading.stage = Stage::Streaming;
         leading.in_flight.push_back((epoch, Instant::now()));
         self.seat.gate().set_epoch(epoch + 1);
+        let digest_taken = self.digest_paused(epoch);
         if matches!(seal, Seal::Freeze | Seal::Final) {
             self.sealed_state = Some((epoch, sealed.state.clone()));
         }
@@ -179,6 +181,9 @@ impl Driver {
             leading
                 .sending
                 .give(Job::Finish(Box::new(SealedEpoch { outputs, ..sealed })));
+            if digest_taken {
+                leading.sending.give(Job::AskDigest(epoch));
+            }
         }
     }
 
@@ -212,6 +217,7 @@ impl Driver {
                     leading.pacer.hurry();
                 }
             }
+            Done::DigestAsked => {}
             Done::Round => {
                 if let Some(leading) = self.leading.as_mut() {
                     leading.pacer.round_sent();
@@ -249,6 +255,13 @@ impl Driver {
                 self.figures.last_trouble = Some(why);
                 self.step(Event::SessionFailed { session });
             }
+            follow::News::Digest { epoch, memory } => {
+                let digest = digest_reply(epoch, memory);
+                self.figures.digest = Some(digest.clone());
+                if let Some(pending) = self.digest.take() {
+                    self.control.reply(pending.command, Reply::Digest(digest));
+                }
+            }
             follow::News::Staged {
                 epoch,
                 leader_acked,
@@ -278,13 +291,29 @@ impl Driver {
 
     // ---- digest
 
+    /// A leader answers at the next epoch, which it asks the follower for too; a follower gives the one it was asked for
+    /// last, or waits for the first, so that whoever asks the leader and then the follower gets two digests of one epoch.
     pub(super) fn begin_digest(&mut self, id: CommandId) {
-        if self.guest == Guest::None && self.following.is_none() {
-            let why = "this seat has no guest and no checkpoint of one".to_owned();
-            return self.control.reply(id, Reply::Refused { why });
+        if let Some(leading) = self
+            .leading
+            .as_mut()
+            .filter(|leading| leading.stage == Stage::Streaming)
+        {
+            leading.pacer.hurry();
+            self.digest = Some(PendingDigest { command: id });
+            return;
         }
-        self.digest = Some(PendingDigest { command: id });
-        self.fail_digest("digests are not available in this role");
+        let reply = match &self.figures.digest {
+            Some(digest) if self.following.is_some() => Reply::Digest(digest.clone()),
+            None if self.following.is_some() => {
+                self.digest = Some(PendingDigest { command: id });
+                return;
+            }
+            _ => Reply::Refused {
+                why: "a digest is of the epoch of a protected guest: ask the active seat, then the standby".to_owned(),
+            },
+        };
+        self.control.reply(id, reply);
     }
 
     pub(super) fn fail_digest(&mut self, why: &str) {
@@ -294,11 +323,23 @@ impl Driver {
         }
     }
 
-    #[allow(dead_code)]
-    fn digest_reply(&mut self, digest: Digest) {
-        if let Some(pending) = self.digest.take() {
-            self.control.reply(pending.command, Reply::Digest(digest));
-        }
+    /// The guest is paused at the end of `epoch`: takes the digest that was asked for. True if one was.
+    fn digest_paused(&mut self, epoch: Epoch) -> bool {
+        let Some(pending) = self.digest.take() else {
+            return false;
+        };
+        let memory = digest_memory(&*self.seat.page_memory(), 1);
+        self.control
+            .reply(pending.command, Reply::Digest(digest_reply(epoch, memory)));
+        true
+    }
+}
+
+fn digest_reply(epoch: Epoch, memory: resync::Digest) -> Digest {
+    Digest {
+        epoch,
+        memory: format!("{:032x}", memory.0),
+        disks: std::collections::BTreeMap::new(),
     }
 }
 

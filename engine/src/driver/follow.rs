@@ -19,7 +19,7 @@ use crate::replication::epoch::{
 };
 use crate::replication::link::{Frame, LinkSender};
 use crate::replication::memory::PageMemory;
-use crate::replication::resync::ResyncTarget;
+use crate::replication::resync::{Digest, ResyncTarget, digest_memory};
 use crate::replication::standby_disks::StandbyDisks;
 
 /// Most bytes of input kept for injection, and of output kept for sending again.
@@ -72,6 +72,13 @@ pub enum News {
         joins: bool,
         /// vCPU and device state.
         state: Arc<[u8]>,
+    },
+    /// Memory and disks are at this epoch, and the leader asked for their digest there.
+    Digest {
+        /// The epoch.
+        epoch: Epoch,
+        /// Of memory.
+        memory: Digest,
     },
     /// The session can't go on.
     Failed {
@@ -137,6 +144,8 @@ struct Follower {
     applied: Option<(Epoch, Vec<u8>)>,
     inputs: InputLog,
     outputs: OutputLog,
+    /// The leader wants a digest of this epoch.
+    digest_at: Option<Epoch>,
     queue: Queue,
 }
 
@@ -152,6 +161,7 @@ impl Follower {
             applied: last,
             inputs: InputLog::new(LOG_BYTES),
             outputs: OutputLog::new(LOG_BYTES),
+            digest_at: None,
             queue,
         }
     }
@@ -205,6 +215,11 @@ impl Follower {
                 self.receiver.bulk_frame();
                 Ok(())
             }
+            Kind::Digest => {
+                self.digest_at = Some(frame.epoch);
+                self.digest_if_due();
+                Ok(())
+            }
             kind => {
                 let staged = self.receiver.accept(kind, frame.epoch, frame.payload);
                 match staged.map_err(|error| error.to_string())? {
@@ -246,8 +261,20 @@ impl Follower {
             self.inputs.contained_through(staged.epoch);
             self.outputs.add(staged.epoch, staged.outputs, staged.released_through);
             self.applied = Some((staged.epoch, staged.state));
+            self.digest_if_due();
         }
         Ok(())
+    }
+
+    fn digest_if_due(&mut self) {
+        let applied = self.applied.as_ref().map(|(epoch, _)| *epoch);
+        if self.digest_at.is_some() && self.digest_at == applied {
+            self.digest_at = None;
+            self.report(News::Digest {
+                epoch: applied.unwrap_or_default(),
+                memory: digest_memory(&*self.place.memory, 1),
+            });
+        }
     }
 
     fn take_over(&mut self, epoch: Epoch) -> Result<TakenOver, String> {

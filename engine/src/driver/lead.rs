@@ -9,13 +9,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use ftvm_protocol::identity::{Epoch, SessionId};
+use ftvm_protocol::wire::Kind;
 
 use super::Queue;
 use crate::checkpoint::Pacer;
 use crate::memory::DirtyPages;
-use crate::replication::epoch::{EpochSender, EpochStats, SealedEpoch, SendError};
+use crate::replication::epoch::{EpochSender, EpochStats, FrameSink, SealedEpoch, SendError};
 use crate::replication::memory::PageMemory;
-use crate::replication::pages::LivePages;
+use crate::replication::pages::{LivePages, SinkClosed};
 use crate::replication::resync::{ResyncError, ResyncSource, ResyncWindow};
 
 /// Something to send.
@@ -35,6 +36,8 @@ pub enum Job {
     },
     /// The end of an epoch.
     Finish(Box<SealedEpoch>),
+    /// Ask the follower for the digest of its memory at this epoch, the last one that was finished.
+    AskDigest(Epoch),
 }
 
 /// What became of a job.
@@ -51,6 +54,8 @@ pub enum Done {
         /// What it took.
         stats: EpochStats,
     },
+    /// The follower was asked for a digest.
+    DigestAsked,
     /// The session can't go on.
     Failed {
         /// Why.
@@ -73,6 +78,8 @@ enum JobError {
     Send(#[from] SendError),
     #[error(transparent)]
     Resync(#[from] ResyncError),
+    #[error(transparent)]
+    Closed(#[from] SinkClosed),
 }
 
 /// The sending thread of one session. It ends when this is dropped and the link is down or its jobs are done.
@@ -85,14 +92,21 @@ impl Sending {
     pub fn start(
         session: SessionId,
         sender: EpochSender,
+        sink: Arc<dyn FrameSink>,
         memory: Arc<dyn PageMemory>,
         queue: Queue,
         enter: impl FnOnce() + Send + 'static,
     ) -> std::io::Result<Self> {
         let (jobs, todo) = channel();
+        let mut worker = Worker {
+            sender,
+            sink,
+            memory,
+            begun: None,
+        };
         std::thread::Builder::new().name("epochs".to_owned()).spawn(move || {
             enter();
-            send_all(session, sender, &memory, &todo, &queue);
+            worker.send_all(session, &todo, &queue);
         })?;
         Ok(Self { jobs })
     }
@@ -103,57 +117,57 @@ impl Sending {
     }
 }
 
-fn send_all(
-    session: SessionId,
-    mut sender: EpochSender,
-    memory: &Arc<dyn PageMemory>,
-    todo: &Receiver<Job>,
-    queue: &Queue,
-) {
-    let mut begun = None;
-    while let Ok(job) = todo.recv() {
-        let done = match do_job(&mut sender, memory, &mut begun, job) {
-            Ok(done) => done,
-            Err(error) => Done::Failed { why: error.to_string() },
-        };
-        let failed = matches!(done, Done::Failed { .. });
-        queue.lead(Report { session, done });
-        if failed {
-            return;
-        }
-    }
+struct Worker {
+    sender: EpochSender,
+    sink: Arc<dyn FrameSink>,
+    memory: Arc<dyn PageMemory>,
+    begun: Option<Epoch>,
 }
 
-fn do_job(
-    sender: &mut EpochSender,
-    memory: &Arc<dyn PageMemory>,
-    begun: &mut Option<Epoch>,
-    job: Job,
-) -> Result<Done, JobError> {
-    match job {
-        Job::Resync(source) => {
-            source.run(sender)?;
-            Ok(Done::Resync)
-        }
-        Job::Round {
-            epoch,
-            base,
-            released_through,
-            pages,
-        } => {
-            if *begun != Some(epoch) {
-                sender.begin(epoch, base, released_through)?;
-                *begun = Some(epoch);
+impl Worker {
+    fn send_all(&mut self, session: SessionId, todo: &Receiver<Job>, queue: &Queue) {
+        while let Ok(job) = todo.recv() {
+            let done = match self.do_job(job) {
+                Ok(done) => done,
+                Err(error) => Done::Failed { why: error.to_string() },
+            };
+            let failed = matches!(done, Done::Failed { .. });
+            queue.lead(Report { session, done });
+            if failed {
+                return;
             }
-            sender.pages(Arc::new(LivePages::new(memory.clone(), pages)))?;
-            Ok(Done::Round)
         }
-        Job::Finish(sealed) => {
-            let stats = sender.finish(&sealed)?;
-            Ok(Done::Epoch {
-                epoch: sealed.epoch,
-                stats,
-            })
+    }
+
+    fn do_job(&mut self, job: Job) -> Result<Done, JobError> {
+        match job {
+            Job::Resync(source) => {
+                source.run(&mut self.sender)?;
+                Ok(Done::Resync)
+            }
+            Job::Round {
+                epoch,
+                base,
+                released_through,
+                pages,
+            } => {
+                if self.begun != Some(epoch) {
+                    self.sender.begin(epoch, base, released_through)?;
+                    self.begun = Some(epoch);
+                }
+                self.sender
+                    .pages(Arc::new(LivePages::new(self.memory.clone(), pages)))?;
+                Ok(Done::Round)
+            }
+            Job::Finish(sealed) => {
+                let stats = self.sender.finish(&sealed)?;
+                let epoch = sealed.epoch;
+                Ok(Done::Epoch { epoch, stats })
+            }
+            Job::AskDigest(epoch) => {
+                self.sink.frame(Kind::Digest, epoch, Vec::new())?;
+                Ok(Done::DigestAsked)
+            }
         }
     }
 }

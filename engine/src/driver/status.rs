@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Driver, Guest};
 use crate::checkpoint::Histogram;
-use crate::control::{Event, PeerStatus, Role, Status};
+use crate::control::{Digest, Event, PeerStatus, Role, Status};
 use crate::replication::epoch::EpochStats;
 use crate::replication::pages::PageStats;
 
@@ -32,6 +32,8 @@ pub struct Figures {
     pub braked: Duration,
     /// From the decision to take over to the guest running.
     pub takeover: Option<Duration>,
+    /// As a follower: the digest that the leader asked for last.
+    pub digest: Option<Digest>,
     /// The last thing that did not work.
     pub last_trouble: Option<String>,
 }

@@ -161,8 +161,10 @@ pub fn class_of(kind: Kind) -> Class {
         | Kind::EpochState
         | Kind::EpochDisk
         | Kind::EpochOutput
-        | Kind::EpochEnd => Class::Epoch,
-        Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd | Kind::Digest => Class::Bulk,
+        | Kind::EpochEnd
+        // In the order of epochs: it speaks of the one before it.
+        | Kind::Digest => Class::Epoch,
+        Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => Class::Bulk,
     }
 }
 
