@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use ftvm_engine::control::{Command as EngineCommand, Reply};
@@ -26,16 +27,19 @@ pub struct Node {
     pub user: Option<u32>,
 }
 
-pub fn test_engine() -> PathBuf {
-    let mut path = std::env::current_exe().unwrap();
-    path.pop();
-    path.pop();
-    let path = path.join("examples/test-engine");
-    assert!(
-        path.exists(),
-        "run all tests of the package (which builds examples), or `cargo build --example test-engine`"
-    );
-    path
+/// The engine without a guest; built here, because cargo builds examples only when it runs all tests.
+pub fn test_engine() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.args(["build", "--quiet", "--package", "ftvm-node-daemon", "--example", "test-engine"]);
+        let status = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).status();
+        assert!(status.expect("cargo starts").success(), "the test engine does not build");
+        let mut path = std::env::current_exe().unwrap();
+        path.pop();
+        path.pop();
+        path.join("examples/test-engine")
+    })
 }
 
 impl Node {

@@ -1,0 +1,358 @@
+//! A standalone pair as its user has it: two daemons, the real engine in its jail, a guest on real KVM, the `ftvm` command.
+//!
+//! Nothing here looks at what clients see (`judge` and `demo` do): it is about processes. Engines outlive daemons, each thread
+//! of an engine is jailed, and the pair comes back from whatever dies.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use ftvm_e2e::demo::programs::{self, Profile, Programs};
+use serde_json::{Value, json};
+
+/// Long enough for a busy machine; nothing is judged by it.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// First user id of each daemon's engines.
+const UIDS: [u32; 2] = [1_900_000_000, 1_900_001_000];
+
+fn programs() -> &'static Programs {
+    static PROGRAMS: OnceLock<Programs> = OnceLock::new();
+    PROGRAMS.get_or_init(|| programs::build(Profile::Dev).expect("the programs build"))
+}
+
+/// Seats `a` and `b`, a daemon each.
+struct Pair {
+    folder: PathBuf,
+    daemons: [Option<Child>; 2],
+}
+
+impl Pair {
+    fn new(test: &str) -> Pair {
+        // Sockets need short paths.
+        let folder = std::env::temp_dir().join(format!("ftvm-{test}-{}", std::process::id()));
+        std::fs::create_dir_all(folder.join("arbiter")).unwrap();
+        let pair = Pair {
+            folder,
+            daemons: [None, None],
+        };
+        let identities = pair.folder.join("identities");
+        let made = pair.ftvm(
+            &["identities", "--vm", "demo", "--seats", "a,b", "--out"],
+            Some(&identities),
+        );
+        assert!(made.0, "{}", made.1);
+        let ports = [free_port(), free_port()];
+        for (n, seat) in ["a", "b"].iter().enumerate() {
+            let disk = pair.folder.join(format!("{seat}.img"));
+            std::fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
+            let peer = ["b", "a"][n];
+            let config = json!({
+                "node": format!("node-{seat}"),
+                "state_folder": pair.folder.join(seat),
+                "engine": programs().folder.join("ftvm-engine"),
+                "arbiter": { "folder": pair.folder.join("arbiter") },
+                "jail": { "uid_first": UIDS[n], "uid_count": 100 },
+                "seats": [{
+                    "vm": "demo",
+                    "seat": seat,
+                    "identity": identities.join(seat),
+                    "original_disk": n == 0,
+                    "machine": { "memory_mib": 32, "vcpus": 1 },
+                    "boot": { "kernel": programs().guest },
+                    "disks": [{ "name": "disk0", "path": disk }],
+                    "link": {
+                        "listen": format!("127.0.0.1:{}", ports[n]),
+                        "peers": [{ "seat": peer, "address": format!("127.0.0.1:{}", ports[1 - n]), "daemon": pair.socket(1 - n) }],
+                    },
+                }],
+            });
+            std::fs::write(pair.folder.join(format!("{seat}.yaml")), config.to_string()).unwrap();
+        }
+        pair
+    }
+
+    fn socket(&self, n: usize) -> PathBuf {
+        self.folder.join(["a", "b"][n]).join("daemon.sock")
+    }
+
+    fn start_daemon(&mut self, n: usize) {
+        let seat = ["a", "b"][n];
+        let mut options = std::fs::OpenOptions::new();
+        let log = options
+            .create(true)
+            .append(true)
+            .open(self.folder.join(format!("{seat}.log")))
+            .unwrap();
+        let mut command = Command::new(programs().folder.join("ftvm-node-daemon"));
+        command
+            .args(["run", "--config"])
+            .arg(self.folder.join(format!("{seat}.yaml")));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        self.daemons[n] = Some(command.spawn().unwrap());
+    }
+
+    fn kill_daemon(&mut self, n: usize) {
+        let mut daemon = self.daemons[n].take().unwrap();
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    /// Runs `ftvm standalone`; whether it succeeded, and what it said.
+    fn ftvm(&self, arguments: &[&str], path: Option<&Path>) -> (bool, String) {
+        let mut command = Command::new(programs().folder.join("ftvm"));
+        command
+            .arg("standalone")
+            .args(arguments)
+            .args(path)
+            .stdin(Stdio::null());
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        (output.status.success(), text)
+    }
+
+    /// A command of the controller, to both daemons; must succeed.
+    fn control(&self, arguments: &[&str]) {
+        let sockets = format!("{},{}", self.socket(0).display(), self.socket(1).display());
+        let (done, text) = self.ftvm(&[arguments, &["--daemon", &sockets]].concat(), None);
+        assert!(done, "ftvm standalone {arguments:?}: {text}\n{}", self.logs());
+    }
+
+    fn up(&self) {
+        self.control(&["up", "--wait-s", "60"]);
+    }
+
+    fn status(&self) -> Value {
+        let sockets = format!("{},{}", self.socket(0).display(), self.socket(1).display());
+        let (_, text) = self.ftvm(&["status", "--json", "--daemon", &sockets], None);
+        serde_json::from_str(&text).unwrap_or(Value::Null)
+    }
+
+    /// A seat's status as its daemon tells it.
+    fn seat(&self, n: usize) -> Value {
+        let status = self.status();
+        let daemons = status["daemons"].as_array().cloned().unwrap_or_default();
+        let seats = daemons.iter().filter_map(|daemon| daemon["seats"].as_array()).flatten();
+        seats
+            .into_iter()
+            .find(|seat| seat["seat"] == ["a", "b"][n])
+            .cloned()
+            .unwrap_or(Value::Null)
+    }
+
+    fn pid(&self, n: usize) -> i32 {
+        let pid = self.seat(n)["pid"]
+            .as_i64()
+            .unwrap_or_else(|| panic!("no engine: {}", self.logs()));
+        pid.try_into().unwrap()
+    }
+
+    fn kill_engine(&self, n: usize) {
+        // SAFETY: the process that the daemon says is this test's engine.
+        unsafe { libc::kill(self.pid(n), libc::SIGKILL) };
+    }
+
+    /// Waits until the machine is protected with this seat active; `None`: either.
+    fn wait_protected(&self, active: Option<usize>) {
+        self.wait("protected", |status| {
+            let vm = &status["vms"][0];
+            let seat_fits = active.is_none_or(|n| vm["active"] == ["a", "b"][n]);
+            vm["protected"] == true && seat_fits && vm["standby"].is_string()
+        });
+    }
+
+    fn wait(&self, what: &str, condition: impl Fn(&Value) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.status();
+            if condition(&status) {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "not {what} within {PATIENCE:?}: {status:#}\n{}",
+                self.logs()
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn logs(&self) -> String {
+        let files = [
+            "a.log",
+            "b.log",
+            "a/seats/demo.a/engine.log",
+            "b/seats/demo.b/engine.log",
+        ];
+        let tail = |name: &str| {
+            let text = std::fs::read_to_string(self.folder.join(name)).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            format!("---- {name}\n{}\n", lines[lines.len().saturating_sub(15)..].join("\n"))
+        };
+        files.map(tail).concat()
+    }
+
+    /// Engines that write to this pair's logs.
+    fn engines(&self) -> Vec<i32> {
+        let logs = ["a", "b"].map(|seat| self.folder.join(format!("{seat}/seats/demo.{seat}/engine.log")));
+        let entries = std::fs::read_dir("/proc").unwrap().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let ours = |pid: &i32| std::fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|log| logs.contains(&log));
+        pids.filter(ours).collect()
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        for daemon in self.daemons.iter_mut().flatten() {
+            // It may have ended by itself.
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        for pid in self.engines() {
+            // SAFETY: a process that writes to this test's log.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+fn fields(path: &Path) -> BTreeMap<String, String> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let split = text.lines().filter_map(|line| line.split_once(':'));
+    split
+        .map(|(key, value)| (key.to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" ")))
+        .collect()
+}
+
+/// Every thread of a running engine: no capabilities, its own user, a system call filter, an empty root.
+fn check_jail(pid: i32, uid: u32) {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    let mut names = Vec::new();
+    for task in std::fs::read_dir(proc.join("task")).unwrap() {
+        let status = fields(&task.unwrap().path().join("status"));
+        // A thread may end while it is looked at.
+        let Some(name) = status.get("Name") else { continue };
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(status[set], "0000000000000000", "{set} of {name}");
+        }
+        assert_eq!(status["Seccomp"], "2", "{name} has a filter");
+        assert_eq!(status["NoNewPrivs"], "1", "{name}");
+        assert_eq!(status["Uid"], format!("{uid} {uid} {uid} {uid}"), "{name}");
+        assert_eq!(status["Gid"], format!("{uid} {uid} {uid} {uid}"), "{name}");
+        assert_eq!(status["Groups"], "", "{name}");
+        names.push(name.clone());
+    }
+    for expected in ["control", "vcpu0", "disk0", "link-hub"] {
+        assert!(names.iter().any(|name| name == expected), "{expected} among {names:?}");
+    }
+    assert_eq!(std::fs::read_dir(proc.join("root")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_to_string(proc.join("mountinfo")).unwrap().lines().count(),
+        1
+    );
+    assert_eq!(std::fs::read(proc.join("environ")).unwrap(), b"");
+}
+
+fn protected_pair(test: &str) -> Pair {
+    let mut pair = Pair::new(test);
+    pair.start_daemon(0);
+    pair.start_daemon(1);
+    pair.wait("answering", |status| {
+        status["daemons"].as_array().is_some_and(|daemons| daemons.len() == 2)
+    });
+    pair.up();
+    pair
+}
+
+#[test]
+fn both_engines_are_jailed_and_outlive_their_daemons() {
+    let mut pair = protected_pair("jail");
+    for n in [0, 1] {
+        check_jail(pair.pid(n), UIDS[n]);
+    }
+    let before = [pair.pid(0), pair.pid(1)];
+    for n in [0, 1] {
+        pair.kill_daemon(n);
+        pair.start_daemon(n);
+        pair.wait("adopted", |_| {
+            pair.seat(n)["adopted"] == true && pair.seat(n)["engine"].is_object()
+        });
+    }
+    assert_eq!([pair.pid(0), pair.pid(1)], before, "the same engines");
+    pair.wait_protected(Some(0));
+    // The adopted engines still reach the arbiter: one takes over.
+    pair.kill_engine(0);
+    pair.wait_protected(Some(1));
+    check_jail(pair.pid(0), UIDS[0]);
+}
+
+#[test]
+fn an_engine_that_is_killed_is_taken_over_from_and_comes_back_as_standby() {
+    let pair = protected_pair("kill");
+    for active in [0, 1, 0] {
+        pair.wait_protected(Some(active));
+        pair.kill_engine(active);
+        pair.wait_protected(Some(1 - active));
+    }
+    // A standby that dies leaves the active alone, and comes back.
+    pair.kill_engine(0);
+    pair.wait_protected(Some(1));
+}
+
+#[test]
+fn switchover_stop_and_start() {
+    let pair = protected_pair("stop");
+    pair.control(&["switchover", "--vm", "demo"]);
+    pair.wait_protected(Some(1));
+    pair.control(&["switchover", "--vm", "demo"]);
+    pair.wait_protected(Some(0));
+    pair.control(&["stop", "--vm", "demo"]);
+    pair.wait("stopped", |status| status["vms"][0]["stopped"] == true);
+    assert!(pair.engines().is_empty());
+    pair.control(&["start", "--vm", "demo"]);
+    pair.wait_protected(None);
+}
+
+#[test]
+fn a_pair_that_lost_everything_but_its_disks_starts_cold() {
+    let mut pair = protected_pair("cold");
+    for n in [0, 1] {
+        pair.kill_daemon(n);
+    }
+    for pid in pair.engines() {
+        // SAFETY: a process that writes to this test's log.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while !pair.engines().is_empty() {
+        assert!(Instant::now() < deadline, "killed engines remain");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    for n in [0, 1] {
+        pair.start_daemon(n);
+    }
+    pair.wait_protected(None);
+}
+
+#[test]
+fn an_arbiter_that_is_away_stops_nothing_and_is_used_again_when_it_is_back() {
+    let pair = protected_pair("away");
+    let (folder, hidden) = (pair.folder.join("arbiter"), pair.folder.join("hidden"));
+    std::fs::rename(&folder, &hidden).unwrap();
+    // The standby dies: without the arbiter the active may not go on alone, and with it nothing is taken from it.
+    pair.kill_engine(1);
+    pair.wait("told", |_| pair.seat(0)["engine"]["arbiter_reachable"] == false);
+    assert_eq!(pair.seat(0)["engine"]["protected"], false);
+    std::fs::rename(&hidden, &folder).unwrap();
+    pair.wait_protected(Some(0));
+}
