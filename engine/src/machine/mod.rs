@@ -316,11 +316,12 @@ impl Machine {
             return Ok(());
         }
         if let Time::Held(chips) = &self.time {
-            chips.start_clock(&self.vm)?;
             let shift = chips.clock.host_tsc.wrapping_sub(self.vcpus[0].core().host_tsc()?);
             for vcpu in &self.vcpus {
                 vcpu.core().start_time(shift)?;
             }
+            // After the TSCs: KVM's clock refers to them.
+            chips.start_clock(&self.vm)?;
             let phase_ns = chips.start_timer(&self.vm)?;
             self.vm.hold_clock(None);
             self.time = Time::Running {

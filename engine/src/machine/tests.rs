@@ -307,7 +307,7 @@ fn replicate(config: &MachineConfig, drop_one: bool) -> Vec<u32> {
         }
         dirty.clear();
     };
-    for _ in 0..10 {
+    for _ in 0..6 {
         let (count, ticks) = (active.count(), active.ticks());
         active.machine.resume().expect("resume");
         // Harvest and copy while the guest runs, too.
