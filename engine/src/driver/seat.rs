@@ -582,7 +582,8 @@ impl Seat {
     /// Memory and disks, to be copied while the guest runs.
     pub fn resync_source(&self) -> ResyncSource {
         let log = self.disk_log.clone();
-        let changes = move || log.take().changes;
+        let recording = log.number();
+        let changes = move || log.take_of(recording);
         ResyncSource::new(self.page_memory(), self.volumes.clone(), changes, self.resync.clone())
     }
 

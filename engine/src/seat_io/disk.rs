@@ -21,6 +21,8 @@ pub struct EpochChanges {
 #[derive(Default)]
 struct Books {
     recording: bool,
+    /// How often recording was switched.
+    number: u64,
     epoch: EpochChanges,
 }
 
@@ -35,10 +37,28 @@ impl DiskLog {
 
     /// Records from now on, or stops and forgets. Called while the pause gate is closed, or before anything runs.
     pub fn record(&self, recording: bool) {
-        *self.books() = Books {
+        let mut books = self.books();
+        *books = Books {
             recording,
+            number: books.number + 1,
             epoch: EpochChanges::default(),
         };
+    }
+
+    /// The recording that is under way, for [`DiskLog::take_of`].
+    pub fn number(&self) -> u64 {
+        self.books().number
+    }
+
+    /// Takes the changes so far, but only of recording `number`: a resync that was given up may still run for a moment,
+    /// and what it took would be missing from the one that came after it.
+    pub fn take_of(&self, number: u64) -> Vec<DiskChange> {
+        let mut books = self.books();
+        if books.number != number {
+            return Vec::new();
+        }
+        books.epoch.bytes = 0;
+        std::mem::take(&mut books.epoch.changes)
     }
 
     /// Takes the changes of the epoch that ends; called while the pause gate is closed.
@@ -125,5 +145,28 @@ impl DiskBackend for SeatDisk {
         // A failed write may have changed some of its blocks. The guest was told that it failed, so either content is
         // right; the range is recorded as it was meant, and the sides agree again when the guest tries once more.
         self.log.completed(self.disk, op);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A resync that was given up takes nothing from its successor; the flush that an epoch contains is not forgotten
+    /// when a resync takes the changes before it.
+    #[test]
+    fn changes_go_to_the_recording_that_they_belong_to() {
+        let log = DiskLog::default();
+        let write = |byte: u8| log.completed(0, &DiskOp::Write { offset: 512, data: &[byte; 512] });
+        log.record(true);
+        let abandoned = log.number();
+        write(1);
+        assert_eq!(log.take_of(abandoned).len(), 1);
+        log.record(true);
+        write(2);
+        log.completed(0, &DiskOp::Flush);
+        assert!(log.take_of(abandoned).is_empty());
+        assert_eq!(log.take_of(log.number()), [DiskChange::written(0, 512, &[2; 512])]);
+        assert!(log.take().contains_flush);
     }
 }
