@@ -1,13 +1,12 @@
 //! Replication of a guest to its standby: what a seat sends, receives, keeps and applies.
 //!
 //! ```text
-//!          active                                                      standby
-//!  paused guest ─► SealedEpoch ─► epoch::EpochSender                epoch::EpochReceiver ─► StagedEpoch ─► apply
-//!                    │ pages          │ frames      link  ══TLS══  link    │ validated         │ disk writes
-//! └► pages::PageEncoder (workers, delta cache)          │                   └► journal, disk_apply
-//! frames to the guest ─► epoch::InputFrame ────────────────────────────► epoch::InputLog (until their epoch commits)
-//! running guest ─► resync (whole memory, whole disks) ─────────────────► applied as it arrives, useless until
-//! complete
+//!       active                                                   standby
+//!  paused guest ─► SealedEpoch ─► EpochSender   link ══TLS══ link   EpochReceiver ─► StagedEpoch ─► memory
+//! └ PageEncoder                     └ whole, checked  └► StandbyDisks (journal, volumes)
+//!  frames to the guest ─► encode_input ───────────────────────────► InputLog, until their epoch commits
+//! running guest ─► ResyncSource (memory, disks) ─────────────────► ResyncTarget: of use once the join checkpoint is
+//! here
 //! ```
 //!
 //! Nothing here decides: roles, acknowledgments and the output gate belong to `ftvm_protocol`. Nothing here needs a
