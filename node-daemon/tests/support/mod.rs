@@ -32,9 +32,22 @@ pub fn test_engine() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.args(["build", "--quiet", "--package", "ftvm-node-daemon", "--example", "test-engine"]);
-        let status = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).status();
-        assert!(status.expect("cargo starts").success(), "the test engine does not build");
+        cargo.args([
+            "build",
+            "--quiet",
+            "--package",
+            "ftvm-node-daemon",
+            "--example",
+            "test-engine",
+        ]);
+        let status = cargo
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .stdin(Stdio::null())
+            .status();
+        assert!(
+            status.expect("cargo starts").success(),
+            "the test engine does not build"
+        );
         let mut path = std::env::current_exe().unwrap();
         path.pop();
         path.pop();
