@@ -342,3 +342,24 @@ fn a_strange_record_neither_ends_a_pair_nor_gives_a_takeover() {
     assert_eq!(bench.seats[1].core.status().role, RoleName::Standby);
     assert_eq!(bench.seats[1].core.status().refused, Some(Refusal::RecordStrange));
 }
+
+/// A driver may seal while it executes the step that asked for it: nothing of that step comes after.
+#[test]
+fn a_seal_is_the_last_action_of_its_step() {
+    let mut bench = Bench::pair();
+    bench.seats[0].manual_seals = true;
+    for command in [Command::Switchover, Command::Stop] {
+        let mut core = bench.seats[0].core.clone();
+        let mut actions = Vec::new();
+        core.step(bench.now_ms + 1_000, Event::Command(command), &mut actions);
+        let seal = actions.iter().position(|action| matches!(action, Action::Seal(_)));
+        if let Some(seal) = seal {
+            assert_eq!(seal + 1, actions.len(), "{actions:?}");
+        }
+    }
+    let mut actions = Vec::new();
+    bench.seats[0]
+        .core
+        .step(bench.now_ms, Event::Command(Command::Stop), &mut actions);
+    assert_eq!(actions.last(), Some(&Action::Seal(Seal::Final)));
+}

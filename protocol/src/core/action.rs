@@ -157,6 +157,7 @@ pub enum Action {
         base: Epoch,
     },
     /// Pause the guest at a clean point and seal the running epoch; it stays paused. `Seal::Freeze` or `Seal::Final`.
+    /// Always the last action of its step, so that a driver may report `EpochSealed` while it executes this.
     Seal(Seal),
     /// The session is over: stop streaming, drop what is in flight. The guest runs on unless it is paused.
     EndSession {

@@ -16,8 +16,8 @@
 //! ```
 //!
 //! Every change of who may be active goes through one *attempt*: read the record uncached, decide on what was read,
-//! perhaps ask the other seats' daemons, swap ([`attempt`], [`decide`]). A step first takes its event in, then works out
-//! level-triggered what is wanted now ([`drive`]), so a lost or late event delays and never misleads.
+//! perhaps ask the other seats' daemons, swap (modules `attempt` and `decide`). A step first takes its event in, then works out
+//! level-triggered what is wanted now (module `drive`), so a lost or late event delays and never misleads.
 //!
 //! Invariant: the gate is derived from the state at the end of every step, never set by an event.
 //! Invariant: nothing is released, reported or acknowledged that depends on a header which is not durable.
@@ -156,6 +156,15 @@ impl Core {
             };
             self.gate = gate;
             actions.insert(if opens { actions.len() } else { first }, Action::SetGate(gate));
+        }
+        // Sealing may report at once: nothing of this step may be left to do then, an older gate least of all.
+        if let Some(at) = actions
+            .iter()
+            .skip(first)
+            .position(|action| matches!(action, Action::Seal(_)))
+        {
+            let seal = actions.remove(first + at);
+            actions.push(seal);
         }
     }
 
