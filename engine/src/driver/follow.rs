@@ -167,12 +167,15 @@ impl Follower {
     }
 
     fn run(mut self, todo: &Receiver<Job>) {
+        // A stream that failed brings nothing more; what was staged before is still this seat's state to take over from.
+        let mut failed = false;
         while let Ok(job) = todo.recv() {
             match job {
-                Job::Frame(frame) if frame.session != self.session.0 => {}
+                Job::Frame(frame) if failed || frame.session != self.session.0 => {}
                 Job::Frame(frame) => {
                     if let Err(why) = self.frame(frame) {
-                        return self.report(News::Failed { why });
+                        failed = true;
+                        self.report(News::Failed { why });
                     }
                 }
                 Job::Apply(epoch) => {
