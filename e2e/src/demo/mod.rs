@@ -95,10 +95,14 @@ pub const GUEST_ADDRESS: [u8; 4] = [10, 77, 0, 2];
 /// The guest's MAC address, the same wherever it runs.
 pub const GUEST_MAC: Mac = [0x02, 0xF7, 0x00, 0x00, 0x00, 0x01];
 
+/// Pages that the guest keeps writing, and how fast: enough for several rounds of pre-copy in every epoch.
+const CHURN_PAGES: u32 = 2_000;
+const CHURN_PAGES_PER_S: u32 = 20_000;
+
 /// What the embedded guest is told at its start.
 pub fn guest_command_line() -> String {
     let [a, b, c, d] = GUEST_ADDRESS;
-    format!("ip={a}.{b}.{c}.{d}/24 gw=none")
+    format!("churn_pages={CHURN_PAGES} churn_rate={CHURN_PAGES_PER_S} ip={a}.{b}.{c}.{d}/24 gw=none")
 }
 
 /// A MAC address as text.

@@ -80,6 +80,8 @@ pub enum Decision {
     WaitUntil(Instant),
     /// Nothing until an acknowledgment or a report of the sender comes.
     WaitForReport,
+    /// The standby lags and much waits already: the guest stands still for a moment, then ask again.
+    HoldBack,
     /// Harvest dirty pages and tell [`Pacer::harvested`].
     Harvest,
     /// Send the harvested pages while the guest runs; tell [`Pacer::round_sent`] when they are encoded.
@@ -104,6 +106,8 @@ pub struct Pacer {
     phase: Phase,
     began: Instant,
     rounds: u32,
+    /// Pages sent in the rounds of this epoch.
+    sent_pages: usize,
     /// Moving average of the pause.
     pause: Duration,
     /// Somebody asked for the end of this epoch.
@@ -118,6 +122,7 @@ impl Pacer {
             phase: Phase::Running,
             began: now,
             rounds: 0,
+            sent_pages: 0,
             pause: Duration::ZERO,
             hurry: false,
         }
@@ -139,7 +144,8 @@ impl Pacer {
 
     fn decide_running(&mut self, seen: Observation) -> Decision {
         if seen.in_flight >= self.config.in_flight_max {
-            return Decision::WaitForReport;
+            let much = seen.recorded_bytes >= self.config.recorded_bytes_max;
+            return if much { Decision::HoldBack } else { Decision::WaitForReport };
         }
         let least = self
             .config
@@ -159,12 +165,15 @@ impl Pacer {
         Decision::Harvest
     }
 
-    /// So many pages are dirty and not sent.
-    pub fn harvested(&mut self, dirty_pages: usize) -> Decision {
-        if dirty_pages <= self.config.residue_pages || self.rounds >= self.config.rounds_max {
+    /// So many pages are dirty and not sent, and an epoch may hold `pages_max`, pages that were sent twice counted twice.
+    pub fn harvested(&mut self, dirty_pages: usize, pages_max: usize) -> Decision {
+        // A round that leaves no room for as many again could not be followed by the end of the epoch.
+        let fits = self.sent_pages + 2 * dirty_pages <= pages_max;
+        if dirty_pages <= self.config.residue_pages || self.rounds >= self.config.rounds_max || !fits {
             return Decision::Seal;
         }
         self.phase = Phase::Sending;
+        self.sent_pages += dirty_pages;
         let over = (self.rounds + 1).saturating_sub(self.config.free_rounds);
         if over == 0 {
             return Decision::SendRound;
@@ -190,6 +199,7 @@ impl Pacer {
         self.phase = Phase::Running;
         self.began = now;
         self.rounds = 0;
+        self.sent_pages = 0;
         self.hurry = false;
     }
 }
@@ -214,7 +224,7 @@ mod tests {
         let due = began + PacerConfig::default().interval_max;
         assert_eq!(pacer.decide(seen(began)), Decision::WaitUntil(due));
         assert_eq!(pacer.decide(seen(due)), Decision::Harvest);
-        assert_eq!(pacer.harvested(3), Decision::Seal);
+        assert_eq!(pacer.harvested(3, 8192), Decision::Seal);
     }
 
     #[test]
@@ -255,6 +265,38 @@ mod tests {
     }
 
     #[test]
+    fn a_standby_that_lags_far_behind_holds_the_guest_back() {
+        let began = Instant::now();
+        let config = PacerConfig::default();
+        let mut pacer = Pacer::new(config, began);
+        let lagging = Observation {
+            in_flight: config.in_flight_max,
+            recorded_bytes: config.recorded_bytes_max,
+            ..seen(began)
+        };
+        assert_eq!(pacer.decide(lagging), Decision::HoldBack);
+    }
+
+    /// Whatever the guest dirties, rounds and end together stay within what an epoch may hold.
+    #[test]
+    fn an_epoch_never_holds_more_than_it_may() {
+        const PAGES_MAX: usize = 8192;
+        for dirty in [97, 500, 1000, 2000, 4000, 8000] {
+            let began = Instant::now();
+            let config = PacerConfig::default();
+            let mut pacer = Pacer::new(config, began);
+            pacer.hurry();
+            assert_eq!(pacer.decide(seen(began + config.interval_min)), Decision::Harvest);
+            let mut held = 0;
+            while pacer.harvested(dirty, PAGES_MAX) != Decision::Seal {
+                held += dirty;
+                pacer.round_sent();
+            }
+            assert!(held + dirty <= PAGES_MAX, "{dirty}: {held}");
+        }
+    }
+
+    #[test]
     fn a_guest_that_outruns_the_rounds_is_braked_and_then_sealed() {
         let began = Instant::now();
         let config = PacerConfig::default();
@@ -263,7 +305,7 @@ mod tests {
         pacer.hurry();
         assert_eq!(pacer.decide(seen(began + config.interval_min)), Decision::Harvest);
         loop {
-            match pacer.harvested(config.residue_pages + 1) {
+            match pacer.harvested(config.residue_pages + 1, usize::MAX) {
                 Decision::SendRound => brakes.push(0),
                 Decision::Throttle(percent) => brakes.push(percent),
                 Decision::Seal => break,

@@ -37,6 +37,7 @@ impl Driver {
             Stage::JoinCut | Stage::Streaming => match leading.pacer.decide(seen) {
                 Decision::WaitUntil(due) => Some(due),
                 Decision::WaitForReport => None,
+                Decision::HoldBack => Some(seen.now),
                 _ => Some(seen.now),
             },
         }
@@ -65,8 +66,10 @@ impl Driver {
             // What the guest writes while the bulk is sent belongs to the join checkpoint.
             Stage::Bulk => self.harvest(),
             Stage::JoinCut | Stage::Streaming => {
-                if leading.pacer.decide(seen) == Decision::Harvest {
-                    self.round();
+                match leading.pacer.decide(seen) {
+                    Decision::Harvest => self.round(),
+                    Decision::HoldBack => self.brake(100),
+                    _ => {}
                 }
             }
         }
@@ -84,7 +87,9 @@ impl Driver {
         self.harvest();
         let epoch = self.seat.gate().epoch();
         let Some(leading) = self.leading.as_mut() else { return };
-        match leading.pacer.harvested(leading.dirty.len()) {
+        // Before the join checkpoint nothing of use is on the other side: it takes as much as there is memory.
+        let pages_max = if leading.stage == Stage::JoinCut { self.seat.join_pages_max() } else { self.seat.epoch_pages_max() };
+        match leading.pacer.harvested(leading.dirty.len(), pages_max) {
             Decision::SendRound => Self::send_round(leading, epoch),
             Decision::Throttle(percent) => {
                 Self::send_round(leading, epoch);

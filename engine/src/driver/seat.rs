@@ -40,6 +40,8 @@ use crate::seccomp::{Filters, ThreadKind};
 const JOURNAL_BYTES: u64 = 64 << 20;
 /// Bytes that one epoch may hold on the standby, beside a share of its RAM.
 const STAGING_BYTES_MIN: usize = 48 << 20;
+/// What a page takes on the standby until it is applied, at most: itself, its record, its share of a chunk.
+const STAGED_PAGE_BYTES: usize = crate::memory::PAGE_SIZE + 64;
 
 /// Why a seat can't be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -565,7 +567,6 @@ impl Seat {
     /// What a receiving thread works on.
     pub fn follower_place(&self, credit: LinkSender) -> Result<Place, String> {
         let page_count = self.machine.ram().pages();
-        let ram_bytes = page_count as usize * crate::memory::PAGE_SIZE;
         Ok(Place {
             memory: self.page_memory(),
             disks: self.open_disks()?,
@@ -574,9 +575,21 @@ impl Seat {
                 page_count,
                 disk_bytes: self.volumes.iter().map(|volume| volume.size_bytes()).collect(),
                 nics: self.macs.len() as u16,
-                max_epoch_bytes: (ram_bytes / 10).max(STAGING_BYTES_MIN),
+                // The join checkpoint may hold all of memory; the leader keeps later epochs below a share of it.
+                max_epoch_bytes: page_count as usize * STAGED_PAGE_BYTES + STAGING_BYTES_MIN,
             },
         })
+    }
+
+    /// Pages that an epoch may hold: a tenth of memory, or what keeps small guests fast.
+    pub fn epoch_pages_max(&self) -> usize {
+        let staging = (self.join_pages_max() * STAGED_PAGE_BYTES / 10).max(STAGING_BYTES_MIN);
+        staging * 3 / 4 / STAGED_PAGE_BYTES
+    }
+
+    /// Pages that the join checkpoint may hold: all of memory.
+    pub fn join_pages_max(&self) -> usize {
+        self.machine.ram().pages() as usize
     }
 
     /// Memory and disks, to be copied while the guest runs.
