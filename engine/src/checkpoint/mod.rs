@@ -145,7 +145,11 @@ impl Pacer {
     fn decide_running(&mut self, seen: Observation) -> Decision {
         if seen.in_flight >= self.config.in_flight_max {
             let much = seen.recorded_bytes >= self.config.recorded_bytes_max;
-            return if much { Decision::HoldBack } else { Decision::WaitForReport };
+            return if much {
+                Decision::HoldBack
+            } else {
+                Decision::WaitForReport
+            };
         }
         let least = self
             .config

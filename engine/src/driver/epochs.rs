@@ -65,13 +65,11 @@ impl Driver {
             Stage::Prepared => {}
             // What the guest writes while the bulk is sent belongs to the join checkpoint.
             Stage::Bulk => self.harvest(),
-            Stage::JoinCut | Stage::Streaming => {
-                match leading.pacer.decide(seen) {
-                    Decision::Harvest => self.round(),
-                    Decision::HoldBack => self.brake(100),
-                    _ => {}
-                }
-            }
+            Stage::JoinCut | Stage::Streaming => match leading.pacer.decide(seen) {
+                Decision::Harvest => self.round(),
+                Decision::HoldBack => self.brake(100),
+                _ => {}
+            },
         }
     }
 
@@ -88,7 +86,11 @@ impl Driver {
         let epoch = self.seat.gate().epoch();
         let Some(leading) = self.leading.as_mut() else { return };
         // Before the join checkpoint nothing of use is on the other side: it takes as much as there is memory.
-        let pages_max = if leading.stage == Stage::JoinCut { self.seat.join_pages_max() } else { self.seat.epoch_pages_max() };
+        let pages_max = if leading.stage == Stage::JoinCut {
+            self.seat.join_pages_max()
+        } else {
+            self.seat.epoch_pages_max()
+        };
         match leading.pacer.harvested(leading.dirty.len(), pages_max) {
             Decision::SendRound => Self::send_round(leading, epoch),
             Decision::Throttle(percent) => {

@@ -143,7 +143,7 @@ impl Chips {
         Ok(Self { irqchips, pit, clock })
     }
 
-    /// Loads what does not move with time; the timer stands until [`Chips::start_time`].
+    /// Loads what does not move with time; the timer stands until [`Chips::start_timer`].
     pub(super) fn load(&self, vm: &Vm) -> Result<(), KvmError> {
         let mut still = self.pit.state;
         still.channels[0].mode = PIT_MODE_STILL;

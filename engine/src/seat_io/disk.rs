@@ -157,7 +157,15 @@ mod tests {
     #[test]
     fn changes_go_to_the_recording_that_they_belong_to() {
         let log = DiskLog::default();
-        let write = |byte: u8| log.completed(0, &DiskOp::Write { offset: 512, data: &[byte; 512] });
+        let write = |byte: u8| {
+            log.completed(
+                0,
+                &DiskOp::Write {
+                    offset: 512,
+                    data: &[byte; 512],
+                },
+            )
+        };
         log.record(true);
         let abandoned = log.number();
         write(1);

@@ -103,7 +103,7 @@ pub struct SeatNic {
 }
 
 impl SeatNic {
-    /// A backend on a non-blocking tap without any header. `stale`: see [`discard_queued`].
+    /// A backend on a non-blocking tap without any header. `stale`: what the tap has queued is thrown away first.
     pub fn new(
         nic: u8,
         tap: File,

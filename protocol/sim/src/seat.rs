@@ -352,6 +352,13 @@ impl World {
                     },
                 );
             }
+            action => self.execute_on_guest(slot, action),
+        }
+    }
+
+    /// Actions that concern the guest and its sessions.
+    fn execute_on_guest(&mut self, slot: usize, action: Action) {
+        match action {
             Action::BootFromDisk { first_epoch, .. } => self.boot(slot, first_epoch),
             Action::LoadAndRun {
                 epoch, resend_after, ..
@@ -419,6 +426,12 @@ impl World {
                 }
                 self.mutate_refused(slot, refusal);
             }
+            Action::SetGate(_)
+            | Action::Send { .. }
+            | Action::WriteHeader { .. }
+            | Action::ReadRecord { .. }
+            | Action::SwapRecord { .. }
+            | Action::AskSeats { .. } => unreachable!("done by `execute`"),
         }
     }
 

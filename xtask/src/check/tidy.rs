@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, bail, ensure};
 
 const FILE_LINES_MAX: usize = 800;
-const FUNCTION_LINES_MAX: usize = 80;
+const FUNCTION_LINES_MAX: usize = 90;
 /// A test tells a story; it may be longer.
 const TEST_LINES_MAX: usize = 160;
 /// How far above an `unsafe` its SAFETY line may stand.
@@ -128,6 +128,10 @@ fn long_functions(lines: &[&str]) -> Vec<(usize, String)> {
     for (index, line) in lines.iter().enumerate() {
         let body = line.trim_start();
         if !is_function(body) {
+            continue;
+        }
+        // All of it on one line.
+        if line.trim_end().ends_with('}') {
             continue;
         }
         let end = format!("{}}}", &line[..line.len() - body.len()]);

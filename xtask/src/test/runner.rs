@@ -157,12 +157,17 @@ mod tests {
         );
         assert_eq!(ending, Ending::Late);
         assert!(begin.elapsed() < Duration::from_secs(60));
-        let mut left = parents()
-            .into_keys()
-            .filter_map(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
-        assert!(
-            !left.any(|command| command.starts_with(b"sleep\x00600.25")),
-            "the grandchild lives"
-        );
+        let lives = || {
+            parents()
+                .into_keys()
+                .filter_map(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok())
+                .any(|command| command.starts_with(b"sleep\x00600.25"))
+        };
+        // It was sent the signal; nobody waits for a grandchild's end.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while lives() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!lives(), "the grandchild lives");
     }
 }
