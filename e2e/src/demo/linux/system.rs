@@ -28,6 +28,8 @@ const CONFIG: &str = "/data/config.yaml";
 const DAEMON_LOG: &str = "/data/daemon.log";
 /// For things that take their time in an emulation on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// For the first seat to run the guest.
+const START: Duration = Duration::from_secs(400);
 /// A machine whose cut link hides an answer is not waited for long.
 const ANSWER: Duration = Duration::from_secs(30);
 
@@ -153,11 +155,16 @@ impl EmulatedSystem {
         Ok(serde_json::from_value(reply.clone())?)
     }
 
-    /// Both digests at one epoch. A Linux guest is never quite still: it is tried until two fall into the same epoch.
+    /// Both digests at one epoch: the active takes one at its next epoch and has the standby take one there, which may be
+    /// a moment later; until then the standby answers with its last.
     fn compare_memory(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let (ours, theirs) = (self.digest(active)?, self.digest(standby)?);
+            let ours = self.digest(active)?;
+            let mut theirs = self.digest(standby)?;
+            while theirs.epoch < ours.epoch && Instant::now() < deadline {
+                theirs = self.digest(standby)?;
+            }
             if ours.epoch == theirs.epoch {
                 ensure!(ours.memory == theirs.memory, "memory differs at epoch {}", ours.epoch);
                 return Ok(());
@@ -220,12 +227,23 @@ impl System for EmulatedSystem {
 
     fn start(&mut self) -> anyhow::Result<()> {
         self.machines.share.mount(&self.machines.nodes[0])?;
-        self.sh(0, &format!("mkdir /share/arbiter; /lab/ftvm standalone identities --vm {VM} --seats a,b --out /share/identities; umount /share"))?;
+        self.sh(0, "mkdir /share/arbiter")?;
+        let identities = format!("/lab/ftvm standalone identities --vm {VM} --seats a,b --out /share/identities");
+        self.sh(0, &format!("{identities}; umount /share"))?;
         for machine in 0..SEATS.len() {
             self.start_daemon(machine)?;
         }
-        self.sh(0, &format!("/lab/ftvm standalone up --daemon {SOCKET} --unprotected"))
-            .map(|_| ())
+        let up = ["/lab/ftvm", "standalone", "up", "--daemon", SOCKET, "--unprotected"];
+        let finished = self.machines.nodes[0].try_run(&up, START)?;
+        let text = String::from_utf8_lossy(&finished.stderr);
+        ensure!(
+            finished.code == 0,
+            "{} ended with {}: {}",
+            up.join(" "),
+            finished.code,
+            text.trim()
+        );
+        Ok(())
     }
 
     fn seat(&mut self, machine: usize) -> Option<Seat> {
@@ -254,8 +272,8 @@ impl System for EmulatedSystem {
     }
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
-        self.compare_memory(active, standby)?;
-        self.compare_disks(active, standby)
+        self.compare_disks(active, standby)?;
+        self.compare_memory(active, standby)
     }
 
     fn logs(&self) -> Vec<PathBuf> {
