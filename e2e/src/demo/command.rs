@@ -86,8 +86,7 @@ fn remove_disks(folder: &Path) -> anyhow::Result<()> {
 fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
     let programs: Programs = serde_json::from_str(&std::env::var(PROGRAMS).context("started by hand inside")?)?;
-    bind(&folder(), Path::new(SHORT_FOLDER))?;
-    let report = play(options, &programs, Path::new(SHORT_FOLDER), &progress);
+    let report = play(options, &programs, &folder(), &progress);
     print!("{}", table(&report, progress.colours()));
     if let Some(path) = &options.json {
         report
@@ -105,14 +104,18 @@ fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-/// The whole play with three hosts; an error before the first round is a report of its own.
+/// The whole play with three hosts, inside outer namespaces; disks and logs are in `folder`. An error before the first
+/// round is a report of its own.
 pub fn play(options: &Options, programs: &Programs, folder: &Path, progress: &Progress) -> Report {
-    play_on_stage(options, programs, folder, progress).unwrap_or_else(|error| {
-        progress.bad(format!("{error:#}"));
-        let mut report = Report::new(options);
-        report.complaints.push(format!("{error:#}"));
-        report
-    })
+    let short = Path::new(SHORT_FOLDER);
+    bind(folder, short)
+        .and_then(|()| play_on_stage(options, programs, short, progress))
+        .unwrap_or_else(|error| {
+            progress.bad(format!("{error:#}"));
+            let mut report = Report::new(options);
+            report.complaints.push(format!("{error:#}"));
+            report
+        })
 }
 
 fn play_on_stage(options: &Options, programs: &Programs, folder: &Path, progress: &Progress) -> anyhow::Result<Report> {
