@@ -15,7 +15,7 @@ const SETUP: Setup = Setup {
     rounds_per_access: 1024,
 };
 /// No test waits longer for a guest.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// The test guest's device as part of the machine's state.
 struct PortDevice(Arc<Mutex<Port>>);
@@ -366,11 +366,11 @@ fn a_full_ring_loses_nothing() {
     active.machine.set_tracking(true).expect("tracking");
     active.copy_ram_to(&standby);
     active.machine.resume().expect("resume");
-    active.wait("all pages written", |bench| bench.count() > 100_000);
+    active.wait("more pages than the ring has entries", |bench| bench.count() > 15_000);
     active.machine.pause();
     let mut dirty = DirtyPages::new(active.machine.ram().pages());
     active.machine.harvest(&mut dirty).expect("harvest");
-    assert!(dirty.len() >= 2048, "{} pages", dirty.len());
+    assert!(dirty.len() > 1024, "{} pages", dirty.len());
     assert!(differing(&active, &standby).iter().all(|page| dirty.contains(*page)));
 }
 
