@@ -106,28 +106,10 @@ fn debian_boots_serves_resets_and_stops(vcpus: u32) {
 
     let begin = Instant::now();
     let (tap, vcpus) = (format!("guest0,{}", mac_text(guest::MAC)), vcpus.to_string());
-    let engine = [
-        "/lab/ftvm-engine",
-        "run",
-        "--kernel",
-        "/lab/vmlinuz",
-        "--initrd",
-        "/lab/initrd.img",
-        "--memory",
-        "256M",
-    ];
-    let rest = [
-        "--cmdline",
-        guest::CMDLINE,
-        "--disk",
-        "/dev/vdd",
-        "--tap",
-        &tap,
-        "--vcpus",
-        &vcpus,
-    ];
-    node.daemon(&[engine.as_slice(), rest.as_slice()].concat(), CONSOLE)
-        .unwrap();
+    let words = "/lab/ftvm-engine run --kernel /lab/vmlinuz --initrd /lab/initrd.img --memory 256M --disk /dev/vdd";
+    let words: Vec<&str> = words.split(' ').collect();
+    let rest = ["--cmdline", guest::CMDLINE, "--tap", &tap, "--vcpus", &vcpus];
+    node.daemon(&[words.as_slice(), &rest].concat(), CONSOLE).unwrap();
 
     let mut redis = booted(lab.sandbox(), &node, 1);
     eprintln!(

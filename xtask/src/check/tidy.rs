@@ -97,7 +97,7 @@ fn examine(name: &str, text: &str) -> Vec<(usize, String)> {
         ));
     }
     if rust {
-        found.extend(long_functions(&lines));
+        found.extend(long_functions(name, &lines));
         found.extend(undocumented_unsafe(&lines));
     }
     found
@@ -123,24 +123,26 @@ fn examine_line(name: &str, line: &str) -> Vec<String> {
 }
 
 /// rustfmt puts a function's closing brace at the indentation of its first line: that is all the parsing needed.
-fn long_functions(lines: &[&str]) -> Vec<(usize, String)> {
+fn long_functions(name: &str, lines: &[&str]) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     for (index, line) in lines.iter().enumerate() {
         let body = line.trim_start();
         if !is_function(body) {
             continue;
         }
-        // All of it on one line.
-        if line.trim_end().ends_with('}') {
+        // Only what has a body of several lines.
+        let head = lines[index..].iter().position(|line| line.ends_with(['{', '}', ';']));
+        if !head.is_some_and(|head| lines[index + head].ends_with('{')) {
             continue;
         }
         let end = format!("{}}}", &line[..line.len() - body.len()]);
         let Some(length) = lines[index..].iter().position(|line| *line == end) else {
             continue;
         };
-        let test = index > 0 && lines[..index].iter().rev().take(4).any(|line| line.trim() == "#[test]");
+        let attributes = lines[..index].iter().rev().take(4);
+        let test = name.contains("tests/") || attributes.into_iter().any(|line| line.trim() == "#[test]");
         let most = if test { TEST_LINES_MAX } else { FUNCTION_LINES_MAX };
-        if length + 1 > most && !line.trim_end().ends_with(';') {
+        if length + 1 > most {
             found.push((index + 1, format!("a function of {} lines, at most {most}", length + 1)));
         }
     }
@@ -207,6 +209,11 @@ mod tests {
         );
         assert_eq!(complaints("a.rs", concat!("// TO", "DO\n")).len(), 1);
         assert_eq!(complaints("a.md", concat!("see /ho", "me/me\n")).len(), 1);
+        let empty = format!(
+            "    fn f() {{}}\n    fn g(\n    );\n{}    }}\n",
+            "        g();\n".repeat(FUNCTION_LINES_MAX)
+        );
+        assert_eq!(complaints("a.rs", &empty), Vec::<String>::new());
         let long = format!(
             "    pub(crate) fn f() {{\n{}    }}\n",
             "        g();\n".repeat(FUNCTION_LINES_MAX)
