@@ -117,15 +117,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     }
 
     fn round(&mut self, round: &mut Round) -> anyhow::Result<()> {
-        let (before, seat) = self.active().context("no host says that it is active")?;
-        round.active_before.clone_from(&self.names[before]);
-        self.witness.phase();
-        std::thread::sleep(self.patience.calm);
-        ensure!(
-            !self.witness.has_ended(),
-            "the client's connection ended before anything was done"
-        );
-        round.calm_gap_ms = self.witness.phase().gap_ms;
+        let (before, seat) = self.calm(round)?;
         // The counters of an engine that is about to die are read while it lives.
         let seat = self.seat(before).unwrap_or(seat);
         round.pause_us_p50 = seat.counter("pause_us_p50");
@@ -156,6 +148,53 @@ impl<'a, W: Witness> Stage<'a, W> {
             before
         };
         self.rebuild(round, at, (after, lost))
+    }
+
+    /// An undisturbed while. A pair that lost its protection in it, as a machine without time for its heartbeats may, is
+    /// waited for: killing the only seat of an unprotected guest would prove nothing.
+    fn calm(&mut self, round: &mut Round) -> anyhow::Result<(usize, Seat)> {
+        let deadline = Instant::now() + self.patience.protected;
+        loop {
+            if self.system.protects() {
+                self.wait_protected(self.patience.protected)?;
+            }
+            self.witness.phase();
+            std::thread::sleep(self.patience.calm);
+            ensure!(
+                !self.witness.has_ended(),
+                "the client's connection ended before anything was done"
+            );
+            round.calm_gap_ms = self.witness.phase().gap_ms;
+            let (active, seat) = self.active().context("no host says that it is active")?;
+            if !self.system.protects() || (seat.protected && self.standby_beside(active).is_some()) {
+                round.active_before.clone_from(&self.names[active]);
+                return Ok((active, seat));
+            }
+            self.progress
+                .bad(format!("protection was lost without a fault: {}", seat.why));
+            ensure!(
+                Instant::now() < deadline,
+                "the machine does not stay protected: {}",
+                self.describe()
+            );
+        }
+    }
+
+    /// Compares both sides, whichever they are by then: a pair that lost its protection meanwhile is waited for.
+    fn compare(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + self.patience.protected;
+        loop {
+            let (active, standby) = self.wait_protected(self.patience.protected)?;
+            let Err(error) = self.system.compare_sides(active, standby) else {
+                return Ok(());
+            };
+            let roles = format!("comparing {} with {}", self.names[active], self.names[standby]);
+            let still =
+                self.seat(active).is_some_and(|seat| seat.protected) && self.standby_beside(active) == Some(standby);
+            if still || Instant::now() > deadline {
+                return Err(error.context(roles));
+            }
+        }
     }
 
     /// A third machine takes the place of the lost one, which comes back as the spare; if there is no third, the lost one
@@ -192,7 +231,7 @@ impl<'a, W: Witness> Stage<'a, W> {
                 .good(format!("protected again after {seconds:.1} s: {roles}"));
         }
         self.witness.examine()?;
-        match self.system.compare_sides(active, standby) {
+        match self.compare() {
             Ok(()) => {
                 round.examined = true;
                 self.progress
@@ -200,7 +239,7 @@ impl<'a, W: Witness> Stage<'a, W> {
             }
             // Worth a complaint, but what follows can be played and judged.
             Err(error) => {
-                let complaint = format!("round {}: comparing {roles}: {error:#}", round.round);
+                let complaint = format!("round {}: {error:#}", round.round);
                 self.progress.bad(&complaint);
                 self.report.complaints.push(complaint);
             }
