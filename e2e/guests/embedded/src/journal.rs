@@ -103,7 +103,8 @@ impl Journal {
             log!("journal: no disk");
             return None;
         };
-        if self.capacity == 0 || disk.read_only() {
+        // A batch must never overwrite the last durable record: a start after a crash would find nothing to go on from.
+        if self.capacity <= BATCH_RECORDS as u64 || disk.read_only() {
             log!(
                 "journal: the disk has {} sectors, read-only: {}",
                 disk.sectors(),
