@@ -112,7 +112,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "check",
             about: "formatting, lints, tidy rules, licences, documentation",
-            budget: minutes(2),
+            budget: minutes(6),
             build: minutes(8),
             quick: false,
             commands: vec![vec![this.to_owned(), "check".to_owned()]],
@@ -120,7 +120,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "unit",
             about: "each module by itself",
-            budget: minutes(2),
+            budget: minutes(3),
             build: minutes(10),
             quick: true,
             commands: vec![
