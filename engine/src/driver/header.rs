@@ -18,9 +18,7 @@ impl HeaderWriter {
         std::thread::Builder::new().name("header".to_owned()).spawn(move || {
             enter();
             while let Ok((request, header)) = todo.recv() {
-                let written = file
-                    .write(&header)
-                    .map_err(|error| format!("{error}: {}", source_of(&error)));
+                let written = file.write(&header).map_err(|error| crate::error_chain(&error));
                 queue.header(request, written);
             }
         })?;
@@ -32,8 +30,4 @@ impl HeaderWriter {
         // The thread lives as long as the process.
         let _ = self.0.send((request, header));
     }
-}
-
-fn source_of(error: &dyn std::error::Error) -> String {
-    error.source().map_or_else(String::new, ToString::to_string)
 }

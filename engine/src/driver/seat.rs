@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ftvm_protocol::core::{Config, StoredHeader, Timing as CoreTiming};
+use ftvm_protocol::core::{Config, StoredHeader};
 use ftvm_protocol::wire::{Hello, Kind};
 
 use super::follow::{Place, Receiving};
@@ -17,7 +17,7 @@ use crate::backends::{DiskBackend, NetBackend};
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
 use crate::control::header_file::{HeaderFile, HeaderFileError};
-use crate::control::{EndpointError, Launch, LaunchFds, Peer, Timing, exit_code};
+use crate::control::{EndpointError, Launch, LaunchFds, Peer, exit_code};
 use crate::devices::DeviceError;
 use crate::devices::set::{Backends, DeviceSet, DeviceSetConfig, DeviceThread};
 use crate::devices::virtio::blk::DiskConfig;
@@ -244,22 +244,8 @@ fn core_config(launch: &Launch, header: StoredHeader) -> Config {
         incarnation: launch.incarnation,
         header,
         other_seats: launch.other_seats.clone(),
-        timing: core_timing(&launch.timing),
+        timing: (&launch.timing).into(),
         now_ms: 0,
-    }
-}
-
-fn core_timing(timing: &Timing) -> CoreTiming {
-    CoreTiming {
-        heartbeat_ms: timing.heartbeat_ms.into(),
-        peer_lost_ms: timing.peer_lost_ms.into(),
-        arbiter_deadline_ms: timing.arbiter_deadline_ms.into(),
-        retry_ms: timing.retry_ms.into(),
-        contact_limit_ms: timing.contact_limit_ms.into(),
-        ack_stall_ms: timing.ack_stall_ms.into(),
-        switch_ms: timing.switch_ms.into(),
-        observe_ms: timing.observe_ms.into(),
-        holder_first_ms: timing.holder_first_ms.into(),
     }
 }
 
