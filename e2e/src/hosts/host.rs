@@ -156,6 +156,18 @@ pub struct ProcessInfo {
     pub program: String,
     /// State letter of proc(5): `R`, `S`, `D`, `T`, `Z`.
     pub state: char,
+    /// Pid of its parent.
+    pub parent: i32,
+}
+
+impl ProcessInfo {
+    /// Whether it can do nothing: it stands or has ended, or it waits in vfork(2), in the kernel, for a child that
+    /// stands, and has its own SIGSTOP before it once that is over.
+    #[must_use]
+    pub fn stands_still(&self, all: &[Self]) -> bool {
+        let child_stands = || all.iter().any(|other| other.parent == self.pid && other.state == 'T');
+        matches!(self.state, 'T' | 'Z' | 'X') || (self.state == 'D' && child_stands())
+    }
 }
 
 impl Host {
@@ -299,11 +311,8 @@ impl Host {
         let at = Instant::now();
         let deadline = at + Duration::from_secs(5);
         loop {
-            let running: Vec<_> = self
-                .processes()?
-                .into_iter()
-                .filter(|p| !matches!(p.state, 'T' | 'Z' | 'X'))
-                .collect();
+            let all = self.processes()?;
+            let running: Vec<_> = all.iter().filter(|process| !process.stands_still(&all)).collect();
             if running.is_empty() {
                 return Ok(at);
             }
@@ -476,13 +485,20 @@ fn process_info(pid: i32) -> Option<ProcessInfo> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (head, tail) = stat.rsplit_once(')')?;
     let (_, comm) = head.split_once('(')?;
-    let state = tail.trim_start().chars().next()?;
+    let mut fields = tail.split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    let parent = fields.next()?.parse().ok()?;
     // The link of a zombie can't be read; the short name remains.
     let program = fs::read_link(format!("/proc/{pid}/exe"))
         .ok()
         .and_then(|path| Some(path.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned()))
         .unwrap_or_else(|| comm.to_owned());
-    Some(ProcessInfo { pid, program, state })
+    Some(ProcessInfo {
+        pid,
+        program,
+        state,
+        parent,
+    })
 }
 
 /// A fresh boot id for a host that starts, in a file that is mounted over the kernel's.

@@ -236,7 +236,10 @@ fn both_sides_are_equal_after_a_resync_under_writes() {
     assert_eq!(stats.disk_bytes, DISKS.iter().sum::<u64>());
     assert!(stats.disk_changes > 5, "the guest wrote meanwhile: {stats:?}");
     let never_written = (1..PAGES).step_by(2).filter(|page| page % 3 != 0).count();
-    assert!(stats.pages.zero >= never_written as u64, "{never_written} pages are zero: {stats:?}");
+    assert!(
+        stats.pages.zero >= never_written as u64,
+        "{never_written} pages are zero: {stats:?}"
+    );
     standby.disks.stage(staged.epoch, &staged.disk, true).expect("staged");
     staged.apply_pages(&standby.memory);
     standby.disks.commit(staged.epoch).expect("committed");
