@@ -135,6 +135,7 @@ impl Engine {
                 self.swap_to = Some(Phase::Running);
                 self.ask(Ask::ReadRecord);
             }
+            Command::SetPeers { peers } => self.launch.link.peers = peers,
             Command::PeerGone { incarnation, .. } => self.said = format!("gone {incarnation}"),
             Command::Quit => self.exit(0),
             _ => {

@@ -19,7 +19,7 @@ use crate::config::{PeerConfig, SeatConfig};
 pub enum Request {
     /// The whole [`DaemonStatus`].
     Status,
-    /// Add a seat, or replace its configuration (which takes effect at the next start of its engine).
+    /// Add a seat, or replace its configuration (which takes effect at the next start of its engine; peers at once).
     ApplySeat {
         /// The seat.
         seat: Box<SeatConfig>,
@@ -54,7 +54,8 @@ pub enum Request {
         /// Name of the seat.
         seat: String,
     },
-    /// Make these the peers of a seat, from now on: in its configuration and in its running engine.
+    /// Make these the peers of a seat. Done means remembered, also for the next daemon: the engine is told as soon as it
+    /// can be, whether it runs, starts or is adopted. They hold until the configured peers are changed or the seat is removed.
     SetPeers {
         /// Name of the virtual machine.
         vm: String,

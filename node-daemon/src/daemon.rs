@@ -464,6 +464,7 @@ fn command_seat(seat: &Seat, command: Command) -> Response {
     }
 }
 
+/// Done means remembered: an engine that starts, or does not answer now, is told when it can be.
 fn set_peers(seat: &Seat, peers: Vec<PeerConfig>) -> Response {
     let mut config = seat.config();
     config.link.peers = peers;
@@ -474,16 +475,12 @@ fn set_peers(seat: &Seat, peers: Vec<PeerConfig>) -> Response {
         Ok((who, _)) => who,
         Err(error) => return refused(exit_code::IDENTITY, explain(&error)),
     };
-    let peers = match crate::prepare::peers(&config, &who) {
-        Ok(peers) => peers,
-        Err(error) => return refused(error.exit_code(), explain(&error)),
-    };
-    seat.reconfigure(config);
-    match seat.command(Command::SetPeers { peers }, COMMAND_PATIENCE) {
-        // Without an engine the next one gets them.
-        Err(CommandError::NoEngine { .. }) => Response::Done,
-        Err(error) => refused(exit_code::TIMEOUT, error.to_string()),
-        Ok(reply) => Response::Reply { reply },
+    if let Err(error) = crate::prepare::peers(&config, &who) {
+        return refused(error.exit_code(), explain(&error));
+    }
+    match seat.set_peers(config.link.peers) {
+        Ok(()) => Response::Done,
+        Err(error) => refused(exit_code::STATE_FOLDER, explain(&error)),
     }
 }
 

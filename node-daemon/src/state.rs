@@ -7,6 +7,7 @@
 //!     engine.json               the engine that was started last (EngineRecord), written before its launch message
 //!     control.sock              its control listener
 //!     exit.json                 its exit report, written by itself
+//!     peers.json                peers that were set by request, and the configured ones in whose place they are
 //!     engine.log, console.log   its messages, the guest's console
 //!     header, journal           unless the configuration puts them elsewhere
 //! ```
@@ -199,9 +200,14 @@ impl SeatFolder {
 
     /// Remembers an engine, durably.
     pub fn set_engine(&self, record: &EngineRecord) -> Result<(), StateError> {
-        let (path, temporary) = (self.file("engine.json"), self.file("engine.json.new"));
+        self.write_json("engine.json", record)
+    }
+
+    /// Replaces a JSON file of this folder, durably and in one step.
+    pub fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
+        let (path, temporary) = (self.file(name), self.file(&format!("{name}.new")));
         // Plain data always encodes.
-        let text = serde_json::to_vec_pretty(record).unwrap_or_default();
+        let text = serde_json::to_vec_pretty(value).unwrap_or_default();
         let write = || -> io::Result<()> {
             let mut file = File::create(&temporary)?;
             file.write_all(&text)?;

@@ -12,11 +12,12 @@ use ftvm_protocol::identity::Incarnation;
 use ftvm_protocol::record;
 use rustix::event::{PollFd, PollFlags};
 
+use super::peers::Introduced;
 use super::{REQUESTS_MAX, Seat};
 use crate::api::Phase;
 use crate::jail::{self, Ended};
 
-/// Pause between attempts to connect to an adopted engine.
+/// Pause between attempts to connect to an adopted engine, or to tell one its peers.
 const RECONNECT_MS: u64 = 200;
 /// Longest deadline that an engine may ask for.
 const DEADLINE_MS_MAX: u32 = 60_000;
@@ -34,6 +35,9 @@ impl Seat {
             None if self.reconnect(incarnation) => return,
             None => None,
         };
+        let introduced = connection
+            .as_ref()
+            .is_some_and(|connection| self.introduce_peers(connection));
         let mut fds = vec![
             PollFd::new(&*pidfd, PollFlags::IN),
             PollFd::new(&self.wake, PollFlags::IN),
@@ -41,7 +45,7 @@ impl Seat {
         if let Some(connection) = &connection {
             fds.push(PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN));
         }
-        let pause = connection.is_none().then_some(Duration::from_millis(RECONNECT_MS));
+        let pause = (!introduced).then_some(Duration::from_millis(RECONNECT_MS));
         // An interrupted wait is a wake-up without news.
         let polled = rustix::event::poll(&mut fds, super::timespec(pause).as_ref()).unwrap_or(0);
         let ready = |index: usize| polled > 0 && fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
@@ -70,6 +74,7 @@ impl Seat {
                 let mut inner = self.inner();
                 if let Some(engine) = &mut inner.engine {
                     engine.connection = None;
+                    engine.introduced = Introduced::Unknown;
                 }
             }
         }
@@ -79,6 +84,7 @@ impl Seat {
         match message {
             FromEngine::Hello(_) => {}
             FromEngine::Event(event) => self.note(event),
+            FromEngine::Reply { id, reply } if self.introduced(id, &reply) => {}
             FromEngine::Reply { id, reply } => {
                 let waiting = self.inner().replies.remove(&id);
                 if let Some(waiting) = waiting {

@@ -13,6 +13,7 @@
 //! Invariant: nothing here ends an engine because the daemon ends.
 
 mod attend;
+mod peers;
 mod start;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -30,7 +31,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use crate::api::{Phase, SeatStatus, TimedEvent};
 use crate::arbiter::Bounded;
-use crate::config::{JailConfig, SeatConfig};
+use crate::config::{JailConfig, PeerConfig, SeatConfig};
 use crate::prepare::header_path;
 use crate::state::{SeatFolder, StateError};
 
@@ -68,11 +69,16 @@ pub struct Seat {
     /// Position among the seats of this daemon, for its user id.
     slot: u32,
     inner: Mutex<Inner>,
+    /// Held while configuration and remembered peers change: not `inner`, which must never wait for a file.
+    changing: Mutex<()>,
     wake: OwnedFd,
 }
 
 struct Inner {
+    /// With the peers in force, which may have been set by request.
     config: SeatConfig,
+    /// The peers that the configuration names.
+    configured_peers: Vec<PeerConfig>,
     seat_id: Option<SeatId>,
     phase: Phase,
     why: String,
@@ -103,6 +109,7 @@ struct Engine {
     own_user: bool,
     since: Instant,
     connection: Option<Arc<Connection>>,
+    introduced: peers::Introduced,
 }
 
 /// Why a command was not answered.
@@ -129,7 +136,7 @@ pub enum CommandError {
 impl Seat {
     /// A seat; [`Seat::run`] is its thread.
     pub fn new(
-        config: SeatConfig,
+        mut config: SeatConfig,
         folder: SeatFolder,
         arbiter: Arc<Bounded>,
         surroundings: Arc<Surroundings>,
@@ -142,8 +149,11 @@ impl Seat {
                 source: errno.into(),
             }
         })?;
+        let in_force = peers::in_force(&config, &folder);
+        let configured_peers = std::mem::replace(&mut config.link.peers, in_force);
         let inner = Inner {
             config,
+            configured_peers,
             seat_id: None,
             phase: Phase::Waiting,
             why: "not started yet".to_owned(),
@@ -167,6 +177,7 @@ impl Seat {
             surroundings,
             slot,
             inner: Mutex::new(inner),
+            changing: Mutex::new(()),
             wake,
         }))
     }
@@ -195,6 +206,10 @@ impl Seat {
     fn inner(&self) -> MutexGuard<'_, Inner> {
         // Changed in single steps, so a panic elsewhere leaves it whole.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wake(&self) {
@@ -280,12 +295,17 @@ impl Seat {
         self.inner().seat_id = Some(seat_id);
     }
 
-    /// Replaces the configuration; a waiting seat is tried again at once.
-    pub fn reconfigure(&self, config: SeatConfig) {
+    /// Replaces the configuration; a waiting seat is tried again at once. Peers that were set hold as long as the
+    /// configured ones stay as they were.
+    pub fn reconfigure(&self, mut config: SeatConfig) {
+        let changing = self.changing();
+        let in_force = peers::in_force(&config, &self.folder);
+        let configured = std::mem::replace(&mut config.link.peers, in_force);
         let mut inner = self.inner();
+        inner.configured_peers = configured;
         inner.config = config;
         inner.next_start = None;
-        drop(inner);
+        drop((inner, changing));
         self.wake();
     }
 
@@ -303,6 +323,7 @@ impl Seat {
     /// Ends the engine and then the thread.
     pub fn remove(&self) {
         self.inner().removing = true;
+        peers::forget(&self.folder);
         let quit = self.send_command(Command::Quit);
         if quit.is_err() {
             // It does not read: the seat is to go all the same.

@@ -9,6 +9,7 @@ use ftvm_engine::control::{Connection, FromEngine, Hello, ToEngine};
 use ftvm_protocol::identity::Incarnation;
 use rustix::process::{Pid, PidfdFlags};
 
+use super::peers::Introduced;
 use super::{Engine, LOG_BYTES_MAX, Seat};
 use crate::api::Phase;
 use crate::explain;
@@ -76,6 +77,7 @@ impl Seat {
             own_user: jail.user.is_some(),
             since: Instant::now(),
             connection: Some(Arc::new(ours)),
+            introduced: Introduced::Knows(config.link.peers),
         });
         Ok(())
     }
@@ -161,6 +163,7 @@ impl Seat {
             own_user: record.uid.is_some(),
             since: Instant::now(),
             connection: None,
+            introduced: Introduced::Unknown,
         });
     }
 
