@@ -36,6 +36,9 @@ pub struct Demo {
     /// Run programs as users get them, which takes longer to build
     #[arg(long)]
     release: bool,
+    /// Run programs as tests are built, with their assertions and without optimisation
+    #[arg(long, conflicts_with = "release")]
+    dev: bool,
 }
 
 fn fault(name: &str) -> Result<Fault, String> {
@@ -62,7 +65,11 @@ impl Demo {
             churn_pages: self.churn_pages,
             churn_rate: self.churn_rate,
         };
-        let profile = if self.release { Profile::Release } else { Profile::Dev };
+        let profile = match (self.release, self.dev) {
+            (true, _) => Profile::Release,
+            (_, true) => Profile::Dev,
+            _ => Profile::Fast,
+        };
         let arguments: Vec<_> = std::env::args_os().skip(1).collect();
         command::run(&options, profile, &arguments)
     }

@@ -9,6 +9,8 @@ use anyhow::{Context, ensure};
 pub enum Profile {
     /// As tests are built.
     Dev,
+    /// Optimised, and built in a short time: what demonstrations run and measure.
+    Fast,
     /// As users get them.
     Release,
 }
@@ -20,8 +22,10 @@ pub enum Profile {
 pub fn build(programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<PathBuf>> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["build", "--quiet", "--message-format=json-render-diagnostics"]);
-    if profile == Profile::Release {
-        cargo.arg("--release");
+    match profile {
+        Profile::Dev => {}
+        Profile::Fast => drop(cargo.args(["--profile", "fast"])),
+        Profile::Release => drop(cargo.arg("--release")),
     }
     for (package, binary) in programs {
         cargo.args(["--package", package, "--bin", binary]);
