@@ -162,11 +162,12 @@ impl Pair {
             let others: Vec<PeerConfig> = view
                 .seats(Some(&seat.vm))
                 .filter(|(_, _, other)| other.seat != seat.seat && other.seat_id.is_some())
-                .map(|(socket, _, other)| PeerConfig {
+                .map(|(socket, daemon, other)| PeerConfig {
                     seat: other.seat.clone(),
                     seat_id: other.seat_id,
                     address: other.link_address,
                     daemon: Some(socket.to_owned()),
+                    daemon_address: daemon.peer_address,
                 })
                 .collect();
             let known = |other: &PeerConfig| {
@@ -241,7 +242,7 @@ impl Pair {
     pub fn replace(&self, vm: &str, lost: &str, with: &str) -> Result<(), Failure> {
         let view = self.view();
         let find = |name: &str| view.seats(Some(vm)).find(|(_, _, seat)| seat.seat == name);
-        let Some((new_socket, _, new)) = find(with) else {
+        let Some(placed @ (new_socket, _, new)) = find(with) else {
             let message =
                 format!("seat {vm}/{with} is at none of these daemons: configure it there, and name its daemon");
             return Err(Failure::new(exit_code::REFUSED, message));
@@ -252,7 +253,7 @@ impl Pair {
                 format!("seat {vm}/{with} has no identity: {}", new.why),
             ));
         }
-        let Some((socket, _, active)) = view.active(vm) else {
+        let Some(active_at @ (socket, _, active)) = view.active(vm) else {
             let message = format!("no seat of {vm} runs the guest: replacing is for a running virtual machine");
             return Err(Failure::new(exit_code::REFUSED, message));
         };
@@ -260,11 +261,12 @@ impl Pair {
             let message = format!("seat {vm}/{lost} runs the guest: switch over first");
             return Err(Failure::new(exit_code::REFUSED, message));
         }
-        let peer = |socket: &Path, seat: &SeatStatus| PeerConfig {
+        let peer = |(socket, daemon, seat): Placed<'_>| PeerConfig {
             seat: seat.seat.clone(),
             seat_id: seat.seat_id,
             address: seat.link_address,
             daemon: Some(socket.to_owned()),
+            daemon_address: daemon.peer_address,
         };
         let set = |socket: &Path, seat: &SeatStatus, peers| {
             self.ask(
@@ -276,8 +278,8 @@ impl Pair {
                 },
             )
         };
-        set(socket, active, vec![peer(new_socket, new)])?;
-        set(new_socket, new, vec![peer(socket, active)])?;
+        set(socket, active, vec![peer(placed)])?;
+        set(new_socket, new, vec![peer(active_at)])?;
         if let Some((socket, _, _)) = find(lost) {
             self.ask(
                 socket,

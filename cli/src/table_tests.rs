@@ -62,6 +62,7 @@ fn view(seats: Vec<SeatStatus>) -> View {
         version: "1".into(),
         state_folder: "/s".into(),
         arbiter_folder: "/a".into(),
+        peer_address: None,
         seats,
     };
     View {

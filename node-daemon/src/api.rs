@@ -133,6 +133,8 @@ pub struct DaemonStatus {
     pub state_folder: PathBuf,
     /// Folder of the arbiter.
     pub arbiter_folder: PathBuf,
+    /// Where daemons of other machines reach it, if they may.
+    pub peer_address: Option<SocketAddr>,
     /// Its seats.
     pub seats: Vec<SeatStatus>,
 }

@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::daemon::engine_path;
 use crate::explain;
 use crate::jail;
+use crate::peer;
 use crate::prepare::prepare;
 use crate::state::StateFolder;
 
@@ -43,6 +44,11 @@ pub fn check(config: &Config) -> Vec<(u8, String)> {
             }
         }
         Err(error) => findings.push((error.exit_code(), explain(&error))),
+    }
+    if let Some(address) = config.peer_listen
+        && let Err(error) = peer::listen(address)
+    {
+        findings.push((exit_code::CONFIG, explain(&error)));
     }
     for seat in &config.seats {
         let prepared = state

@@ -62,6 +62,10 @@ pub struct Config {
     /// Socket for `ftvm` and other daemons; `daemon.sock` in the state folder if missing.
     #[serde(default)]
     pub control_socket: Option<PathBuf>,
+    /// Address and port where daemons of other machines may ask about the seats here (TLS, with the identities of the seats).
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub peer_listen: Option<SocketAddr>,
     /// The static engine program; `ftvm-engine` beside the daemon if missing.
     #[serde(default)]
     pub engine: Option<PathBuf>,
@@ -242,6 +246,10 @@ pub struct PeerConfig {
     /// Control socket of its daemon, where that is on this machine.
     #[serde(default)]
     pub daemon: Option<PathBuf>,
+    /// `peer_listen` of its daemon, where that is on another machine.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub daemon_address: Option<SocketAddr>,
 }
 
 /// Time-outs in milliseconds; what is missing has the protocol's default.

@@ -8,20 +8,22 @@ use std::time::{Duration, Instant};
 
 use ftvm_engine::control::header_file::HeaderFile;
 use ftvm_engine::control::{Answer, Ask, Command, Connection, Listener, SocketError, exit_code};
-use ftvm_protocol::core::{GuestReport, HeaderReport, ReadOutcome, SeatReport, StoredHeader};
+use ftvm_protocol::core::{ReadOutcome, StoredHeader};
 use ftvm_protocol::header::SeatHeader;
-use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
+use ftvm_protocol::identity::ArbiterUid;
 use ftvm_protocol::record::{self, Record, Snapshot};
 
 use crate::api::{DaemonStatus, Phase, Request, Response};
 use crate::arbiter::{Bounded, FileArbiter};
-use crate::client;
 use crate::config::{Config, PeerConfig, SeatConfig};
 use crate::explain;
 use crate::identity;
+use crate::peer::{self, PeerError};
 use crate::prepare::{SeatError, header_path};
 use crate::seat::{CommandError, Seat, Surroundings};
 use crate::state::{StateError, StateFolder};
+
+mod others;
 
 /// Clients at a time.
 const CLIENTS_MAX: usize = 32;
@@ -53,6 +55,15 @@ pub enum DaemonError {
         /// The cause.
         source: std::io::Error,
     },
+    /// Other daemons can't be listened to.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// No thread.
+    #[error("no thread for other daemons ({source}): this user's or the system's limit of threads is reached")]
+    NoThread {
+        /// The cause.
+        source: std::io::Error,
+    },
 }
 
 impl DaemonError {
@@ -61,7 +72,8 @@ impl DaemonError {
         match self {
             DaemonError::State(_) | DaemonError::SocketInUse { .. } => exit_code::STATE_FOLDER,
             DaemonError::Socket(_) => exit_code::STATE_FOLDER,
-            DaemonError::NoEngine { .. } => exit_code::CONFIG,
+            DaemonError::NoEngine { .. } | DaemonError::Peer(_) => exit_code::CONFIG,
+            DaemonError::NoThread { .. } => exit_code::DAEMON,
         }
     }
 }
@@ -118,8 +130,14 @@ impl Daemon {
                 clients: AtomicUsize::new(0),
             }
         });
+        // First, so that nobody starts a guest whose daemon others can't ask.
+        let listener = daemon.config.peer_listen.map(peer::listen).transpose()?;
         for seat in daemon.config.seats.clone() {
             daemon.add(seat)?;
+        }
+        if let Some(listener) = listener {
+            let answers = Arc::new(others::ForOthers(Arc::downgrade(&daemon)));
+            peer::serve(listener, answers).map_err(|source| DaemonError::NoThread { source })?;
         }
         Ok(daemon)
     }
@@ -221,7 +239,7 @@ impl Daemon {
             Request::SeatReport { seat_id } => {
                 let report = self.local_report(seat_id, STATUS_PATIENCE);
                 Response::SeatReport {
-                    report: report.unwrap_or_else(|| unknown(seat_id)),
+                    report: report.unwrap_or_else(|| others::unknown(seat_id)),
                 }
             }
             Request::PeerGone { vm, incarnation } => {
@@ -347,6 +365,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             state_folder: self.config.state_folder.clone(),
             arbiter_folder: self.config.arbiter.folder.clone(),
+            peer_address: self.config.peer_listen,
             seats,
         }
     }
@@ -362,98 +381,10 @@ impl Daemon {
             Err((code, message)) => refused(code, message),
         }
     }
-
-    // ---- other seats
-
-    fn local_report(&self, seat_id: SeatId, patience: Duration) -> Option<SeatReport> {
-        let seat = self
-            .all_seats()
-            .into_iter()
-            .find(|seat| seat.seat_id() == Some(seat_id))?;
-        Some(seat.report(seat_id, patience))
-    }
-
-    /// Reports of these seats: from here, or from the daemons that the configuration names beside them.
-    fn ask_seats(&self, seats: &[SeatId], deadline: Duration) -> Vec<SeatReport> {
-        let until = Instant::now() + deadline;
-        seats
-            .iter()
-            .filter_map(|seat_id| self.ask_seat(*seat_id, until))
-            .collect()
-    }
-
-    fn ask_seat(&self, seat_id: SeatId, until: Instant) -> Option<SeatReport> {
-        let patience = until.saturating_duration_since(Instant::now());
-        if let Some(report) = self.local_report(seat_id, patience.min(STATUS_PATIENCE)) {
-            return Some(report);
-        }
-        self.peer_daemons(None).into_iter().find_map(|socket| {
-            let patience = until.saturating_duration_since(Instant::now());
-            match client::ask(&socket, &Request::SeatReport { seat_id }, patience) {
-                // A daemon that does not know the seat says nothing of it.
-                Ok(Response::SeatReport { report }) if report != unknown(seat_id) => Some(report),
-                _ => None,
-            }
-        })
-    }
-
-    /// Control sockets of other daemons, of one virtual machine or of all.
-    fn peer_daemons(&self, vm: Option<&str>) -> Vec<PathBuf> {
-        let own = self.config.control_socket();
-        let configs = self.all_seats().into_iter().map(|seat| seat.config());
-        let configs = configs.filter(|config| vm.is_none_or(|vm| config.vm == vm));
-        let mut sockets: Vec<PathBuf> = configs
-            .flat_map(|config| config.link.peers)
-            .filter_map(|peer| peer.daemon)
-            .collect();
-        sockets.sort();
-        sockets.dedup();
-        sockets.retain(|socket| *socket != own);
-        sockets
-    }
-
-    /// A dead engine is told at once to whoever runs its peer. Only a hint, so nobody waits for it.
-    fn tell_gone(self: &Arc<Daemon>, seat: &SeatConfig, incarnation: Incarnation) {
-        let (daemon, vm) = (self.clone(), seat.vm.clone());
-        let tell = move || {
-            daemon.tell_local(&vm, incarnation);
-            for socket in daemon.peer_daemons(Some(&vm)) {
-                // The link's silence tells it too.
-                let _ = client::ask(
-                    &socket,
-                    &Request::PeerGone {
-                        vm: vm.clone(),
-                        incarnation,
-                    },
-                    STATUS_PATIENCE,
-                );
-            }
-        };
-        // Without a thread the hint is not given; the link's silence tells it too.
-        let _ = std::thread::Builder::new().name("hint".to_owned()).spawn(tell);
-    }
-
-    fn tell_local(&self, vm: &str, incarnation: Incarnation) {
-        for seat in self.all_seats() {
-            if seat.config().vm == vm && seat.seat_id() != Some(incarnation.seat) {
-                let why = "its daemon saw its process end".to_owned();
-                // Only a hint.
-                let _ = seat.command(Command::PeerGone { incarnation, why }, STATUS_PATIENCE);
-            }
-        }
-    }
 }
 
 fn refused(code: u8, message: String) -> Response {
     Response::Refused { code, message }
-}
-
-fn unknown(seat: SeatId) -> SeatReport {
-    SeatReport {
-        seat,
-        header: HeaderReport::Unreadable,
-        guest: GuestReport::Unknown,
-    }
 }
 
 fn command_seat(seat: &Seat, command: Command) -> Response {

@@ -3,6 +3,7 @@
 //! ```text
 //!   ftvm ── api ──► daemon ── seat (a thread each) ── jail ──► ftvm-engine
 //!                     │          └ prepare: disks, taps, identity, checked and locked
+//!                     ├ peer: daemons of other machines, over TLS
 //!                     └ arbiter: the record, compared and swapped with a hard deadline
 //! ```
 
@@ -14,6 +15,7 @@ pub mod config;
 pub mod daemon;
 pub mod identity;
 pub mod jail;
+pub mod peer;
 pub mod prepare;
 pub mod random;
 pub mod seat;

@@ -12,7 +12,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ftvm_engine::control::{Boot, Disk, Fd, Files, Launch, Link, Listener, Nic, Peer, SocketError, VERSION, exit_code};
-use ftvm_protocol::identity::Incarnation;
+use ftvm_protocol::identity::{Incarnation, SeatId};
 use rustix::fs::FlockOperation;
 
 use crate::config::{DiskConfig, NicConfig, PeerConfig, SeatConfig};
@@ -237,9 +237,13 @@ pub fn peers(config: &SeatConfig, who: &SeatIdentity) -> Result<Vec<Peer>, SeatE
         .collect()
 }
 
+/// The identity of a peer, if the configuration or the seat's own identity knows it.
+pub fn known_id(who: &SeatIdentity, peer: &PeerConfig) -> Option<SeatId> {
+    peer.seat_id.or_else(|| who.seats.get(&peer.seat).copied())
+}
+
 fn peer_of(config: &SeatConfig, who: &SeatIdentity, peer: &PeerConfig) -> Result<Peer, SeatError> {
-    let known = peer.seat_id.or_else(|| who.seats.get(&peer.seat).copied());
-    let seat_id = known.ok_or_else(|| SeatError::UnknownPeer {
+    let seat_id = known_id(who, peer).ok_or_else(|| SeatError::UnknownPeer {
         seat: config.label(),
         peer: peer.seat.clone(),
     })?;

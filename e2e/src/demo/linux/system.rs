@@ -23,6 +23,7 @@ use crate::lab::{Network, guest};
 const VM: &str = "demo";
 const SEATS: [&str; 2] = ["a", "b"];
 const LINK_PORT: u16 = 7100;
+const DAEMON_PORT: u16 = 7101;
 const SOCKET: &str = "/data/state/daemon.sock";
 const CONFIG: &str = "/data/config.yaml";
 const DAEMON_LOG: &str = "/data/daemon.log";
@@ -62,9 +63,9 @@ impl EmulatedSystem {
 
     /// The configuration of a machine's daemon. (JSON is YAML.)
     fn config(&self, machine: usize) -> Value {
-        let address = |machine: usize| {
+        let address = |machine: usize, port: u16| {
             let address = self.machines.nodes[machine].address(Network::Replication);
-            format!("{address}:{LINK_PORT}")
+            format!("{address}:{port}")
         };
         let other = 1 - machine;
         json!({
@@ -72,6 +73,7 @@ impl EmulatedSystem {
             "state_folder": "/data/state",
             "engine": "/lab/ftvm-engine",
             "arbiter": { "folder": "/share/arbiter" },
+            "peer_listen": address(machine, DAEMON_PORT),
             "jail": { "uid_first": 1_900_000_000_u32, "uid_count": 1000 },
             "seats": [{
                 "vm": VM,
@@ -84,7 +86,14 @@ impl EmulatedSystem {
                 "disks": [{ "name": "disk0", "path": "/dev/vdd" }],
                 "header": "/data/header",
                 "journal": "/data/journal",
-                "link": { "listen": address(machine), "peers": [{ "seat": SEATS[other], "address": address(other) }] },
+                "link": {
+                    "listen": address(machine, LINK_PORT),
+                    "peers": [{
+                        "seat": SEATS[other],
+                        "address": address(other, LINK_PORT),
+                        "daemon_address": address(other, DAEMON_PORT),
+                    }],
+                },
                 // An emulated machine may stand still for a while when its host is busy: that is not its death.
                 "timing": { "heartbeat_ms": 200, "peer_lost_ms": 4000, "ack_stall_ms": 30000, "arbiter_deadline_ms": 8000 },
                 "checkpoint": { "interval_min_us": 20_000, "interval_max_us": 200_000, "workers": 1 },

@@ -162,7 +162,7 @@ impl TlsIdentity {
     }
 
     /// Lets a seat connect.
-    pub(super) fn allow(&self, seat: SeatId) {
+    pub fn allow(&self, seat: SeatId) {
         self.allowed
             .seats
             .write()
@@ -179,11 +179,24 @@ impl TlsIdentity {
             .remove(&seat);
     }
 
+    /// TLS towards `seat`, which we dial.
+    ///
+    /// # Errors
+    /// If rustls refuses to begin.
+    pub fn client(&self, seat: SeatId) -> Result<ClientConnection, TlsError> {
+        let name = server_name(self.vm, seat)?;
+        ClientConnection::new(self.client.clone(), name).map_err(TlsError::Protocol)
+    }
+
+    /// For TLS towards those who dial us: lets in the seats that are allowed.
+    #[must_use]
+    pub fn server_config(&self) -> Arc<ServerConfig> {
+        self.server.clone()
+    }
+
     /// TLS towards `seat`, which we dialled.
     pub(super) fn dial(&self, seat: SeatId) -> Result<rustls::Connection, TlsError> {
-        let name = server_name(self.vm, seat)?;
-        let connection = ClientConnection::new(self.client.clone(), name).map_err(TlsError::Protocol)?;
-        Ok(connection.into())
+        Ok(self.client(seat)?.into())
     }
 
     /// TLS towards whoever dialled us.
@@ -193,10 +206,13 @@ impl TlsIdentity {
             .into())
     }
 
-    /// The seat whose certificate the peer showed; only after the handshake.
-    pub(super) fn peer_of(&self, connection: &rustls::Connection) -> Result<SeatId, TlsError> {
+    /// The allowed seat whose certificates these are: those that a peer showed, after the handshake.
+    ///
+    /// # Errors
+    /// If there are none, or they are of no seat that may connect.
+    pub fn seat_of(&self, certificates: &[CertificateDer<'_>]) -> Result<SeatId, TlsError> {
         let none = || TlsError::PeerRefused("there is none".to_owned());
-        let certificate = connection.peer_certificates().and_then(<[_]>::first).ok_or_else(none)?;
+        let certificate = certificates.first().ok_or_else(none)?;
         self.allowed.seat_of(certificate).map_err(explain)
     }
 }
