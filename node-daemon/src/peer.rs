@@ -174,9 +174,7 @@ pub fn ask(
     until: Instant,
 ) -> Result<Response, PeerError> {
     let broken = |source| PeerError::Broken { address, source };
-    let mut tls = own
-        .client(seat)
-        .map_err(|source| PeerError::Tls { address, source })?;
+    let mut tls = own.client(seat).map_err(|source| PeerError::Tls { address, source })?;
     let patience = until.saturating_duration_since(Instant::now());
     // Zero would mean no limit.
     let stream = TcpStream::connect_timeout(&address, patience.max(Duration::from_millis(1))).map_err(broken)?;
@@ -244,3 +242,7 @@ impl Write for Timed {
         self.stream.flush()
     }
 }
+
+#[cfg(test)]
+#[path = "peer_tests.rs"]
+mod tests;

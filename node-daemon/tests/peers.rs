@@ -20,6 +20,7 @@ fn set(node: &Node, port: u16) {
         seat_id: None,
         address: address(port),
         daemon: None,
+        daemon_address: None,
     };
     let response = node.ask(&Request::SetPeers {
         vm: "vm".into(),

@@ -179,6 +179,11 @@ impl CpuBaseline {
         })
     }
 
+    /// The answers to CPUID, in order.
+    pub(crate) fn leaves(&self) -> &[CpuidLeaf] {
+        &self.leaves
+    }
+
     fn find(&self, leaf: u32, subleaf: u32) -> Option<&CpuidLeaf> {
         self.leaves
             .iter()

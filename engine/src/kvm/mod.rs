@@ -7,6 +7,7 @@ pub(crate) mod ioctl;
 mod open;
 mod vm;
 
+pub(crate) use cpuid::tsc_alike;
 pub use cpuid::{CpuBaseline, CpuError, CpuidLeaf};
 pub use dirty::{DEFAULT_RING_ENTRIES, DirtySource};
 pub use open::{Capabilities, Kvm};

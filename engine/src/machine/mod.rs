@@ -132,7 +132,7 @@ impl DeviceSet for NoDevices {
 struct Description {
     memory_bytes: u64,
     vcpus: u8,
-    /// Checksum of the CPU baseline.
+    /// Checksum of the features in the CPU baseline. Not of the TSC's frequency: each vCPU's state has it.
     cpu: u32,
 }
 
@@ -436,10 +436,11 @@ impl Machine {
                 instance: section.instance,
             });
         }
+        let scaling = self.vm.capabilities().tsc_scaling;
         let vcpus = (0..self.vcpus.len() as u32)
             .map(|index| {
                 let section = reader.require(kind::VCPU, VcpuStateVersion::CURRENT, index)?;
-                VcpuState::parse(section, &self.msr_list, self.baseline.tsc_khz)
+                VcpuState::parse(section, &self.msr_list, self.baseline.tsc_khz, scaling)
             })
             .collect::<Result<Vec<_>, _>>()?;
         let chips = Chips::parse(reader)?;
@@ -488,6 +489,7 @@ fn read_power_on(vcpus: &[Vcpu], vm: &Vm, msr_list: &MsrList, tsc_khz: u32) -> R
                 reader.require(kind::VCPU, VcpuStateVersion::CURRENT, index)?,
                 msr_list,
                 tsc_khz,
+                false,
             )
         })
         .collect::<Result<_, StateError>>()?;
@@ -496,7 +498,7 @@ fn read_power_on(vcpus: &[Vcpu], vm: &Vm, msr_list: &MsrList, tsc_khz: u32) -> R
 }
 
 fn checksum(baseline: &CpuBaseline) -> u32 {
-    crc32fast::hash(&postcard::to_allocvec(baseline).expect("a baseline can be serialised"))
+    crc32fast::hash(&postcard::to_allocvec(baseline.leaves()).expect("a baseline can be serialised"))
 }
 
 impl Drop for Machine {

@@ -543,3 +543,46 @@ fn the_size_of_extended_registers_follows_the_guest() {
     assert_eq!(bench.seen.failure.load(Ordering::Relaxed), 832);
     bench.machine.pause();
 }
+
+/// A state as a host would save it whose TSC runs at `there` instead of `here`, both in kHz.
+fn with_tsc(state: &[u8], here: u32, there: u32) -> Vec<u8> {
+    let mut writer = StateWriter::new();
+    let mut changed = 0;
+    for section in StateReader::parse(state).expect("frame").sections() {
+        let mut bytes = section.bytes.to_vec();
+        if section.kind == kind::VCPU {
+            let found = bytes.windows(4).position(|bytes| bytes == here.to_le_bytes());
+            let at = found.expect("the frequency is in the section");
+            bytes[at..at + 4].copy_from_slice(&there.to_le_bytes());
+            changed += 1;
+        }
+        writer.put(section.kind, section.version, section.instance, &bytes);
+    }
+    assert_eq!(changed, 1);
+    writer.finish().to_vec()
+}
+
+#[test]
+fn hosts_that_measured_their_tsc_a_little_differently_are_alike() {
+    let mut active = Bench::booted();
+    active.run_some(10_000, 1);
+    let state = active.save();
+    let khz = active.machine.baseline.tsc_khz;
+    let mut standby = Bench::new();
+    active.copy_ram_to(&standby);
+    let alike = with_tsc(&state, khz, khz + khz / 10_000);
+    standby.load(&alike);
+    assert_eq!(sections(&standby.save()), sections(&alike));
+    standby.machine.resume().expect("resume");
+    standby.machine.pause();
+
+    if !standby.machine.vm.capabilities().tsc_scaling {
+        let other = with_tsc(&state, khz, khz + khz / 1000);
+        let refused = standby.machine.load(&StateReader::parse(&other).expect("frame"));
+        let error = refused.expect_err("another frequency").to_string();
+        assert!(error.contains("use like hosts"), "{error}");
+    }
+    let none = with_tsc(&state, khz, 0);
+    let refused = standby.machine.load(&StateReader::parse(&none).expect("frame"));
+    assert!(matches!(refused, Err(MachineError::State(_))), "{refused:?}");
+}

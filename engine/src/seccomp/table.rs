@@ -198,6 +198,7 @@ const VCPU: &[Allow] = &[
     // KVM_RESET_DIRTY_RINGS to KVM_GET_SREGS2, KVM_SET_SREGS2, KVM_GET_XSAVE2 (0xc0 to 0xcf).
     with(SYS_ioctl, &[bits(1, 0xfff0, 0xaec0)]),
     with(SYS_ioctl, &[ioctl(KVM, 0x79)]), // KVM_IOEVENTFD (the guest moves a base address register)
+    with(SYS_ioctl, &[ioctl(KVM, 0x7c)]), // KVM_GET_CLOCK (the guest reads its real-time clock)
     with(SYS_ioctl, &[ioctl(KVM, 0xe1)]), // KVM_SET_DEVICE_ATTR (TSC offset)
     with(SYS_ioctl, &[ioctl(KVM, 0xe2)]), // KVM_GET_DEVICE_ATTR
     with(SYS_ioctl, &[ioctl(KVM, 0xe3)]), // KVM_HAS_DEVICE_ATTR

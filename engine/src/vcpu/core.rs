@@ -3,7 +3,7 @@
 use super::msrs::{self, IA32_TSC, IA32_TSC_DEADLINE, KVM_WALL_CLOCKS, MsrList};
 use super::state::{ApicTimer, VcpuState, VcpuTime, encode};
 use crate::kvm::ioctl::{self, Abi};
-use crate::kvm::{CpuBaseline, Kvm, KvmError, Vm, failed, refused};
+use crate::kvm::{CpuBaseline, Kvm, KvmError, Vm, failed, refused, tsc_alike};
 use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_mp_state, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 use std::sync::Arc;
@@ -22,6 +22,7 @@ pub struct VcpuCore {
     vm: Arc<Vm>,
     msr_list: MsrList,
     msr_buffer: Msrs,
+    /// The frequency that the guest was told.
     tsc_khz: u32,
     /// KVM scales the host's TSC to the guest's frequency.
     tsc_scaled: bool,
@@ -203,6 +204,10 @@ impl VcpuCore {
         unsafe { fd.set_xsave(&xsave) }.map_err(refused("setting extended registers"))?;
         fd.set_debug_regs(&state.debugregs)
             .map_err(refused("setting debug registers"))?;
+        if state.tsc_khz != self.tsc_khz {
+            self.follow_tsc(state.tsc_khz)?;
+        }
+        let fd = &self.fd;
         self.set_tsc_offset(state.time.tsc_offset)?;
         let mut lapic = state.lapic;
         let timer = ApicTimer::take(&mut lapic);
@@ -217,6 +222,18 @@ impl VcpuCore {
             timer,
         });
         self.incomplete = false;
+        Ok(())
+    }
+
+    /// The guest keeps the frequency that its first host told it: scaled where this host's differs by more than hosts do
+    /// that are equal. What is saved again is the first host's, so that small differences do not add up over many hosts.
+    fn follow_tsc(&mut self, khz: u32) -> Result<(), KvmError> {
+        let here = self.fd.get_tsc_khz().map_err(refused("reading the TSC frequency"))?;
+        if !tsc_alike(khz, here) {
+            self.fd.set_tsc_khz(khz).map_err(refused("setting the TSC frequency"))?;
+            self.tsc_scaled = true;
+        }
+        self.tsc_khz = khz;
         Ok(())
     }
 
@@ -256,9 +273,12 @@ impl VcpuCore {
 
     /// Brings the vCPU back to its power-on state; its TSC runs on.
     pub fn reset(&mut self, power_on: &VcpuState) -> Result<(), KvmError> {
-        let tsc_offset = self.tsc_offset()?;
+        let (tsc_offset, tsc_khz) = (self.tsc_offset()?, self.tsc_khz);
         self.load(power_on)?;
         self.held = None;
+        if self.tsc_khz != tsc_khz {
+            self.follow_tsc(tsc_khz)?;
+        }
         self.set_tsc_offset(tsc_offset)
     }
 

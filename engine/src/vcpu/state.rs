@@ -6,6 +6,7 @@
 
 use super::MsrList;
 use crate::kvm::ioctl::Abi;
+use crate::kvm::tsc_alike;
 use crate::state::{Section, StateError};
 use kvm_bindings::{
     kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
@@ -37,6 +38,8 @@ pub struct VcpuState {
     pub(super) lapic: kvm_lapic_state,
     pub(super) time: VcpuTime,
     pub(super) wall_clock: u64,
+    /// Frequency of the TSC that the guest was told.
+    pub(super) tsc_khz: u32,
     pub(super) msrs: Vec<kvm_msr_entry>,
     pub(super) xsave: Box<[u32; XSAVE_WORDS]>,
 }
@@ -120,8 +123,9 @@ impl<'a> Fields<'a> {
 }
 
 impl VcpuState {
-    /// Checks a section: complete, made for a CPU with the same registers and TSC frequency.
-    pub fn parse(section: Section<'_>, msrs: &MsrList, tsc_khz: u32) -> Result<Self, StateError> {
+    /// Checks a section: complete, made for a CPU with the same registers, and with a TSC that this host can give: one that
+    /// runs like the machine's `tsc_khz` (hosts measure theirs, so that equal ones differ by some kHz), or any with `scaling`.
+    pub fn parse(section: Section<'_>, msrs: &MsrList, tsc_khz: u32, scaling: bool) -> Result<Self, StateError> {
         let mut fields = Fields {
             section,
             rest: section.bytes,
@@ -139,9 +143,9 @@ impl VcpuState {
         };
         let wall_clock = fields.u64("the wall clock's address")?;
         let khz = fields.u32("the TSC frequency")?;
-        if khz != tsc_khz {
+        if khz == 0 || !(scaling || tsc_alike(khz, tsc_khz)) {
             return Err(section.invalid(format!(
-                "its TSC runs at {khz} kHz, that of this machine at {tsc_khz} kHz"
+                "its TSC runs at {khz} kHz, that of this host at {tsc_khz} kHz, and its KVM can't scale it: use like hosts"
             )));
         }
         let msrs = parse_msrs(&mut fields, msrs)?;
@@ -163,6 +167,7 @@ impl VcpuState {
             lapic,
             time,
             wall_clock,
+            tsc_khz: khz,
             msrs,
             xsave: words,
         })

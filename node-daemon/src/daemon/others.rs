@@ -159,11 +159,9 @@ pub(super) fn unknown(seat: SeatId) -> SeatReport {
     }
 }
 
-
 /// A seat's identity for TLS, which lets in the other seats that it knows.
 fn open_identity(config: &SeatConfig) -> Result<(SeatIdentity, TlsIdentity), String> {
-    let (who, pem) =
-        identity::load(&config.identity, &config.vm, &config.seat).map_err(|error| explain(&error))?;
+    let (who, pem) = identity::load(&config.identity, &config.vm, &config.seat).map_err(|error| explain(&error))?;
     let own = TlsIdentity::from_pem(
         who.vm_id,
         who.seat_id,
@@ -174,7 +172,9 @@ fn open_identity(config: &SeatConfig) -> Result<(SeatIdentity, TlsIdentity), Str
     let own = own.map_err(|error| explain(&error))?;
     let configured = config.link.peers.iter().filter_map(|peer| known_id(&who, peer));
     let others = who.seats.values().copied().chain(configured);
-    others.filter(|seat| *seat != who.seat_id).for_each(|seat| own.allow(seat));
+    others
+        .filter(|seat| *seat != who.seat_id)
+        .for_each(|seat| own.allow(seat));
     Ok((who, own))
 }
 
@@ -193,7 +193,10 @@ impl Answers for ForOthers {
             let config = seat.config();
             let (who, identity) = open_identity(&config).ok()?;
             let ours = ftvm_engine::control::identity_name(who.vm_id, who.seat_id) == name;
-            ours.then_some(Asked { identity, vm: config.vm })
+            ours.then_some(Asked {
+                identity,
+                vm: config.vm,
+            })
         })
     }
 

@@ -139,7 +139,11 @@ impl Connection {
     fn greeted(&mut self, own: &Hello, identity: &TlsIdentity, frame: &Frame) -> Result<Peer, DownReason> {
         let hello = Hello::decode(&frame.payload)?;
         let version = negotiate(own, &hello)?;
-        if identity.seat_of(self.tls.peer_certificates().unwrap_or_default()).map_err(DownReason::Tls)? != hello.from.seat {
+        if identity
+            .seat_of(self.tls.peer_certificates().unwrap_or_default())
+            .map_err(DownReason::Tls)?
+            != hello.from.seat
+        {
             return Err(DownReason::OtherSeat(hello.from));
         }
         self.version = version;

@@ -13,8 +13,8 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{
-    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, RootCertStore,
-    ServerConfig, ServerConnection, SignatureScheme,
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName,
+    RootCertStore, ServerConfig, ServerConnection, SignatureScheme,
 };
 
 use crate::control::identity_name;
@@ -47,6 +47,9 @@ pub enum TlsError {
     /// The peer refused ours.
     #[error("the peer refuses this seat's certificate ({0}); its log says why")]
     RefusedByPeer(String),
+    /// The peer ended a connection that was not complete yet, as it does with the second of two.
+    #[error("the peer closed the connection before it was complete")]
+    Closed,
     /// Anything else in the protocol.
     #[error("TLS with the peer failed: {0}")]
     Protocol(rustls::Error),
@@ -72,6 +75,7 @@ pub(super) fn explain(error: rustls::Error) -> TlsError {
             _ => error.to_string(),
         }),
         NoCertificatesPresented => TlsError::PeerRefused("there is none".to_owned()),
+        AlertReceived(AlertDescription::CloseNotify) => TlsError::Closed,
         AlertReceived(alert) => TlsError::RefusedByPeer(format!("{alert:?}")),
         error => TlsError::Protocol(error),
     }
