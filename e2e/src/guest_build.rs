@@ -2,7 +2,8 @@
 
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+
+use crate::cargo::cargo;
 
 /// Where the guest's package is, below the repository's root.
 const PACKAGE: &str = "e2e/guests/embedded";
@@ -22,7 +23,7 @@ pub fn build_embedded_guest(root: &Path) -> anyhow::Result<PathBuf> {
     let package = root.join(PACKAGE);
     let target = root.join(TARGET);
     // Flags from the environment would replace those of the package's own .cargo/config.toml.
-    let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let output = cargo()
         .args(["build", "--release", "--locked", "--target", TRIPLE, "--target-dir"])
         .arg(&target)
         .current_dir(&package)

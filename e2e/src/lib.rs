@@ -1,5 +1,6 @@
 //! Labs, test guests, judges and fault tools.
 
+pub mod cargo;
 pub mod demo;
 pub mod guest_build;
 pub mod guest_journal;

@@ -1,10 +1,10 @@
 //! An unmodified Debian guest in an emulated node with real KVM is saved and loaded into a new machine while it serves:
 //! whatever of CPU, interrupts, clocks and devices is missing in a state shows here, before replication is added to it.
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use ftvm_e2e::lab::binaries;
 use ftvm_e2e::lab::guest::{self, Redis};
 use ftvm_e2e::lab::image::Image;
 use ftvm_e2e::lab::session::{Event, Session};
@@ -16,28 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Builds the engine's example that runs one machine.
 fn solo() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.args([
-        "build",
-        "--quiet",
-        "--package",
-        "ftvm-engine",
-        "--example",
-        "solo",
-        "--message-format=json",
-    ]);
-    let output = cargo.current_dir(root).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let messages = output
-        .stdout
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| serde_json::from_slice(line).ok());
-    let built = |message: serde_json::Value| message["executable"].as_str().map(PathBuf::from);
-    messages
-        .filter_map(built)
-        .next_back()
-        .expect("cargo says where the example is")
+    binaries::build_example("ftvm-engine", "solo").unwrap()
 }
 
 /// A running guest: everything that it and its machine have said.

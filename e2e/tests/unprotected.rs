@@ -2,18 +2,21 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use ftvm_e2e::demo::rounds::{Patience, Stage};
 use ftvm_e2e::demo::system::System;
-use ftvm_e2e::demo::unprotected::Unprotected;
+use ftvm_e2e::demo::unprotected::{Monitor, Unprotected};
 use ftvm_e2e::demo::witness::EmbeddedWitness;
 use ftvm_e2e::demo::{Fault, GUEST_ADDRESS, GUEST_MAC, Options, programs};
 use ftvm_e2e::guest_protocol::{Answer, DEFAULT_PORT, Op};
 use ftvm_e2e::hosts::outer::{inside, test_inside};
 use ftvm_e2e::hosts::{Lab, LabPlan};
 use ftvm_e2e::judge::client::{self, End, Judge, JudgePlan, Outcome};
+use ftvm_e2e::lab::binaries::{self, Profile};
 use ftvm_e2e::report::{Progress, Report};
+use serde::{Deserialize, Serialize};
 
 const GUEST: ([u8; 4], u16) = (GUEST_ADDRESS, DEFAULT_PORT);
 
@@ -24,14 +27,29 @@ fn folder(test: &str) -> PathBuf {
     path
 }
 
-/// The guest's kernel. It is built before the namespaces are entered: there is no network in them.
-fn kernel() -> PathBuf {
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest-path");
+/// What is built before the namespaces are entered, because there is no network in them.
+#[derive(Serialize, Deserialize)]
+struct Built {
+    kernel: PathBuf,
+    engine: PathBuf,
+}
+
+fn built() -> Built {
+    static ONCE: OnceLock<()> = OnceLock::new();
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("unprotected.json");
     if !inside() {
-        let built = programs::build_guest().expect("the embedded guest builds");
-        std::fs::write(&file, built.to_str().expect("a path of text")).expect("the target folder is writable");
+        ONCE.get_or_init(|| {
+            let engine = binaries::build(&[("ftvm-engine", "ftvm-engine")], Profile::Dev).expect("the engine builds");
+            let built = Built {
+                kernel: programs::build_guest().expect("the embedded guest builds"),
+                engine: engine[0].clone(),
+            };
+            let text = serde_json::to_string(&built).expect("plain data");
+            std::fs::write(&file, text).expect("the target folder is writable");
+        });
     }
-    PathBuf::from(std::fs::read_to_string(file).expect("the outer run wrote it"))
+    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
+    serde_json::from_str(&text).expect("the outer run wrote it whole")
 }
 
 /// The guest's state, from where its client stood.
@@ -52,14 +70,14 @@ struct Aftermath {
     system: Unprotected,
 }
 
-fn play(test: &str, fault: Fault, kernel: PathBuf) -> Aftermath {
+fn play(test: &str, fault: Fault, monitor: Monitor, kernel: PathBuf) -> Aftermath {
     let folder = folder(test);
     let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
     let options = Options {
         fault,
         ..Options::default()
     };
-    let mut system = Unprotected::new(Rc::clone(&lab), kernel, folder, options.memory_mib);
+    let mut system = Unprotected::new(Rc::clone(&lab), monitor, kernel, folder, options.memory_mib);
     let patience = Patience {
         stalled: Duration::from_secs(4),
         ..Patience::default()
@@ -89,9 +107,9 @@ fn play(test: &str, fault: Fault, kernel: PathBuf) -> Aftermath {
 
 #[test]
 fn without_a_fault_the_judge_is_green() {
-    let kernel = kernel();
+    let built = built();
     test_inside("without_a_fault_the_judge_is_green", || {
-        let ending = play("green", Fault::None, kernel);
+        let ending = play("green", Fault::None, Monitor::Qemu, built.kernel);
         assert!(ending.report.passed(), "{:?}", ending.report.complaints);
         assert!(ending.report.answers > 100);
         // The ledger agrees with an observer on another connection.
@@ -103,9 +121,9 @@ fn without_a_fault_the_judge_is_green() {
 
 #[test]
 fn an_unprotected_guest_whose_host_dies_is_red() {
-    let kernel = kernel();
+    let built = built();
     test_inside("an_unprotected_guest_whose_host_dies_is_red", || {
-        let mut ending = play("red", Fault::KillHost, kernel);
+        let mut ending = play("red", Fault::KillHost, Monitor::Qemu, built.kernel);
         assert!(!ending.report.passed());
         assert_eq!(ending.outcome.end, End::Stalled, "{:?}", ending.report.complaints);
         // Somebody starts the machine on another host, from the disk that was saved: what was said is gone.
@@ -118,9 +136,9 @@ fn an_unprotected_guest_whose_host_dies_is_red() {
 
 #[test]
 fn a_killed_process_of_an_unprotected_guest_is_red() {
-    let kernel = kernel();
+    let built = built();
     test_inside("a_killed_process_of_an_unprotected_guest_is_red", || {
-        let ending = play("red-process", Fault::KillEngine, kernel);
+        let ending = play("red-process", Fault::KillEngine, Monitor::Qemu, built.kernel);
         assert!(!ending.report.passed());
         assert!(
             ending.outcome.unanswered > 0 || ending.outcome.end != End::Told,
@@ -130,13 +148,34 @@ fn a_killed_process_of_an_unprotected_guest_is_red() {
     });
 }
 
+/// The same guest under the engine that protects it elsewhere: without a standby that engine is no better than another.
+#[test]
+fn our_engine_without_a_standby_is_red_when_it_is_killed() {
+    let built = built();
+    test_inside("our_engine_without_a_standby_is_red_when_it_is_killed", || {
+        let mut ending = play(
+            "red-engine",
+            Fault::KillEngine,
+            Monitor::Engine(built.engine),
+            built.kernel,
+        );
+        assert!(!ending.report.passed());
+        assert_eq!(ending.outcome.end, End::Stalled, "{:?}", ending.report.complaints);
+        assert!(ending.report.answers > 100, "it answered before");
+        ending.system.boot(1).unwrap();
+        ending.outcome.ledger.inspect(&look(&ending.lab));
+        let findings = ending.outcome.ledger.findings();
+        assert!(findings.reboots >= 1, "{findings:?}");
+    });
+}
+
 #[test]
 fn an_answer_that_only_memory_knew_is_lost() {
-    let kernel = kernel();
+    let built = built();
     test_inside("an_answer_that_only_memory_knew_is_lost", || {
         let folder = folder("lost");
         let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
-        let mut system = Unprotected::new(Rc::clone(&lab), kernel, folder, 128);
+        let mut system = Unprotected::new(Rc::clone(&lab), Monitor::Qemu, built.kernel, folder, 128);
         System::start(&mut system).unwrap();
         let plan = JudgePlan {
             stalled_after: Duration::from_secs(2),

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use ftvm_engine::control::{exit_code, inherited_connection};
 use ftvm_engine::driver::process;
+use ftvm_engine::outbox;
 use ftvm_engine::run::{self, RunArgs};
 
 /// Without a command: the engine of a seat, started by ftvm-node-daemon with its control socket on descriptor 3.
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
         },
         // SAFETY: nothing of this process has opened or taken descriptor 3 yet.
         None => match unsafe { inherited_connection() } {
-            Ok(connection) => ExitCode::from(process::run(connection)),
+            Ok(connection) => ExitCode::from(process::run(connection, outbox::admitted)),
             Err(error) => fail(&error, exit_code::LAUNCH),
         },
     }

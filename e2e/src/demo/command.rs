@@ -23,7 +23,7 @@ use crate::report::{Progress, Report, table};
 
 /// Tells the inner program where the outer one put things.
 const PROGRAMS: &str = "FTVM_DEMO_PROGRAMS";
-/// Where the inner program sees the demonstration's folder: Unix sockets need short paths.
+/// Where the inner program sees the demonstration's folder.
 const SHORT_FOLDER: &str = "/mnt";
 
 /// Runs the demonstration with the embedded guest on this machine's KVM. `arguments` are those with which this program
@@ -107,9 +107,8 @@ fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {
 /// The whole play with three hosts, inside outer namespaces; disks and logs are in `folder`. An error before the first
 /// round is a report of its own.
 pub fn play(options: &Options, programs: &Programs, folder: &Path, progress: &Progress) -> Report {
-    let short = Path::new(SHORT_FOLDER);
-    bind(folder, short)
-        .and_then(|()| play_on_stage(options, programs, short, progress))
+    show_at_short_path(folder)
+        .and_then(|short| play_on_stage(options, programs, &short, progress))
         .unwrap_or_else(|error| {
             progress.bad(format!("{error:#}"));
             let mut report = Report::new(options);
@@ -142,7 +141,13 @@ fn play_on_stage(options: &Options, programs: &Programs, folder: &Path, progress
     Ok(report)
 }
 
-/// Shows a folder at a short path too, in this mount namespace only.
+/// Shows a folder at a short path too, in this mount namespace only, and returns that: Unix sockets need short paths.
+pub fn show_at_short_path(folder: &Path) -> anyhow::Result<PathBuf> {
+    let short = Path::new(SHORT_FOLDER);
+    bind(folder, short)?;
+    Ok(short.to_owned())
+}
+
 fn bind(folder: &Path, short: &Path) -> anyhow::Result<()> {
     let folder = folder
         .canonicalize()

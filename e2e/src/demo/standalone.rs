@@ -41,6 +41,9 @@ pub struct Standalone {
     folder: PathBuf,
     memory_mib: u32,
     vcpus: u32,
+    engine: PathBuf,
+    /// The seats' `timing`, as in their configuration.
+    timing: Value,
     daemons: Vec<Option<HostProcess>>,
     /// `ftvm standalone replace`, while it waits for protection.
     replacing: Option<Child>,
@@ -56,8 +59,22 @@ impl Standalone {
             folder: folder.to_owned(),
             memory_mib: options.memory_mib,
             vcpus: options.vcpus,
+            engine: programs.folder.join(ENGINE),
+            timing: json!({}),
             replacing: None,
         }
+    }
+
+    /// With another program as engine: for tests of the judge.
+    pub fn with_engine(mut self, program: &Path) -> Self {
+        self.engine = program.to_owned();
+        self
+    }
+
+    /// With other times than the usual ones: the seats' `timing`, as in their configuration.
+    pub fn with_timing(mut self, timing: Value) -> Self {
+        self.timing = timing;
+        self
     }
 
     fn host_folder(&self, host: usize) -> PathBuf {
@@ -86,7 +103,7 @@ impl Standalone {
         Ok(json!({
             "node": self.lab.host(host).name(),
             "state_folder": self.host_folder(host).join("state"),
-            "engine": self.programs.folder.join(ENGINE),
+            "engine": self.engine,
             "arbiter": { "folder": self.folder.join("arbiter") },
             "jail": { "uid_first": uid_first, "uid_count": uid_count },
             "seats": [self.seat_config(host, peer)],
@@ -112,6 +129,7 @@ impl Standalone {
             "header": folder.join("header"),
             "journal": folder.join("journal"),
             "link": { "listen": self.link_address(host), "peers": peers },
+            "timing": self.timing,
         })
     }
 

@@ -1,5 +1,5 @@
-//! A machine that nobody protects: the guest under QEMU on the first host. With it the play must end badly; if it does
-//! not, the judge is blind.
+//! A machine that nobody protects: the guest under QEMU, or under our engine on its own, on the first host. With it the play
+//! must end badly; if it does not, the judge is blind.
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,12 +12,29 @@ use super::system::{Role, Seat, System};
 use super::{GUEST_MAC, guest_command_line, mac_text};
 use crate::hosts::{HostProcess, Lab};
 
-/// The emulator; it also names the process to kill.
-const EMULATOR: &str = "qemu-system-x86_64";
+/// What runs the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Monitor {
+    /// QEMU, which emulates the machine in software: it needs no KVM.
+    Qemu,
+    /// `ftvm-engine run`, the program at this path, on this machine's KVM.
+    Engine(PathBuf),
+}
 
-/// The guest under QEMU, emulated in software: it needs no KVM.
+impl Monitor {
+    /// File name of its program; it also names the process to kill.
+    fn program(&self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu-system-x86_64",
+            Self::Engine(_) => "ftvm-engine",
+        }
+    }
+}
+
+/// The guest on its own.
 pub struct Unprotected {
     lab: Rc<Lab>,
+    monitor: Monitor,
     kernel: PathBuf,
     folder: PathBuf,
     memory_mib: u32,
@@ -26,9 +43,16 @@ pub struct Unprotected {
 
 impl Unprotected {
     /// A machine whose disk and logs are in `folder`.
-    pub fn new(lab: Rc<Lab>, kernel: impl Into<PathBuf>, folder: impl Into<PathBuf>, memory_mib: u32) -> Self {
+    pub fn new(
+        lab: Rc<Lab>,
+        monitor: Monitor,
+        kernel: impl Into<PathBuf>,
+        folder: impl Into<PathBuf>,
+        memory_mib: u32,
+    ) -> Self {
         Self {
             lab,
+            monitor,
             kernel: kernel.into(),
             folder: folder.into(),
             memory_mib,
@@ -44,13 +68,27 @@ impl Unprotected {
         self.folder.join("console.log")
     }
 
+    fn log(&self) -> PathBuf {
+        self.folder.join("monitor.log")
+    }
+
     /// Starts the machine on a host, from the disk as it is: what a person does after the host of a VM died.
     pub fn boot(&mut self, host: usize) -> anyhow::Result<()> {
-        let emulator =
-            find_program(EMULATOR).with_context(|| format!("{EMULATOR} is not installed (qemu-system-x86)"))?;
+        let mut command = match &self.monitor {
+            Monitor::Qemu => self.qemu()?,
+            Monitor::Engine(program) => self.engine(program)?,
+        };
+        let log = File::create(self.log()).context("creating the log")?;
+        command.stdin(Stdio::null()).stderr(log);
         let host = self.lab.host(host);
         host.add_tap("guest0")?;
-        let log = File::create(self.folder.join("qemu.log")).context("creating QEMU's log")?;
+        self.machine = Some(host.spawn("the machine", command)?);
+        Ok(())
+    }
+
+    fn qemu(&self) -> anyhow::Result<Command> {
+        let name = self.monitor.program();
+        let emulator = find_program(name).with_context(|| format!("{name} is not installed (qemu-system-x86)"))?;
         let mut command = Command::new(emulator);
         command
             .args([
@@ -77,11 +115,19 @@ impl Unprotected {
                 &format!("file={},format=raw,if=none,id=d0,cache=writeback", path(&self.disk())),
             ])
             .args(["-device", "virtio-blk-pci,drive=d0,disable-legacy=on"])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().context("sharing QEMU's log")?)
-            .stderr(log);
-        self.machine = Some(host.spawn("the machine", command)?);
-        Ok(())
+            .stdout(Stdio::null());
+        Ok(command)
+    }
+
+    fn engine(&self, program: &Path) -> anyhow::Result<Command> {
+        let mut command = Command::new(program);
+        command.arg("run").arg("--kernel").arg(&self.kernel);
+        command.args(["--cmdline", &guest_command_line()]);
+        command.args(["--memory", &format!("{}M", self.memory_mib)]);
+        command.arg("--disk").arg(self.disk());
+        command.args(["--tap", &format!("guest0,{}", mac_text(GUEST_MAC))]);
+        command.stdout(File::create(self.console()).context("creating the console's file")?);
+        Ok(command)
     }
 }
 
@@ -96,7 +142,7 @@ impl System for Unprotected {
     }
 
     fn engine_program(&self) -> &str {
-        EMULATOR
+        self.monitor.program()
     }
 
     fn start(&mut self) -> anyhow::Result<()> {
@@ -109,7 +155,7 @@ impl System for Unprotected {
         let runs = self
             .lab
             .host(machine)
-            .processes_named(EMULATOR)
+            .processes_named(self.monitor.program())
             .is_ok_and(|processes| !processes.is_empty());
         runs.then(|| Seat {
             role: Role::Active,
@@ -139,6 +185,6 @@ impl System for Unprotected {
     }
 
     fn logs(&self) -> Vec<PathBuf> {
-        vec![self.console(), self.folder.join("qemu.log")]
+        vec![self.console(), self.log()]
     }
 }

@@ -1,8 +1,10 @@
 //! The project's own programs, built and found.
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, ensure};
+
+use crate::cargo::cargo;
 
 /// How to build them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,15 +22,28 @@ pub enum Profile {
 /// # Errors
 /// If one does not compile; the compiler's messages go to standard error.
 pub fn build(programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<PathBuf>> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    build_targets("--bin", programs, profile)
+}
+
+/// Builds a program that is an example of its package: one for tests.
+///
+/// # Errors
+/// If it does not compile; the compiler's messages go to standard error.
+pub fn build_example(package: &str, name: &str) -> anyhow::Result<PathBuf> {
+    let mut built = build_targets("--example", &[(package, name)], Profile::Dev)?;
+    built.pop().context("cargo built nothing")
+}
+
+fn build_targets(kind: &str, programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<PathBuf>> {
+    let mut cargo = cargo();
     cargo.args(["build", "--quiet", "--message-format=json-render-diagnostics"]);
     match profile {
         Profile::Dev => {}
         Profile::Fast => drop(cargo.args(["--profile", "fast"])),
         Profile::Release => drop(cargo.arg("--release")),
     }
-    for (package, binary) in programs {
-        cargo.args(["--package", package, "--bin", binary]);
+    for (package, program) in programs {
+        cargo.args(["--package", package, kind, program]);
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -45,17 +60,17 @@ pub fn build(programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<
         .split(|byte| *byte == b'\n')
         .filter_map(|line| serde_json::from_slice(line).ok())
         .collect();
-    let find = |binary: &str| {
+    let find = |program: &str| {
         messages
             .iter()
-            .find(|message| message["target"]["name"] == binary && message["executable"].is_string())
+            .find(|message| message["target"]["name"] == program && message["executable"].is_string())
     };
     programs
         .iter()
-        .map(|(_, binary)| {
-            let path = find(binary).and_then(|message| message["executable"].as_str());
+        .map(|(_, program)| {
+            let path = find(program).and_then(|message| message["executable"].as_str());
             path.map(PathBuf::from)
-                .with_context(|| format!("cargo did not say where {binary} is"))
+                .with_context(|| format!("cargo did not say where {program} is"))
         })
         .collect()
 }

@@ -12,10 +12,12 @@ use crate::control::{
     receive_launch,
 };
 use crate::error_chain;
+use crate::outbox::Rule;
 use crate::seccomp::{Filters, ThreadKind, install_handler};
 
-/// Runs the seat that the daemon launches over `connection`; gives the exit code of the process.
-pub fn run(connection: Connection) -> u8 {
+/// Runs the seat that the daemon launches over `connection`; gives the exit code of the process. `rule` says what may leave it:
+/// [`outbox::admitted`](crate::outbox::admitted) in every engine that is for use.
+pub fn run(connection: Connection, rule: Rule) -> u8 {
     let (launch, mut fds) = match receive_launch(&connection) {
         Ok(received) => received,
         Err(error) => {
@@ -27,7 +29,7 @@ pub fn run(connection: Connection) -> u8 {
         .take(launch.files.exit_report, "the exit report")
         .ok()
         .map(File::from);
-    let (handle, ended) = run_launched(&launch, &mut fds, connection);
+    let (handle, ended) = run_launched(&launch, &mut fds, connection, rule);
     let exit = ExitReport {
         vm: launch.vm.clone(),
         seat: launch.seat.clone(),
@@ -62,6 +64,7 @@ fn run_launched(
     launch: &Launch,
     fds: &mut LaunchFds,
     connection: Connection,
+    rule: Rule,
 ) -> (Option<crate::control::Handle>, Ended) {
     let (queue, inputs) = queue();
     let filters = match install_handler().and_then(|()| Filters::compile()) {
@@ -73,7 +76,7 @@ fn run_launched(
         Err(error) => return (None, failed(exit_code::LAUNCH, &error)),
     };
     let handle = endpoint.handle();
-    let ended = match start_driver(launch, fds, &handle, &queue, &filters) {
+    let ended = match start_driver(launch, fds, &handle, &queue, &filters, rule) {
         Ok(mut driver) => driver.run(&inputs),
         Err(error) => failed(error.exit_code(), &error),
     };
@@ -114,9 +117,10 @@ fn start_driver(
     handle: &crate::control::Handle,
     queue: &Queue,
     filters: &Arc<Filters>,
+    rule: Rule,
 ) -> Result<Driver, seat::SeatError> {
     let system = |what| move |source| seat::SeatError::System { what, source };
-    let prepared = seat::prepare(launch, fds, queue, Some(filters.clone()))?;
+    let prepared = seat::prepare(launch, fds, queue, Some(filters.clone()), rule)?;
     let hub = seat::start_links(prepared.link, prepared.listener, &prepared.seat, queue.clone());
     let hub = hub.map_err(system("starting the links"))?;
     let core = Core::new(prepared.config);

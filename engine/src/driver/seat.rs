@@ -24,7 +24,7 @@ use crate::devices::virtio::blk::DiskConfig;
 use crate::devices::virtio::net::NetConfig;
 use crate::kvm::{Kvm, KvmError};
 use crate::machine::{EventSender, Machine, MachineConfig, MachineError};
-use crate::outbox::Outbox;
+use crate::outbox::{self, Outbox};
 use crate::pause::PauseGate;
 use crate::replication::epoch::StagingLimits;
 use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsError, TlsIdentity};
@@ -170,12 +170,13 @@ pub struct Prepared {
     pub listener: TcpListener,
 }
 
-/// Puts a seat together. `filters`: the system call filters of its threads.
+/// Puts a seat together. `filters`: the system call filters of its threads; `rule`: what may leave it.
 pub fn prepare(
     launch: &Launch,
     fds: &mut LaunchFds,
     queue: &Queue,
     filters: Option<Arc<Filters>>,
+    rule: outbox::Rule,
 ) -> Result<Prepared, SeatError> {
     let kvm = Kvm::from_fd(fds.take(launch.files.kvm, "KVM")?)?;
     if let Some(fd) = launch.files.userfaultfd {
@@ -188,6 +189,8 @@ pub fn prepare(
     let machine: MachineConfig = serde_json::from_value(launch.machine.clone()).map_err(SeatError::MachineConfig)?;
     let nics = open_nics(launch, fds)?;
     let console = fds.take(launch.files.console, "the console")?.into();
+    let dropped = Arc::new(AtomicU64::new(0));
+    let outbox = Arc::new(Outbox::new(Box::new(host_sink(&nics, console, &dropped)?), rule));
     let boot = BootSource {
         kernel: fds.take(launch.boot.kernel, "the kernel")?.into(),
         initrd: match launch.boot.initrd {
@@ -198,7 +201,7 @@ pub fn prepare(
         kernel_name: "kernel".to_owned(),
         initrd_name: "initrd".to_owned(),
     };
-    let parts = build(&kvm, &machine, launch, nics, console, &volumes, queue, filters.clone())?;
+    let parts = build(&kvm, &machine, launch, nics, &outbox, &volumes, queue, filters.clone())?;
     let page_count = parts.machine.ram().pages();
     let staging = (page_count as usize * crate::memory::PAGE_SIZE / 10).max(STAGING_BYTES_MIN);
     let seat = Seat {
@@ -206,7 +209,7 @@ pub fn prepare(
         seat: launch.seat.clone(),
         peers: launch.link.peers.clone(),
         machine: SeatMachine::new(parts.machine, parts.devices, boot),
-        outbox: parts.outbox,
+        outbox,
         inbox: parts.inbox,
         disk_log: parts.disk_log,
         stale_taps: parts.stale_taps,
@@ -226,7 +229,7 @@ pub fn prepare(
         volumes,
         journal,
         header: Some(header),
-        dropped: parts.dropped,
+        dropped,
         filters: filters.clone(),
         resync: Arc::default(),
     };
@@ -299,12 +302,19 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 struct Parts {
     machine: Machine,
     devices: Arc<DeviceSet>,
-    outbox: Arc<Outbox>,
     inbox: Arc<Inbox>,
     disk_log: Arc<DiskLog>,
     stale_taps: Vec<Arc<AtomicBool>>,
     macs: Vec<[u8; 6]>,
-    dropped: Arc<AtomicU64>,
+}
+
+fn host_sink(nics: &[Nic], console: File, dropped: &Arc<AtomicU64>) -> Result<HostSink, SeatError> {
+    let taps = nics.iter().map(|nic| nic.tap.try_clone()).collect::<Result<_, _>>();
+    Ok(HostSink {
+        taps: taps.map_err(system("duplicating a tap's descriptor"))?,
+        console,
+        dropped: dropped.clone(),
+    })
 }
 
 #[allow(clippy::too_many_arguments)] // one caller, which has them all at hand
@@ -313,18 +323,11 @@ fn build(
     config: &MachineConfig,
     launch: &Launch,
     nics: Vec<Nic>,
-    console: File,
+    outbox: &Arc<Outbox>,
     volumes: &[Arc<dyn Storage>],
     queue: &Queue,
     filters: Option<Arc<Filters>>,
 ) -> Result<Parts, SeatError> {
-    let dropped = Arc::new(AtomicU64::new(0));
-    let taps = nics.iter().map(|nic| nic.tap.try_clone()).collect::<Result<_, _>>();
-    let outbox = Arc::new(Outbox::new(Box::new(HostSink {
-        taps: taps.map_err(system("duplicating a tap's descriptor"))?,
-        console,
-        dropped: dropped.clone(),
-    })));
     let inbox = Arc::new(Inbox::new(nics.len()));
     let disk_log = Arc::new(DiskLog::default());
     let stale_taps: Vec<Arc<AtomicBool>> = nics.iter().map(|_| Arc::default()).collect();
@@ -350,7 +353,7 @@ fn build(
         filters.clone(),
         |platform| {
             let backends = Backends {
-                nics: net_backends(nics, &platform.gate, &outbox, &inbox, &stale_taps),
+                nics: net_backends(nics, &platform.gate, outbox, &inbox, &stale_taps),
                 disks: disk_backends(launch, volumes, &disk_log),
                 console: Box::new(SeatConsole::new(platform.gate.clone(), outbox.clone())),
             };
@@ -369,12 +372,10 @@ fn build(
     Ok(Parts {
         machine,
         devices,
-        outbox,
         inbox,
         disk_log,
         stale_taps,
         macs,
-        dropped,
     })
 }
 

@@ -221,6 +221,7 @@ global_asm!(
     ".popsection",
 );
 
+// SAFETY: the assembly above defines both labels, in this order; only what lies between them is read.
 unsafe extern "C" {
     static ftvm_test_guest_start: u8;
     static ftvm_test_guest_end: u8;

@@ -32,6 +32,15 @@ pub fn test_engine() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // Build scripts look at these: they would be built anew for each caller.
+        for (name, _) in std::env::vars_os() {
+            if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_"]
+                .iter()
+                .any(|word| name.to_string_lossy().starts_with(word))
+            {
+                cargo.env_remove(name);
+            }
+        }
         cargo.args([
             "build",
             "--quiet",

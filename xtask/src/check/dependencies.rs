@@ -1,9 +1,9 @@
 //! What the project depends on: licences that may be shipped, and one version of each crate.
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
+use ftvm_e2e::cargo::cargo;
 use serde::Deserialize;
 
 /// Licences that may be part of a distributed program, in SPDX's words.
@@ -48,7 +48,7 @@ struct Package {
 /// # Errors
 /// Every crate in question, one a line.
 pub fn check(root: &Path) -> anyhow::Result<()> {
-    let output = Command::new("cargo")
+    let output = cargo()
         .args([
             "metadata",
             "--format-version",

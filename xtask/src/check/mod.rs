@@ -1,6 +1,6 @@
 //! `cargo xtask check`: what must hold before a change lands.
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -63,7 +63,7 @@ fn packages(root: &Path) -> Vec<PathBuf> {
 }
 
 fn cargo(folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<()> {
-    let mut command = Command::new("cargo");
+    let mut command = ftvm_e2e::cargo::cargo();
     command
         .args(arguments)
         .envs(environment.iter().copied())

@@ -3,11 +3,12 @@
 //! A tier is a list of commands with a budget of time for all of them. Tests find their tier by their place: what is in a package's `src` is
 //! `unit`; integration tests are `native`, unless their file's name begins with `emulated_`.
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
+use ftvm_e2e::cargo::cargo;
 
 use crate::packages;
 
@@ -154,7 +155,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
 
 /// The names of all integration tests of the workspace.
 fn integration_tests(root: &Path) -> anyhow::Result<Vec<String>> {
-    let output = Command::new("cargo")
+    let output = cargo()
         .args(["metadata", "--format-version", "1", "--no-deps"])
         .current_dir(root)
         .output()

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use ftvm_e2e::cargo::forget_caller;
 use rustix::process::{Pid, Signal};
 
 use super::tally::Tally;
@@ -46,6 +47,7 @@ pub fn run(
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    forget_caller(&mut command);
     // One backtrace is longer than a run's whole output.
     command.env("RUST_BACKTRACE", "0");
     let mut child = command.spawn().with_context(|| format!("cannot start {program}"))?;

@@ -40,6 +40,7 @@ const TRAMPOLINE: u64 = 0x8000;
 static TIMER_HZ: AtomicU64 = AtomicU64::new(0);
 static IDS: [AtomicU32; MAX_VCPUS] = [const { AtomicU32::new(0) }; MAX_VCPUS];
 
+// SAFETY: boot.s defines these with these types; the code between the first two is only read.
 unsafe extern "C" {
     static trampoline_start: u8;
     static trampoline_end: u8;

@@ -88,6 +88,7 @@ struct IoBitmap {
 const _: () = assert!(offset_of!(Areas, io_bitmap) == 256 * MAX_VCPUS);
 
 /// Every vCPU's area, by index, and the I/O bitmap.
+// SAFETY: no other symbol of the image has this name; boot.s uses it with this layout.
 #[unsafe(no_mangle)]
 pub static PERCPU: Areas = {
     let mut cpus = [const { per_cpu(0) }; MAX_VCPUS];

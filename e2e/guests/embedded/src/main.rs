@@ -54,6 +54,7 @@ const NETWORK: u32 = 1;
 const BLOCK: u32 = 2;
 
 /// Where boot.s sends the first vCPU.
+// SAFETY: no other symbol of the image has this name; boot.s jumps here with this ABI.
 #[unsafe(no_mangle)]
 extern "C" fn guest_main() -> ! {
     serial::init();
@@ -108,6 +109,7 @@ extern "C" fn guest_main() -> ! {
 }
 
 /// Where boot.s sends every other vCPU.
+// SAFETY: no other symbol of the image has this name; boot.s jumps here with this ABI.
 #[unsafe(no_mangle)]
 extern "C" fn application_main() -> ! {
     apic::init();

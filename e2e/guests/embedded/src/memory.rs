@@ -16,6 +16,8 @@ const MAX_ADDRESS: u64 = 512 * GIB;
 const PRESENT_WRITABLE_USER: u64 = 7;
 const LARGE: u64 = 0x80;
 
+// SAFETY: guest.ld defines the image's ends, of which only addresses are taken; boot.s defines the page directory pointer table,
+// 512 aligned entries that the processors read as well.
 unsafe extern "C" {
     static image_start: u8;
     static image_end: u8;

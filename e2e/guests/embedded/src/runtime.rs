@@ -98,12 +98,14 @@ pub unsafe extern "C" fn bcmp(left: *const u8, right: *const u8, size: usize) ->
 }
 
 /// Named by the precompiled core library; never called, since panics abort.
+// SAFETY: no other symbol of the image has this name.
 #[unsafe(no_mangle)]
 pub extern "C" fn rust_eh_personality() {
     cpu::stop();
 }
 
 /// Named by the precompiled core library; never called, since panics abort.
+// SAFETY: no other symbol of the image has this name.
 #[unsafe(no_mangle)]
 pub extern "C" fn _Unwind_Resume() -> ! {
     cpu::stop();
@@ -129,11 +131,13 @@ struct ExceptionInfo {
     vcpu: u64,
 }
 
+// SAFETY: boot.s defines it with this layout, and writes it before it enters `exception_main`.
 unsafe extern "C" {
     static exception_info: ExceptionInfo;
 }
 
 /// Where boot.s sends a vCPU after an exception.
+// SAFETY: no other symbol of the image has this name; boot.s jumps here with this ABI.
 #[unsafe(no_mangle)]
 extern "C" fn exception_main() -> ! {
     // SAFETY: written by this vCPU on its way here; a second vCPU failing at the same time can only garble the report.

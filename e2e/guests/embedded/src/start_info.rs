@@ -7,6 +7,7 @@ const COMMAND_LINE_BYTES: usize = 1024;
 const MAX_RANGES: usize = 32;
 const RAM: u32 = 1;
 
+// SAFETY: boot.s defines it as one word, and stores the loader's EBX there before any Rust runs.
 unsafe extern "C" {
     static start_info_address: u64;
 }
