@@ -3,6 +3,7 @@
 pub mod backends;
 pub mod boot;
 pub mod checkpoint;
+pub mod clock;
 pub mod control;
 pub mod devices;
 pub mod driver;
@@ -11,6 +12,7 @@ pub mod machine;
 pub mod memory;
 pub mod outbox;
 pub mod pause;
+pub mod priority;
 pub mod replication;
 pub mod run;
 pub mod seat_io;

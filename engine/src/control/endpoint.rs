@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -21,6 +21,7 @@ use super::message::{
     Answer, Ask, CONTROL_FD, Command, Event, Fd, FromEngine, Hello, Launch, Reply, ToEngine, VERSION,
 };
 use super::socket::{Connection, Listener, Message, SocketError};
+use crate::clock::Moment;
 
 /// Errors of the engine's control end.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +133,7 @@ pub enum Input {
         /// Why it is not what one would wish, for logs and status.
         why: Option<String>,
         /// An answer that is handled later than this counts as unknown.
-        deadline: Instant,
+        deadline: Moment,
     },
     /// A daemon connected (the first one is connected from the start and not told).
     DaemonConnected,
@@ -154,7 +155,7 @@ struct Current {
 }
 
 struct Pending {
-    deadline: Instant,
+    deadline: Moment,
     kind: Kind,
     generation: u64,
 }
@@ -254,7 +255,7 @@ impl Handle {
     /// Asks the arbiter; exactly one [`Input::Answer`] with the returned number follows.
     pub fn request(&self, ask: Ask, deadline: Duration) -> u64 {
         let kind = Kind::of(&ask);
-        let until = Instant::now() + deadline;
+        let until = Moment::now() + deadline;
         let (request, generation) = {
             let mut books = self.0.books();
             let request = books.next_request;
@@ -399,7 +400,7 @@ impl Thread {
                     return;
                 }
                 let earliest = books.pending.values().map(|pending| pending.deadline).min();
-                let timeout = earliest.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                let timeout = earliest.map(|deadline| deadline.saturating_duration_since(Moment::now()));
                 (books.current.connection.clone(), books.current.generation, timeout)
             };
             let ready = self.wait(connection.as_deref(), timeout);
@@ -444,7 +445,7 @@ impl Thread {
 
     /// Answers what is past its deadline.
     fn expire(&self) {
-        let now = Instant::now();
+        let now = Moment::now();
         let expired: Vec<(u64, Pending)> = {
             let mut books = self.shared.books();
             books.take_pending(|pending| pending.deadline <= now)
@@ -507,7 +508,7 @@ impl Thread {
             }
         };
         let Some(pending) = pending else { return };
-        if pending.deadline <= Instant::now() {
+        if pending.deadline <= Moment::now() {
             self.fail(request, &pending, "the answer was read after the deadline");
         } else if !pending.kind.fits(&answer) {
             self.fail(request, &pending, "the daemon answered another question");

@@ -360,7 +360,8 @@ impl Driver {
         match event {
             LinkEvent::Up { link, peer, sender, .. } => {
                 tracing::info!("link {} to {peer} is up", link.0);
-                self.links.insert(link, Link { peer, sender });
+                let received = 0;
+                self.links.insert(link, Link { peer, sender, received });
                 self.tell_link(true, format!("connected to {peer}"));
                 self.step(Event::Connected { link, peer });
             }

@@ -1,12 +1,11 @@
 //! What the daemon says: commands, and answers to what the core asked.
 
-use std::time::Instant;
-
 use ftvm_protocol::core::{Command as CoreCommand, Event, ReadOutcome, SwapOutcome};
 use ftvm_protocol::identity::RequestId;
 
 use super::guest::SeatMachine;
 use super::{Driver, Ended, Guest};
+use crate::clock::Moment;
 use crate::control::{Answer, Command, CommandId, Peer, Reply, exit_code};
 
 impl Driver {
@@ -80,7 +79,7 @@ impl Driver {
         }
     }
 
-    pub(super) fn answered(&mut self, request: u64, answer: Answer, why: Option<String>, deadline: Instant) {
+    pub(super) fn answered(&mut self, request: u64, answer: Answer, why: Option<String>, deadline: Moment) {
         let Some(request) = self.requests.remove(&request) else {
             return;
         };
@@ -88,7 +87,7 @@ impl Driver {
             tracing::warn!("{why}");
             self.figures.last_trouble = Some(why);
         }
-        let late = Instant::now() > deadline;
+        let late = Moment::now() > deadline;
         self.step(event_of(request, answer, late));
     }
 }

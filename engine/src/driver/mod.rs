@@ -32,6 +32,7 @@ use std::time::{Duration, Instant};
 use ftvm_protocol::core::{Core, Event, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, Term};
 
+use crate::clock::Moment;
 use crate::control::{self, CommandId, Handle};
 use crate::machine::VmEvent;
 use crate::replication::link::{LinkEvent, LinkHub, LinkSender};
@@ -103,6 +104,8 @@ pub struct Inputs(Receiver<Input>);
 struct Link {
     peer: Incarnation,
     sender: LinkSender,
+    /// Frames received when it was looked last.
+    received: u64,
 }
 
 /// How the engine ends.
@@ -134,7 +137,8 @@ pub struct Driver {
     control: Handle,
     hub: LinkHub,
     queue: Queue,
-    began: Instant,
+    /// Zero of the core's clock, which runs on while the host sleeps.
+    began: Moment,
     links: BTreeMap<LinkId, Link>,
     guest: Guest,
     leading: Option<lead::Leading>,
@@ -170,7 +174,7 @@ impl Driver {
             control,
             hub,
             queue,
-            began: Instant::now(),
+            began: Moment::now(),
             links: BTreeMap::new(),
             guest: Guest::None,
             leading: None,
@@ -198,7 +202,7 @@ impl Driver {
                 return ended;
             }
             self.drive_epochs();
-            let wait = self.next_wake().saturating_duration_since(Instant::now());
+            let wait = self.next_wake();
             match inputs.0.recv_timeout(wait) {
                 Ok(input) => self.take(input),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -211,17 +215,32 @@ impl Driver {
                 }
             }
             if self.now_ms() >= self.core.next_wake_ms() {
+                self.hear();
                 self.step(Event::Tick);
             }
         }
     }
 
-    /// When something is due although nobody enqueues anything.
-    fn next_wake(&mut self) -> Instant {
-        let tick = self.began + Duration::from_millis(self.core.next_wake_ms());
+    /// How long until something is due although nobody enqueues anything.
+    fn next_wake(&mut self) -> Duration {
+        let tick = Duration::from_millis(self.core.next_wake_ms()).saturating_sub(self.began.elapsed());
         match self.epoch_due() {
-            Some(due) => tick.min(due),
+            Some(due) => tick.min(due.saturating_duration_since(Instant::now())),
             None => tick,
+        }
+    }
+
+    /// Tells the core of links on which something came that did not pass through here: the data of sessions.
+    fn hear(&mut self) {
+        let mut heard = Vec::new();
+        for (id, link) in &mut self.links {
+            let received = link.sender.received_frames();
+            if received != std::mem::replace(&mut link.received, received) {
+                heard.push(*id);
+            }
+        }
+        for link in heard {
+            self.step(Event::Heard { link });
         }
     }
 

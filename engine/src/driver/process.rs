@@ -11,9 +11,9 @@ use crate::control::{
     Connection, Endpoint, Event, ExitReport, Hello, Launch, LaunchFds, Listener, Role, VERSION, exit_code,
     receive_launch,
 };
-use crate::error_chain;
 use crate::outbox::Rule;
 use crate::seccomp::{Filters, ThreadKind, install_handler};
+use crate::{error_chain, priority};
 
 /// Runs the seat that the daemon launches over `connection`; gives the exit code of the process. `rule` says what may leave it:
 /// [`outbox::admitted`](crate::outbox::admitted) in every engine that is for use.
@@ -121,8 +121,13 @@ fn start_driver(
 ) -> Result<Driver, seat::SeatError> {
     let system = |what| move |source| seat::SeatError::System { what, source };
     let prepared = seat::prepare(launch, fds, queue, Some(filters.clone()), rule)?;
+    // vCPUs and devices have their threads; the links' inherit this one's priority, encoders do not.
+    if !priority::raise() {
+        tracing::info!("no raised priority for heartbeats: the daemon may not allow it");
+    }
     let hub = seat::start_links(prepared.link, prepared.listener, &prepared.seat, queue.clone());
     let hub = hub.map_err(system("starting the links"))?;
+    priority::keep_from_children();
     let core = Core::new(prepared.config);
     let driver = Driver::new(core, prepared.seat, handle.clone(), hub, queue.clone());
     let driver = driver.map_err(system("starting the driver"))?;

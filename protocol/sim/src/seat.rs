@@ -16,6 +16,7 @@ use crate::world::{Disk, Engine, Input, TIMING, What, World};
 /// One epoch on the wire. It travels in several parts and is nothing until all are there.
 #[derive(Debug, Clone)]
 pub(crate) struct Bulk {
+    pub(crate) link: LinkId,
     pub(crate) session: SessionId,
     pub(crate) epoch: Epoch,
     pub(crate) parts: u8,
@@ -191,7 +192,13 @@ impl World {
     pub(crate) fn handle(&mut self, slot: usize, input: Input) {
         match input {
             Input::Core(event) => self.step(slot, event),
-            Input::Bulk(bulk, part) => self.bulk_arrives(slot, &bulk, part),
+            Input::Bulk(bulk, part) => {
+                self.bulk_arrives(slot, &bulk, part);
+                // The driver looks now and then whether something came.
+                if self.rng.percent(30) {
+                    self.step(slot, Event::Heard { link: bulk.link });
+                }
+            }
             Input::Nic => self.nic(slot),
             Input::Guest => self.guest_steps(slot),
             Input::Seal => self.seal_due(slot),

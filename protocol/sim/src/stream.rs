@@ -77,6 +77,7 @@ impl World {
             let (session, link) = (leading.session, leading.link);
             let parts = self.rng.range(1, 3) as u8;
             let bulk = Rc::new(Bulk {
+                link,
                 session,
                 epoch,
                 parts,

@@ -586,7 +586,7 @@ fn is_heartbeat(message: &Message) -> bool {
 
 fn is_boring(event: &Event) -> bool {
     match event {
-        Event::Tick => true,
+        Event::Tick | Event::Heard { .. } => true,
         Event::Received { message, .. } => is_heartbeat(message),
         _ => false,
     }

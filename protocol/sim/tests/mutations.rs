@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ftvm_protocol_sim::{Mutation, Outcome, run};
 
 /// Seeds after which a mutation counts as not caught. Seeds are fixed, so the result never changes by itself.
-const LIMIT: u64 = 60_000;
+const LIMIT: u64 = 120_000;
 
 /// The lowest seed that catches the mutation, and how.
 fn caught(mutation: Mutation) -> Option<(u64, String)> {

@@ -19,7 +19,8 @@ pub enum StoredHeader {
 pub struct Timing {
     /// Interval of probes on each link.
     pub heartbeat_ms: u64,
-    /// A peer that has answered no probe sent within this time is lost.
+    /// A peer of which nothing was heard for so long, or that answered no probe for four times as long, is lost. Time in
+    /// which this process did not run does not count (see `silence`).
     pub peer_lost_ms: u64,
     /// Deadline of one request to the arbiter or to daemons.
     pub arbiter_deadline_ms: u64,

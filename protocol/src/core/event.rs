@@ -133,6 +133,12 @@ pub enum Event {
         /// The message.
         message: Message,
     },
+    /// Something arrived on this link since the last event of this kind, if only a part of an epoch: the peer lives.
+    /// Says nothing of whether it hears us.
+    Heard {
+        /// The link.
+        link: LinkId,
+    },
     /// The daemon's hint: the engine process of that incarnation has ended. Only speeds things up; proves nothing.
     PeerGone {
         /// The incarnation.

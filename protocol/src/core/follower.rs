@@ -24,6 +24,15 @@ impl Core {
         }
     }
 
+    /// Counts only from a peer that said it is in a session with us, as contact does: a Join that got lost, or an ejected
+    /// follower that still talks, must not look like a session that works.
+    pub(super) fn on_heard(&mut self, link: LinkId) {
+        let with_us = |link: &&Link| link.view.is_some_and(|view| view.with == Some(self.me));
+        if let Some(peer) = self.link(link).filter(with_us).map(|link| link.peer) {
+            self.silence.heard(peer);
+        }
+    }
+
     pub(super) fn on_peer_gone(&mut self, peer: Incarnation, actions: &mut Vec<Action>) {
         match self.role.session() {
             Some((of_session, ..)) if of_session == peer => self.session_lost(peer, actions),
@@ -74,6 +83,7 @@ impl Core {
             actions.push(Action::Refused(Refusal::UnknownLink));
             return;
         }
+        self.on_heard(link);
         let refusal = match message {
             Message::Probe { n, view } => {
                 self.send(link, Message::ProbeReply { n, view: self.view() }, actions);
@@ -129,6 +139,7 @@ impl Core {
             && with == Some(me)
         {
             *contact_ms = (*contact_ms).max(sent_ms);
+            self.silence.answered(peer, self.now_ms.saturating_sub(sent_ms));
         }
     }
 

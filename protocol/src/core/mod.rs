@@ -34,6 +34,7 @@ mod leader;
 mod links;
 mod refusal;
 mod role;
+mod silence;
 mod status;
 
 pub use action::{Action, EndReason, Gate};
@@ -48,6 +49,7 @@ use crate::message::{Message, PeerRole, SessionEnd, View};
 use attempt::Attempt;
 use links::Link;
 use role::{Confirmed, JoinStage, LeadStage, Role, Starting};
+use silence::Silence;
 
 /// The protocol core of one engine process.
 #[derive(Debug, Clone)]
@@ -56,8 +58,7 @@ pub struct Core {
     timing: Timing,
     other_seats: Vec<SeatId>,
     now_ms: u64,
-    /// Since when this process has been scheduled without a gap: silence before that is our own.
-    awake_since_ms: u64,
+    silence: Silence,
     requests: u64,
     nonces: u64,
     sessions: u64,
@@ -102,7 +103,7 @@ impl Core {
             timing,
             other_seats,
             now_ms,
-            awake_since_ms: now_ms,
+            silence: Silence::default(),
             requests: 0,
             nonces: 0,
             sessions: 0,
@@ -139,9 +140,11 @@ impl Core {
         if matches!(self.role, Role::Ended(_)) {
             return;
         }
-        if now_ms > self.now_ms + self.timing.peer_lost_ms / 2 {
-            self.awake_since_ms = now_ms;
-        }
+        let peer = self.role.session().map(|(peer, ..)| peer);
+        let on_time_ms = self.timing.heartbeat_ms + self.timing.heartbeat_ms / 2;
+        let elapsed_ms = now_ms.saturating_sub(self.now_ms);
+        self.silence
+            .pass(peer, elapsed_ms, on_time_ms, self.timing.peer_lost_ms);
         self.now_ms = self.now_ms.max(now_ms);
         let first = actions.len();
         self.expire_attempt(actions);
@@ -174,6 +177,7 @@ impl Core {
             Event::Connected { link, peer } => self.on_connected(link, peer),
             Event::Disconnected { link } => self.on_disconnected(link, actions),
             Event::Received { link, message } => self.on_message(link, message, actions),
+            Event::Heard { link } => self.on_heard(link),
             Event::PeerGone { peer } => self.on_peer_gone(peer, actions),
             Event::EpochSealed { epoch, seal } => self.on_sealed(epoch, seal, actions),
             Event::EpochStaged {
@@ -205,11 +209,10 @@ impl Core {
         for link in &self.links {
             at(link.next_probe_ms());
         }
-        if let Some((_, _, _, contact_ms)) = self.role.session() {
-            let lost_ms = contact_ms.max(self.awake_since_ms) + self.timing.peer_lost_ms + 1;
-            if lost_ms > self.now_ms {
-                at(lost_ms);
-            }
+        if let Some((peer, ..)) = self.role.session()
+            && let Some(left_ms) = self.silence.left_ms(peer, self.timing.peer_lost_ms)
+        {
+            at(self.now_ms + left_ms + 1);
         }
         if let Some(deadline_ms) = self.attempt.as_ref().map(Attempt::deadline_ms) {
             at(deadline_ms + 1);
@@ -267,9 +270,9 @@ impl Core {
 
     /// Has the session's peer been silent too long? Silence during which this process itself did not run is none.
     fn is_silent(&self) -> bool {
-        self.role.session().is_some_and(|(_, _, _, contact_ms)| {
-            self.now_ms.saturating_sub(contact_ms.max(self.awake_since_ms)) > self.timing.peer_lost_ms
-        })
+        self.role
+            .session()
+            .is_some_and(|(peer, ..)| self.silence.left_ms(peer, self.timing.peer_lost_ms).is_none())
     }
 
     /// Rule 11: no contact for longer than T.

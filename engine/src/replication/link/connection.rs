@@ -172,6 +172,7 @@ impl Connection {
         }
         let more = self.transmit()?;
         while let Some(frame) = self.next_frame()? {
+            self.queue.note_received();
             deliver(frame);
         }
         self.check_open()?;

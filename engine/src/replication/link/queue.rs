@@ -107,6 +107,7 @@ pub(super) struct Queue {
     room: Condvar,
     wake: OwnedFd,
     woken: AtomicBool,
+    received: AtomicU64,
 }
 
 /// A frame costs more than its payload.
@@ -121,6 +122,7 @@ impl Queue {
             room: Condvar::new(),
             wake,
             woken: AtomicBool::new(false),
+            received: AtomicU64::new(0),
         })
     }
 
@@ -183,6 +185,11 @@ impl Queue {
         drop(waiting);
         self.wake_up();
         Ok(())
+    }
+
+    /// The link's thread received a frame.
+    pub fn note_received(&self) {
+        self.received.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The next frame to send.
@@ -287,6 +294,11 @@ impl LinkSender {
     /// Closes the link; the event says `reason`.
     pub fn close(&self, reason: &str) {
         self.queue.close(DownReason::ClosedHere(reason.to_owned()));
+    }
+
+    /// Frames received on this link so far: as long as it grows, the peer lives.
+    pub fn received_frames(&self) -> u64 {
+        self.queue.received.load(Ordering::Relaxed)
     }
 
     /// How much waits.
