@@ -69,7 +69,7 @@ impl Scene {
         let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(test);
         std::fs::remove_dir_all(&folder).ok();
         std::fs::create_dir_all(&folder).expect("the target folder is writable");
-        let folder = command::show_at_short_path(&folder).unwrap();
+        let folder = place::show_at_short_path(&folder).unwrap();
         let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
         let mut system = Standalone::new(Rc::clone(&lab), programs, &folder, &Options::default())
             .with_engine(engine)

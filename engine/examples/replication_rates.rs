@@ -4,6 +4,9 @@
 //! Pages are encoded from memory and checked and applied to memory, without a link. The link is measured on the
 //! loopback against the same TLS library used plainly (one thread that writes, one that reads, 256 KiB at a time), a
 //! resync against both. Nothing here is judged.
+//!
+//! `replication_rates plain MEGABYTES` measures the plain stream alone, once, and prints its bytes a second: for the
+//! benchmark, which compares a real resync with it.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -38,11 +41,17 @@ const RESYNC_PAGES: u32 = 64 * 1024;
 const ROUNDS: usize = 5;
 
 fn main() -> Result<()> {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some("plain") {
+        let megabytes: usize = words.next().context("how many megabytes?")?.parse()?;
+        println!("{:.0}", plain_tls(megabytes << 20)? * 1e6);
+        return Ok(());
+    }
     println!("pages ({PAGES} a round)");
     pages()?;
     let mut rates = vec![Vec::new(); 2 + RESYNCS.len()];
     for _ in 0..ROUNDS {
-        rates[0].push(plain_tls()?);
+        rates[0].push(plain_tls(LINK_BYTES)?);
         rates[1].push(link_rate()?);
         for (index, &(_, compression, fill)) in RESYNCS.iter().enumerate() {
             rates[2 + index].push(resync(compression, fill)?);
@@ -208,7 +217,7 @@ impl Authority {
 }
 
 /// The same library, plainly: server certificate only, as most streams are.
-fn plain_tls() -> Result<f64> {
+fn plain_tls(bytes: usize) -> Result<f64> {
     let key = KeyPair::generate()?;
     let certificate = CertificateParams::new(vec!["plain.test".to_owned()])?.self_signed(&key)?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -230,9 +239,11 @@ fn plain_tls() -> Result<f64> {
         let (stream, _) = listener.accept()?;
         let mut tls = rustls::StreamOwned::new(rustls::ServerConnection::new(server.into())?, stream);
         let mut buffer = vec![0; PIECE];
-        let mut left = LINK_BYTES;
+        let mut left = bytes / PIECE * PIECE;
         while left > 0 {
-            left -= tls.read(&mut buffer)?;
+            let read = tls.read(&mut buffer)?;
+            anyhow::ensure!(read > 0, "the stream ended early");
+            left -= read;
         }
         Ok(tls.write_all(b"done")?)
     });
@@ -244,11 +255,11 @@ fn plain_tls() -> Result<f64> {
     );
     let piece = vec![7; PIECE];
     let begun = Instant::now();
-    for _ in 0..LINK_BYTES / PIECE {
+    for _ in 0..bytes / PIECE {
         tls.write_all(&piece)?;
     }
     tls.read_exact(&mut [0; 4])?;
-    let rate = megabytes(LINK_BYTES, begun.elapsed());
+    let rate = megabytes(bytes / PIECE * PIECE, begun.elapsed());
     reading.join().ok().context("reader panicked")??;
     Ok(rate)
 }

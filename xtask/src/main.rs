@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod check;
 mod demo;
 mod lab;
@@ -27,6 +28,8 @@ enum Command {
     Test(test::Test),
     /// Protect a virtual machine, kill its host, and show what the client saw
     Demo(demo::Demo),
+    /// Measure what protection costs, beside QEMU's answers to the same questions
+    Bench(bench::Bench),
     /// Run the protocol's seeded simulator
     Sim(sim::Sim),
     /// Emulated machines: build their images, start one
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Check(command) => command.run(),
         Command::Test(command) => command.run(),
         Command::Demo(command) => command.run(),
+        Command::Bench(command) => command.run(),
         Command::Sim(command) => command.run(),
         Command::Lab(command) => command.run(),
     };

@@ -1,15 +1,14 @@
 //! `cargo xtask demo` itself. Outside, what is missing is named and what is needed is built; inside namespaces of its own
 //! the play runs; outside again, the disks are removed.
-use std::ffi::{CString, OsString};
-use std::fs;
+use std::ffi::OsString;
 use std::net::SocketAddr;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 
+use super::place::{folder, new_folder, remove_disks, show_at_short_path};
 use super::programs::{self, Profile, Programs};
 use super::rounds::{Patience, Stage};
 use super::standalone::Standalone;
@@ -23,8 +22,8 @@ use crate::report::{Progress, Report, table};
 
 /// Tells the inner program where the outer one put things.
 const PROGRAMS: &str = "FTVM_DEMO_PROGRAMS";
-/// Where the inner program sees the demonstration's folder.
-const SHORT_FOLDER: &str = "/mnt";
+/// Name of the demonstration's folder.
+const FOLDER: &str = "demo";
 
 /// Runs the demonstration with the embedded guest on this machine's KVM. `arguments` are those with which this program
 /// would do the same again.
@@ -45,7 +44,7 @@ pub fn run(options: &Options, profile: Profile, arguments: &[OsString]) -> anyho
     }
     progress.say("building what is not fresh (the first time takes some minutes)");
     let programs = programs::build(profile)?;
-    let folder = new_folder()?;
+    let folder = new_folder(FOLDER)?;
     let ended = outer::enter_with(arguments, &[(PROGRAMS, serde_json::to_string(&programs)?)])?;
     remove_disks(&folder)?;
     match ended {
@@ -57,36 +56,10 @@ pub fn run(options: &Options, profile: Profile, arguments: &[OsString]) -> anyho
     }
 }
 
-/// The demonstration's folder, `target/demo`: empty at first, logs stay in it afterwards.
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/demo")
-}
-
-fn new_folder() -> anyhow::Result<PathBuf> {
-    let path = folder();
-    if path.exists() {
-        fs::remove_dir_all(&path).with_context(|| format!("removing the last demonstration's {}", path.display()))?;
-    }
-    fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
-    path.canonicalize()
-        .with_context(|| format!("looking at {}", path.display()))
-}
-
-/// Disks are large and of no use afterwards; logs are small and may be.
-fn remove_disks(folder: &Path) -> anyhow::Result<()> {
-    for entry in fs::read_dir(folder)?.filter_map(Result::ok) {
-        let disk = entry.path().join(super::standalone::DISK);
-        if disk.exists() {
-            fs::remove_file(&disk).with_context(|| format!("removing {}", disk.display()))?;
-        }
-    }
-    Ok(())
-}
-
 fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
     let programs: Programs = serde_json::from_str(&std::env::var(PROGRAMS).context("started by hand inside")?)?;
-    let report = play(options, &programs, &folder(), &progress);
+    let report = play(options, &programs, &folder(FOLDER), &progress);
     print!("{}", table(&report, progress.colours()));
     if let Some(path) = &options.json {
         report
@@ -99,7 +72,7 @@ fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {
     }
     println!(
         "  logs of daemons, engines and the guest's console: {}\n",
-        folder().display()
+        folder(FOLDER).display()
     );
     Ok(ExitCode::FAILURE)
 }
@@ -117,7 +90,16 @@ pub fn play(options: &Options, programs: &Programs, folder: &Path, progress: &Pr
         })
 }
 
-fn play_on_stage(options: &Options, programs: &Programs, folder: &Path, progress: &Progress) -> anyhow::Result<Report> {
+/// The play in a folder with a short path.
+///
+/// # Errors
+/// What went wrong before the first round; what goes wrong later is in the report.
+pub fn play_on_stage(
+    options: &Options,
+    programs: &Programs,
+    folder: &Path,
+    progress: &Progress,
+) -> anyhow::Result<Report> {
     let lab = Rc::new(Lab::new(&LabPlan::three_hosts(folder))?);
     progress.say("three hosts, a client network and a replication network are up");
     let patience = Patience::default();
@@ -139,37 +121,4 @@ fn play_on_stage(options: &Options, programs: &Programs, folder: &Path, progress
     let stage = Stage::prepare(options, patience, progress, (&*lab, GUEST_MAC), &mut system, client)?;
     let (report, _) = stage.play();
     Ok(report)
-}
-
-/// Shows a folder at a short path too, in this mount namespace only, and returns that: Unix sockets need short paths.
-pub fn show_at_short_path(folder: &Path) -> anyhow::Result<PathBuf> {
-    let short = Path::new(SHORT_FOLDER);
-    bind(folder, short)?;
-    Ok(short.to_owned())
-}
-
-fn bind(folder: &Path, short: &Path) -> anyhow::Result<()> {
-    let folder = folder
-        .canonicalize()
-        .with_context(|| format!("looking at {}", folder.display()))?;
-    let text = |path: &Path| CString::new(path.as_os_str().as_bytes()).context("a path with a NUL byte");
-    let (from, to) = (text(&folder)?, text(short)?);
-    // SAFETY: NUL-terminated paths; the other pointers may be null for a bind mount.
-    let result = unsafe {
-        libc::mount(
-            from.as_ptr(),
-            to.as_ptr(),
-            std::ptr::null(),
-            libc::MS_BIND,
-            std::ptr::null(),
-        )
-    };
-    ensure!(
-        result == 0,
-        "mounting {} on {}: {}",
-        folder.display(),
-        short.display(),
-        std::io::Error::last_os_error()
-    );
-    Ok(())
 }

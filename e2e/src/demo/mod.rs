@@ -10,6 +10,7 @@ pub mod command;
 pub mod daemon;
 pub mod linux;
 pub mod machines;
+pub mod place;
 pub mod prerequisites;
 pub mod programs;
 pub mod rounds;

@@ -49,6 +49,15 @@ pub fn missing_for_native(say: &mut dyn FnMut(String)) -> Vec<Missing> {
     missing
 }
 
+/// A program beyond those, and the Debian package that has it; as root it is installed first.
+pub fn missing_program(tool: &str, package: &str, say: &mut dyn FnMut(String)) -> Option<Missing> {
+    if find_program(tool).is_none() && is_root() && find_program("apt-get").is_some() {
+        say(format!("installing {package}"));
+        install(&[package]);
+    }
+    find_program(tool).is_none().then(|| missing_tool(tool, package))
+}
+
 /// The path of a program, looked up like a shell does, also where only root usually looks.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();

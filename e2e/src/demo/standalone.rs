@@ -44,6 +44,8 @@ pub struct Standalone {
     engine: PathBuf,
     /// The seats' `timing`, as in their configuration.
     timing: Value,
+    /// The seats' `checkpoint`, likewise.
+    checkpoint: Value,
     daemons: Vec<Option<HostProcess>>,
     /// `ftvm standalone replace`, while it waits for protection.
     replacing: Option<Child>,
@@ -61,6 +63,7 @@ impl Standalone {
             vcpus: options.vcpus,
             engine: programs.folder.join(ENGINE),
             timing: json!({}),
+            checkpoint: json!({}),
             replacing: None,
         }
     }
@@ -68,6 +71,12 @@ impl Standalone {
     /// With another program as engine: for tests of the judge.
     pub fn with_engine(mut self, program: &Path) -> Self {
         self.engine = program.to_owned();
+        self
+    }
+
+    /// With other epochs than the usual ones: the seats' `checkpoint`, as in their configuration.
+    pub fn with_checkpoint(mut self, checkpoint: Value) -> Self {
+        self.checkpoint = checkpoint;
         self
     }
 
@@ -130,6 +139,7 @@ impl Standalone {
             "journal": folder.join("journal"),
             "link": { "listen": self.link_address(host), "peers": peers },
             "timing": self.timing,
+            "checkpoint": self.checkpoint,
         })
     }
 

@@ -401,6 +401,20 @@ impl Host {
     }
 }
 
+impl Drop for Lab {
+    /// Hosts die, and both networks go, so that another lab can be made. What fails goes with the outer namespaces.
+    fn drop(&mut self) {
+        for host in self.hosts.iter().filter(|host| host.is_running()) {
+            host.kill().ok();
+        }
+        self.client.kill();
+        for link in ["port-client", "client", "ft"] {
+            net::ip(&format!("link delete {link}\n")).ok();
+        }
+        net::nft("delete table bridge cut\n").ok();
+    }
+}
+
 /// A program started by [`Host::spawn`]. Dropping it kills it.
 #[derive(Debug)]
 pub struct HostProcess {

@@ -25,12 +25,12 @@ pub fn build(programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<
     build_targets("--bin", programs, profile)
 }
 
-/// Builds a program that is an example of its package: one for tests.
+/// Builds a program that is an example of its package: one for tests and measurements.
 ///
 /// # Errors
 /// If it does not compile; the compiler's messages go to standard error.
-pub fn build_example(package: &str, name: &str) -> anyhow::Result<PathBuf> {
-    let mut built = build_targets("--example", &[(package, name)], Profile::Dev)?;
+pub fn build_example(package: &str, name: &str, profile: Profile) -> anyhow::Result<PathBuf> {
+    let mut built = build_targets("--example", &[(package, name)], profile)?;
     built.pop().context("cargo built nothing")
 }
 

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-/// Buckets per doubling: an error of at most 1/16.
-const SUB_BUCKETS: u32 = 16;
-/// Up to 2^36 microseconds, far more than anything that is measured here.
-const BUCKETS: usize = 36 * SUB_BUCKETS as usize;
+/// Buckets per doubling: an error of at most 1/64.
+const SUB_BUCKETS: u32 = 64;
+/// Up to 2^37 microseconds, far more than anything that is measured here.
+const BUCKETS: usize = 32 * SUB_BUCKETS as usize;
 
 /// A histogram of durations with a resolution of a microsecond.
 #[derive(Debug, Clone)]
@@ -72,7 +72,14 @@ impl Histogram {
         self.sum
     }
 
-    /// The value that a share `q` (0 to 1) of all does not exceed, in microseconds, at most 1/16 too high. Zero if empty.
+    /// Everything that was added, as pairs of a bucket's largest value in microseconds and how many are in it, empty buckets
+    /// left out. Buckets only ever grow: what was added between two looks is their difference.
+    pub fn buckets_us(&self) -> Vec<(u64, u64)> {
+        let counts = self.counts.iter().enumerate().filter(|(_, count)| **count > 0);
+        counts.map(|(index, count)| (upper_micros(index), *count)).collect()
+    }
+
+    /// The value that a share `q` (0 to 1) of all does not exceed, in microseconds, at most 1/64 too high. Zero if empty.
     pub fn quantile_us(&self, q: f64) -> u64 {
         let rank = ((self.total as f64 * q).ceil() as u64).clamp(1, self.total.max(1));
         let mut seen = 0;
@@ -98,10 +105,27 @@ mod tests {
         }
         for (q, exact) in [(0.5, 5_000u64), (0.99, 9_900), (1.0, 10_000)] {
             let got = histogram.quantile_us(q);
-            assert!(got >= exact && got <= exact + exact / 16 + 1, "{q}: {got} for {exact}");
+            assert!(got >= exact && got <= exact + exact / 64 + 1, "{q}: {got} for {exact}");
         }
         assert_eq!(histogram.max(), Duration::from_millis(10));
         assert_eq!(Histogram::default().quantile_us(0.5), 0);
+    }
+
+    #[test]
+    fn two_looks_tell_what_came_between() {
+        let mut histogram = Histogram::default();
+        assert!(histogram.buckets_us().is_empty());
+        histogram.add(Duration::from_micros(3));
+        let first = histogram.buckets_us();
+        histogram.add(Duration::from_micros(3));
+        histogram.add(Duration::from_micros(500));
+        let second = histogram.buckets_us();
+        assert_eq!(first, [(3, 1)]);
+        assert_eq!(second[0], (3, 2));
+        assert!(
+            second[1].0 >= 500 && second[1].0 < 508 && second[1].1 == 1,
+            "{second:?}"
+        );
     }
 
     #[test]

@@ -218,7 +218,8 @@ impl Driver {
                 });
             }
             _ if !ours => {}
-            Done::Resync => {
+            Done::Resync(stats) => {
+                self.figures.resync = stats;
                 if let Some(leading) = self.leading.as_mut() {
                     leading.stage = Stage::JoinCut;
                     leading.pacer.hurry();
@@ -230,9 +231,14 @@ impl Driver {
                     leading.pacer.round_sent();
                 }
             }
-            Done::Epoch { epoch, stats } => {
+            Done::Epoch {
+                epoch,
+                stats,
+                cache_bytes,
+            } => {
                 tracing::trace!("epoch {epoch} queued");
                 self.figures.sent(&stats);
+                self.figures.cache_bytes = cache_bytes;
             }
         }
     }

@@ -17,7 +17,7 @@ use crate::memory::DirtyPages;
 use crate::replication::epoch::{EpochSender, EpochStats, FrameSink, SealedEpoch, SendError};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::{LivePages, SinkClosed};
-use crate::replication::resync::{ResyncError, ResyncSource, ResyncWindow};
+use crate::replication::resync::{ResyncError, ResyncSource, ResyncStats, ResyncWindow};
 
 /// Something to send.
 pub enum Job {
@@ -44,7 +44,7 @@ pub enum Job {
 #[derive(Debug)]
 pub enum Done {
     /// The bulk was sent.
-    Resync,
+    Resync(ResyncStats),
     /// A round is encoded and queued.
     Round,
     /// An epoch is queued whole.
@@ -53,6 +53,8 @@ pub enum Done {
         epoch: Epoch,
         /// What it took.
         stats: EpochStats,
+        /// What the delta cache takes now, in bytes.
+        cache_bytes: usize,
     },
     /// The follower was asked for a digest.
     DigestAsked,
@@ -142,8 +144,8 @@ impl Worker {
     fn do_job(&mut self, job: Job) -> Result<Done, JobError> {
         match job {
             Job::Resync(source) => {
-                source.run(&mut self.sender)?;
-                Ok(Done::Resync)
+                let stats = source.run(&mut self.sender)?;
+                Ok(Done::Resync(stats))
             }
             Job::Round {
                 epoch,
@@ -161,8 +163,11 @@ impl Worker {
             }
             Job::Finish(sealed) => {
                 let stats = self.sender.finish(&sealed)?;
-                let epoch = sealed.epoch;
-                Ok(Done::Epoch { epoch, stats })
+                Ok(Done::Epoch {
+                    epoch: sealed.epoch,
+                    stats,
+                    cache_bytes: self.sender.encoder().cache_bytes(),
+                })
             }
             Job::AskDigest(epoch) => {
                 self.sink.frame(Kind::Digest, epoch, Vec::new())?;

@@ -10,6 +10,7 @@ use crate::checkpoint::Histogram;
 use crate::control::{Digest, Event, PeerStatus, Role, Status};
 use crate::replication::epoch::EpochStats;
 use crate::replication::pages::PageStats;
+use crate::replication::resync::ResyncStats;
 
 /// Everything that is counted or measured since the engine started.
 #[derive(Debug, Default)]
@@ -28,6 +29,10 @@ pub struct Figures {
     pub pages: PageStats,
     /// Payload bytes of epochs.
     pub epoch_bytes: u64,
+    /// What the delta cache takes, in bytes.
+    pub cache_bytes: usize,
+    /// What the last resync took that this seat led; the join checkpoint comes after it.
+    pub resync: ResyncStats,
     /// Time that the guest was held back because it outran the link.
     pub braked: Duration,
     /// From the decision to take over to the guest running.
@@ -189,6 +194,8 @@ impl Driver {
             "pause_us_p50": figures.pause.quantile_us(0.5),
             "pause_us_p99": figures.pause.quantile_us(0.99),
             "pause_us_max": us(figures.pause.max()),
+            "pause_us_total": us(figures.pause.sum()),
+            "pause_us_buckets": figures.pause.buckets_us(),
             "ack_us_p50": figures.acknowledged.quantile_us(0.5),
             "ack_us_p99": figures.acknowledged.quantile_us(0.99),
             "epochs": figures.epochs,
@@ -198,6 +205,10 @@ impl Driver {
             "pages_zero": figures.pages.zero,
             "pages_unchanged": figures.pages.unchanged,
             "pages_raw": figures.pages.raw,
+            "delta_cache_bytes": figures.cache_bytes,
+            "resync_us": us(figures.resync.time),
+            "resync_copied_bytes": figures.resync.copied_bytes(),
+            "resync_sent_bytes": figures.resync.payload_bytes,
             "epoch_sent_bytes": figures.epoch_bytes,
             "link_sent_bytes": self.links.values().map(|link| link.sender.state().taken_bytes).sum::<u64>(),
             "braked_us": us(figures.braked),

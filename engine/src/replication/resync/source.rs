@@ -72,10 +72,14 @@ pub struct ResyncStats {
 }
 
 impl ResyncStats {
+    /// Bytes of memory and disks copied, zeroes included.
+    pub fn copied_bytes(&self) -> u64 {
+        self.pages.pages * PAGE_SIZE as u64 + self.disk_bytes
+    }
+
     /// Bytes of memory and disks copied in a second.
     pub fn bytes_per_second(&self) -> f64 {
-        let bytes = self.pages.pages * PAGE_SIZE as u64 + self.disk_bytes;
-        bytes as f64 / self.time.as_secs_f64().max(1e-9)
+        self.copied_bytes() as f64 / self.time.as_secs_f64().max(1e-9)
     }
 }
 

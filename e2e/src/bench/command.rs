@@ -1,0 +1,250 @@
+//! `cargo xtask bench` itself. Outside, what is missing is named and what is needed is built; inside namespaces of its own
+//! everything is measured; outside again, the disks are removed.
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+use super::facts::{BusyTime, Facts, own_ticks};
+use super::pair::Pair;
+use super::qemu::{EMULATOR, Setup, colo, migration};
+use super::report::{Latency, Report, Speed};
+use super::{Load, Options, Part, gap, resync, tables};
+use crate::demo::place::{SHORT_FOLDER, bind, folder, new_folder, remove_disks};
+use crate::demo::prerequisites;
+use crate::demo::programs::{self, Profile, Programs};
+use crate::hosts::outer::{self, Outer};
+use crate::lab::binaries;
+use crate::report::Progress;
+
+/// Tells the inner program where the outer one put things.
+const BUILT: &str = "FTVM_BENCH_BUILT";
+/// Name of the benchmark's folder.
+const FOLDER: &str = "bench";
+/// Figures of unoptimised programs mean nothing.
+const PROFILE: Profile = Profile::Release;
+
+/// Everything that is built before the namespaces are entered: there is no network in them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Built {
+    /// How, as Cargo names it.
+    pub profile: String,
+    /// Engine, daemon, command and guest.
+    pub programs: Programs,
+    /// The program that measures a plain TLS stream.
+    pub streams: PathBuf,
+}
+
+impl Built {
+    /// Builds what is not fresh.
+    ///
+    /// # Errors
+    /// If something does not compile.
+    pub fn build(profile: Profile) -> anyhow::Result<Self> {
+        let programs = programs::build(profile)?;
+        let streams = binaries::build_examples(&[("ftvm-engine", "replication_rates")], profile)?;
+        let streams = streams.into_iter().next().context("cargo built no example")?;
+        let profile = match profile {
+            Profile::Dev => "dev",
+            Profile::Release => "release",
+        };
+        Ok(Self {
+            profile: profile.to_owned(),
+            programs,
+            streams,
+        })
+    }
+}
+
+/// Runs the benchmark. `arguments` are those with which this program would do the same again.
+///
+/// # Errors
+/// If it can't even begin.
+pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    if outer::inside() {
+        return run_inside(options, arguments);
+    }
+    let progress = Progress::new();
+    let mut missing = prerequisites::missing_for_native(&mut |text| progress.say(text));
+    if options.wants(Part::Migration) || options.wants(Part::Colo) {
+        missing.extend(prerequisites::missing_program(
+            EMULATOR,
+            "qemu-system-x86",
+            &mut |text| {
+                progress.say(text);
+            },
+        ));
+    }
+    if !missing.is_empty() {
+        missing.iter().for_each(|missing| progress.bad(missing.to_string()));
+        return Ok(ExitCode::from(2));
+    }
+    progress.say("building what is not fresh, optimised (the first time takes some minutes)");
+    let built = Built::build(PROFILE)?;
+    let folder = new_folder(FOLDER)?;
+    let ended = outer::enter_with(arguments, &[(BUILT, serde_json::to_string(&built)?)])?;
+    for part in ["pair", "gap/kill-engine", "gap/kill-host"] {
+        let part = folder.join(part);
+        if part.exists() {
+            remove_disks(&part)?;
+        }
+    }
+    match ended {
+        Outer::Ended(status) => Ok(status
+            .code()
+            .and_then(|code| u8::try_from(code).ok())
+            .map_or(ExitCode::FAILURE, ExitCode::from)),
+        Outer::Inside => Ok(ExitCode::FAILURE),
+    }
+}
+
+fn run_inside(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    let progress = Progress::new();
+    let built: Built = serde_json::from_str(&std::env::var(BUILT).context("started by hand inside")?)?;
+    let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
+    let command = format!("cargo xtask {}", words.join(" "));
+    let report = measure(options, &built, &folder(FOLDER), command, &progress);
+    print!("{}", tables::text(&report));
+    if let Some(path) = &options.json {
+        report
+            .write_json(path)
+            .with_context(|| format!("writing {}", path.display()))?;
+        println!("\n  written to {}", path.display());
+    }
+    if let Some(page) = &options.markdown {
+        tables::write_markdown(&report, page)?;
+        println!("\n  written to {}", page.display());
+    }
+    if report.complaints.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("\n  logs: {}\n", folder(FOLDER).display());
+    Ok(ExitCode::FAILURE)
+}
+
+/// Measures everything that was asked for, inside outer namespaces; disks and logs are in `folder`. What can't be measured
+/// is a complaint of the report.
+pub fn measure(options: &Options, built: &Built, folder: &Path, command: String, progress: &Progress) -> Report {
+    let began = Instant::now();
+    let mut report = Report::new(options, &built.profile, command);
+    report.machine = Facts::read();
+    let busy = BusyTime::read();
+    let short = Path::new(SHORT_FOLDER);
+    let place = |name: &str| -> anyhow::Result<PathBuf> {
+        let path = short.join(name);
+        std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(path)
+    };
+    if let Err(error) = bind(folder, short) {
+        report.complaints.push(format!("{error:#}"));
+        return report;
+    }
+    let result = place("pair").and_then(|place| of_pair(options, built, &place, progress, &mut report));
+    note(&mut report, progress, "pair", result);
+    if options.wants(Part::Gap) {
+        let gap = place("gap").and_then(|place| gap::gaps(options, &built.programs, &place, progress));
+        report.gap = note(&mut report, progress, "gap", gap);
+    }
+    let setup = |name: &str| {
+        place(name).map(|folder| Setup {
+            kernel: built.programs.guest.clone(),
+            folder,
+            memory_mib: options.memory_mib,
+        })
+    };
+    if options.wants(Part::Migration) {
+        let points = setup("migration").and_then(|setup| migration::downtimes(options, &setup, progress));
+        report.migration = note(&mut report, progress, "migration", points);
+    }
+    if options.wants(Part::Colo) {
+        let points = setup("colo").and_then(|setup| colo::checkpoints(options, &setup, progress));
+        report.colo = note(&mut report, progress, "colo", points);
+    }
+    let others = |before: BusyTime| BusyTime::read()?.others_since(before, own_ticks());
+    report.machine.others_share = busy.and_then(others);
+    report.took_s = began.elapsed().as_secs_f64();
+    report.sum_up();
+    report
+}
+
+/// What could not be measured becomes a complaint.
+fn note<T>(report: &mut Report, progress: &Progress, part: &str, result: anyhow::Result<T>) -> Option<T> {
+    result
+        .map_err(|error| {
+            progress.bad(format!("{part}: {error:#}"));
+            report.complaints.push(format!("{part}: {error:#}"));
+        })
+        .ok()
+}
+
+/// All parts that one pair can show. First with a standby, then without, then standbys come back.
+fn of_pair(
+    options: &Options,
+    built: &Built,
+    folder: &Path,
+    progress: &Progress,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let wants = |part| options.wants(part);
+    let of_pair = [Part::Pause, Part::Latency, Part::Speed, Part::Memory, Part::Resync];
+    if !of_pair.into_iter().any(wants) {
+        return Ok(());
+    }
+    let mut pair = Pair::start(options, &built.programs, folder, progress)?;
+    if wants(Part::Pause) {
+        let idle = Load::PAGES.into_iter().map(Load::idle);
+        let busy = Load::PAGES.into_iter().map(Load::busy);
+        let loads = idle.chain([Load::whole(2048)]).chain(busy);
+        report.pause = Some(loads.map(|load| pair.pauses(load)).collect::<anyhow::Result<_>>()?);
+    }
+    let memory = match wants(Part::Memory) {
+        true => Some(resync::memory(options, &mut pair)?),
+        false => None,
+    };
+    let protected_speed = match wants(Part::Speed) {
+        true => Some(pair.speed(Load::busy(0))?),
+        false => None,
+    };
+    let protected_latency = match wants(Part::Latency) {
+        true => Some(pair.latency()?),
+        false => None,
+    };
+    if protected_speed.is_some() || protected_latency.is_some() || wants(Part::Pause) {
+        pair.be_alone()?;
+        progress.say("the standby's host was killed: the guest goes on unprotected");
+    }
+    if let Some(protected) = protected_latency {
+        let unprotected = pair.latency()?;
+        let difference = |one: u64, other: u64| one as i64 - other as i64;
+        report.latency = Some(Latency {
+            protected,
+            unprotected,
+            added_us_p50: protected
+                .latency_us_p50
+                .zip(unprotected.latency_us_p50)
+                .map(|(with, without)| difference(with, without)),
+        });
+        progress.say("latency: measured with and without protection");
+    }
+    if let Some(protected) = protected_speed {
+        let alone = pair.speed(Load::busy(0))?;
+        report.speed = Some(Speed {
+            protected_per_s: protected.work_per_s,
+            unprotected_per_s: alone.work_per_s,
+            share: protected.work_per_s / alone.work_per_s.max(1e-9),
+        });
+    }
+    if wants(Part::Pause) {
+        let loads = Load::PAGES.into_iter().map(Load::busy);
+        report.unprotected = Some(loads.map(|load| pair.speed(load)).collect::<anyhow::Result<_>>()?);
+    }
+    if wants(Part::Resync) || wants(Part::Memory) {
+        let (resync, peak_bytes) = resync::resyncs(options, &mut pair, &built.streams, progress)?;
+        report.resync = Some(resync);
+        report.memory = memory.map(|memory| resync::with_join(memory, options, peak_bytes));
+    }
+    Ok(())
+}

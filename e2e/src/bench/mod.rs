@@ -1,0 +1,240 @@
+//! The benchmark: what protection costs, measured beside QEMU's answers to the same questions, in one run on one KVM.
+//!
+//! ```text
+//!   pair      a real pair on hosts made of namespaces (`demo::standalone`): pauses, latency, speed, memory, resync
+//!   gap       the demonstration itself, a few rounds of two faults
+//!   qemu      the same guest under QEMU: live migration, then COLO checkpoints
+//!   report    every figure, as JSON with stable keys; `goals` and `tables` read it
+//! ```
+//!
+//! Guests get the same load everywhere: so many pages, each written once in every epoch ([`Load`]).
+//!
+//! Nothing here judges by time: a figure that misses its goal is told, and the run still succeeds. It fails when
+//! something could not be measured.
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub mod client;
+pub mod command;
+pub mod facts;
+pub mod gap;
+pub mod goals;
+pub mod pair;
+pub mod process;
+pub mod qemu;
+pub mod report;
+pub mod resync;
+pub mod tables;
+pub mod window;
+
+/// A part of the benchmark that can be run alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// Our pauses against the dirty set.
+    Pause,
+    /// Time from request to answer, with and without protection.
+    Latency,
+    /// Guest speed, with and without protection.
+    Speed,
+    /// What the engines' processes take beside guest memory.
+    Memory,
+    /// The rate of a full resync against a plain TLS stream.
+    Resync,
+    /// What a client waits when an engine or a host is killed.
+    Gap,
+    /// QEMU's live migration.
+    Migration,
+    /// QEMU's COLO checkpoints.
+    Colo,
+}
+
+impl Part {
+    /// All parts.
+    pub const ALL: [Self; 8] = [
+        Self::Pause,
+        Self::Latency,
+        Self::Speed,
+        Self::Memory,
+        Self::Resync,
+        Self::Gap,
+        Self::Migration,
+        Self::Colo,
+    ];
+
+    /// Its name on the command line and in the report.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Latency => "latency",
+            Self::Speed => "speed",
+            Self::Memory => "memory",
+            Self::Resync => "resync",
+            Self::Gap => "gap",
+            Self::Migration => "migration",
+            Self::Colo => "colo",
+        }
+    }
+
+    /// The part of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|part| part.name() == name)
+    }
+}
+
+/// What the user chose.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Parts to run.
+    pub parts: Vec<Part>,
+    /// Seconds instead of minutes: shows that everything can be measured, and nothing else.
+    pub short: bool,
+    /// Where the report goes as JSON.
+    pub json: Option<PathBuf>,
+    /// A Markdown file whose marked section becomes the report's tables.
+    pub markdown: Option<PathBuf>,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Length of an epoch when nobody waits for output, and QEMU's delay between checkpoints, in milliseconds.
+    pub epoch_ms: u32,
+}
+
+impl Options {
+    /// Everything, at full length.
+    pub fn full() -> Self {
+        Self {
+            parts: Part::ALL.to_vec(),
+            short: false,
+            json: None,
+            markdown: None,
+            memory_mib: 1024,
+            epoch_ms: 50,
+        }
+    }
+
+    /// Everything, in seconds.
+    pub fn short() -> Self {
+        Self {
+            short: true,
+            memory_mib: 128,
+            epoch_ms: 20,
+            ..Self::full()
+        }
+    }
+
+    /// Whether a part is to be run.
+    pub fn wants(&self, part: Part) -> bool {
+        self.parts.contains(&part)
+    }
+
+    /// How long and how often to measure.
+    pub fn plan(&self) -> Plan {
+        if self.short { Plan::SHORT } else { Plan::FULL }
+    }
+}
+
+/// How long and how often to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// A window in which pauses are counted.
+    pub window: Duration,
+    /// A window in which the guest's speed or requests are counted.
+    pub speed_window: Duration,
+    /// From a change of the load to the window's begin.
+    pub settle: Duration,
+    /// Full resyncs.
+    pub resyncs: u32,
+    /// Rounds of each fault.
+    pub faults: u32,
+    /// Migrations for each load.
+    pub migrations: u32,
+    /// Length of the plain stream, in MiB.
+    pub stream_mib: u32,
+}
+
+impl Plan {
+    /// A full run takes some ten minutes.
+    const FULL: Self = Self {
+        window: Duration::from_secs(20),
+        speed_window: Duration::from_secs(10),
+        settle: Duration::from_millis(1500),
+        resyncs: 3,
+        faults: 5,
+        migrations: 5,
+        stream_mib: 1024,
+    };
+    /// Enough for every figure to exist.
+    const SHORT: Self = Self {
+        window: Duration::from_millis(500),
+        speed_window: Duration::from_millis(300),
+        settle: Duration::from_millis(100),
+        resyncs: 1,
+        faults: 1,
+        migrations: 1,
+        stream_mib: 64,
+    };
+}
+
+/// What the guest does while it is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Pages that it writes once in every epoch, one after the other.
+    pub dirty_pages: u32,
+    /// Whole pages are written anew, with data that does not compress, instead of one word of each.
+    pub whole_pages: bool,
+    /// Its CPU is never idle: it computes whenever it does not write pages.
+    pub busy: bool,
+}
+
+impl Load {
+    /// Dirty pages an epoch that are measured.
+    pub const PAGES: [u32; 4] = [0, 256, 2048, 8192];
+
+    /// One word of each page, and an idle CPU otherwise.
+    pub fn idle(dirty_pages: u32) -> Self {
+        Self {
+            dirty_pages,
+            whole_pages: false,
+            busy: false,
+        }
+    }
+
+    /// One word of each page, and a busy CPU.
+    pub fn busy(dirty_pages: u32) -> Self {
+        Self {
+            busy: true,
+            ..Self::idle(dirty_pages)
+        }
+    }
+
+    /// Whole pages, and an idle CPU otherwise.
+    pub fn whole(dirty_pages: u32) -> Self {
+        Self {
+            whole_pages: true,
+            ..Self::idle(dirty_pages)
+        }
+    }
+
+    /// Pages a second, so that all are written once in an epoch of `epoch_ms`.
+    pub fn pages_per_s(self, epoch_ms: u32) -> u64 {
+        u64::from(self.dirty_pages) * 1000 / u64::from(epoch_ms.max(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_has_a_name_of_its_own() {
+        for part in Part::ALL {
+            assert_eq!(Part::from_name(part.name()), Some(part));
+        }
+        assert_eq!(Part::from_name("everything"), None);
+    }
+
+    #[test]
+    fn a_load_is_written_once_an_epoch() {
+        assert_eq!(Load::idle(256).pages_per_s(50), 5120);
+        assert_eq!(Load::idle(0).pages_per_s(50), 0);
+    }
+}

@@ -1,0 +1,534 @@
+//! A report as tables: for a terminal, and as the marked section of a Markdown page.
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+
+use super::goals::Verdict;
+use super::report::{ColoPoint, LoadKey, PauseFigures, PausePoint, Report};
+
+/// Where the section begins and ends in a Markdown page; everything between is replaced.
+const BEGIN: &str = "<!-- figures: begin, written by cargo xtask bench --markdown -->";
+const END: &str = "<!-- figures: end -->";
+
+/// Rows under a title; the first row is the head.
+struct Table {
+    title: &'static str,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new(title: &'static str, head: &[&str]) -> Self {
+        Self {
+            title,
+            rows: vec![head.iter().map(|cell| (*cell).to_owned()).collect()],
+        }
+    }
+
+    fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+
+    fn widths(&self) -> Vec<usize> {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let cell = |row: &Vec<String>, column: usize| row.get(column).map_or(0, |cell| cell.chars().count());
+        (0..columns)
+            .map(|column| self.rows.iter().map(|row| cell(row, column)).max().unwrap_or(0))
+            .collect()
+    }
+
+    /// First column to the left, figures to the right.
+    fn aligned(&self) -> impl Iterator<Item = Vec<String>> {
+        let widths = self.widths();
+        self.rows.iter().map(move |row| {
+            let cells = row.iter().zip(&widths).enumerate();
+            cells
+                .map(|(column, (cell, &width))| match column {
+                    0 => format!("{cell:<width$}"),
+                    _ => format!("{cell:>width$}"),
+                })
+                .collect()
+        })
+    }
+
+    fn text(&self, out: &mut String) {
+        let _ = writeln!(out, "\n{}\n", self.title);
+        for row in self.aligned() {
+            let _ = writeln!(out, "  {}", row.join("  ").trim_end());
+        }
+    }
+
+    fn markdown(&self, out: &mut String) {
+        let _ = writeln!(out, "\n### {}\n", self.title);
+        for (index, row) in self.aligned().enumerate() {
+            let _ = writeln!(out, "| {} |", row.join(" | "));
+            if index == 0 {
+                let rules: Vec<&str> = (0..row.len())
+                    .map(|column| if column == 0 { "---" } else { "--:" })
+                    .collect();
+                let _ = writeln!(out, "| {} |", rules.join(" | "));
+            }
+        }
+    }
+}
+
+/// The report for a terminal.
+pub fn text(report: &Report) -> String {
+    let mut out = String::new();
+    for line in preamble(report) {
+        let _ = writeln!(out, "{line}");
+    }
+    tables(report).iter().for_each(|table| table.text(&mut out));
+    for complaint in &report.complaints {
+        let _ = writeln!(out, "\n  not measured: {complaint}");
+    }
+    out
+}
+
+/// The report as Markdown.
+pub fn markdown(report: &Report) -> String {
+    let mut out = String::new();
+    for line in preamble(report) {
+        let _ = writeln!(out, "{line}  ");
+    }
+    tables(report).iter().for_each(|table| table.markdown(&mut out));
+    for complaint in &report.complaints {
+        let _ = writeln!(out, "\nNot measured: {complaint}");
+    }
+    // Two blanks at a line's end are a line break in Markdown, and untidy: a backslash says the same.
+    out.replace("  \n", "\\\n")
+}
+
+/// Writes the report into the marked section of a page.
+///
+/// # Errors
+/// If the page can't be read or written, or has no such section.
+pub fn write_markdown(report: &Report, page: &Path) -> anyhow::Result<()> {
+    let old = std::fs::read_to_string(page).with_context(|| format!("reading {}", page.display()))?;
+    let new = with_section(&old, &markdown(report)).with_context(|| page.display().to_string())?;
+    std::fs::write(page, new).with_context(|| format!("writing {}", page.display()))
+}
+
+fn with_section(page: &str, section: &str) -> anyhow::Result<String> {
+    let (before, rest) = page
+        .split_once(BEGIN)
+        .with_context(|| format!("the page has no line {BEGIN:?} where the figures go"))?;
+    ensure!(rest.contains(END), "the page has no line {END:?} after the figures");
+    let (_, after) = rest.split_once(END).unwrap_or_default();
+    Ok(format!("{before}{BEGIN}\n\n{}\n\n{END}{after}", section.trim()))
+}
+
+fn preamble(report: &Report) -> Vec<String> {
+    let (machine, settings) = (&report.machine, &report.settings);
+    let mut lines = vec![
+        format!(
+            "Command: `{}`, engine built as {}, {:.0} s.",
+            settings.command, settings.profile, report.took_s
+        ),
+        format!(
+            "Machine: {} CPUs ({}), {} MiB, Linux {}, {}; {}.",
+            machine.cpus, machine.cpu_model, machine.memory_mib, machine.kernel, machine.kvm, machine.qemu
+        ),
+        format!(
+            "Guest: {} vCPU, {} MiB, epochs of {} ms. Load average before: {}; others took {} of the processors meanwhile.",
+            settings.vcpus,
+            settings.memory_mib,
+            settings.epoch_ms,
+            machine.load_before,
+            machine.others_share.map_or_else(|| "–".to_owned(), percent)
+        ),
+    ];
+    if settings.short {
+        lines.push("A short run, to try the harness: its figures mean nothing.".to_owned());
+    }
+    lines
+}
+
+fn tables(report: &Report) -> Vec<Table> {
+    let made = [
+        goals(report),
+        pauses(report),
+        costs(report),
+        colo(report),
+        ratios(report),
+        latency(report),
+        memory(report),
+        resync(report),
+        gaps(report),
+    ];
+    made.into_iter().filter(|table| table.rows.len() > 1).collect()
+}
+
+fn goals(report: &Report) -> Table {
+    let mut table = Table::new("Goals", &["", "goal", "figure", ""]);
+    for verdict in report.goals.iter().filter(|verdict| verdict.figure.is_some()) {
+        let bound = if verdict.at_least { "≥" } else { "≤" };
+        table.row([
+            verdict.what.clone(),
+            format!("{bound} {} {}", plain(verdict.goal), verdict.unit),
+            optional(verdict.figure.map(plain)),
+            judged(verdict),
+        ]);
+    }
+    table
+}
+
+fn judged(verdict: &Verdict) -> String {
+    match (verdict.met, verdict.missed_by_percent) {
+        (Some(true), _) => "met".to_owned(),
+        (Some(false), Some(by)) => format!("missed by {by:.0} %"),
+        _ => "–".to_owned(),
+    }
+}
+
+fn pauses(report: &Report) -> Table {
+    let head = [
+        "pages an epoch",
+        "p50 ms",
+        "p99 ms",
+        "max ms",
+        "pauses",
+        "epochs/s",
+        "dirtied/s",
+        "dirty an epoch",
+    ];
+    let mut table = Table::new("Pause of the guest, this project", &head);
+    for point in report.pause.iter().flatten() {
+        let mut cells = vec![load(point.load)];
+        cells.extend(pause_cells(point.pauses));
+        cells.push(format!("{:.1}", point.epochs_per_s));
+        cells.push(thousands(point.dirty_pages_per_s));
+        cells.push(thousands(point.dirty_pages_per_epoch));
+        table.row(cells);
+    }
+    table
+}
+
+fn pause_cells(pauses: PauseFigures) -> [String; 4] {
+    let ms = |us: Option<u64>| optional(us.map(milliseconds));
+    [
+        ms(pauses.pause_us_p50),
+        ms(pauses.pause_us_p99),
+        ms(pauses.pause_us_max),
+        pauses.pauses.to_string(),
+    ]
+}
+
+fn costs(report: &Report) -> Table {
+    let head = [
+        "pages an epoch",
+        "sent an epoch",
+        "in the pause",
+        "KiB an epoch",
+        "on the link",
+        "paused",
+        "braked",
+        "speed",
+    ];
+    let mut table = Table::new("What an epoch costs, this project", &head);
+    let kib = |bytes: f64| thousands(bytes / 1024.0);
+    for point in report.pause.iter().flatten() {
+        table.row([
+            load(point.load),
+            thousands(point.sent_pages_per_epoch),
+            thousands(point.residue_pages_per_epoch),
+            kib(point.bytes_per_epoch),
+            kib(point.link_bytes_per_epoch),
+            percent(point.paused_share),
+            percent(point.braked_share),
+            speed_of(point),
+        ]);
+    }
+    table
+}
+
+fn speed_of(point: &PausePoint) -> String {
+    optional(point.speed_share.map(percent))
+}
+
+fn colo(report: &Report) -> Table {
+    let head = [
+        "pages an epoch",
+        "COLO p50 ms",
+        "p99 ms",
+        "max ms",
+        "pauses",
+        "a second",
+        "dirtied/s",
+        "dirty an epoch",
+        "speed",
+        "migration p50 ms",
+        "max ms",
+    ];
+    let mut table = Table::new("QEMU under the same loads", &head);
+    let ms = |us: Option<u64>| optional(us.map(milliseconds));
+    let of = |key: LoadKey| {
+        report
+            .migration
+            .iter()
+            .flatten()
+            .find(move |point| super::report::same(point.load, key))
+    };
+    for point in report.colo.iter().flatten() {
+        let mut cells = colo_cells(point);
+        let moved = of(point.load);
+        cells.push(ms(moved.and_then(|moved| moved.downtime_us_p50)));
+        cells.push(ms(moved.and_then(|moved| moved.downtime_us_max)));
+        table.row(cells);
+    }
+    if report.colo.is_none() {
+        for point in report.migration.iter().flatten() {
+            let mut cells = vec![load(point.load)];
+            cells.extend((0..8).map(|_| "–".to_owned()));
+            cells.extend([ms(point.downtime_us_p50), ms(point.downtime_us_max)]);
+            table.row(cells);
+        }
+    }
+    table
+}
+
+fn colo_cells(point: &ColoPoint) -> Vec<String> {
+    let mut cells = vec![load(point.load)];
+    cells.extend(pause_cells(point.pauses));
+    cells.push(format!("{:.1}", point.checkpoints_per_s));
+    cells.push(thousands(point.dirty_pages_per_s));
+    cells.push(thousands(point.dirty_pages_per_epoch));
+    cells.push(optional(point.speed_share.map(percent)));
+    cells
+}
+
+fn ratios(report: &Report) -> Table {
+    let mut table = Table::new(
+        "QEMU's pauses as multiples of ours",
+        &["pages an epoch", "COLO p50", "COLO p99", "migration p50"],
+    );
+    let times = |ratio: Option<f64>| optional(ratio.map(|ratio| format!("{ratio:.1} ×")));
+    for ratio in &report.ratios {
+        table.row([
+            load(ratio.load),
+            times(ratio.colo_p50),
+            times(ratio.colo_p99),
+            times(ratio.migration_p50),
+        ]);
+    }
+    table
+}
+
+fn latency(report: &Report) -> Table {
+    let head = [
+        "",
+        "p50 ms",
+        "p99 ms",
+        "max ms",
+        "requests",
+        "epochs/s",
+        "pause p50 ms",
+        "pause p99 ms",
+    ];
+    let mut table = Table::new("Request to answer, one at a time", &head);
+    let ms = |us: Option<u64>| optional(us.map(milliseconds));
+    let Some(latency) = &report.latency else { return table };
+    for (name, point) in [("protected", &latency.protected), ("unprotected", &latency.unprotected)] {
+        table.row([
+            name.to_owned(),
+            ms(point.latency_us_p50),
+            ms(point.latency_us_p99),
+            milliseconds(point.latency_us_max),
+            thousands(point.requests as f64),
+            format!("{:.0}", point.epochs_per_s),
+            ms(point.pauses.pause_us_p50),
+            ms(point.pauses.pause_us_p99),
+        ]);
+    }
+    table
+}
+
+fn memory(report: &Report) -> Table {
+    let mut table = Table::new("Memory of the engines, MiB", &["", "active", "standby"]);
+    let Some(memory) = &report.memory else { return table };
+    let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+    table.row([
+        "guest memory".to_owned(),
+        mib(memory.guest_bytes),
+        mib(memory.guest_bytes),
+    ]);
+    table.row([
+        "beside it, proportional share".to_owned(),
+        mib(memory.active.pss_bytes),
+        mib(memory.standby.pss_bytes),
+    ]);
+    table.row([
+        "of that the delta cache".to_owned(),
+        mib(memory.delta_cache_bytes),
+        "–".to_owned(),
+    ]);
+    table.row([
+        "the most ever resident, guest memory included".to_owned(),
+        mib(memory.active.peak_bytes),
+        mib(memory.standby_peak_bytes),
+    ]);
+    table
+}
+
+fn resync(report: &Report) -> Table {
+    let head = [
+        "",
+        "sent MB",
+        "took s",
+        "MB/s",
+        "plain stream MB/s",
+        "share",
+        "protected after s",
+    ];
+    let mut table = Table::new("Full resync", &head);
+    for (index, round) in report.resync.iter().flat_map(|resync| &resync.rounds).enumerate() {
+        table.row([
+            format!("round {}", index + 1),
+            thousands(round.sent_bytes as f64 / 1e6),
+            format!("{:.2}", round.resync_ms / 1e3),
+            thousands(round.sent_bytes_per_s / 1e6),
+            thousands(round.stream_bytes_per_s / 1e6),
+            percent(round.sent_bytes_per_s / round.stream_bytes_per_s.max(1.0)),
+            format!("{:.2}", round.protected_ms / 1e3),
+        ]);
+    }
+    table
+}
+
+fn gaps(report: &Report) -> Table {
+    let head = [
+        "",
+        "rounds",
+        "p50 ms",
+        "longest ms",
+        "answers lost",
+        "protected again after s",
+    ];
+    let mut table = Table::new("Gap seen by a client", &head);
+    let Some(gap) = &report.gap else { return table };
+    for (name, figures) in [("engine killed", gap.kill_engine), ("host killed", gap.kill_host)] {
+        table.row([
+            name.to_owned(),
+            figures.rounds.to_string(),
+            format!("{:.1}", figures.gap_ms_p50),
+            format!("{:.1}", figures.gap_ms_max),
+            figures.lost_answers.to_string(),
+            optional(figures.reprotect_ms.map(|ms| format!("{:.1}", ms / 1e3))),
+        ]);
+    }
+    table
+}
+
+fn load(key: LoadKey) -> String {
+    let mut words = thousands(key.dirty_pages.into());
+    if key.whole_pages {
+        words.push_str(" whole");
+    }
+    if key.busy {
+        words.push_str(", busy");
+    }
+    words
+}
+
+fn milliseconds(us: u64) -> String {
+    let ms = us as f64 / 1e3;
+    if ms < 10.0 {
+        format!("{ms:.2}")
+    } else {
+        format!("{ms:.1}")
+    }
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", share * 100.0)
+}
+
+fn optional(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "–".to_owned())
+}
+
+/// As few digits as a person needs.
+fn plain(value: f64) -> String {
+    match value.abs() {
+        large if large >= 100.0 => thousands(value),
+        middle if middle >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+/// Whole, with a comma between thousands.
+fn thousands(value: f64) -> String {
+    let digits = format!("{:.0}", value.max(0.0));
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::{Ratio, Speed};
+    use super::*;
+
+    fn report() -> Report {
+        let mut report = Report {
+            speed: Some(Speed {
+                protected_per_s: 90.0,
+                unprotected_per_s: 100.0,
+                share: 0.9,
+            }),
+            ..Report::default()
+        };
+        report.sum_up();
+        report.ratios.push(Ratio {
+            load: super::super::Load::busy(8192).into(),
+            colo_p50: Some(12.34),
+            colo_p99: None,
+            migration_p50: None,
+        });
+        report
+    }
+
+    #[test]
+    fn a_missed_goal_says_by_how_much() {
+        let text = text(&report());
+        assert!(text.contains("missed by 7 %"), "{text}");
+        assert!(text.contains("12.3 ×") && text.contains("8,192, busy"), "{text}");
+        assert!(
+            !text.contains("Full resync"),
+            "a table without rows is left out: {text}"
+        );
+    }
+
+    #[test]
+    fn the_section_of_a_page_is_replaced_and_nothing_else() {
+        let page = format!("# Title\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n");
+        let once = with_section(&page, "new").unwrap();
+        assert_eq!(once, format!("# Title\n\nbefore\n\n{BEGIN}\n\nnew\n\n{END}\n\nafter\n"));
+        assert_eq!(with_section(&once, "new").unwrap(), once);
+        assert!(
+            with_section("no section", "new")
+                .unwrap_err()
+                .to_string()
+                .contains("has no line")
+        );
+    }
+
+    #[test]
+    fn markdown_is_tidy() {
+        let text = markdown(&report());
+        assert!(text.contains("| --- | --:"), "{text}");
+        assert!(text.lines().all(|line| !line.ends_with(' ')), "{text}");
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!([0.0, 999.4, 1234567.0].map(thousands), ["0", "999", "1,234,567"]);
+        assert_eq!([0.97, 20.0, 500.0].map(plain), ["0.97", "20.0", "500"]);
+        assert_eq!([70, 23_000].map(milliseconds), ["0.07", "23.0"]);
+    }
+}
