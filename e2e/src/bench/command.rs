@@ -24,8 +24,6 @@ use crate::report::Progress;
 const BUILT: &str = "FTVM_BENCH_BUILT";
 /// Name of the benchmark's folder.
 const FOLDER: &str = "bench";
-/// Figures of unoptimised programs mean nothing.
-const PROFILE: Profile = Profile::Release;
 
 /// Everything that is built before the namespaces are entered: there is no network in them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +47,7 @@ impl Built {
         let streams = streams.into_iter().next().context("cargo built no example")?;
         let profile = match profile {
             Profile::Dev => "dev",
+            Profile::Fast => "fast",
             Profile::Release => "release",
         };
         Ok(Self {
@@ -83,7 +82,7 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode
         return Ok(ExitCode::from(2));
     }
     progress.say("building what is not fresh, optimised (the first time takes some minutes)");
-    let built = Built::build(PROFILE)?;
+    let built = Built::build(options.profile)?;
     let folder = new_folder(FOLDER)?;
     let ended = outer::enter_with(arguments, &[(BUILT, serde_json::to_string(&built)?)])?;
     for part in ["pair", "gap/kill-engine", "gap/kill-host"] {
@@ -198,7 +197,9 @@ fn of_pair(
         let idle = Load::PAGES.into_iter().map(Load::idle);
         let busy = Load::PAGES.into_iter().map(Load::busy);
         let loads = idle.chain([Load::whole(2048)]).chain(busy);
-        report.pause = Some(loads.map(|load| pair.pauses(load)).collect::<anyhow::Result<_>>()?);
+        let measured: Vec<_> = loads.map(|load| pair.costs(load)).collect::<anyhow::Result<_>>()?;
+        let (pauses, costs) = measured.into_iter().unzip();
+        (report.pause, report.costs) = (Some(pauses), Some(costs));
     }
     let memory = match wants(Part::Memory) {
         true => Some(resync::memory(options, &mut pair)?),

@@ -14,6 +14,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::lab::binaries::Profile;
+
 pub mod client;
 pub mod command;
 pub mod facts;
@@ -92,6 +94,8 @@ pub struct Options {
     pub json: Option<PathBuf>,
     /// A Markdown file whose marked section becomes the report's tables.
     pub markdown: Option<PathBuf>,
+    /// How the programs are built: figures of unoptimised ones mean nothing.
+    pub profile: Profile,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// Length of an epoch when nobody waits for output, and QEMU's delay between checkpoints, in milliseconds.
@@ -106,6 +110,7 @@ impl Options {
             short: false,
             json: None,
             markdown: None,
+            profile: Profile::Fast,
             memory_mib: 1024,
             epoch_ms: 50,
         }

@@ -8,8 +8,8 @@ use anyhow::{Context, bail, ensure};
 use serde_json::json;
 
 use super::client::GuestClient;
-use super::process::ProcessMemory;
-use super::report::{LatencyPoint, PauseFigures, PausePoint, SpeedPoint};
+use super::process::{ProcessMemory, ThreadTimes, thread_times, times_since};
+use super::report::{CostPoint, LatencyPoint, PauseFigures, PausePoint, SpeedPoint};
 use super::window::{Look, Window};
 use super::{Load, Options, Plan};
 use crate::demo::programs::Programs;
@@ -193,17 +193,21 @@ impl<'a> Pair<'a> {
         self.client.fill(pages)
     }
 
+    fn engine_pid(&self, host: usize) -> anyhow::Result<i32> {
+        let host = self.lab.host(host);
+        let engines = host.processes_named(self.system.engine_program())?;
+        match engines.as_slice() {
+            [engine] => Ok(engine.pid),
+            _ => bail!("{} engines run on {} instead of one", engines.len(), host.name()),
+        }
+    }
+
     /// Memory of the engine on a host.
     ///
     /// # Errors
     /// If there is not exactly one engine, or it can't be looked at.
     pub fn engine_memory(&self, host: usize) -> anyhow::Result<ProcessMemory> {
-        let host = self.lab.host(host);
-        let engines = host.processes_named(self.system.engine_program())?;
-        let [engine] = engines.as_slice() else {
-            bail!("{} engines run on {} instead of one", engines.len(), host.name());
-        };
-        ProcessMemory::of(engine.pid)
+        ProcessMemory::of(self.engine_pid(host)?)
     }
 
     /// The host of the active engine.
@@ -223,6 +227,31 @@ impl<'a> Pair<'a> {
         std::thread::sleep(length);
         let after = self.look()?;
         Window::between(before, after)
+    }
+
+    /// Checkpoints under a load, and where both engines' processor time goes meanwhile.
+    ///
+    /// # Errors
+    /// If the pair does not stay what it is, or tells too little.
+    pub fn costs(&mut self, load: Load) -> anyhow::Result<(PausePoint, CostPoint)> {
+        let standby = self.standby().context("there is no standby")?;
+        let pids = [self.engine_pid(self.active)?, self.engine_pid(standby)?];
+        let [active, standby] = pids;
+        let before = (self.active_seat()?, thread_times(active)?, thread_times(standby)?);
+        let point = self.pauses(load)?;
+        let after = (self.active_seat()?, thread_times(active)?, thread_times(standby)?);
+        let epochs = |seat: &Seat| seat.counter("epochs").unwrap_or(0.0);
+        let epochs = (epochs(&after.0) - epochs(&before.0)).max(1.0);
+        let by_epoch = |after: &ThreadTimes, before: &ThreadTimes| {
+            let used = times_since(after, before).into_iter();
+            used.map(|(name, ns)| (name, ns as f64 / 1e3 / epochs)).collect()
+        };
+        let costs = CostPoint {
+            load: load.into(),
+            active_us_per_epoch: by_epoch(&after.1, &before.1),
+            standby_us_per_epoch: by_epoch(&after.2, &before.2),
+        };
+        Ok((point, costs))
     }
 
     /// Checkpoints under a load.

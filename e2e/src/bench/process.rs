@@ -1,4 +1,5 @@
 //! What a process takes of memory, read from proc(5).
+use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::Context;
@@ -76,6 +77,42 @@ fn from_smaps(text: &str) -> ProcessMemory {
     sum
 }
 
+/// Processor time of a process by thread name, in nanoseconds; threads of one name are summed.
+pub type ThreadTimes = BTreeMap<String, u64>;
+
+/// Processor times of a process that runs, from /proc/PID/task/TID/schedstat, whose first word they are.
+///
+/// # Errors
+/// If it does not run, or this user may not look at it.
+pub fn thread_times(pid: i32) -> anyhow::Result<ThreadTimes> {
+    let folder = format!("/proc/{pid}/task");
+    let mut times = ThreadTimes::new();
+    for task in fs::read_dir(&folder).with_context(|| format!("reading {folder}"))? {
+        let path = task?.path();
+        // A thread may end at any moment.
+        let (Ok(name), Ok(stat)) = (
+            fs::read_to_string(path.join("comm")),
+            fs::read_to_string(path.join("schedstat")),
+        ) else {
+            continue;
+        };
+        let time = stat.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
+        // Numbers at the end tell threads of one kind apart.
+        let kind = name.trim().trim_end_matches(|c: char| c.is_ascii_digit() || c == '-');
+        *times.entry(kind.to_owned()).or_default() += time.unwrap_or(0);
+    }
+    Ok(times)
+}
+
+/// What was used since an earlier look.
+pub fn times_since(after: &ThreadTimes, before: &ThreadTimes) -> ThreadTimes {
+    let used = |(name, time): (&String, &u64)| {
+        let earlier = before.get(name).copied().unwrap_or(0);
+        (name.clone(), time.saturating_sub(earlier))
+    };
+    after.iter().map(used).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,6 +139,26 @@ Pss:                  12 kB
         );
         assert_eq!(peak_bytes("Name:\tx\nVmHWM:\t   2048 kB\n"), Some(2 << 20));
         assert_eq!(peak_bytes("Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn times_are_told_by_thread() {
+        let own = || thread_times(std::process::id() as i32).unwrap();
+        let before = own();
+        let worker = std::thread::Builder::new().name("counter-7".to_owned());
+        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+        let worker = worker.spawn(move || {
+            (0..1_000_000u64)
+                .fold(0, |a, b| std::hint::black_box(a ^ b))
+                .min(receiver.iter().count() as u64)
+        });
+        let mut used = ThreadTimes::new();
+        while used.get("counter").is_none_or(|time| *time == 0) {
+            used = times_since(&own(), &before);
+            std::thread::yield_now();
+        }
+        drop(sender);
+        worker.unwrap().join().unwrap();
     }
 
     #[test]

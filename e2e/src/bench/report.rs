@@ -1,5 +1,6 @@
 //! Everything that a run found. Keys of the JSON are stable: new ones may be added, units come last. A part that was not
 //! run, or failed, is `null`; then `complaints` says why.
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Serialize;
@@ -17,7 +18,7 @@ pub struct Settings {
     pub command: String,
     /// True for a run of seconds whose figures mean nothing.
     pub short: bool,
-    /// How the engine was built: `release`, or `dev` for tests of the harness.
+    /// How the engine was built: `fast` or `release`; `dev` for tests of the harness.
     pub profile: String,
     /// Guest memory in MiB.
     pub memory_mib: u32,
@@ -105,6 +106,18 @@ pub struct PausePoint {
     pub work_per_s: f64,
     /// `work_per_s` as a share of that of the unprotected guest under the same load; none unless both were measured.
     pub speed_share: Option<f64>,
+}
+
+/// Where both engines' processor time goes under one load.
+#[derive(Clone, Debug, Serialize)]
+pub struct CostPoint {
+    /// The load.
+    #[serde(flatten)]
+    pub load: LoadKey,
+    /// Of the active engine, by thread, in microseconds an epoch.
+    pub active_us_per_epoch: BTreeMap<String, f64>,
+    /// Of the standby's, by thread, in microseconds an epoch.
+    pub standby_us_per_epoch: BTreeMap<String, f64>,
 }
 
 /// Guest speed without protection under one load.
@@ -296,6 +309,8 @@ pub struct Report {
     pub settings: Settings,
     /// Our checkpoints.
     pub pause: Option<Vec<PausePoint>>,
+    /// Where the engines' processor time goes.
+    pub costs: Option<Vec<CostPoint>>,
     /// Guest speed without protection.
     pub unprotected: Option<Vec<SpeedPoint>>,
     /// Guest speed, CPU-bound.

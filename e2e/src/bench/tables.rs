@@ -1,11 +1,12 @@
 //! A report as tables: for a terminal, and as the marked section of a Markdown page.
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
 
 use super::goals::Verdict;
-use super::report::{ColoPoint, LoadKey, PauseFigures, PausePoint, Report};
+use super::report::{ColoPoint, CostPoint, LoadKey, PauseFigures, PausePoint, Report};
 
 /// Where the section begins and ends in a Markdown page; everything between is replaced.
 const BEGIN: &str = "<!-- figures: begin, written by cargo xtask bench --markdown -->";
@@ -149,6 +150,12 @@ fn tables(report: &Report) -> Vec<Table> {
         goals(report),
         pauses(report),
         costs(report),
+        threads("Processor time of the active engine, µs an epoch", report, |point| {
+            &point.active_us_per_epoch
+        }),
+        threads("Processor time of the standby engine, µs an epoch", report, |point| {
+            &point.standby_us_per_epoch
+        }),
         colo(report),
         ratios(report),
         latency(report),
@@ -238,6 +245,23 @@ fn costs(report: &Report) -> Table {
             percent(point.braked_share),
             speed_of(point),
         ]);
+    }
+    table
+}
+
+/// Threads as columns, the loads as rows; what takes next to nothing under every load is left out.
+fn threads(title: &'static str, report: &Report, of: fn(&CostPoint) -> &BTreeMap<String, f64>) -> Table {
+    const NOTABLE_US: f64 = 10.0;
+    let points = || report.costs.iter().flatten();
+    let notable = points().flat_map(|point| of(point).iter().filter(|(_, us)| **us >= NOTABLE_US));
+    let names: BTreeSet<&str> = notable.map(|(name, _)| name.as_str()).collect();
+    let head: Vec<&str> = ["pages an epoch"].into_iter().chain(names.iter().copied()).collect();
+    let mut table = Table::new(title, &head);
+    for point in points() {
+        let times = names
+            .iter()
+            .map(|name| thousands(of(point).get(*name).copied().unwrap_or(0.0)));
+        table.row([load(point.load)].into_iter().chain(times));
     }
     table
 }
