@@ -1,7 +1,7 @@
 //! Labs, test guests, judges and fault tools.
 
-pub mod cargo;
 pub mod bench;
+pub mod cargo;
 pub mod demo;
 pub mod guest_build;
 pub mod guest_journal;

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Builds the engine's example that runs one machine.
 fn solo() -> PathBuf {
-    binaries::build_example("ftvm-engine", "solo").unwrap()
+    binaries::build_example("ftvm-engine", "solo", binaries::Profile::Dev).unwrap()
 }
 
 /// A running guest: everything that it and its machine have said.

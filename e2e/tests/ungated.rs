@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use ftvm_e2e::demo::programs::{self, Profile, Programs};
 use ftvm_e2e::demo::standalone::Standalone;
 use ftvm_e2e::demo::system::{Role, Seat, System};
-use ftvm_e2e::demo::{GUEST_ADDRESS, Options, command};
+use ftvm_e2e::demo::{GUEST_ADDRESS, Options, place};
 use ftvm_e2e::guest_protocol::{DEFAULT_PORT, Op};
 use ftvm_e2e::hosts::outer::{inside, test_inside};
 use ftvm_e2e::hosts::{CutDirection, Lab, LabPlan};
@@ -47,7 +47,8 @@ fn built() -> Built {
     if !inside() {
         let built = Built {
             programs: programs::build(Profile::Dev).expect("the programs build"),
-            ungated: binaries::build_example("ftvm-e2e", "ungated-engine").expect("the ungated engine builds"),
+            ungated: binaries::build_example("ftvm-e2e", "ungated-engine", Profile::Dev)
+                .expect("the ungated engine builds"),
         };
         std::fs::write(&file, serde_json::to_string(&built).expect("plain data"))
             .expect("the target folder is writable");

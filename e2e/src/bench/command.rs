@@ -13,7 +13,7 @@ use super::pair::Pair;
 use super::qemu::{EMULATOR, Setup, colo, migration};
 use super::report::{Latency, Report, Speed};
 use super::{Load, Options, Part, gap, resync, tables};
-use crate::demo::place::{SHORT_FOLDER, bind, folder, new_folder, remove_disks};
+use crate::demo::place::{folder, new_folder, remove_disks, show_at_short_path};
 use crate::demo::prerequisites;
 use crate::demo::programs::{self, Profile, Programs};
 use crate::hosts::outer::{self, Outer};
@@ -43,8 +43,7 @@ impl Built {
     /// If something does not compile.
     pub fn build(profile: Profile) -> anyhow::Result<Self> {
         let programs = programs::build(profile)?;
-        let streams = binaries::build_examples(&[("ftvm-engine", "replication_rates")], profile)?;
-        let streams = streams.into_iter().next().context("cargo built no example")?;
+        let streams = binaries::build_example("ftvm-engine", "replication_rates", profile)?;
         let profile = match profile {
             Profile::Dev => "dev",
             Profile::Fast => "fast",
@@ -131,16 +130,15 @@ pub fn measure(options: &Options, built: &Built, folder: &Path, command: String,
     let mut report = Report::new(options, &built.profile, command);
     report.machine = Facts::read();
     let busy = BusyTime::read();
-    let short = Path::new(SHORT_FOLDER);
+    let shown = show_at_short_path(folder);
+    let Some(short) = note(&mut report, progress, "folder", shown) else {
+        return report;
+    };
     let place = |name: &str| -> anyhow::Result<PathBuf> {
         let path = short.join(name);
         std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(path)
     };
-    if let Err(error) = bind(folder, short) {
-        report.complaints.push(format!("{error:#}"));
-        return report;
-    }
     let result = place("pair").and_then(|place| of_pair(options, built, &place, progress, &mut report));
     note(&mut report, progress, "pair", result);
     if options.wants(Part::Gap) {

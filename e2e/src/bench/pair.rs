@@ -61,8 +61,8 @@ impl<'a> Pair<'a> {
             ..DemoOptions::default()
         };
         let mut system = Standalone::new(Rc::clone(&lab), programs, folder, &machine)
-            .tune("checkpoint", json!({ "interval_max_us": options.epoch_ms * 1000 }))
-            .tune("timing", json!({ "peer_lost_ms": PEER_LOST_MS }));
+            .with_checkpoint(json!({ "interval_max_us": options.epoch_ms * 1000 }))
+            .with_timing(json!({ "peer_lost_ms": PEER_LOST_MS }));
         system.start()?;
         let guest = SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT));
         let client = GuestClient::connect_from(lab.client_entrance()?, guest, PATIENCE)?;
