@@ -25,6 +25,8 @@ pub struct Patience {
     pub stalled: Duration,
     /// How long a host stays frozen, or a link cut, after the failover.
     pub hold: Duration,
+    /// Between two looks at the daemons' states.
+    pub look: Duration,
 }
 
 impl Default for Patience {
@@ -35,6 +37,7 @@ impl Default for Patience {
             calm: Duration::from_secs(1),
             stalled: Duration::from_secs(30),
             hold: Duration::from_secs(1),
+            look: Duration::from_millis(5),
         }
     }
 }
@@ -305,7 +308,7 @@ impl<'a, W: Witness> Stage<'a, W> {
                 let state = self.describe();
                 bail!("no host took over within {:?}; {state}", self.patience.failover);
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(self.patience.look);
         }
     }
 
@@ -454,7 +457,7 @@ impl<'a, W: Witness> Stage<'a, W> {
             if Instant::now() > deadline {
                 bail!("not protected within {patience:?}; {}", self.describe());
             }
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(self.patience.look);
         }
     }
 

@@ -143,7 +143,9 @@ impl Recipe {
                 .filter_map(Result::ok)
                 .find(|entry| entry.file_name().to_str().is_some_and(|file| file.starts_with(prefix)))
                 .with_context(|| format!("no {prefix}* in {}", boot.display()))?;
+            // Machines are started with these; a copy on their disks would only be carried about.
             fs::copy(found.path(), folder.join(name))?;
+            fs::remove_file(found.path())?;
         }
         let mut mke2fs = Command::new("mke2fs");
         mke2fs

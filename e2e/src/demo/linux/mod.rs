@@ -30,6 +30,8 @@ const PATIENCE: Patience = Patience {
     calm: Duration::from_secs(5),
     stalled: Duration::from_secs(180),
     hold: Duration::from_secs(10),
+    // Each look costs an emulated machine a hundredth of a second.
+    look: Duration::from_millis(500),
 };
 /// For the guest to switch itself off.
 const STOP: Duration = Duration::from_secs(180);

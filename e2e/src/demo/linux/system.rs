@@ -95,7 +95,7 @@ impl EmulatedSystem {
                     }],
                 },
                 // An emulated machine may stand still for a while when its host is busy: that is not its death.
-                "timing": { "heartbeat_ms": 200, "peer_lost_ms": 4000, "ack_stall_ms": 30000, "arbiter_deadline_ms": 8000 },
+                "timing": { "heartbeat_ms": 200, "peer_lost_ms": 10000, "ack_stall_ms": 30000, "arbiter_deadline_ms": 8000 },
                 "checkpoint": { "interval_min_us": 20_000, "interval_max_us": 200_000, "workers": 1 },
             }],
         })

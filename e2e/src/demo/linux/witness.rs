@@ -12,11 +12,11 @@ use crate::lab::Sandbox;
 use crate::lab::guest::{self, Redis};
 
 const COUNTER: &str = "counter";
-/// Pause between two increments.
-const PACE: Duration = Duration::from_millis(10);
+/// Pause between two increments: they leave the emulated machine's one CPU time for the resync.
+const PACE: Duration = Duration::from_millis(50);
 /// `/count-N`, about 100 KB.
 const DOWNLOAD: u32 = 20_000;
-const PAUSE_OF_DOWNLOADS: Duration = Duration::from_secs(2);
+const PAUSE_OF_DOWNLOADS: Duration = Duration::from_secs(4);
 
 /// What the clients saw so far.
 #[derive(Debug, Default)]
