@@ -15,7 +15,7 @@ pub struct Demo {
     /// What runs in the machine: embedded (on this machine's KVM), or linux (Debian in emulated nodes, anywhere)
     #[arg(long, default_value = "embedded", value_parser = guest)]
     guest: Guest,
-    /// Memory of the guest in MiB [default: 128, or 512 for linux]
+    /// Memory of the guest in MiB [default: 128, or 256 for linux]
     #[arg(long)]
     memory: Option<u32>,
     /// CPUs of the guest
@@ -57,7 +57,7 @@ impl Demo {
             guest: self.guest,
             memory_mib: self.memory.unwrap_or(match self.guest {
                 Guest::Embedded => 128,
-                Guest::Linux => 512,
+                Guest::Linux => 256,
             }),
             vcpus: self.vcpus,
             rounds: self.rounds,

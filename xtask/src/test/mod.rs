@@ -144,8 +144,8 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "emulated",
             about: "Linux guests under kvm-amd, on emulated machines",
-            budget: minutes(25),
-            build: minutes(10),
+            budget: minutes(40),
+            build: minutes(12),
             quick: false,
             commands: tests(&emulated),
         },
