@@ -14,7 +14,11 @@ pub struct Moment(Duration);
 impl Moment {
     /// Now.
     pub fn now() -> Self {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // By libc and not by rustix, which asks for the auxiliary vector first (prctl PR_GET_AUXV): a thread that is the first
+        // to do so may be under a filter that forbids it.
+        // SAFETY: the structure is valid and lives across the call, and this clock exists since Linux 2.6.39.
+        unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut now) };
         // Never negative: it begins with the boot.
         Self(Duration::new(
             u64::try_from(now.tv_sec).unwrap_or(0),
