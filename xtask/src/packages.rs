@@ -13,6 +13,7 @@ pub const NATIVE: &[Package] = &[
     ("nft", "nftables"),
     ("unshare", "util-linux"),
     ("gcc", "gcc"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
 ];
 
 /// For emulated nodes.
