@@ -497,6 +497,7 @@ fn try_set_up(config: &SeatConfig, seat: &Seat, arbiter_folder: &Path) -> Result
         .map_err(|error| (exit_code::ARBITER, explain(&error)))?;
     header
         .write(&SeatHeader::genesis(who.seat_id, uid))
+        .and_then(|()| header.complete())
         .map_err(|error| disk_error(explain(&error)))?;
     Ok(uid)
 }

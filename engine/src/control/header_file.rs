@@ -1,16 +1,26 @@
 //! The seat header in a file that is never renamed.
 //!
-//! A jailed engine has the header file as a descriptor and no folder to rename in. So the file holds the header twice, and a
-//! write overwrites one copy, fsyncs, overwrites the other, fsyncs. At any moment at least one copy is whole:
+//! A jailed engine has the header file as a descriptor and no folder to rename in. So the file holds the header twice:
 //!
 //! ```text
-//!   0      8        4096     4104      8192
-//!   │ count │ header │ count  │ header │        count: u64 little-endian, plus one at every write
+//!   0       8        4092    4096    4104     8188    8192
+//!   │ count │ header │ crc32 │ count │ header │ crc32 │       count: u64 little-endian, plus one at every write
 //! ```
 //!
-//! A crash within a write leaves one torn copy, and the other is the header as it was or as it is to be; both are right,
-//! for the write was not yet reported. Two whole copies with different counts mean the same. Two damaged copies are a
-//! damaged header, and a person decides (rule 8).
+//! The checksum is over everything before it in its copy, so a new count never stands with an old header.
+//!
+//! A write overwrites the copy that is not the newest and makes it durable ([`HeaderFile::write`]): with that it is done,
+//! and the newest whole copy is the header. Then, while nobody waits, the other copy follows ([`HeaderFile::complete`]), so
+//! that damage to one copy later takes nothing back.
+//!
+//! Invariant: a copy is overwritten only while the other one is whole *and durable*. So a crash at any byte leaves the
+//! header as it was or as it is to be; both are right, for the write was not yet reported. What an engine before this one
+//! left in the page cache is made durable when the file is opened.
+//!
+//! The file keeps its length from the first write on: later writes change neither its size nor its blocks, so fdatasync
+//! needs no transaction of the file system's journal, and lasts as long as the device needs.
+//!
+//! Two damaged copies are a damaged header, and a person decides (rule 8).
 
 use std::fs::File;
 use std::io;
@@ -22,6 +32,7 @@ use ftvm_protocol::header::{HeaderError, MAX_FILE_BYTES, SeatHeader};
 /// Bytes of one copy, with its count in front.
 const COPY_BYTES: usize = MAX_FILE_BYTES;
 const COUNT_BYTES: usize = 8;
+const CHECKSUM_BYTES: usize = 4;
 
 /// Errors of the header file.
 #[derive(Debug, thiserror::Error)]
@@ -48,19 +59,31 @@ pub enum HeaderFileError {
 pub struct HeaderFile {
     file: File,
     count: u64,
+    /// The copy that is whole and durable and has the newest header; the next write goes to the other one.
+    newest: usize,
+    /// The header that the other copy lacks.
+    lacking: Option<Vec<u8>>,
 }
 
 impl HeaderFile {
     /// Reads the file; an empty one has no header yet.
     pub fn open(file: File) -> Result<(HeaderFile, StoredHeader), HeaderFileError> {
-        let (count, stored) = read(&file)?;
-        Ok((HeaderFile { file, count }, stored))
+        sync(&file)?;
+        let (newest, stored) = read(&file)?;
+        let (newest, count) = newest.unwrap_or((1, 0));
+        let header_file = HeaderFile {
+            file,
+            count,
+            newest,
+            lacking: None,
+        };
+        Ok((header_file, stored))
     }
 
     /// Writes durably: when this returns, a reader finds this header and no other.
     pub fn write(&mut self, header: &SeatHeader) -> Result<(), HeaderFileError> {
         let bytes = header.to_file().map_err(HeaderFileError::Encode)?;
-        if bytes.len() > COPY_BYTES - COUNT_BYTES {
+        if bytes.len() > COPY_BYTES - COUNT_BYTES - CHECKSUM_BYTES {
             return Err(HeaderFileError::TooLarge(bytes.len()));
         }
         // Counted even if it fails: the torn copy may be whole on disk after all.
@@ -68,16 +91,39 @@ impl HeaderFile {
         let mut copy = vec![0u8; COPY_BYTES];
         copy[..COUNT_BYTES].copy_from_slice(&self.count.to_le_bytes());
         copy[COUNT_BYTES..COUNT_BYTES + bytes.len()].copy_from_slice(&bytes);
-        // Not the one that alone may be whole.
-        let first = u64::from(whole(&self.file, 0)?.is_some() && whole(&self.file, 1)?.is_none());
-        for index in [first, 1 - first] {
-            let offset = index * COPY_BYTES as u64;
-            let io = |what| move |source| HeaderFileError::Io { what, source };
-            self.file.write_all_at(&copy, offset).map_err(io("writing"))?;
-            self.file.sync_all().map_err(io("fsync"))?;
-        }
+        let (body, checksum) = copy.split_at_mut(COPY_BYTES - CHECKSUM_BYTES);
+        checksum.copy_from_slice(&crc32fast::hash(body).to_le_bytes());
+        let into = 1 - self.newest;
+        self.lacking = None;
+        self.write_copy(into, &copy)?;
+        self.newest = into;
+        self.lacking = Some(copy);
         Ok(())
     }
+
+    /// Writes the last header to the copy that lacks it. An error takes nothing back; the next write tries again.
+    pub fn complete(&mut self) -> Result<(), HeaderFileError> {
+        match self.lacking.take() {
+            Some(copy) => self.write_copy(1 - self.newest, &copy),
+            None => Ok(()),
+        }
+    }
+
+    fn write_copy(&self, index: usize, copy: &[u8]) -> Result<(), HeaderFileError> {
+        let offset = (index * COPY_BYTES) as u64;
+        self.file
+            .write_all_at(copy, offset)
+            .map_err(|source| HeaderFileError::Io {
+                what: "writing",
+                source,
+            })?;
+        sync(&self.file)
+    }
+}
+
+fn sync(file: &File) -> Result<(), HeaderFileError> {
+    let what = "fdatasync";
+    file.sync_data().map_err(|source| HeaderFileError::Io { what, source })
 }
 
 /// Reads a header file without changing it: for the daemon, which answers other seats (rule 8).
@@ -85,22 +131,27 @@ pub fn read_header(file: &File) -> Result<StoredHeader, HeaderFileError> {
     read(file).map(|(_, stored)| stored)
 }
 
-fn read(file: &File) -> Result<(u64, StoredHeader), HeaderFileError> {
+/// The newest copy (index and count), and what the file says.
+fn read(file: &File) -> Result<(Option<(usize, u64)>, StoredHeader), HeaderFileError> {
     let length = file
         .metadata()
         .map_err(|source| HeaderFileError::Io { what: "fstat", source })?
         .len();
     if length == 0 {
-        return Ok((0, StoredHeader::Absent));
+        return Ok((None, StoredHeader::Absent));
     }
     let copies = [whole(file, 0)?, whole(file, 1)?];
-    // The first write of all was torn before its first copy was whole, so there never was a header.
+    // The first write of all was torn before its copy was whole, so there never was a header.
     if length <= COPY_BYTES as u64 && copies[0].is_none() {
-        return Ok((0, StoredHeader::Absent));
+        return Ok((None, StoredHeader::Absent));
     }
-    let newest = copies.into_iter().flatten().max_by_key(|(count, _)| *count);
-    Ok(newest.map_or((0, StoredHeader::Damaged), |(count, header)| {
-        (count, StoredHeader::Found(header))
+    let found = copies
+        .into_iter()
+        .enumerate()
+        .filter_map(|(index, copy)| copy.map(|(count, header)| (index, count, header)));
+    let newest = found.max_by_key(|(_, count, _)| *count);
+    Ok(newest.map_or((None, StoredHeader::Damaged), |(index, count, header)| {
+        (Some((index, count)), StoredHeader::Found(header))
     }))
 }
 
@@ -122,7 +173,14 @@ fn whole(file: &File, index: u64) -> Result<Option<(u64, SeatHeader)>, HeaderFil
             }
         }
     }
-    let Some((count, rest)) = copy[..filled].split_first_chunk::<COUNT_BYTES>() else {
+    if filled < COPY_BYTES {
+        return Ok(None);
+    }
+    let (body, checksum) = copy.split_at(COPY_BYTES - CHECKSUM_BYTES);
+    if crc32fast::hash(body).to_le_bytes() != checksum {
+        return Ok(None);
+    }
+    let Some((count, rest)) = body.split_first_chunk::<COUNT_BYTES>() else {
         return Ok(None);
     };
     // The header says its own length (magic, length, checksum, body); zeros follow it up to the end of the copy.
@@ -167,6 +225,9 @@ mod tests {
         for term in 1..5 {
             header_file.write(&header(term)).unwrap();
             assert_eq!(read_header(&file).unwrap(), StoredHeader::Found(header(term)));
+            if term % 2 == 0 {
+                header_file.complete().unwrap();
+            }
         }
         let (mut again, stored) = HeaderFile::open(file.try_clone().unwrap()).unwrap();
         assert_eq!(stored, StoredHeader::Found(header(4)));
@@ -178,47 +239,110 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_write_torn_anywhere_leaves_the_old_or_the_new() {
-        let contents = |file: &File| {
-            let mut bytes = vec![0; 2 * COPY_BYTES];
-            let length = file.read_at(&mut bytes, 0).unwrap();
-            bytes.truncate(length);
-            bytes
-        };
+    fn contents(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; 2 * COPY_BYTES];
+        let length = file.read_at(&mut bytes, 0).unwrap();
+        bytes.truncate(length);
+        bytes
+    }
+
+    fn file_of(contents: &[u8]) -> File {
+        let file = memory_file();
+        file.write_all_at(contents, 0).unwrap();
+        file
+    }
+
+    /// What a power cut may leave of a step that changed `old` to `new`: any first part of what it wrote, up to all of it.
+    fn torn<'a>(old: &'a [u8], new: &'a [u8], step: usize) -> impl Iterator<Item = Vec<u8>> + 'a {
+        let first = old
+            .iter()
+            .zip(new)
+            .position(|(old, new)| old != new)
+            .unwrap_or(old.len());
+        let steps = (first..new.len()).step_by(step).chain([new.len()]);
+        steps.map(move |reached| [&new[..reached], old.get(reached..).unwrap_or_default()].concat())
+    }
+
+    /// The file after one header, after the write of the next, and after that one was completed.
+    fn three_states() -> [Vec<u8>; 3] {
         let file = memory_file();
         let (mut header_file, _) = HeaderFile::open(file.try_clone().unwrap()).unwrap();
         header_file.write(&header(1)).unwrap();
-        let old = contents(&file);
+        header_file.complete().unwrap();
+        let first = contents(&file);
         header_file.write(&header(2)).unwrap();
-        let new = contents(&file);
-        // The second copy may be torn only after the first is complete, and the other way round.
-        for torn in (0..=COPY_BYTES).step_by(13).chain([COPY_BYTES]) {
-            for second in [false, true] {
-                let mut disk = if second { new.clone() } else { old.clone() };
-                let (start, source) = if second { (COPY_BYTES, &old) } else { (0, &new) };
-                disk[start..start + torn].copy_from_slice(&source[start..start + torn]);
-                let crashed = memory_file();
-                crashed.write_all_at(&disk, 0).unwrap();
-                let stored = read_header(&crashed).unwrap();
-                let whole = [header(1), header(2)].map(StoredHeader::Found);
-                assert!(whole.contains(&stored), "torn at {torn} of copy {second}: {stored:?}");
-                // And it can be written again without ever losing both.
-                let (mut again, _) = HeaderFile::open(crashed.try_clone().unwrap()).unwrap();
-                again.write(&header(3)).unwrap();
-                assert_eq!(read_header(&crashed).unwrap(), StoredHeader::Found(header(3)));
-            }
+        let written = contents(&file);
+        header_file.complete().unwrap();
+        [first, written, contents(&file)]
+    }
+
+    #[test]
+    fn a_write_torn_anywhere_leaves_the_old_or_the_new() {
+        let [first, written, completed] = three_states();
+        assert_eq!(
+            read_header(&file_of(&written)).unwrap(),
+            StoredHeader::Found(header(2)),
+            "one copy is enough"
+        );
+        for disk in torn(&first, &written, 13) {
+            let stored = read_header(&file_of(&disk)).unwrap();
+            let whole = [header(1), header(2)].map(StoredHeader::Found);
+            assert!(whole.contains(&stored), "{stored:?}");
         }
+        for disk in torn(&written, &completed, 13) {
+            assert_eq!(
+                read_header(&file_of(&disk)).unwrap(),
+                StoredHeader::Found(header(2)),
+                "it was reported before the second copy was begun"
+            );
+        }
+    }
+
+    /// A second power cut within the first write after a first one never meets the only whole copy.
+    #[test]
+    fn a_write_after_a_torn_one_spares_the_copy_that_is_whole() {
+        let [first, written, completed] = three_states();
+        for disk in torn(&first, &written, 131).chain(torn(&written, &completed, 131)) {
+            let before = read_header(&file_of(&disk)).unwrap();
+            let file = file_of(&disk);
+            let (mut again, stored) = HeaderFile::open(file.try_clone().unwrap()).unwrap();
+            assert_eq!(stored, before);
+            again.write(&header(3)).unwrap();
+            let after = contents(&file);
+            for disk in torn(&disk, &after, 131) {
+                let stored = read_header(&file_of(&disk)).unwrap();
+                let right = stored == before || stored == StoredHeader::Found(header(3));
+                assert!(right, "{stored:?} instead of {before:?}");
+            }
+            assert_eq!(read_header(&file).unwrap(), StoredHeader::Found(header(3)));
+            again.complete().unwrap();
+            assert_eq!(read_header(&file).unwrap(), StoredHeader::Found(header(3)));
+        }
+    }
+
+    /// A write that the storage refuses is tried again in the same copy: the other one is the header until then.
+    #[test]
+    fn a_refused_write_leaves_the_whole_copy_alone() {
+        let file = memory_file();
+        let (mut header_file, _) = HeaderFile::open(file.try_clone().unwrap()).unwrap();
+        header_file.write(&header(1)).unwrap();
+        header_file.complete().unwrap();
+        let read_only = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file))).unwrap();
+        let writable = std::mem::replace(&mut header_file.file, read_only);
+        assert!(header_file.write(&header(2)).is_err());
+        assert_eq!(header_file.newest, 0);
+        header_file.file = writable;
+        header_file.write(&header(3)).unwrap();
+        assert_eq!(read_header(&file).unwrap(), StoredHeader::Found(header(3)));
+        assert_eq!(whole(&file, 0).unwrap().map(|(_, header)| header.term), Some(1));
     }
 
     #[test]
     fn damage_to_both_copies_is_told() {
         let file = memory_file();
-        HeaderFile::open(file.try_clone().unwrap())
-            .unwrap()
-            .0
-            .write(&header(1))
-            .unwrap();
+        let (mut header_file, _) = HeaderFile::open(file.try_clone().unwrap()).unwrap();
+        header_file.write(&header(1)).unwrap();
+        header_file.complete().unwrap();
         file.write_all_at(&[0xff], 25).unwrap();
         assert_eq!(read_header(&file).unwrap(), StoredHeader::Found(header(1)));
         file.write_all_at(&[0xff], COPY_BYTES as u64 + 25).unwrap();

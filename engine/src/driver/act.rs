@@ -1,7 +1,6 @@
 //! Does what the core says.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal};
@@ -14,7 +13,6 @@ use super::{Driver, Ended, Following, Guest, Link, follow, lead};
 use crate::checkpoint::Pacer;
 use crate::control::{Ask, Reply, exit_code};
 use crate::memory::DirtyPages;
-use crate::outbox::Output;
 use crate::replication::epoch::{EpochSender, Port, PortData, encode_input};
 use crate::replication::link::{Frame, LinkEvent, LinkSender, SessionSink};
 use crate::replication::pages::PageEncoder;
@@ -72,6 +70,7 @@ impl Driver {
             Gate::Through(epoch) => self.seat.outbox.release_through(epoch),
             Gate::Open => self.seat.outbox.open(),
         }
+        self.takeover.gate_set(gate);
     }
 
     fn send(&mut self, link: LinkId, message: &Message) {
@@ -119,52 +118,6 @@ impl Driver {
         match self.seat.machine.boot() {
             Ok(()) => self.resume_guest(),
             Err(error) => self.guest_failed(&error),
-        }
-    }
-
-    fn take_over(&mut self, epoch: Epoch, resend_after: Epoch) {
-        let began = Instant::now();
-        let Some(following) = self.following.take() else {
-            // The frozen source goes on where it stands.
-            self.seat.gate().set_epoch(epoch + 1);
-            return self.resume_guest();
-        };
-        let taken = match following.receiving.take_over(epoch) {
-            Ok(taken) => taken,
-            Err(why) => return self.queue.machine(crate::machine::VmEvent::Fatal(why)),
-        };
-        if let Err(error) = self.seat.machine.load(&taken.state) {
-            return self.guest_failed(&error);
-        }
-        self.seat.gate().set_epoch(epoch + 1);
-        self.seat
-            .stale_taps
-            .iter()
-            .for_each(|stale| stale.store(true, Ordering::Release));
-        for PortData { port, bytes } in taken.inputs {
-            if let Port::Nic(nic) = port {
-                self.seat.inbox.inject(nic, bytes);
-            }
-        }
-        self.announce(epoch);
-        tracing::info!("output of epochs after {resend_after} is sent once more");
-        for output in taken.outputs {
-            self.seat.outbox.put(epoch, output_of(output));
-        }
-        self.start_recording();
-        self.seat.machine.after_takeover();
-        self.resume_guest();
-        self.figures.takeover = Some(began.elapsed());
-    }
-
-    /// Tells the network where the guest's addresses are now, as soon as the gate admits `epoch`.
-    fn announce(&mut self, epoch: Epoch) {
-        for (nic, mac) in self.seat.macs.clone().into_iter().enumerate() {
-            let frame = Output::Frame {
-                nic: nic as u8,
-                bytes: Arc::from(rarp_announcement(mac)),
-            };
-            self.seat.outbox.put(epoch, frame);
         }
     }
 
@@ -432,46 +385,5 @@ impl Driver {
             message,
             term: self.core.status().term,
         });
-    }
-}
-
-fn output_of(data: PortData) -> Output {
-    let bytes = Arc::from(data.bytes.as_slice());
-    match data.port {
-        Port::Nic(nic) => Output::Frame { nic: nic as u8, bytes },
-        Port::Console => Output::Console(bytes),
-    }
-}
-
-/// A reverse ARP request of the guest's own address (RFC 903), broadcast: bridges learn where the address is, and
-/// nobody answers.
-fn rarp_announcement(mac: [u8; 6]) -> Vec<u8> {
-    const FRAME_BYTES_MIN: usize = 60;
-    let mut frame = vec![0xff; 6];
-    frame.extend_from_slice(&mac);
-    frame.extend_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
-    frame.extend_from_slice(&mac);
-    frame.extend_from_slice(&[0; 4]);
-    frame.extend_from_slice(&mac);
-    frame.extend_from_slice(&[0; 4]);
-    frame.resize(FRAME_BYTES_MIN, 0);
-    frame
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_announcement_is_a_reverse_arp_request() {
-        let mac = [2, 0, 0, 0, 0, 1];
-        let frame = rarp_announcement(mac);
-        assert_eq!(frame.len(), 60);
-        assert_eq!(frame[..6], [0xff; 6]);
-        assert_eq!(frame[6..12], mac);
-        assert_eq!(frame[12..14], [0x80, 0x35]);
-        assert_eq!(frame[20..22], [0, 3]);
-        assert_eq!(frame[22..28], mac);
-        assert_eq!(frame[32..38], mac);
     }
 }

@@ -4,6 +4,7 @@ use ftvm_protocol::core::{Command as CoreCommand, Event, ReadOutcome, SwapOutcom
 use ftvm_protocol::identity::RequestId;
 
 use super::guest::SeatMachine;
+use super::takeover::Step;
 use super::{Driver, Ended, Guest};
 use crate::clock::Moment;
 use crate::control::{Answer, Command, CommandId, Peer, Reply, exit_code};
@@ -86,6 +87,11 @@ impl Driver {
         if let Some(why) = why {
             tracing::warn!("{why}");
             self.figures.last_trouble = Some(why);
+        }
+        match answer {
+            Answer::Read(_) => self.takeover.reached(Step::Read),
+            Answer::Swap(_) => self.takeover.reached(Step::Swapped),
+            Answer::Seats(_) => {}
         }
         let late = Moment::now() > deadline;
         self.step(event_of(request, answer, late));

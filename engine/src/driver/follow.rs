@@ -25,12 +25,21 @@ use crate::replication::standby_disks::StandbyDisks;
 /// Most bytes of input kept for injection, and of output kept for sending again.
 const LOG_BYTES: usize = 8 << 20;
 
+const GONE: &str = "the receiving thread has ended before the takeover";
+
 /// For the receiving thread.
 pub enum Job {
     /// A frame of some session.
     Frame(Frame),
     /// The core counts this epoch as this seat's state: bring memory and disks there.
     Apply(Epoch),
+    /// The leader is lost: bring memory and disks to this epoch and give its state, for a takeover that may follow.
+    Prepare {
+        /// The last staged epoch, as the core counts.
+        epoch: Epoch,
+        /// Takes vCPU and device state.
+        reply: Sender<Result<Vec<u8>, String>>,
+    },
     /// Takeover from this epoch. The thread ends.
     TakeOver {
         /// The last staged epoch, as the core counts.
@@ -40,7 +49,8 @@ pub enum Job {
     },
 }
 
-/// What a successor starts from. Memory and disks are at the epoch already.
+/// What a successor starts from. Memory is at the epoch already, and so are the disks if they are read through what
+/// waits for the volumes.
 pub struct TakenOver {
     /// vCPU and device state.
     pub state: Vec<u8>,
@@ -48,6 +58,8 @@ pub struct TakenOver {
     pub inputs: Vec<PortData>,
     /// Output that may not have left, oldest first.
     pub outputs: Vec<PortData>,
+    /// The disks, with what waits for the volumes.
+    pub disks: StandbyDisks,
 }
 
 /// What the receiving thread reports.
@@ -125,13 +137,18 @@ impl Receiving {
         let _ = self.0.send(job);
     }
 
-    /// Takes over from `epoch`: waits until memory and disks are there.
+    /// Takes over from `epoch`: waits until memory is there.
     pub fn take_over(&self, epoch: Epoch) -> Result<TakenOver, String> {
         let (reply, answer) = channel();
         self.give(Job::TakeOver { epoch, reply });
-        answer
-            .recv()
-            .map_err(|_| "the receiving thread has ended before the takeover".to_owned())?
+        answer.recv().map_err(|_| GONE.to_owned())?
+    }
+
+    /// Waits until memory is at `epoch` and gives the state there. What follows it may still come.
+    pub fn prepare(&self, epoch: Epoch) -> Result<Vec<u8>, String> {
+        let (reply, answer) = channel();
+        self.give(Job::Prepare { epoch, reply });
+        answer.recv().map_err(|_| GONE.to_owned())?
     }
 }
 
@@ -182,6 +199,12 @@ impl Follower {
                     if let Err(why) = self.apply_through(epoch) {
                         return self.report(News::Failed { why });
                     }
+                }
+                Job::Prepare { epoch, reply } => {
+                    let prepared = self.apply_through(epoch);
+                    let state = prepared.and_then(|()| Ok(self.state_of(epoch)?.clone()));
+                    // A driver that does not wait any more is one that ends.
+                    let _ = reply.send(state);
                 }
                 Job::TakeOver { epoch, reply } => {
                     // A driver that does not wait any more is one that ends.
@@ -280,20 +303,22 @@ impl Follower {
         }
     }
 
-    fn take_over(&mut self, epoch: Epoch) -> Result<TakenOver, String> {
-        self.apply_through(epoch)?;
-        self.place.disks.settle().map_err(|error| error.to_string())?;
-        let (applied, state) = self
-            .applied
-            .take()
-            .ok_or("there is no complete checkpoint to take over from")?;
-        if applied != epoch {
-            return Err(format!("memory is at epoch {applied}, the core counts {epoch}"));
+    fn state_of(&self, epoch: Epoch) -> Result<&Vec<u8>, String> {
+        match &self.applied {
+            Some((applied, state)) if *applied == epoch => Ok(state),
+            Some((applied, _)) => Err(format!("memory is at epoch {applied}, the core counts {epoch}")),
+            None => Err("there is no complete checkpoint to take over from".to_owned()),
         }
+    }
+
+    fn take_over(mut self, epoch: Epoch) -> Result<TakenOver, String> {
+        self.apply_through(epoch)?;
+        let state = self.state_of(epoch)?.clone();
         Ok(TakenOver {
             state,
             inputs: self.inputs.take_for_injection(epoch),
             outputs: self.outputs.take_for_resending(),
+            disks: self.place.disks,
         })
     }
 }

@@ -20,6 +20,10 @@ impl HeaderWriter {
             while let Ok((request, header)) = todo.recv() {
                 let written = file.write(&header).map_err(|error| crate::error_chain(&error));
                 queue.header(request, written);
+                // Nobody waits for the second copy.
+                if let Err(error) = file.complete() {
+                    tracing::warn!("the header's second copy: {}", crate::error_chain(&error));
+                }
             }
         })?;
         Ok(Self(jobs))

@@ -12,7 +12,7 @@
 //! all actions of a step in order before it takes the next event.
 //!
 //! Invariant: the driver never waits for a peer, a disk or the daemon. What may take long has a thread of its own that
-//! reports back. The one exception is a takeover, which waits for what was received to be applied.
+//! reports back. The one exception is a takeover, which waits for what was received to be applied to memory.
 
 mod act;
 mod command;
@@ -24,6 +24,7 @@ mod lead;
 pub mod process;
 mod seat;
 mod status;
+mod takeover;
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -51,6 +52,7 @@ enum Input {
         request: RequestId,
         written: Result<(), String>,
     },
+    Warning(String),
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -84,6 +86,10 @@ impl Queue {
 
     fn follow(&self, report: follow::Report) {
         self.put(Input::Follow(report));
+    }
+
+    fn warn(&self, text: String) {
+        self.put(Input::Warning(text));
     }
 
     fn header(&self, request: RequestId, written: Result<(), String>) {
@@ -151,6 +157,7 @@ pub struct Driver {
     /// The command whose step is being executed.
     commanding: Option<CommandId>,
     digest: Option<epochs::PendingDigest>,
+    takeover: takeover::Takeover,
     figures: status::Figures,
     told: status::Told,
     ended: Option<Ended>,
@@ -184,6 +191,7 @@ impl Driver {
             requests: BTreeMap::new(),
             commanding: None,
             digest: None,
+            takeover: takeover::Takeover::default(),
             figures: status::Figures::default(),
             told: status::Told::default(),
             ended: None,
@@ -215,6 +223,7 @@ impl Driver {
                 }
             }
             if self.now_ms() >= self.core.next_wake_ms() {
+                self.forget_old_input();
                 self.hear();
                 self.step(Event::Tick);
             }
@@ -246,6 +255,7 @@ impl Driver {
 
     /// One step of the core, its actions included.
     fn step(&mut self, event: Event) {
+        let (stepped, cause) = (Instant::now(), takeover::cause(&event));
         let mut actions = Vec::new();
         self.core.step(self.now_ms(), event, &mut actions);
         for action in actions {
@@ -254,14 +264,15 @@ impl Driver {
             }
             self.act(action);
         }
-        self.after_step();
+        let status = self.core.status();
+        self.watch_leader(&status, stepped, cause);
+        self.after_step(&status);
     }
 
-    fn after_step(&mut self) {
-        let status = self.core.status();
-        self.apply_what_counts(&status);
-        self.settle_tracking(&status);
-        self.tell_changes(&status);
+    fn after_step(&mut self, status: &CoreStatus) {
+        self.apply_what_counts(status);
+        self.settle_tracking(status);
+        self.tell_changes(status);
     }
 
     /// Lets the receiver bring memory to what the core counts as this seat's state.
@@ -275,9 +286,11 @@ impl Driver {
         }
     }
 
-    /// A guest without a follower needs no tracking; it is switched on again before a session begins.
+    /// A guest without a follower needs no tracking; it is switched on again before a session begins. The source of a
+    /// switchover follows before its session begins here.
     fn settle_tracking(&mut self, status: &CoreStatus) {
-        let needless = self.guest == Guest::Running && self.leading.is_none() && status.role == RoleName::Active;
+        let followed = self.leading.is_some() || status.peer.is_some();
+        let needless = self.guest == Guest::Running && !followed && status.role == RoleName::Active;
         if needless && self.seat.machine.is_tracking() {
             self.stop_recording();
         }
@@ -301,12 +314,16 @@ impl Driver {
             Input::Lead(report) => self.lead_report(report),
             Input::Follow(report) => self.follow_report(report),
             Input::Header { request, written } => match written {
-                Ok(()) => self.step(Event::HeaderWritten { request }),
+                Ok(()) => {
+                    self.takeover.reached(takeover::Step::Header);
+                    self.step(Event::HeaderWritten { request });
+                }
                 Err(why) => {
                     tracing::error!("{why}");
                     self.step(Event::HeaderFailed { request });
                 }
             },
+            Input::Warning(text) => self.warn(text),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -31,9 +31,9 @@ use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsEr
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{ResyncProgress, ResyncSource};
-use crate::replication::standby_disks::StandbyDisks;
+use crate::replication::standby_disks::{SeatVolume, Settler, StandbyDisks};
 use crate::replication::storage::{FileStorage, Storage};
-use crate::seat_io::{DiskLog, HostSink, Inbox, SeatConsole, SeatDisk, SeatNic};
+use crate::seat_io::{DiskLog, HostSink, Inbox, SeatConsole, SeatDisk, SeatNic, discard_queued};
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Size of the journal in bytes: several epochs of the largest size.
@@ -140,8 +140,8 @@ pub struct Seat {
     pub inbox: Arc<Inbox>,
     /// Disk changes of the running epoch.
     pub disk_log: Arc<DiskLog>,
-    /// By NIC: what its tap has queued is old.
-    pub stale_taps: Vec<Arc<AtomicBool>>,
+    /// By NIC: its tap.
+    taps: Vec<File>,
     /// By NIC: the guest's addresses.
     pub macs: Vec<[u8; 6]>,
     /// How pages are encoded.
@@ -150,7 +150,9 @@ pub struct Seat {
     pub pacer: PacerConfig,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Option<Receiving>>>,
-    volumes: Vec<Arc<dyn Storage>>,
+    volumes: Vec<Arc<SeatVolume>>,
+    /// Brings the volumes in order after a takeover.
+    settler: Option<Settler>,
     journal: Arc<dyn Storage>,
     header: Option<HeaderFile>,
     dropped: Arc<AtomicU64>,
@@ -212,7 +214,7 @@ pub fn prepare(
         outbox,
         inbox: parts.inbox,
         disk_log: parts.disk_log,
-        stale_taps: parts.stale_taps,
+        taps: parts.taps,
         macs: parts.macs,
         encoder: EncoderConfig {
             workers: usize::from(launch.checkpoint.workers).max(1),
@@ -227,6 +229,7 @@ pub fn prepare(
         },
         route: Arc::default(),
         volumes,
+        settler: None,
         journal,
         header: Some(header),
         dropped,
@@ -252,8 +255,8 @@ fn core_config(launch: &Launch, header: StoredHeader) -> Config {
     }
 }
 
-fn open_volumes(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Arc<dyn Storage>>, SeatError> {
-    let mut volumes: Vec<Arc<dyn Storage>> = Vec::new();
+fn open_volumes(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Arc<SeatVolume>>, SeatError> {
+    let mut volumes = Vec::new();
     for disk in &launch.disks {
         let file: File = fds.take(disk.file, &disk.path)?.into();
         let storage = FileStorage::new(file, None).map_err(|source| SeatError::Disk {
@@ -261,7 +264,7 @@ fn open_volumes(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Arc<dyn Stor
             path: disk.path.clone(),
             source,
         })?;
-        volumes.push(Arc::new(storage));
+        volumes.push(Arc::new(SeatVolume::new(Arc::new(storage))));
     }
     Ok(volumes)
 }
@@ -304,14 +307,18 @@ struct Parts {
     devices: Arc<DeviceSet>,
     inbox: Arc<Inbox>,
     disk_log: Arc<DiskLog>,
-    stale_taps: Vec<Arc<AtomicBool>>,
+    taps: Vec<File>,
     macs: Vec<[u8; 6]>,
 }
 
-fn host_sink(nics: &[Nic], console: File, dropped: &Arc<AtomicU64>) -> Result<HostSink, SeatError> {
+fn duplicate_taps(nics: &[Nic]) -> Result<Vec<File>, SeatError> {
     let taps = nics.iter().map(|nic| nic.tap.try_clone()).collect::<Result<_, _>>();
+    taps.map_err(system("duplicating a tap's descriptor"))
+}
+
+fn host_sink(nics: &[Nic], console: File, dropped: &Arc<AtomicU64>) -> Result<HostSink, SeatError> {
     Ok(HostSink {
-        taps: taps.map_err(system("duplicating a tap's descriptor"))?,
+        taps: duplicate_taps(nics)?,
         console,
         dropped: dropped.clone(),
     })
@@ -324,13 +331,13 @@ fn build(
     launch: &Launch,
     nics: Vec<Nic>,
     outbox: &Arc<Outbox>,
-    volumes: &[Arc<dyn Storage>],
+    volumes: &[Arc<SeatVolume>],
     queue: &Queue,
     filters: Option<Arc<Filters>>,
 ) -> Result<Parts, SeatError> {
+    let taps = duplicate_taps(&nics)?;
     let inbox = Arc::new(Inbox::new(nics.len()));
     let disk_log = Arc::new(DiskLog::default());
-    let stale_taps: Vec<Arc<AtomicBool>> = nics.iter().map(|_| Arc::default()).collect();
     let macs = nics.iter().map(|nic| nic.mac).collect();
     let set_config = DeviceSetConfig {
         nics: nics
@@ -353,7 +360,7 @@ fn build(
         filters.clone(),
         |platform| {
             let backends = Backends {
-                nics: net_backends(nics, &platform.gate, outbox, &inbox, &stale_taps),
+                nics: net_backends(nics, &platform.gate, outbox, &inbox),
                 disks: disk_backends(launch, volumes, &disk_log),
                 console: Box::new(SeatConsole::new(platform.gate.clone(), outbox.clone())),
             };
@@ -374,7 +381,7 @@ fn build(
         devices,
         inbox,
         disk_log,
-        stale_taps,
+        taps,
         macs,
     })
 }
@@ -392,24 +399,16 @@ fn net_backends(
     gate: &Arc<PauseGate>,
     outbox: &Arc<Outbox>,
     inbox: &Arc<Inbox>,
-    stale: &[Arc<AtomicBool>],
 ) -> Vec<Box<dyn NetBackend>> {
     let mut backends: Vec<Box<dyn NetBackend>> = Vec::new();
-    for (index, (nic, stale)) in nics.into_iter().zip(stale).enumerate() {
+    for (index, nic) in nics.into_iter().enumerate() {
         let (gate, outbox, inbox) = (gate.clone(), outbox.clone(), inbox.clone());
-        backends.push(Box::new(SeatNic::new(
-            index as u8,
-            nic.tap,
-            gate,
-            outbox,
-            inbox,
-            stale.clone(),
-        )));
+        backends.push(Box::new(SeatNic::new(index as u8, nic.tap, gate, outbox, inbox)));
     }
     backends
 }
 
-fn disk_backends(launch: &Launch, volumes: &[Arc<dyn Storage>], log: &Arc<DiskLog>) -> Vec<Box<dyn DiskBackend>> {
+fn disk_backends(launch: &Launch, volumes: &[Arc<SeatVolume>], log: &Arc<DiskLog>) -> Vec<Box<dyn DiskBackend>> {
     let mut backends: Vec<Box<dyn DiskBackend>> = Vec::new();
     for (index, (disk, volume)) in launch.disks.iter().zip(volumes).enumerate() {
         let disk = SeatDisk::new(index as u16, volume.clone(), disk.read_only, log.clone());
@@ -531,13 +530,30 @@ impl Seat {
             .ok_or_else(|| std::io::ErrorKind::AlreadyExists.into())
     }
 
-    fn open_disks(&self) -> Result<StandbyDisks, String> {
-        let opened = StandbyDisks::open(self.journal.clone(), self.volumes.clone(), &self.filters);
+    fn open_disks(&mut self) -> Result<StandbyDisks, String> {
+        if let Some(settler) = self.settler.take() {
+            settler.wait()?;
+        }
+        let volumes = self.volumes.iter().map(|volume| volume.direct()).collect();
+        let opened = StandbyDisks::open(self.journal.clone(), volumes, &self.filters);
         opened.map_err(|error| crate::error_chain(&error))
     }
 
+    /// Lets the guest use the volumes while what a takeover left in `disks` is written to them.
+    pub fn take_disks_over(&mut self, disks: StandbyDisks, queue: Queue) -> std::io::Result<()> {
+        let report = move |outcome: &Result<(), String>| {
+            if let Err(why) = outcome {
+                queue.warn(format!(
+                    "after the takeover the guest can't make its writes durable: {why}"
+                ));
+            }
+        };
+        self.settler = Some(Settler::start(&self.volumes, disks, &self.filters, report)?);
+        Ok(())
+    }
+
     /// Brings the volumes to what was acknowledged before this engine started.
-    pub fn recover_disks(&self) -> Result<(), String> {
+    pub fn recover_disks(&mut self) -> Result<(), String> {
         self.open_disks()?.settle().map_err(|error| crate::error_chain(&error))
     }
 
@@ -552,7 +568,7 @@ impl Seat {
     }
 
     /// What a receiving thread works on.
-    pub fn follower_place(&self, credit: LinkSender) -> Result<Place, String> {
+    pub fn follower_place(&mut self, credit: LinkSender) -> Result<Place, String> {
         let page_count = self.machine.ram().pages();
         Ok(Place {
             memory: self.page_memory(),
@@ -584,12 +600,18 @@ impl Seat {
         let log = self.disk_log.clone();
         let recording = log.number();
         let changes = move || log.take_of(recording);
-        ResyncSource::new(self.page_memory(), self.volumes.clone(), changes, self.resync.clone())
+        let volumes = self.volumes.iter().map(|volume| volume.clone() as Arc<dyn Storage>);
+        ResyncSource::new(self.page_memory(), volumes.collect(), changes, self.resync.clone())
     }
 
     /// Progress of a resync, if there is one.
     pub fn resync_percent(&self) -> Option<u8> {
         self.resync.percent()
+    }
+
+    /// Throws away what the taps have queued for a guest that runs elsewhere.
+    pub fn discard_input(&self) {
+        self.taps.iter().for_each(discard_queued);
     }
 
     /// Output that the host did not take.

@@ -35,8 +35,6 @@ pub struct Figures {
     pub resync: ResyncStats,
     /// Time that the guest was held back because it outran the link.
     pub braked: Duration,
-    /// From the decision to take over to the guest running.
-    pub takeover: Option<Duration>,
     /// As a follower: the digest that the leader asked for last.
     pub digest: Option<Digest>,
     /// The last thing that did not work.
@@ -212,7 +210,6 @@ impl Driver {
             "epoch_sent_bytes": figures.epoch_bytes,
             "link_sent_bytes": self.links.values().map(|link| link.sender.state().taken_bytes).sum::<u64>(),
             "braked_us": us(figures.braked),
-            "takeover_us": figures.takeover.map(us),
             "released_items": released.items,
             "released_bytes": released.bytes,
             "held_us_max": us(released.held_max),
@@ -221,9 +218,12 @@ impl Driver {
             "input_frames": self.seat.inbox.frames(),
             "guest_running": self.guest == Guest::Running,
         });
-        match counters {
-            Value::Object(counters) => counters,
-            _ => Map::new(),
+        let Value::Object(mut counters) = counters else {
+            return Map::new();
+        };
+        if let Some(trace) = self.takeover.trace() {
+            trace.counters(&mut counters);
         }
+        counters
     }
 }

@@ -66,6 +66,22 @@ struct Queue {
     held: VecDeque<Held>,
     held_bytes: usize,
     released: Released,
+    watched: Watched,
+}
+
+/// When the first item of an epoch after this one left.
+#[derive(Default)]
+struct Watched {
+    after: Option<u64>,
+    first: Option<Instant>,
+}
+
+impl Watched {
+    fn left(&mut self, epoch: u64) {
+        if self.first.is_none() && self.after.is_some_and(|after| epoch > after) {
+            self.first = Some(Instant::now());
+        }
+    }
 }
 
 /// What has left, for metrics.
@@ -116,6 +132,7 @@ impl Outbox {
             queue.released.items += 1;
             queue.released.bytes += output.size_bytes() as u64;
             self.sink.emit(&output);
+            queue.watched.left(epoch);
             return;
         }
         queue.held_bytes += output.size_bytes();
@@ -154,6 +171,7 @@ impl Outbox {
             }
             let Some(held) = queue.held.pop_front() else { return };
             self.sink.emit(&held.output);
+            queue.watched.left(held.epoch);
             let waited = held.since.elapsed();
             let bytes = held.output.size_bytes();
             queue.held_bytes -= bytes;
@@ -176,6 +194,19 @@ impl Outbox {
         let queue = self.queue();
         let of_running = queue.held.back().is_some_and(|held| held.epoch == running_epoch);
         (of_running, queue.held_bytes)
+    }
+
+    /// From now on the first item of an epoch after `epoch` is looked out for.
+    pub fn watch_after(&self, epoch: u64) {
+        self.queue().watched = Watched {
+            after: Some(epoch),
+            first: None,
+        };
+    }
+
+    /// When that item left.
+    pub fn first_watched(&self) -> Option<Instant> {
+        self.queue().watched.first
     }
 
     /// Drops everything that is held: the guest that said it is not the one that goes on.
@@ -233,9 +264,12 @@ mod tests {
         for epoch in 1..=3 {
             outbox.put(epoch, frame(epoch as u8));
         }
+        outbox.watch_after(2);
         outbox.release_through(2);
         assert_eq!(*wire.0.lock().unwrap(), [frame(1), frame(2)]);
+        assert_eq!(outbox.first_watched(), None);
         outbox.release_through(3);
+        assert!(outbox.first_watched().is_some());
         assert_eq!(*wire.0.lock().unwrap(), [frame(1), frame(2), frame(3)]);
     }
 

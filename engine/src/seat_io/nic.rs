@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backends::{ConsoleBackend, NetBackend};
@@ -98,33 +98,23 @@ pub struct SeatNic {
     gate: Arc<PauseGate>,
     outbox: Arc<Outbox>,
     inbox: Arc<Inbox>,
-    /// Set when what the tap gathered while this seat was standby has to go: it is old.
-    stale: Arc<AtomicBool>,
 }
 
 impl SeatNic {
-    /// A backend on a non-blocking tap without any header. `stale`: what the tap has queued is thrown away first.
-    pub fn new(
-        nic: u8,
-        tap: File,
-        gate: Arc<PauseGate>,
-        outbox: Arc<Outbox>,
-        inbox: Arc<Inbox>,
-        stale: Arc<AtomicBool>,
-    ) -> Self {
+    /// A backend on a non-blocking tap without any header.
+    pub fn new(nic: u8, tap: File, gate: Arc<PauseGate>, outbox: Arc<Outbox>, inbox: Arc<Inbox>) -> Self {
         Self {
             nic,
             tap,
             gate,
             outbox,
             inbox,
-            stale,
         }
     }
 }
 
 /// Throws away what a tap has queued. At most one queue's worth, so that a flooded network can't hold us here.
-fn discard_queued(tap: &File) {
+pub fn discard_queued(tap: &File) {
     const QUEUE_FRAMES_MAX: usize = 4096;
     let mut frame = [0u8; FRAME_BYTES_MAX];
     let mut tap = tap;
@@ -145,9 +135,6 @@ impl NetBackend for SeatNic {
     }
 
     fn receive(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
-        if self.stale.swap(false, Ordering::AcqRel) {
-            discard_queued(&self.tap);
-        }
         let len = match self.inbox.take(self.nic) {
             Some(frame) => {
                 let len = frame.len().min(buf.len());

@@ -77,9 +77,10 @@ impl Bounded {
         let (arbiter, hanging) = (self.arbiter.clone(), self.hanging.clone());
         let thread = std::thread::Builder::new().name("arbiter".to_owned()).spawn(move || {
             let outcome = work(arbiter.as_ref());
-            hanging.fetch_sub(1, Ordering::SeqCst);
             // Nobody waits any more after the deadline.
             let _ = sender.send(outcome);
+            arbiter.prepare();
+            hanging.fetch_sub(1, Ordering::SeqCst);
         });
         if let Err(error) = thread {
             self.hanging.fetch_sub(1, Ordering::SeqCst);

@@ -7,9 +7,15 @@
 //!   temporary.*            being written, or left over from a crash: nobody reads them
 //! ```
 //!
-//! A swap writes a temporary file, fsyncs it and `link(2)`s it to the name of the next version: that name can be created
+//! A swap writes a temporary file, makes it durable and `link(2)`s it to the name of the next version: that name can be created
 //! once, whoever tries, so of all that swap over one version one wins. After *any* error of link the file under that name is
 //! compared by its nonce: a network file system may send a request twice and report "exists" after the first one succeeded.
+//!
+//! A spare temporary file, full of spaces and durable, is made while nobody waits: writing a record over it (spaces behind
+//! JSON mean nothing) changes neither its size nor its blocks, so making that durable takes the device one write and no
+//! transaction of the file system.
+//!
+//! Invariant: a temporary file that was linked, or may have been, is never written again.
 //!
 //! Invariant: versions have no gaps and files are never removed, so existence is monotonic and the newest version is found by
 //! opening names, never by listing a folder (listings of network file systems are cached).
@@ -19,6 +25,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
@@ -32,6 +39,8 @@ use crate::random;
 
 /// Format of the record files.
 const FORMAT: u32 = 1;
+/// Size of a spare file: a record takes less than a quarter of it.
+const SPARE_BYTES: usize = 4096;
 
 /// Errors of the file arbiter.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +103,8 @@ pub struct FileArbiter<F: Files = PosixFiles> {
     files: F,
     /// A version that existed and was durable, so that the search begins there and a reader need not fsync again.
     durable: AtomicU64,
+    /// A durable file of spaces that no other process knows.
+    spare: Mutex<Option<PathBuf>>,
 }
 
 impl FileArbiter {
@@ -110,6 +121,7 @@ impl<F: Files> FileArbiter<F> {
             folder: folder.into(),
             files,
             durable: AtomicU64::new(0),
+            spare: Mutex::default(),
         }
     }
 
@@ -173,12 +185,11 @@ impl<F: Files> FileArbiter<F> {
                 format!("term {} does not follow {}", record.term, current.term),
             );
         };
-        let (temporary, path) = (self.temporary(), self.path(next));
-        if let Err(source) = self.files.create(&temporary, &encode(uid, next, record)) {
-            // Nothing else knows the name, so nothing of it can ever count.
-            let _ = self.files.remove(&temporary);
-            return said(SwapOutcome::NotSent, self.folder_error("writing", source).to_string());
-        }
+        let path = self.path(next);
+        let temporary = match self.write(&encode(uid, next, record)) {
+            Ok(temporary) => temporary,
+            Err(source) => return said(SwapOutcome::NotSent, self.folder_error("writing", source).to_string()),
+        };
         let said = if Instant::now() >= deadline {
             said(
                 SwapOutcome::NotSent,
@@ -190,6 +201,30 @@ impl<F: Files> FileArbiter<F> {
         // A leftover is only untidy.
         let _ = self.files.remove(&temporary);
         said
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<PathBuf>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A temporary file with these contents, durable: the spare one, or else a new one.
+    fn write(&self, contents: &[u8]) -> std::io::Result<PathBuf> {
+        let spare = self.spare().take_if(|_| contents.len() <= SPARE_BYTES);
+        if let Some(spare) = spare {
+            // Over everything, whatever became of the file since.
+            let mut whole = contents.to_vec();
+            whole.resize(SPARE_BYTES, b' ');
+            if self.files.overwrite(&spare, &whole).is_ok() {
+                return Ok(spare);
+            }
+            // Nothing else knows the name, so nothing of it can ever count.
+            let _ = self.files.remove(&spare);
+        }
+        let temporary = self.temporary();
+        let created = self.files.create(&temporary, contents);
+        created.map(|()| temporary.clone()).inspect_err(|_| {
+            let _ = self.files.remove(&temporary);
+        })
     }
 
     /// The step that decides.
@@ -364,6 +399,30 @@ impl<F: Files> Arbiter for FileArbiter<F> {
 
     fn swap(&self, uid: ArbiterUid, version: u64, record: &Record, deadline: Instant) -> Said<SwapOutcome> {
         self.try_swap(uid, version, record, deadline)
+    }
+
+    fn prepare(&self) {
+        if self.spare().is_some() {
+            return;
+        }
+        let temporary = self.temporary();
+        // Without one a swap takes longer, that is all; the folder's trouble is told to whoever asks.
+        if self.files.create(&temporary, &[b' '; SPARE_BYTES]).is_ok() {
+            let unused = self.spare().replace(temporary);
+            // Made by two requests at a time.
+            unused.map(|unused| self.files.remove(&unused));
+        } else {
+            let _ = self.files.remove(&temporary);
+        }
+    }
+}
+
+impl<F: Files> Drop for FileArbiter<F> {
+    fn drop(&mut self) {
+        if let Some(spare) = self.spare().take() {
+            // A leftover is only untidy.
+            let _ = self.files.remove(&spare);
+        }
     }
 }
 

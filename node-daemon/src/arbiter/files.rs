@@ -1,4 +1,4 @@
-//! The six things that the file arbiter does to a folder, so that tests can fail each of them.
+//! The few things that the file arbiter does to a folder, so that tests can fail each of them.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -12,6 +12,8 @@ const FILE_BYTES_MAX: u64 = 64 * 1024;
 pub trait Files: Send + Sync + 'static {
     /// Creates a file that must not exist, with these contents, durable when this returns.
     fn create(&self, path: &Path, contents: &[u8]) -> io::Result<()>;
+    /// Writes over the first bytes of a file that is there and is not shorter, durable when this returns.
+    fn overwrite(&self, path: &Path, contents: &[u8]) -> io::Result<()>;
     /// Changes the folder and changes it back, which proves that it can be written, and makes a network file system look at it
     /// again. Nothing of it need be durable.
     fn touch(&self, path: &Path) -> io::Result<()>;
@@ -34,6 +36,12 @@ impl Files for PosixFiles {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         file.write_all(contents)?;
         file.sync_all()
+    }
+
+    fn overwrite(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).open(path)?;
+        file.write_all(contents)?;
+        file.sync_data()
     }
 
     fn touch(&self, path: &Path) -> io::Result<()> {

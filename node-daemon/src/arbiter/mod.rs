@@ -27,6 +27,9 @@ pub trait Arbiter: Send + Sync + 'static {
 
     /// Writes the record if identity and version still are these; one try, begun before `deadline` or not at all.
     fn swap(&self, uid: ArbiterUid, version: u64, record: &Record, deadline: Instant) -> Said<SwapOutcome>;
+
+    /// Called after an answer was given, while nobody waits: what can be done ahead for the next request.
+    fn prepare(&self) {}
 }
 
 #[cfg(test)]

@@ -166,6 +166,9 @@ impl Files for Failing {
     fn create(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
         self.step(|| PosixFiles.create(path, contents))
     }
+    fn overwrite(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
+        self.step(|| PosixFiles.overwrite(path, contents))
+    }
     fn touch(&self, path: &Path) -> io::Result<()> {
         self.step(|| PosixFiles.touch(path))
     }
@@ -183,28 +186,32 @@ impl Files for Failing {
     }
 }
 
-/// Operations of one swap: identity, record, create, link, fsync, remove.
+/// Operations of one swap: identity, record, create or overwrite, link, fsync, remove.
 const SWAP_STEPS: usize = 6;
 
 #[test]
 fn an_error_at_any_step_is_never_told_wrong() {
     for at in 0..SWAP_STEPS + 1 {
-        for after in [false, true] {
+        for (after, spare) in [(false, false), (true, false), (false, true), (true, true)] {
             let folder = Folder::new("steps");
             let (arbiter, first) = set_up(&folder);
             let failing = Failing {
-                at,
+                at: at + usize::from(spare),
                 after,
                 count: AtomicUsize::new(0),
                 end: || {},
             };
             let failing = FileArbiter::with_files(folder.path(), failing);
+            if spare {
+                // One operation.
+                failing.prepare();
+            }
             let record = next(&first, 1);
             let (outcome, why) = failing.swap(first.uid, first.version, &record, far());
             let stands = arbiter.newest().unwrap().unwrap();
             let landed = stands.record == record;
             match outcome {
-                SwapOutcome::Won(_) => assert!(landed, "step {at}, after {after}"),
+                SwapOutcome::Won(_) => assert!(landed, "step {at}, after {after}, spare {spare}"),
                 SwapOutcome::Conflict | SwapOutcome::NotSent => assert!(!landed, "step {at}, after {after}: {why:?}"),
                 SwapOutcome::Unknown => assert!(why.is_some()),
             }
@@ -216,6 +223,71 @@ fn an_error_at_any_step_is_never_told_wrong() {
             }
         }
     }
+}
+
+fn temporaries(folder: &Folder) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder.path()).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths
+        .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("temporary."))
+        .collect()
+}
+
+/// A spare file becomes a record once, whatever came of it; a record is never written again.
+#[test]
+fn a_spare_file_is_used_once_and_not_left_behind() {
+    let folder = Folder::new("spare");
+    let (arbiter, first) = set_up(&folder);
+    arbiter.prepare();
+    arbiter.prepare();
+    let [spare] = &temporaries(&folder)[..] else {
+        panic!("one spare file")
+    };
+    assert_eq!(std::fs::read(spare).unwrap(), [b' '; 4096]);
+    // Somebody else wins: what was written for nothing is not used again.
+    let other = FileArbiter::new(folder.path());
+    let (SwapOutcome::Won(won), _) = other.swap(first.uid, first.version, &next(&first, 2), far()) else {
+        panic!("the first to come wins")
+    };
+    assert_eq!(
+        arbiter.swap(first.uid, first.version, &next(&first, 1), far()).0,
+        SwapOutcome::Conflict
+    );
+    assert!(temporaries(&folder).is_empty());
+    arbiter.prepare();
+    let record = next(&won, 1);
+    let (SwapOutcome::Won(mine), _) = arbiter.swap(won.uid, won.version, &record, far()) else {
+        panic!("nobody else tries")
+    };
+    let bytes = std::fs::read(folder.path().join("record.00000000000000000003")).unwrap();
+    assert_eq!(bytes.len(), 4096, "the spare file it is");
+    assert!(temporaries(&folder).is_empty());
+    // The next ones leave it alone.
+    arbiter.prepare();
+    assert!(matches!(
+        arbiter.swap(mine.uid, mine.version, &next(&mine, 1), far()).0,
+        SwapOutcome::Won(_)
+    ));
+    assert_eq!(
+        std::fs::read(folder.path().join("record.00000000000000000003")).unwrap(),
+        bytes
+    );
+    arbiter.prepare();
+    drop(arbiter);
+    assert!(temporaries(&folder).is_empty());
+}
+
+/// The share was taken away and came back without the spare file: the swap makes a new one.
+#[test]
+fn a_spare_file_that_is_gone_is_not_missed() {
+    let folder = Folder::new("no-spare");
+    let (arbiter, first) = set_up(&folder);
+    arbiter.prepare();
+    temporaries(&folder)
+        .iter()
+        .for_each(|spare| std::fs::remove_file(spare).unwrap());
+    let (outcome, why) = arbiter.swap(first.uid, first.version, &next(&first, 1), far());
+    assert!(matches!(outcome, SwapOutcome::Won(_)), "{why:?}");
 }
 
 #[test]
@@ -278,6 +350,9 @@ impl Files for LooksThenRenames {
     fn create(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
         PosixFiles.create(path, contents)
     }
+    fn overwrite(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
+        PosixFiles.overwrite(path, contents)
+    }
     fn touch(&self, path: &Path) -> io::Result<()> {
         PosixFiles.touch(path)
     }
@@ -307,6 +382,10 @@ fn race<F: Files>(arbiter: &FileArbiter<F>, me: u128, until: u64, wins: &Path) {
             break;
         }
         let record = next(&snapshot, me);
+        // Some of the racers have a spare file, some have not.
+        if me % 2 == 0 {
+            arbiter.prepare();
+        }
         match arbiter.swap(snapshot.uid, snapshot.version, &record, far()) {
             (SwapOutcome::Won(won), _) => log.push_str(&format!("{} {}\n", won.version, record.nonce)),
             (SwapOutcome::Conflict, _) => {}

@@ -226,7 +226,7 @@ impl Core {
 
     // ---- standby
 
-    fn is_leader_lost(&self, standby: &Standby) -> bool {
+    pub(super) fn is_leader_lost(&self, standby: &Standby) -> bool {
         standby.lost || self.is_silent()
     }
 

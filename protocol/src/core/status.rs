@@ -74,6 +74,8 @@ pub struct Status {
     pub unsettled: bool,
     /// Since when there was no contact with the session's peer, in ms; `None` without a session.
     pub contact_age_ms: Option<u64>,
+    /// A standby whose leader is gone or silent: it tries to take over.
+    pub leader_lost: bool,
     /// A stop is under way.
     pub stopping: bool,
     /// Why the last attempt or command was refused; what a person sees when it waits.
@@ -118,6 +120,7 @@ impl Core {
             arbiter: self.arbiter,
             unsettled: self.unsettled.is_some() || active.is_some_and(|active| active.doubt),
             contact_age_ms: self.contact_age_ms(),
+            leader_lost: matches!(&self.role, Role::Standby(standby) if self.is_leader_lost(standby)),
             stopping: active.is_some_and(|active| active.stop.is_some()),
             refused: self.refused,
             recreate: self.recreate_consent(),

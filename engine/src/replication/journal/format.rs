@@ -14,7 +14,7 @@ const RECORD_MAGIC: u32 = u32::from_le_bytes(*b"JREC");
 pub(super) struct HalfHeader {
     /// Records of another generation are not this half's.
     pub generation: u64,
-    /// The last epoch in the other half, if this one continues it.
+    /// The last epoch in the other half, if this one continues it; none begins a history, and the other half is void.
     pub follows: Option<u64>,
 }
 

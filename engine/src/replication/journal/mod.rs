@@ -159,6 +159,15 @@ impl Journal {
             .filter_map(|(half, header)| Some((half, header?)))
             .collect();
         order.sort_by_key(|(_, header)| header.generation);
+        for (half, header) in &order {
+            journal.halves[*half].generation = header.generation;
+        }
+        // A half that follows nothing begins a history: what is older counts no more.
+        if let [_, (_, newer)] = &order[..]
+            && newer.follows.is_none()
+        {
+            order.remove(0);
+        }
         let scanned: Vec<Scan> = order
             .iter()
             .map(|(half, header)| journal.scan(*half, header.generation))
@@ -188,9 +197,6 @@ impl Journal {
                 })?;
             }
         }
-        for (half, header) in order {
-            journal.halves[half].generation = header.generation;
-        }
         journal.reset()?;
         Ok((journal, recovered))
     }
@@ -218,19 +224,18 @@ impl Journal {
         Ok(())
     }
 
-    /// Empties the journal durably: everything in it is on the volumes, or of no use any more. The older half first,
-    /// so that a crash in between leaves an end of the history.
+    /// Empties the journal durably: everything in it is on the volumes, or of no use any more. One sector does it: the
+    /// older half begins a new history, which disowns the newer one. A crash before that leaves an end of the history.
     pub fn reset(&mut self) -> Result<(), JournalError> {
         let older = if self.halves[0].generation <= self.halves[1].generation {
             0
         } else {
             1
         };
-        let result = self
-            .disown_and_write_header(older, None)
-            .and_then(|()| self.disown_and_write_header(1 - older, None));
+        let result = self.disown_and_write_header(older, None);
         self.failed = result.is_err();
-        self.current = 1 - older;
+        self.current = older;
+        self.halves[1 - older].last = None;
         self.last = None;
         result
     }

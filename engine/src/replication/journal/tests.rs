@@ -142,6 +142,11 @@ fn power_cuts(seed: u64) {
         if seeded.below(10) == 0 {
             sync_volume(&mut waiting, &disk);
             synced = Some(epoch);
+            // As after a takeover or a resync.
+            if seeded.below(3) == 0 {
+                journal.reset().expect("no fault");
+                durable = states.len() - 1;
+            }
         }
     }
     // Some of what waits was written to the volume, not synced.

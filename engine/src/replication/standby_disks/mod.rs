@@ -3,7 +3,7 @@
 //! ```text
 //!   stage(epoch, changes, durable) ─► journal (fsync if durable)          acknowledged after this
 //!   commit(epoch)                  ─► applier thread ─► volumes ─► sync ─► the journal's older half is free again
-//!   takeover: settle() waits for all of it, or read through what waits (volume())
+//!   takeover: the guest reads through what waits (SeatVolume), a thread settles it meanwhile
 //! ```
 //!
 //! Invariant: nothing that was not committed reaches a volume while the engine lives; after it was killed,
@@ -11,6 +11,7 @@
 
 mod applier;
 mod overlay;
+mod seat_volume;
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,6 +24,7 @@ use super::threads::ThreadFilters;
 use applier::Applier;
 
 pub use applier::{ReadThrough, VolumeError};
+pub use seat_volume::{SeatVolume, Settler};
 
 /// Why the standby's disks can't follow.
 #[derive(Debug, thiserror::Error)]
@@ -139,13 +141,18 @@ impl StandbyDisks {
         Ok(self.applier.apply(changes, None)?)
     }
 
-    /// Takeover: returns when everything committed is durable on the volumes and the journal is empty, so that a
+    /// Returns when everything committed is durable on the volumes and the journal is empty, so that a
     /// guest may write to the volumes directly. What was staged and not committed is dropped.
     pub fn settle(&mut self) -> Result<(), StandbyDisksError> {
         self.staged.clear();
         self.applier.sync_now()?;
         self.resynced = false;
         Ok(self.journal.reset()?)
+    }
+
+    /// Waits until everything that was committed, or written through [`Self::volume`], is on the volumes.
+    pub fn drain(&self) -> Result<(), StandbyDisksError> {
+        Ok(self.applier.drain()?)
     }
 
     /// A view of disk `disk` that reads through what waits for the volume and puts writes behind it, in order: for a
@@ -161,5 +168,7 @@ impl StandbyDisks {
     }
 }
 
+#[cfg(test)]
+mod takeover_tests;
 #[cfg(test)]
 mod tests;

@@ -2,15 +2,15 @@ use super::*;
 use crate::replication::journal::JOURNAL_MIN_BYTES;
 use crate::replication::testing::{MemStorage, Seeded, apply_change, random_change};
 
-const SECTORS: u64 = 64;
+pub(super) const SECTORS: u64 = 64;
 
-struct Bench {
-    journal: Arc<MemStorage>,
-    volumes: [Arc<MemStorage>; 2],
+pub(super) struct Bench {
+    pub journal: Arc<MemStorage>,
+    pub volumes: [Arc<MemStorage>; 2],
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let volume = || MemStorage::new(vec![0xAA; SECTORS as usize * 512]);
         Self {
             journal: MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize]),
@@ -18,7 +18,7 @@ impl Bench {
         }
     }
 
-    fn open(&self) -> Result<StandbyDisks, StandbyDisksError> {
+    pub fn open(&self) -> Result<StandbyDisks, StandbyDisksError> {
         let volumes = self
             .volumes
             .iter()
@@ -27,12 +27,12 @@ impl Bench {
         StandbyDisks::open(self.journal.clone(), volumes, &None)
     }
 
-    fn bytes(&self) -> [Vec<u8>; 2] {
+    pub fn bytes(&self) -> [Vec<u8>; 2] {
         [self.volumes[0].bytes(), self.volumes[1].bytes()]
     }
 }
 
-fn changes(seeded: &mut Seeded) -> Vec<DiskChange> {
+pub(super) fn changes(seeded: &mut Seeded) -> Vec<DiskChange> {
     (0..seeded.below(6))
         .map(|_| {
             let disk = seeded.below(2) as u16;
@@ -41,7 +41,7 @@ fn changes(seeded: &mut Seeded) -> Vec<DiskChange> {
         .collect()
 }
 
-fn apply_all(disks: &mut [Vec<u8>; 2], changes: &[DiskChange]) {
+pub(super) fn apply_all(disks: &mut [Vec<u8>; 2], changes: &[DiskChange]) {
     changes
         .iter()
         .for_each(|change| apply_change(&mut disks[usize::from(change.disk)], change));
