@@ -12,15 +12,18 @@ use crate::control::{CommandId, Digest, Reply};
 use crate::outbox::Output;
 use crate::replication::epoch::{Port, PortData, SealedEpoch};
 use crate::replication::pages::CopiedPages;
-use crate::replication::resync::{self, digest_memory};
+use crate::replication::resync;
 
 /// While bulk is sent the dirty rings have to be emptied, or vCPUs stop at a full one.
 const BULK_HARVEST: Duration = Duration::from_millis(5);
 
-/// A digest that was asked for.
+/// A digest that was asked for. A leader's sender takes one of all pages while the guest runs, then one of every page that
+/// it sends: at the end of the first epoch that is sealed after that it is the digest of memory then.
 #[derive(Debug)]
 pub struct PendingDigest {
     command: CommandId,
+    /// The leader's sender has read all of memory.
+    taken: bool,
 }
 
 impl Driver {
@@ -170,7 +173,7 @@ impl Driver {
         leading.stage = Stage::Streaming;
         leading.in_flight.push_back((epoch, Instant::now()));
         self.seat.gate().set_epoch(epoch + 1);
-        let digest_taken = self.digest_paused(epoch);
+        let digest = self.digest.as_ref().is_some_and(|pending| pending.taken);
         if matches!(seal, Seal::Freeze | Seal::Final) {
             self.sealed_state = Some((epoch, sealed.state.clone()));
         }
@@ -185,12 +188,8 @@ impl Driver {
         if let Some(leading) = self.leading.as_mut() {
             leading.pacer.sealed(Instant::now(), pause);
             let outputs = outputs.into_iter().map(port_data).collect();
-            leading
-                .sending
-                .give(Job::Finish(Box::new(SealedEpoch { outputs, ..sealed })));
-            if digest_taken {
-                leading.sending.give(Job::AskDigest(epoch));
-            }
+            let sealed = Box::new(SealedEpoch { outputs, ..sealed });
+            leading.sending.give(Job::Finish { sealed, digest });
         }
     }
 
@@ -225,7 +224,12 @@ impl Driver {
                     leading.pacer.hurry();
                 }
             }
-            Done::DigestAsked => {}
+            Done::Digest => {
+                if let (Some(pending), Some(leading)) = (&mut self.digest, &mut self.leading) {
+                    pending.taken = true;
+                    leading.pacer.hurry();
+                }
+            }
             Done::Round => {
                 if let Some(leading) = self.leading.as_mut() {
                     leading.pacer.round_sent();
@@ -235,10 +239,15 @@ impl Driver {
                 epoch,
                 stats,
                 cache_bytes,
+                digest,
             } => {
                 tracing::trace!("epoch {epoch} queued");
                 self.figures.sent(&stats);
                 self.figures.cache_bytes = cache_bytes;
+                if let Some((digest, pending)) = digest.and_then(|digest| Some((digest, self.digest.take()?))) {
+                    self.control
+                        .reply(pending.command, Reply::Digest(digest_reply(epoch, digest)));
+                }
             }
         }
     }
@@ -312,14 +321,22 @@ impl Driver {
             .as_mut()
             .filter(|leading| leading.stage == Stage::Streaming)
         {
-            leading.pacer.hurry();
-            self.digest = Some(PendingDigest { command: id });
+            let command = id;
+            if self.digest.is_some() {
+                let why = "another digest is being taken: ask again".to_owned();
+                return self.control.reply(command, Reply::Refused { why });
+            }
+            leading.sending.give(Job::Digest);
+            self.digest = Some(PendingDigest { command, taken: false });
             return;
         }
         let reply = match &self.figures.digest {
             Some(digest) if self.following.is_some() => Reply::Digest(digest.clone()),
             None if self.following.is_some() => {
-                self.digest = Some(PendingDigest { command: id });
+                self.digest = Some(PendingDigest {
+                    command: id,
+                    taken: false,
+                });
                 return;
             }
             _ => Reply::Refused {
@@ -334,17 +351,6 @@ impl Driver {
             self.control
                 .reply(digest.command, Reply::Refused { why: why.to_owned() });
         }
-    }
-
-    /// The guest is paused at the end of `epoch`: takes the digest that was asked for. True if one was.
-    fn digest_paused(&mut self, epoch: Epoch) -> bool {
-        let Some(pending) = self.digest.take() else {
-            return false;
-        };
-        let memory = digest_memory(&*self.seat.page_memory(), 1);
-        self.control
-            .reply(pending.command, Reply::Digest(digest_reply(epoch, memory)));
-        true
     }
 }
 

@@ -17,7 +17,7 @@ use crate::memory::DirtyPages;
 use crate::replication::epoch::{EpochSender, EpochStats, FrameSink, SealedEpoch, SendError};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::{LivePages, SinkClosed};
-use crate::replication::resync::{ResyncError, ResyncSource, ResyncStats, ResyncWindow};
+use crate::replication::resync::{Digest, PageDigests, ResyncError, ResyncSource, ResyncStats, ResyncWindow};
 
 /// Something to send.
 pub enum Job {
@@ -35,9 +35,15 @@ pub enum Job {
         pages: Vec<u32>,
     },
     /// The end of an epoch.
-    Finish(Box<SealedEpoch>),
-    /// Ask the follower for the digest of its memory at this epoch, the last one that was finished.
-    AskDigest(Epoch),
+    Finish {
+        /// The epoch.
+        sealed: Box<SealedEpoch>,
+        /// Give the digest of memory at its end, and ask the follower for its own.
+        digest: bool,
+    },
+    /// Take the digest of all of memory, as it is, and keep it up to date until an epoch is finished with its digest. An
+    /// epoch that was sealed before this was reported must not be: memory was ahead of it.
+    Digest,
 }
 
 /// What became of a job.
@@ -55,9 +61,11 @@ pub enum Done {
         stats: EpochStats,
         /// What the delta cache takes now, in bytes.
         cache_bytes: usize,
+        /// Of memory at its end, if it was asked for.
+        digest: Option<Digest>,
     },
-    /// The follower was asked for a digest.
-    DigestAsked,
+    /// The digest is taken and kept up to date.
+    Digest,
     /// The session can't go on.
     Failed {
         /// Why.
@@ -105,6 +113,7 @@ impl Sending {
             sink,
             memory,
             begun: None,
+            digests: None,
         };
         std::thread::Builder::new().name("epochs".to_owned()).spawn(move || {
             enter();
@@ -124,6 +133,7 @@ struct Worker {
     sink: Arc<dyn FrameSink>,
     memory: Arc<dyn PageMemory>,
     begun: Option<Epoch>,
+    digests: Option<PageDigests>,
 }
 
 impl Worker {
@@ -157,21 +167,38 @@ impl Worker {
                     self.sender.begin(epoch, base, released_through)?;
                     self.begun = Some(epoch);
                 }
+                // Before the round is reported, and so before the epoch can end: what is written later is sent again.
+                if let Some(digests) = &mut self.digests {
+                    pages.iter().for_each(|page| digests.reread(&*self.memory, *page));
+                }
                 self.sender
                     .pages(Arc::new(LivePages::new(self.memory.clone(), pages)))?;
                 Ok(Done::Round)
             }
-            Job::Finish(sealed) => {
+            Job::Finish { sealed, digest } => {
                 let stats = self.sender.finish(&sealed)?;
+                let epoch = sealed.epoch;
+                if let Some(digests) = &mut self.digests {
+                    sealed
+                        .pages
+                        .iter()
+                        .for_each(|(page, contents)| digests.set(page, contents));
+                }
+                let digests = self.digests.take_if(|_| digest);
+                if digests.is_some() {
+                    self.sink.frame(Kind::Digest, epoch, Vec::new())?;
+                }
+                let digest = digests.map(|digests| digests.digest());
                 Ok(Done::Epoch {
-                    epoch: sealed.epoch,
+                    epoch,
                     stats,
                     cache_bytes: self.sender.encoder().cache_bytes(),
+                    digest,
                 })
             }
-            Job::AskDigest(epoch) => {
-                self.sink.frame(Kind::Digest, epoch, Vec::new())?;
-                Ok(Done::DigestAsked)
+            Job::Digest => {
+                self.digests = Some(PageDigests::of(&*self.memory));
+                Ok(Done::Digest)
             }
         }
     }

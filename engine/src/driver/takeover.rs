@@ -17,6 +17,7 @@ use ftvm_protocol::identity::{Epoch, Term};
 use serde_json::{Map, Value};
 
 use super::{Driver, Guest};
+use crate::control::Ask;
 use crate::machine::VmEvent;
 use crate::outbox::Output;
 use crate::replication::epoch::{Port, PortData};
@@ -162,6 +163,8 @@ pub struct Takeover {
     trace: Option<Trace>,
     /// The epoch whose state was loaded ahead, or could not be.
     prepared: Option<(Epoch, bool)>,
+    /// The term of the record that the arbiter's client has seen.
+    seen_term: Option<Term>,
 }
 
 impl Takeover {
@@ -191,6 +194,9 @@ impl Takeover {
 /// loses a leader, and longer than the time between two heartbeats.
 const KEEP_INPUT_MS: std::ops::Range<u64> = 100..2_000;
 
+/// How long a look at the record may take that nobody waits for.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// A guest that says nothing for so long after its takeover need not be waited for.
 const TELL_AFTER: Duration = Duration::from_secs(1);
 
@@ -201,8 +207,9 @@ impl Driver {
             return self.tell_takeover();
         }
         if !status.leader_lost {
-            self.takeover = Takeover::default();
-            return;
+            self.takeover.trace = None;
+            self.takeover.prepared = None;
+            return self.show_record(status.term);
         }
         let silence = Duration::from_millis(status.contact_age_ms.unwrap_or_default());
         let trace = self
@@ -211,6 +218,14 @@ impl Driver {
             .get_or_insert_with(|| Trace::new(stepped, cause, silence));
         (trace.epoch, trace.term) = (status.epoch, status.term);
         self.prepare_takeover(status.epoch);
+    }
+
+    /// Lets the arbiter's client look at a record that is new to this seat, so that it need not look for it, nor make its
+    /// folder durable, when the leader is lost. Nobody waits for the answer, and nothing is decided by it.
+    fn show_record(&mut self, term: Term) {
+        if self.takeover.seen_term.replace(term) != Some(term) {
+            self.control.request(Ask::ReadRecord, LOOK);
+        }
     }
 
     /// The arbiter was asked before this is done, and answers meanwhile.

@@ -175,10 +175,6 @@ impl Core {
         }
         match &mut self.role {
             Role::Joining(_) | Role::Standby(_) if view.session == Some((peer, session)) => {
-                // A record that this seat has not seen yet: seen now, it need not be found when the leader is lost.
-                if view.term > self.known_term {
-                    self.next_observe_ms = self.now_ms;
-                }
                 self.known_term = self.known_term.max(view.term);
             }
             // The leader does not lead us any more and its word of it got lost: read the record.

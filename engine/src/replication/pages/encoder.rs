@@ -72,6 +72,11 @@ impl CopiedPages {
         self.contents.clear();
     }
 
+    /// The pages, in the order in which they were added.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &Page)> {
+        self.numbers.iter().copied().zip(&self.contents)
+    }
+
     /// The page numbers, in the order in which they were added.
     pub fn numbers(&self) -> &[u32] {
         &self.numbers

@@ -9,7 +9,7 @@ use std::io;
 
 use twox_hash::XxHash3_128;
 
-use crate::replication::memory::{PageMemory, ZERO_PAGE};
+use crate::replication::memory::{Page, PageMemory, ZERO_PAGE};
 use crate::replication::storage::Storage;
 
 /// Disks are hashed in blocks of this size.
@@ -27,10 +27,56 @@ impl fmt::Display for Digest {
 
 impl Digest {
     fn add(&mut self, number: u64, contents: &[u8]) {
-        let mut placed = [0; 24];
-        placed[..16].copy_from_slice(&XxHash3_128::oneshot(contents).to_le_bytes());
-        placed[16..].copy_from_slice(&number.to_le_bytes());
-        self.0 = self.0.wrapping_add(XxHash3_128::oneshot(&placed));
+        self.0 = self.0.wrapping_add(placed_hash(number, contents));
+    }
+}
+
+fn placed_hash(number: u64, contents: &[u8]) -> u128 {
+    let mut placed = [0; 24];
+    placed[..16].copy_from_slice(&XxHash3_128::oneshot(contents).to_le_bytes());
+    placed[16..].copy_from_slice(&number.to_le_bytes());
+    XxHash3_128::oneshot(&placed)
+}
+
+/// The digest of memory that changes, kept up to date page by page: a leader takes it while its guest runs, then again of
+/// every page that is sent, and has it at the end of an epoch without making the guest wait. 16 bytes for each page.
+#[derive(Debug)]
+pub struct PageDigests {
+    hashes: Vec<u128>,
+    total: Digest,
+}
+
+impl PageDigests {
+    /// Of all pages, as they are now.
+    pub fn of(memory: &dyn PageMemory) -> Self {
+        let mut digests = Self {
+            hashes: vec![0; memory.page_count() as usize],
+            total: Digest::default(),
+        };
+        (0..memory.page_count()).for_each(|page| digests.reread(memory, page));
+        digests
+    }
+
+    /// Page `number` has these contents now. (Pages that the memory doesn't have are none of its digest.)
+    pub fn set(&mut self, number: u32, contents: &Page) {
+        let Some(hash) = self.hashes.get_mut(number as usize) else {
+            return;
+        };
+        let new = placed_hash(number.into(), contents);
+        self.total.0 = self.total.0.wrapping_sub(*hash).wrapping_add(new);
+        *hash = new;
+    }
+
+    /// Page `number` may have changed.
+    pub fn reread(&mut self, memory: &dyn PageMemory, number: u32) {
+        let mut page = ZERO_PAGE;
+        memory.read_page(number, &mut page);
+        self.set(number, &page);
+    }
+
+    /// Of all pages as they were set last.
+    pub fn digest(&self) -> Digest {
+        self.total
     }
 }
 
@@ -106,6 +152,26 @@ mod tests {
         }
         memory.write_in_page(129, 4095, &[0]);
         assert_ne!(digest_memory(&memory, 2), digest);
+    }
+
+    #[test]
+    fn a_digest_kept_up_to_date_is_the_digest() {
+        let memory = HeapMemory::new(40);
+        let mut seeded = Seeded::new(2);
+        (0..40).for_each(|page| memory.write_page(page, &seeded.page()));
+        let mut digests = PageDigests::of(&memory);
+        assert_eq!(digests.digest(), digest_memory(&memory, 1));
+        for _ in 0..200 {
+            let (page, contents) = (seeded.below(40) as u32, seeded.page());
+            memory.write_page(page, &contents);
+            assert_ne!(digests.digest(), digest_memory(&memory, 1), "one page is not set yet");
+            if seeded.below(2) == 0 {
+                digests.set(page, &contents);
+            } else {
+                digests.reread(&memory, page);
+            }
+            assert_eq!(digests.digest(), digest_memory(&memory, 1));
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ use super::epoch::{PayloadError, SendError};
 use super::pages::{EncodeError, PagesError, SinkClosed};
 use super::standby_disks::StandbyDisksError;
 
-pub use digest::{Digest, digest_memory, digest_storage};
+pub use digest::{Digest, PageDigests, digest_memory, digest_storage};
 pub use source::{ResyncProgress, ResyncSource, ResyncStats};
 pub use target::{ResyncTarget, ResyncTotals};
 pub use window::ResyncWindow;
