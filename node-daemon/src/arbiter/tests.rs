@@ -383,7 +383,7 @@ fn race<F: Files>(arbiter: &FileArbiter<F>, me: u128, until: u64, wins: &Path) {
         }
         let record = next(&snapshot, me);
         // Some of the racers have a spare file, some have not.
-        if me % 2 == 0 {
+        if me.is_multiple_of(2) {
             arbiter.prepare();
         }
         match arbiter.swap(snapshot.uid, snapshot.version, &record, far()) {
