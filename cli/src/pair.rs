@@ -68,6 +68,17 @@ impl View {
             .is_some_and(|(_, _, seat)| seat.engine.as_ref().is_some_and(|engine| engine.protected))
     }
 
+    /// What a person has to mend at a seat, with its exit code: what its daemon says, else what its engine says.
+    fn trouble(&self, vm: Option<&str>) -> Option<(u8, String)> {
+        let by_daemons = self.seats(vm).map(|(_, _, seat)| (seat, seat.code, &seat.why));
+        let by_engines = self.seats(vm).filter_map(|(_, _, seat)| {
+            let engine = seat.engine.as_ref()?;
+            Some((seat, engine.code, &engine.why))
+        });
+        let (seat, code, why) = by_daemons.chain(by_engines).find(|(_, code, _)| *code != 0)?;
+        Some((code, format!("seat {}: {why}", seat.seat)))
+    }
+
     /// A failure if no daemon answered.
     pub fn failure(&self) -> Option<Failure> {
         let (_, why) = self.silent.first().filter(|_| self.daemons.is_empty())?;
@@ -217,12 +228,11 @@ impl Pair {
                 told = line;
             }
             if Instant::now() >= until {
-                let refused = view.seats(vm).map(|(_, _, seat)| seat.code).find(|code| *code != 0);
-                let code = refused.unwrap_or(exit_code::TIMEOUT);
-                return Err(Failure::new(
-                    code,
-                    format!("not {} within {patience:?}: {told}", aim(protected)),
-                ));
+                let late = format!("not {} within {patience:?}: {told}", aim(protected));
+                return Err(match view.trouble(vm) {
+                    Some((code, why)) => Failure::new(code, format!("{late}: {why}")),
+                    None => Failure::new(exit_code::TIMEOUT, late),
+                });
             }
             std::thread::sleep(LOOK);
         }

@@ -24,6 +24,7 @@ fn seat(name: &str, role: Option<Role>, protected: bool, term: u64) -> SeatStatu
         peer: None,
         arbiter_reachable: true,
         resync_percent: None,
+        code: 0,
         counters: serde_json::Map::new(),
     });
     SeatStatus {

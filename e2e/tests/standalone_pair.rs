@@ -14,18 +14,21 @@ use serde_json::{Value, json};
 
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Seats of the machine: the third one has no part in it until somebody gives it one.
+const SEATS: [&str; 3] = ["a", "b", "c"];
 /// First user id of each daemon's engines.
-const UIDS: [u32; 2] = [1_900_000_000, 1_900_001_000];
+const UIDS: [u32; 3] = [1_900_000_000, 1_900_001_000, 1_900_002_000];
 
 fn programs() -> &'static Programs {
     static PROGRAMS: OnceLock<Programs> = OnceLock::new();
     PROGRAMS.get_or_init(|| programs::build(Profile::Dev).expect("the programs build"))
 }
 
-/// Seats `a` and `b`, a daemon each.
+/// Seats `a` and `b`, a daemon each, and a third daemon for who needs one.
 struct Pair {
     folder: PathBuf,
-    daemons: [Option<Child>; 2],
+    ports: [u16; 3],
+    daemons: [Option<Child>; 3],
 }
 
 impl Pair {
@@ -35,50 +38,67 @@ impl Pair {
         std::fs::create_dir_all(folder.join("arbiter")).unwrap();
         let pair = Pair {
             folder,
-            daemons: [None, None],
+            ports: [free_port(), free_port(), free_port()],
+            daemons: [None, None, None],
         };
-        let identities = pair.folder.join("identities");
-        let made = pair.ftvm(
-            &["identities", "--vm", "demo", "--seats", "a,b", "--out"],
-            Some(&identities),
-        );
-        assert!(made.0, "{}", made.1);
-        let ports = [free_port(), free_port()];
-        for (n, seat) in ["a", "b"].iter().enumerate() {
-            let disk = pair.folder.join(format!("{seat}.img"));
+        pair.make_identities(&pair.identities());
+        for n in 0..SEATS.len() {
+            let disk = pair.folder.join(format!("{}.img", SEATS[n]));
             std::fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
-            let peer = ["b", "a"][n];
-            let config = json!({
-                "node": format!("node-{seat}"),
-                "state_folder": pair.folder.join(seat),
-                "engine": programs().folder.join("ftvm-engine"),
-                "arbiter": { "folder": pair.folder.join("arbiter") },
-                "jail": { "uid_first": UIDS[n], "uid_count": 100 },
-                "seats": [{
-                    "vm": "demo",
-                    "seat": seat,
-                    "identity": identities.join(seat),
-                    "original_disk": n == 0,
-                    "machine": { "memory_mib": 32, "vcpus": 1 },
-                    "boot": { "kernel": programs().guest },
-                    "disks": [{ "name": "disk0", "path": disk }],
-                    "link": {
-                        "listen": format!("127.0.0.1:{}", ports[n]),
-                        "peers": [{ "seat": peer, "address": format!("127.0.0.1:{}", ports[1 - n]), "daemon": pair.socket(1 - n) }],
-                    },
-                }],
-            });
-            std::fs::write(pair.folder.join(format!("{seat}.yaml")), config.to_string()).unwrap();
         }
+        pair.configure(0, &[pair.seat_config(0, Some(1))]);
+        pair.configure(1, &[pair.seat_config(1, Some(0))]);
         pair
     }
 
+    fn identities(&self) -> PathBuf {
+        self.folder.join("identities")
+    }
+
+    fn make_identities(&self, folder: &Path) {
+        let made = self.ftvm(
+            &["identities", "--vm", "demo", "--seats", "a,b,c", "--out"],
+            Some(folder),
+        );
+        assert!(made.0, "{}", made.1);
+    }
+
+    fn seat_config(&self, n: usize, other: Option<usize>) -> Value {
+        let peer = |n: usize| json!({ "seat": SEATS[n], "address": format!("127.0.0.1:{}", self.ports[n]), "daemon": self.socket(n) });
+        json!({
+            "vm": "demo",
+            "seat": SEATS[n],
+            "identity": self.identities().join(SEATS[n]),
+            "original_disk": n == 0,
+            "machine": { "memory_mib": 32, "vcpus": 1 },
+            "boot": { "kernel": programs().guest },
+            "disks": [{ "name": "disk0", "path": self.folder.join(format!("{}.img", SEATS[n])) }],
+            "link": {
+                "listen": format!("127.0.0.1:{}", self.ports[n]),
+                "peers": other.map(peer).into_iter().collect::<Vec<Value>>(),
+            },
+        })
+    }
+
+    /// Writes the configuration of a daemon with these seats.
+    fn configure(&self, n: usize, seats: &[Value]) {
+        let config = json!({
+            "node": format!("node-{}", SEATS[n]),
+            "state_folder": self.folder.join(SEATS[n]),
+            "engine": programs().folder.join("ftvm-engine"),
+            "arbiter": { "folder": self.folder.join("arbiter") },
+            "jail": { "uid_first": UIDS[n], "uid_count": 100 },
+            "seats": seats,
+        });
+        std::fs::write(self.folder.join(format!("{}.yaml", SEATS[n])), config.to_string()).unwrap();
+    }
+
     fn socket(&self, n: usize) -> PathBuf {
-        self.folder.join(["a", "b"][n]).join("daemon.sock")
+        self.folder.join(SEATS[n]).join("daemon.sock")
     }
 
     fn start_daemon(&mut self, n: usize) {
-        let seat = ["a", "b"][n];
+        let seat = SEATS[n];
         let mut options = std::fs::OpenOptions::new();
         let log = options
             .create(true)
@@ -112,9 +132,16 @@ impl Pair {
         (output.status.success(), text)
     }
 
-    /// A command of the controller, to both daemons; must succeed.
+    /// Control sockets of the daemons that run, as one argument.
+    fn sockets(&self) -> String {
+        let running = (0..SEATS.len()).filter(|&n| self.daemons[n].is_some());
+        let sockets: Vec<String> = running.map(|n| self.socket(n).display().to_string()).collect();
+        sockets.join(",")
+    }
+
+    /// A command of the controller, to every daemon that runs; must succeed.
     fn control(&self, arguments: &[&str]) {
-        let sockets = format!("{},{}", self.socket(0).display(), self.socket(1).display());
+        let sockets = self.sockets();
         let (done, text) = self.ftvm(&[arguments, &["--daemon", &sockets]].concat(), None);
         assert!(done, "ftvm standalone {arguments:?}: {text}\n{}", self.logs());
     }
@@ -124,8 +151,7 @@ impl Pair {
     }
 
     fn status(&self) -> Value {
-        let sockets = format!("{},{}", self.socket(0).display(), self.socket(1).display());
-        let (_, text) = self.ftvm(&["status", "--json", "--daemon", &sockets], None);
+        let (_, text) = self.ftvm(&["status", "--json", "--daemon", &self.sockets()], None);
         serde_json::from_str(&text).unwrap_or(Value::Null)
     }
 
@@ -136,7 +162,7 @@ impl Pair {
         let seats = daemons.iter().filter_map(|daemon| daemon["seats"].as_array()).flatten();
         seats
             .into_iter()
-            .find(|seat| seat["seat"] == ["a", "b"][n])
+            .find(|seat| seat["seat"] == SEATS[n])
             .cloned()
             .unwrap_or(Value::Null)
     }
@@ -153,11 +179,40 @@ impl Pair {
         unsafe { libc::kill(self.pid(n), libc::SIGKILL) };
     }
 
+    /// Kills the engine of a seat whose daemon is gone, and waits until it is.
+    fn kill_engine_of(&self, n: usize) {
+        let log = self.folder.join(format!("{0}/seats/demo.{0}/engine.log", SEATS[n]));
+        self.until("its engine is gone", || {
+            let engines = self.engines().into_iter();
+            let mut of_seat = engines
+                .filter(|pid| std::fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|file| file == log))
+                .peekable();
+            let gone = of_seat.peek().is_none();
+            for pid in of_seat {
+                // SAFETY: a process that writes to this test's log.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+            }
+            gone
+        });
+    }
+
+    fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done() {
+            assert!(
+                Instant::now() < deadline,
+                "not so within {PATIENCE:?}: {what}\n{}",
+                self.logs()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Waits until the machine is protected with this seat active; `None`: either.
     fn wait_protected(&self, active: Option<usize>) {
         self.wait("protected", |status| {
             let vm = &status["vms"][0];
-            let seat_fits = active.is_none_or(|n| vm["active"] == ["a", "b"][n]);
+            let seat_fits = active.is_none_or(|n| vm["active"] == SEATS[n]);
             vm["protected"] == true && seat_fits && vm["standby"].is_string()
         });
     }
@@ -179,23 +234,20 @@ impl Pair {
     }
 
     fn logs(&self) -> String {
-        let files = [
-            "a.log",
-            "b.log",
-            "a/seats/demo.a/engine.log",
-            "b/seats/demo.b/engine.log",
-        ];
-        let tail = |name: &str| {
+        let engine = |seat: &&str| format!("{seat}/seats/demo.{seat}/engine.log");
+        let daemons = SEATS.iter().map(|seat| format!("{seat}.log"));
+        let files: Vec<String> = daemons.chain(SEATS.iter().map(engine)).collect();
+        let tail = |name: &String| {
             let text = std::fs::read_to_string(self.folder.join(name)).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
             format!("---- {name}\n{}\n", lines[lines.len().saturating_sub(15)..].join("\n"))
         };
-        files.map(tail).concat()
+        files.iter().map(tail).collect()
     }
 
     /// Engines that write to this pair's logs.
     fn engines(&self) -> Vec<i32> {
-        let logs = ["a", "b"].map(|seat| self.folder.join(format!("{seat}/seats/demo.{seat}/engine.log")));
+        let logs = SEATS.map(|seat| self.folder.join(format!("{seat}/seats/demo.{seat}/engine.log")));
         let entries = std::fs::read_dir("/proc").unwrap().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
         let ours = |pid: &i32| std::fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|log| logs.contains(&log));
@@ -316,6 +368,13 @@ fn switchover_stop_and_start() {
     pair.wait_protected(Some(1));
     pair.control(&["switchover", "--vm", "demo"]);
     pair.wait_protected(Some(0));
+    // The embedded guest does not listen to it, but it is there to be pressed.
+    pair.control(&["power-button", "--vm", "demo"]);
+    let (shown, table) = pair.ftvm(&["status", "--daemon", &pair.sockets()], None);
+    assert!(
+        shown && table.contains("active") && table.contains("standby"),
+        "{table}"
+    );
     pair.control(&["stop", "--vm", "demo"]);
     pair.wait("stopped", |status| status["vms"][0]["stopped"] == true);
     assert!(pair.engines().is_empty());
@@ -342,6 +401,107 @@ fn a_pair_that_lost_everything_but_its_disks_starts_cold() {
         pair.start_daemon(n);
     }
     pair.wait_protected(None);
+}
+
+/// The whole way of a lost seat: its identity, a daemon for it, and the command that makes it the peer.
+#[test]
+fn a_seat_that_is_lost_for_good_is_replaced() {
+    let mut pair = protected_pair("replace");
+    pair.kill_daemon(1);
+    pair.kill_engine_of(1);
+    pair.wait("alone", |status| status["vms"][0]["protected"] == false);
+    pair.configure(2, &[pair.seat_config(2, None)]);
+    pair.start_daemon(2);
+    pair.wait("answering", |status| {
+        status["daemons"].as_array().is_some_and(|all| all.len() == 2)
+    });
+    pair.control(&[
+        "replace", "--vm", "demo", "--lost", "b", "--with", "c", "--wait-s", "60",
+    ]);
+    pair.wait_protected(Some(0));
+    assert_eq!(pair.status()["vms"][0]["standby"], "c");
+    // It is worth as much as the first one: it takes over.
+    pair.kill_engine(0);
+    pair.wait_protected(Some(2));
+}
+
+#[test]
+fn who_watches_introduces_the_seats_that_come() {
+    let mut pair = Pair::new("watch");
+    pair.configure(0, &[pair.seat_config(0, None)]);
+    pair.configure(1, &[]);
+    pair.start_daemon(0);
+    pair.start_daemon(1);
+    pair.wait("answering", |status| {
+        status["daemons"].as_array().is_some_and(|all| all.len() == 2)
+    });
+    let mut watch = Command::new(programs().folder.join("ftvm"));
+    watch.args([
+        "standalone",
+        "up",
+        "--unprotected",
+        "--watch",
+        "--daemon",
+        &pair.sockets(),
+    ]);
+    let mut watch = watch.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    pair.wait("running", |status| status["vms"][0]["active"] == "a");
+    // The second seat comes later, and knows nobody.
+    pair.kill_daemon(1);
+    pair.configure(1, &[pair.seat_config(1, None)]);
+    pair.start_daemon(1);
+    pair.wait_protected(Some(0));
+    assert!(watch.try_wait().unwrap().is_none(), "it stays");
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+}
+
+#[test]
+fn a_peer_with_another_authoritys_identity_is_named_by_up() {
+    let mut pair = Pair::new("foreign");
+    let foreign = pair.folder.join("foreign");
+    pair.make_identities(&foreign);
+    // The same names, but made apart: neither authority has signed for the other's seats.
+    let mut config = pair.seat_config(1, Some(0));
+    config["identity"] = json!(foreign.join("b"));
+    pair.configure(1, &[config]);
+    pair.start_daemon(0);
+    pair.start_daemon(1);
+    pair.wait("answering", |status| {
+        status["daemons"].as_array().is_some_and(|all| all.len() == 2)
+    });
+    let mut up = Command::new(programs().folder.join("ftvm"));
+    up.args(["standalone", "up", "--wait-s", "20", "--daemon", &pair.sockets()]);
+    let output = up.stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(18), "{text}\n{}", pair.logs());
+    assert!(
+        text.contains("certificate") && text.contains("identities that were made together"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_seats_disk_boots_over_a_dead_holder_only_when_a_person_says_so() {
+    let mut pair = protected_pair("loss");
+    // The standby dies, the active goes on alone, and then dies with a disk that is gone.
+    pair.kill_daemon(1);
+    pair.kill_engine_of(1);
+    pair.wait("alone", |_| pair.seat(0)["engine"]["protected"] == false);
+    let holder = pair.seat(0)["engine"]["incarnation"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    pair.kill_daemon(0);
+    pair.kill_engine_of(0);
+    std::fs::remove_file(pair.folder.join("a.img")).unwrap();
+    pair.start_daemon(0);
+    pair.start_daemon(1);
+    pair.wait("waiting", |_| {
+        pair.seat(1)["engine"]["role"] == "starting" && pair.seat(0)["code"] == 16
+    });
+    pair.control(&["accept-data-loss", "--vm", "demo", "--seat", "b", "--holder", &holder]);
+    pair.wait("running again", |status| status["vms"][0]["active"] == "b");
 }
 
 #[test]

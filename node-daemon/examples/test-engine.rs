@@ -249,6 +249,7 @@ impl Engine {
             peer,
             arbiter_reachable: true,
             resync_percent: None,
+            code: 0,
             counters: serde_json::Map::new(),
         }
     }

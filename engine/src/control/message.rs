@@ -454,6 +454,9 @@ pub struct Status {
     pub protected: bool,
     /// Why the role is what it is, or why the machine is not protected.
     pub why: String,
+    /// Exit code of what `why` says if a person has to mend it (the peer's identity, its wire version), else 0.
+    #[serde(default)]
+    pub code: u8,
     /// Term of the record that this engine knows to be in force.
     pub term: Term,
     /// Holder in that record.

@@ -315,6 +315,7 @@ impl Driver {
                 tracing::info!("link {} to {peer} is up", link.0);
                 let received = 0;
                 self.links.insert(link, Link { peer, sender, received });
+                self.figures.link_trouble = None;
                 self.tell_link(true, format!("connected to {peer}"));
                 self.step(Event::Connected { link, peer });
             }
@@ -328,7 +329,11 @@ impl Driver {
             LinkEvent::Refused { address, reason } => {
                 let from = address.map_or_else(|| "unknown".to_owned(), |address| address.to_string());
                 tracing::info!("connection with {from} refused: {reason}");
-                self.figures.last_trouble = Some(format!("connection with {from}: {reason}"));
+                let text = format!("connection with {from}: {reason}");
+                if let Some(code) = reason.exit_code() {
+                    self.link_trouble(code, &text);
+                }
+                self.figures.last_trouble = Some(text);
             }
             LinkEvent::Frame { link, frame } => match frame.kind {
                 Kind::Control => match Message::decode(&frame.payload) {
@@ -338,6 +343,19 @@ impl Driver {
                 Kind::Credit => self.credited(link, &frame),
                 kind => self.close_link(link, &format!("frame of kind {kind:?} does not belong here")),
             },
+        }
+    }
+
+    /// Told once: attempts go on, and fail in the same way until somebody mends it.
+    fn link_trouble(&mut self, code: u8, text: &str) {
+        let known = self
+            .figures
+            .link_trouble
+            .as_ref()
+            .is_some_and(|(known, _)| *known == code);
+        if !known && self.links.is_empty() {
+            self.warn(text.to_owned());
+            self.figures.link_trouble = Some((code, text.to_owned()));
         }
     }
 

@@ -37,6 +37,8 @@ pub struct Figures {
     pub braked: Duration,
     /// As a follower: the digest that the leader asked for last.
     pub digest: Option<Digest>,
+    /// Why there is no link, with its exit code, if a person has to mend it.
+    pub link_trouble: Option<(u8, String)>,
     /// The last thing that did not work.
     pub last_trouble: Option<String>,
 }
@@ -138,6 +140,9 @@ impl Driver {
                 None => "protected".to_owned(),
             };
         }
+        if let Some((_, trouble)) = &self.figures.link_trouble {
+            return trouble.clone();
+        }
         match (status.refused, &self.figures.last_trouble) {
             (Some(refusal), _) => refusal.to_string(),
             (None, Some(trouble)) => trouble.clone(),
@@ -172,6 +177,7 @@ impl Driver {
             holds_guest: status.holds_guest,
             protected: status.protected,
             why: self.why(&status),
+            code: self.figures.link_trouble.as_ref().map_or(0, |(code, _)| *code),
             term: status.term,
             holder,
             members,

@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 
 mod dependencies;
+mod errors;
 mod tidy;
 
 /// Options of `cargo xtask check`.
@@ -19,6 +20,7 @@ type Rule = (&'static str, fn(&Path) -> anyhow::Result<()>);
 const RULES: &[Rule] = &[
     ("formatting", formatting),
     ("tidy rules", tidy::check),
+    ("table of errors", errors::check),
     ("licences and duplicate dependencies", dependencies::check),
     ("lints", lints),
     ("documentation", documentation),

@@ -30,6 +30,7 @@ use ftvm_protocol::identity::{Incarnation, LinkId};
 use ftvm_protocol::wire::{Hello, Kind, NegotiateError, WireError};
 
 use super::threads::ThreadFilters;
+use crate::control::exit_code;
 
 pub use frames::Frame;
 pub use hub::LinkHub;
@@ -149,6 +150,19 @@ pub enum DownReason {
     /// No thread, socket or other resource.
     #[error("can't serve the connection: {0}")]
     Resources(#[source] std::io::Error),
+}
+
+impl DownReason {
+    /// The exit code of what a person has to mend before a link can stand; none for what mends itself.
+    pub fn exit_code(&self) -> Option<u8> {
+        match self {
+            Self::Tls(TlsError::Protocol(_)) => None,
+            Self::Tls(_) | Self::OtherSeat(_) => Some(exit_code::IDENTITY),
+            Self::Negotiate(NegotiateError::Versions { .. }) => Some(exit_code::WIRE_VERSION),
+            Self::Negotiate(NegotiateError::OtherVm { .. } | NegotiateError::SameSeat(_)) => Some(exit_code::IDENTITY),
+            _ => None,
+        }
+    }
 }
 
 /// The class in which frames of a kind are sent.

@@ -279,6 +279,8 @@ fn wrong_identities_are_refused_with_a_reason() {
     let (at_a, at_b) = (a.refused(), b.refused());
     assert!(at_b.to_string().contains("not signed by this VM's authority"), "{at_b}");
     assert!(matches!(&at_a, DownReason::Tls(TlsError::RefusedByPeer(_))), "{at_a}");
+    let codes = [at_a.exit_code(), at_b.exit_code()];
+    assert_eq!(codes, [Some(exit_code::IDENTITY); 2]);
 
     // A seat of this VM that is not expected.
     let third = SeatId(3);
@@ -384,10 +386,14 @@ fn other_versions_vms_and_the_own_seat_are_refused() {
         vm: VmId(78),
         ..base.hello
     };
-    for (hello, expected) in [(newer, "upgrade the older"), (other_vm, "belongs to VM")] {
+    for (hello, expected, code) in [
+        (newer, "upgrade the older", exit_code::WIRE_VERSION),
+        (other_vm, "belongs to VM", exit_code::IDENTITY),
+    ] {
         let (a, _b) = pair(config(&authority, A), LinkConfig { hello, ..base.clone() });
         let refused = a.refused();
         assert!(refused.to_string().contains(expected), "{refused}");
+        assert_eq!(refused.exit_code(), Some(code));
     }
     let same = LinkConfig {
         identity: authority.identity(A),

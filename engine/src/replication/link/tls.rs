@@ -42,10 +42,12 @@ pub enum TlsError {
         why: String,
     },
     /// The peer's certificate was refused here.
-    #[error("the peer's certificate is refused: {0}")]
+    #[error("the peer's certificate is refused: {0}; give both seats identities that were made together")]
     PeerRefused(String),
     /// The peer refused ours.
-    #[error("the peer refuses this seat's certificate ({0}); its log says why")]
+    #[error(
+        "the peer refuses this seat's certificate ({0}); its log says why: give both seats identities that were made together"
+    )]
     RefusedByPeer(String),
     /// The peer ended a connection that was not complete yet, as it does with the second of two.
     #[error("the peer closed the connection before it was complete")]
