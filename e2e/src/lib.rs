@@ -7,6 +7,7 @@ pub mod guest_build;
 pub mod guest_journal;
 pub mod guest_protocol;
 pub mod hosts;
+pub mod interrupt;
 pub mod judge;
 pub mod lab;
 pub mod report;

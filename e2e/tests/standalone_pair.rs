@@ -42,8 +42,8 @@ impl Pair {
             daemons: [None, None, None],
         };
         pair.make_identities(&pair.identities());
-        for n in 0..SEATS.len() {
-            let disk = pair.folder.join(format!("{}.img", SEATS[n]));
+        for seat in SEATS {
+            let disk = pair.folder.join(format!("{seat}.img"));
             std::fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
         }
         pair.configure(0, &[pair.seat_config(0, Some(1))]);

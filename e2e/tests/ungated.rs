@@ -20,13 +20,12 @@ use ftvm_e2e::hosts::{CutDirection, Lab, LabPlan};
 use ftvm_e2e::judge::client::{self, End, Judge, JudgePlan, Outcome};
 use ftvm_e2e::lab::binaries;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 const GUEST: ([u8; 4], u16) = (GUEST_ADDRESS, DEFAULT_PORT);
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// The pair counts its peer as lost after this long without an answer: time for the first half of the blow.
-const PEER_LOST_MS: u64 = 6_000;
+const PEER_LOST_MS: u32 = 6_000;
 /// A guest that asks for nothing answers within a fraction of this.
 const SILENCE: Duration = Duration::from_millis(700);
 /// Answers of a healthy guest, before and after the blow.
@@ -72,9 +71,11 @@ impl Scene {
         std::fs::create_dir_all(&folder).expect("the target folder is writable");
         let folder = place::show_at_short_path(&folder).unwrap();
         let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
-        let mut system = Standalone::new(Rc::clone(&lab), programs, &folder, &Options::default())
-            .with_engine(engine)
-            .with_timing(json!({ "peer_lost_ms": PEER_LOST_MS }));
+        let options = Options {
+            peer_lost_ms: Some(PEER_LOST_MS),
+            ..Options::default()
+        };
+        let mut system = Standalone::new(Rc::clone(&lab), programs, &folder, &options).with_engine(engine);
         system.start().unwrap();
         let plan = JudgePlan {
             connect_within: PATIENCE,
@@ -146,7 +147,7 @@ fn without_the_gate_answers_are_lost() {
     let built = built();
     test_inside("without_the_gate_answers_are_lost", || {
         // The judge sees the successor, too, before it gives up.
-        let patience = 2 * Duration::from_millis(PEER_LOST_MS);
+        let patience = 2 * Duration::from_millis(PEER_LOST_MS.into());
         let mut scene = Scene::new("ungated", &built.programs, &built.ungated, patience);
         scene.deafen_standby();
         // It answers although nobody could answer in its place.

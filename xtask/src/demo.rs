@@ -33,6 +33,9 @@ pub struct Demo {
     /// Pages that each of its CPUs dirties a second
     #[arg(long, default_value_t = 2000)]
     churn_rate: u64,
+    /// A seat that hears nothing from the other one for so many milliseconds counts it as lost [default: 300]
+    #[arg(long)]
+    peer_lost_ms: Option<u32>,
     /// Run programs as users get them, which takes longer to build
     #[arg(long)]
     release: bool,
@@ -64,6 +67,7 @@ impl Demo {
             json: self.json,
             churn_pages: self.churn_pages,
             churn_rate: self.churn_rate,
+            peer_lost_ms: self.peer_lost_ms,
         };
         let profile = match (self.release, self.dev) {
             (true, _) => Profile::Release,

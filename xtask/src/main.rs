@@ -45,6 +45,10 @@ fn root() -> PathBuf {
 }
 
 fn main() -> ExitCode {
+    if let Err(error) = ftvm_e2e::interrupt::end_everything_on_signals() {
+        eprintln!("error: preparing for ctrl-C: {error}");
+        return ExitCode::FAILURE;
+    }
     let result = match Cli::parse().command {
         Command::Check(command) => command.run(),
         Command::Test(command) => command.run(),
@@ -53,6 +57,8 @@ fn main() -> ExitCode {
         Command::Sim(command) => command.run(),
         Command::Lab(command) => command.run(),
     };
+    // What a command says of children that a signal has killed is of no use.
+    ftvm_e2e::interrupt::hold_if_ending();
     match result {
         Ok(code) => code,
         Err(error) => {

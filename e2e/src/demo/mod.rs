@@ -130,6 +130,8 @@ pub struct Options {
     pub churn_pages: u64,
     /// Pages that each of its CPUs dirties per second.
     pub churn_rate: u64,
+    /// A seat that hears nothing from its peer for so long counts it as lost; the engine's default if none.
+    pub peer_lost_ms: Option<u32>,
 }
 
 impl Default for Options {
@@ -143,6 +145,7 @@ impl Default for Options {
             json: None,
             churn_pages: 1024,
             churn_rate: 2000,
+            peer_lost_ms: None,
         }
     }
 }

@@ -62,8 +62,11 @@ impl Standalone {
             memory_mib: options.memory_mib,
             vcpus: options.vcpus,
             engine: programs.folder.join(ENGINE),
-            timing: json!({}),
             checkpoint: json!({}),
+            timing: match options.peer_lost_ms {
+                Some(peer_lost_ms) => json!({ "peer_lost_ms": peer_lost_ms }),
+                None => json!({}),
+            },
             replacing: None,
         }
     }

@@ -4,8 +4,10 @@ use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use super::{HostsError, io as failed, net};
+use crate::interrupt;
 
 /// Set for the inner program; the value is of no meaning.
 const MARK: &str = "FTVM_OUTER_NAMESPACES";
@@ -54,11 +56,13 @@ pub fn enter_with<S: AsRef<OsStr>>(arguments: &[S], environment: &[(&str, String
             _ => Err(io::Error::last_os_error()),
         });
     }
-    let _guard = LeaveInterruptsToTheInner::new()?;
-    command
-        .status()
+    let starting = "starting `unshare` (Debian package util-linux)";
+    let mut child = command.spawn().map_err(failed(starting))?;
+    let _guard = InterruptsEndTheInner::new(child.id())?;
+    child
+        .wait()
         .map(Outer::Ended)
-        .map_err(failed("starting `unshare` (Debian package util-linux)"))
+        .map_err(failed("waiting for the inner program"))
 }
 
 /// Runs a test's `body` in outer namespaces of its own: the test binary starts itself again with this one test.
@@ -69,6 +73,8 @@ pub fn test_inside(test: &str, body: impl FnOnce()) {
     let arguments = ["--exact", test, "--nocapture", "--test-threads=1"];
     match enter(&arguments).unwrap_or_else(|error| panic!("{test}: {error}: {:?}", std::error::Error::source(&error))) {
         Outer::Inside => body(),
+        // Whoever interrupts a test does not want the next one.
+        Outer::Ended(_) if INTERRUPTED.load(Ordering::SeqCst) => std::process::exit(128 + libc::SIGINT),
         Outer::Ended(status) => assert!(
             status.success(),
             "{test} failed inside its namespaces ({status}), see above"
@@ -129,40 +135,42 @@ fn end_on_signals() -> Result<(), HostsError> {
         unsafe { libc::_exit(128 + signal) }
     }
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
-        set_handler(signal, end as *const () as libc::sighandler_t)?;
+        interrupt::set_handler(signal, end).map_err(failed("installing a signal handler"))?;
     }
     Ok(())
 }
 
-/// While the inner program runs, ctrl-C is its business: it ends, and this program goes on to tidy up and report.
-struct LeaveInterruptsToTheInner;
+/// The `unshare` above the inner program, and whether it was interrupted.
+static INNER: AtomicI32 = AtomicI32::new(0);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-impl LeaveInterruptsToTheInner {
-    fn new() -> Result<Self, HostsError> {
-        extern "C" fn nothing(_: libc::c_int) {}
-        // A handler, not SIG_IGN: ignoring would be inherited by the inner program.
-        set_handler(libc::SIGINT, nothing as *const () as libc::sighandler_t)?;
-        Ok(Self)
+/// While the inner program runs, ctrl-C ends it, and this program goes on to tidy up and report.
+struct InterruptsEndTheInner {
+    former: libc::sigaction,
+}
+
+impl InterruptsEndTheInner {
+    fn new(unshare: u32) -> Result<Self, HostsError> {
+        extern "C" fn end(signal: libc::c_int) {
+            INTERRUPTED.store(true, Ordering::SeqCst);
+            // SAFETY: both calls are async-signal-safe. Our own child; the kernel kills the inner program with it. Several inner
+            // programs at a time are those of tests: the others die with this process.
+            unsafe {
+                match INNER.load(Ordering::SeqCst) {
+                    0 => libc::_exit(128 + signal),
+                    inner => libc::kill(inner, libc::SIGKILL),
+                };
+            }
+        }
+        INNER.store(unshare as i32, Ordering::SeqCst);
+        let former = interrupt::set_handler(libc::SIGINT, end).map_err(failed("installing a signal handler"))?;
+        Ok(Self { former })
     }
 }
 
-impl Drop for LeaveInterruptsToTheInner {
+impl Drop for InterruptsEndTheInner {
     fn drop(&mut self) {
-        set_handler(libc::SIGINT, libc::SIG_DFL).ok();
-    }
-}
-
-fn set_handler(signal: libc::c_int, handler: libc::sighandler_t) -> Result<(), HostsError> {
-    // SAFETY: the structure is zeroed plain data with a valid handler; handlers used here are async-signal-safe.
-    let result = unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler;
-        action.sa_flags = libc::SA_RESTART;
-        libc::sigaction(signal, &action, std::ptr::null_mut())
-    };
-    if result < 0 {
-        Err(failed("installing a signal handler")(io::Error::last_os_error()))
-    } else {
-        Ok(())
+        interrupt::replace_action(libc::SIGINT, &self.former).ok();
+        INNER.store(0, Ordering::SeqCst);
     }
 }

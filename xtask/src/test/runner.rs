@@ -1,6 +1,4 @@
 //! Runs one command: its output passes through, a quiet command says that it lives, a late one is killed with all it started.
-use std::collections::BTreeMap;
-use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use ftvm_e2e::cargo::forget_caller;
+use ftvm_e2e::interrupt;
 use rustix::process::{Pid, Signal};
 
 use super::tally::Tally;
@@ -50,6 +49,7 @@ pub fn run(
     forget_caller(&mut command);
     // One backtrace is longer than a run's whole output.
     command.env("RUST_BACKTRACE", "0");
+    interrupt::hold_if_ending();
     let mut child = command.spawn().with_context(|| format!("cannot start {program}"))?;
     let (sender, lines) = mpsc::channel();
     forward(child.stdout.take(), &sender);
@@ -100,36 +100,13 @@ fn forward(stream: Option<impl Read + Send + 'static>, to: &Sender<String>) {
 
 /// Kills a command and everything below it: cargo's own death would leave the test programs behind.
 fn kill_tree(child: &mut Child) {
-    let parents = parents();
-    let mut family = vec![child.id()];
-    let mut next = 0;
-    while let Some(&parent) = family.get(next) {
-        family.extend(parents.iter().filter(|(_, of)| **of == parent).map(|(pid, _)| *pid));
-        next += 1;
-    }
-    for pid in family
-        .iter()
-        .rev()
-        .filter_map(|pid| Pid::from_raw(i32::try_from(*pid).ok()?))
-    {
+    let family = interrupt::living_descendants(child.id());
+    let pids = family.into_iter().rev().chain([child.id()]);
+    for pid in pids.filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
         // Who has just ended by itself need not be killed.
         let _ = rustix::process::kill_process(pid, Signal::KILL);
     }
     let _ = child.wait();
-}
-
-/// The parent of every process.
-fn parents() -> BTreeMap<u32, u32> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
-    processes
-        .filter_map(|entry| {
-            let pid = entry.file_name().to_str()?.parse().ok()?;
-            let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
-            // The name may contain anything; what follows its closing bracket does not.
-            let parent = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()?;
-            Some((pid, parent))
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -160,9 +137,10 @@ mod tests {
         assert_eq!(ending, Ending::Late);
         assert!(begin.elapsed() < Duration::from_secs(60));
         let lives = || {
-            parents()
-                .into_keys()
-                .filter_map(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok())
+            std::fs::read_dir("/proc")
+                .unwrap()
+                .flatten()
+                .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
                 .any(|command| command.starts_with(b"sleep\x00600.25"))
         };
         // It was sent the signal; nobody waits for a grandchild's end.
