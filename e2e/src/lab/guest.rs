@@ -1,7 +1,7 @@
 //! The Debian guest as its clients and its doctor see it: Redis, HTTP, SSH, and its disk from outside.
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -34,14 +34,31 @@ pub fn make_disk(image: &Image, to: &Path) -> anyhow::Result<()> {
 /// # Errors
 /// What is damaged, in the words of e2fsck or redis-check-aof.
 pub fn examine_disk(disk: &Path, scratch: &Path) -> anyhow::Result<()> {
+    let copy = copy_disk(disk, scratch)?;
+    examine_copy(&copy, scratch).with_context(|| format!("{} is damaged", disk.display()))
+}
+
+/// A copy of a disk in `scratch`, in the place of the one before.
+///
+/// # Errors
+/// If it cannot be copied.
+pub fn copy_disk(disk: &Path, scratch: &Path) -> anyhow::Result<PathBuf> {
     let copy = scratch.join("examined.img");
     tool(Command::new("cp").arg("--sparse=always").arg(disk).arg(&copy), &[0])?;
-    let result = examine_copy(&copy, scratch).with_context(|| format!("{} is damaged", disk.display()));
-    std::fs::remove_file(&copy)?;
+    Ok(copy)
+}
+
+/// Like [`examine_disk`], for a copy that may be changed, and is removed.
+///
+/// # Errors
+/// Those of [`examine_disk`].
+pub fn examine_copy(copy: &Path, scratch: &Path) -> anyhow::Result<()> {
+    let result = examine(copy, scratch);
+    std::fs::remove_file(copy)?;
     result
 }
 
-fn examine_copy(copy: &Path, scratch: &Path) -> anyhow::Result<()> {
+fn examine(copy: &Path, scratch: &Path) -> anyhow::Result<()> {
     // 1: the journal was replayed, as after any power cut. That must be all there was to mend: the second run says so.
     tool(
         Command::new("e2fsck").args(["-p", "-E", "journal_only"]).arg(copy),

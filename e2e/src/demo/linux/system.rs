@@ -186,13 +186,19 @@ impl EmulatedSystem {
     }
 
     /// The images behind both disks become equal once the guest is still, the journal applied and the machines' caches written.
+    /// What they are then is examined: file system and Redis' log must be in order, as after a power cut.
     fn compare_disks(&self, active: usize, standby: usize) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             self.sh(active, "sync")?;
             self.sh(standby, "sync")?;
-            let Some(at) = first_difference(&self.disks[active], &self.disks[standby])? else {
-                return Ok(());
+            let scratch = self.machines.lab.folder();
+            let copy = guest::copy_disk(&self.disks[active], scratch)?;
+            // Both, and after it was made: so it is no mixture of two moments.
+            let first = first_difference(&copy, &self.disks[standby])?;
+            let Some(at) = first.map_or_else(|| first_difference(&copy, &self.disks[active]), |at| Ok(Some(at)))?
+            else {
+                return guest::examine_copy(&copy, scratch).context("the disks are equal, and damaged");
             };
             ensure!(
                 Instant::now() < deadline,
