@@ -182,9 +182,9 @@ const SI_SYSCALL_OFFSET: usize = 24;
 extern "C" fn forbidden_call(_signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo of 128 bytes; for SIGSYS the call's number is at this offset.
     let call = unsafe { info.cast::<u8>().add(SI_SYSCALL_OFFSET).cast::<i32>().read_unaligned() };
-    // SAFETY: with SA_SIGINFO the kernel passes the interrupted thread's context; RSI has the call's second argument,
-    // which for ioctl is the request.
-    let argument = unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RSI as usize] };
+    // SAFETY: with SA_SIGINFO the kernel passes the interrupted thread's context; RDI and RSI have the first arguments.
+    let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    let arguments = [libc::REG_RDI, libc::REG_RSI].map(|register| registers[register as usize]);
     if !HANDLER_REPORTED.swap(true, Ordering::SeqCst) {
         let mut line = Line::default();
         line.push(b"ftvm-engine: a thread (");
@@ -196,8 +196,10 @@ extern "C" fn forbidden_call(_signal: libc::c_int, info: *mut libc::siginfo_t, c
         line.push_number(call.unsigned_abs());
         line.push(b" (");
         line.push(table::name(i64::from(call)).as_bytes());
-        line.push(b", second argument ");
-        line.push_number(argument as u32);
+        line.push(b", arguments ");
+        line.push_number(arguments[0] as u32);
+        line.push(b" ");
+        line.push_number(arguments[1] as u32);
         line.push(b"): the engine ends, its peer takes over. Report this as a defect.\n");
         // SAFETY: the buffer is valid for its length; writing to standard error is allowed in a handler.
         unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.used) };
