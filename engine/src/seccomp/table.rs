@@ -165,6 +165,8 @@ const COMMON: &[Allow] = &[
     any(SYS_rseq),
     with(SYS_prctl, &[is(0, libc::PR_SET_NAME as i64)]),
     with(SYS_prctl, &[is(0, libc::PR_GET_NAME as i64)]),
+    // rustix looks for the vDSO at its first look at a clock, in whichever thread that is: PR_GET_AUXV (prctl(2)).
+    with(SYS_prctl, &[is(0, 0x4155_5856)]),
     // glibc names the anonymous memory of its allocator.
     with(SYS_prctl, &[is(0, libc::PR_SET_VMA as i64)]),
     // A thread inside the filter may enter a narrower one.

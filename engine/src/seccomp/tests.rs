@@ -231,6 +231,29 @@ fn a_forbidden_call_ends_the_process_and_is_named() {
 }
 
 #[test]
+fn the_first_look_at_a_clock_may_come_under_a_filter() {
+    if std::env::var_os(CHILD).is_some() {
+        install_handler().unwrap();
+        let filters = Filters::compile().unwrap();
+        let look = move || {
+            filters.enter(ThreadKind::Control).unwrap();
+            crate::clock::Moment::now()
+        };
+        std::thread::spawn(look).join().unwrap();
+        return;
+    }
+    // A process of its own: in this one other tests have looked already.
+    let this_test = "seccomp::tests::the_first_look_at_a_clock_may_come_under_a_filter";
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let output = child
+        .args(["--exact", this_test, "--nocapture"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn every_allowed_call_has_a_name() {
     for kind in ThreadKind::ALL {
         for allow in table::of(kind) {
