@@ -53,6 +53,8 @@ enum Input {
         written: Result<(), String>,
     },
     Warning(String),
+    /// Output of the running epoch began to wait.
+    OutputWaits,
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -86,6 +88,10 @@ impl Queue {
 
     fn follow(&self, report: follow::Report) {
         self.put(Input::Follow(report));
+    }
+
+    fn output_waits(&self) {
+        self.put(Input::OutputWaits);
     }
 
     fn warn(&self, text: String) {
@@ -324,6 +330,8 @@ impl Driver {
                 }
             },
             Input::Warning(text) => self.warn(text),
+            // The loop decides anew when the epoch ends.
+            Input::OutputWaits => {}
         }
     }
 

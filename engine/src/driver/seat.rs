@@ -193,6 +193,8 @@ pub fn prepare(
     let console = fds.take(launch.files.console, "the console")?.into();
     let dropped = Arc::new(AtomicU64::new(0));
     let outbox = Arc::new(Outbox::new(Box::new(host_sink(&nics, console, &dropped)?), rule));
+    let waits = queue.clone();
+    outbox.on_waiting(move || waits.output_waits());
     let boot = BootSource {
         kernel: fds.take(launch.boot.kernel, "the kernel")?.into(),
         initrd: match launch.boot.initrd {

@@ -13,7 +13,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The gate's value for "everything may leave at once".
@@ -103,6 +103,7 @@ pub struct Outbox {
     rule: Rule,
     queue: Mutex<Queue>,
     sink: Box<dyn Sink>,
+    waits: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Outbox {
@@ -113,7 +114,15 @@ impl Outbox {
             rule,
             queue: Mutex::new(Queue::default()),
             sink,
+            waits: OnceLock::new(),
         }
+    }
+
+    /// Calls `waits` whenever an epoch's first item is held: that epoch should end soon. Set once, before anything is put.
+    pub fn on_waiting(&self, waits: impl Fn() + Send + Sync + 'static) {
+        // A second one would never be called.
+        let set = self.waits.set(Box::new(waits));
+        debug_assert!(set.is_ok(), "set twice");
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -135,12 +144,17 @@ impl Outbox {
             queue.watched.left(epoch);
             return;
         }
+        let first = queue.held.back().is_none_or(|held| held.epoch != epoch);
         queue.held_bytes += output.size_bytes();
         queue.held.push_back(Held {
             epoch,
             since: Instant::now(),
             output,
         });
+        drop(queue);
+        if let Some(waits) = self.waits.get().filter(|_| first) {
+            waits();
+        }
     }
 
     /// Sets the gate to "epochs up to and including `epoch`" and lets go what may leave. Lowering the gate holds for everything
@@ -256,6 +270,21 @@ mod tests {
         assert_eq!(outbox.of_epoch(2), [frame(2)]);
         assert_eq!(outbox.waiting(2), (true, 2));
         assert_eq!(outbox.waiting(3), (false, 2));
+    }
+
+    #[test]
+    fn the_first_held_item_of_each_epoch_is_told() {
+        let (outbox, _) = outbox();
+        let told = Arc::new(AtomicU64::new(0));
+        let counter = told.clone();
+        outbox.on_waiting(move || drop(counter.fetch_add(1, Ordering::SeqCst)));
+        for (epoch, told_then) in [(1, 1), (1, 1), (2, 2), (2, 2), (3, 3)] {
+            outbox.put(epoch, frame(1));
+            assert_eq!(told.load(Ordering::SeqCst), told_then);
+        }
+        outbox.open();
+        outbox.put(4, frame(1));
+        assert_eq!(told.load(Ordering::SeqCst), 3, "it left at once");
     }
 
     #[test]
