@@ -63,6 +63,8 @@ impl Built {
 /// If it can't even begin.
 pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
     if outer::inside() {
+        // Its second half: the loopback comes up, which the plain stream and QEMU's monitors and guests need.
+        outer::enter(arguments)?;
         return run_inside(options, arguments);
     }
     let progress = Progress::new();
