@@ -277,7 +277,9 @@ mod tests {
         let (outbox, _) = outbox();
         let told = Arc::new(AtomicU64::new(0));
         let counter = told.clone();
-        outbox.on_waiting(move || drop(counter.fetch_add(1, Ordering::SeqCst)));
+        outbox.on_waiting(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
         for (epoch, told_then) in [(1, 1), (1, 1), (2, 2), (2, 2), (3, 3)] {
             outbox.put(epoch, frame(1));
             assert_eq!(told.load(Ordering::SeqCst), told_then);
