@@ -292,6 +292,8 @@ impl Driver {
         self.seat.inbox.set_copy(None);
         self.seat.outbox.discard();
         self.stop_recording();
+        // A write that is under way would land behind what the new leader sends.
+        self.seat.machine.wait_disks_idle();
         self.guest = Guest::None;
         match self.sealed_state.take().filter(|(epoch, _)| *epoch == base) {
             Some(last) => self.begin_following(session, link, leader, Some(last)),

@@ -103,6 +103,11 @@ impl SeatMachine {
         self.machine.after_takeover();
     }
 
+    /// Waits until no request of a paused guest is using a disk.
+    pub fn wait_disks_idle(&self) {
+        self.devices.wait_disks_idle();
+    }
+
     /// Types into the serial console; gives how many bytes had room. The guest must run.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         self.devices.console_input(bytes)
