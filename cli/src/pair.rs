@@ -271,6 +271,12 @@ impl Pair {
             let message = format!("seat {vm}/{lost} runs the guest: switch over first");
             return Err(Failure::new(exit_code::REFUSED, message));
         }
+        if find(lost).is_some_and(|(_, _, seat)| role(seat) == Some(Role::Standby)) {
+            let message = format!(
+                "seat {vm}/{lost} is not lost, it protects the guest: to take it away, stop its daemon and engine first"
+            );
+            return Err(Failure::new(exit_code::REFUSED, message));
+        }
         let peer = |(socket, daemon, seat): Placed<'_>| PeerConfig {
             seat: seat.seat.clone(),
             seat_id: seat.seat_id,
@@ -290,9 +296,10 @@ impl Pair {
         };
         set(socket, active, vec![peer(placed)])?;
         set(new_socket, new, vec![peer(active_at)])?;
-        if let Some((socket, _, _)) = find(lost) {
+        if let Some((lost_socket, _, seat)) = find(lost) {
+            self.wait_ejected(vm, seat, socket)?;
             self.ask(
-                socket,
+                lost_socket,
                 &Request::RemoveSeat {
                     vm: vm.to_owned(),
                     seat: lost.to_owned(),
@@ -300,6 +307,42 @@ impl Pair {
             )?;
         }
         Ok(())
+    }
+
+    /// A seat that the record names may be the one that goes on: it is removed only after the active one ejected it.
+    fn wait_ejected(&self, vm: &str, lost: &SeatStatus, socket: &Path) -> Result<(), Failure> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let told = match self.ask(socket, &Request::Record { vm: vm.to_owned() })? {
+                Response::Record {
+                    snapshot: Some(snapshot),
+                    ..
+                } => {
+                    let record = snapshot.record;
+                    if Some(record.holder.seat) == lost.seat_id {
+                        let message = format!(
+                            "seat {vm}/{} took over meanwhile and runs the guest: nothing was removed",
+                            lost.seat
+                        );
+                        return Err(Failure::new(exit_code::REFUSED, message));
+                    }
+                    if record.members.iter().all(|member| Some(member.seat) != lost.seat_id) {
+                        return Ok(());
+                    }
+                    "the arbiter's record still names it".to_owned()
+                }
+                Response::Record { why, .. } => why.unwrap_or_else(|| "the arbiter has no record".to_owned()),
+                other => format!("unexpected answer {other:?}"),
+            };
+            if Instant::now() >= until {
+                let message = format!(
+                    "seat {vm}/{} is not removed: {told}; see `status`, then replace it again",
+                    lost.seat
+                );
+                return Err(Failure::new(exit_code::TIMEOUT, message));
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     fn to_active(&self, vm: &str, command: Command) -> Result<(), Failure> {

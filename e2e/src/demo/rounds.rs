@@ -201,15 +201,22 @@ impl<'a, W: Witness> Stage<'a, W> {
     }
 
     /// A third machine takes the place of the lost one, which comes back as the spare; if there is no third, the lost one
-    /// comes back first and takes its own place.
+    /// comes back first and takes its own place. A seat whose machine lives may have come back by itself: then it stays.
     fn rebuild(&mut self, round: &mut Round, at: Instant, (after, lost): (usize, usize)) -> anyhow::Result<()> {
         if self.options.fault == Fault::None {
             return self.await_protection(round, at);
         }
         let spare = (0..self.names.len()).find(|&host| host != after && host != lost && self.machines.is_running(host));
-        if let Some(spare) = spare {
+        let came_back = |seat: Seat| matches!(seat.role, Role::Joining | Role::Standby);
+        if self.seat(lost).is_some_and(came_back) {
+            self.await_protection(round, at)
+        } else if let Some(spare) = spare {
             self.system.replace(lost, spare)?;
             self.await_protection(round, at)?;
+            if round.standby_after == self.names[lost] {
+                // It was faster, and is not replaced.
+                return Ok(());
+            }
             self.bring_back(lost)
         } else {
             self.bring_back(lost)?;

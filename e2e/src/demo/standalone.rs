@@ -377,6 +377,9 @@ impl System for Standalone {
     }
 
     fn replace(&mut self, lost: usize, spare: usize) -> anyhow::Result<()> {
+        if let Some(mut controller) = self.replacing.take() {
+            controller.wait().context("waiting for ftvm")?;
+        }
         let everyone: Vec<usize> = (0..self.lab.hosts().len())
             .filter(|&host| self.lab.host(host).is_running())
             .collect();
