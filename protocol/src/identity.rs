@@ -3,6 +3,7 @@
 //! Nothing here is secret and nothing is random by itself: random values (an incarnation's `start`) are drawn by the
 //! program that starts an engine and handed in.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -191,6 +192,27 @@ impl<'de> Deserialize<'de> for Incarnation {
             Ok(Self { seat, start })
         }
     }
+}
+
+/// Name in the certificate of a seat: `SEAT-UUID.VM-UUID.ftvm`, the only DNS subject alternative name in it.
+pub fn identity_name(vm: VmId, seat: SeatId) -> String {
+    format!("{seat}.{vm}.ftvm")
+}
+
+/// Who a seat is: the file `seat.json` of its identity, beside its certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SeatIdentity {
+    /// Name of the virtual machine.
+    pub vm: String,
+    /// The virtual machine.
+    pub vm_id: VmId,
+    /// Name of the seat.
+    pub seat: String,
+    /// The seat.
+    pub seat_id: SeatId,
+    /// Every seat that was known when this was made, this one too.
+    pub seats: BTreeMap<String, SeatId>,
 }
 
 /// One authenticated connection to the peer's engine. Chosen by the driver, never used twice in one engine process.

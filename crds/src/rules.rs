@@ -1,0 +1,218 @@
+//! Rules that the API server checks (CEL), each with a message that says what to write instead.
+//!
+//! Lists and texts that a rule looks at are bounded in the schema: the API server refuses rules whose estimated cost is too high.
+
+use kube::CustomResourceExt as _;
+use serde_json::{Value, json};
+
+use crate::FaultTolerantVM;
+use crate::names::VM_NAME_LENGTH_MAX;
+use crate::quantity::PATTERN as SIZE;
+
+fn rule(rule: impl AsRef<str>, message: impl AsRef<str>) -> Value {
+    json!({ "rule": rule.as_ref(), "message": message.as_ref() })
+}
+
+/// Rules of the whole object: only they see name, spec and status together.
+fn root() -> Value {
+    let halted = "has(self.status) && has(self.status.phase) && self.status.phase == 'Halted' && oldSelf.spec.runStrategy == 'Halted'";
+    let fixed = |field: &str| {
+        rule(
+            format!("self.spec.{field} == oldSelf.spec.{field} || ({halted})"),
+            format!(
+                "spec.{field} changes only while the VM is halted: set spec.runStrategy to Halted, wait until the VM's status is Halted, then change it"
+            ),
+        )
+    };
+    json!([
+        rule(
+            format!(
+                "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$') && size(self.metadata.name) <= {VM_NAME_LENGTH_MAX}"
+            ),
+            format!(
+                "metadata.name is part of pods' names: write at most {VM_NAME_LENGTH_MAX} lower-case letters, digits and dashes, beginning with a letter, such as web-1"
+            ),
+        ),
+        fixed("machine"),
+        fixed("boot"),
+    ])
+}
+
+pub(crate) fn spec() -> Value {
+    json!([
+        rule(
+            "self.disks.map(d, d.name) == oldSelf.disks.map(d, d.name) && self.disks.all(d, oldSelf.disks.exists(o, o.name == d.name && o.size == d.size && o.source == d.source))",
+            "spec.disks: names, order, sizes and sources are fixed for the VM's life: put back what was there, or make another VM",
+        ),
+        rule(
+            "self.networks.map(n, n.name) == oldSelf.networks.map(n, n.name) && self.networks.all(n, oldSelf.networks.exists(o, o.name == n.name && o.?mac.orValue('') == n.?mac.orValue('')))",
+            "spec.networks: names, order and MAC addresses are fixed for the VM's life: put back what was there, or make another VM",
+        ),
+    ])
+}
+
+pub(crate) fn memory() -> Value {
+    json!([
+        rule(
+            format!("self.matches('{SIZE}')"),
+            "write memory as a whole number with Mi, Gi or Ti, such as 512Mi or 4Gi",
+        ),
+        rule(
+            format!(
+                "!self.matches('{SIZE}') || (quantity(self).compareTo(quantity('16Mi')) >= 0 && quantity(self).compareTo(quantity('4Ti')) <= 0)"
+            ),
+            "memory must be from 16Mi to 4Ti: write for example 512Mi",
+        ),
+    ])
+}
+
+pub(crate) fn size() -> Value {
+    json!([rule(
+        format!("self.matches('{SIZE}')"),
+        "write a size as a whole number with Mi, Gi or Ti, such as 512Mi or 10Gi",
+    )])
+}
+
+pub(crate) fn cpu() -> Value {
+    json!([rule(
+        "self.matches('^([1-9][0-9]{0,5}m|[1-9][0-9]{0,2}([.][0-9]{1,3})?)$')",
+        "write CPU as a number of CPUs or thousandths with m, such as 2 or 500m",
+    )])
+}
+
+pub(crate) fn boot() -> Value {
+    json!([rule(
+        "has(self.image) != has(self.volume)",
+        "name exactly one of boot.image (reference: an OCI image) and boot.volume (claimName: a claim)",
+    )])
+}
+
+pub(crate) fn path() -> Value {
+    json!([rule(
+        "self.matches('^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$')",
+        "write an absolute path of letters, digits, dots, dashes and underscores without hidden names, such as /boot/vmlinuz",
+    )])
+}
+
+pub(crate) fn source() -> Value {
+    json!([rule(
+        "!(has(self.image) && has(self.blank))",
+        "name one of source.image and source.blank, or none for a blank disk",
+    )])
+}
+
+pub(crate) fn name() -> Value {
+    json!([rule(
+        "self.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+        "write a name of lower-case letters, digits and dashes, beginning with a letter, such as root or net-1",
+    )])
+}
+
+pub(crate) fn disk_name() -> Value {
+    json!([
+        rule(
+            "self.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+            "write a name of lower-case letters, digits and dashes, beginning with a letter, such as root or data-1",
+        ),
+        rule(
+            "self != 'guest' && self != 'identity'",
+            "guest and identity are names of the seat's own volumes: choose another name, such as root",
+        ),
+    ])
+}
+
+pub(crate) fn network() -> Value {
+    json!([rule(
+        "has(self.bridge)",
+        "say what the card is attached to: bridge (name: a bridge of the nodes)",
+    )])
+}
+
+pub(crate) fn mac() -> Value {
+    json!([rule(
+        "self.matches('^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$') && self != '00:00:00:00:00:00'",
+        "write a unicast MAC address in lower case, such as 02:00:00:00:00:01, or leave it out",
+    )])
+}
+
+pub(crate) fn interface() -> Value {
+    json!([rule(
+        "self.matches('^[A-Za-z0-9_][A-Za-z0-9._-]*$')",
+        "write the name of a network interface, such as br0",
+    )])
+}
+
+pub(crate) fn interval() -> Value {
+    json!([rule(
+        "self.minMs <= self.maxMs",
+        "interval.minMs is above interval.maxMs: write for example minMs 2 and maxMs 50",
+    )])
+}
+
+pub(crate) fn fault_tolerance() -> Value {
+    json!([
+        rule(
+            "!has(self.targetLatencyMs) || self.targetLatencyMs >= self.interval.minMs",
+            "targetLatencyMs can't be met with epochs of interval.minMs: lower interval.minMs, or raise targetLatencyMs",
+        ),
+        rule(
+            "self.detectionMs > self.interval.maxMs",
+            "detectionMs must be longer than an epoch: raise detectionMs, or lower interval.maxMs",
+        ),
+    ])
+}
+
+/// The custom resource definition, as it is installed.
+pub fn definition() -> Value {
+    // Types of the API server itself always encode.
+    let mut definition = serde_json::to_value(FaultTolerantVM::crd()).unwrap_or_default();
+    let schema = &mut definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+    schema["x-kubernetes-validations"] = root();
+    simplify(schema);
+    definition
+}
+
+/// Every rule's message. Tests have an example that is refused with each.
+pub fn messages() -> Vec<String> {
+    fn collect(value: &Value, found: &mut Vec<String>) {
+        match value {
+            Value::Object(fields) => {
+                if let Some(Value::Array(rules)) = fields.get("x-kubernetes-validations") {
+                    found.extend(
+                        rules
+                            .iter()
+                            .filter_map(|rule| rule["message"].as_str())
+                            .map(str::to_owned),
+                    );
+                }
+                fields.values().for_each(|value| collect(value, found));
+            }
+            Value::Array(list) => list.iter().for_each(|value| collect(value, found)),
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    collect(&definition(), &mut found);
+    found.sort();
+    found.dedup();
+    found
+}
+
+/// Takes out what the API server would only warn of: Rust's unsigned formats, and `default: null`.
+fn simplify(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            let unsigned = |format: &Value| format.as_str().is_some_and(|format| format.starts_with("uint"));
+            if fields.get("format").is_some_and(unsigned) {
+                fields.remove("format");
+            }
+            fields.values_mut().for_each(simplify);
+        }
+        Value::Array(list) => list.iter_mut().for_each(simplify),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+#[path = "rules_tests.rs"]
+mod tests;

@@ -1,0 +1,87 @@
+use super::*;
+
+fn properties<'a>(value: &'a Value, path: &str, visit: &mut impl FnMut(&str, &'a Value)) {
+    visit(path, value);
+    if let Some(fields) = value["properties"].as_object() {
+        fields
+            .iter()
+            .for_each(|(name, field)| properties(field, &format!("{path}.{name}"), visit));
+    }
+    if value["items"].is_object() {
+        properties(&value["items"], &format!("{path}[]"), visit);
+    }
+}
+
+fn schema(definition: &Value) -> &Value {
+    &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+}
+
+#[test]
+fn every_field_is_documented_for_kubectl_explain() {
+    let definition = definition();
+    let mut bare = Vec::new();
+    properties(schema(&definition), "", &mut |path, field| {
+        let documented = field["description"].as_str().is_some_and(|text| !text.is_empty());
+        if !documented && !path.ends_with("[]") && !path.is_empty() {
+            bare.push(path.to_owned());
+        }
+    });
+    assert_eq!(bare, Vec::<String>::new());
+}
+
+#[test]
+fn what_rules_look_at_is_bounded() {
+    let definition = definition();
+    let mut unbounded = Vec::new();
+    properties(
+        &schema(&definition)["properties"]["spec"],
+        "spec",
+        &mut |path, field| {
+            let tolerations = path.starts_with("spec.placement.tolerations[]");
+            let text = field["type"] == "string" && field["enum"].is_null() && field["maxLength"].is_null();
+            let list = field["type"] == "array" && field["maxItems"].is_null();
+            if (text || list) && !tolerations {
+                unbounded.push(path.to_owned());
+            }
+        },
+    );
+    assert_eq!(unbounded, Vec::<String>::new());
+}
+
+#[test]
+fn messages_say_what_to_write() {
+    let messages = messages();
+    assert!(messages.len() >= 20, "{messages:#?}");
+    for message in messages {
+        let advice = [
+            "write", "name ", "say ", "choose", "put back", "set ", "lower ", "raise ", "leave",
+        ];
+        assert!(advice.iter().any(|word| message.contains(word)), "{message}");
+    }
+}
+
+#[test]
+fn defaults_are_in_the_schema() {
+    let definition = definition();
+    let spec = &schema(&definition)["properties"]["spec"]["properties"];
+    assert_eq!(spec["runStrategy"]["default"], "Always");
+    assert_eq!(spec["machine"]["properties"]["vcpus"]["default"], 1);
+    assert_eq!(spec["boot"]["properties"]["kernel"]["default"], "/boot/vmlinuz");
+    assert_eq!(spec["faultTolerance"]["properties"]["detectionMs"]["default"], 300);
+    assert_eq!(spec["faultTolerance"]["default"]["replaceAfterSeconds"], 20);
+    assert_eq!(
+        spec["placement"]["properties"]["topologyKey"]["default"],
+        "kubernetes.io/hostname"
+    );
+    assert_eq!(spec["volumePolicy"]["default"], "Delete");
+}
+
+#[test]
+fn the_published_definition_is_of_these_types() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/ftvm.dev_faulttolerantvms.yaml");
+    let published: Value = crate::yaml::read(&std::fs::read_to_string(path).unwrap()).unwrap();
+    assert!(
+        published == definition(),
+        "write it anew: cargo run -p ftvm-crds --bin crd-yaml > crds/ftvm.dev_faulttolerantvms.yaml"
+    );
+}

@@ -1,0 +1,268 @@
+//! What daemon and operator tell each other through annotations of a seat's pod.
+
+use std::collections::BTreeMap;
+
+use ftvm_protocol::identity::{Incarnation, Term};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::names::{ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS};
+
+/// Most bytes of one of these annotations.
+pub const BYTES_MAX: usize = 8 * 1024;
+
+/// An annotation that can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnnotationError {
+    /// Longer than [`BYTES_MAX`].
+    #[error(
+        "annotation {annotation} has {length_bytes} bytes, at most {BYTES_MAX} are read: remove it, its writer writes it anew"
+    )]
+    TooLong {
+        /// Its name.
+        annotation: &'static str,
+        /// Its length.
+        length_bytes: usize,
+    },
+    /// Not what it should be.
+    #[error("annotation {annotation} is malformed ({why}): remove it, its writer writes it anew")]
+    Malformed {
+        /// Its name.
+        annotation: &'static str,
+        /// Where and why.
+        why: String,
+    },
+}
+
+/// What an engine is, in the engine's own words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum SeatRole {
+    /// Waits: for its turn to boot, or for a leader to join.
+    Starting,
+    /// Receives its first whole checkpoint.
+    Joining,
+    /// Holds a complete checkpoint and follows the active.
+    Standby,
+    /// Runs the guest.
+    Active,
+    /// Handed the guest over and waits for the outcome.
+    Frozen,
+    /// Ended for good.
+    Ended,
+}
+
+/// Published by the daemon as [`ANNOTATION_SEAT_STATUS`]. A missing annotation is the same as the default.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SeatPublished {
+    /// The engine that runs, or was told to run: written before it is launched, removed once it has ended.
+    pub incarnation: Option<Incarnation>,
+    /// What the engine is.
+    pub role: Option<SeatRole>,
+    /// The engine leads or follows a protected pair.
+    pub protected: bool,
+    /// The engine has a guest, or a checkpoint that it may run.
+    pub holds_guest: bool,
+    /// Term in force as the engine knows it.
+    pub term: Term,
+    /// Why the role is what it is, why not protected, or why there is no engine.
+    pub why: String,
+    /// Exit code (`docs/exit-codes.md`) of what `why` says if a person has to mend it, else 0.
+    pub code: u8,
+    /// The link to the peer is up.
+    pub peer_connected: bool,
+    /// False after the last request to the arbiter failed.
+    pub arbiter_reachable: bool,
+    /// Progress of preparing disks or of a resync, 0 to 100.
+    pub resync_percent: Option<u8>,
+    /// The last time that this seat became active.
+    pub last_takeover: Option<Takeover>,
+    /// How the last engine ended.
+    pub last_exit: Option<SeatExit>,
+    /// The last request that was executed.
+    pub done_request: Option<DoneRequest>,
+    /// Length of epochs in milliseconds as of this writing; no reason to write.
+    pub interval_ms: Option<u32>,
+    /// Age in milliseconds of the oldest output that waits for the standby, as of this writing; no reason to write.
+    pub lag_ms: Option<u32>,
+}
+
+/// A seat became active.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Takeover {
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// Why: `peer lost`, `switchover`, ...
+    pub reason: String,
+    /// From the reason's beginning to the running guest.
+    pub microseconds: u64,
+}
+
+/// An engine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SeatExit {
+    /// Which one.
+    pub incarnation: Incarnation,
+    /// Its exit code (`docs/exit-codes.md`).
+    pub code: u8,
+    /// What, where, why, what to do.
+    pub message: String,
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+}
+
+/// A request came to its end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DoneRequest {
+    /// Its id.
+    pub id: String,
+    /// Why it was refused; missing if it was done, or begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+}
+
+/// Written by the operator as [`ANNOTATION_REQUEST`]. A daemon executes each id once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeatRequest {
+    /// Names the request: another id is another request.
+    pub id: String,
+    /// What to do.
+    #[serde(flatten)]
+    pub order: Order,
+}
+
+/// What to do, in the words of the engine's commands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Order {
+    /// Planned switchover (rule 6).
+    Switchover,
+    /// Stop the virtual machine (rule 7).
+    Stop,
+    /// Start over a record that says Stopped at exactly this term (rule 7).
+    Start {
+        /// Term of the Stopped record.
+        over_stopped_term: Term,
+    },
+    /// Override a holder that is alone and dead (rule 9).
+    AcceptDataLoss {
+        /// The holder as the person saw it.
+        holder: Incarnation,
+    },
+}
+
+impl SeatPublished {
+    /// What a pod's annotations say.
+    ///
+    /// # Errors
+    /// If the annotation is too long or malformed.
+    pub fn of(annotations: &BTreeMap<String, String>) -> Result<SeatPublished, AnnotationError> {
+        Ok(read(annotations, ANNOTATION_SEAT_STATUS)?.unwrap_or_default())
+    }
+}
+
+impl SeatRequest {
+    /// What a pod's annotations ask for.
+    ///
+    /// # Errors
+    /// If the annotation is too long or malformed.
+    pub fn of(annotations: &BTreeMap<String, String>) -> Result<Option<SeatRequest>, AnnotationError> {
+        read(annotations, ANNOTATION_REQUEST)
+    }
+}
+
+fn read<T: DeserializeOwned>(
+    annotations: &BTreeMap<String, String>,
+    annotation: &'static str,
+) -> Result<Option<T>, AnnotationError> {
+    let Some(text) = annotations.get(annotation) else {
+        return Ok(None);
+    };
+    if text.len() > BYTES_MAX {
+        let length_bytes = text.len();
+        return Err(AnnotationError::TooLong {
+            annotation,
+            length_bytes,
+        });
+    }
+    let parsed = crate::from_json_object(text).map_err(|why| AnnotationError::Malformed { annotation, why });
+    parsed.map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn annotated(name: &str, text: &str) -> BTreeMap<String, String> {
+        [(name.to_owned(), text.to_owned())].into()
+    }
+
+    #[test]
+    fn requests_are_written_as_documented() {
+        let holder = "0123abcd-0000-4000-8000-0000000000ff/000000000000beef";
+        for (order, text) in [
+            (Order::Switchover, r#"{"id":"1","do":"switchover"}"#.to_owned()),
+            (Order::Stop, r#"{"id":"1","do":"stop"}"#.to_owned()),
+            (
+                Order::Start { over_stopped_term: 7 },
+                r#"{"id":"1","do":"start","overStoppedTerm":7}"#.to_owned(),
+            ),
+            (
+                Order::AcceptDataLoss {
+                    holder: holder.parse().unwrap(),
+                },
+                format!(r#"{{"id":"1","do":"acceptDataLoss","holder":"{holder}"}}"#),
+            ),
+        ] {
+            let request = SeatRequest {
+                id: "1".to_owned(),
+                order,
+            };
+            assert_eq!(serde_json::to_string(&request).unwrap(), text);
+            assert_eq!(
+                SeatRequest::of(&annotated(ANNOTATION_REQUEST, &text)),
+                Ok(Some(request))
+            );
+        }
+    }
+
+    #[test]
+    fn a_status_survives_and_unknown_fields_are_left_to_later_versions() {
+        let text = r#"{"role":"active","protected":true,"term":9,"arbiterReachable":true,"later":1,
+            "lastTakeover":{"unixMs":1,"reason":"peer lost","microseconds":2},"doneRequest":{"id":"x"}}"#;
+        let published = SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, text)).unwrap();
+        assert_eq!(published.role, Some(SeatRole::Active));
+        assert_eq!((published.protected, published.term), (true, 9));
+        assert_eq!(published.done_request.as_ref().unwrap().refused, None);
+        let again = serde_json::to_string(&published).unwrap();
+        assert_eq!(
+            SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, &again)),
+            Ok(published)
+        );
+        assert_eq!(SeatPublished::of(&BTreeMap::new()), Ok(SeatPublished::default()));
+    }
+
+    #[test]
+    fn hostile_annotations_are_named_errors() {
+        let long = annotated(ANNOTATION_SEAT_STATUS, &" ".repeat(BYTES_MAX + 1));
+        assert!(matches!(SeatPublished::of(&long), Err(AnnotationError::TooLong { .. })));
+        for text in [
+            "",
+            "[]",
+            "{",
+            r#"{"role":"king"}"#,
+            r#"{"incarnation":"x"}"#,
+            r#"{"code":256}"#,
+        ] {
+            let error = SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, text)).unwrap_err();
+            assert!(matches!(error, AnnotationError::Malformed { .. }), "{text}");
+        }
+        for text in [r#"{"id":"1"}"#, r#"{"id":"1","do":"dance"}"#, r#"{"do":"stop"}"#] {
+            assert!(SeatRequest::of(&annotated(ANNOTATION_REQUEST, text)).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! What the operator says of a VM.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::spec::Mode;
+
+/// Observed state of a fault-tolerant VM. Written by the operator alone, always with the object's resourceVersion.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FaultTolerantVMStatus {
+    /// Generation of the spec that this status is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// What the VM does, in one word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<VmPhase>,
+    /// Node of the active seat, which runs the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub active: Option<String>,
+    /// Node of the standby seat, which takes over when the active one dies. Missing while the VM is not protected.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub standby: Option<String>,
+    /// How the guest is protected.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// Term of the arbiter's record: plus one at every change of roles.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub term: Option<u64>,
+    /// Length of an epoch in milliseconds when the active seat last reported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval_ms: Option<u32>,
+    /// Age in milliseconds of the oldest output that waited for the standby when the active seat last reported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lag_ms: Option<u32>,
+    /// Progress of a resync in percent; missing while there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resync_percent: Option<u8>,
+    /// The book: every seat, entered before anything is made for it. Node-daemons run engines only for the pods in it.
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub seats: Vec<SeatEntry>,
+    /// UID of the Lease with the arbiter's record, once it was made. Another Lease is never taken for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease_uid: Option<String>,
+    /// The last time that the guest moved to the other seat.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_failover: Option<Failover>,
+    /// The last switchover that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub switchover: Option<Switchover>,
+    /// Ready, Protected, Resyncing, StorageHealthy, ArbiterReachable. A reason and message say why, and what to do.
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// What a VM does, in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum VmPhase {
+    /// Seats are being made, or wait for what the conditions name.
+    Starting,
+    /// The guest runs.
+    Running,
+    /// The guest was asked to stop, or stopped by itself and is started again soon.
+    Stopping,
+    /// No seat exists; disks are kept. Machine and boot may be changed now.
+    Halted,
+    /// The VM is being deleted.
+    Deleting,
+}
+
+/// One seat in the book.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SeatEntry {
+    /// Name of the seat and of its pod.
+    #[schemars(length(max = 63))]
+    pub name: String,
+    /// Place among the VM's seats, 0 or 1: which entry of `placement.seats` it follows.
+    #[serde(default)]
+    pub slot: u8,
+    /// UID of the pod, which is the seat's identity; entered once the seat's certificate exists. Missing: no such pod yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 36))]
+    pub pod_uid: Option<String>,
+    /// UIDs of earlier pods of this name: the record may name them, and the seat's header does.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub former_uids: Vec<String>,
+    /// Node that the pod was bound to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub node: Option<String>,
+    /// IP of the pod, where the engine's link listens (port 7000).
+    #[serde(default, rename = "podIP", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 45))]
+    pub pod_ip: Option<String>,
+    /// IP of the node, where its daemon answers (port 7400).
+    #[serde(default, rename = "hostIP", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 45))]
+    pub host_ip: Option<String>,
+    /// Since when the seat has been without an engine that joins, though the VM needs one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost_since: Option<Time>,
+    /// The seat is being removed: no engine is started for it, and no other engine accepts it as a peer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
+}
+
+/// The guest moved to the other seat.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Failover {
+    /// When.
+    pub time: Time,
+    /// Why: the peer was lost, or a switchover was asked for.
+    pub reason: String,
+    /// Name of the seat that became active.
+    pub seat: String,
+    /// Its node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// How long no seat ran the guest, in microseconds.
+    pub gap_microseconds: u64,
+}
+
+/// A switchover that was asked for by the annotation `ftvm.dev/switchover`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Switchover {
+    /// Value of the annotation.
+    pub request: String,
+    /// Pending, Done or Refused.
+    pub outcome: SwitchoverOutcome,
+    /// Why it was refused, or what it waits for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// What came of a switchover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SwitchoverOutcome {
+    /// It was told to the active seat, or waits for protection.
+    Pending,
+    /// It was done.
+    Done,
+    /// It was refused.
+    Refused,
+}
+
+impl SeatEntry {
+    /// Was this UID ever a pod of this seat?
+    pub fn had_uid(&self, uid: &str) -> bool {
+        self.pod_uid.as_deref() == Some(uid) || self.former_uids.iter().any(|former| former == uid)
+    }
+}
