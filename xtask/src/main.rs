@@ -5,8 +5,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod chart;
 mod check;
 mod demo;
+mod generate;
 mod lab;
 mod packages;
 mod sim;
@@ -24,6 +26,8 @@ struct Cli {
 enum Command {
     /// Formatting, lints, tidy rules, licences, documentation: what must hold before a change lands
     Check(check::Check),
+    /// Write the files that are made of others: the chart's copy of the definitions, its table of values
+    Generate(generate::Generate),
     /// Run the tests, tier by tier
     Test(test::Test),
     /// Protect a virtual machine, kill its host, and show what the client saw
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
     }
     let result = match Cli::parse().command {
         Command::Check(command) => command.run(),
+        Command::Generate(command) => command.run(),
         Command::Test(command) => command.run(),
         Command::Demo(command) => command.run(),
         Command::Bench(command) => command.run(),

@@ -21,6 +21,7 @@ const RULES: &[Rule] = &[
     ("formatting", formatting),
     ("tidy rules", tidy::check),
     ("table of errors", errors::check),
+    ("Helm chart and image", crate::chart::check),
     ("licences and duplicate dependencies", dependencies::check),
     ("lints", lints),
     ("documentation", documentation),

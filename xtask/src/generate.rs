@@ -1,0 +1,16 @@
+//! `cargo xtask generate`: writes the files that are made of others. `cargo xtask check` says when one is old.
+use std::process::ExitCode;
+
+use clap::Args;
+
+/// Options of `cargo xtask generate`.
+#[derive(Args)]
+pub struct Generate {}
+
+impl Generate {
+    /// Writes them.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        crate::chart::generate(&crate::root())?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
