@@ -62,7 +62,7 @@ fn view(seats: Vec<SeatStatus>) -> View {
         node: "alpha".into(),
         version: "1".into(),
         state_folder: "/s".into(),
-        arbiter_folder: "/a".into(),
+        arbiter_folder: Some("/a".into()),
         peer_address: None,
         seats,
     };

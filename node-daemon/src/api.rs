@@ -131,8 +131,8 @@ pub struct DaemonStatus {
     pub version: String,
     /// Its state folder.
     pub state_folder: PathBuf,
-    /// Folder of the arbiter.
-    pub arbiter_folder: PathBuf,
+    /// Folder of the arbiter; none: Leases of a Kubernetes API server.
+    pub arbiter_folder: Option<PathBuf>,
     /// Where daemons of other machines reach it, if they may.
     pub peer_address: Option<SocketAddr>,
     /// Its seats.

@@ -10,7 +10,7 @@ use crate::daemon::engine_path;
 use crate::explain;
 use crate::jail;
 use crate::peer;
-use crate::prepare::prepare;
+use crate::prepare::{Paths, Source, prepare};
 use crate::state::StateFolder;
 
 /// Checks, prints one line a finding, and returns the exit code of the first one.
@@ -37,7 +37,7 @@ pub fn check(config: &Config) -> Vec<(u8, String)> {
         Err(error) => return vec![(exit_code::STATE_FOLDER, explain(&error))],
     };
     let mut findings = Vec::new();
-    match engine_path(config) {
+    match engine_path(config.engine.as_deref()) {
         Ok(engine) => {
             if let Err(error) = jail::open_static_program(&engine) {
                 findings.push((exit_code::JAIL, explain(&error)));
@@ -51,10 +51,11 @@ pub fn check(config: &Config) -> Vec<(u8, String)> {
         findings.push((exit_code::CONFIG, explain(&error)));
     }
     for seat in &config.seats {
-        let prepared = state
-            .seat(&seat.vm, &seat.seat)
-            .map_err(Into::into)
-            .and_then(|folder| prepare(seat, &folder, config.jail.network_namespace.as_deref()));
+        let folder = state.seat(&seat.vm, &seat.seat).map_err(Into::into);
+        let prepared = folder.and_then(|folder| {
+            let source = Paths::new(folder.clone(), &config.jail);
+            prepare(seat, &source, &source.place()?, &folder)
+        });
         if let Err(error) = prepared {
             findings.push((error.exit_code(), explain(&error)));
         }

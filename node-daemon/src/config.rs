@@ -387,6 +387,11 @@ impl SeatConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         check_name("vm", &self.vm)?;
         check_name("seat", &self.seat)?;
+        self.check_contents()
+    }
+
+    /// As [`SeatConfig::check`], whatever the names.
+    pub fn check_contents(&self) -> Result<(), ConfigError> {
         let at = |field: &str| format!("seat {}: {field}", self.label());
         if !(1..=16).contains(&self.machine.vcpus) {
             return refuse(

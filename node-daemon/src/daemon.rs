@@ -1,29 +1,29 @@
 //! The daemon: its seats, and its control socket.
 
 use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use ftvm_engine::control::header_file::HeaderFile;
 use ftvm_engine::control::{Answer, Ask, Command, Connection, Listener, SocketError, exit_code};
-use ftvm_protocol::core::{ReadOutcome, StoredHeader};
-use ftvm_protocol::header::SeatHeader;
-use ftvm_protocol::identity::ArbiterUid;
-use ftvm_protocol::record::{self, Record, Snapshot};
+use ftvm_protocol::core::ReadOutcome;
+use ftvm_protocol::record::{self, Snapshot};
 
 use crate::api::{DaemonStatus, Phase, Request, Response};
-use crate::arbiter::{Bounded, FileArbiter};
-use crate::config::{Config, PeerConfig, SeatConfig};
+use crate::arbiter::{Arbiter, Bounded};
+use crate::config::{JailConfig, PeerConfig, SeatConfig};
 use crate::explain;
-use crate::identity;
 use crate::peer::{self, PeerError};
-use crate::prepare::{SeatError, header_path};
+use crate::prepare::Source;
 use crate::seat::{CommandError, Seat, Surroundings};
-use crate::state::{StateError, StateFolder};
+use crate::state::{SeatFolder, StateError, StateFolder};
 
 mod others;
+mod standalone;
+
+pub use standalone::engine_path;
 
 /// Clients at a time.
 const CLIENTS_MAX: usize = 32;
@@ -78,37 +78,42 @@ impl DaemonError {
     }
 }
 
+/// What makes one daemon different from another.
+pub struct Settings {
+    /// Name of this node.
+    pub node: String,
+    /// Its state folder, for messages.
+    pub state_folder: PathBuf,
+    /// Socket for `ftvm` and other daemons of this machine.
+    pub control_socket: PathBuf,
+    /// Where daemons of other machines may ask.
+    pub peer_listen: Option<SocketAddr>,
+    /// The engine program.
+    pub engine: PathBuf,
+    /// The jail of the engines.
+    pub jail: JailConfig,
+    /// Standalone: the folder of the file arbiter. Only then may clients of the socket add, set up and remove seats.
+    pub arbiter_folder: Option<PathBuf>,
+}
+
 /// A running daemon.
 pub struct Daemon {
-    config: Config,
+    settings: Settings,
     state: StateFolder,
     surroundings: Arc<Surroundings>,
     seats: Mutex<BTreeMap<(String, String), Arc<Seat>>>,
     clients: AtomicUsize,
 }
 
-/// Path of the engine program.
-pub fn engine_path(config: &Config) -> Result<PathBuf, DaemonError> {
-    match &config.engine {
-        Some(path) => Ok(path.clone()),
-        None => Ok(std::env::current_exe()
-            .map_err(|source| DaemonError::NoEngine { source })?
-            .with_file_name("ftvm-engine")),
-    }
-}
-
 impl Daemon {
-    /// Takes the state folder, adopts and starts the configured seats.
-    pub fn start(config: Config) -> Result<Arc<Daemon>, DaemonError> {
-        let state = StateFolder::open(&config.state_folder)?;
-        let engine = engine_path(&config)?;
-        let (jail, jail_mount_point) = (config.jail.clone(), state.jail());
-        let daemon = Arc::new_cyclic(|weak: &Weak<Daemon>| {
+    /// A daemon without seats.
+    pub fn new(settings: Settings, state: StateFolder) -> Arc<Daemon> {
+        Arc::new_cyclic(|weak: &Weak<Daemon>| {
             let (asking, telling) = (weak.clone(), weak.clone());
             let surroundings = Surroundings {
-                engine,
-                jail_mount_point,
-                jail,
+                engine: settings.engine.clone(),
+                jail_mount_point: state.jail(),
+                jail: settings.jail.clone(),
                 ask_seats: Box::new(move |seats, deadline| {
                     asking
                         .upgrade()
@@ -121,32 +126,41 @@ impl Daemon {
                     }
                 }),
             };
-            let seats = Mutex::new(BTreeMap::new());
             Daemon {
-                config,
+                settings,
                 state,
                 surroundings: Arc::new(surroundings),
-                seats,
+                seats: Mutex::new(BTreeMap::new()),
                 clients: AtomicUsize::new(0),
             }
-        });
-        // First, so that nobody starts a guest whose daemon others can't ask.
-        let listener = daemon.config.peer_listen.map(peer::listen).transpose()?;
-        for seat in daemon.config.seats.clone() {
-            daemon.add(seat)?;
-        }
-        if let Some(listener) = listener {
-            let answers = Arc::new(others::ForOthers(Arc::downgrade(&daemon)));
-            peer::serve(listener, answers).map_err(|source| DaemonError::NoThread { source })?;
-        }
-        Ok(daemon)
+        })
+    }
+
+    /// Its state folder.
+    pub fn state(&self) -> &StateFolder {
+        &self.state
+    }
+
+    /// Takes the address for other daemons: first, so that nobody starts a guest whose daemon others can't ask.
+    pub fn listen_for_others(&self) -> Result<Option<TcpListener>, PeerError> {
+        self.settings.peer_listen.map(peer::listen).transpose()
+    }
+
+    /// Answers other daemons, in threads of its own.
+    ///
+    /// # Errors
+    /// If there is no thread.
+    pub fn answer_others(self: &Arc<Daemon>, listener: Option<TcpListener>) -> Result<(), DaemonError> {
+        let Some(listener) = listener else { return Ok(()) };
+        let answers = Arc::new(others::ForOthers(Arc::downgrade(self)));
+        peer::serve(listener, answers).map_err(|source| DaemonError::NoThread { source })
     }
 
     /// Serves the control socket; returns only if it can't be had.
     pub fn serve(self: &Arc<Daemon>) -> Result<(), DaemonError> {
-        let path = self.config.control_socket();
+        let path = self.settings.control_socket.clone();
         let listener = bind(&path)?;
-        tracing::info!(node = self.config.node, socket = %path.display(), "ready");
+        tracing::info!(node = self.settings.node, socket = %path.display(), "ready");
         loop {
             match listener.accept() {
                 Ok(connection) => self.welcome(connection),
@@ -220,9 +234,9 @@ impl Daemon {
     pub fn handle(self: &Arc<Daemon>, request: Request) -> Response {
         match request {
             Request::Status => Response::Status(Box::new(self.status())),
-            Request::ApplySeat { seat } => self.apply(*seat),
-            Request::RemoveSeat { vm, seat } => self.remove(vm, seat),
-            Request::SetUp { vm, seat } => self.with_seat(&vm, &seat, |seat| self.set_up(seat)),
+            Request::ApplySeat { .. } | Request::RemoveSeat { .. } | Request::SetUp { .. } => {
+                self.change_seats(request)
+            }
             Request::Command { vm, seat, command } => self.with_seat(&vm, &seat, |seat| command_seat(seat, command)),
             Request::Start { vm, seat } => self.with_seat(&vm, &seat, start_stopped),
             Request::SetPeers { vm, seat, peers } => self.with_seat(&vm, &seat, |seat| set_peers(seat, peers)),
@@ -233,7 +247,7 @@ impl Daemon {
                 }
                 None => refused(
                     exit_code::REFUSED,
-                    format!("no seat of {vm} on node {}", self.config.node),
+                    format!("no seat of {vm} on node {}", self.settings.node),
                 ),
             },
             Request::SeatReport { seat_id } => {
@@ -263,46 +277,55 @@ impl Daemon {
             Some(seat) => work(&seat),
             None => refused(
                 exit_code::REFUSED,
-                format!("no seat {vm}/{seat} on node {}", self.config.node),
+                format!("no seat {vm}/{seat} on node {}", self.settings.node),
             ),
         }
     }
 
-    fn add(self: &Arc<Daemon>, config: SeatConfig) -> Result<(), DaemonError> {
-        let folder = self.state.seat(&config.vm, &config.seat)?;
-        let arbiter = Arc::new(FileArbiter::new(self.config.arbiter.folder.join(&config.vm)));
+    /// Adds a seat and starts its thread.
+    pub fn add(
+        self: &Arc<Daemon>,
+        config: SeatConfig,
+        folder: SeatFolder,
+        source: Arc<dyn Source>,
+        arbiter: Arc<dyn Arbiter>,
+    ) -> Result<Arc<Seat>, DaemonError> {
+        let arbiter = Arc::new(Bounded::new(arbiter));
         let mut seats = self.seats();
         let slot = self.free_slot(&seats, folder.engine().ok().flatten().and_then(|engine| engine.uid));
         let key = (config.vm.clone(), config.seat.clone());
-        let seat = Seat::new(
-            config,
-            folder,
-            Arc::new(Bounded::new(arbiter)),
-            self.surroundings.clone(),
-            slot,
-        )?;
-        if let Ok((who, _)) = identity::load(&seat.config().identity, &key.0, &key.1) {
+        let seat = Seat::new(config, folder, source, arbiter, self.surroundings.clone(), slot)?;
+        if let Ok((who, _)) = seat.source().identity(&seat.config()) {
             seat.set_seat_id(who.seat_id);
         }
         seats.insert(key, seat.clone());
         drop(seats);
+        let thread = seat.clone();
         // The handle is not needed: the thread ends when the seat is removed.
         let spawned = std::thread::Builder::new()
             .name("seat".to_owned())
-            .spawn(move || seat.run());
-        spawned.map(drop).map_err(|source| {
-            StateError::Io {
-                what: "starting a thread for",
-                path: self.config.state_folder.clone(),
-                source,
-            }
-            .into()
-        })
+            .spawn(move || thread.run());
+        match spawned {
+            Ok(_) => Ok(seat),
+            Err(source) => Err(DaemonError::NoThread { source }),
+        }
+    }
+
+    /// Ends a seat: its engine, its thread, and that others hear of it.
+    pub fn forget(&self, seat: &Arc<Seat>) {
+        let config = seat.config();
+        let key = (config.vm, config.seat);
+        let mut seats = self.seats();
+        if seats.get(&key).is_some_and(|found| Arc::ptr_eq(found, seat)) {
+            seats.remove(&key);
+        }
+        drop(seats);
+        seat.remove();
     }
 
     /// A user id position that no other seat has; that of a running engine is kept.
     fn free_slot(&self, seats: &BTreeMap<(String, String), Arc<Seat>>, uid: Option<u32>) -> u32 {
-        let jail = &self.config.jail;
+        let jail = &self.settings.jail;
         let used: Vec<u32> = seats.values().map(|seat| seat.slot()).collect();
         let kept = uid
             .and_then(|uid| uid.checked_sub(jail.uid_first))
@@ -311,43 +334,6 @@ impl Daemon {
             .chain(0..jail.uid_count)
             .find(|slot| !used.contains(slot))
             .unwrap_or(0)
-    }
-
-    fn apply(self: &Arc<Daemon>, config: SeatConfig) -> Response {
-        if let Err(error) = config.check() {
-            return refused(exit_code::CONFIG, explain(&error));
-        }
-        let key = (config.vm.clone(), config.seat.clone());
-        for (other_key, other) in self.seats().iter() {
-            if *other_key != key
-                && let Err(error) = config.check_beside(&other.config())
-            {
-                return refused(exit_code::CONFIG, explain(&error));
-            }
-        }
-        let existing = self.seats().get(&key).cloned();
-        match existing {
-            Some(seat) => seat.reconfigure(config),
-            None => {
-                if let Err(error) = self.add(config) {
-                    return refused(error.exit_code(), explain(&error));
-                }
-            }
-        }
-        Response::Done
-    }
-
-    fn remove(&self, vm: String, seat: String) -> Response {
-        match self.seats().remove(&(vm.clone(), seat.clone())) {
-            Some(found) => {
-                found.remove();
-                Response::Done
-            }
-            None => refused(
-                exit_code::REFUSED,
-                format!("no seat {vm}/{seat} on node {}", self.config.node),
-            ),
-        }
     }
 
     fn status(&self) -> DaemonStatus {
@@ -361,24 +347,12 @@ impl Daemon {
             asking.into_iter().filter_map(|thread| thread.join().ok()).collect()
         });
         DaemonStatus {
-            node: self.config.node.clone(),
+            node: self.settings.node.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            state_folder: self.config.state_folder.clone(),
-            arbiter_folder: self.config.arbiter.folder.clone(),
-            peer_address: self.config.peer_listen,
+            state_folder: self.settings.state_folder.clone(),
+            arbiter_folder: self.settings.arbiter_folder.clone(),
+            peer_address: self.settings.peer_listen,
             seats,
-        }
-    }
-
-    /// First record and first header; either may exist from an earlier attempt.
-    fn set_up(&self, seat: &Arc<Seat>) -> Response {
-        let config = seat.config();
-        match try_set_up(&config, seat, &self.config.arbiter.folder) {
-            Ok(uid) => {
-                seat.start_now();
-                Response::SetUp { uid }
-            }
-            Err((code, message)) => refused(code, message),
         }
     }
 }
@@ -402,9 +376,9 @@ fn set_peers(seat: &Seat, peers: Vec<PeerConfig>) -> Response {
     if let Err(error) = config.check() {
         return refused(exit_code::CONFIG, explain(&error));
     }
-    let who = match identity::load(&config.identity, &config.vm, &config.seat) {
+    let who = match seat.source().identity(&config) {
         Ok((who, _)) => who,
-        Err(error) => return refused(exit_code::IDENTITY, explain(&error)),
+        Err(error) => return refused(error.exit_code(), explain(&error)),
     };
     if let Err(error) = crate::prepare::peers(&config, &who) {
         return refused(error.exit_code(), explain(&error));
@@ -452,54 +426,6 @@ fn start_stopped(seat: &Arc<Seat>) -> Response {
             return refused(status.code, status.why);
         }
     }
-}
-
-fn try_set_up(config: &SeatConfig, seat: &Seat, arbiter_folder: &Path) -> Result<ArbiterUid, (u8, String)> {
-    if !config.original_disk {
-        let message = format!(
-            "seat {} does not say `original_disk: true`: set up the one that does",
-            config.label()
-        );
-        return Err((exit_code::REFUSED, message));
-    }
-    let (who, _) = identity::load(&config.identity, &config.vm, &config.seat)
-        .map_err(|error| (exit_code::IDENTITY, explain(&error)))?;
-    let path = header_path(config, seat.folder());
-    let disk_error = |why: String| {
-        let error = SeatError::Disk {
-            what: "header".to_owned(),
-            path: path.clone(),
-            why,
-        };
-        (error.exit_code(), explain(&error))
-    };
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path);
-    let file = file.map_err(|error| disk_error(format!("can't be opened: {error}")))?;
-    let (mut header, stored) = HeaderFile::open(file).map_err(|error| disk_error(explain(&error)))?;
-    let arbiter = FileArbiter::new(arbiter_folder.join(&config.vm));
-    match stored {
-        StoredHeader::Found(stored) => return Ok(stored.uid),
-        StoredHeader::Damaged => {
-            return Err(disk_error(
-                "is damaged: a person decides (docs/standalone.md, Damaged header)".to_owned(),
-            ));
-        }
-        StoredHeader::Absent => {}
-    }
-    let first = Record::genesis(who.seat_id, record::Phase::Running);
-    let uid = arbiter
-        .set_up(&first)
-        .map_err(|error| (exit_code::ARBITER, explain(&error)))?;
-    header
-        .write(&SeatHeader::genesis(who.seat_id, uid))
-        .and_then(|()| header.complete())
-        .map_err(|error| disk_error(explain(&error)))?;
-    Ok(uid)
 }
 
 /// Binds the control socket; one that nobody answers is a dead daemon's and is replaced.

@@ -7,28 +7,10 @@
 //!   authority.pem       who signed the seats of this virtual machine
 //! ```
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ftvm_engine::control::{Identity, Secret};
-use ftvm_protocol::identity::{SeatId, VmId};
-use serde::{Deserialize, Serialize};
-
-/// Contents of `seat.json`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SeatIdentity {
-    /// Name of the virtual machine.
-    pub vm: String,
-    /// The virtual machine.
-    pub vm_id: VmId,
-    /// Name of the seat.
-    pub seat: String,
-    /// The seat.
-    pub seat_id: SeatId,
-    /// Every seat that was known when this was made, this one too.
-    pub seats: BTreeMap<String, SeatId>,
-}
+pub use ftvm_protocol::identity::SeatIdentity;
 
 /// Errors of identities.
 #[derive(Debug, thiserror::Error)]

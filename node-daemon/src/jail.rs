@@ -21,6 +21,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::process::{Pid, PidfdFlags, WaitIdOptions};
 
@@ -32,7 +33,7 @@ pub struct Jail {
     /// An existing, empty folder to mount the new root on; only the engine sees what is mounted there.
     pub mount_point: PathBuf,
     /// Network namespace to join; none keeps the daemon's.
-    pub network: Option<OwnedFd>,
+    pub network: Option<Arc<OwnedFd>>,
     /// `cgroup.procs` files, opened for writing, one a hierarchy.
     pub cgroups: Vec<File>,
     /// Most descriptors of the engine.
@@ -281,7 +282,7 @@ impl Plan {
             uid_map: c_string(format!("{uid} {uid} 1"))?,
             gid_map: c_string(format!("{gid} {gid} 1"))?,
             mount_point: c_string(&jail.mount_point)?,
-            network: jail.network.as_ref().map(|fd| clone(fd)).transpose()?,
+            network: jail.network.as_ref().map(|fd| clone(&**fd)).transpose()?,
             cgroups: jail.cgroups.iter().map(|file| clone(file)).collect::<Result<_, _>>()?,
             descriptors_max: jail.descriptors_max,
             program: clone(program.file)?,

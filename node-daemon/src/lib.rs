@@ -19,6 +19,7 @@ pub mod peer;
 pub mod prepare;
 pub mod random;
 pub mod seat;
+pub mod seat_socket;
 pub mod state;
 pub mod tap;
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   daemon.lock                 held while a daemon lives: a second one on this folder is refused
 //!   jail/                       empty; engines mount their root here, each in its own mount namespace
-//!   seats/VM.SEAT/
+//!   seats/VM.SEAT/              of a seat that is a pod: seats/POD-UID/
 //!     engine.json               the engine that was started last (EngineRecord), written before its launch message
 //!     control.sock              its control listener
 //!     exit.json                 its exit report, written by itself
@@ -17,7 +17,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use ftvm_protocol::identity::Incarnation;
+use ftvm_protocol::identity::{Incarnation, SeatId};
 use rustix::fs::FlockOperation;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -112,9 +112,36 @@ impl StateFolder {
 
     /// The folder of a seat, made if it is missing. Names were checked by the configuration.
     pub fn seat(&self, vm: &str, seat: &str) -> Result<SeatFolder, StateError> {
-        let path = self.path.join("seats").join(format!("{vm}.{seat}"));
+        self.folder(&format!("{vm}.{seat}"))
+    }
+
+    /// The folder of a seat that is a pod, made if it is missing.
+    pub fn pod(&self, pod: SeatId) -> Result<SeatFolder, StateError> {
+        self.folder(&pod.to_string())
+    }
+
+    fn folder(&self, name: &str) -> Result<SeatFolder, StateError> {
+        let path = self.path.join("seats").join(name);
         make_folder(&path)?;
         Ok(SeatFolder { path })
+    }
+
+    /// Pods that have a folder.
+    pub fn pods(&self) -> Result<Vec<SeatId>, StateError> {
+        let path = self.path.join("seats");
+        make_folder(&path)?;
+        let entries = std::fs::read_dir(&path).map_err(io_error("listing", &path))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        Ok(names.filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// Removes the folder of a pod that is gone, and whose engine is.
+    pub fn forget_pod(&self, pod: SeatId) -> Result<(), StateError> {
+        let path = self.path.join("seats").join(pod.to_string());
+        match std::fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("removing", &path)(error)),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -274,7 +301,6 @@ pub fn start_time(pid: i32) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::testing::Folder;
-    use ftvm_protocol::identity::SeatId;
 
     #[test]
     fn engines_are_remembered_and_forgotten() {

@@ -138,6 +138,10 @@ pub struct Launch {
     pub files: Files,
     /// Only a process with this user id (as the engine sees it) may connect to the control listener.
     pub daemon_uid: u32,
+    /// The console is a FIFO that the seat's program reads, and without a reader for so long the engine hands over and
+    /// ends; none: nobody need read it.
+    #[serde(default)]
+    pub seat_patience_ms: Option<u32>,
 }
 
 /// What the guest boots.

@@ -23,6 +23,7 @@ mod header;
 mod lead;
 pub mod process;
 mod seat;
+mod seat_watch;
 mod status;
 mod takeover;
 
@@ -55,6 +56,8 @@ enum Input {
     Warning(String),
     /// Output of the running epoch began to wait.
     OutputWaits,
+    /// The seat's program is gone, and its time to come back is over; told again and again.
+    SeatGone,
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -166,6 +169,8 @@ pub struct Driver {
     takeover: takeover::Takeover,
     figures: status::Figures,
     told: status::Told,
+    /// Since when the seat's program is taken for gone.
+    leaving: Option<Instant>,
     ended: Option<Ended>,
 }
 
@@ -200,6 +205,7 @@ impl Driver {
             takeover: takeover::Takeover::default(),
             figures: status::Figures::default(),
             told: status::Told::default(),
+            leaving: None,
             ended: None,
         })
     }
@@ -332,6 +338,7 @@ impl Driver {
             Input::Warning(text) => self.warn(text),
             // The loop decides anew when the epoch ends.
             Input::OutputWaits => {}
+            Input::SeatGone => self.seat_gone(),
         }
     }
 

@@ -12,7 +12,7 @@ use ftvm_protocol::wire::{Hello, Kind};
 
 use super::follow::{Place, Receiving};
 use super::guest::SeatMachine;
-use super::{Queue, follow};
+use super::{Queue, follow, seat_watch};
 use crate::backends::{DiskBackend, NetBackend};
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
@@ -190,7 +190,11 @@ pub fn prepare(
     let volumes = open_volumes(launch, fds)?;
     let machine: MachineConfig = serde_json::from_value(launch.machine.clone()).map_err(SeatError::MachineConfig)?;
     let nics = open_nics(launch, fds)?;
-    let console = fds.take(launch.files.console, "the console")?.into();
+    let console = File::from(fds.take(launch.files.console, "the console")?);
+    let watched = launch.seat_patience_ms.map(|ms| Duration::from_millis(u64::from(ms)));
+    if let Some(patience) = watched {
+        watch_seat(&console, patience, queue, filters.clone())?;
+    }
     let dropped = Arc::new(AtomicU64::new(0));
     let outbox = Arc::new(Outbox::new(Box::new(host_sink(&nics, console, &dropped)?), rule));
     let waits = queue.clone();
@@ -324,6 +328,35 @@ fn host_sink(nics: &[Nic], console: File, dropped: &Arc<AtomicU64>) -> Result<Ho
         console,
         dropped: dropped.clone(),
     })
+}
+
+/// Starts the thread that looks whether the seat's program lives.
+fn watch_seat(
+    console: &File,
+    patience: Duration,
+    queue: &Queue,
+    filters: Option<Arc<Filters>>,
+) -> Result<(), SeatError> {
+    let console = console
+        .try_clone()
+        .map_err(system("duplicating the console's descriptor"))?;
+    let (queue, enter) = (queue.clone(), enter_filter(filters, ThreadKind::Worker));
+    let work = move || {
+        enter();
+        seat_watch::watch(&console, patience, &queue);
+    };
+    let thread = std::thread::Builder::new().name("seat".to_owned()).spawn(work);
+    thread.map(drop).map_err(system("starting a thread"))
+}
+
+/// What runs first in a thread of this kind.
+fn enter_filter(filters: Option<Arc<Filters>>, kind: ThreadKind) -> impl FnOnce() + Send + 'static {
+    move || {
+        let Some(filters) = filters else { return };
+        filters
+            .enter(kind)
+            .expect("a thread enters the filter that was compiled for it");
+    }
 }
 
 #[allow(clippy::too_many_arguments)] // one caller, which has them all at hand
@@ -502,17 +535,11 @@ pub enum Work {
 impl Seat {
     /// What runs first in a thread of this kind: its system call filter.
     pub fn enter(&self, work: Work) -> impl FnOnce() + Send + 'static {
-        let filters = self.filters.clone();
-        move || {
-            let Some(filters) = filters else { return };
-            let kind = match work {
-                Work::Worker => ThreadKind::Worker,
-                Work::Storage => ThreadKind::Disk,
-            };
-            filters
-                .enter(kind)
-                .expect("a thread enters the filter that was compiled for it");
-        }
+        let kind = match work {
+            Work::Worker => ThreadKind::Worker,
+            Work::Storage => ThreadKind::Disk,
+        };
+        enter_filter(self.filters.clone(), kind)
     }
 
     /// The pause gate.

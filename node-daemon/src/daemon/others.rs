@@ -15,7 +15,7 @@ use crate::api::{Request, Response};
 use crate::client;
 use crate::config::SeatConfig;
 use crate::explain;
-use crate::identity::{self, SeatIdentity};
+use crate::identity::SeatIdentity;
 use crate::peer::{self, Answers, Asked};
 use crate::prepare::known_id;
 use crate::seat::Seat;
@@ -78,7 +78,7 @@ impl Daemon {
         seats
             .filter_map(|seat| {
                 let config = seat.config();
-                let (who, own) = open_identity(&config)
+                let (who, own) = open_identity(&seat)
                     .map_err(|why| tracing::warn!("seat {}: {why}", config.label()))
                     .ok()?;
                 let peers = config.link.peers.into_iter();
@@ -97,7 +97,7 @@ impl Daemon {
 
     /// Control sockets of other daemons, of one virtual machine or of all.
     fn peer_daemons(&self, vm: Option<&str>) -> Vec<PathBuf> {
-        let own = self.config.control_socket();
+        let own = self.settings.control_socket.clone();
         let configs = self.all_seats().into_iter().map(|seat| seat.config());
         let configs = configs.filter(|config| vm.is_none_or(|vm| config.vm == vm));
         let mut sockets: Vec<PathBuf> = configs
@@ -160,8 +160,9 @@ pub(super) fn unknown(seat: SeatId) -> SeatReport {
 }
 
 /// A seat's identity for TLS, which lets in the other seats that it knows.
-fn open_identity(config: &SeatConfig) -> Result<(SeatIdentity, TlsIdentity), String> {
-    let (who, pem) = identity::load(&config.identity, &config.vm, &config.seat).map_err(|error| explain(&error))?;
+fn open_identity(seat: &Seat) -> Result<(SeatIdentity, TlsIdentity), String> {
+    let config = seat.config();
+    let (who, pem) = seat.source().identity(&config).map_err(|error| explain(&error))?;
     let own = TlsIdentity::from_pem(
         who.vm_id,
         who.seat_id,
@@ -191,7 +192,7 @@ impl Answers for ForOthers {
     fn seat(&self, name: &str) -> Option<Asked> {
         self.seats().into_iter().find_map(|seat| {
             let config = seat.config();
-            let (who, identity) = open_identity(&config).ok()?;
+            let (who, identity) = open_identity(&seat).ok()?;
             let ours = ftvm_engine::control::identity_name(who.vm_id, who.seat_id) == name;
             ours.then_some(Asked {
                 identity,

@@ -173,6 +173,7 @@ impl Seat {
             // Its boot id and start time tell the next daemon that it is gone.
             tracing::warn!("{error}");
         }
+        self.source.left();
         self.ended(report.message.clone(), report.code);
         if report.code == exit_code::OK && self.is_stopped() {
             self.inner().phase = Phase::Stopped;

@@ -23,7 +23,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ftvm_engine::control::header_file::read_header;
 use ftvm_engine::control::{Command, Connection, Event, ExitReport, Reply, Role, Status, ToEngine};
 use ftvm_protocol::core::{GuestReport, HeaderReport, SeatReport, StoredHeader};
 use ftvm_protocol::identity::{Incarnation, SeatId};
@@ -32,7 +31,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use crate::api::{Phase, SeatStatus, TimedEvent};
 use crate::arbiter::Bounded;
 use crate::config::{JailConfig, PeerConfig, SeatConfig};
-use crate::prepare::header_path;
+use crate::prepare::Source;
 use crate::state::{SeatFolder, StateError};
 
 /// Events kept for status.
@@ -64,6 +63,7 @@ pub struct Surroundings {
 /// One seat.
 pub struct Seat {
     folder: SeatFolder,
+    source: Arc<dyn Source>,
     arbiter: Arc<Bounded>,
     surroundings: Arc<Surroundings>,
     /// Position among the seats of this daemon, for its user id.
@@ -138,6 +138,7 @@ impl Seat {
     pub fn new(
         mut config: SeatConfig,
         folder: SeatFolder,
+        source: Arc<dyn Source>,
         arbiter: Arc<Bounded>,
         surroundings: Arc<Surroundings>,
         slot: u32,
@@ -173,6 +174,7 @@ impl Seat {
         };
         Ok(Arc::new(Seat {
             folder,
+            source,
             arbiter,
             surroundings,
             slot,
@@ -233,18 +235,13 @@ impl Seat {
 
     /// How long to wait before the engine may be started; none: until something changes.
     fn pause_before_start(&self) -> Option<Duration> {
-        let config = self.config();
-        let needs_set_up = config.original_disk && !matches!(self.stored_header(), Ok(StoredHeader::Found(_)));
+        let missing = self.source.missing(&self.config());
         let mut inner = self.inner();
         if inner.doubt || inner.phase == Phase::Stopped {
             return None;
         }
-        if needs_set_up {
-            inner.phase = Phase::NotSetUp;
-            inner.why = format!(
-                "seat {} has the original disks and no header: run `ftvm standalone up`",
-                config.label()
-            );
+        if let Some(missing) = missing {
+            (inner.phase, inner.why) = missing;
             return None;
         }
         Some(
@@ -252,15 +249,6 @@ impl Seat {
                 .next_start
                 .map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now())),
         )
-    }
-
-    fn stored_header(&self) -> Result<StoredHeader, String> {
-        let path = header_path(&self.config(), &self.folder);
-        match std::fs::File::open(&path) {
-            Ok(file) => read_header(&file).map_err(|error| error.to_string()),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(StoredHeader::Absent),
-            Err(error) => Err(format!("{}: {error}", path.display())),
-        }
     }
 
     // ---- what the daemon asks of it
@@ -273,6 +261,11 @@ impl Seat {
     /// The folder of the seat.
     pub fn folder(&self) -> &SeatFolder {
         &self.folder
+    }
+
+    /// Where its files come from.
+    pub fn source(&self) -> &Arc<dyn Source> {
+        &self.source
     }
 
     /// Its arbiter.
@@ -320,19 +313,42 @@ impl Seat {
         self.wake();
     }
 
+    /// Something that a start needs has come: tries at once, unless the virtual machine is stopped.
+    pub fn try_soon(&self) {
+        self.inner().next_start = None;
+        self.wake();
+    }
+
     /// Ends the engine and then the thread.
     pub fn remove(&self) {
         self.inner().removing = true;
         peers::forget(&self.folder);
+        self.end_engine();
+    }
+
+    /// The incarnation of the running engine.
+    pub fn incarnation(&self) -> Option<Incarnation> {
+        self.inner().engine.as_ref().map(|engine| engine.incarnation)
+    }
+
+    /// Whether an engine runs, or may be running.
+    pub fn has_engine(&self) -> bool {
+        let inner = self.inner();
+        inner.engine.is_some() || inner.doubt
+    }
+
+    /// Tells the engine to end, without touching the record.
+    pub fn end_engine(&self) {
         let quit = self.send_command(Command::Quit);
         if quit.is_err() {
-            // It does not read: the seat is to go all the same.
+            // It does not read: it is to go all the same.
             self.kill();
         }
         self.wake();
     }
 
-    fn kill(&self) {
+    /// Kills the engine.
+    pub fn kill(&self) {
         let pidfd = self.inner().engine.as_ref().map(|engine| engine.pidfd.clone());
         if let Some(pidfd) = pidfd {
             // Only an ended process refuses.
@@ -388,7 +404,7 @@ impl Seat {
 
     /// Header and guest of this seat, for another seat's cold start (rules 8 and 11).
     pub fn report(&self, seat_id: SeatId, patience: Duration) -> SeatReport {
-        let header = match self.stored_header() {
+        let header = match self.source.header(&self.config()) {
             Ok(StoredHeader::Found(header)) => HeaderReport::Found(header),
             Ok(StoredHeader::Absent) => HeaderReport::Absent,
             Ok(StoredHeader::Damaged) | Err(_) => HeaderReport::Unreadable,

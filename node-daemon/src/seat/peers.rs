@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::Seat;
 use crate::config::{PeerConfig, SeatConfig};
 use crate::state::{SeatFolder, StateError};
-use crate::{explain, identity, prepare};
+use crate::{explain, prepare};
 
 /// File in the seat's folder.
 const FILE: &str = "peers.json";
@@ -119,7 +119,8 @@ impl Seat {
             }
             inner.config.clone()
         };
-        let peers = identity::load(&config.identity, &config.vm, &config.seat)
+        let who = self.source.identity(&config);
+        let peers = who
             .map_err(|error| explain(&error))
             .and_then(|(who, _)| prepare::peers(&config, &who).map_err(|error| explain(&error)));
         let peers = match peers {

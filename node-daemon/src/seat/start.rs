@@ -14,7 +14,7 @@ use super::{Engine, LOG_BYTES_MAX, Seat};
 use crate::api::Phase;
 use crate::explain;
 use crate::jail::{self, Child, Jail, Program};
-use crate::prepare::{SeatError, prepare};
+use crate::prepare::{Place, SeatError, prepare};
 use crate::state::{self, EngineRecord};
 
 /// Pauses before the next start, by failures in a row.
@@ -36,14 +36,15 @@ impl Seat {
 
     fn try_start(self: &Arc<Seat>) -> Result<(), SeatError> {
         let config = self.config();
-        let network = self.surroundings.jail.network_namespace.as_deref();
-        let prepared = prepare(&config, &self.folder, network)?;
+        self.source.settle(&config, &self.arbiter)?;
+        let place = self.source.place()?;
+        let prepared = prepare(&config, &*self.source, &place, &self.folder)?;
         let incarnation = prepared.launch.incarnation;
         self.set_seat_id(incarnation.seat);
         let (ours, theirs) = Connection::pair()?;
         let program = jail::open_static_program(&self.surroundings.engine)?;
         let log = self.folder.open_log("engine.log", LOG_BYTES_MAX)?;
-        let jail = self.jail()?;
+        let jail = self.jail(&place)?;
         let name = [format!("ftvm-engine {}", config.label())];
         let program = Program {
             file: &program,
@@ -94,18 +95,10 @@ impl Seat {
         Ok(self.folder.set_engine(&record)?)
     }
 
-    fn jail(&self) -> Result<Jail, SeatError> {
+    fn jail(&self, place: &Place) -> Result<Jail, SeatError> {
         let settings = &self.surroundings.jail;
-        let open_network = |path: &std::path::PathBuf| {
-            std::fs::File::open(path)
-                .map(Into::into)
-                .map_err(|source| SeatError::NetworkNamespace {
-                    path: path.clone(),
-                    source,
-                })
-        };
         let mut cgroups = Vec::new();
-        for folder in &settings.cgroups {
+        for folder in &place.cgroups {
             let path = folder.join("cgroup.procs");
             let file = OpenOptions::new().write(true).open(&path);
             cgroups.push(file.map_err(|source| SeatError::Cgroup { path, source })?);
@@ -114,7 +107,7 @@ impl Seat {
         Ok(Jail {
             user: self.may_change_user().then_some((uid, uid)),
             mount_point: self.surroundings.jail_mount_point.clone(),
-            network: settings.network_namespace.as_ref().map(open_network).transpose()?,
+            network: place.network.clone(),
             cgroups,
             descriptors_max: 1024,
         })

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod pod;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -48,6 +50,8 @@ pub fn test_engine() -> &'static Path {
             "ftvm-node-daemon",
             "--example",
             "test-engine",
+            "--example",
+            "pod-daemon",
         ]);
         let status = cargo
             .current_dir(env!("CARGO_MANIFEST_DIR"))

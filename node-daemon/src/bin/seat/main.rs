@@ -1,0 +1,294 @@
+//! The program of a seat's pod: it prepares the seat's files, hands them to the node daemon, shows the guest's console as
+//! the pod's log, and ends after the engine. docs/kubernetes.md, "Seat socket".
+//!
+//! ```text
+//!   guest image, claims, identity ──► descriptors ──► node daemon ──► engine
+//!   stdout ◄── FIFO beside the first disk ◄──────────────────────────── console
+//! ```
+//!
+//! `seat ready` tells whether the seat is ready: what the daemon said last.
+
+mod disks;
+mod files;
+mod state;
+
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ftvm_engine::control::{Connection, Message, SocketError};
+use ftvm_node_daemon::seat_socket::message::{FromSeat, Recipe, SOCKET, ToSeat, VERSION};
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+/// Pause before the daemon is called again.
+const AGAIN: Duration = Duration::from_millis(500);
+/// How often progress is told.
+const PROGRESS: Duration = Duration::from_millis(500);
+/// After SIGTERM, a daemon that can't be reached is waited for this long; then the engine hands over by itself.
+const DAEMON_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where things are in the pod.
+pub struct Layout {
+    root: PathBuf,
+}
+
+impl Layout {
+    fn path(&self, path: &str) -> PathBuf {
+        self.root.join(path)
+    }
+
+    /// A file of the guest image, by its path there.
+    fn guest(&self, path: &str) -> PathBuf {
+        let parts = Path::new(path).components();
+        let inside = parts.filter(|part| matches!(part, Component::Normal(_)));
+        self.path("guest").join(inside.collect::<PathBuf>())
+    }
+}
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    let (mut root, mut ready) = (PathBuf::from("/"), false);
+    while let Some(argument) = arguments.next() {
+        match (argument.as_str(), arguments.next()) {
+            // For tests: another folder in the place of the container's root.
+            ("--root", Some(folder)) => root = folder.into(),
+            ("ready", None) => ready = true,
+            _ => {
+                eprintln!("seat: usage: seat [--root FOLDER] [ready]");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    let layout = Layout { root };
+    if ready {
+        return state::report(&layout);
+    }
+    match Seat::new(layout) {
+        Ok(mut seat) => ExitCode::from(seat.run()),
+        Err(why) => {
+            eprintln!("seat: {why}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+struct Seat {
+    layout: Arc<Layout>,
+    signals: OwnedFd,
+    work: Option<disks::Work>,
+    console: Option<files::Console>,
+    /// When SIGTERM came.
+    terminating: Option<Instant>,
+    said: String,
+}
+
+/// Why a conversation with the daemon ended.
+enum Over {
+    /// To be begun again.
+    Again,
+    /// The program ends with this code.
+    End(u8),
+}
+
+impl Seat {
+    fn new(layout: Layout) -> Result<Seat, String> {
+        let signals = block_signals().map_err(|error| format!("signals can't be taken: {error}"))?;
+        state::forget(&layout);
+        Ok(Seat {
+            console: files::find_console(&layout),
+            layout: Arc::new(layout),
+            signals,
+            work: None,
+            terminating: None,
+            said: String::new(),
+        })
+    }
+
+    fn run(&mut self) -> u8 {
+        loop {
+            match Connection::connect(&self.layout.path("run/ftvm").join(SOCKET)) {
+                Ok(connection) => {
+                    if let Over::End(code) = self.converse(&connection) {
+                        return code;
+                    }
+                }
+                Err(error) => self.say(format!("no node daemon yet: {error}")),
+            }
+            self.wait(None, Some(AGAIN));
+            if self.terminating.is_some_and(|since| since.elapsed() > DAEMON_PATIENCE) {
+                self.say("the pod ends and no node daemon answers: the engine hands over by itself".to_owned());
+                return 0;
+            }
+        }
+    }
+
+    /// Prints a message unless it is what was said last.
+    fn say(&mut self, what: String) {
+        if self.said != what {
+            eprintln!("seat: {what}");
+            self.said = what;
+        }
+    }
+
+    /// Waits for a message, for a signal, or for this long. True if there is a message.
+    fn wait(&mut self, connection: Option<&Connection>, timeout: Option<Duration>) -> bool {
+        let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN)];
+        if let Some(connection) = connection {
+            fds.push(PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN));
+        }
+        let timeout = timeout.map(|timeout| Timespec {
+            tv_sec: timeout.as_secs().cast_signed(),
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        });
+        // An interrupted wait is one without news.
+        let polled = rustix::event::poll(&mut fds, timeout.as_ref()).unwrap_or(0);
+        let ready = |index: usize| polled > 0 && fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+        let (signal, message) = (ready(0), ready(1));
+        if signal {
+            let mut information = [0; size_of::<libc::signalfd_siginfo>()];
+            // Only that one came counts.
+            let _ = rustix::io::read(&self.signals, &mut information);
+            self.terminating.get_or_insert_with(Instant::now);
+        }
+        message
+    }
+
+    fn converse(&mut self, connection: &Connection) -> Over {
+        let mut told_to_end = false;
+        let mut handed = false;
+        if connection.send(&FromSeat::Hello { version: VERSION }, &[]).is_err() {
+            return Over::Again;
+        }
+        loop {
+            if self.terminating.is_some() && !told_to_end {
+                if connection.send(&FromSeat::Terminate {}, &[]).is_err() {
+                    return Over::Again;
+                }
+                told_to_end = true;
+            }
+            if !handed && self.work.is_some() {
+                match self.attend_work(connection) {
+                    Ok(done) => handed = done,
+                    Err(over) => return over,
+                }
+            }
+            let pause = (!handed && self.work.is_some()).then_some(PROGRESS);
+            if !self.wait(Some(connection), pause) {
+                continue;
+            }
+            match connection.receive::<ToSeat>(false) {
+                Ok(Message { body, .. }) => {
+                    if let Some(over) = self.obey(body) {
+                        return over;
+                    }
+                }
+                Err(SocketError::WouldBlock) => {}
+                Err(SocketError::Malformed(error)) => self.say(format!("message of the daemon skipped: {error}")),
+                Err(_) => {
+                    self.say("the node daemon went away; the engine runs on".to_owned());
+                    return Over::Again;
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, message: ToSeat) -> Option<Over> {
+        match message {
+            ToSeat::Refused { why } => {
+                self.say(format!("the node daemon refuses: {why}"));
+                Some(Over::Again)
+            }
+            ToSeat::Prepare(recipe) => {
+                self.prepare(recipe);
+                None
+            }
+            ToSeat::State { role, ready, why } => {
+                let told = state::State { role, ready, why };
+                if let Err(error) = state::keep(&self.layout, &told) {
+                    self.say(error);
+                }
+                None
+            }
+            ToSeat::End { code, why } => {
+                self.say(format!("the engine has ended: {why}"));
+                Some(Over::End(code))
+            }
+        }
+    }
+
+    /// Begins to prepare the disks; work that is under way or done for the same recipe goes on.
+    fn prepare(&mut self, recipe: Recipe) {
+        if self.work.as_ref().is_some_and(|work| work.is_for(&recipe)) {
+            return;
+        }
+        self.work = Some(disks::Work::start(self.layout.clone(), recipe));
+    }
+
+    /// Tells how far the disks are. True once everything was handed over.
+    fn attend_work(&mut self, connection: &Connection) -> Result<bool, Over> {
+        let Some(work) = &self.work else { return Ok(false) };
+        match work.outcome() {
+            None => {
+                for (disk, done_bytes, total_bytes) in work.progress() {
+                    let progress = FromSeat::Progress {
+                        disk,
+                        done_bytes,
+                        total_bytes,
+                    };
+                    match connection.send(&progress, &[]) {
+                        // A daemon that does not read now is told more later.
+                        Ok(()) | Err(SocketError::WouldBlock) => {}
+                        Err(_) => return Err(Over::Again),
+                    }
+                }
+                Ok(false)
+            }
+            Some(Err(why)) => {
+                self.work = None;
+                self.say(why.clone());
+                // The daemon publishes it; the next conversation tries again.
+                let _ = connection.send(&FromSeat::Failed { why }, &[]);
+                Err(Over::Again)
+            }
+            Some(Ok(())) => {
+                let recipe = work.recipe().clone();
+                self.hand_over(connection, &recipe)
+            }
+        }
+    }
+
+    fn hand_over(&mut self, connection: &Connection, recipe: &Recipe) -> Result<bool, Over> {
+        let opened = files::open(&self.layout, recipe, &mut self.console);
+        let (fds, initrd) = match opened {
+            Ok(opened) => opened,
+            Err(why) => {
+                self.say(why.clone());
+                let _ = connection.send(&FromSeat::Failed { why }, &[]);
+                return Err(Over::Again);
+            }
+        };
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        match connection.send(&FromSeat::Ready { initrd }, &fds) {
+            Ok(()) => Ok(true),
+            Err(_) => Err(Over::Again),
+        }
+    }
+}
+
+/// SIGTERM and SIGINT as a descriptor (signalfd(2)); blocked before there are threads, so in all of them.
+fn block_signals() -> std::io::Result<OwnedFd> {
+    // SAFETY: an initialised set; the descriptor is new and nobody else's.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGINT);
+        libc::sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+        match libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
+            -1 => Err(std::io::Error::last_os_error()),
+            fd => Ok(OwnedFd::from_raw_fd(fd)),
+        }
+    }
+}

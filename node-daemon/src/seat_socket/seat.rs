@@ -1,0 +1,187 @@
+//! A seat that is a pod: the daemon's seat, what its program handed over, and how far the program is.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ftvm_engine::control::{Answer, Ask, Command, Role};
+use ftvm_protocol::core::ReadOutcome;
+use ftvm_protocol::identity::Incarnation;
+
+use super::handed::{Handed, Held};
+use super::message::{Recipe, ToSeat};
+use super::pod::Peer;
+use crate::api::SeatStatus;
+use crate::seat::Seat;
+
+/// Deadline of the question which seat is the original.
+const RECORD_PATIENCE: Duration = Duration::from_secs(3);
+/// An engine answers a status within this time.
+const STATUS_PATIENCE: Duration = Duration::from_millis(500);
+/// A hand-over takes at most this long; then the engine ends all the same.
+const HAND_OVER_MAX: Duration = Duration::from_secs(20);
+/// An engine that was told to end does so within this time, or is killed.
+const END_MAX: Duration = Duration::from_secs(5);
+
+/// How far a seat's program is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Disk, bytes done, size; while disks are prepared.
+    pub disk: Option<(String, u64, u64)>,
+    /// What the program can't do.
+    pub trouble: Option<String>,
+    /// Whether a program is connected.
+    pub connected: bool,
+}
+
+/// A seat that is a pod.
+pub struct PodSeat {
+    /// The daemon's seat.
+    pub seat: Arc<Seat>,
+    /// What its program handed over.
+    pub handed: Arc<Handed>,
+    recipe: Mutex<Recipe>,
+    progress: Mutex<Progress>,
+    ending: AtomicBool,
+}
+
+impl PodSeat {
+    /// A seat whose program has not come yet.
+    pub fn new(seat: Arc<Seat>, handed: Arc<Handed>, recipe: Recipe) -> PodSeat {
+        PodSeat {
+            seat,
+            handed,
+            recipe: Mutex::new(recipe),
+            progress: Mutex::default(),
+            ending: AtomicBool::new(false),
+        }
+    }
+
+    /// How far the program is.
+    pub fn progress(&self) -> Progress {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_progress(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut self.lock());
+    }
+
+    /// What the next program is asked to prepare. Whether a disk is the original's is found out then, from the record.
+    pub fn set_recipe(&self, recipe: Recipe) {
+        *self.recipe.lock().unwrap_or_else(PoisonError::into_inner) = recipe;
+    }
+
+    /// What the program has to prepare. The first contents belong on the disks of the seat that the first record names: while
+    /// it does, no guest ever ran.
+    pub(super) fn recipe(&self) -> Result<Recipe, String> {
+        let original = match self.seat.arbiter().ask(&Ask::ReadRecord, RECORD_PATIENCE) {
+            (Answer::Read(ReadOutcome::Found(found)), _) => {
+                found.record.holder == Incarnation::genesis(self.handed.expected().seat_id)
+            }
+            (_, why) => return Err(why.unwrap_or_else(|| "the virtual machine has no record yet".to_owned())),
+        };
+        let mut recipe = self.recipe.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        recipe.disks.iter_mut().for_each(|disk| disk.original = original);
+        Ok(recipe)
+    }
+
+    pub(super) fn ready(&self, held: Held) {
+        self.handed.put(held);
+        self.set_progress(|progress| {
+            progress.disk = None;
+            progress.trouble = None;
+        });
+        self.seat.try_soon();
+    }
+
+    pub(super) fn gone(&self, peer: &Arc<Peer>) {
+        self.handed.take_back(peer);
+        self.set_progress(|progress| progress.connected = false);
+    }
+
+    /// Hands over if there is what to hand over, ends the engine, and starts none any more. Returns at once.
+    pub fn end(self: &Arc<Self>) {
+        self.handed.end();
+        if self.ending.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let seat = self.seat.clone();
+        let work = move || {
+            hand_over(&seat);
+            seat.end_engine();
+            let until = Instant::now() + END_MAX;
+            while seat.has_engine() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            if seat.has_engine() {
+                seat.kill();
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("end".to_owned()).spawn(work) {
+            tracing::error!("no thread to hand over ({error}): the engine is ended at once");
+            self.seat.end_engine();
+        }
+    }
+
+    /// What the program has to know now.
+    pub(super) fn outlook(&self) -> ToSeat {
+        if self.ending.load(Ordering::SeqCst) && !self.seat.has_engine() {
+            let why = self.seat.status(Duration::ZERO).why;
+            return ToSeat::End { code: 0, why };
+        }
+        state_of(&self.seat.status(STATUS_PATIENCE))
+    }
+}
+
+fn state_of(status: &SeatStatus) -> ToSeat {
+    let Some(engine) = &status.engine else {
+        return ToSeat::State {
+            role: "none".to_owned(),
+            ready: false,
+            why: status.why.clone(),
+        };
+    };
+    ToSeat::State {
+        role: role_name(engine.role).to_owned(),
+        ready: matches!(engine.role, Role::Active | Role::Standby | Role::Frozen),
+        why: engine.why.clone(),
+    }
+}
+
+/// A role as it is published.
+pub fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Starting => "starting",
+        Role::Joining => "joining",
+        Role::Standby => "standby",
+        Role::Active => "active",
+        Role::Frozen => "frozen",
+        Role::Ended => "ended",
+    }
+}
+
+/// Planned switchover (rule 6), if this seat runs a protected guest; returns when it runs none any more.
+fn hand_over(seat: &Seat) {
+    let until = Instant::now() + HAND_OVER_MAX;
+    let mut asked = false;
+    while Instant::now() < until {
+        let Some(engine) = seat.status(STATUS_PATIENCE).engine else {
+            return;
+        };
+        match engine.role {
+            Role::Active if !engine.protected => return,
+            Role::Active if !asked => {
+                asked = true;
+                // A refusal shows in its role, which is looked at until the time is over.
+                let _ = seat.command(Command::Switchover, STATUS_PATIENCE);
+            }
+            Role::Active | Role::Frozen => {}
+            _ => return,
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

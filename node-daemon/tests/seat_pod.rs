@@ -1,0 +1,161 @@
+//! The seat program and the daemon, with the cgroups and the network namespace of a pod.
+
+mod support;
+
+use std::os::unix::fs::MetadataExt;
+
+use ftvm_engine::control::Command;
+use ftvm_node_daemon::api::{Request, Response};
+use support::pod::{CONTENTS, DISK_BYTES, Pod};
+
+#[test]
+fn a_seat_hands_its_files_over_and_its_engine_lives_in_the_pod() {
+    let mut pod = Pod::new();
+    let seat = pod.start();
+    let pid = seat.pid.unwrap();
+    assert_eq!(seat.jail, "full");
+    // Charged to the pod in every hierarchy, and ended with it.
+    for (processes, cgroup) in pod.processes("ftvm-engine").iter().zip(&pod.cgroups) {
+        assert!(processes.contains(&pid), "{pid} in {}: {processes:?}", cgroup.display());
+    }
+    // In the pod's network, where its link listens.
+    let network = |pid: u32| std::fs::metadata(format!("/proc/{pid}/ns/net")).unwrap().ino();
+    let program = pod.seat.as_ref().unwrap().id();
+    assert_eq!(network(pid.cast_unsigned()), network(program));
+    assert_ne!(network(program), network(std::process::id()));
+    let sockets = std::fs::read_to_string(format!("/proc/{program}/net/tcp")).unwrap();
+    assert!(sockets.contains("0100007F:1B58"), "port 7000 listens: {sockets}");
+    // The disk is whole: first contents, zeros, every block.
+    let data = std::fs::metadata(pod.disk("disk.raw")).unwrap();
+    assert_eq!(data.len(), DISK_BYTES);
+    assert!(data.blocks() * 512 >= DISK_BYTES, "{} blocks", data.blocks());
+    let disk = std::fs::read(pod.disk("disk.raw")).unwrap();
+    assert_eq!(&disk[..CONTENTS.len()], CONTENTS);
+    assert!(disk[CONTENTS.len()..].iter().all(|byte| *byte == 0));
+    // The first record names this seat, so it got its first header.
+    assert!(std::fs::metadata(pod.disk("ftvm-header")).unwrap().len() > 0);
+    // The pod is not ready before the engine is; the test engine never is.
+    pod.wait("the seat is told", |pod| {
+        (pod.seat_ready() == (false, "starting: \n".to_owned())).then_some(())
+    });
+}
+
+#[test]
+fn the_engine_outlives_the_seats_program_and_the_daemon() {
+    let mut pod = Pod::new();
+    let first = pod.start().pid;
+    for round in 0..3 {
+        match round {
+            0 => pod.kill_seat(),
+            1 => pod.kill_daemon(),
+            _ => {
+                pod.kill_daemon();
+                pod.kill_seat();
+            }
+        }
+        assert_eq!(pod.processes("ftvm-engine")[0], [first.unwrap()], "round {round}");
+        if pod.daemon.is_none() {
+            pod.start_daemon();
+        }
+        if pod.seat.is_none() {
+            pod.start_seat();
+        }
+        let seat = pod.wait_running();
+        assert_eq!(seat.pid, first, "the same engine after round {round}");
+        // Handed over anew: an engine that ends is replaced, so the files are there.
+    }
+    pod.wait("the files are handed over again", |pod| {
+        pod.seat_ready().1.starts_with("starting").then_some(())
+    });
+    let console = Command::ConsoleInput {
+        bytes: b"exit 23".into(),
+    };
+    let (vm, seat) = ("vm".to_owned(), "vm-a".to_owned());
+    let answer = pod.ask(&Request::Command {
+        vm,
+        seat,
+        command: console,
+    });
+    assert!(
+        matches!(answer, Some(Response::Reply { .. } | Response::Refused { .. })),
+        "{answer:?}"
+    );
+    pod.wait("another engine runs", |pod| {
+        pod.status().filter(|seat| seat.pid.is_some() && seat.pid != first)
+    });
+}
+
+#[test]
+fn without_a_record_nothing_is_prepared_and_with_one_everything_is() {
+    let mut pod = Pod::new();
+    pod.start_daemon();
+    pod.start_seat();
+    pod.wait("the seat says why it waits", |pod| {
+        let said = std::fs::read_to_string(pod.folder.join("seat.err")).unwrap();
+        said.contains("refuses").then_some(())
+    });
+    assert!(!pod.disk("disk.raw").exists());
+    pod.make_record();
+    pod.wait_running();
+}
+
+#[test]
+fn sigterm_ends_the_engine_and_then_the_seat() {
+    let mut pod = Pod::new();
+    pod.start();
+    let mut seat = pod.seat.take().unwrap();
+    // SAFETY: signals a child that was not waited for.
+    unsafe { libc::kill(seat.id().cast_signed(), libc::SIGTERM) };
+    assert_eq!(seat.wait().unwrap().code(), Some(0));
+    assert!(
+        pod.processes("ftvm-engine").concat().is_empty(),
+        "the engine went before"
+    );
+    let left: Vec<_> = pod
+        .cgroups
+        .iter()
+        .filter(|pod| pod.join("ftvm-engine").exists())
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+    let why = pod.status().unwrap().why;
+    assert!(why.contains("pod ends"), "no other engine is started: {why}");
+}
+
+#[test]
+fn a_copy_that_was_interrupted_goes_on_where_it_was() {
+    let mut pod = Pod::new();
+    // An image that fills the disk, and a mark that says that half of it is done: that half is not written again.
+    let image: Vec<u8> = (0..DISK_BYTES).map(|n| (n >> 12) as u8 | 1).collect();
+    std::fs::write(pod.root().join("guest/disk/root.raw"), &image).unwrap();
+    let mut half = vec![0xaa; DISK_BYTES as usize / 2];
+    std::fs::write(pod.disk("disk.raw"), &half).unwrap();
+    let mark = format!(
+        r#"{{"size_bytes":{DISK_BYTES},"done_bytes":{},"complete":false}}"#,
+        DISK_BYTES / 2
+    );
+    std::fs::write(pod.disk("ftvm-disk"), mark).unwrap();
+    pod.start();
+    let disk = std::fs::read(pod.disk("disk.raw")).unwrap();
+    half.extend_from_slice(&image[half.len()..]);
+    assert!(
+        disk == half,
+        "the second half is the image's, the first is what the mark vouched for"
+    );
+    let mark = std::fs::read_to_string(pod.disk("ftvm-disk")).unwrap();
+    assert!(mark.contains(r#""complete":true"#), "{mark}");
+}
+
+#[test]
+fn a_used_disk_is_never_made_anew() {
+    let mut pod = Pod::new();
+    pod.start();
+    pod.kill_seat();
+    std::fs::remove_file(pod.disk("ftvm-disk")).unwrap();
+    pod.start_seat();
+    pod.wait("the seat says so", |pod| {
+        let said = std::fs::read_to_string(pod.folder.join("seat.err")).unwrap();
+        said.contains("a person decides").then_some(())
+    });
+    let disk = std::fs::read(pod.disk("disk.raw")).unwrap();
+    assert_eq!(&disk[..CONTENTS.len()], CONTENTS);
+}
