@@ -356,7 +356,7 @@ fn resync(compression: Compression, fill: u32) -> Result<f64> {
     };
     let mut target = ResyncTarget::new(&limits);
     let begun = Instant::now();
-    let sending = std::thread::spawn(move || source.run(&mut epochs));
+    let sending = std::thread::spawn(move || source.copy(&mut epochs)?.end(&mut epochs));
     while !target.is_complete() {
         let frame = received.recv()?.context("the link broke")?;
         if let Some(credit) = target.accept(frame.kind, frame.payload, &standby, &mut disks)? {

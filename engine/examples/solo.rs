@@ -200,7 +200,7 @@ impl Solo {
                     machine.resume()?;
                 }
                 Ok(VmEvent::Fatal(why)) => bail!(why),
-                Ok(VmEvent::DirtyRingFull) => {}
+                Ok(VmEvent::DirtyRingFull | VmEvent::WritesLimited { .. }) => {}
                 Ok(VmEvent::Device(event)) => eprintln!("{event}"),
                 Err(RecvTimeoutError::Timeout) if self.options.pause_every_ms.is_some() => self.checkpoint()?,
                 Err(RecvTimeoutError::Timeout) if self.options.move_every_ms.is_some() => self.relocate()?,

@@ -148,7 +148,7 @@ fn follow(
                 machine.resume()?;
             }
             VmEvent::Fatal(why) => return Err(RunError::Guest(why)),
-            VmEvent::DirtyRingFull => {}
+            VmEvent::DirtyRingFull | VmEvent::WritesLimited { .. } => {}
             VmEvent::Device(event) => tracing::warn!("{event}"),
         }
     }

@@ -193,6 +193,22 @@ impl<'a> Pair<'a> {
         self.client.fill(pages)
     }
 
+    /// Gives the guest a load and leaves it at that.
+    ///
+    /// # Errors
+    /// If the guest does not take it.
+    pub fn load(&mut self, load: Load) -> anyhow::Result<()> {
+        self.client.load(load, self.epoch_ms)
+    }
+
+    /// Whether the active and this standby have the same memory at one epoch, and the same disks.
+    ///
+    /// # Errors
+    /// Where they differ.
+    pub fn compare(&mut self, standby: usize) -> anyhow::Result<()> {
+        self.system.compare_sides(self.active, standby)
+    }
+
     fn engine_pid(&self, host: usize) -> anyhow::Result<i32> {
         let host = self.lab.host(host);
         let engines = host.processes_named(self.system.engine_program())?;

@@ -43,6 +43,8 @@ pub struct PacerConfig {
     pub pause_share: f64,
     /// Recorded output and disk changes above which the epoch ends at once, in bytes.
     pub recorded_bytes_max: usize,
+    /// Pages that an epoch may hold, pages that were sent twice counted twice.
+    pub pages_max: usize,
 }
 
 impl Default for PacerConfig {
@@ -56,7 +58,15 @@ impl Default for PacerConfig {
             in_flight_max: 2,
             pause_share: 0.25,
             recorded_bytes_max: 8 << 20,
+            pages_max: 8192,
         }
+    }
+}
+
+impl PacerConfig {
+    /// Pages that the guest may write in an epoch before the first harvest: so many that they can be sent while it runs.
+    pub fn first_room(&self) -> usize {
+        self.pages_max / 4 * 3
     }
 }
 
@@ -69,6 +79,8 @@ pub struct Observation {
     pub output_waits: bool,
     /// Bytes of output held and disk changes recorded.
     pub recorded_bytes: usize,
+    /// Pages harvested and not sent.
+    pub dirty_pages: usize,
     /// Epochs sent and not acknowledged.
     pub in_flight: usize,
 }
@@ -155,7 +167,8 @@ impl Pacer {
             .config
             .interval_min
             .max(self.pause.div_f64(self.config.pause_share));
-        let early = seen.output_waits || self.hurry || seen.recorded_bytes >= self.config.recorded_bytes_max;
+        let much = seen.recorded_bytes >= self.config.recorded_bytes_max || seen.dirty_pages >= self.early_pages();
+        let early = seen.output_waits || self.hurry || much;
         let due = self.began
             + if early {
                 least
@@ -169,10 +182,26 @@ impl Pacer {
         Decision::Harvest
     }
 
-    /// So many pages are dirty and not sent, and an epoch may hold `pages_max`, pages that were sent twice counted twice.
-    pub fn harvested(&mut self, dirty_pages: usize, pages_max: usize) -> Decision {
-        // A round that leaves no room for as many again could not be followed by the end of the epoch.
-        let fits = self.sent_pages + 2 * dirty_pages <= pages_max;
+    /// Dirty pages with which the epoch ends early.
+    fn early_pages(&self) -> usize {
+        self.config.pages_max / 8 * 5
+    }
+
+    /// Pages that the guest may write until the next harvest, when `dirty_pages` are harvested and not sent. At first so
+    /// many that they can be sent while it runs, then all that the epoch can still hold.
+    pub fn room(&self, dirty_pages: usize) -> usize {
+        let pages_max = if self.sent_pages == 0 {
+            self.config.first_room()
+        } else {
+            self.config.pages_max
+        };
+        pages_max.saturating_sub(self.sent_pages + dirty_pages)
+    }
+
+    /// So many pages are dirty and not sent.
+    pub fn harvested(&mut self, dirty_pages: usize) -> Decision {
+        // A round has to leave some room: what is written meanwhile belongs to the epoch too.
+        let fits = self.sent_pages + dirty_pages <= self.config.pages_max / 16 * 15;
         if dirty_pages <= self.config.residue_pages || self.rounds >= self.config.rounds_max || !fits {
             return Decision::Seal;
         }
@@ -217,6 +246,7 @@ mod tests {
             now,
             output_waits: false,
             recorded_bytes: 0,
+            dirty_pages: 0,
             in_flight: 0,
         }
     }
@@ -228,7 +258,7 @@ mod tests {
         let due = began + PacerConfig::default().interval_max;
         assert_eq!(pacer.decide(seen(began)), Decision::WaitUntil(due));
         assert_eq!(pacer.decide(seen(due)), Decision::Harvest);
-        assert_eq!(pacer.harvested(3, 8192), Decision::Seal);
+        assert_eq!(pacer.harvested(3), Decision::Seal);
     }
 
     #[test]
@@ -281,22 +311,45 @@ mod tests {
         assert_eq!(pacer.decide(lagging), Decision::HoldBack);
     }
 
+    #[test]
+    fn many_dirty_pages_end_it_early() {
+        let began = Instant::now();
+        let config = PacerConfig::default();
+        let mut pacer = Pacer::new(config, began);
+        let early = Observation {
+            dirty_pages: config.pages_max / 8 * 5,
+            ..seen(began + config.interval_min)
+        };
+        assert!(early.dirty_pages < pacer.room(0), "before the guest is stopped");
+        assert_eq!(pacer.decide(early), Decision::Harvest);
+    }
+
     /// Whatever the guest dirties, rounds and end together stay within what an epoch may hold.
     #[test]
     fn an_epoch_never_holds_more_than_it_may() {
         const PAGES_MAX: usize = 8192;
-        for dirty in [97, 500, 1000, 2000, 4000, 8000] {
+        for dirty in [97, 500, 1000, 2000, 4000, 8000, 1 << 20] {
             let began = Instant::now();
-            let config = PacerConfig::default();
+            let config = PacerConfig {
+                pages_max: PAGES_MAX,
+                ..PacerConfig::default()
+            };
             let mut pacer = Pacer::new(config, began);
             pacer.hurry();
             assert_eq!(pacer.decide(seen(began + config.interval_min)), Decision::Harvest);
-            let mut held = 0;
-            while pacer.harvested(dirty, PAGES_MAX) != Decision::Seal {
-                held += dirty;
+            let (mut held, mut rounds) = (0, 0);
+            loop {
+                // The guest writes as much as it wants and is let.
+                let written = dirty.min(pacer.room(0));
+                held += written;
+                if pacer.harvested(written) == Decision::Seal {
+                    break;
+                }
+                rounds += 1;
                 pacer.round_sent();
             }
-            assert!(held + dirty <= PAGES_MAX, "{dirty}: {held}");
+            assert!(held <= PAGES_MAX, "{dirty}: {held}");
+            assert!(rounds > 0, "{dirty}: what can be sent while the guest runs is not copied in the pause");
         }
     }
 
@@ -309,7 +362,7 @@ mod tests {
         pacer.hurry();
         assert_eq!(pacer.decide(seen(began + config.interval_min)), Decision::Harvest);
         loop {
-            match pacer.harvested(config.residue_pages + 1, usize::MAX) {
+            match pacer.harvested(config.residue_pages + 1) {
                 Decision::SendRound => brakes.push(0),
                 Decision::Throttle(percent) => brakes.push(percent),
                 Decision::Seal => break,

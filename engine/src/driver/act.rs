@@ -122,9 +122,23 @@ impl Driver {
     }
 
     pub(super) fn resume_guest(&mut self) {
+        if let Some(since) = self.limited_since.take() {
+            self.figures.braked += since.elapsed();
+        }
         match self.seat.machine.resume() {
-            Ok(()) => self.guest = Guest::Running,
+            Ok(()) => {
+                self.guest = Guest::Running;
+                self.resumed = Instant::now();
+            }
             Err(error) => self.guest_failed(&error),
+        }
+    }
+
+    /// Lets vCPUs go on that stand still because the guest has written all that it may.
+    pub(super) fn release_limited(&mut self) {
+        if self.limited_since.is_some() && self.guest == Guest::Running {
+            self.pause_guest();
+            self.resume_guest();
         }
     }
 
@@ -153,9 +167,11 @@ impl Driver {
 
     pub(super) fn stop_recording(&mut self) {
         self.seat.disk_log.record(false);
+        self.seat.machine.limit_writes(usize::MAX);
         if let Err(error) = self.seat.machine.set_tracking(false) {
             self.guest_failed(&error);
         }
+        self.release_limited();
     }
 
     // ---- sessions
@@ -165,9 +181,6 @@ impl Driver {
         let Some(sender) = self.links.get(&link).map(|link| link.sender.clone()) else {
             return self.session_failed(session, "the link is gone");
         };
-        if base.is_none() {
-            self.start_recording();
-        }
         let sink = Arc::new(SessionSink::new(sender.clone(), session));
         let sending = PageEncoder::new(self.seat.encoder)
             .map_err(|error| error.to_string())
@@ -190,6 +203,7 @@ impl Driver {
         };
         self.copy_input(sender, session);
         let stage = if base.is_some() {
+            self.seat.machine.limit_writes(self.seat.pacer.first_room());
             lead::Stage::Streaming
         } else {
             lead::Stage::Prepared
@@ -221,9 +235,14 @@ impl Driver {
     }
 
     fn stream_resync(&mut self, session: SessionId) {
+        if self.leading.as_ref().is_none_or(|leading| leading.session != session) {
+            return;
+        }
+        // What the guest writes from here on is found, and comes behind the copy that begins now.
+        self.start_recording();
         let source = self.seat.resync_source();
-        if let Some(leading) = self.leading.as_mut().filter(|leading| leading.session == session) {
-            leading.stage = lead::Stage::Bulk;
+        if let Some(leading) = self.leading.as_mut() {
+            leading.stage = lead::Stage::Bulk { passes: 0 };
             leading.window = Some(source.window());
             leading.sending.give(lead::Job::Resync(Box::new(source)));
         }
@@ -247,7 +266,7 @@ impl Driver {
         }
     }
 
-    fn session_failed(&mut self, session: SessionId, why: &str) {
+    pub(super) fn session_failed(&mut self, session: SessionId, why: &str) {
         tracing::warn!("session {}: {why}", session.0);
         self.queue.lead(lead::Report {
             session,
@@ -385,6 +404,8 @@ impl Driver {
     fn end(&mut self, reason: EndReason) {
         self.seat.outbox.close();
         self.pause_guest();
+        // No epoch ends any more: a disk that waits for one would never end.
+        self.seat.disk_log.record(false);
         let message = match reason {
             EndReason::Stopped => "the virtual machine is stopped".to_owned(),
             EndReason::LostToSuccessor => {

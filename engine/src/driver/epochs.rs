@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use ftvm_protocol::core::{Event, Seal};
 use ftvm_protocol::identity::Epoch;
 
+use super::guest::SeatMachine;
 use super::lead::{Done, Job, Leading, Stage};
 use super::{Driver, Guest, follow, lead};
 use crate::checkpoint::{Decision, Observation};
@@ -14,8 +15,12 @@ use crate::replication::epoch::{Port, PortData, SealedEpoch};
 use crate::replication::pages::CopiedPages;
 use crate::replication::resync;
 
-/// While bulk is sent the dirty rings have to be emptied, or vCPUs stop at a full one.
-const BULK_HARVEST: Duration = Duration::from_millis(5);
+/// Passes of a resync after which it is given up: vCPUs are stopped, so that only devices can write so much.
+const PASSES_MAX: u32 = 64;
+/// While a standby lags: between two looks at what is recorded meanwhile.
+const LAG_LOOK: Duration = Duration::from_millis(2);
+/// Without dirty rings the guest's writes are only seen by looking: between two looks.
+const LOG_LOOK: Duration = Duration::from_millis(10);
 
 /// A digest that was asked for. A leader's sender takes one of all pages while the guest runs, then one of every page that
 /// it sends: at the end of the first epoch that is sealed after that it is the digest of memory then.
@@ -33,14 +38,16 @@ impl Driver {
             return None;
         }
         let seen = self.observe();
+        let limits_writes = self.seat.machine.limits_writes();
         let leading = self.leading.as_mut()?;
         match leading.stage {
-            Stage::Prepared => None,
-            Stage::Bulk => Some(seen.now + BULK_HARVEST),
+            Stage::Bulk { passes } if passes > 0 && !limits_writes => Some(seen.now),
+            Stage::Prepared | Stage::Bulk { .. } | Stage::BulkEnd => None,
             Stage::JoinCut | Stage::Streaming => match leading.pacer.decide(seen) {
-                Decision::WaitUntil(due) => Some(due),
+                Decision::WaitUntil(due) if limits_writes => Some(due),
+                Decision::WaitUntil(due) => Some(due.min(seen.now + LOG_LOOK)),
+                Decision::WaitForReport if seen.in_flight > 0 => Some(seen.now + LAG_LOOK),
                 Decision::WaitForReport => None,
-                Decision::HoldBack => Some(seen.now),
                 _ => Some(seen.now),
             },
         }
@@ -53,6 +60,7 @@ impl Driver {
             now: Instant::now(),
             output_waits,
             recorded_bytes: held_bytes + self.seat.disk_log.bytes(),
+            dirty_pages: self.leading.as_ref().map_or(0, |leading| leading.dirty.len()),
             in_flight: self.leading.as_ref().map_or(0, |leading| leading.in_flight.len()),
         }
     }
@@ -63,24 +71,76 @@ impl Driver {
             return;
         }
         let seen = self.observe();
+        let limits_writes = self.seat.machine.limits_writes();
         let Some(leading) = self.leading.as_mut() else { return };
         match leading.stage {
-            Stage::Prepared => {}
-            // What the guest writes while the bulk is sent belongs to the join checkpoint.
-            Stage::Bulk => self.harvest(),
+            // Nobody stops the vCPUs here: the harder the brake the longer it takes.
+            Stage::Bulk { passes } if passes > 0 && !limits_writes => self.brake((passes * 15).min(100) as u8),
+            Stage::Prepared | Stage::Bulk { .. } | Stage::BulkEnd => {}
             Stage::JoinCut | Stage::Streaming => match leading.pacer.decide(seen) {
                 Decision::Harvest => self.round(),
                 Decision::HoldBack => self.brake(100),
+                Decision::WaitUntil(_) if !limits_writes => self.harvest(),
                 _ => {}
             },
         }
     }
 
-    pub(super) fn harvest(&mut self) {
+    /// Learns of the pages that were written since the last harvest; they are write-protected again when this returns.
+    fn harvest(&mut self) {
         let Some(leading) = self.leading.as_mut() else { return };
         if let Err(error) = self.seat.machine.harvest(&mut leading.dirty) {
             self.queue.machine(crate::machine::VmEvent::Fatal(error.to_string()));
         }
+        if matches!(leading.stage, Stage::JoinCut | Stage::Streaming) {
+            self.seat.machine.limit_writes(leading.pacer.room(leading.dirty.len()));
+        }
+    }
+
+    /// A dirty ring was full. In an epoch that counts; while bulk is sent, what was written stays where it is.
+    pub(super) fn ring_full(&mut self) {
+        let stage = self.leading.as_ref().map(|leading| leading.stage);
+        if matches!(stage, Some(Stage::JoinCut | Stage::Streaming)) {
+            self.harvest();
+        }
+    }
+
+    /// The guest has written all that it may for now: the running epoch ends, or the next pass comes, and it runs on.
+    pub(super) fn writes_limited(&mut self) {
+        match self.leading.as_ref().map(|leading| leading.stage) {
+            Some(Stage::JoinCut | Stage::Streaming) => self.harvest(),
+            Some(Stage::Bulk { .. } | Stage::BulkEnd) => {}
+            Some(Stage::Prepared) | None => self.release_limited(),
+        }
+    }
+
+    /// The first copy, or a pass, is sent: what was written meanwhile is sent again while it is too much for the join
+    /// checkpoint.
+    fn next_pass(&mut self) {
+        self.harvest();
+        let room = self.seat.pacer.first_room();
+        let Some(leading) = self.leading.as_mut() else { return };
+        let Stage::Bulk { passes } = leading.stage else { return };
+        let dirty = leading.dirty.len();
+        if dirty <= room / 2 {
+            leading.stage = Stage::BulkEnd;
+            self.seat.machine.limit_writes(room - dirty);
+            leading.sending.give(Job::EndResync);
+        } else if passes == PASSES_MAX {
+            let session = leading.session;
+            let why = format!(
+                "the resync can't end: after {passes} passes {dirty} pages are still written during one, faster than the link                  to the standby carries them; use a faster link, or let the guest do less"
+            );
+            return self.session_failed(session, &why);
+        } else {
+            leading.stage = Stage::Bulk { passes: passes + 1 };
+            self.seat.machine.limit_writes(resync::pass_limit(dirty));
+            leading.dirty.sort();
+            let pages = leading.dirty.iter().collect();
+            leading.dirty.clear();
+            leading.sending.give(Job::Pass(pages));
+        }
+        self.release_limited();
     }
 
     /// Harvests; then sends a round while the guest runs, or ends the epoch.
@@ -88,16 +148,10 @@ impl Driver {
         self.harvest();
         let epoch = self.seat.gate().epoch();
         let Some(leading) = self.leading.as_mut() else { return };
-        // Before the join checkpoint nothing of use is on the other side: it takes as much as there is memory.
-        let pages_max = if leading.stage == Stage::JoinCut {
-            self.seat.join_pages_max()
-        } else {
-            self.seat.epoch_pages_max()
-        };
-        match leading.pacer.harvested(leading.dirty.len(), pages_max) {
-            Decision::SendRound => Self::send_round(leading, epoch),
+        match leading.pacer.harvested(leading.dirty.len()) {
+            Decision::SendRound => Self::send_round(leading, epoch, &self.seat.machine),
             Decision::Throttle(percent) => {
-                Self::send_round(leading, epoch);
+                Self::send_round(leading, epoch, &self.seat.machine);
                 self.brake(percent);
             }
             _ => {
@@ -112,7 +166,8 @@ impl Driver {
     }
 
     /// Pages are write-protected again already: whatever the guest writes from here on is found by the next harvest.
-    fn send_round(leading: &mut Leading, epoch: Epoch) {
+    fn send_round(leading: &mut Leading, epoch: Epoch, machine: &SeatMachine) {
+        machine.limit_writes(leading.pacer.room(0));
         leading.dirty.sort();
         let pages = leading.dirty.iter().collect();
         leading.dirty.clear();
@@ -173,6 +228,7 @@ impl Driver {
         leading.stage = Stage::Streaming;
         leading.in_flight.push_back((epoch, Instant::now()));
         self.seat.gate().set_epoch(epoch + 1);
+        self.seat.machine.limit_writes(self.seat.pacer.first_room());
         let digest = self.digest.as_ref().is_some_and(|pending| pending.taken);
         if matches!(seal, Seal::Freeze | Seal::Final) {
             self.sealed_state = Some((epoch, sealed.state.clone()));
@@ -217,6 +273,7 @@ impl Driver {
                 });
             }
             _ if !ours => {}
+            Done::Pass => self.next_pass(),
             Done::Resync(stats) => {
                 self.figures.resync = stats;
                 if let Some(leading) = self.leading.as_mut() {

@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use ftvm_protocol::identity::{Epoch, SessionId};
@@ -31,6 +32,11 @@ const GONE: &str = "the receiving thread has ended before the takeover";
 pub enum Job {
     /// A frame of some session.
     Frame(Frame),
+    /// A frame was dropped.
+    Overrun {
+        /// Its session.
+        session: u64,
+    },
     /// The core counts this epoch as this seat's state: bring memory and disks there.
     Apply(Epoch),
     /// The leader is lost: bring memory and disks to this epoch and give its state, for a takeover that may follow.
@@ -109,11 +115,57 @@ pub struct Place {
     pub limits: StagingLimits,
     /// Where the leader learns how much of the resync was taken.
     pub credit: LinkSender,
+    /// Bytes of frames that may wait for the receiving thread.
+    pub waiting_bytes: usize,
+}
+
+/// Bytes of frames that wait for the receiving thread. A leader keeps below the limit, which follows from what an epoch
+/// may hold and how many are under way; whoever does not is not listened to any more.
+struct Backlog {
+    waiting_bytes: AtomicUsize,
+    bytes_max: usize,
+    exceeded: AtomicBool,
+}
+
+impl Backlog {
+    fn new(bytes_max: usize) -> Self {
+        Self {
+            waiting_bytes: AtomicUsize::new(0),
+            bytes_max,
+            exceeded: AtomicBool::new(false),
+        }
+    }
+
+    /// What a frame takes.
+    fn cost(frame: &Frame) -> usize {
+        frame.payload.capacity() + size_of::<Frame>()
+    }
+
+    /// Whether a frame may wait; after the first that may not, none may.
+    fn add(&self, frame: &Frame) -> bool {
+        let cost = Self::cost(frame);
+        let before = self.waiting_bytes.fetch_add(cost, Ordering::SeqCst);
+        if before + cost > self.bytes_max {
+            self.exceeded.store(true, Ordering::SeqCst);
+        }
+        let fits = !self.exceeded.load(Ordering::SeqCst);
+        if !fits {
+            self.waiting_bytes.fetch_sub(cost, Ordering::SeqCst);
+        }
+        fits
+    }
+
+    fn taken(&self, frame: &Frame) {
+        self.waiting_bytes.fetch_sub(Self::cost(frame), Ordering::SeqCst);
+    }
 }
 
 /// Where frames and orders for the receiving thread go.
 #[derive(Clone)]
-pub struct Receiving(Sender<Job>);
+pub struct Receiving {
+    jobs: Sender<Job>,
+    backlog: Arc<Backlog>,
+}
 
 impl Receiving {
     /// Starts the thread for a session. `last`: the epoch that memory is at, with its state, if no resync comes first.
@@ -125,16 +177,28 @@ impl Receiving {
         enter: impl FnOnce() + Send + 'static,
     ) -> std::io::Result<Self> {
         let (jobs, todo) = channel();
+        let backlog = Arc::new(Backlog::new(place.waiting_bytes));
+        let waiting = backlog.clone();
         std::thread::Builder::new().name("receive".to_owned()).spawn(move || {
             enter();
-            Follower::new(session, place, last, queue).run(&todo);
+            Follower::new(session, place, last, queue).run(&todo, &waiting);
         })?;
-        Ok(Self(jobs))
+        Ok(Self { jobs, backlog })
     }
 
     /// Hands a job over; dropped if the thread has ended.
     pub fn give(&self, job: Job) {
-        let _ = self.0.send(job);
+        let _ = self.jobs.send(job);
+    }
+
+    /// Hands a frame over. If too many wait already it is dropped, and the session fails.
+    pub fn frame(&self, frame: Frame) {
+        let session = frame.session;
+        if self.backlog.add(&frame) {
+            self.give(Job::Frame(frame));
+        } else {
+            self.give(Job::Overrun { session });
+        }
     }
 
     /// Takes over from `epoch`: waits until memory is there.
@@ -183,11 +247,22 @@ impl Follower {
         }
     }
 
-    fn run(mut self, todo: &Receiver<Job>) {
+    fn run(mut self, todo: &Receiver<Job>, backlog: &Backlog) {
         // A stream that failed brings nothing more; what was staged before is still this seat's state to take over from.
         let mut failed = false;
         while let Ok(job) = todo.recv() {
+            if let Job::Frame(frame) = &job {
+                // Before it is decoded: whoever keeps it counts it again.
+                backlog.taken(frame);
+            }
             match job {
+                Job::Overrun { session } if failed || session != self.session.0 => {}
+                Job::Overrun { .. } => {
+                    failed = true;
+                    let max = backlog.bytes_max;
+                    let why = format!("more than {max} bytes of frames wait here: the peer sends more than it may");
+                    self.report(News::Failed { why });
+                }
                 Job::Frame(frame) if failed || frame.session != self.session.0 => {}
                 Job::Frame(frame) => {
                     if let Err(why) = self.frame(frame) {
@@ -320,5 +395,31 @@ impl Follower {
             outputs: self.outputs.take_for_resending(),
             disks: self.place.disks,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A peer that sends and sends while nothing is taken: no more than the limit waits, and nothing of the stream is taken
+    /// with a hole in it.
+    #[test]
+    fn frames_that_wait_are_bounded() {
+        let frame = |len: usize| Frame {
+            kind: Kind::EpochPages,
+            epoch: 1,
+            session: 1,
+            payload: vec![0; len],
+        };
+        let backlog = Backlog::new(1 << 20);
+        for _ in 0..100 {
+            assert!(backlog.add(&frame(100_000)));
+            backlog.taken(&frame(100_000));
+        }
+        let fit = (0..100).take_while(|_| backlog.add(&frame(100_000))).count();
+        assert_eq!(fit, 10);
+        assert!(!backlog.add(&frame(1)), "the one before it is missing");
+        assert!(backlog.waiting_bytes.load(Ordering::SeqCst) <= 1 << 20);
     }
 }

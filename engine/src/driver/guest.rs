@@ -98,6 +98,16 @@ impl SeatMachine {
         self.machine.harvest(into)
     }
 
+    /// Between two harvests the guest may write about so many pages, then its vCPUs stand still.
+    pub fn limit_writes(&self, pages: usize) {
+        self.machine.limit_writes(pages);
+    }
+
+    /// Whether this host can limit it.
+    pub fn limits_writes(&self) -> bool {
+        self.machine.limits_writes()
+    }
+
     /// After a takeover: every queue is looked at once.
     pub fn after_takeover(&mut self) {
         self.machine.after_takeover();

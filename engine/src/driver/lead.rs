@@ -17,12 +17,18 @@ use crate::memory::DirtyPages;
 use crate::replication::epoch::{EpochSender, EpochStats, FrameSink, SealedEpoch, SendError};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::{LivePages, SinkClosed};
-use crate::replication::resync::{Digest, PageDigests, ResyncError, ResyncSource, ResyncStats, ResyncWindow};
+use crate::replication::resync::{
+    Digest, PageDigests, Resync, ResyncError, ResyncSource, ResyncStats, ResyncWindow,
+};
 
 /// Something to send.
 pub enum Job {
     /// The whole machine, while the guest runs.
     Resync(Box<ResyncSource>),
+    /// Pages that were written since the resync sent them.
+    Pass(Vec<u32>),
+    /// The end of the resync.
+    EndResync,
     /// Pages of the running epoch, while the guest runs.
     Round {
         /// The running epoch.
@@ -49,7 +55,9 @@ pub enum Job {
 /// What became of a job.
 #[derive(Debug)]
 pub enum Done {
-    /// The bulk was sent.
+    /// Everything, or a pass, is encoded and queued.
+    Pass,
+    /// The bulk was sent to its end.
     Resync(ResyncStats),
     /// A round is encoded and queued.
     Round,
@@ -90,6 +98,8 @@ enum JobError {
     Resync(#[from] ResyncError),
     #[error(transparent)]
     Closed(#[from] SinkClosed),
+    #[error("a resync was to go on that was not begun: a defect")]
+    NoResync,
 }
 
 /// The sending thread of one session. It ends when this is dropped and the link is down or its jobs are done.
@@ -112,6 +122,7 @@ impl Sending {
             sender,
             sink,
             memory,
+            resync: None,
             begun: None,
             digests: None,
         };
@@ -132,6 +143,8 @@ struct Worker {
     sender: EpochSender,
     sink: Arc<dyn FrameSink>,
     memory: Arc<dyn PageMemory>,
+    /// A resync that was begun and not ended.
+    resync: Option<Resync>,
     begun: Option<Epoch>,
     digests: Option<PageDigests>,
 }
@@ -154,8 +167,17 @@ impl Worker {
     fn do_job(&mut self, job: Job) -> Result<Done, JobError> {
         match job {
             Job::Resync(source) => {
-                let stats = source.run(&mut self.sender)?;
-                Ok(Done::Resync(stats))
+                self.resync = Some(source.copy(&mut self.sender)?);
+                Ok(Done::Pass)
+            }
+            Job::Pass(pages) => {
+                let resync = self.resync.as_mut().ok_or(JobError::NoResync)?;
+                resync.pass(&mut self.sender, pages)?;
+                Ok(Done::Pass)
+            }
+            Job::EndResync => {
+                let resync = self.resync.take().ok_or(JobError::NoResync)?;
+                Ok(Done::Resync(resync.end(&mut self.sender)?))
             }
             Job::Round {
                 epoch,
@@ -209,8 +231,13 @@ impl Worker {
 pub enum Stage {
     /// The joiner is not ready yet.
     Prepared,
-    /// The bulk is being sent.
-    Bulk,
+    /// The bulk is being sent, and what is written meanwhile, pass after pass.
+    Bulk {
+        /// Passes begun.
+        passes: u32,
+    },
+    /// Few dirty pages are left, and the bulk is being sent to its end.
+    BulkEnd,
     /// The bulk is sent; the join checkpoint comes next.
     JoinCut,
     /// Ordinary epochs.

@@ -21,6 +21,7 @@ mod follow;
 mod guest;
 mod header;
 mod lead;
+mod limits;
 pub mod process;
 mod seat;
 mod seat_watch;
@@ -156,6 +157,10 @@ pub struct Driver {
     began: Moment,
     links: BTreeMap<LinkId, Link>,
     guest: Guest,
+    /// When the guest was resumed last.
+    resumed: Instant,
+    /// Since when a vCPU stands still because the guest has written all that it may.
+    limited_since: Option<Instant>,
     leading: Option<lead::Leading>,
     following: Option<Following>,
     /// State at the end of the last sealed epoch: what a frozen source follows from.
@@ -195,6 +200,8 @@ impl Driver {
             began: Moment::now(),
             links: BTreeMap::new(),
             guest: Guest::None,
+            resumed: Instant::now(),
+            limited_since: None,
             leading: None,
             following: None,
             sealed_state: None,
@@ -348,7 +355,13 @@ impl Driver {
             VmEvent::Reset | VmEvent::TripleFault | VmEvent::PowerOff if self.guest != Guest::Running => {}
             VmEvent::Reset => self.reset_guest("resets"),
             VmEvent::TripleFault => self.reset_guest("resets by a triple fault"),
-            VmEvent::DirtyRingFull => self.harvest(),
+            VmEvent::DirtyRingFull => self.ring_full(),
+            // Before it was resumed last: it goes on already.
+            VmEvent::WritesLimited { since } if self.guest != Guest::Running || since < self.resumed => {}
+            VmEvent::WritesLimited { since } => {
+                self.limited_since.get_or_insert(since);
+                self.writes_limited();
+            }
             VmEvent::PowerOff => {
                 self.tell_guest("switched itself off");
                 self.pause_guest();

@@ -12,7 +12,8 @@ use ftvm_protocol::wire::{Hello, Kind};
 
 use super::follow::{Place, Receiving};
 use super::guest::SeatMachine;
-use super::{Queue, follow, seat_watch};
+use super::limits::EpochLimits;
+use super::{Queue, seat_watch};
 use crate::backends::{DiskBackend, NetBackend};
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
@@ -23,6 +24,7 @@ use crate::devices::set::{Backends, DeviceSet, DeviceSetConfig, DeviceThread};
 use crate::devices::virtio::blk::DiskConfig;
 use crate::devices::virtio::net::NetConfig;
 use crate::kvm::{Kvm, KvmError};
+use crate::memory::PAGE_SIZE;
 use crate::machine::{EventSender, Machine, MachineConfig, MachineError};
 use crate::outbox::{self, Outbox};
 use crate::pause::PauseGate;
@@ -35,13 +37,6 @@ use crate::replication::standby_disks::{SeatVolume, Settler, StandbyDisks};
 use crate::replication::storage::{FileStorage, Storage};
 use crate::seat_io::{DiskLog, HostSink, Inbox, SeatConsole, SeatDisk, SeatNic, discard_queued};
 use crate::seccomp::{Filters, ThreadKind};
-
-/// Size of the journal in bytes: several epochs of the largest size.
-const JOURNAL_BYTES: u64 = 64 << 20;
-/// Bytes that one epoch may hold on the standby, beside a share of its RAM.
-const STAGING_BYTES_MIN: usize = 48 << 20;
-/// What a page takes on the standby until it is applied, at most: itself, its record, its share of a chunk.
-const STAGED_PAGE_BYTES: usize = crate::memory::PAGE_SIZE + 64;
 
 /// Why a seat can't be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -83,8 +78,14 @@ pub enum SeatError {
     #[error(transparent)]
     Header(#[from] HeaderFileError),
     /// The journal.
-    #[error("the seat's journal can't be allocated ({JOURNAL_BYTES} bytes): is its file system full?")]
-    Journal(#[source] std::io::Error),
+    #[error("the seat's journal can't be allocated ({bytes} bytes): is its file system full?")]
+    Journal {
+        /// Its size.
+        bytes: u64,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// Certificate or key.
     #[error(transparent)]
     Identity(#[from] TlsError),
@@ -114,7 +115,7 @@ impl SeatError {
                 _ => exit_code::CONFIG,
             },
             SeatError::Disk { .. } => exit_code::DISK,
-            SeatError::Header(_) | SeatError::Journal(_) => exit_code::STORAGE,
+            SeatError::Header(_) | SeatError::Journal { .. } => exit_code::STORAGE,
             SeatError::Identity(_) => exit_code::IDENTITY,
             SeatError::System { .. } => exit_code::INTERNAL,
         }
@@ -140,6 +141,8 @@ pub struct Seat {
     pub inbox: Arc<Inbox>,
     /// Disk changes of the running epoch.
     pub disk_log: Arc<DiskLog>,
+    /// What an epoch may hold.
+    pub limits: EpochLimits,
     /// By NIC: its tap.
     taps: Vec<File>,
     /// By NIC: the guest's addresses.
@@ -185,10 +188,14 @@ pub fn prepare(
         drop(fds.take(fd, "userfaultfd")?);
     }
     let (header, stored) = HeaderFile::open(fds.take(launch.files.header, "the seat's header")?.into())?;
-    let journal = FileStorage::allocated(fds.take(launch.files.journal, "the journal")?.into(), JOURNAL_BYTES);
-    let journal: Arc<dyn Storage> = Arc::new(journal.map_err(SeatError::Journal)?);
+    let mut machine: MachineConfig = serde_json::from_value(launch.machine.clone()).map_err(SeatError::MachineConfig)?;
+    let ram_pages = u32::try_from(machine.memory_bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX);
+    let limits = EpochLimits::new(ram_pages, machine.vcpus, launch.disks.len());
+    machine.dirty_ring_entries = machine.dirty_ring_entries.min(limits.ring_entries);
+    let bytes = limits.journal_bytes;
+    let journal = FileStorage::allocated(fds.take(launch.files.journal, "the journal")?.into(), bytes);
+    let journal: Arc<dyn Storage> = Arc::new(journal.map_err(|source| SeatError::Journal { bytes, source })?);
     let volumes = open_volumes(launch, fds)?;
-    let machine: MachineConfig = serde_json::from_value(launch.machine.clone()).map_err(SeatError::MachineConfig)?;
     let nics = open_nics(launch, fds)?;
     let console = File::from(fds.take(launch.files.console, "the console")?);
     let watched = launch.seat_patience_ms.map(|ms| Duration::from_millis(u64::from(ms)));
@@ -209,9 +216,9 @@ pub fn prepare(
         kernel_name: "kernel".to_owned(),
         initrd_name: "initrd".to_owned(),
     };
-    let parts = build(&kvm, &machine, launch, nics, &outbox, &volumes, queue, filters.clone())?;
-    let page_count = parts.machine.ram().pages();
-    let staging = (page_count as usize * crate::memory::PAGE_SIZE / 10).max(STAGING_BYTES_MIN);
+    let waits = queue.clone();
+    let disk_log = Arc::new(DiskLog::new(limits.disk_bytes, limits.recorded_bytes, move || waits.output_waits()));
+    let parts = build(&kvm, &machine, launch, nics, &outbox, &volumes, &disk_log, queue, filters.clone())?;
     let seat = Seat {
         vm: launch.vm.clone(),
         seat: launch.seat.clone(),
@@ -219,7 +226,8 @@ pub fn prepare(
         machine: SeatMachine::new(parts.machine, parts.devices, boot),
         outbox,
         inbox: parts.inbox,
-        disk_log: parts.disk_log,
+        disk_log,
+        limits,
         taps: parts.taps,
         macs: parts.macs,
         encoder: EncoderConfig {
@@ -230,7 +238,8 @@ pub fn prepare(
         pacer: PacerConfig {
             interval_min: Duration::from_micros(u64::from(launch.checkpoint.interval_min_us)),
             interval_max: Duration::from_micros(u64::from(launch.checkpoint.interval_max_us)),
-            recorded_bytes_max: staging / 4,
+            recorded_bytes_max: limits.recorded_bytes,
+            pages_max: limits.pages,
             ..PacerConfig::default()
         },
         route: Arc::default(),
@@ -312,7 +321,6 @@ struct Parts {
     machine: Machine,
     devices: Arc<DeviceSet>,
     inbox: Arc<Inbox>,
-    disk_log: Arc<DiskLog>,
     taps: Vec<File>,
     macs: Vec<[u8; 6]>,
 }
@@ -367,12 +375,12 @@ fn build(
     nics: Vec<Nic>,
     outbox: &Arc<Outbox>,
     volumes: &[Arc<SeatVolume>],
+    disk_log: &Arc<DiskLog>,
     queue: &Queue,
     filters: Option<Arc<Filters>>,
 ) -> Result<Parts, SeatError> {
     let taps = duplicate_taps(&nics)?;
     let inbox = Arc::new(Inbox::new(nics.len()));
-    let disk_log = Arc::new(DiskLog::default());
     let macs = nics.iter().map(|nic| nic.mac).collect();
     let set_config = DeviceSetConfig {
         nics: nics
@@ -396,7 +404,7 @@ fn build(
         |platform| {
             let backends = Backends {
                 nics: net_backends(nics, &platform.gate, outbox, &inbox),
-                disks: disk_backends(launch, volumes, &disk_log),
+                disks: disk_backends(launch, volumes, disk_log),
                 console: Box::new(SeatConsole::new(platform.gate.clone(), outbox.clone())),
             };
             let prepare_thread = Arc::new(move |thread| enter_device_filter(filters.as_deref(), thread));
@@ -415,7 +423,6 @@ fn build(
         machine,
         devices,
         inbox,
-        disk_log,
         taps,
         macs,
     })
@@ -507,7 +514,7 @@ pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, que
         LinkEvent::Frame { frame, .. } if is_of_session(frame.kind) => {
             let route = route.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(receiving) = &*route {
-                receiving.give(follow::Job::Frame(frame));
+                receiving.frame(frame);
             }
         }
         event => queue.link(event),
@@ -603,29 +610,20 @@ impl Seat {
             memory: self.page_memory(),
             disks: self.open_disks()?,
             credit,
+            waiting_bytes: self.limits.waiting_bytes(),
             limits: StagingLimits {
                 page_count,
                 disk_bytes: self.volumes.iter().map(|volume| volume.size_bytes()).collect(),
                 nics: self.macs.len() as u16,
-                // The join checkpoint may hold all of memory; the leader keeps later epochs below a share of it.
-                max_epoch_bytes: page_count as usize * STAGED_PAGE_BYTES + STAGING_BYTES_MIN,
+                max_epoch_bytes: self.limits.staging_bytes,
             },
         })
     }
 
-    /// Pages that an epoch may hold: a tenth of memory, or what keeps small guests fast.
-    pub fn epoch_pages_max(&self) -> usize {
-        let staging = (self.join_pages_max() * STAGED_PAGE_BYTES / 10).max(STAGING_BYTES_MIN);
-        staging * 3 / 4 / STAGED_PAGE_BYTES
-    }
-
-    /// Pages that the join checkpoint may hold: all of memory.
-    pub fn join_pages_max(&self) -> usize {
-        self.machine.ram().pages() as usize
-    }
-
     /// Memory and disks, to be copied while the guest runs.
-    pub fn resync_source(&self) -> ResyncSource {
+    pub fn resync_source(&mut self) -> ResyncSource {
+        // One that was given up may still run for a moment: it has a progress of its own.
+        self.resync = Arc::default();
         let log = self.disk_log.clone();
         let recording = log.number();
         let changes = move || log.take_of(recording);

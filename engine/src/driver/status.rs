@@ -212,6 +212,8 @@ impl Driver {
             "delta_cache_bytes": figures.cache_bytes,
             "resync_us": us(figures.resync.time),
             "resync_copied_bytes": figures.resync.copied_bytes(),
+            "resync_passes": figures.resync.passes,
+            "resync_again_pages": figures.resync.again_pages,
             "resync_sent_bytes": figures.resync.payload_bytes,
             "epoch_sent_bytes": figures.epoch_bytes,
             "link_sent_bytes": self.links.values().map(|link| link.sender.state().taken_bytes).sum::<u64>(),

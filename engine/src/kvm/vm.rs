@@ -39,6 +39,8 @@ struct Dirty {
     source: DirtySource,
     /// Harvested by a vCPU whose ring was full, not yet asked for.
     spilled: DirtyPages,
+    /// Pages that may be spilled before the next harvest.
+    spilled_max: usize,
     tracking: bool,
 }
 
@@ -69,6 +71,7 @@ impl Vm {
         let dirty = Dirty {
             source: DirtySource::new(ram.layout(), ring_entries),
             spilled: DirtyPages::new(ram.pages()),
+            spilled_max: usize::MAX,
             tracking: false,
         };
         let vm = Self {
@@ -146,11 +149,25 @@ impl Vm {
         Ok(())
     }
 
-    /// Empties full rings; what was in them is part of the next harvest. For the vCPU that met a full ring.
-    pub fn spill_rings(&self) -> Result<(), KvmError> {
+    /// Empties full rings; what was in them is part of the next harvest. For the vCPU that met a full ring: it may run
+    /// on if this is true, otherwise the guest has written all that [`Vm::limit_writes`] lets it.
+    pub fn spill_rings(&self) -> Result<bool, KvmError> {
         let mut dirty = self.dirty();
         let Dirty { source, spilled, .. } = &mut *dirty;
-        source.harvest(&self.fd, spilled)
+        source.harvest(&self.fd, spilled)?;
+        Ok(dirty.spilled.len() < dirty.spilled_max)
+    }
+
+    /// Between two harvests the guest's vCPUs may write about so many pages: a vCPU that meets a full ring after that
+    /// stands still until the machine is paused and resumed. They may exceed it by what their rings hold. Without rings
+    /// nothing is limited.
+    pub fn limit_writes(&self, pages: usize) {
+        self.dirty().spilled_max = pages;
+    }
+
+    /// Whether the host has dirty rings, without which [`Vm::limit_writes`] does nothing.
+    pub fn limits_writes(&self) -> bool {
+        self.ring_entries > 0
     }
 
     /// A line of the interrupt controllers.

@@ -4,6 +4,7 @@ use crate::devices::event::{DeviceEvent, DeviceEvents};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
+use std::time::Instant;
 
 /// Something that only the machine's owner can deal with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +17,12 @@ pub enum VmEvent {
     TripleFault,
     /// A dirty ring was full before anybody harvested; nothing is lost, but the epoch should end.
     DirtyRingFull,
+    /// A vCPU stands still since then, because the guest has written all that [`super::Machine::limit_writes`] lets it; it
+    /// goes on after the machine was paused and resumed.
+    WritesLimited {
+        /// When it stopped.
+        since: Instant,
+    },
     /// The machine can't go on; the text says why.
     Fatal(String),
     /// Something else that a device reports.

@@ -458,6 +458,16 @@ impl Machine {
         Ok(self.vm.set_tracking(on)?)
     }
 
+    /// Between two harvests the guest's vCPUs may write about so many pages, see [`Vm::limit_writes`].
+    pub fn limit_writes(&self, pages: usize) {
+        self.vm.limit_writes(pages);
+    }
+
+    /// Whether the guest's vCPUs can be limited.
+    pub fn limits_writes(&self) -> bool {
+        self.vm.limits_writes()
+    }
+
     /// Adds all pages written since the last harvest, by the guest or by devices, and write-protects them again. May be
     /// called while the guest runs; after a pause nothing is left behind.
     pub fn harvest(&self, into: &mut DirtyPages) -> Result<(), MachineError> {

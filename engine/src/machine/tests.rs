@@ -374,6 +374,52 @@ fn a_full_ring_loses_nothing() {
     assert!(differing(&active, &standby).iter().all(|page| dirty.contains(*page)));
 }
 
+/// The guest of the test above, but it may write so much only: it stands still, and runs on when it is paused and resumed.
+#[test]
+fn a_guest_that_has_written_all_it_may_stands_still() {
+    const RING: usize = 1024;
+    const PAGES_MAX: usize = 1200;
+    let config = MachineConfig {
+        dirty_ring_entries: RING as u32,
+        ..MachineConfig::new(MEMORY_BYTES, 1)
+    };
+    let mut active = Bench::with(&config);
+    Setup { pages: 2048, ..SETUP }.write(active.machine.ram());
+    active.machine.boot(&source()).expect("boot");
+    active.machine.set_tracking(true).expect("tracking");
+    assert!(active.machine.limits_writes());
+    active.machine.limit_writes(PAGES_MAX);
+    let mut counts = vec![0];
+    for _ in 0..3 {
+        active.machine.resume().expect("resume");
+        let event = loop {
+            let event = active.events.recv_timeout(PATIENCE).expect("it meets its limit");
+            if event != VmEvent::DirtyRingFull {
+                break event;
+            }
+        };
+        assert!(matches!(event, VmEvent::WritesLimited { .. }), "{event:?}");
+        let count = active.count();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(active.count(), count, "it stands still");
+        assert!(counts.last().is_some_and(|before| *before < count), "it ran: {counts:?}, {count}");
+        counts.push(count);
+        active.machine.pause();
+        let mut dirty = DirtyPages::new(active.machine.ram().pages());
+        active.machine.harvest(&mut dirty).expect("harvest");
+        assert!(
+            (PAGES_MAX..PAGES_MAX + RING + 64).contains(&dirty.len()),
+            "{} pages written",
+            dirty.len()
+        );
+    }
+    active.machine.limit_writes(usize::MAX);
+    active.machine.resume().expect("resume");
+    let before = active.count();
+    active.wait("a guest without a limit", |bench| bench.count() > before + 20_000);
+    active.machine.pause();
+}
+
 #[test]
 fn a_reset_boots_anew_in_place() {
     let mut bench = Bench::booted();

@@ -30,4 +30,4 @@ pub mod threads;
 pub use memory::{HeapMemory, PAGE_SIZE, Page, PageMemory};
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

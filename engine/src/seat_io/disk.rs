@@ -1,7 +1,7 @@
 //! The disk backend of a seat: writes go to its own volume at once and are recorded for the epoch.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::backends::{DiskBackend, DiskOp};
 use crate::replication::epoch::DiskChange;
@@ -18,7 +18,7 @@ pub struct EpochChanges {
     pub contains_flush: bool,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Books {
     recording: bool,
     /// How often recording was switched.
@@ -26,13 +26,34 @@ struct Books {
     epoch: EpochChanges,
 }
 
-/// The changes of all disks in the running epoch.
-#[derive(Default)]
-pub struct DiskLog(Mutex<Books>);
+/// The changes of all disks in the running epoch. They are bounded: who is about to change a disk waits while they are
+/// too many, until an epoch ends or a resync takes them.
+pub struct DiskLog {
+    books: Mutex<Books>,
+    /// Somebody took what was recorded, or nothing is recorded any more.
+    room: Condvar,
+    /// Bytes recorded with which disks wait.
+    bytes_max: usize,
+    /// Bytes recorded with which `much` is called.
+    bytes_much: usize,
+    much: Box<dyn Fn() + Send + Sync>,
+}
 
 impl DiskLog {
+    /// A log that records nothing yet. Disks wait once `bytes_max` are recorded; what they were executing then comes on
+    /// top. `much` is called, from a disk's thread, when `bytes_much` are: the epoch should end. It must not block.
+    pub fn new(bytes_max: usize, bytes_much: usize, much: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            books: Mutex::default(),
+            room: Condvar::new(),
+            bytes_max,
+            bytes_much,
+            much: Box::new(much),
+        }
+    }
+
     fn books(&self) -> MutexGuard<'_, Books> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Records from now on, or stops and forgets. Called while the pause gate is closed, or before anything runs.
@@ -43,6 +64,14 @@ impl DiskLog {
             number: books.number + 1,
             epoch: EpochChanges::default(),
         };
+        self.room.notify_all();
+    }
+
+    /// Waits until more may be recorded. Outside the pause gate, before a disk is changed.
+    fn wait_for_room(&self) {
+        let full = |books: &mut Books| books.recording && books.epoch.bytes >= self.bytes_max;
+        let waited = self.room.wait_while(self.books(), full);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// The recording that is under way, for [`DiskLog::take_of`].
@@ -58,11 +87,13 @@ impl DiskLog {
             return Vec::new();
         }
         books.epoch.bytes = 0;
+        self.room.notify_all();
         std::mem::take(&mut books.epoch.changes)
     }
 
     /// Takes the changes of the epoch that ends; called while the pause gate is closed.
     pub fn take(&self) -> EpochChanges {
+        self.room.notify_all();
         std::mem::take(&mut self.books().epoch)
     }
 
@@ -87,8 +118,13 @@ impl DiskLog {
                 DiskChange::zeroed(disk, offset, len)
             }
         };
+        let before = books.epoch.bytes;
         books.epoch.bytes += change.staged_bytes();
         books.epoch.changes.push(change);
+        if (before..books.epoch.bytes).contains(&(self.bytes_much - 1)) {
+            drop(books);
+            (self.much)();
+        }
     }
 }
 
@@ -126,6 +162,7 @@ impl DiskBackend for SeatDisk {
     }
 
     fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.log.wait_for_room();
         self.volume.write_at(offset, data)
     }
 
@@ -134,10 +171,12 @@ impl DiskBackend for SeatDisk {
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.log.wait_for_room();
         self.volume.zero(offset, len)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.log.wait_for_room();
         self.volume.zero(offset, len)
     }
 
@@ -150,13 +189,60 @@ impl DiskBackend for SeatDisk {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
     use super::*;
+    use crate::replication::testing::MemStorage;
+
+    const NO_LIMIT: usize = usize::MAX;
+
+    /// A guest that writes as fast as it can, and nobody takes what it writes: the log stays bounded, the owner is told, and
+    /// the disk goes on when the log is taken, or is not kept any more.
+    #[test]
+    fn disks_wait_while_too_much_is_recorded() {
+        const BYTES_MAX: usize = 64 << 10;
+        let told = Arc::new(AtomicUsize::new(0));
+        let tell = told.clone();
+        let log = Arc::new(DiskLog::new(BYTES_MAX, BYTES_MAX / 2, move || {
+            tell.fetch_add(1, Ordering::SeqCst);
+        }));
+        log.record(true);
+        let written = Arc::new(AtomicUsize::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut disk = SeatDisk::new(0, MemStorage::new(vec![0; 1 << 20]), false, log.clone());
+        let guest = std::thread::spawn({
+            let (written, stop) = (written.clone(), stop.clone());
+            move || {
+                while !stop.load(Ordering::SeqCst) {
+                    let data = [1; 4096];
+                    disk.write_at(0, &data).expect("no fault");
+                    disk.completed(&DiskOp::Write { offset: 0, data: &data }, true);
+                    written.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        });
+        let mut taken = 0;
+        for epoch in 1..=20 {
+            // All that one epoch can hold is written, and told of once, before anybody takes it.
+            while log.bytes() < BYTES_MAX {
+                std::thread::yield_now();
+            }
+            assert_eq!(told.load(Ordering::SeqCst), epoch);
+            let changes = log.take();
+            assert!(changes.bytes < BYTES_MAX + 8192, "{} bytes recorded", changes.bytes);
+            taken += changes.changes.len();
+        }
+        stop.store(true, Ordering::SeqCst);
+        log.record(false);
+        guest.join().expect("the disk waits no more");
+        assert!(written.load(Ordering::SeqCst) >= taken);
+    }
 
     /// A resync that was given up takes nothing from its successor; the flush that an epoch contains is not forgotten
     /// when a resync takes the changes before it.
     #[test]
     fn changes_go_to_the_recording_that_they_belong_to() {
-        let log = DiskLog::default();
+        let log = DiskLog::new(NO_LIMIT, NO_LIMIT, || {});
         let write = |byte: u8| {
             log.completed(
                 0,

@@ -31,7 +31,7 @@ use exit::Outcome;
 use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 const PARKED: u32 = 0;
@@ -272,12 +272,11 @@ impl Worker {
         while self.shared.command.load(Ordering::SeqCst) == word {
             match core.run_once(&self.buses) {
                 Outcome::Continue => {}
-                Outcome::RingFull => {
-                    if let Err(error) = self.vm.spill_rings() {
-                        return Some(VmEvent::Fatal(error.to_string()));
-                    }
-                    self.events.send(VmEvent::DirtyRingFull);
-                }
+                Outcome::RingFull => match self.vm.spill_rings() {
+                    Ok(true) => self.events.send(VmEvent::DirtyRingFull),
+                    Ok(false) => return Some(VmEvent::WritesLimited { since: Instant::now() }),
+                    Err(error) => return Some(VmEvent::Fatal(error.to_string())),
+                },
                 Outcome::Stop(event) => return Some(event),
             }
         }

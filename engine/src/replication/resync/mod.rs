@@ -2,15 +2,17 @@
 //! nothing of use.
 //!
 //! ```text
-//!   ResyncSource::run                                                   ResyncTarget::accept
+//!   ResyncSource::copy                                                  ResyncTarget::accept
 //!   ResyncBegin ─► disks, block by block, with the changes that complete meanwhile in order ─► StandbyDisks
 //!               ─► memory, page by page ─────────────────────────────────────────────────────► guest memory
-//! ResyncEnd   ─► counts, checksum        ◄── Credit: how much was taken ───────────────────  every page, every block
+//!   Resync::pass ─► pages that were written meanwhile, until few are left ─────────────────────► guest memory
+//!   Resync::end  ─► ResyncEnd: counts, checksum   ◄── Credit: how much was taken ──────────────  every page, every block
 //! ```
 //!
 //! The result is no state that ever was: pages and blocks were read at different times. It becomes one with the join
-//! checkpoint, the epoch that follows, which has every page that was dirtied since tracking began and every disk
-//! change that completed and was not sent.
+//! checkpoint, the epoch that follows, which has every page that was dirtied since it was sent last and every disk
+//! change that completed and was not sent. The joiner has to stage that epoch, beside all of memory: so pages that were
+//! dirtied during the copy are sent again first, pass after pass, and the guest may write less in each ([`pass_limit`]).
 //!
 //! Why a disk ends up right although the guest writes while it is copied: changes are recorded when they complete,
 //! after they are on the volume. This side reads a block, queues it, and only then queues the changes that completed
@@ -32,7 +34,7 @@ use super::pages::{EncodeError, PagesError, SinkClosed};
 use super::standby_disks::StandbyDisksError;
 
 pub use digest::{Digest, PageDigests, digest_memory, digest_storage};
-pub use source::{ResyncProgress, ResyncSource, ResyncStats};
+pub use source::{Resync, ResyncProgress, ResyncSource, ResyncStats};
 pub use target::{ResyncTarget, ResyncTotals};
 pub use window::ResyncWindow;
 
@@ -136,6 +138,12 @@ pub enum ResyncError {
     /// This side's disks.
     #[error("resync: {0}")]
     Disks(#[from] StandbyDisksError),
+}
+
+/// Pages that the guest may write while a pass sends so many: half of them, so that passes end. Then its vCPUs wait for
+/// the next pass.
+pub fn pass_limit(pages: usize) -> usize {
+    pages / 2
 }
 
 #[cfg(test)]

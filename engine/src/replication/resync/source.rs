@@ -16,7 +16,7 @@ use crate::replication::storage::Storage;
 /// Disks are copied in blocks of this size.
 const BLOCK_BYTES: u64 = 256 * 1024;
 /// Memory is copied in pieces of this many pages; between them disk changes are sent.
-const PIECE_PAGES: u32 = 4096;
+const PIECE_PAGES: usize = 4096;
 
 /// How far a resync is; shared with whoever shows it.
 #[derive(Debug, Default)]
@@ -36,10 +36,10 @@ impl ResyncProgress {
         self.done_bytes.load(Ordering::Relaxed)
     }
 
-    /// Percent done, `None` while no resync runs.
+    /// Percent of the first copy that is done, 99 at most; `None` while no resync runs.
     pub fn percent(&self) -> Option<u8> {
         let (done, total) = (self.done_bytes(), self.total_bytes());
-        (total > 0 && done < total).then(|| (u128::from(done) * 100 / u128::from(total)) as u8)
+        (total > 0).then(|| (u128::from(done) * 100 / u128::from(total)).min(99) as u8)
     }
 
     fn begin(&self, total_bytes: u64) {
@@ -63,6 +63,10 @@ pub struct ResyncStats {
     pub pages: PageStats,
     /// Bytes of disks copied, zeroes included.
     pub disk_bytes: u64,
+    /// Times that pages were sent again, before the end.
+    pub passes: u64,
+    /// Pages sent again.
+    pub again_pages: u64,
     /// Changes that completed meanwhile and were sent behind.
     pub disk_changes: u64,
     /// Payload bytes of all frames.
@@ -72,7 +76,7 @@ pub struct ResyncStats {
 }
 
 impl ResyncStats {
-    /// Bytes of memory and disks copied, zeroes included.
+    /// Bytes of memory and disks copied, zeroes and pages sent again included.
     pub fn copied_bytes(&self) -> u64 {
         self.pages.pages * PAGE_SIZE as u64 + self.disk_bytes
     }
@@ -117,9 +121,9 @@ impl ResyncSource {
         self.window.clone()
     }
 
-    /// Sends everything through `sender`'s encoder and connection; returns when the last frame was handed to the
-    /// connection. The join checkpoint comes next, with what was dirtied and changed since.
-    pub fn run(mut self, sender: &mut EpochSender) -> Result<ResyncStats, ResyncError> {
+    /// Copies everything once through `sender`'s encoder and connection. What the guest writes meanwhile is sent by
+    /// [`Resync::pass`].
+    pub fn copy(self, sender: &mut EpochSender) -> Result<Resync, ResyncError> {
         let begun = Instant::now();
         sender.reset();
         let disk_bytes: Vec<u64> = self.volumes.iter().map(|volume| volume.size_bytes()).collect();
@@ -137,33 +141,20 @@ impl ResyncSource {
             "ResyncBegin",
         )?;
         bulk.send(Kind::ResyncBegin, begin)?;
-
-        let mut stats = ResyncStats {
-            disk_bytes: copied_bytes,
-            ..ResyncStats::default()
+        let mut resync = Resync {
+            source: self,
+            bulk,
+            begun,
+            stats: ResyncStats {
+                disk_bytes: copied_bytes,
+                ..ResyncStats::default()
+            },
         };
         for (disk, size) in disk_bytes.into_iter().enumerate() {
-            stats.disk_changes += self.copy_disk(disk as u16, size, &bulk)?;
+            resync.stats.disk_changes += resync.source.copy_disk(disk as u16, size, &resync.bulk)?;
         }
-        for first in (0..page_count).step_by(PIECE_PAGES as usize) {
-            let pages = first..page_count.min(first.saturating_add(PIECE_PAGES));
-            let bytes = pages.len() as u64 * PAGE_SIZE as u64;
-            let source = Arc::new(LivePages::new(self.memory.clone(), pages.collect()));
-            let encoded = sender.encoder().encode(source, bulk.clone());
-            stats.pages.add(&encoded.map_err(|error| bulk.why(error))?);
-            stats.disk_changes += self.send_changes(&bulk)?;
-            self.progress.add(bytes);
-        }
-        let totals = bulk.stream.totals();
-        stats.payload_bytes = totals.payload_bytes;
-        let end = End {
-            payload_bytes: totals.payload_bytes,
-            checksum: totals.checksum,
-        };
-        bulk.send(Kind::ResyncEnd, wire::sequenced(0, &end, "ResyncEnd")?)?;
-        sender.sink().wait_bulk_sent()?;
-        stats.time = begun.elapsed();
-        Ok(stats)
+        resync.send_pages(sender, (0..page_count).collect())?;
+        Ok(resync)
     }
 
     fn copy_disk(&mut self, disk: u16, size: u64, bulk: &Bulk) -> Result<u64, ResyncError> {
@@ -208,6 +199,52 @@ impl ResyncSource {
         let changes = (self.changes)();
         bulk.disk(DISK_CHANGES, &changes)?;
         Ok(changes.len() as u64)
+    }
+}
+
+/// A resync whose first copy is sent.
+pub struct Resync {
+    source: ResyncSource,
+    bulk: Arc<Bulk>,
+    begun: Instant,
+    stats: ResyncStats,
+}
+
+impl Resync {
+    /// Sends pages again that were written since they were sent, and what changed on the disks. The other side puts them
+    /// into its memory at once: it is of no use before the join checkpoint anyway. The pages are write-protected again
+    /// before this is called, so that what is written from then on is found again.
+    pub fn pass(&mut self, sender: &mut EpochSender, pages: Vec<u32>) -> Result<(), ResyncError> {
+        self.stats.passes += 1;
+        self.stats.again_pages += pages.len() as u64;
+        self.send_pages(sender, pages)
+    }
+
+    /// Ends the resync; returns when the last frame was handed to the connection. The join checkpoint comes next, with
+    /// what was written and changed since.
+    pub fn end(mut self, sender: &mut EpochSender) -> Result<ResyncStats, ResyncError> {
+        let totals = self.bulk.stream.totals();
+        self.stats.payload_bytes = totals.payload_bytes;
+        let end = End {
+            payload_bytes: totals.payload_bytes,
+            checksum: totals.checksum,
+        };
+        self.bulk
+            .send(Kind::ResyncEnd, wire::sequenced(0, &end, "ResyncEnd")?)?;
+        sender.sink().wait_bulk_sent()?;
+        self.stats.time = self.begun.elapsed();
+        Ok(self.stats)
+    }
+
+    fn send_pages(&mut self, sender: &mut EpochSender, pages: Vec<u32>) -> Result<(), ResyncError> {
+        for piece in pages.chunks(PIECE_PAGES) {
+            let source = Arc::new(LivePages::new(self.source.memory.clone(), piece.to_vec()));
+            let encoded = sender.encoder().encode(source, self.bulk.clone());
+            self.stats.pages.add(&encoded.map_err(|error| self.bulk.why(error))?);
+            self.stats.disk_changes += self.source.send_changes(&self.bulk)?;
+            self.source.progress.add(piece.len() as u64 * PAGE_SIZE as u64);
+        }
+        Ok(())
     }
 }
 

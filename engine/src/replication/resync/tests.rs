@@ -196,10 +196,16 @@ impl Active {
         ResyncSource::new(self.memory.clone(), volumes, changes, Arc::default())
     }
 
-    fn join(&self, epoch: u64) -> SealedEpoch {
+    /// What was written since this was asked last; what is written from here on is found by the next call.
+    fn take_dirty(&self) -> Vec<u32> {
         let mut dirty = std::mem::take(&mut *self.dirty.lock().expect("no panic"));
         dirty.sort_unstable();
         dirty.dedup();
+        dirty
+    }
+
+    fn join(&self, epoch: u64) -> SealedEpoch {
+        let dirty = self.take_dirty();
         let mut pages = CopiedPages::default();
         dirty.into_iter().for_each(|page| pages.copy_from(&*self.memory, page));
         let disk = std::mem::take(&mut *self.completed.lock().expect("no panic"));
@@ -212,6 +218,11 @@ impl Active {
     }
 }
 
+/// A whole resync of a guest that stands still.
+fn copy_all(source: ResyncSource, sender: &mut EpochSender) -> Result<ResyncStats, ResyncError> {
+    source.copy(sender)?.end(sender)
+}
+
 #[test]
 fn both_sides_are_equal_after_a_resync_under_writes() {
     let active = Active::new();
@@ -222,7 +233,13 @@ fn both_sides_are_equal_after_a_resync_under_writes() {
     let (staged, stats) = std::thread::scope(|scope| {
         let guest = scope.spawn(|| active.run_guest(5));
         let sending = scope.spawn(|| {
-            let stats = source.run(&mut sender).expect("sent");
+            let mut resync = source.copy(&mut sender).expect("sent");
+            for _ in 0..3 {
+                let dirty = active.take_dirty();
+                assert!(!dirty.is_empty(), "the guest writes all the time");
+                resync.pass(&mut sender, dirty).expect("sent");
+            }
+            let stats = resync.end(&mut sender).expect("sent");
             active.stop.store(true, Ordering::Relaxed);
             guest.join().expect("no panic");
             sender.finish(&active.join(7)).expect("sent");
@@ -235,6 +252,7 @@ fn both_sides_are_equal_after_a_resync_under_writes() {
     assert!(standby.target.is_complete());
     assert_eq!(stats.disk_bytes, DISKS.iter().sum::<u64>());
     assert!(stats.disk_changes > 5, "the guest wrote meanwhile: {stats:?}");
+    assert!(stats.passes == 3 && stats.again_pages > 0, "{stats:?}");
     let never_written = (1..PAGES).step_by(2).filter(|page| page % 3 != 0).count();
     assert!(
         stats.pages.zero >= never_written as u64,
@@ -260,7 +278,7 @@ fn frames_of(active: &Arc<Active>) -> Vec<Frame> {
     let source = active.source();
     let window = source.window();
     std::thread::scope(|scope| {
-        scope.spawn(move || source.run(&mut sender).expect("sent"));
+        scope.spawn(move || copy_all(source, &mut sender).expect("sent"));
         let mut taken = 0u64;
         frames
             .iter()
@@ -373,7 +391,7 @@ fn without_credit_the_source_waits_and_closing_ends_it() {
     let (mut sender, frames) = wire();
     let source = active.source();
     let window = source.window();
-    let waiting = std::thread::spawn(move || source.run(&mut sender));
+    let waiting = std::thread::spawn(move || copy_all(source, &mut sender));
     // Everything that comes without credit: less than all.
     let mut came = 0u64;
     while came < 7 << 20 {
@@ -423,7 +441,7 @@ fn a_disk_that_cannot_be_read_ends_the_resync() {
         Vec::new,
         progress.clone(),
     );
-    let result = source.run(&mut sender);
+    let result = copy_all(source, &mut sender);
     assert!(
         matches!(
             result,

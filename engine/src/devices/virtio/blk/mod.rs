@@ -40,6 +40,10 @@ const SEGMENTS: u32 = 126;
 const SEGMENT_BYTES: u32 = 32 << 10;
 /// Most data of one request, which the two limits above promise.
 pub(crate) const REQUEST_BYTES: u64 = SEGMENTS as u64 * SEGMENT_BYTES as u64;
+/// Most data of what a disk's thread executes at once: a batch is closed when it is full, by one more request.
+pub const BATCH_MAX_BYTES: usize = BATCH_BYTES + REQUEST_BYTES as usize;
+/// A batch is closed when it has this much data: it is copied inside the gate, so a pause may have to wait for it.
+const BATCH_BYTES: usize = 256 << 10;
 /// Most sectors of one range to discard or zero: 64 MiB.
 const RANGE_SECTORS: u32 = 128 << 10;
 /// Most ranges of one request.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::request::{Action, Limits, Request};
-use super::{Blk, BlkMetrics, SERIAL_BYTES};
+use super::{BATCH_BYTES, Blk, BlkMetrics, SERIAL_BYTES};
 use crate::backends::DiskBackend;
 use crate::devices::bus::lock;
 use crate::devices::event::{DeviceEvent, DeviceEvents};
@@ -13,10 +13,8 @@ use crate::devices::virtio::queue::{Chain, QueueError};
 use crate::devices::virtio::worker::{Next, Worker};
 use crate::memory::GuestMem;
 
-/// A batch is closed when it has this many requests, ...
+/// A batch is closed when it has this many requests, or [`BATCH_BYTES`].
 const BATCH_REQUESTS: usize = 16;
-/// ... or this much data: it is copied inside the gate, so a pause may have to wait for it.
-const BATCH_BYTES: usize = 256 << 10;
 /// Buffers that have grown beyond this are given back to the allocator.
 const KEPT_BUFFER_BYTES: usize = 64 << 10;
 /// A disk counts as working again when nothing has failed for this long.

@@ -1,0 +1,70 @@
+//! A standby that joins a guest which writes memory as fast as it can: what it holds of the guest stays near the guest's memory.
+use std::path::{Path, PathBuf};
+
+use ftvm_e2e::bench::pair::Pair;
+use ftvm_e2e::bench::{Load, Options};
+use ftvm_e2e::demo::programs::{Profile, Programs, build};
+use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::report::Progress;
+
+const MEMORY_MIB: u32 = 512;
+/// All but the guest's own image, and the stacks beside it.
+const WRITTEN_PAGES: u32 = (MEMORY_MIB - 24) << 8;
+
+/// Built before the namespaces are entered: there is no network in them.
+fn built() -> Programs {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bounded-join.json");
+    if !inside() {
+        let programs = build(Profile::Dev).expect("the programs build");
+        std::fs::write(&file, serde_json::to_string(&programs).expect("plain data"))
+            .expect("the target folder is writable");
+    }
+    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
+    serde_json::from_str(&text).expect("the outer run wrote it whole")
+}
+
+#[test]
+fn a_joining_standby_holds_little_more_than_the_guests_memory() {
+    let programs = built();
+    test_inside("a_joining_standby_holds_little_more_than_the_guests_memory", || {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("join");
+        std::fs::remove_dir_all(&folder).ok();
+        std::fs::create_dir_all(&folder).expect("the target folder is writable");
+        let options = Options {
+            memory_mib: MEMORY_MIB,
+            epoch_ms: 20,
+            ..Options::short()
+        };
+        let mut pair = Pair::start(&options, &programs, &folder, &Progress::new()).expect("a protected pair");
+        pair.fill(WRITTEN_PAGES.into()).expect("the guest fills its memory");
+        pair.be_alone().expect("the standby dies");
+        // More than any guest can write: every page, anew, every 20 ms.
+        pair.load(Load::whole(WRITTEN_PAGES)).expect("the guest writes");
+        let (standby, took) = pair.replace().expect("a standby joins although the guest writes");
+        let memory = pair.engine_memory(standby).expect("it runs");
+        let seat = pair.active_seat().expect("it runs");
+        let counter = |name: &str| seat.counter(name).unwrap_or_else(|| panic!("no counter {name}"));
+        println!(
+            "protected after {took:?}, {} passes, {} pages sent again, guest held back for {} µs: {memory:?}",
+            counter("resync_passes"),
+            counter("resync_again_pages"),
+            counter("braked_us")
+        );
+        assert!(
+            counter("resync_passes") > 0.0 && counter("resync_again_pages") > 0.0,
+            "the guest wrote while its memory was copied, so something had to be sent again"
+        );
+        assert!(counter("braked_us") > 0.0, "it writes faster than any link carries");
+        let guest_bytes = u64::from(MEMORY_MIB) << 20;
+        assert!(
+            memory.guest_bytes > guest_bytes / 10 * 9,
+            "the guest's memory is there: {memory:?}"
+        );
+        assert!(
+            memory.peak_bytes * 10 <= guest_bytes * 11,
+            "at most 1.1 times the guest's {guest_bytes} bytes: {memory:?}"
+        );
+        pair.load(Load::idle(0)).expect("the guest rests");
+        pair.compare(standby).expect("both sides are equal");
+    });
+}
