@@ -35,7 +35,8 @@ fn a_joining_standby_holds_little_more_than_the_guests_memory() {
             epoch_ms: 20,
             ..Options::short()
         };
-        let mut pair = Pair::start(&options, &programs, &folder, &Progress::new()).expect("a protected pair");
+        let progress = Progress::new();
+        let mut pair = Pair::start(&options, &programs, &folder, &progress).expect("a protected pair");
         pair.fill(WRITTEN_PAGES.into()).expect("the guest fills its memory");
         pair.be_alone().expect("the standby dies");
         // More than any guest can write: every page, anew, every 20 ms.

@@ -217,7 +217,7 @@ impl Pair {
         });
     }
 
-    fn wait(&self, what: &str, condition: impl Fn(&Value) -> bool) {
+    fn wait(&self, what: &str, mut condition: impl FnMut(&Value) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let status = self.status();
@@ -479,6 +479,30 @@ fn a_peer_with_another_authoritys_identity_is_named_by_up() {
         text.contains("certificate") && text.contains("identities that were made together"),
         "{text}"
     );
+}
+
+/// A seat that can't take the guest says so before anything is copied, and both sides tell why.
+#[test]
+fn a_seat_that_cant_take_the_guest_is_told_by_both_sides() {
+    let mut pair = Pair::new("other");
+    let mut config = pair.seat_config(1, Some(0));
+    config["machine"]["memory_mib"] = json!(48);
+    pair.configure(1, &[config]);
+    pair.start_daemon(0);
+    pair.start_daemon(1);
+    let reason = "both seats need the same memory and disk sizes";
+    let mut told = [false, false];
+    // The joiner's engine ends and comes again, so that not every look finds both.
+    pair.wait("told", |status| {
+        let seats = status["daemons"].as_array().into_iter().flatten();
+        let seats = seats.flat_map(|daemon| daemon["seats"].as_array().cloned().unwrap_or_default());
+        for seat in seats {
+            let text = seat.to_string();
+            told[0] |= seat["seat"] == "a" && text.contains("the other side can't follow") && text.contains(reason);
+            told[1] |= seat["seat"] == "b" && text.contains("this seat can't join") && text.contains(reason);
+        }
+        told == [true, true]
+    });
 }
 
 #[test]

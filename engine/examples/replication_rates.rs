@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use ftvm_engine::control::identity_name;
+use ftvm_engine::kvm::{CpuBaseline, CpuOffer};
 use ftvm_engine::memory::GuestRam;
 use ftvm_engine::replication::epoch::{EpochSender, StagingLimits};
 use ftvm_engine::replication::journal::JOURNAL_MIN_BYTES;
@@ -77,6 +78,19 @@ const RESYNCS: [(&str, Compression, u32); 3] = [
     ("resync, the same, compression off", Compression::Off, 1),
     ("resync, every fourth page in use", Compression::Lz4, 4),
 ];
+
+/// No CPU at all: a host without KVM can be measured too.
+fn offer() -> CpuOffer {
+    let nothing = CpuBaseline {
+        leaves: Vec::new(),
+        tsc_khz: 0,
+    };
+    CpuOffer {
+        host: nothing.clone(),
+        machine: nothing,
+        tsc_scaling: true,
+    }
+}
 
 fn median(rates: &mut [f64]) -> f64 {
     rates.sort_by(f64::total_cmp);
@@ -333,7 +347,7 @@ fn resync(compression: Compression, fill: u32) -> Result<f64> {
         compression,
     })?;
     let mut epochs = EpochSender::new(Arc::new(SessionSink::new(sender, SessionId(1))), encoder);
-    let source = ResyncSource::new(memory.clone(), vec![], Vec::new, Arc::default());
+    let source = ResyncSource::new(memory.clone(), offer().machine, vec![], Vec::new);
     let window = source.window();
     let credits = std::thread::spawn(move || {
         for event in events {
@@ -354,7 +368,7 @@ fn resync(compression: Compression, fill: u32) -> Result<f64> {
         nics: 0,
         max_epoch_bytes: 1 << 20,
     };
-    let mut target = ResyncTarget::new(&limits);
+    let mut target = ResyncTarget::new(&limits, offer());
     let begun = Instant::now();
     let sending = std::thread::spawn(move || source.copy(&mut epochs)?.end(&mut epochs));
     while !target.is_complete() {

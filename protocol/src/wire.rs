@@ -95,6 +95,8 @@ kinds! {
     ResyncEnd = 35, 4 * KIB;
     /// Flow control and progress of bulk data.
     Credit = 40, 4 * KIB;
+    /// Why the sender can't go on with a session, in words for a person (UTF-8); its end follows as a control message.
+    Trouble = 42, KIB;
     /// Digest of memory or disks at an epoch, for tests and scrubbing.
     Digest = 41, 64 * KIB;
 }

@@ -349,7 +349,10 @@ mod tests {
                 pacer.round_sent();
             }
             assert!(held <= PAGES_MAX, "{dirty}: {held}");
-            assert!(rounds > 0, "{dirty}: what can be sent while the guest runs is not copied in the pause");
+            assert!(
+                rounds > 0,
+                "{dirty}: what can be sent while the guest runs is not copied in the pause"
+            );
         }
     }
 

@@ -238,6 +238,7 @@ impl Driver {
         if self.leading.as_ref().is_none_or(|leading| leading.session != session) {
             return;
         }
+        self.troubles.session_works();
         // What the guest writes from here on is found, and comes behind the copy that begins now.
         self.start_recording();
         let source = self.seat.resync_source();
@@ -286,6 +287,7 @@ impl Driver {
         let Some(credit) = self.links.get(&link).map(|link| link.sender.clone()) else {
             return self.session_failed(session, "the link is gone");
         };
+        let leader_link = credit.clone();
         let started = self.seat.follower_place(credit).and_then(|place| {
             let enter = self.seat.enter(Work::Storage);
             let started = follow::Receiving::start(session, place, last, self.queue.clone(), enter);
@@ -296,6 +298,7 @@ impl Driver {
                 self.set_route(Some(receiving.clone()));
                 self.following = Some(Following {
                     session,
+                    leader: leader_link,
                     receiving,
                     applied,
                 });
@@ -336,7 +339,7 @@ impl Driver {
                 tracing::info!("link {} to {peer} is up", link.0);
                 let received = 0;
                 self.links.insert(link, Link { peer, sender, received });
-                self.figures.link_trouble = None;
+                self.troubles.link_up();
                 self.tell_link(true, format!("connected to {peer}"));
                 self.step(Event::Connected { link, peer });
             }
@@ -354,7 +357,7 @@ impl Driver {
                 if let Some(code) = reason.exit_code() {
                     self.link_trouble(code, &text);
                 }
-                self.figures.last_trouble = Some(text);
+                self.troubles.connection = Some(text);
             }
             LinkEvent::Frame { link, frame } => match frame.kind {
                 Kind::Control => match Message::decode(&frame.payload) {
@@ -362,6 +365,7 @@ impl Driver {
                     Err(error) => self.close_link(link, &error.to_string()),
                 },
                 Kind::Credit => self.credited(link, &frame),
+                Kind::Trouble => self.follower_trouble(&frame),
                 kind => self.close_link(link, &format!("frame of kind {kind:?} does not belong here")),
             },
         }
@@ -369,14 +373,10 @@ impl Driver {
 
     /// Told once: attempts go on, and fail in the same way until somebody mends it.
     fn link_trouble(&mut self, code: u8, text: &str) {
-        let known = self
-            .figures
-            .link_trouble
-            .as_ref()
-            .is_some_and(|(known, _)| *known == code);
+        let known = self.troubles.link.as_ref().is_some_and(|(known, _)| *known == code);
         if !known && self.links.is_empty() {
             self.warn(text.to_owned());
-            self.figures.link_trouble = Some((code, text.to_owned()));
+            self.troubles.link = Some((code, text.to_owned()));
         }
     }
 
@@ -391,6 +391,31 @@ impl Driver {
         if let Err(error) = window.credited(&frame.payload) {
             self.close_link(link, &error.to_string());
         }
+    }
+
+    /// The follower says why it can't follow. The words are a peer's: for people, and for nothing else.
+    fn follower_trouble(&mut self, frame: &Frame) {
+        let ours = self
+            .leading
+            .as_ref()
+            .is_some_and(|leading| leading.session.0 == frame.session);
+        if ours {
+            let text = format!("the other side can't follow: {}", printable(&frame.payload));
+            self.troubles.session = Some(text.clone());
+            self.warn(text);
+        }
+    }
+
+    /// Tells the leader of a followed session why it can't go on; that it does not, the core says.
+    pub(super) fn tell_leader(&mut self, why: &str) {
+        let Some(following) = &self.following else { return };
+        let max = Kind::Trouble.max_len() as usize;
+        let end = (0..=max.min(why.len())).rev().find(|at| why.is_char_boundary(*at));
+        let text = &why[..end.unwrap_or(0)];
+        // A link that refuses is down: nobody is there to be told.
+        let _ = following
+            .leader
+            .try_send(Kind::Trouble, 0, following.session.0, text.as_bytes().to_vec());
     }
 
     fn close_link(&mut self, link: LinkId, why: &str) {
@@ -412,19 +437,30 @@ impl Driver {
                 "another seat holds the arbiter's record: this engine is out of date, a new one may join".to_owned()
             }
             EndReason::Ejected => "the active seat ejected this one: a new engine may join".to_owned(),
-            EndReason::SessionOver => {
-                "the session ended before this seat became a member: a new engine may join".to_owned()
-            }
+            EndReason::SessionOver => match &self.troubles.session {
+                Some(trouble) => format!("this seat can't join: {trouble}"),
+                None => "the session ended before this seat became a member: a new engine may join".to_owned(),
+            },
             EndReason::HeaderFailed => "the seat's header could not be written: check the seat's storage".to_owned(),
             EndReason::GuestFailed => {
                 let text = self.core.status().failure.unwrap_or_default();
                 format!("the guest could not be loaded or run on this host: {text}")
             }
         };
+        let code = match reason {
+            EndReason::SessionOver => self.troubles.session_code,
+            _ => None,
+        };
         self.ended = Some(Ended {
-            code: exit_code::of_end(reason),
+            code: code.unwrap_or(exit_code::of_end(reason)),
             message,
             term: self.core.status().term,
         });
     }
+}
+
+/// What a peer says, without what would change how a terminal shows it.
+fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    text.chars().filter(|c| !c.is_control()).collect()
 }

@@ -84,10 +84,10 @@ impl Driver {
         let Some(request) = self.requests.remove(&request) else {
             return;
         };
-        if let Some(why) = why {
+        if let Some(why) = &why {
             tracing::warn!("{why}");
-            self.figures.last_trouble = Some(why);
         }
+        self.troubles.arbiter = why;
         match answer {
             Answer::Read(_) => self.takeover.reached(Step::Read),
             Answer::Swap(_) => self.takeover.reached(Step::Swapped),

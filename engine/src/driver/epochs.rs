@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ftvm_protocol::core::{Event, Seal};
-use ftvm_protocol::identity::Epoch;
+use ftvm_protocol::identity::{Epoch, SessionId};
 
 use super::guest::SeatMachine;
 use super::lead::{Done, Job, Leading, Stage};
@@ -109,6 +109,8 @@ impl Driver {
     pub(super) fn writes_limited(&mut self) {
         match self.leading.as_ref().map(|leading| leading.stage) {
             Some(Stage::JoinCut | Stage::Streaming) => self.harvest(),
+            // What it was stopped for is being sent already.
+            Some(Stage::Bulk { .. }) if self.limited_since < self.pass_began => self.release_limited(),
             Some(Stage::Bulk { .. } | Stage::BulkEnd) => {}
             Some(Stage::Prepared) | None => self.release_limited(),
         }
@@ -134,6 +136,7 @@ impl Driver {
             return self.session_failed(session, &why);
         } else {
             leading.stage = Stage::Bulk { passes: passes + 1 };
+            self.pass_began = Some(Instant::now());
             self.seat.machine.limit_writes(resync::pass_limit(dirty));
             leading.dirty.sort();
             let pages = leading.dirty.iter().collect();
@@ -267,7 +270,7 @@ impl Driver {
             // A session that could not even be begun is reported too.
             Done::Failed { why } => {
                 tracing::warn!("session {} can't go on: {why}", report.session.0);
-                self.figures.last_trouble = Some(why);
+                self.troubles.session = Some(why);
                 self.step(Event::SessionFailed {
                     session: report.session,
                 });
@@ -329,11 +332,7 @@ impl Driver {
             return;
         }
         match report.news {
-            follow::News::Failed { why } => {
-                tracing::warn!("session {} can't be followed: {why}", session.0);
-                self.figures.last_trouble = Some(why);
-                self.step(Event::SessionFailed { session });
-            }
+            follow::News::Failed(failure) => self.cant_follow(session, failure),
             follow::News::Digest { epoch, memory } => {
                 let digest = digest_reply(epoch, memory);
                 self.figures.digest = Some(digest.clone());
@@ -360,12 +359,20 @@ impl Driver {
                         leader_acked,
                     }),
                     Err(error) => {
-                        tracing::error!("epoch {epoch} can't be loaded: {error}");
-                        self.step(Event::SessionFailed { session });
+                        let why = format!("epoch {epoch} can't be loaded: {}", crate::error_chain(&error));
+                        self.cant_follow(session, why.into());
                     }
                 }
             }
         }
+    }
+
+    fn cant_follow(&mut self, session: SessionId, follow::Failure { why, code }: follow::Failure) {
+        tracing::warn!("session {} can't be followed: {why}", session.0);
+        self.tell_leader(&why);
+        self.troubles.session = Some(why);
+        self.troubles.session_code = code;
+        self.step(Event::SessionFailed { session });
     }
 
     // ---- digest

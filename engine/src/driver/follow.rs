@@ -15,6 +15,7 @@ use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
+use crate::kvm::CpuOffer;
 use crate::replication::epoch::{
     EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input,
 };
@@ -99,10 +100,22 @@ pub enum News {
         memory: Digest,
     },
     /// The session can't go on.
-    Failed {
-        /// Why.
-        why: String,
-    },
+    Failed(Failure),
+}
+
+/// Why a session can't be followed.
+#[derive(Debug)]
+pub struct Failure {
+    /// In words.
+    pub why: String,
+    /// The engine's exit code, if a person has to mend something before this seat can join.
+    pub code: Option<u8>,
+}
+
+impl From<String> for Failure {
+    fn from(why: String) -> Self {
+        Self { why, code: None }
+    }
 }
 
 /// What a follower works on.
@@ -113,6 +126,8 @@ pub struct Place {
     pub disks: StandbyDisks,
     /// What is accepted.
     pub limits: StagingLimits,
+    /// The CPUs that a guest may have.
+    pub cpu: CpuOffer,
     /// Where the leader learns how much of the resync was taken.
     pub credit: LinkSender,
     /// Bytes of frames that may wait for the receiving thread.
@@ -236,7 +251,7 @@ impl Follower {
         Self {
             session,
             receiver: EpochReceiver::new(place.limits.clone(), last_epoch),
-            resync: ResyncTarget::new(&place.limits),
+            resync: ResyncTarget::new(&place.limits, place.cpu.clone()),
             place,
             staged: VecDeque::new(),
             applied: last,
@@ -261,18 +276,18 @@ impl Follower {
                     failed = true;
                     let max = backlog.bytes_max;
                     let why = format!("more than {max} bytes of frames wait here: the peer sends more than it may");
-                    self.report(News::Failed { why });
+                    self.report(News::Failed(why.into()));
                 }
                 Job::Frame(frame) if failed || frame.session != self.session.0 => {}
                 Job::Frame(frame) => {
-                    if let Err(why) = self.frame(frame) {
+                    if let Err(failure) = self.frame(frame) {
                         failed = true;
-                        self.report(News::Failed { why });
+                        self.report(News::Failed(failure));
                     }
                 }
                 Job::Apply(epoch) => {
                     if let Err(why) = self.apply_through(epoch) {
-                        return self.report(News::Failed { why });
+                        return self.report(News::Failed(why.into()));
                     }
                 }
                 Job::Prepare { epoch, reply } => {
@@ -297,7 +312,7 @@ impl Follower {
         });
     }
 
-    fn frame(&mut self, frame: Frame) -> Result<(), String> {
+    fn frame(&mut self, frame: Frame) -> Result<(), Failure> {
         match frame.kind {
             Kind::Input => {
                 let items = decode_input(&frame.payload, self.place.limits.nics).map_err(|error| error.to_string())?;
@@ -309,7 +324,11 @@ impl Follower {
                 let taken = self
                     .resync
                     .accept(frame.kind, frame.payload, &*place.memory, &mut place.disks);
-                if let Some(credit) = taken.map_err(|error| error.to_string())? {
+                let taken = taken.map_err(|error| Failure {
+                    why: error.to_string(),
+                    code: error.exit_code(),
+                });
+                if let Some(credit) = taken? {
                     // A link that refuses is down, and its event is under way.
                     let _ = place.credit.try_send(Kind::Credit, 0, self.session.0, credit);
                 }
@@ -324,7 +343,7 @@ impl Follower {
             kind => {
                 let staged = self.receiver.accept(kind, frame.epoch, frame.payload);
                 match staged.map_err(|error| error.to_string())? {
-                    Some(staged) => self.stage(staged),
+                    Some(staged) => Ok(self.stage(staged)?),
                     None => Ok(()),
                 }
             }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::boot::BootSource;
 use crate::devices::set::DeviceSet;
+use crate::kvm::CpuOffer;
 use crate::machine::{Machine, MachineError};
 use crate::memory::{DirtyPages, GuestRam};
 use crate::pause::PauseGate;
@@ -31,6 +32,11 @@ impl SeatMachine {
     /// Guest RAM.
     pub fn ram(&self) -> &Arc<GuestRam> {
         self.machine.ram()
+    }
+
+    /// What the machine has to offer to a guest that runs elsewhere.
+    pub fn cpu_offer(&self) -> &CpuOffer {
+        self.machine.cpu_offer()
     }
 
     /// The pause gate, whose epoch number is the running epoch.

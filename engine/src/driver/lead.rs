@@ -17,9 +17,7 @@ use crate::memory::DirtyPages;
 use crate::replication::epoch::{EpochSender, EpochStats, FrameSink, SealedEpoch, SendError};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::{LivePages, SinkClosed};
-use crate::replication::resync::{
-    Digest, PageDigests, Resync, ResyncError, ResyncSource, ResyncStats, ResyncWindow,
-};
+use crate::replication::resync::{Digest, PageDigests, Resync, ResyncError, ResyncSource, ResyncStats, ResyncWindow};
 
 /// Something to send.
 pub enum Job {

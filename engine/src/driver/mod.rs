@@ -161,6 +161,8 @@ pub struct Driver {
     resumed: Instant,
     /// Since when a vCPU stands still because the guest has written all that it may.
     limited_since: Option<Instant>,
+    /// When the guest was let write more for the last pass of a resync.
+    pass_began: Option<Instant>,
     leading: Option<lead::Leading>,
     following: Option<Following>,
     /// State at the end of the last sealed epoch: what a frozen source follows from.
@@ -173,6 +175,7 @@ pub struct Driver {
     digest: Option<epochs::PendingDigest>,
     takeover: takeover::Takeover,
     figures: status::Figures,
+    troubles: status::Troubles,
     told: status::Told,
     /// Since when the seat's program is taken for gone.
     leaving: Option<Instant>,
@@ -182,6 +185,8 @@ pub struct Driver {
 /// The session that this seat follows.
 struct Following {
     session: ftvm_protocol::identity::SessionId,
+    /// Where its leader is.
+    leader: LinkSender,
     receiving: follow::Receiving,
     applied: Epoch,
 }
@@ -202,6 +207,7 @@ impl Driver {
             guest: Guest::None,
             resumed: Instant::now(),
             limited_since: None,
+            pass_began: None,
             leading: None,
             following: None,
             sealed_state: None,
@@ -211,6 +217,7 @@ impl Driver {
             digest: None,
             takeover: takeover::Takeover::default(),
             figures: status::Figures::default(),
+            troubles: status::Troubles::default(),
             told: status::Told::default(),
             leaving: None,
             ended: None,

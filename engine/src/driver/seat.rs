@@ -24,8 +24,8 @@ use crate::devices::set::{Backends, DeviceSet, DeviceSetConfig, DeviceThread};
 use crate::devices::virtio::blk::DiskConfig;
 use crate::devices::virtio::net::NetConfig;
 use crate::kvm::{Kvm, KvmError};
-use crate::memory::PAGE_SIZE;
 use crate::machine::{EventSender, Machine, MachineConfig, MachineError};
+use crate::memory::PAGE_SIZE;
 use crate::outbox::{self, Outbox};
 use crate::pause::PauseGate;
 use crate::replication::epoch::StagingLimits;
@@ -188,7 +188,8 @@ pub fn prepare(
         drop(fds.take(fd, "userfaultfd")?);
     }
     let (header, stored) = HeaderFile::open(fds.take(launch.files.header, "the seat's header")?.into())?;
-    let mut machine: MachineConfig = serde_json::from_value(launch.machine.clone()).map_err(SeatError::MachineConfig)?;
+    let mut machine: MachineConfig =
+        serde_json::from_value(launch.machine.clone()).map_err(SeatError::MachineConfig)?;
     let ram_pages = u32::try_from(machine.memory_bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX);
     let limits = EpochLimits::new(ram_pages, machine.vcpus, launch.disks.len());
     machine.dirty_ring_entries = machine.dirty_ring_entries.min(limits.ring_entries);
@@ -206,19 +207,22 @@ pub fn prepare(
     let outbox = Arc::new(Outbox::new(Box::new(host_sink(&nics, console, &dropped)?), rule));
     let waits = queue.clone();
     outbox.on_waiting(move || waits.output_waits());
-    let boot = BootSource {
-        kernel: fds.take(launch.boot.kernel, "the kernel")?.into(),
-        initrd: match launch.boot.initrd {
-            Some(fd) => Some(fds.take(fd, "the initrd")?.into()),
-            None => None,
-        },
-        cmdline: launch.boot.cmdline.clone(),
-        kernel_name: "kernel".to_owned(),
-        initrd_name: "initrd".to_owned(),
-    };
+    let boot = boot_source(launch, fds)?;
     let waits = queue.clone();
-    let disk_log = Arc::new(DiskLog::new(limits.disk_bytes, limits.recorded_bytes, move || waits.output_waits()));
-    let parts = build(&kvm, &machine, launch, nics, &outbox, &volumes, &disk_log, queue, filters.clone())?;
+    let disk_log = Arc::new(DiskLog::new(limits.disk_bytes, limits.recorded_bytes, move || {
+        waits.output_waits()
+    }));
+    let parts = build(
+        &kvm,
+        &machine,
+        launch,
+        nics,
+        &outbox,
+        &volumes,
+        &disk_log,
+        queue,
+        filters.clone(),
+    )?;
     let seat = Seat {
         vm: launch.vm.clone(),
         seat: launch.seat.clone(),
@@ -257,6 +261,19 @@ pub fn prepare(
         seat,
         link,
         listener,
+    })
+}
+
+fn boot_source(launch: &Launch, fds: &mut LaunchFds) -> Result<BootSource, SeatError> {
+    Ok(BootSource {
+        kernel: fds.take(launch.boot.kernel, "the kernel")?.into(),
+        initrd: match launch.boot.initrd {
+            Some(fd) => Some(fds.take(fd, "the initrd")?.into()),
+            None => None,
+        },
+        cmdline: launch.boot.cmdline.clone(),
+        kernel_name: "kernel".to_owned(),
+        initrd_name: "initrd".to_owned(),
     })
 }
 
@@ -527,7 +544,7 @@ pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, que
 
 /// Frames that carry a session's data, as opposed to control messages.
 fn is_of_session(kind: Kind) -> bool {
-    !matches!(kind, Kind::Hello | Kind::Control | Kind::Credit)
+    !matches!(kind, Kind::Hello | Kind::Control | Kind::Credit | Kind::Trouble)
 }
 
 /// What a thread that the driver starts is for.
@@ -610,6 +627,7 @@ impl Seat {
             memory: self.page_memory(),
             disks: self.open_disks()?,
             credit,
+            cpu: self.machine.cpu_offer().clone(),
             waiting_bytes: self.limits.waiting_bytes(),
             limits: StagingLimits {
                 page_count,
@@ -622,13 +640,14 @@ impl Seat {
 
     /// Memory and disks, to be copied while the guest runs.
     pub fn resync_source(&mut self) -> ResyncSource {
-        // One that was given up may still run for a moment: it has a progress of its own.
-        self.resync = Arc::default();
         let log = self.disk_log.clone();
         let recording = log.number();
         let changes = move || log.take_of(recording);
         let volumes = self.volumes.iter().map(|volume| volume.clone() as Arc<dyn Storage>);
-        ResyncSource::new(self.page_memory(), volumes.collect(), changes, self.resync.clone())
+        let cpu = self.machine.cpu_offer().machine.clone();
+        let source = ResyncSource::new(self.page_memory(), cpu, volumes.collect(), changes);
+        self.resync = source.progress();
+        source
     }
 
     /// Progress of a resync, if there is one.

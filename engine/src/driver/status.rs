@@ -37,10 +37,43 @@ pub struct Figures {
     pub braked: Duration,
     /// As a follower: the digest that the leader asked for last.
     pub digest: Option<Digest>,
+}
+
+/// What did not work on the way to protection, for as long as that is the reason that there is none.
+#[derive(Debug, Default)]
+pub struct Troubles {
     /// Why there is no link, with its exit code, if a person has to mend it.
-    pub link_trouble: Option<(u8, String)>,
-    /// The last thing that did not work.
-    pub last_trouble: Option<String>,
+    pub link: Option<(u8, String)>,
+    /// Why the last session failed.
+    pub session: Option<String>,
+    /// As a joiner: its exit code, if a person has to mend it.
+    pub session_code: Option<u8>,
+    /// Why the arbiter did not do what it was asked last.
+    pub arbiter: Option<String>,
+    /// Why the last connection was refused.
+    pub connection: Option<String>,
+}
+
+impl Troubles {
+    /// A link is up: what was wrong with connections is so no more.
+    pub fn link_up(&mut self) {
+        self.link = None;
+        self.connection = None;
+    }
+
+    /// A resync begins, or there is protection: what failed before is over.
+    pub fn session_works(&mut self) {
+        self.session = None;
+        self.session_code = None;
+    }
+
+    /// The first of them, before what the core says.
+    fn first(&self) -> Option<&str> {
+        let link = self.link.as_ref().map(|(_, text)| text);
+        link.or(self.session.as_ref())
+            .or(self.arbiter.as_ref())
+            .map(String::as_str)
+    }
 }
 
 impl Figures {
@@ -89,6 +122,9 @@ impl Driver {
     /// Tells the daemon what changed in this step.
     pub(super) fn tell_changes(&mut self, status: &CoreStatus) {
         self.acknowledged(status.acked);
+        if status.protected {
+            self.troubles.session_works();
+        }
         if self.told.role != Some(status.role) {
             self.told.role = Some(status.role);
             let why = self.why(status);
@@ -126,7 +162,6 @@ impl Driver {
 
     pub(super) fn warn(&mut self, text: String) {
         tracing::warn!("{text}");
-        self.figures.last_trouble = Some(text.clone());
         self.control.event(Event::Warning { text });
     }
 
@@ -140,10 +175,10 @@ impl Driver {
                 None => "protected".to_owned(),
             };
         }
-        if let Some((_, trouble)) = &self.figures.link_trouble {
-            return trouble.clone();
+        if let Some(trouble) = self.troubles.first() {
+            return trouble.to_owned();
         }
-        match (status.refused, &self.figures.last_trouble) {
+        match (status.refused, &self.troubles.connection) {
             (Some(refusal), _) => refusal.to_string(),
             (None, Some(trouble)) => trouble.clone(),
             (None, None) => match status.role {
@@ -177,7 +212,7 @@ impl Driver {
             holds_guest: status.holds_guest,
             protected: status.protected,
             why: self.why(&status),
-            code: self.figures.link_trouble.as_ref().map_or(0, |(code, _)| *code),
+            code: self.troubles.link.as_ref().map_or(0, |(code, _)| *code),
             term: status.term,
             holder,
             members,
@@ -233,5 +268,31 @@ impl Driver {
             trace.counters(&mut counters);
         }
         counters
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trouble_is_told_while_it_lasts_and_no_longer() {
+        let mut troubles = Troubles {
+            link: Some((18, "identity".to_owned())),
+            session: Some("resync failed".to_owned()),
+            session_code: None,
+            arbiter: None,
+            connection: Some("no route".to_owned()),
+        };
+        assert_eq!(
+            troubles.first(),
+            Some("identity"),
+            "nothing works before that is mended"
+        );
+        troubles.link_up();
+        assert_eq!(troubles.connection, None);
+        assert_eq!(troubles.first(), Some("resync failed"), "a link alone mends no session");
+        troubles.session_works();
+        assert_eq!(troubles.first(), None);
     }
 }

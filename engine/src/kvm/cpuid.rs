@@ -64,8 +64,65 @@ pub enum CpuError {
         "CPU: the VM's time stamp counter runs at {wanted_khz} kHz, this host's at {host_khz} kHz, and it can't scale: use hosts whose frequencies differ by less than 250 ppm"
     )]
     TscFrequency { wanted_khz: u32, host_khz: u32 },
+    #[error(
+        "CPU: this seat's machine has no {feature}, which the VM's CPU has, though this host has it: give both seats one CPU"
+    )]
+    NotGiven { feature: String },
+    #[error(
+        "CPU: this seat's machine has {feature}, which the VM's CPU has not, for it runs on a host without it: give both seats one CPU"
+    )]
+    Beyond { feature: String },
+    #[error(
+        "CPU: leaf {leaf:#x}.{subleaf} of CPUID is {theirs:x?} there and {ours:x?} here: use hosts with like CPUs, or give both seats one CPU"
+    )]
+    Leaf {
+        leaf: u32,
+        subleaf: u32,
+        ours: [u32; 4],
+        theirs: [u32; 4],
+    },
     #[error("CPU: a baseline of {leaves} leaves is more than any CPU has; the sender is broken or hostile")]
     TooLarge { leaves: usize },
+}
+
+/// What a seat has to offer to a guest that runs elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuOffer {
+    /// The most that its host can give.
+    pub host: CpuBaseline,
+    /// What its machine was made with.
+    pub machine: CpuBaseline,
+    /// Its host can give any frequency of the time stamp counter.
+    pub tsc_scaling: bool,
+}
+
+impl CpuOffer {
+    /// Whether a guest with the CPU `theirs` can be loaded into this seat's machine; otherwise the first thing that is in
+    /// the way.
+    pub fn check(&self, theirs: &CpuBaseline) -> Result<(), CpuError> {
+        theirs.check(&self.host, self.tsc_scaling)?;
+        if let Err(CpuError::Feature { feature }) = theirs.check(&self.machine, true) {
+            return Err(CpuError::NotGiven { feature });
+        }
+        if let Err(CpuError::Feature { feature }) = self.machine.check(theirs, true) {
+            return Err(CpuError::Beyond { feature });
+        }
+        let ours = &self.machine;
+        for (one, other) in [(theirs, ours), (ours, theirs)] {
+            for CpuidLeaf { leaf, subleaf, .. } in one.leaves() {
+                let registers = |of: &CpuBaseline| of.find(*leaf, *subleaf).map(|found| found.registers);
+                if registers(one) != registers(other) {
+                    return Err(CpuError::Leaf {
+                        leaf: *leaf,
+                        subleaf: *subleaf,
+                        ours: registers(ours).unwrap_or_default(),
+                        theirs: registers(theirs).unwrap_or_default(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Registers of feature bits: what they hold is the intersection of two hosts. With each the bits that are shown to a
@@ -447,6 +504,62 @@ mod tests {
         assert!(host.tsc_khz > 100_000);
         let text = serde_json::to_string(&host).expect("JSON");
         assert_eq!(serde_json::from_str::<CpuBaseline>(&text).expect("JSON"), host);
+    }
+
+    /// What a seat offers on this host, and what of a guest's CPU it can't give: by its name, before anything is copied.
+    #[test]
+    fn what_a_seat_cant_give_is_named() {
+        let host = host();
+        let offer = CpuOffer {
+            host: host.clone(),
+            machine: host.clone(),
+            tsc_scaling: false,
+        };
+        assert_eq!(offer.check(&host), Ok(()));
+
+        // A feature that this host lacks, whichever that is: of leaf 7, where no host has all.
+        let mut more = host.clone();
+        let leaf = leaf_of(&mut more, 7, 0);
+        let shown = mask(7, 0, Register::Ecx).expect("features");
+        let bit = (shown & !leaf.registers[2]).trailing_zeros();
+        leaf.registers[2] |= 1 << bit;
+        let name = feature_name(7, 0, Register::Ecx, bit);
+        let refused = offer.check(&more).expect_err("this host has no such feature");
+        assert_eq!(refused, CpuError::Feature { feature: name.clone() });
+        assert!(refused.to_string().contains(&name), "{refused}");
+
+        // This host has it, but one of the machines was made without it.
+        let mut less = host.clone();
+        let leaf = leaf_of(&mut less, 1, 0);
+        let bit = (leaf.registers[2] & mask(1, 0, Register::Ecx).expect("features")).trailing_zeros();
+        leaf.registers[2] &= !(1 << bit);
+        let feature = feature_name(1, 0, Register::Ecx, bit);
+        let reduced = CpuOffer {
+            machine: less.clone(),
+            ..offer.clone()
+        };
+        assert_eq!(
+            reduced.check(&host),
+            Err(CpuError::NotGiven {
+                feature: feature.clone()
+            })
+        );
+        assert_eq!(offer.check(&less), Err(CpuError::Beyond { feature }));
+
+        let mut faster = host.clone();
+        faster.tsc_khz = host.tsc_khz / 1000 * 1001;
+        assert!(matches!(offer.check(&faster), Err(CpuError::TscFrequency { .. })));
+        let scaling = CpuOffer {
+            tsc_scaling: true,
+            ..offer.clone()
+        };
+        assert_eq!(scaling.check(&faster), Ok(()));
+
+        let mut model = host.clone();
+        leaf_of(&mut model, 1, 0).registers[0] ^= 0x10;
+        assert!(matches!(offer.check(&model), Err(CpuError::Leaf { leaf: 1, .. })));
+        model.leaves = vec![model.leaves[0]; 5000];
+        assert!(matches!(offer.check(&model), Err(CpuError::TooLarge { leaves: 5000 })));
     }
 
     /// CPUID tells on which physical CPU it was asked; a baseline must not.

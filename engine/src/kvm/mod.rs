@@ -8,7 +8,7 @@ mod open;
 mod vm;
 
 pub(crate) use cpuid::tsc_alike;
-pub use cpuid::{CpuBaseline, CpuError, CpuidLeaf};
+pub use cpuid::{CpuBaseline, CpuError, CpuOffer, CpuidLeaf};
 pub use dirty::{DEFAULT_RING_ENTRIES, DirtySource};
 pub use open::{Capabilities, Kvm};
 pub use vm::{GsiLine, Vm};

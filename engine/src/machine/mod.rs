@@ -27,7 +27,7 @@ use crate::boot::{self, BootError, BootSource};
 use crate::devices::bus::Buses;
 use crate::devices::event::DeviceEvents;
 use crate::devices::irq::{GuestClock, IrqLine, MsiSender, NotifyRegistrar};
-use crate::kvm::{CpuBaseline, CpuError, Kvm, KvmError, Vm};
+use crate::kvm::{CpuBaseline, CpuError, CpuOffer, Kvm, KvmError, Vm};
 use crate::memory::{DirtyPages, GuestRam, MemoryError};
 use crate::pause::PauseGate;
 use crate::seccomp::Filters;
@@ -143,7 +143,7 @@ pub struct Machine {
     devices: Box<dyn DeviceSet>,
     vm: Arc<Vm>,
     gate: Arc<PauseGate>,
-    baseline: CpuBaseline,
+    offer: CpuOffer,
     description: Description,
     msr_list: MsrList,
     /// States of everything at power-on, for resets.
@@ -180,12 +180,18 @@ impl Machine {
     {
         config.check()?;
         let host = CpuBaseline::of_host(kvm)?;
+        let tsc_scaling = kvm.capabilities().tsc_scaling;
         let baseline = match &config.cpu {
             Some(baseline) => {
-                baseline.check(&host, kvm.capabilities().tsc_scaling)?;
+                baseline.check(&host, tsc_scaling)?;
                 baseline.clone()
             }
-            None => host,
+            None => host.clone(),
+        };
+        let offer = CpuOffer {
+            host,
+            machine: baseline.clone(),
+            tsc_scaling,
         };
         let ram = Arc::new(GuestRam::new(config.memory_bytes, config.prefault)?);
         let vm = Arc::new(Vm::new(kvm, ram.clone(), config.dirty_ring_entries)?);
@@ -229,7 +235,7 @@ impl Machine {
             devices,
             vm,
             gate: platform.gate,
-            baseline,
+            offer,
             description,
             msr_list,
             power_on,
@@ -257,9 +263,14 @@ impl Machine {
         &self.vm
     }
 
+    /// What this machine has to offer to a guest that runs elsewhere.
+    pub fn cpu_offer(&self) -> &CpuOffer {
+        &self.offer
+    }
+
     /// The CPU that the guest sees.
     pub fn cpu(&self) -> &CpuBaseline {
-        &self.baseline
+        &self.offer.machine
     }
 
     /// The devices.
@@ -284,7 +295,7 @@ impl Machine {
         self.require_still("booting")?;
         let entry = boot::load(self.vm.ram(), source, self.vcpus.len() as u8)?;
         for vcpu in &self.vcpus {
-            boot::set_up_memory_types(&vcpu.core(), self.baseline.physical_address_bits())?;
+            boot::set_up_memory_types(&vcpu.core(), self.offer.machine.physical_address_bits())?;
         }
         boot::set_up_first_vcpu(&self.vcpus[0].core(), &entry)?;
         Ok(())
@@ -440,7 +451,7 @@ impl Machine {
         let vcpus = (0..self.vcpus.len() as u32)
             .map(|index| {
                 let section = reader.require(kind::VCPU, VcpuStateVersion::CURRENT, index)?;
-                VcpuState::parse(section, &self.msr_list, self.baseline.tsc_khz, scaling)
+                VcpuState::parse(section, &self.msr_list, self.offer.machine.tsc_khz, scaling)
             })
             .collect::<Result<Vec<_>, _>>()?;
         let chips = Chips::parse(reader)?;

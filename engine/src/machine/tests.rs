@@ -402,7 +402,10 @@ fn a_guest_that_has_written_all_it_may_stands_still() {
         let count = active.count();
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(active.count(), count, "it stands still");
-        assert!(counts.last().is_some_and(|before| *before < count), "it ran: {counts:?}, {count}");
+        assert!(
+            counts.last().is_some_and(|before| *before < count),
+            "it ran: {counts:?}, {count}"
+        );
         counts.push(count);
         active.machine.pause();
         let mut dirty = DirtyPages::new(active.machine.ram().pages());
@@ -613,7 +616,7 @@ fn hosts_that_measured_their_tsc_a_little_differently_are_alike() {
     let mut active = Bench::booted();
     active.run_some(10_000, 1);
     let state = active.save();
-    let khz = active.machine.baseline.tsc_khz;
+    let khz = active.machine.offer.machine.tsc_khz;
     let mut standby = Bench::new();
     active.copy_ram_to(&standby);
     let alike = with_tsc(&state, khz, khz + khz / 10_000);

@@ -17,6 +17,7 @@
 //!
 //! Invariant: every buffer is bounded; who produces faster than the link carries waits or is told so.
 
+mod buffers;
 pub mod epoch;
 pub mod journal;
 pub mod link;

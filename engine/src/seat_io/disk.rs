@@ -93,8 +93,9 @@ impl DiskLog {
 
     /// Takes the changes of the epoch that ends; called while the pause gate is closed.
     pub fn take(&self) -> EpochChanges {
+        let epoch = std::mem::take(&mut self.books().epoch);
         self.room.notify_all();
-        std::mem::take(&mut self.books().epoch)
+        epoch
     }
 
     /// Bytes recorded in the running epoch: an epoch with many of them ends early.

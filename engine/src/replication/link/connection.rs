@@ -15,6 +15,7 @@ use super::frames::{Assembler, Frame};
 use super::queue::Queue;
 use super::tls::{self, TlsIdentity};
 use super::{DownReason, LinkConfig};
+use crate::replication::buffers;
 
 /// Ciphertext that may wait for the socket.
 const CIPHERTEXT_BYTES: usize = 256 * 1024;
@@ -230,7 +231,10 @@ impl Connection {
                 .map_err(DownReason::Broken)?;
             outgoing.sent += taken;
             if outgoing.is_done() {
-                self.outgoing = None;
+                self.outgoing
+                    .take()
+                    .into_iter()
+                    .for_each(|sent| buffers::give(sent.payload));
             } else {
                 return Ok(());
             }

@@ -1,5 +1,6 @@
 //! Bytes of a stream to frames.
 
+use crate::replication::buffers;
 use ftvm_protocol::wire::{FrameHeader, HEADER_BYTES, Kind, VERSION_HELLO, WireError};
 
 /// Room that is taken for a payload before its bytes are there; more as they come.
@@ -56,7 +57,7 @@ impl Assembler {
             self.filled = 0;
             let header = FrameHeader::decode(&self.header, self.agreed)?;
             let room = (header.len as usize).min(FIRST_ROOM_BYTES);
-            self.payload = Some((header, Vec::with_capacity(room)));
+            self.payload = Some((header, buffers::take(room)));
         }
         let Some((header, payload)) = &mut self.payload else {
             return Ok(None);

@@ -168,7 +168,7 @@ impl DownReason {
 /// The class in which frames of a kind are sent.
 pub fn class_of(kind: Kind) -> Class {
     match kind {
-        Kind::Hello | Kind::Control | Kind::Credit => Class::Control,
+        Kind::Hello | Kind::Control | Kind::Credit | Kind::Trouble => Class::Control,
         Kind::Input => Class::Input,
         Kind::EpochBegin
         | Kind::EpochPages

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use super::cache::PageCache;
 use super::codec::{Coded, Compression, PageCoder, PageKind, PageStats, RECORD_HEADER_BYTES};
 use super::{CHUNK_HEADER_BYTES, CHUNK_MAX_BYTES, CHUNK_TARGET_BYTES};
+use crate::replication::buffers;
 use crate::replication::memory::{PAGE_SIZE, Page, PageMemory};
 
 /// Neighbouring pages that go to the same shard: 256 KiB.
@@ -194,7 +195,8 @@ impl Shard {
             }
             stats.pages += 1;
             let contents = work.source.contents(index, &mut self.scratch);
-            match self.coder.code(contents, self.cache.find(page)) {
+            let base = if work.remember { self.cache.find(page) } else { None };
+            match self.coder.code(contents, base) {
                 Coded::Unchanged => {
                     stats.unchanged += 1;
                     continue;
@@ -210,7 +212,11 @@ impl Shard {
                     chunk.data(page, kind, data, work, &mut stats)?;
                 }
             }
-            self.cache.store(page, contents);
+            if work.remember {
+                self.cache.store(page, contents);
+            } else {
+                self.cache.remove(page);
+            }
         }
         chunk.close(work, &mut stats)?;
         Ok(stats)
@@ -284,7 +290,7 @@ impl ChunkBuilder {
         }
         if self.payload.is_empty() {
             let room = (work.source.len() * (PAGE_SIZE + RECORD_HEADER_BYTES)).min(CHUNK_MAX_BYTES);
-            self.payload.reserve(CHUNK_HEADER_BYTES + room);
+            self.payload = buffers::take(CHUNK_HEADER_BYTES + room);
             self.payload.resize(CHUNK_HEADER_BYTES, 0);
         }
         self.last = Some((self.payload.len(), page + 1));
@@ -318,6 +324,8 @@ struct Work {
     source: Arc<dyn PageSource>,
     sink: Arc<dyn ChunkSink>,
     shards: u32,
+    /// Keep what is sent, so that the next version can be sent as a difference.
+    remember: bool,
 }
 
 struct Job {
@@ -371,11 +379,26 @@ impl PageEncoder {
     /// Encodes the pages of `source`, hands the chunks to `sink` and returns when the last one was taken. After an
     /// error the cache is empty and the receiver needs every page that it may lack.
     pub fn encode(&mut self, source: Arc<dyn PageSource>, sink: Arc<dyn ChunkSink>) -> Result<PageStats, EncodeError> {
+        self.encode_set(source, sink, true)
+    }
+
+    /// The same for a copy of all of memory: most of it is not sent again soon, so nothing is remembered.
+    pub fn copy(&mut self, source: Arc<dyn PageSource>, sink: Arc<dyn ChunkSink>) -> Result<PageStats, EncodeError> {
+        self.encode_set(source, sink, false)
+    }
+
+    fn encode_set(
+        &mut self,
+        source: Arc<dyn PageSource>,
+        sink: Arc<dyn ChunkSink>,
+        remember: bool,
+    ) -> Result<PageStats, EncodeError> {
         let inline = source.len() <= INLINE_PAGES;
         let work = Work {
             source,
             sink,
             shards: self.shards.len() as u32,
+            remember,
         };
         let result = if inline {
             self.encode_here(&work)

@@ -4,6 +4,7 @@ use lz4_flex::block::decompress_into;
 
 use super::codec::{PageKind, RECORD_HEADER_BYTES, visit_runs, xor_into};
 use super::{CHUNK_HEADER_BYTES, CHUNK_MAX_BYTES};
+use crate::replication::buffers;
 use crate::replication::memory::{PAGE_SIZE, Page, PageMemory, ZERO_PAGE};
 
 /// What is wrong with a chunk of pages. The connection that brought it is not to be trusted any further.
@@ -213,6 +214,12 @@ impl PageChunk {
                 None => unreachable!("the kind was checked"),
             }
         }
+    }
+}
+
+impl Drop for PageChunk {
+    fn drop(&mut self) {
+        buffers::give(std::mem::take(&mut self.payload));
     }
 }
 

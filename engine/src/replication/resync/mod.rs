@@ -32,6 +32,8 @@ use serde::{Deserialize, Serialize};
 use super::epoch::{PayloadError, SendError};
 use super::pages::{EncodeError, PagesError, SinkClosed};
 use super::standby_disks::StandbyDisksError;
+use crate::control::exit_code;
+use crate::kvm::{CpuBaseline, CpuError};
 
 pub use digest::{Digest, PageDigests, digest_memory, digest_storage};
 pub use source::{Resync, ResyncProgress, ResyncSource, ResyncStats};
@@ -50,6 +52,8 @@ const DISK_CHANGES: u8 = 1;
 struct Begin {
     page_count: u32,
     disk_bytes: Vec<u64>,
+    /// The CPU that the guest sees.
+    cpu: CpuBaseline,
 }
 
 /// Payload of `ResyncEnd` behind the number (postcard).
@@ -105,6 +109,9 @@ pub enum ResyncError {
         /// Ours.
         ours: String,
     },
+    /// The guest's CPU can't be given here.
+    #[error("resync refused before anything was copied: {0}")]
+    Cpu(#[from] CpuError),
     /// A frame before the beginning, after the end, or a second beginning.
     #[error("resync frame out of place: {0}")]
     Unexpected(&'static str),
@@ -144,6 +151,17 @@ pub enum ResyncError {
 /// the next pass.
 pub fn pass_limit(pages: usize) -> usize {
     pages / 2
+}
+
+impl ResyncError {
+    /// The exit code of a joiner, if a person has to mend something before this seat can join.
+    pub fn exit_code(&self) -> Option<u8> {
+        match self {
+            Self::Cpu(_) => Some(exit_code::CPU),
+            Self::OtherMachine { .. } => Some(exit_code::CONFIG),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,8 @@ use ftvm_protocol::wire::Kind;
 
 use super::window::ResyncWindow;
 use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, ResyncError};
+use crate::kvm::CpuBaseline;
+use crate::replication::buffers;
 use crate::replication::epoch::{DiskChange, EpochSender, NumberedStream, wire};
 use crate::replication::memory::{PAGE_SIZE, PageMemory};
 use crate::replication::pages::{ChunkSink, EncodeError, LivePages, PageStats, SinkClosed};
@@ -92,6 +94,7 @@ type Feed = Box<dyn FnMut() -> Vec<DiskChange> + Send>;
 /// Copies a running machine.
 pub struct ResyncSource {
     memory: Arc<dyn PageMemory>,
+    cpu: CpuBaseline,
     volumes: Vec<Arc<dyn Storage>>,
     changes: Feed,
     window: Arc<ResyncWindow>,
@@ -99,21 +102,27 @@ pub struct ResyncSource {
 }
 
 impl ResyncSource {
-    /// All of `memory` and `volumes`. `changes` gives the disk changes that completed since it was asked last, in
+    /// All of `memory` and `volumes` of a guest that sees `cpu`. `changes` gives the disk changes that completed since it was asked last, in
     /// order; recording began before this is made. Dirty tracking of memory began before, too.
     pub fn new(
         memory: Arc<dyn PageMemory>,
+        cpu: CpuBaseline,
         volumes: Vec<Arc<dyn Storage>>,
         changes: impl FnMut() -> Vec<DiskChange> + Send + 'static,
-        progress: Arc<ResyncProgress>,
     ) -> Self {
         Self {
             memory,
+            cpu,
             volumes,
             changes: Box::new(changes),
             window: Arc::default(),
-            progress,
+            progress: Arc::default(),
         }
+    }
+
+    /// How far it is. Each resync has its own: one that was given up may still run for a moment beside its successor.
+    pub fn progress(&self) -> Arc<ResyncProgress> {
+        self.progress.clone()
     }
 
     /// Where `Credit` frames of the session go; without them the resync stalls after a few megabytes.
@@ -137,6 +146,7 @@ impl ResyncSource {
             &Begin {
                 page_count,
                 disk_bytes: disk_bytes.clone(),
+                cpu: self.cpu.clone(),
             },
             "ResyncBegin",
         )?;
@@ -232,6 +242,7 @@ impl Resync {
         self.bulk
             .send(Kind::ResyncEnd, wire::sequenced(0, &end, "ResyncEnd")?)?;
         sender.sink().wait_bulk_sent()?;
+        buffers::forget();
         self.stats.time = self.begun.elapsed();
         Ok(self.stats)
     }
@@ -239,7 +250,7 @@ impl Resync {
     fn send_pages(&mut self, sender: &mut EpochSender, pages: Vec<u32>) -> Result<(), ResyncError> {
         for piece in pages.chunks(PIECE_PAGES) {
             let source = Arc::new(LivePages::new(self.source.memory.clone(), piece.to_vec()));
-            let encoded = sender.encoder().encode(source, self.bulk.clone());
+            let encoded = sender.encoder().copy(source, self.bulk.clone());
             self.stats.pages.add(&encoded.map_err(|error| self.bulk.why(error))?);
             self.stats.disk_changes += self.source.send_changes(&self.bulk)?;
             self.source.progress.add(piece.len() as u64 * PAGE_SIZE as u64);

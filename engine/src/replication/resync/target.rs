@@ -4,6 +4,8 @@ use ftvm_protocol::wire::Kind;
 
 use super::window::{CREDIT_EVERY_BYTES, credit_payload};
 use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, ResyncError};
+use crate::kvm::CpuOffer;
+use crate::replication::buffers;
 use crate::replication::epoch::{DiskChange, PayloadError, StagingLimits, wire};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::PageChunk;
@@ -31,6 +33,7 @@ enum Phase {
 pub struct ResyncTarget {
     page_count: u32,
     disk_bytes: Vec<u64>,
+    cpu: CpuOffer,
     phase: Phase,
     next: u32,
     checksum: crc32fast::Hasher,
@@ -43,9 +46,10 @@ pub struct ResyncTarget {
 }
 
 impl ResyncTarget {
-    /// For the machine that `limits` describe.
-    pub fn new(limits: &StagingLimits) -> Self {
+    /// For the machine that `limits` and `cpu` describe.
+    pub fn new(limits: &StagingLimits, cpu: CpuOffer) -> Self {
         Self {
+            cpu,
             page_count: limits.page_count,
             disk_bytes: limits.disk_bytes.clone(),
             phase: Phase::Waiting,
@@ -120,6 +124,8 @@ impl ResyncTarget {
                 ours: describe(self.page_count, &self.disk_bytes),
             });
         }
+        // Before anything of this seat's is overwritten.
+        self.cpu.check(&begin.cpu)?;
         disks.begin_resync()?;
         self.pages = vec![0; self.page_count.div_ceil(64) as usize];
         self.phase = Phase::Running;
@@ -176,6 +182,7 @@ impl ResyncTarget {
             return incomplete("its bytes are not those that were sent".to_owned());
         }
         self.phase = Phase::Complete;
+        buffers::forget();
         Ok(())
     }
 }

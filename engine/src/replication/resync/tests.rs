@@ -1,10 +1,11 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use ftvm_protocol::wire::Kind;
 
 use super::*;
+use crate::kvm::{CpuBaseline, CpuOffer, Kvm};
 use crate::replication::epoch::{
     DiskChange, DiskData, EpochReceiver, EpochSender, FrameSink, SealedEpoch, StagedEpoch, StagingLimits,
 };
@@ -72,6 +73,17 @@ fn limits() -> StagingLimits {
     }
 }
 
+/// What seats of this host offer. KVM is asked once.
+fn offer() -> CpuOffer {
+    static HOST: LazyLock<CpuBaseline> =
+        LazyLock::new(|| CpuBaseline::of_host(&Kvm::open().expect("KVM")).expect("baseline"));
+    CpuOffer {
+        host: HOST.clone(),
+        machine: HOST.clone(),
+        tsc_scaling: true,
+    }
+}
+
 struct Standby {
     memory: HeapMemory,
     volumes: Vec<Arc<MemStorage>>,
@@ -98,7 +110,7 @@ impl Standby {
             memory,
             volumes,
             disks,
-            target: ResyncTarget::new(&limits()),
+            target: ResyncTarget::new(&limits(), offer()),
         }
     }
 
@@ -193,7 +205,7 @@ impl Active {
             .collect();
         let active = self.clone();
         let changes = move || std::mem::take(&mut *active.completed.lock().expect("no panic"));
-        ResyncSource::new(self.memory.clone(), volumes, changes, Arc::default())
+        ResyncSource::new(self.memory.clone(), offer().machine, volumes, changes)
     }
 
     /// What was written since this was asked last; what is written from here on is found by the next call.
@@ -353,15 +365,38 @@ fn another_machine_is_refused_before_anything_is_overwritten() {
     let active = Active::new();
     let frames = frames_of(&active);
     let mut standby = Standby::new();
-    standby.target = ResyncTarget::new(&StagingLimits {
-        page_count: PAGES + 1,
-        ..limits()
-    });
+    standby.target = ResyncTarget::new(
+        &StagingLimits {
+            page_count: PAGES + 1,
+            ..limits()
+        },
+        offer(),
+    );
     let before = standby.volumes[0].bytes();
     let refused = standby.accept(frames[0].clone());
     assert!(matches!(refused, Err(ResyncError::OtherMachine { .. })), "{refused:?}");
     let refused = standby.accept((frames[1].0, 0, frames[0].2.clone()));
     assert!(matches!(refused, Err(ResyncError::Unexpected(_))), "{refused:?}");
+    assert!(standby.volumes[0].bytes() == before);
+}
+
+/// A guest with a CPU that this seat can't give is refused by its first frame, by the feature's name.
+#[test]
+fn a_guest_of_another_cpu_is_refused_before_anything_is_overwritten() {
+    let frames = frames_of(&Active::new());
+    let mut standby = Standby::new();
+    let mut less = offer();
+    let leaf = less.machine.leaves.iter_mut().find(|leaf| leaf.leaf == 1);
+    // Every host has it.
+    leaf.expect("leaf 1").registers[3] &= !(1 << 4);
+    standby.target = ResyncTarget::new(&limits(), less);
+    let before = standby.volumes[0].bytes();
+    let refused = standby.accept(frames[0].clone()).expect_err("another CPU");
+    assert!(
+        matches!(refused, ResyncError::Cpu(CpuError::NotGiven { .. })),
+        "{refused:?}"
+    );
+    assert!(refused.to_string().contains("tsc"), "{refused}");
     assert!(standby.volumes[0].bytes() == before);
 }
 
@@ -383,6 +418,28 @@ fn damaged_frames_are_refused_without_a_panic() {
         // What passes is found by the checksum at the end.
         assert!(refused.is_some() || !standby.target.is_complete());
     }
+}
+
+/// A resync that is given up while its successor runs: what the successor tells of its progress stays as it is.
+#[test]
+fn a_resync_that_was_given_up_says_nothing_of_its_successor() {
+    let active = Active::new();
+    let (abandoned, source) = (active.source(), active.source());
+    let (mut sender, frames) = wire();
+    let progress = source.progress();
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(move || copy_all(source, &mut sender));
+        // The first frames are taken, then it waits: for room on the link.
+        frames.recv().expect("begin");
+        while progress.percent().is_none() {
+            std::thread::yield_now();
+        }
+        drop(abandoned);
+        assert!(progress.percent().is_some(), "it still runs");
+        drop(frames);
+        sending.join().expect("no panic").expect_err("the link is gone");
+        assert_eq!(progress.percent(), None, "it has ended");
+    });
 }
 
 #[test]
@@ -434,13 +491,13 @@ fn a_disk_that_cannot_be_read_ends_the_resync() {
         }
     }
     let (mut sender, frames) = wire();
-    let progress = Arc::new(ResyncProgress::default());
     let source = ResyncSource::new(
         Arc::new(HeapMemory::new(1)),
+        offer().machine,
         vec![Arc::new(Broken)],
         Vec::new,
-        progress.clone(),
     );
+    let progress = source.progress();
     let result = copy_all(source, &mut sender);
     assert!(
         matches!(
