@@ -125,11 +125,10 @@ impl Driver {
         if let Some(since) = self.limited_since.take() {
             self.figures.braked += since.elapsed();
         }
+        // Before: a vCPU may reach its limit at once.
+        self.resumed = Instant::now();
         match self.seat.machine.resume() {
-            Ok(()) => {
-                self.guest = Guest::Running;
-                self.resumed = Instant::now();
-            }
+            Ok(()) => self.guest = Guest::Running,
             Err(error) => self.guest_failed(&error),
         }
     }

@@ -423,6 +423,41 @@ fn a_guest_that_has_written_all_it_may_stands_still() {
     active.machine.pause();
 }
 
+/// A vCPU stops by itself, because it has written all it may, at any moment of a pause: what is saved is where it stopped.
+#[test]
+fn a_guest_that_stops_while_it_is_paused_is_saved_as_it_is() {
+    let config = MachineConfig {
+        dirty_ring_entries: 1024,
+        ..MachineConfig::new(MEMORY_BYTES, 1)
+    };
+    let mut active = Bench::with(&config);
+    Setup { pages: 2048, ..SETUP }.write(active.machine.ram());
+    active.machine.boot(&source()).expect("boot");
+    active.machine.set_tracking(true).expect("tracking");
+    active.machine.limit_writes(0);
+    let mut limited = 0;
+    for round in 0..2000u64 {
+        active.machine.resume().expect("resume");
+        // About as long as it takes to fill a ring, a little more and a little less.
+        let until = Instant::now() + Duration::from_micros(200 + round % 100 * 10);
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        active.machine.pause_and_save();
+        // MP state and general registers come first: a vCPU that stands still does not change them.
+        let registers = |bench: &Bench| bench.machine.vcpus[0].core().saved()[..4 + 18 * 8].to_vec();
+        let saved = registers(&active);
+        active.machine.vcpus[0].core().save().expect("saved again");
+        assert_eq!(saved, registers(&active), "round {round}");
+        limited += active
+            .events
+            .try_iter()
+            .filter(|event| matches!(event, VmEvent::WritesLimited { .. }))
+            .count();
+    }
+    assert!(limited > 0, "it met its limit");
+}
+
 #[test]
 fn a_reset_boots_anew_in_place() {
     let mut bench = Bench::booted();

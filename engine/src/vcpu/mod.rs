@@ -252,8 +252,9 @@ impl Worker {
             word = futex::wait_until(&self.shared.command, SPINS, |word| word != before);
             match Command::from_word(word) {
                 Command::Run => {
+                    // Parked is only who was told to park: the driver may be telling it right now, and would take a state
+                    // for saved that is not.
                     if let Some(event) = self.run(word) {
-                        self.shared.set_state(PARKED);
                         self.events.send(event);
                     }
                 }
