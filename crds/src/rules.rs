@@ -41,14 +41,22 @@ fn root() -> Value {
 pub(crate) fn spec() -> Value {
     json!([
         rule(
-            "self.disks.map(d, d.name) == oldSelf.disks.map(d, d.name) && self.disks.all(d, oldSelf.disks.exists(o, o.name == d.name && o.size == d.size && o.source == d.source))",
-            "spec.disks: names, order, sizes and sources are fixed for the VM's life: put back what was there, or make another VM",
+            "self.disks.map(d, d.name) == oldSelf.disks.map(d, d.name)",
+            "spec.disks: names and order are fixed for the VM's life: put back what was there, or make another VM",
         ),
         rule(
-            "self.networks.map(n, n.name) == oldSelf.networks.map(n, n.name) && self.networks.all(n, oldSelf.networks.exists(o, o.name == n.name && o.?mac.orValue('') == n.?mac.orValue('')))",
-            "spec.networks: names, order and MAC addresses are fixed for the VM's life: put back what was there, or make another VM",
+            "self.networks.map(n, n.name) == oldSelf.networks.map(n, n.name)",
+            "spec.networks: names and order are fixed for the VM's life: put back what was there, or make another VM",
         ),
     ])
+}
+
+/// Of one disk before and after: the API server compares those of one name.
+pub(crate) fn disk() -> Value {
+    json!([rule(
+        "self.size == oldSelf.size && self.source == oldSelf.source",
+        "a disk's size and source are fixed for the VM's life: put back what was there, or make another VM",
+    )])
 }
 
 pub(crate) fn memory() -> Value {
@@ -122,10 +130,16 @@ pub(crate) fn disk_name() -> Value {
 }
 
 pub(crate) fn network() -> Value {
-    json!([rule(
-        "has(self.bridge)",
-        "say what the card is attached to: bridge (name: a bridge of the nodes)",
-    )])
+    json!([
+        rule(
+            "has(self.bridge)",
+            "say what the card is attached to: bridge (name: a bridge of the nodes)",
+        ),
+        rule(
+            "has(self.mac) == has(oldSelf.mac) && (!has(self.mac) || self.mac == oldSelf.mac)",
+            "a card's MAC address is fixed for the VM's life: put back what was there, or make another VM",
+        ),
+    ])
 }
 
 pub(crate) fn mac() -> Value {

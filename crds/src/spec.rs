@@ -180,6 +180,7 @@ pub struct GuestVolume {
 /// A disk. Each seat has a volume of its own for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = rules::disk()))]
 pub struct Disk {
     /// Name, part of the claims' names and the disk's serial number in the guest.
     #[schemars(length(min = 1, max = 20), extend("x-kubernetes-validations" = rules::disk_name()))]

@@ -40,6 +40,9 @@ pub struct FaultTolerantVMStatus {
     /// The book: every seat, entered before anything is made for it. Node-daemons run engines only for the pods in it.
     #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub seats: Vec<SeatEntry>,
+    /// Seats that were replaced since the VM was last protected. What did not help is tried again after twice the time.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub replacements: u32,
     /// UID of the Lease with the arbiter's record, once it was made. Another Lease is never taken for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lease_uid: Option<String>,
@@ -54,8 +57,12 @@ pub struct FaultTolerantVMStatus {
     pub conditions: Vec<Condition>,
 }
 
+fn is_zero(value: &u32) -> bool {
+    *value == 0
+}
+
 /// What a VM does, in one word.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum VmPhase {
     /// Seats are being made, or wait for what the conditions name.
     Starting,
