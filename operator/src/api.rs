@@ -1,0 +1,325 @@
+//! Requests to the API server: each is counted, none is repeated in here.
+
+use std::fmt::Debug;
+
+use ftvm_crds::names::{ANNOTATION_NODES, ANNOTATION_REQUEST, FINALIZER, MANAGED_BY, authority_secret_name};
+use ftvm_crds::quantity::QuantityError;
+use ftvm_crds::seat::SeatRequest;
+use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, lease};
+use ftvm_protocol::identity::SeatId;
+use ftvm_protocol::record::{Phase, Record};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Secret};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use crate::build::{self, IdentityError};
+use crate::metrics::Metrics;
+
+/// Why something could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// The API server's answer, or none.
+    #[error("{verb} {kind} {name}: {source}")]
+    Request {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which kind.
+        kind: String,
+        /// Of which object.
+        name: String,
+        /// The answer.
+        source: Box<kube::Error>,
+    },
+    /// An identity could not be made.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// A size in the spec is none.
+    #[error("the VM's spec: {0}")]
+    Quantity(#[from] QuantityError),
+    /// The authority is gone although seats have its certificates.
+    #[error(
+        "Secret {0} is gone, and running seats trust its certificate alone: restore it from a backup, or halt the VM and delete its pods' identities"
+    )]
+    AuthorityGone(String),
+    /// The VM is not in a namespace, or has no UID.
+    #[error("the VM {0} has no namespace or UID: it was not read from an API server")]
+    Unread(String),
+}
+
+impl ApiError {
+    /// Somebody was faster: what was observed is old. The next look decides anew.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, ApiError::Request { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 409))
+    }
+
+    /// The object is not there.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, ApiError::Request { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 404))
+    }
+}
+
+/// Kinds that this operator reads and writes.
+pub trait Kind:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned
+{
+}
+impl<K> Kind for K where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned
+{
+}
+
+/// The objects of one namespace.
+#[derive(Clone)]
+pub struct Objects {
+    client: Client,
+    metrics: Metrics,
+    namespace: String,
+}
+
+impl Objects {
+    /// Those of this namespace.
+    pub fn new(client: Client, metrics: Metrics, namespace: &str) -> Objects {
+        Objects {
+            client,
+            metrics,
+            namespace: namespace.to_owned(),
+        }
+    }
+
+    fn api<K: Kind>(&self, verb: &'static str) -> Api<K> {
+        self.metrics.requests.with_label_values(&[verb, &K::kind(&())]).inc();
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// An object past every cache; none if there is none.
+    ///
+    /// # Errors
+    /// If the API server can't be asked.
+    pub async fn get<K: Kind>(&self, name: &str) -> Result<Option<K>, ApiError> {
+        let got = self.api::<K>("get").get_opt(name).await;
+        got.map_err(failed::<K>("get", name))
+    }
+
+    /// Server-side apply; makes the object if there is none.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn apply<K: Kind>(&self, object: &K) -> Result<K, ApiError> {
+        let name = object.name_any();
+        let params = PatchParams::apply(MANAGED_BY).force();
+        let applied = self
+            .api::<K>("apply")
+            .patch(&name, &params, &Patch::Apply(object))
+            .await;
+        applied.map_err(failed::<K>("apply", &name))
+    }
+
+    /// Makes an object; that it exists already is no error.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn create<K: Kind>(&self, object: &K) -> Result<(), ApiError> {
+        let name = object.name_any();
+        let made = self.api::<K>("create").create(&params(), object).await;
+        match made.map_err(failed::<K>("create", &name)) {
+            Err(error) if !error.is_conflict() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    async fn merge<K: Kind>(&self, name: &str, patch: serde_json::Value) -> Result<K, ApiError> {
+        let params = PatchParams {
+            field_manager: Some(MANAGED_BY.to_owned()),
+            ..PatchParams::default()
+        };
+        let merged = self.api::<K>("patch").patch(name, &params, &Patch::Merge(patch)).await;
+        merged.map_err(failed::<K>("patch", name))
+    }
+
+    /// Deletes exactly this object; that it is gone already is no error.
+    ///
+    /// # Errors
+    /// If it is another one by now, or the API server refuses.
+    pub async fn delete<K: Kind>(
+        &self,
+        name: &str,
+        uid: &str,
+        version: Option<&str>,
+        force: bool,
+    ) -> Result<(), ApiError> {
+        let params = DeleteParams {
+            grace_period_seconds: force.then_some(0),
+            preconditions: Some(Preconditions {
+                uid: Some(uid.to_owned()),
+                resource_version: version.map(str::to_owned),
+            }),
+            ..DeleteParams::default()
+        };
+        let deleted = self.api::<K>("delete").delete(name, &params).await;
+        match deleted.map_err(failed::<K>("delete", name)) {
+            Err(error) if !error.is_gone() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes the status over exactly the object that was observed.
+    ///
+    /// # Errors
+    /// A conflict if it was changed meanwhile.
+    pub async fn write_status(
+        &self,
+        vm: &FaultTolerantVM,
+        status: FaultTolerantVMStatus,
+    ) -> Result<FaultTolerantVM, ApiError> {
+        let name = vm.name_any();
+        let mut object = vm.clone();
+        object.status = Some(status);
+        object.metadata.managed_fields = None;
+        let written = self
+            .api::<FaultTolerantVM>("status")
+            .replace_status(&name, &params(), &object)
+            .await;
+        written.map_err(failed::<FaultTolerantVM>("write status of", &name))
+    }
+
+    /// Puts the finalizer on or takes it off, over exactly the object that was observed.
+    ///
+    /// # Errors
+    /// A conflict if it was changed meanwhile.
+    pub async fn set_finalizer(&self, vm: &FaultTolerantVM, on: bool) -> Result<FaultTolerantVM, ApiError> {
+        let mut finalizers: Vec<String> = vm
+            .finalizers()
+            .iter()
+            .filter(|name| *name != FINALIZER)
+            .cloned()
+            .collect();
+        if on {
+            finalizers.push(FINALIZER.to_owned());
+        }
+        let metadata = json!({ "finalizers": finalizers, "resourceVersion": vm.resource_version() });
+        self.merge(&vm.name_any(), json!({ "metadata": metadata })).await
+    }
+
+    /// Makes a VM's Lease; returns what is there now, whoever made it.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn create_lease(&self, vm: &FaultTolerantVM, original: SeatId, node: &str) -> Result<(), ApiError> {
+        let name = vm.name_any();
+        let owner = build::owner(vm).ok_or_else(|| ApiError::Unread(name.clone()))?;
+        self.create(&lease::genesis(
+            &self.namespace,
+            &name,
+            owner,
+            original,
+            node,
+            Timestamp::now(),
+        ))
+        .await
+    }
+
+    /// Writes the first record anew, over exactly the Lease that has this version.
+    ///
+    /// # Errors
+    /// A conflict if an engine wrote its own meanwhile.
+    pub async fn rewrite_genesis(&self, name: &str, version: u64, original: SeatId) -> Result<(), ApiError> {
+        let Some(mut lease) = self.get::<Lease>(name).await? else {
+            return Ok(());
+        };
+        if lease.resource_version() != Some(version.to_string()) {
+            // Another look decides.
+            return Ok(());
+        }
+        lease::set_record(&mut lease, &Record::genesis(original, Phase::Running), Timestamp::now());
+        let replaced = self.api::<Lease>("update").replace(name, &params(), &lease).await;
+        replaced.map(|_| ()).map_err(failed::<Lease>("update", name))
+    }
+
+    /// Says which nodes' daemons may write the record, over exactly the Lease that has this UID.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn set_lease_nodes(&self, name: &str, uid: &str, nodes: &str) -> Result<(), ApiError> {
+        let metadata = json!({ "uid": uid, "annotations": { ANNOTATION_NODES: nodes } });
+        self.merge::<Lease>(name, json!({ "metadata": metadata }))
+            .await
+            .map(|_| ())
+    }
+
+    /// Asks a seat's daemon for something, on exactly this pod.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn request(&self, pod: &str, uid: &str, request: &SeatRequest) -> Result<(), ApiError> {
+        // Plain data with text keys always encodes.
+        let text = serde_json::to_string(request).unwrap_or_default();
+        let metadata = json!({ "uid": uid, "annotations": { ANNOTATION_REQUEST: text } });
+        self.merge::<Pod>(pod, json!({ "metadata": metadata }))
+            .await
+            .map(|_| ())
+    }
+
+    /// Makes a claim.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn create_claim(&self, claim: &PersistentVolumeClaim) -> Result<(), ApiError> {
+        self.create(claim).await
+    }
+
+    /// Makes the identity of a pod, and the VM's authority with the first one.
+    ///
+    /// # Errors
+    /// If the authority is gone or damaged, or the API server refuses.
+    pub async fn issue_identity(&self, vm: &FaultTolerantVM, seat: &str, pod_uid: &str) -> Result<(), ApiError> {
+        let status = vm.status.clone().unwrap_or_default();
+        let Some(entry) = status.seats.iter().find(|entry| entry.name == seat) else {
+            return Ok(());
+        };
+        let name = authority_secret_name(&vm.name_any());
+        // An empty patch is answered with the object: the operator has no right to read Secrets.
+        let authority = match self.merge::<Secret>(&name, json!({})).await {
+            Ok(secret) => build::authority(vm, Some(&secret))?,
+            Err(error) if error.is_gone() => {
+                let issued = status
+                    .seats
+                    .iter()
+                    .any(|entry| entry.pod_uid.is_some() || !entry.former_uids.is_empty());
+                if issued {
+                    return Err(ApiError::AuthorityGone(name));
+                }
+                let made = build::authority(vm, None)?;
+                let secret = build::secret_of_authority(vm, &made);
+                let created = self.api::<Secret>("create").create(&params(), &secret).await;
+                created.map_err(failed::<Secret>("create", &name))?;
+                made
+            }
+            Err(error) => return Err(error),
+        };
+        let secret = build::identity_secret(vm, entry, pod_uid, &authority)?;
+        self.apply(&secret).await.map(|_| ())
+    }
+}
+
+fn params() -> PostParams {
+    PostParams {
+        field_manager: Some(MANAGED_BY.to_owned()),
+        ..PostParams::default()
+    }
+}
+
+fn failed<K: Kind>(verb: &'static str, name: &str) -> impl FnOnce(kube::Error) -> ApiError {
+    let name = name.to_owned();
+    move |source| ApiError::Request {
+        verb,
+        kind: K::kind(&()).into_owned(),
+        name,
+        source: Box::new(source),
+    }
+}

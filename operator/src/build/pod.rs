@@ -1,0 +1,241 @@
+//! The pod of a seat.
+
+use std::collections::BTreeMap;
+
+use ftvm_crds::names::{
+    CONTAINER, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PORT_LINK, RESOURCE_SEAT, claim_name,
+    identity_secret_name,
+};
+use ftvm_crds::quantity::{self, QuantityError};
+use ftvm_crds::{FaultTolerantVM, PullPolicy, SeatEntry};
+use k8s_openapi::api::core::v1::{
+    Affinity, Capabilities, Container, ContainerPort, ExecAction, ImageVolumeSource, LocalObjectReference,
+    PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe,
+    ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::ResourceExt;
+use kube::api::ObjectMeta;
+
+use super::{SeatImage, owner, seat_labels};
+
+/// User and group of the seat program, as in the image.
+const USER: i64 = 65532;
+/// Time for a hand-over at the end of a pod.
+const GRACE_SECONDS: i64 = 60;
+/// Of the engine itself, beside the guest's memory and what is in flight of it.
+const OVERHEAD_BYTES: u64 = 256 << 20;
+
+/// The pod of a seat. Its claims exist; its identity is made for its UID.
+///
+/// # Errors
+/// If the VM's memory is no size, which the API server's rules prevent.
+pub fn pod(vm: &FaultTolerantVM, entry: &SeatEntry, image: &SeatImage) -> Result<Pod, QuantityError> {
+    let placement = &vm.spec.placement;
+    let wishes = placement.seats.get(usize::from(entry.slot));
+    let selector = wishes
+        .map(|seat| seat.node_selector.clone())
+        .filter(|labels| !labels.is_empty());
+    let guest_secret = vm.spec.boot.image.iter().filter_map(|image| image.pull_secret.clone());
+    let secrets: Vec<_> = image.pull_secrets.iter().cloned().chain(guest_secret).collect();
+    Ok(Pod {
+        metadata: ObjectMeta {
+            name: Some(entry.name.clone()),
+            namespace: vm.namespace(),
+            labels: Some(seat_labels(vm, &entry.name)),
+            owner_references: owner(vm).map(|owner| vec![owner]),
+            ..ObjectMeta::default()
+        },
+        spec: Some(PodSpec {
+            containers: vec![container(vm, image)?],
+            volumes: Some(volumes(vm, entry)),
+            restart_policy: Some("Always".to_owned()),
+            automount_service_account_token: Some(false),
+            enable_service_links: Some(false),
+            termination_grace_period_seconds: Some(GRACE_SECONDS),
+            node_selector: selector,
+            affinity: Some(apart(vm)),
+            tolerations: Some(tolerations(vm)),
+            priority_class_name: placement.priority_class_name.clone(),
+            image_pull_secrets: (!secrets.is_empty())
+                .then(|| secrets.into_iter().map(|name| LocalObjectReference { name }).collect()),
+            security_context: Some(PodSecurityContext {
+                run_as_non_root: Some(true),
+                run_as_user: Some(USER),
+                run_as_group: Some(USER),
+                fs_group: Some(USER),
+                fs_group_change_policy: Some("OnRootMismatch".to_owned()),
+                seccomp_profile: Some(SeccompProfile {
+                    type_: "RuntimeDefault".to_owned(),
+                    localhost_profile: None,
+                }),
+                ..PodSecurityContext::default()
+            }),
+            ..PodSpec::default()
+        }),
+        status: None,
+    })
+}
+
+fn container(vm: &FaultTolerantVM, image: &SeatImage) -> Result<Container, QuantityError> {
+    let mount = |name: String, path: String, read_only: bool| VolumeMount {
+        name,
+        mount_path: path,
+        read_only: read_only.then_some(true),
+        ..VolumeMount::default()
+    };
+    let disks = vm.spec.disks.iter();
+    let mut mounts: Vec<_> = disks
+        .map(|disk| {
+            mount(
+                format!("disk-{}", disk.name),
+                format!("{PATH_DISKS}/{}", disk.name),
+                false,
+            )
+        })
+        .collect();
+    mounts.push(mount("guest".to_owned(), PATH_GUEST.to_owned(), true));
+    mounts.push(mount("identity".to_owned(), PATH_IDENTITY.to_owned(), true));
+    Ok(Container {
+        name: CONTAINER.to_owned(),
+        image: Some(image.image.clone()),
+        image_pull_policy: Some(image.pull_policy.clone()).filter(|policy| !policy.is_empty()),
+        command: Some(vec!["/seat".to_owned()]),
+        ports: Some(vec![ContainerPort {
+            name: Some("link".to_owned()),
+            container_port: PORT_LINK.into(),
+            protocol: Some("TCP".to_owned()),
+            ..ContainerPort::default()
+        }]),
+        readiness_probe: Some(Probe {
+            exec: Some(ExecAction {
+                command: Some(vec!["/seat".to_owned(), "ready".to_owned()]),
+            }),
+            period_seconds: Some(2),
+            timeout_seconds: Some(2),
+            failure_threshold: Some(2),
+            ..Probe::default()
+        }),
+        resources: Some(resources(vm)?),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            privileged: Some(false),
+            read_only_root_filesystem: Some(true),
+            run_as_non_root: Some(true),
+            capabilities: Some(Capabilities {
+                add: None,
+                drop: Some(vec!["ALL".to_owned()]),
+            }),
+            ..SecurityContext::default()
+        }),
+        volume_mounts: Some(mounts),
+        ..Container::default()
+    })
+}
+
+/// Memory in full on both sides. CPU is limited only if the user says so: a side that is held back looks dead to the other.
+fn resources(vm: &FaultTolerantVM) -> Result<ResourceRequirements, QuantityError> {
+    let wishes = &vm.spec.resources;
+    let guest_bytes = quantity::bytes(&vm.spec.machine.memory)?;
+    let overhead_bytes = match &wishes.memory_overhead {
+        Some(text) => quantity::bytes(text)?,
+        None => OVERHEAD_BYTES + guest_bytes / 4,
+    };
+    let memory = Quantity(quantity::text(guest_bytes + overhead_bytes));
+    let request = wishes
+        .cpu_request
+        .clone()
+        .unwrap_or_else(|| vm.spec.machine.vcpus.to_string());
+    let mut limits: BTreeMap<String, Quantity> = [
+        ("memory".to_owned(), memory),
+        (RESOURCE_SEAT.to_owned(), Quantity("1".to_owned())),
+    ]
+    .into();
+    let mut requests = limits.clone();
+    requests.insert("cpu".to_owned(), Quantity(request));
+    if let Some(limit) = &wishes.cpu_limit {
+        limits.insert("cpu".to_owned(), Quantity(limit.clone()));
+    }
+    Ok(ResourceRequirements {
+        limits: Some(limits),
+        requests: Some(requests),
+        claims: None,
+    })
+}
+
+fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry) -> Vec<Volume> {
+    let disks = vm.spec.disks.iter();
+    let mut volumes: Vec<_> = disks
+        .map(|disk| Volume {
+            name: format!("disk-{}", disk.name),
+            persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+                claim_name: claim_name(&entry.name, &disk.name),
+                read_only: None,
+            }),
+            ..Volume::default()
+        })
+        .collect();
+    let boot = &vm.spec.boot;
+    volumes.push(Volume {
+        name: "guest".to_owned(),
+        image: boot.image.as_ref().map(|image| ImageVolumeSource {
+            reference: Some(image.reference.clone()),
+            pull_policy: Some(
+                match image.pull_policy {
+                    PullPolicy::Always => "Always",
+                    PullPolicy::IfNotPresent => "IfNotPresent",
+                    PullPolicy::Never => "Never",
+                }
+                .to_owned(),
+            ),
+        }),
+        persistent_volume_claim: boot.volume.as_ref().map(|volume| PersistentVolumeClaimVolumeSource {
+            claim_name: volume.claim_name.clone(),
+            read_only: Some(true),
+        }),
+        ..Volume::default()
+    });
+    volumes.push(Volume {
+        name: "identity".to_owned(),
+        secret: Some(SecretVolumeSource {
+            secret_name: Some(identity_secret_name(&entry.name)),
+            default_mode: Some(0o440),
+            ..SecretVolumeSource::default()
+        }),
+        ..Volume::default()
+    });
+    volumes
+}
+
+/// The seats of a VM never share what may fail together.
+fn apart(vm: &FaultTolerantVM) -> Affinity {
+    Affinity {
+        pod_anti_affinity: Some(PodAntiAffinity {
+            required_during_scheduling_ignored_during_execution: Some(vec![PodAffinityTerm {
+                label_selector: Some(LabelSelector {
+                    match_labels: Some([(LABEL_VM.to_owned(), vm.name_any())].into()),
+                    match_expressions: None,
+                }),
+                topology_key: vm.spec.placement.topology_key.clone(),
+                ..PodAffinityTerm::default()
+            }]),
+            preferred_during_scheduling_ignored_during_execution: None,
+        }),
+        ..Affinity::default()
+    }
+}
+
+/// The arbiter decides what a lost node means, not a timer on a taint.
+fn tolerations(vm: &FaultTolerantVM) -> Vec<Toleration> {
+    let taints = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"];
+    let own = taints.map(|key| Toleration {
+        key: Some(key.to_owned()),
+        operator: Some("Exists".to_owned()),
+        effect: Some("NoExecute".to_owned()),
+        ..Toleration::default()
+    });
+    own.into_iter()
+        .chain(vm.spec.placement.tolerations.iter().cloned())
+        .collect()
+}

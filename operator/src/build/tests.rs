@@ -1,0 +1,131 @@
+use std::path::Path;
+
+use ftvm_crds::{FaultTolerantVM, SeatEntry, yaml};
+use k8s_openapi::api::core::v1::Secret;
+use serde::Serialize;
+
+use super::*;
+
+const UID: &str = "11111111-2222-4333-8444-555555555555";
+
+fn vm() -> FaultTolerantVM {
+    yaml::read(crate::decide::rig::VM).unwrap()
+}
+
+fn entry() -> SeatEntry {
+    SeatEntry {
+        name: "web-x7k2q".to_owned(),
+        slot: 1,
+        ..SeatEntry::default()
+    }
+}
+
+fn image() -> SeatImage {
+    SeatImage {
+        image: "registry.example/ftvm:1".to_owned(),
+        pull_policy: "IfNotPresent".to_owned(),
+        pull_secrets: vec!["registry".to_owned()],
+    }
+}
+
+/// Compares with the file of this name; writes it anew if FTVM_WRITE_SNAPSHOTS is set.
+fn snapshot<T: Serialize>(name: &str, object: &T) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("src/build/snapshots")
+        .join(name);
+    let text = yaml::write(object).unwrap();
+    if std::env::var_os("FTVM_WRITE_SNAPSHOTS").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let kept = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(
+        text, kept,
+        "if that is meant: FTVM_WRITE_SNAPSHOTS=1 cargo test -p ftvm-operator --lib build"
+    );
+}
+
+#[test]
+fn pods() {
+    snapshot("pod.yaml", &pod(&vm(), &entry(), &image()).unwrap());
+}
+
+#[test]
+fn pods_with_every_wish() {
+    let mut vm = vm();
+    let wishes = "
+placement:
+  topologyKey: topology.kubernetes.io/zone
+  seats: [{}, {nodeSelector: {rack: two}}]
+  tolerations: [{key: dedicated, operator: Exists, effect: NoSchedule}]
+  priorityClassName: vms
+resources: {cpuRequest: 500m, cpuLimit: '3', memoryOverhead: 1Gi}
+boot: {volume: {claimName: guest}, kernel: /boot/linux}
+";
+    let wishes: serde_json::Value = yaml::read(wishes).unwrap();
+    vm.spec.placement = serde_json::from_value(wishes["placement"].clone()).unwrap();
+    vm.spec.resources = serde_json::from_value(wishes["resources"].clone()).unwrap();
+    vm.spec.boot = serde_json::from_value(wishes["boot"].clone()).unwrap();
+    snapshot("pod-wishes.yaml", &pod(&vm, &entry(), &image()).unwrap());
+}
+
+#[test]
+fn claims() {
+    snapshot("claim-first.yaml", &claim(&vm(), &entry(), 0).unwrap());
+    snapshot("claim-second.yaml", &claim(&vm(), &entry(), 1).unwrap());
+    assert!(claim(&vm(), &entry(), 2).is_err());
+}
+
+#[test]
+fn shared_objects() {
+    snapshot("budget.yaml", &budget(&vm()));
+    snapshot("network-policy.yaml", &network_policy(&vm()));
+}
+
+#[test]
+fn sizes_that_are_none_are_errors() {
+    let mut vm = vm();
+    vm.spec.machine.memory = "lots".to_owned();
+    vm.spec.disks[0].size = "1".to_owned();
+    assert!(pod(&vm, &entry(), &image()).is_err());
+    assert!(claim(&vm, &entry(), 0).is_err());
+}
+
+fn text(secret: &Secret, key: &str) -> String {
+    String::from_utf8(secret.data.as_ref().unwrap()[key].0.clone()).unwrap()
+}
+
+#[test]
+fn identities_are_what_the_engine_expects() {
+    let vm = vm();
+    let first = authority(&vm, None).unwrap();
+    let kept = secret_of_authority(&vm, &first);
+    let again = authority(&vm, Some(&kept)).unwrap();
+    assert_eq!(again.certificate_pem, first.certificate_pem);
+    let secret = identity_secret(&vm, &entry(), UID, &again).unwrap();
+    let who: ftvm_protocol::identity::SeatIdentity = serde_json::from_str(&text(&secret, "seat.json")).unwrap();
+    assert_eq!((who.vm.as_str(), who.seat.as_str()), ("web", "web-x7k2q"));
+    assert_eq!(who.seat_id.to_string(), UID);
+    assert_eq!(Some(who.vm_id.to_string()), vm.uid());
+    assert_eq!(text(&secret, "authority.pem"), first.certificate_pem);
+    assert!(text(&secret, "key.pem").contains("BEGIN PRIVATE KEY"));
+    let owner = &secret.metadata.owner_references.as_ref().unwrap()[0];
+    assert_eq!((owner.kind.as_str(), owner.uid.as_str()), ("Pod", UID));
+}
+
+#[test]
+fn damaged_authorities_are_named_errors() {
+    let vm = vm();
+    let mut secret = secret_of_authority(&vm, &authority(&vm, None).unwrap());
+    secret.data.as_mut().unwrap().remove("tls.crt");
+    assert!(matches!(
+        authority(&vm, Some(&secret)),
+        Err(IdentityError::Authority { key: "tls.crt", .. })
+    ));
+    secret.data = None;
+    assert!(authority(&vm, Some(&secret)).is_err());
+    let good = authority(&vm, None).unwrap();
+    assert!(matches!(
+        identity_secret(&vm, &entry(), "x", &good),
+        Err(IdentityError::Uid(_))
+    ));
+}

@@ -1,0 +1,204 @@
+//! What the API server's watches told: read in every reconcile without a request.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex};
+
+use ftvm_crds::FaultTolerantVM;
+use ftvm_crds::names::{LABEL_MANAGED_BY, LABEL_VM, MANAGED_BY, claim_name};
+use futures::{StreamExt, TryStreamExt};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+
+use crate::api::{ApiError, Objects};
+use crate::observe::{self, NodeSeen, Observed};
+use crate::random;
+
+/// VMs that should be looked at again.
+pub type Triggers = mpsc::UnboundedSender<ObjectRef<FaultTolerantVM>>;
+
+/// Everything that is watched beside the VMs.
+#[derive(Clone)]
+pub struct Caches {
+    pods: Store<Pod>,
+    claims: Store<PersistentVolumeClaim>,
+    leases: Store<Lease>,
+    nodes: Store<Node>,
+}
+
+impl Caches {
+    /// Begins to watch; `triggers` gets the VMs that a change is about. `vms` tells which VMs a node is of interest to.
+    pub fn watch(client: &Client, triggers: &Triggers, vms: Arc<Mutex<Option<Store<FaultTolerantVM>>>>) -> Caches {
+        let ours = watcher::Config::default().labels(&format!("{LABEL_MANAGED_BY}={MANAGED_BY}"));
+        let all = |kind| (kind, triggers.clone());
+        let (_, pods) = all("pods");
+        let (_, claims) = all("claims");
+        let (_, leases) = all("leases");
+        Caches {
+            pods: follow(Api::all(client.clone()), ours.clone(), move |pod: &Pod| {
+                of_label(&pods, pod)
+            }),
+            claims: follow(
+                Api::all(client.clone()),
+                ours.clone(),
+                move |claim: &PersistentVolumeClaim| {
+                    of_label(&claims, claim);
+                },
+            ),
+            leases: follow(Api::all(client.clone()), ours, move |lease: &Lease| {
+                of_label(&leases, lease)
+            }),
+            nodes: follow(
+                Api::all(client.clone()),
+                watcher::Config::default(),
+                of_node(triggers.clone(), vms),
+            ),
+        }
+    }
+
+    /// Waits until everything was listed once.
+    ///
+    /// # Errors
+    /// If a watch ended.
+    pub async fn ready(&self) -> Result<(), reflector::store::WriterDropped> {
+        self.pods.wait_until_ready().await?;
+        self.claims.wait_until_ready().await?;
+        self.leases.wait_until_ready().await?;
+        self.nodes.wait_until_ready().await
+    }
+
+    /// What is known of a VM.
+    pub fn observe(&self, vm: &FaultTolerantVM) -> Observed {
+        let namespace = vm.namespace().unwrap_or_default();
+        let (pods, claims) = names(vm);
+        let pods = pods
+            .iter()
+            .filter_map(|name| self.pods.get(&ObjectRef::new(name).within(&namespace)));
+        let claims = claims
+            .iter()
+            .filter_map(|name| self.claims.get(&ObjectRef::new(name).within(&namespace)));
+        let lease = self.leases.get(&ObjectRef::new(&vm.name_any()).within(&namespace));
+        Observed {
+            vm: vm.clone(),
+            lease: observe::lease(vm, lease.as_deref()),
+            pods: pods.filter_map(|pod| observe::pod(vm, &pod)).collect(),
+            claims: claims.filter_map(|claim| observe::claim(&claim)).collect(),
+            nodes: self.nodes(),
+            now: Timestamp::now(),
+            draws: [random::u64(), random::u64()],
+        }
+    }
+
+    fn nodes(&self) -> BTreeMap<String, NodeSeen> {
+        self.nodes.state().iter().map(|node| observe::node(node)).collect()
+    }
+
+    /// The same, read past every cache; none if the VM is gone. Nodes are as they were told.
+    ///
+    /// # Errors
+    /// If the API server can't be asked.
+    pub async fn observe_fresh(&self, objects: &Objects, name: &str) -> Result<Option<Observed>, ApiError> {
+        let Some(vm) = objects.get::<FaultTolerantVM>(name).await? else {
+            return Ok(None);
+        };
+        let (pod_names, claim_names) = names(&vm);
+        let mut pods = BTreeMap::new();
+        for name in pod_names {
+            let pod = objects.get::<Pod>(&name).await?;
+            pods.extend(pod.and_then(|pod| observe::pod(&vm, &pod)));
+        }
+        let mut claims = BTreeMap::new();
+        for name in claim_names {
+            let claim = objects.get::<PersistentVolumeClaim>(&name).await?;
+            claims.extend(claim.and_then(|claim| observe::claim(&claim)));
+        }
+        // Last: nothing that was read before it can have become active without showing here.
+        let lease = objects.get::<Lease>(name).await?;
+        Ok(Some(Observed {
+            lease: observe::lease(&vm, lease.as_ref()),
+            vm,
+            pods,
+            claims,
+            nodes: self.nodes(),
+            now: Timestamp::now(),
+            draws: [random::u64(), random::u64()],
+        }))
+    }
+}
+
+/// Names of the pods and claims that the book speaks of.
+fn names(vm: &FaultTolerantVM) -> (BTreeSet<String>, BTreeSet<String>) {
+    let seats = vm.status.iter().flat_map(|status| &status.seats);
+    let pods: BTreeSet<String> = seats.map(|entry| entry.name.clone()).collect();
+    let disks = || vm.spec.disks.iter();
+    let claims = pods
+        .iter()
+        .flat_map(|pod| disks().map(|disk| claim_name(pod, &disk.name)))
+        .collect();
+    (pods, claims)
+}
+
+fn follow<K>(api: Api<K>, config: watcher::Config, told: impl Fn(&K) + Send + 'static) -> Store<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+{
+    let (reader, writer) = reflector::store();
+    let slim = |mut object: K| {
+        object.managed_fields_mut().clear();
+        object
+    };
+    let stream = watcher(api, config)
+        .default_backoff()
+        .map_ok(move |event| event.modify(|object| *object = slim(object.clone())));
+    tokio::spawn(async move {
+        let mut touched = stream.reflect(writer).touched_objects().boxed();
+        while let Some(event) = touched.next().await {
+            match event {
+                Ok(object) => told(&object),
+                // The stream tries again, later and later.
+                Err(error) => tracing::warn!(kind = %K::kind(&()), %error, "a watch was interrupted"),
+            }
+        }
+    });
+    reader
+}
+
+fn of_label<K: Resource<DynamicType = ()>>(triggers: &Triggers, object: &K) {
+    let labels = object.meta().labels.as_ref();
+    let vm = labels.and_then(|labels| labels.get(LABEL_VM));
+    if let (Some(vm), Some(namespace)) = (vm, &object.meta().namespace) {
+        // Nobody listens any more only when the process ends.
+        let _ = triggers.send(ObjectRef::new(vm).within(namespace));
+    }
+}
+
+/// A node matters when its readiness or what it offers changes: to VMs with a seat there, and to those that look for a place.
+fn of_node(triggers: Triggers, vms: Arc<Mutex<Option<Store<FaultTolerantVM>>>>) -> impl Fn(&Node) + Send + 'static {
+    let known: Mutex<BTreeMap<String, (NodeSeen, bool)>> = Mutex::default();
+    move |node| {
+        let (name, seen) = observe::node(node);
+        let gone = node.metadata.deletion_timestamp.is_some();
+        let mut known = known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if known.get(&name) == Some(&(seen.clone(), gone)) {
+            return;
+        }
+        known.insert(name.clone(), (seen, gone));
+        drop(known);
+        let vms = vms.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        for vm in vms.iter().flat_map(Store::state) {
+            let seats = vm.status.as_ref().map_or(&[][..], |status| &status.seats);
+            if seats
+                .iter()
+                .any(|entry| entry.node.as_ref() == Some(&name) || entry.node.is_none())
+            {
+                let _ = triggers.send(ObjectRef::from_obj(&vm));
+            }
+        }
+    }
+}

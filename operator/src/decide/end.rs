@@ -1,0 +1,99 @@
+//! The guest shall not run, or the VM shall go: stop it, prove it, take the pods away.
+
+use ftvm_crds::names::FINALIZER;
+use ftvm_crds::seat::Order;
+use ftvm_crds::{SeatEntry, VolumePolicy};
+use ftvm_protocol::record::{Phase, Record};
+use kube::ResourceExt;
+
+use super::run::{ask, delete_pod, remove_seat};
+use super::{Action, Decision, Want, has_engine, holder, is_genesis, is_named, pod, record, want};
+use crate::observe::Observed;
+
+pub(super) fn end(seen: &Observed, decision: &mut Decision) {
+    let goes = want(seen) == Want::Delete;
+    let found = record(seen).map(|record| record.snapshot.record.clone());
+    match &found {
+        Some(record) if is_genesis(record) && !goes => begin_anew(seen, decision),
+        Some(record) if !is_genesis(record) => stop(seen, record, decision),
+        // No guest ever ran, or the arbiter is gone and the VM goes with all it has.
+        _ if goes || seen.status().lease_uid.is_none() => {
+            for entry in &decision.book {
+                if let Some(pod) = seen.pods.get(&entry.name) {
+                    delete_pod(seen, entry, pod, true, &mut decision.actions);
+                }
+            }
+        }
+        // Halting needs the record: conditions say what is wrong with it.
+        _ => {}
+    }
+    let pods_gone = seen.pods.is_empty();
+    if goes && pods_gone {
+        release(seen, decision);
+    }
+    decision.at_rest = pods_gone;
+}
+
+/// A VM whose guest never ran is halted by forgetting its seats: their disks hold nothing but the image.
+fn begin_anew(seen: &Observed, decision: &mut Decision) {
+    decision.book.iter_mut().for_each(|entry| entry.leaving = true);
+    let mut gone = Vec::new();
+    for entry in &decision.book {
+        if remove_seat(seen, entry, &mut decision.actions) {
+            gone.push(entry.name.clone());
+        }
+    }
+    decision.book.retain(|entry| !gone.contains(&entry.name));
+}
+
+fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
+    let book = decision.book.clone();
+    if record.phase == Phase::Running {
+        // A new id for each wish; the active may change before it is executed.
+        let id = format!(
+            "stop-{}-{}",
+            seen.vm.metadata.generation.unwrap_or_default(),
+            record.term
+        );
+        if let Some(active) = holder(&book, record) {
+            ask(seen, active, &id, &Order::Stop, &mut decision.actions);
+        }
+        // With every other pod gone, what is left belongs to nobody that the record names.
+        for entry in book.iter().filter(|entry| !is_named(entry, record)) {
+            if let Some(pod) = seen.pods.get(&entry.name) {
+                delete_pod(seen, entry, pod, true, &mut decision.actions);
+            }
+        }
+        return;
+    }
+    for entry in &book {
+        if let Some(pod) = seen.pods.get(&entry.name)
+            && ended(seen, entry, record)
+        {
+            delete_pod(seen, entry, pod, !is_named(entry, record), &mut decision.actions);
+        }
+    }
+}
+
+/// The record says Stopped: has this seat's engine ended, too, or never been of interest?
+fn ended(seen: &Observed, entry: &SeatEntry, record: &Record) -> bool {
+    !is_named(entry, record) || pod(seen, entry).is_none_or(|pod| !has_engine(pod))
+}
+
+/// The pods are gone: claims by policy, then the object.
+fn release(seen: &Observed, decision: &mut Decision) {
+    let mut left = 0;
+    if seen.vm.spec.volume_policy == VolumePolicy::Delete {
+        for (name, claim) in seen.claims.iter().filter(|(_, claim)| !claim.deleting) {
+            left += 1;
+            decision.actions.push(Action::DeleteClaim {
+                claim: name.clone(),
+                uid: claim.uid.clone(),
+            });
+        }
+    }
+    let held = seen.vm.finalizers().iter().any(|name| name == FINALIZER);
+    if left == 0 && held {
+        decision.actions.push(Action::RemoveFinalizer);
+    }
+}

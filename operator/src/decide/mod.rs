@@ -1,0 +1,312 @@
+//! What to do about one VM: a pure function of what was observed.
+//!
+//! ```text
+//!   Always:  enter seats ─► claims, pods ─► admit (identity, UID into the book) ─► Lease once ─► nodes, requests
+//!            alone for long and the other seat in trouble ─► leaving ─► pod ─► claims ─► out of the book ─► enter another
+//!   Halted:  stop request ─► record Stopped, engines ended ─► pods
+//!   deleted: as Halted ─► claims by policy ─► finalizer
+//! ```
+//!
+//! Either the book changes or other things are done, never both: the book is written with the version of the object that was
+//! observed, so a decision made of an old book comes to nothing.
+//!
+//! Invariant: a seat that the record names is never made to leave, and nothing of it is deleted but a pod that can't run a guest any more.
+//! Invariant: the book never has more than two seats.
+//! Invariant: when everything is as it should be, there is nothing to do.
+
+mod end;
+mod run;
+mod trouble;
+
+use std::time::Duration;
+
+use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
+use ftvm_crds::seat::SeatRequest;
+use ftvm_crds::{RunStrategy, SeatEntry, Switchover};
+use ftvm_protocol::identity::{Incarnation, SeatId};
+use ftvm_protocol::record::Record;
+use kube::ResourceExt;
+
+use crate::observe::{LeaseSeen, Observed, PodSeen};
+
+pub use trouble::{Trouble, trouble};
+
+/// Most earlier UIDs of a seat that the book keeps.
+pub const FORMER_UIDS_MAX: usize = 8;
+/// Seats of a VM.
+pub const SEATS: usize = 2;
+
+/// Something to do at the API server.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Put the finalizer on.
+    AddFinalizer,
+    /// Make a seat's missing claims.
+    CreateClaims {
+        /// The seat.
+        seat: String,
+        /// Its disks that have none.
+        disks: Vec<String>,
+    },
+    /// Make a seat's pod.
+    CreatePod {
+        /// The seat.
+        seat: String,
+    },
+    /// Make a pod's identity, then enter its UID into the book.
+    Admit {
+        /// The seat.
+        seat: String,
+        /// UID of its pod.
+        uid: String,
+    },
+    /// Make the Lease with the first record.
+    CreateLease {
+        /// The seat with the original disks.
+        original: SeatId,
+        /// Its node, if it is known.
+        node: String,
+    },
+    /// Write the first record anew for another seat.
+    RewriteGenesis {
+        /// The seat with the original disks.
+        original: SeatId,
+    },
+    /// Tell the admission policy which daemons may write the record.
+    SetLeaseNodes {
+        /// The annotation.
+        nodes: String,
+    },
+    /// Ask a seat's daemon for something.
+    Request {
+        /// The seat.
+        seat: String,
+        /// UID of its pod.
+        uid: String,
+        /// What.
+        request: SeatRequest,
+    },
+    /// Delete a pod.
+    DeletePod {
+        /// The seat.
+        seat: String,
+        /// UID of the pod.
+        uid: String,
+        /// resourceVersion of the pod.
+        version: String,
+        /// Without waiting for its node, which is gone or not ready.
+        force: bool,
+    },
+    /// Delete a claim.
+    DeleteClaim {
+        /// Its name.
+        claim: String,
+        /// Its UID.
+        uid: String,
+    },
+    /// Let the object go.
+    RemoveFinalizer,
+}
+
+impl Action {
+    /// Is it more than a write over exactly what was observed, or one that any later look would correct?
+    fn needs_certainty(&self) -> bool {
+        !matches!(
+            self,
+            Action::AddFinalizer | Action::Admit { .. } | Action::SetLeaseNodes { .. }
+        )
+    }
+}
+
+/// What was decided.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Decision {
+    /// The book as it should be; unchanged if equal to the observed one.
+    pub book: Vec<SeatEntry>,
+    /// What to do, if the book stays.
+    pub actions: Vec<Action>,
+    /// The Lease's UID, to be kept for good.
+    pub lease_uid: Option<String>,
+    /// The switchover that was asked for last.
+    pub switchover: Option<Switchover>,
+    /// Seats that were replaced since the VM was last protected.
+    pub replacements: u32,
+    /// Look again after this time, even if nothing happens.
+    pub recheck: Option<Duration>,
+    /// A VM that is halted or goes has no pod any more.
+    pub at_rest: bool,
+}
+
+impl Decision {
+    /// Makes or takes away something, asks for something, or forgets or gives up a pod: decided a second time, from reads past
+    /// every cache, before it is done.
+    pub fn needs_certainty(&self, seen: &Observed) -> bool {
+        let old = seen.vm.status.as_ref().map_or(&[][..], |status| &status.seats);
+        let lost = old.iter().any(|before| {
+            let after = self.book.iter().find(|entry| entry.name == before.name);
+            after.is_none_or(|after| {
+                after.leaving != before.leaving || (before.pod_uid.is_some() && after.pod_uid.is_none())
+            })
+        });
+        lost || self.actions.iter().any(Action::needs_certainty)
+    }
+}
+
+/// What the user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// The guest runs.
+    Run,
+    /// It is stopped.
+    Halt,
+    /// The VM goes.
+    Delete,
+}
+
+/// What the user wants of this VM.
+pub fn want(seen: &Observed) -> Want {
+    if seen.vm.metadata.deletion_timestamp.is_some() {
+        Want::Delete
+    } else if seen.vm.spec.run_strategy == RunStrategy::Halted {
+        Want::Halt
+    } else {
+        Want::Run
+    }
+}
+
+/// What to do.
+pub fn decide(seen: &Observed) -> Decision {
+    let status = seen.status();
+    let mut decision = Decision {
+        book: status.seats.clone(),
+        lease_uid: status.lease_uid.clone(),
+        switchover: status.switchover.clone(),
+        replacements: status.replacements,
+        ..Decision::default()
+    };
+    if want(seen) != Want::Delete && !seen.vm.finalizers().iter().any(|name| name == FINALIZER) {
+        decision.actions.push(Action::AddFinalizer);
+        return decision;
+    }
+    if decision.lease_uid.is_none()
+        && let Some(record) = seen.record()
+    {
+        decision.lease_uid = Some(record.snapshot.uid.to_string());
+    }
+    book_of_pods(seen, &mut decision.book);
+    match want(seen) {
+        Want::Run => run::run(seen, &mut decision),
+        Want::Halt | Want::Delete => end::end(seen, &mut decision),
+    }
+    if decision.book != status.seats || decision.lease_uid != status.lease_uid {
+        decision.actions.clear();
+    }
+    decision
+}
+
+/// May anything be decided from the record? Not if the Lease is another one than the operator made, or gone.
+pub fn record(seen: &Observed) -> Option<&crate::observe::Record> {
+    let known = seen.vm.status.as_ref().and_then(|status| status.lease_uid.as_deref());
+    let record = seen.record()?;
+    let same = known.is_none_or(|known| known.eq_ignore_ascii_case(&record.snapshot.uid.to_string()));
+    same.then_some(record)
+}
+
+/// Is there a Lease that ought not to be there, or none where one ought to be?
+pub fn lease_is_strange(seen: &Observed) -> bool {
+    let known = seen.vm.status.as_ref().is_some_and(|status| status.lease_uid.is_some());
+    match &seen.lease {
+        LeaseSeen::Missing => known,
+        LeaseSeen::Unusable(_) => true,
+        LeaseSeen::Found(_) => record(seen).is_none(),
+    }
+}
+
+/// A record that no engine ever wrote: no guest ever ran.
+pub fn is_genesis(record: &Record) -> bool {
+    record.term == 1 && record.members.is_only(Incarnation::genesis(record.holder.seat))
+}
+
+/// The seat of an entry, if it has a pod.
+pub fn seat_id(entry: &SeatEntry) -> Option<SeatId> {
+    entry.pod_uid.as_deref().and_then(|uid| uid.parse().ok())
+}
+
+/// Does the record name this seat, by any of its pods?
+pub fn is_named(entry: &SeatEntry, record: &Record) -> bool {
+    let members = record.members.iter().chain([record.holder]);
+    members
+        .into_iter()
+        .any(|member| entry.had_uid(&member.seat.to_string()))
+}
+
+/// The entry of the record's holder.
+pub fn holder<'a>(book: &'a [SeatEntry], record: &Record) -> Option<&'a SeatEntry> {
+    let holder = record.holder.seat.to_string();
+    book.iter().find(|entry| entry.had_uid(&holder))
+}
+
+/// The pod that an entry means, if it still is that one.
+pub fn pod<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a PodSeen> {
+    let pod = seen.pods.get(&entry.name)?;
+    (entry.pod_uid.as_deref() == Some(&pod.uid)).then_some(pod)
+}
+
+/// Does the seat's engine run, or is it about to?
+pub fn has_engine(pod: &PodSeen) -> bool {
+    use ftvm_crds::seat::SeatRole;
+    match &pod.published {
+        // Unreadable: the daemon writes it anew at its next change.
+        Err(_) => true,
+        Ok(published) => published.incarnation.is_some() && published.role != Some(SeatRole::Ended),
+    }
+}
+
+/// A name that a person wrote into the annotation for a data loss.
+pub fn accepted_loss(seen: &Observed) -> Option<Incarnation> {
+    seen.vm.annotations().get(ANNOTATION_ACCEPT_DATA_LOSS)?.parse().ok()
+}
+
+/// Enters where pods are, and that they are gone.
+fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
+    for entry in book.iter_mut() {
+        let Some(uid) = entry.pod_uid.clone() else {
+            continue;
+        };
+        match seen.pods.get(&entry.name).filter(|pod| pod.uid == uid) {
+            Some(pod) => {
+                // What was known stays: a pod that ends loses its IP, and nobody needs that told.
+                entry.node = pod.node.clone().or(entry.node.take());
+                entry.pod_ip = pod.pod_ip.clone().or(entry.pod_ip.take());
+                entry.host_ip = pod.host_ip.clone().or(entry.host_ip.take());
+            }
+            None => forget_pod(entry, uid, record(seen).map(|record| &record.snapshot.record)),
+        }
+    }
+}
+
+/// The pod is gone; the record and the seat's header may name it for a long time.
+fn forget_pod(entry: &mut SeatEntry, uid: String, record: Option<&Record>) {
+    entry.former_uids.push(uid);
+    if entry.former_uids.len() > FORMER_UIDS_MAX {
+        let named = |uid: &str| {
+            record.is_some_and(|record| {
+                let members = record.members.iter().chain([record.holder]);
+                members.into_iter().any(|member| member.seat.to_string() == uid)
+            })
+        };
+        let oldest = entry.former_uids.iter().position(|uid| !named(uid)).unwrap_or(0);
+        entry.former_uids.remove(oldest);
+    }
+    entry.pod_uid = None;
+    entry.node = None;
+    entry.pod_ip = None;
+    entry.host_ip = None;
+}
+
+#[cfg(test)]
+mod random_tests;
+#[cfg(test)]
+pub(crate) mod rig;
+#[cfg(test)]
+mod tests;

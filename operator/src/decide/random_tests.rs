@@ -1,0 +1,157 @@
+//! Random walks of the world in [`super::rig`]: the operator looks at what may be old, other things happen between its looks
+//! and its deeds, nodes come and go, people change their minds.
+
+use ftvm_crds::RunStrategy;
+
+use super::rig::World;
+use super::*;
+
+struct Seeded(u64);
+
+impl Seeded {
+    /// xorshift64*: Vigna, "An experimental exploration of Marsaglia's xorshift generators, scrambled".
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        (self.next() >> 16) % bound
+    }
+
+    fn pick<T: Clone>(&mut self, list: &[T]) -> Option<T> {
+        (!list.is_empty()).then(|| list[self.below(list.len() as u64) as usize].clone())
+    }
+}
+
+/// Never broken, whatever happens. (The rig checks each deletion itself.)
+fn check(world: &World, seed: u64, step: u32) {
+    let book = world.book();
+    assert!(book.len() <= SEATS, "seed {seed}, step {step}: {book:#?}");
+    assert!(
+        book.iter().filter(|entry| entry.leaving).count() <= 2,
+        "seed {seed}, step {step}"
+    );
+    let mut slots: Vec<_> = book.iter().map(|entry| entry.slot).collect();
+    slots.dedup();
+    assert_eq!(slots.len(), book.len(), "seed {seed}, step {step}: {book:#?}");
+    for name in world.pods.keys() {
+        assert!(
+            book.iter().any(|entry| entry.name == *name),
+            "seed {seed}, step {step}: pod {name} is in no book"
+        );
+    }
+    for (name, claim) in world.claims.iter().filter(|(_, claim)| !claim.deleting) {
+        assert!(
+            book.iter().any(|entry| entry.name == claim.seat),
+            "seed {seed}, step {step}: claim {name} is in no book"
+        );
+    }
+}
+
+fn disturb(world: &mut World, random: &mut Seeded) {
+    let seats: Vec<String> = world.pods.keys().cloned().collect();
+    let Some(seat) = random.pick(&seats) else { return };
+    match random.below(12) {
+        0 | 1 => world.schedule(&seat),
+        2 | 3 => world.kubelet(&seat),
+        4..=7 => world.engine(&seat),
+        8 => world.volumes(),
+        9 => {
+            let names: Vec<String> = world.nodes.keys().cloned().collect();
+            let node = random.pick(&names).unwrap();
+            let node = world.nodes.get_mut(&node).unwrap();
+            node.ready = !node.ready || random.below(4) > 0;
+        }
+        10 if random.below(6) == 0 => {
+            // Somebody, or a drain, deletes a pod.
+            world.pods.get_mut(&seat).unwrap().deleting = true;
+        }
+        _ => world.pass(random.below(30) as i64),
+    }
+}
+
+fn walk(seed: u64) {
+    let mut random = Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut world = World::new(2 + random.below(3) as usize);
+    let mut old: Option<(crate::observe::Observed, u64)> = None;
+    for step in 0..400 {
+        for _ in 0..random.below(4) {
+            disturb(&mut world, &mut random);
+        }
+        if random.below(60) == 0 {
+            let strategy = if random.below(2) == 0 {
+                RunStrategy::Halted
+            } else {
+                RunStrategy::Always
+            };
+            world.want(strategy);
+        }
+        match random.below(8) {
+            // Keeps what it saw for later.
+            0 => old = Some((world.observe(), world.version)),
+            // Acts on what it saw long ago: two leaders, a slow cache.
+            1 => {
+                if let Some((seen, version)) = old.take() {
+                    world.reconcile(seen, version);
+                }
+            }
+            // Sees, is overtaken by others, then acts.
+            2 => {
+                let (seen, version) = (world.observe(), world.version);
+                disturb(&mut world, &mut random);
+                world.reconcile(seen, version);
+            }
+            _ => {
+                world.step();
+            }
+        }
+        check(&world, seed, step);
+    }
+    // Everything is mended: the VM is protected again, and then there is nothing to do.
+    world.nodes.values_mut().for_each(|node| node.ready = true);
+    world.claims.values_mut().for_each(|claim| claim.bound = false);
+    world.want(RunStrategy::Always);
+    assert!(
+        world.settle(400),
+        "seed {seed} does not settle: {:#?}\n{:#?}",
+        world.vm.status,
+        world.record()
+    );
+    assert!(
+        world.is_protected(),
+        "seed {seed}: {:#?}\n{:#?}\n{:#?}",
+        world.vm.status,
+        world.record(),
+        world.pods
+    );
+    assert!(world.has_finalizer());
+    assert!(!world.step(), "seed {seed}");
+}
+
+#[test]
+fn random_walks_break_nothing_and_end_protected() {
+    (0..150).for_each(walk);
+}
+
+/// The checks bite: a mutation of the rules is found.
+#[test]
+#[should_panic(expected = "a claim of seat")]
+fn a_claim_of_a_named_seat_would_be_noticed() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let (name, claim) = world
+        .claims
+        .iter()
+        .next()
+        .map(|(name, claim)| (name.clone(), claim.clone()))
+        .unwrap();
+    world.pods.remove(&claim.seat);
+    let action = Action::DeleteClaim {
+        claim: name,
+        uid: claim.uid,
+    };
+    world.apply(&action, 0);
+}

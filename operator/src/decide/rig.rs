@@ -1,0 +1,538 @@
+//! A small world for tests of decisions: an API server that keeps versions, a scheduler, daemons and engines that follow
+//! the contract of `docs/kubernetes.md`.
+
+use std::collections::BTreeMap;
+
+use ftvm_crds::names::{FINALIZER, claim_name};
+use ftvm_crds::seat::{DoneRequest, Order, SeatPublished, SeatRole};
+use ftvm_crds::{FaultTolerantVM, RunStrategy, SeatEntry, yaml};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
+use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt;
+
+use super::{Action, Decision, decide, is_genesis, is_named};
+use crate::observe::{ClaimSeen, LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen, Record as Found};
+use crate::status;
+
+pub const VM: &str = "
+apiVersion: ftvm.dev/v1alpha1
+kind: FaultTolerantVM
+metadata: {name: web, namespace: shop, uid: 0123abcd-4567-4000-8000-0000000000ff, generation: 1}
+spec:
+  machine: {memory: 512Mi, vcpus: 2}
+  boot: {image: {reference: 'registry.example/guest:1'}, cmdline: console=ttyS0}
+  disks: [{name: root, size: 1Gi, source: {image: {}}}, {name: data, size: 2Gi}]
+  networks: [{name: front, bridge: {name: br0}}]
+";
+
+pub fn vm() -> FaultTolerantVM {
+    yaml::read(VM).unwrap()
+}
+
+pub struct World {
+    pub vm: FaultTolerantVM,
+    pub version: u64,
+    pub lease: Option<(Snapshot, String)>,
+    pub pods: BTreeMap<String, PodSeen>,
+    pub claims: BTreeMap<String, ClaimSeen>,
+    pub nodes: BTreeMap<String, NodeSeen>,
+    pub now: Timestamp,
+    pub counter: u64,
+    pub gone: bool,
+}
+
+impl World {
+    /// So many good nodes.
+    pub fn new(nodes: usize) -> World {
+        let node = NodeSeen {
+            ready: true,
+            schedulable: true,
+            seats: 10,
+            labels: BTreeMap::new(),
+        };
+        World {
+            vm: vm(),
+            version: 1,
+            lease: None,
+            pods: BTreeMap::new(),
+            claims: BTreeMap::new(),
+            nodes: (0..nodes)
+                .map(|index| (format!("node-{index}"), node.clone()))
+                .collect(),
+            now: Timestamp::from_second(1_800_000_000).unwrap(),
+            counter: 0,
+            gone: false,
+        }
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
+    }
+
+    pub fn observe(&mut self) -> Observed {
+        Observed {
+            vm: self.vm.clone(),
+            lease: match &self.lease {
+                None => LeaseSeen::Missing,
+                Some((snapshot, nodes)) => LeaseSeen::Found(Box::new(Found {
+                    snapshot: snapshot.clone(),
+                    nodes: nodes.clone(),
+                    renewed: Some(self.now - SignedDuration::from_secs(3600)),
+                })),
+            },
+            pods: self.pods.clone(),
+            claims: self.claims.clone(),
+            nodes: self.nodes.clone(),
+            now: self.now,
+            draws: [self.next() * 7919, self.next() * 7919],
+        }
+    }
+
+    pub fn book(&self) -> Vec<SeatEntry> {
+        self.vm.status.clone().unwrap_or_default().seats
+    }
+
+    pub fn entry(&self, name: &str) -> Option<SeatEntry> {
+        self.book().into_iter().find(|entry| entry.name == name)
+    }
+
+    pub fn record(&self) -> Option<&Record> {
+        self.lease.as_ref().map(|(snapshot, _)| &snapshot.record)
+    }
+
+    pub fn pass(&mut self, seconds: i64) {
+        self.now += SignedDuration::from_secs(seconds);
+    }
+
+    /// What one reconcile does, from an observation that may be old. Returns whether anything was done.
+    pub fn reconcile(&mut self, cached: Observed, cached_version: u64) -> bool {
+        let (mut seen, mut version) = (cached, cached_version);
+        let mut decision = decide(&seen);
+        if decision.needs_certainty(&seen) {
+            (seen, version) = (self.observe(), self.version);
+            decision = decide(&seen);
+        }
+        self.carry_out(&seen, version, &decision)
+    }
+
+    /// Observes and reconciles with nothing in between.
+    pub fn step(&mut self) -> bool {
+        let (seen, version) = (self.observe(), self.version);
+        self.reconcile(seen, version)
+    }
+
+    pub fn carry_out(&mut self, seen: &Observed, mut version: u64, decision: &Decision) -> bool {
+        let status = status::status(seen, decision);
+        let mut done = false;
+        if seen.vm.status.as_ref() != Some(&status) {
+            if version != self.version {
+                return false;
+            }
+            self.vm.status = Some(status);
+            self.version += 1;
+            version = self.version;
+            done = true;
+        }
+        for action in &decision.actions {
+            done = true;
+            self.apply(action, version);
+            version = version.max(if matches!(action, Action::Admit { .. } | Action::AddFinalizer) {
+                self.version
+            } else {
+                0
+            });
+        }
+        done
+    }
+
+    pub fn apply(&mut self, action: &Action, version: u64) {
+        let now = self.now;
+        match action {
+            Action::AddFinalizer => {
+                self.vm.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
+                self.version += 1;
+            }
+            Action::RemoveFinalizer => {
+                self.vm.metadata.finalizers = None;
+                self.gone = self.vm.metadata.deletion_timestamp.is_some();
+                self.version += 1;
+            }
+            Action::CreateClaims { seat, disks } => {
+                for disk in disks {
+                    let uid = self.uid();
+                    self.claims.entry(claim_name(seat, disk)).or_insert(ClaimSeen {
+                        uid,
+                        seat: seat.clone(),
+                        bound: false,
+                        lost: false,
+                        deleting: false,
+                        created: Some(now),
+                    });
+                }
+            }
+            Action::CreatePod { seat } => {
+                if !self.pods.contains_key(seat) {
+                    let pod = self.fresh_pod();
+                    self.pods.insert(seat.clone(), pod);
+                }
+            }
+            Action::Admit { seat, uid } => {
+                if version == self.version
+                    && let Some(entry) = self
+                        .vm
+                        .status
+                        .get_or_insert_default()
+                        .seats
+                        .iter_mut()
+                        .find(|entry| entry.name == *seat)
+                {
+                    entry.pod_uid = Some(uid.clone());
+                    self.version += 1;
+                }
+            }
+            Action::CreateLease { original, node } => {
+                if self.lease.is_none() {
+                    let uid = ArbiterUid(self.next().into());
+                    let version = self.next();
+                    let record = Record::genesis(*original, Phase::Running);
+                    self.lease = Some((Snapshot { record, uid, version }, node.clone()));
+                }
+            }
+            Action::RewriteGenesis { original } => {
+                let next = self.next();
+                let (snapshot, _) = self.lease.as_mut().unwrap();
+                assert!(
+                    is_genesis(&snapshot.record),
+                    "a record that an engine wrote is written over"
+                );
+                snapshot.record = Record::genesis(*original, Phase::Running);
+                snapshot.version = next;
+            }
+            Action::SetLeaseNodes { nodes } => {
+                if let Some((_, told)) = &mut self.lease {
+                    *told = nodes.clone();
+                }
+            }
+            Action::Request { seat, uid, request } => {
+                if let Some(pod) = self.pods.get_mut(seat).filter(|pod| pod.uid == *uid) {
+                    pod.request = Some(request.clone());
+                }
+            }
+            Action::DeletePod {
+                seat,
+                uid,
+                version,
+                force,
+            } => self.delete_pod(seat, uid, version, *force),
+            Action::DeleteClaim { claim, uid } => self.delete_claim(claim, uid),
+        }
+    }
+
+    fn delete_pod(&mut self, seat: &str, uid: &str, version: &str, force: bool) {
+        let Some(pod) = self
+            .pods
+            .get_mut(seat)
+            .filter(|pod| pod.uid == uid && pod.version == version)
+        else {
+            return;
+        };
+        if force {
+            self.pods.remove(seat);
+        } else {
+            pod.deleting = true;
+        }
+    }
+
+    /// Nothing of a seat that the record names is ever taken away while the VM is to exist.
+    fn delete_claim(&mut self, claim: &str, uid: &str) {
+        let Some(seen) = self.claims.get_mut(claim).filter(|seen| seen.uid == uid) else {
+            return;
+        };
+        seen.deleting = true;
+        let seat = seen.seat.clone();
+        assert!(!self.pods.contains_key(&seat), "a claim is deleted under a pod");
+        let goes = self.vm.metadata.deletion_timestamp.is_some();
+        if let (Some(entry), Some(record)) = (self.entry(&seat), self.record()) {
+            assert!(
+                goes || is_genesis(record) || !is_named(&entry, record),
+                "a claim of seat {seat} is deleted: {record:?}"
+            );
+        }
+    }
+
+    fn uid(&mut self) -> String {
+        SeatId(0x1000_0000_0000_0000_0000_0000_0000_0000 + u128::from(self.next())).to_string()
+    }
+
+    fn fresh_pod(&mut self) -> PodSeen {
+        PodSeen {
+            uid: self.uid(),
+            version: self.next().to_string(),
+            created: Some(self.now),
+            node: None,
+            pod_ip: None,
+            host_ip: None,
+            phase: PodPhase::Pending,
+            ready: false,
+            deleting: false,
+            unschedulable: None,
+            waiting: None,
+            failed: None,
+            published: Ok(SeatPublished::default()),
+            request: None,
+        }
+    }
+
+    /// The scheduler: a free ready node, or the one that the claims are bound to.
+    pub fn schedule(&mut self, seat: &str) {
+        let taken: Vec<String> = self.pods.values().filter_map(|pod| pod.node.clone()).collect();
+        let bound = self.claims.values().any(|claim| claim.seat == seat && claim.bound);
+        let free = self
+            .nodes
+            .iter()
+            .find(|(name, node)| node.ready && node.schedulable && !taken.contains(name));
+        let free = free.map(|(name, _)| name.clone()).filter(|_| !bound);
+        let Some(pod) = self
+            .pods
+            .get_mut(seat)
+            .filter(|pod| pod.node.is_none() && !pod.deleting)
+        else {
+            return;
+        };
+        match free {
+            Some(node) => {
+                pod.unschedulable = None;
+                pod.node = Some(node);
+                self.claims
+                    .values_mut()
+                    .filter(|claim| claim.seat == seat)
+                    .for_each(|claim| claim.bound = true);
+            }
+            None => pod.unschedulable = Some("0/3 nodes are available".to_owned()),
+        }
+    }
+
+    /// The kubelet: starts pods, ends those that are to be deleted.
+    pub fn kubelet(&mut self, seat: &str) {
+        let Some(pod) = self.pods.get_mut(seat) else { return };
+        let ready = pod.node.as_ref().is_none_or(|node| self.nodes[node].ready);
+        if !ready {
+            return;
+        }
+        if pod.deleting {
+            self.pods.remove(seat);
+        } else if pod.node.is_some() && pod.phase == PodPhase::Pending {
+            pod.phase = PodPhase::Running;
+            pod.pod_ip = Some("10.1.2.3".to_owned());
+        }
+    }
+
+    /// Volumes that are deleted go once no pod uses them.
+    pub fn volumes(&mut self) {
+        let pods = &self.pods;
+        self.claims
+            .retain(|_, claim| !claim.deleting || pods.contains_key(&claim.seat));
+    }
+
+    fn alive(&self, seat: &str) -> bool {
+        let Some(pod) = self.pods.get(seat) else { return false };
+        pod.phase == PodPhase::Running && pod.node.as_ref().is_some_and(|node| self.nodes[node].ready) && !pod.deleting
+    }
+
+    fn swap(&mut self, change: impl FnOnce(&mut Record)) {
+        let next = self.next();
+        if let Some((snapshot, _)) = &mut self.lease {
+            change(&mut snapshot.record);
+            snapshot.record.term += 1;
+            snapshot.version = next;
+        }
+    }
+
+    /// One step of a seat's daemon and engine, by the rules.
+    pub fn engine(&mut self, seat: &str) {
+        if !self.alive(seat) {
+            return;
+        }
+        let (Some(entry), Some(record)) = (self.entry(seat), self.record().cloned()) else {
+            return;
+        };
+        if entry.pod_uid.as_deref() != self.pods.get(seat).map(|pod| pod.uid.as_str()) {
+            return;
+        }
+        let own: SeatId = entry.pod_uid.as_deref().unwrap().parse().unwrap();
+        let me = Incarnation { seat: own, start: 1 };
+        let others: Vec<SeatEntry> = self.book().into_iter().filter(|other| other.name != seat).collect();
+        let peer = others
+            .iter()
+            .find(|other| self.alive(&other.name) && is_named(other, &record));
+        let starts = self.pods[seat].request.clone().and_then(|request| match request.order {
+            Order::Start { over_stopped_term } => Some((request.id, over_stopped_term)),
+            _ => None,
+        });
+        let stops = self.pods[seat]
+            .request
+            .clone()
+            .filter(|request| request.order == Order::Stop);
+        let named = is_named(&entry, &record);
+        if record.phase == Phase::Stopped {
+            if let Some((_, term)) = starts
+                && term == record.term
+                && named
+                && !entry.leaving
+            {
+                self.swap(|record| {
+                    (record.holder, record.members, record.phase) = (me, Members::one(me), Phase::Running);
+                });
+                self.publish(seat, SeatRole::Active, me);
+            } else {
+                self.publish_end(seat);
+            }
+        } else if record.holder == me {
+            if stops.is_some() {
+                self.swap(|record| record.phase = Phase::Stopped);
+                self.publish_end(seat);
+                return;
+            }
+            if record.members.iter().count() > 1 && peer.is_none() {
+                self.swap(|record| record.members = Members::one(me));
+            }
+            self.publish(seat, SeatRole::Active, me);
+        } else if named {
+            let lives = |seat: SeatId| {
+                others
+                    .iter()
+                    .any(|other| other.pod_uid == Some(seat.to_string()) && self.alive(&other.name))
+            };
+            let first = entry.had_uid(&record.holder.seat.to_string());
+            let waits = others
+                .iter()
+                .any(|other| other.had_uid(&record.holder.seat.to_string()) && self.alive(&other.name));
+            let takes_over = record.members.contains(me) && !lives(record.holder.seat);
+            let starts_cold = !record.members.contains(me)
+                && !record.members.iter().any(|member| lives(member.seat))
+                && (first || !waits);
+            if (takes_over || starts_cold) && !entry.leaving {
+                self.swap(|record| (record.holder, record.members) = (me, Members::one(me)));
+                self.publish(seat, SeatRole::Active, me);
+            } else if record.members.contains(me) {
+                self.publish(seat, SeatRole::Standby, me);
+            }
+        } else if let Some(leader) = peer
+            && !entry.leaving
+            && record.members.iter().count() == 1
+            && !is_genesis(&record)
+            && record.holder.start == 1
+            && leader.pod_uid.as_deref() == Some(&record.holder.seat.to_string())
+        {
+            if self.pods[seat].published.as_ref().unwrap().role == Some(SeatRole::Joining) {
+                let holder = record.holder;
+                self.swap(|record| record.members = Members::pair(holder, me));
+            } else {
+                self.publish(seat, SeatRole::Joining, me);
+            }
+        }
+    }
+
+    fn publish(&mut self, seat: &str, role: SeatRole, me: Incarnation) {
+        let protected = self.record().is_some_and(|record| record.members.iter().count() > 1);
+        let next = self.next().to_string();
+        let pod = self.pods.get_mut(seat).unwrap();
+        let published = SeatPublished {
+            incarnation: Some(me),
+            role: Some(role),
+            protected,
+            peer_connected: protected || role == SeatRole::Joining,
+            arbiter_reachable: true,
+            done_request: pod.request.as_ref().map(|request| DoneRequest {
+                id: request.id.clone(),
+                refused: None,
+            }),
+            ..SeatPublished::default()
+        };
+        if pod.published.as_ref() != Ok(&published) {
+            pod.published = Ok(published);
+            pod.version = next;
+        }
+    }
+
+    fn publish_end(&mut self, seat: &str) {
+        let pod = self.pods.get_mut(seat).unwrap();
+        pod.published = Ok(SeatPublished {
+            role: Some(SeatRole::Ended),
+            ..SeatPublished::default()
+        });
+    }
+
+    /// Everybody does what they can until nothing changes any more, or for so many rounds.
+    pub fn settle(&mut self, rounds: usize) -> bool {
+        for _ in 0..rounds {
+            let changed = self.step();
+            for seat in self.pods.keys().cloned().collect::<Vec<_>>() {
+                self.schedule(&seat);
+                self.kubelet(&seat);
+                self.engine(&seat);
+            }
+            self.volumes();
+            self.pass(2);
+            if !changed && self.is_quiet() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Would another look do nothing, now and later?
+    pub fn is_quiet(&mut self) -> bool {
+        let seen = self.observe();
+        let decision = decide(&seen);
+        decision.actions.is_empty()
+            && decision.recheck.is_none()
+            && Some(&status::status(&seen, &decision)) == self.vm.status.as_ref()
+    }
+
+    pub fn is_protected(&self) -> bool {
+        let conditions = &self.vm.status.as_ref().unwrap().conditions;
+        conditions
+            .iter()
+            .any(|condition| condition.type_ == status::PROTECTED && condition.status == "True")
+    }
+
+    pub fn want(&mut self, strategy: RunStrategy) {
+        if self.vm.spec.run_strategy != strategy {
+            self.vm.spec.run_strategy = strategy;
+            self.vm.metadata.generation = Some(self.vm.metadata.generation.unwrap_or_default() + 1);
+            self.version += 1;
+        }
+    }
+
+    pub fn delete(&mut self) {
+        if self.vm.metadata.deletion_timestamp.is_none() {
+            self.vm.metadata.deletion_timestamp = Some(Time(self.now));
+            self.version += 1;
+        }
+    }
+
+    pub fn has_finalizer(&self) -> bool {
+        !self.vm.finalizers().is_empty()
+    }
+}
+
+impl World {
+    /// The active ejects this seat, whose engine ends for good.
+    pub fn swap_out(&mut self, seat: &str) {
+        let own: Vec<String> = self.entry(seat).unwrap().pod_uid.into_iter().collect();
+        let holder = self.record().unwrap().holder;
+        assert!(!own.contains(&holder.seat.to_string()));
+        self.swap(|record| record.members = Members::one(holder));
+        self.publish_end(seat);
+        let active = self
+            .book()
+            .into_iter()
+            .find(|entry| entry.had_uid(&holder.seat.to_string()))
+            .unwrap();
+        self.publish(&active.name, SeatRole::Active, holder);
+    }
+}

@@ -1,0 +1,379 @@
+//! The guest shall run: seats, Lease, requests, replacement.
+
+use std::time::Duration;
+
+use ftvm_crds::names::{ANNOTATION_SWITCHOVER, claim_name, nodes_text, seat_name};
+use ftvm_crds::seat::{Order, SeatRequest, SeatRole};
+use ftvm_crds::{SeatEntry, Switchover, SwitchoverOutcome, VmPhase};
+use ftvm_protocol::record::{Phase, Record};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+
+use super::{
+    Action, Decision, SEATS, Trouble, accepted_loss, holder, is_genesis, is_named, lease_is_strange, pod, record,
+    seat_id, trouble,
+};
+use crate::observe::{Observed, PodPhase, PodSeen};
+
+/// A guest that powered itself off is started again after this time.
+const RESTART_AFTER: Duration = Duration::from_secs(10);
+/// A pod that failed is made again after this time, doubled for each earlier one.
+const REMAKE_AFTER_SECONDS: i64 = 5;
+
+pub(super) fn run(seen: &Observed, decision: &mut Decision) {
+    if lease_is_strange(seen) {
+        // An intact pair goes on by itself; what to do is a person's to decide.
+        return;
+    }
+    let found = record(seen).map(|record| record.snapshot.record.clone());
+    if let Some(record) = &found {
+        give_up(seen, record, decision);
+        remove_leaving(seen, record, decision);
+    }
+    enter_seats(seen, found.as_ref(), decision);
+    make_seats(seen, decision);
+    match &found {
+        None => create_lease(decision),
+        Some(record) => {
+            tell_nodes(seen, decision);
+            if is_genesis(record) {
+                follow_original(seen, record, decision);
+            }
+            requests(seen, record, decision);
+        }
+    }
+}
+
+/// Marks a seat that was in trouble for long while the other one is alone, and forgets troubles that ended.
+fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
+    let genesis = is_genesis(record);
+    let alone = record.members.iter().count() == 1;
+    if !alone {
+        decision.replacements = 0;
+    }
+    let runs = guest_runs(seen, record, &decision.book);
+    let mut leaving = decision.book.iter().any(|entry| entry.leaving);
+    let replacements = decision.replacements;
+    for entry in &mut decision.book {
+        let named = is_named(entry, record) && !genesis;
+        if entry.leaving && named {
+            entry.leaving = false;
+        }
+        if entry.leaving {
+            continue;
+        }
+        if genesis && entry.pod_uid.is_none() && !entry.former_uids.is_empty() {
+            // No guest ever ran, and the record names a pod that is gone: begin anew instead of guessing what its disks hold.
+            entry.leaving = !leaving;
+            leaving = true;
+            continue;
+        }
+        let trouble = (alone && !named).then(|| super::trouble(seen, entry)).flatten();
+        // While no guest runs there is nothing to join.
+        let trouble = trouble.filter(|trouble| runs || !matches!(trouble, Trouble::NoEngine | Trouble::Slow));
+        let patience = trouble.and_then(|trouble| trouble::patience(seen, &trouble, replacements));
+        let Some(patience) = patience else {
+            entry.lost_since = None;
+            continue;
+        };
+        let since = entry.lost_since.get_or_insert_with(|| whole_seconds(seen.now)).0;
+        let lost = Duration::try_from(seen.now.duration_since(since)).unwrap_or_default();
+        if lost < patience {
+            sooner(&mut decision.recheck, patience - lost);
+        } else if !leaving {
+            entry.leaving = true;
+            leaving = true;
+        }
+    }
+}
+
+/// Takes away what a leaving seat has, then the seat.
+fn remove_leaving(seen: &Observed, record: &Record, decision: &mut Decision) {
+    let genesis = is_genesis(record);
+    let leaving = decision.book.iter().find(|entry| entry.leaving).cloned();
+    let Some(entry) = leaving.filter(|entry| genesis || !is_named(entry, record)) else {
+        return;
+    };
+    if remove_seat(seen, &entry, &mut decision.actions) {
+        decision.book.retain(|other| other.name != entry.name);
+        decision.replacements += 1;
+    }
+}
+
+/// As a status keeps it.
+fn whole_seconds(now: Timestamp) -> Time {
+    Time(Timestamp::from_second(now.as_second()).unwrap_or(now))
+}
+
+fn guest_runs(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    let pod = holder(book, record).and_then(|entry| pod(seen, entry));
+    pod.is_some_and(|pod| {
+        pod.published
+            .as_ref()
+            .is_ok_and(|published| published.role == Some(SeatRole::Active))
+    })
+}
+
+/// One step of a seat's removal; true once nothing is left to do.
+pub(super) fn remove_seat(seen: &Observed, entry: &SeatEntry, actions: &mut Vec<Action>) -> bool {
+    if let Some(pod) = seen.pods.get(&entry.name) {
+        delete_pod(seen, entry, pod, true, actions);
+        return false;
+    }
+    let claims = seen.claims.iter().filter(|(_, claim)| claim.seat == entry.name);
+    let mut done = true;
+    for (name, claim) in claims {
+        if !claim.deleting {
+            done = false;
+            actions.push(Action::DeleteClaim {
+                claim: name.clone(),
+                uid: claim.uid.clone(),
+            });
+        }
+    }
+    done
+}
+
+/// Deletes a pod once; by force if its node can't do it and the caller says that this is proven harmless.
+pub(super) fn delete_pod(
+    seen: &Observed,
+    entry: &SeatEntry,
+    pod: &PodSeen,
+    may_force: bool,
+    actions: &mut Vec<Action>,
+) {
+    let unreachable = pod.node.as_deref().is_some_and(|node| !seen.node_ready(node));
+    let force = may_force && unreachable;
+    if !pod.deleting || force {
+        actions.push(Action::DeletePod {
+            seat: entry.name.clone(),
+            uid: pod.uid.clone(),
+            version: pod.version.clone(),
+            force,
+        });
+    }
+}
+
+fn enter_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision) {
+    let vm = seen.vm.name_any();
+    // A seat that leaves counts: never more than two.
+    let protected = record.is_some_and(|record| record.members.iter().count() > 1);
+    for draw in seen.draws {
+        if decision.book.len() >= SEATS || protected {
+            break;
+        }
+        let name = seat_name(&vm, draw);
+        let taken = decision.book.iter().any(|entry| entry.name == name);
+        if taken || seen.pods.contains_key(&name) || seen.claims.values().any(|claim| claim.seat == name) {
+            continue;
+        }
+        let slot = u8::from(decision.book.iter().any(|entry| entry.slot == 0));
+        decision.book.push(SeatEntry {
+            name,
+            slot,
+            ..SeatEntry::default()
+        });
+    }
+}
+
+/// Claims, pods, admission.
+fn make_seats(seen: &Observed, decision: &mut Decision) {
+    for entry in decision.book.iter().filter(|entry| !entry.leaving) {
+        let seat = entry.name.clone();
+        match seen.pods.get(&entry.name) {
+            None => {
+                let disks = seen.vm.spec.disks.iter().map(|disk| disk.name.clone());
+                let missing: Vec<String> = disks
+                    .filter(|disk| !seen.claims.contains_key(&claim_name(&seat, disk)))
+                    .collect();
+                if !missing.is_empty() {
+                    decision.actions.push(Action::CreateClaims {
+                        seat: seat.clone(),
+                        disks: missing,
+                    });
+                }
+                decision.actions.push(Action::CreatePod { seat });
+            }
+            Some(pod) if pod.phase == PodPhase::Finished => {
+                let wait = REMAKE_AFTER_SECONDS << entry.former_uids.len().min(6);
+                let age = pod
+                    .created
+                    .map_or(i64::MAX, |created| seen.now.duration_since(created).as_secs());
+                if age >= wait {
+                    delete_pod(seen, entry, pod, false, &mut decision.actions);
+                } else {
+                    sooner(&mut decision.recheck, Duration::from_secs((wait - age).unsigned_abs()));
+                }
+            }
+            Some(pod) if entry.pod_uid.is_none() && !pod.deleting => {
+                decision.actions.push(Action::Admit {
+                    seat,
+                    uid: pod.uid.clone(),
+                });
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+/// The first seat has the original disks.
+fn create_lease(decision: &mut Decision) {
+    let original = decision.book.iter().find(|entry| !entry.leaving);
+    if let Some(entry) = original
+        && let Some(id) = seat_id(entry)
+    {
+        decision.actions.push(Action::CreateLease {
+            original: id,
+            node: entry.node.clone().unwrap_or_default(),
+        });
+    }
+}
+
+/// No guest ran yet: the record follows the seat whose pod exists.
+fn follow_original(seen: &Observed, record: &Record, decision: &mut Decision) {
+    let stays = |entry: &&SeatEntry| !entry.leaving && pod(seen, entry).is_some();
+    let seats: Vec<_> = decision.book.iter().filter(stays).filter_map(seat_id).collect();
+    let waits = decision.book.iter().any(|entry| entry.leaving);
+    if let Some(first) = seats.first()
+        && !waits
+        && !seats.contains(&record.holder.seat)
+    {
+        decision.actions.push(Action::RewriteGenesis { original: *first });
+    }
+}
+
+fn tell_nodes(seen: &Observed, decision: &mut Decision) {
+    let stay = decision.book.iter().filter(|entry| !entry.leaving);
+    let nodes = nodes_text(stay.filter_map(|entry| entry.node.as_deref()));
+    // Nodes of pods that are gone may stay named until others are known: a swap must not fail for that.
+    if !nodes.is_empty() && record(seen).is_some_and(|record| record.nodes != nodes) {
+        decision.actions.push(Action::SetLeaseNodes { nodes });
+    }
+}
+
+fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
+    if record.phase == Phase::Stopped {
+        return start(seen, record, decision);
+    }
+    if let Some(lost) = accepted_loss(seen)
+        && lost == record.holder
+    {
+        let id = format!("accept-data-loss-{}-{}", record.term, record.holder.start);
+        for entry in decision.book.iter().filter(|entry| !entry.leaving) {
+            if !entry.had_uid(&lost.seat.to_string()) {
+                ask(
+                    seen,
+                    entry,
+                    &id,
+                    &Order::AcceptDataLoss { holder: lost },
+                    &mut decision.actions,
+                );
+            }
+        }
+    }
+    switch_over(seen, record, decision);
+}
+
+/// Starts over a Stopped record: at once if the user wants it, after a while if the guest powered itself off.
+fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
+    let was_running = seen.status().phase == Some(VmPhase::Running) || seen.status().phase == Some(VmPhase::Stopping);
+    let renewed = super::record(seen).and_then(|record| record.renewed);
+    let age = renewed.map(|time| Duration::try_from(seen.now.duration_since(time)).unwrap_or_default());
+    if let Some(age) = age
+        && was_running
+        && age < RESTART_AFTER
+    {
+        return sooner(&mut decision.recheck, RESTART_AFTER - age);
+    }
+    let id = format!("start-{}", record.term);
+    let order = Order::Start {
+        over_stopped_term: record.term,
+    };
+    for entry in decision.book.iter().filter(|entry| is_named(entry, record)) {
+        ask(seen, entry, &id, &order, &mut decision.actions);
+    }
+}
+
+/// A switchover that a person asked for: told to the active once there is a standby.
+fn switch_over(seen: &Observed, record: &Record, decision: &mut Decision) {
+    let Some(text) = seen.vm.annotations().get(ANNOTATION_SWITCHOVER) else {
+        return;
+    };
+    let request: String = text.chars().take(64).collect();
+    let known = decision.switchover.as_ref().filter(|known| known.request == request);
+    if known.is_some_and(|known| known.outcome != SwitchoverOutcome::Pending) {
+        return;
+    }
+    let id = format!("switchover-{request}");
+    let outcome = |outcome, why| {
+        Some(Switchover {
+            request: request.clone(),
+            outcome,
+            why,
+        })
+    };
+    // Whoever was asked answers, whether or not it is active any more.
+    let answers = decision
+        .book
+        .iter()
+        .filter_map(|entry| pod(seen, entry)?.published.as_ref().ok());
+    let mut answers = answers.filter_map(|published| published.done_request.as_ref());
+    if let Some(done) = answers.find(|done| done.id == id) {
+        let refused = done.refused.clone();
+        let ended = if refused.is_some() {
+            SwitchoverOutcome::Refused
+        } else {
+            SwitchoverOutcome::Done
+        };
+        decision.switchover = outcome(ended, refused);
+        return;
+    }
+    let active = holder(&decision.book, record).cloned();
+    let ready = record.members.iter().count() > 1 && active.as_ref().is_some_and(|entry| is_protected(seen, entry));
+    if let Some(entry) = active
+        && ready
+    {
+        decision.switchover = outcome(SwitchoverOutcome::Pending, None);
+        ask(seen, &entry, &id, &Order::Switchover, &mut decision.actions);
+    } else if !decision.book.iter().any(|entry| was_asked(seen, entry, &id)) {
+        let why = "waits until the VM is protected: a switchover needs a standby".to_owned();
+        decision.switchover = outcome(SwitchoverOutcome::Pending, Some(why));
+    }
+}
+
+fn is_protected(seen: &Observed, entry: &SeatEntry) -> bool {
+    pod(seen, entry).is_some_and(|pod| pod.published.as_ref().is_ok_and(|published| published.protected))
+}
+
+fn was_asked(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
+    pod(seen, entry).is_some_and(|pod| pod.request.as_ref().is_some_and(|request| request.id == id))
+}
+
+/// Asks a seat, unless it was asked or has answered already.
+pub(super) fn ask(seen: &Observed, entry: &SeatEntry, id: &str, order: &Order, actions: &mut Vec<Action>) {
+    let Some(pod) = pod(seen, entry) else {
+        return;
+    };
+    let done = pod
+        .published
+        .as_ref()
+        .ok()
+        .and_then(|published| published.done_request.as_ref());
+    if was_asked(seen, entry, id) || done.is_some_and(|done| done.id == id) {
+        return;
+    }
+    actions.push(Action::Request {
+        seat: entry.name.clone(),
+        uid: pod.uid.clone(),
+        request: SeatRequest {
+            id: id.to_owned(),
+            order: order.clone(),
+        },
+    });
+}
+
+pub(super) fn sooner(recheck: &mut Option<Duration>, after: Duration) {
+    let after = after.max(Duration::from_millis(100));
+    *recheck = Some(recheck.map_or(after, |other| other.min(after)));
+}

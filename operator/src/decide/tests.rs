@@ -1,0 +1,440 @@
+use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, ANNOTATION_SWITCHOVER};
+use ftvm_crds::seat::{Order, SeatRole};
+use ftvm_crds::{RunStrategy, SwitchoverOutcome, VmPhase};
+use ftvm_protocol::record::Phase;
+
+use super::rig::World;
+use super::*;
+use crate::observe::PodPhase;
+
+fn protected(nodes: usize) -> World {
+    let mut world = World::new(nodes);
+    assert!(world.settle(60), "{:#?}", world.vm.status);
+    assert!(world.is_protected());
+    world
+}
+
+fn phase(world: &World) -> Option<VmPhase> {
+    world.vm.status.as_ref().unwrap().phase
+}
+
+/// The entries of the active and of the standby.
+fn seats(world: &World) -> (SeatEntry, SeatEntry) {
+    let holder = world.record().unwrap().holder.seat.to_string();
+    let (active, standby): (Vec<_>, Vec<_>) = world.book().into_iter().partition(|entry| entry.had_uid(&holder));
+    (active[0].clone(), standby[0].clone())
+}
+
+#[test]
+fn the_finalizer_and_the_book_come_first() {
+    let mut world = World::new(3);
+    let seen = world.observe();
+    assert_eq!(decide(&seen).actions, [Action::AddFinalizer]);
+    world.step();
+    let seen = world.observe();
+    let decision = decide(&seen);
+    assert_eq!(decision.book.len(), 2);
+    assert_eq!(decision.book.iter().map(|entry| entry.slot).collect::<Vec<_>>(), [0, 1]);
+    assert!(
+        decision.actions.is_empty(),
+        "nothing is made before the book is written"
+    );
+    world.step();
+    let made = decide(&world.observe()).actions;
+    assert!(matches!(made[0], Action::CreateClaims { ref disks, .. } if disks.len() == 2));
+    assert!(matches!(made[1], Action::CreatePod { .. }));
+}
+
+#[test]
+fn a_new_vm_becomes_protected_and_then_nothing_is_left_to_do() {
+    let mut world = protected(3);
+    assert_eq!(phase(&world), Some(VmPhase::Running));
+    let status = world.vm.status.clone().unwrap();
+    assert_ne!(status.active, status.standby);
+    assert_eq!(world.lease.as_ref().unwrap().1, "node-0,node-1");
+    for _ in 0..5 {
+        world.pass(3600);
+        assert!(!world.step(), "a converged VM is left alone");
+    }
+}
+
+#[test]
+fn a_dead_standby_is_replaced_on_a_third_node_after_a_while() {
+    let mut world = protected(3);
+    let (active, standby) = seats(&world);
+    world.nodes.get_mut(standby.node.as_ref().unwrap()).unwrap().ready = false;
+    world.engine(&active.name);
+    let begin = world.now;
+    world.settle(5);
+    assert!(world.entry(&standby.name).is_some(), "given up too early");
+    assert!(world.settle(80), "{:#?}", world.vm.status);
+    assert!(world.is_protected() && world.entry(&standby.name).is_none());
+    assert!(world.now.duration_since(begin).as_secs() >= 20);
+    assert_eq!(world.vm.status.as_ref().unwrap().standby.as_deref(), Some("node-2"));
+    assert!(!world.claims.values().any(|claim| claim.seat == standby.name));
+}
+
+#[test]
+fn the_successor_of_a_dead_active_gets_a_new_partner() {
+    let mut world = protected(3);
+    let (active, standby) = seats(&world);
+    world.nodes.get_mut(active.node.as_ref().unwrap()).unwrap().ready = false;
+    world.engine(&standby.name);
+    assert!(world.settle(80), "{:#?}", world.vm.status);
+    assert!(world.is_protected());
+    assert_eq!(world.vm.status.as_ref().unwrap().active, standby.node);
+    assert!(world.entry(&active.name).is_none());
+}
+
+#[test]
+fn with_both_nodes_dead_nothing_is_touched() {
+    let mut world = protected(4);
+    let book = world.book();
+    world.nodes.iter_mut().take(2).for_each(|(_, node)| node.ready = false);
+    for _ in 0..100 {
+        world.step();
+        world.pass(60);
+    }
+    let names = |book: &[SeatEntry]| {
+        book.iter()
+            .map(|entry| (entry.name.clone(), entry.leaving))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(names(&world.book()), names(&book));
+    assert_eq!(world.pods.len(), 2);
+    world.nodes.values_mut().for_each(|node| node.ready = true);
+    assert!(world.settle(60) && world.is_protected());
+}
+
+#[test]
+fn two_nodes_alone_say_so_and_do_not_churn() {
+    let mut world = protected(2);
+    let (active, standby) = seats(&world);
+    world.nodes.get_mut(standby.node.as_ref().unwrap()).unwrap().ready = false;
+    world.engine(&active.name);
+    world.settle(200);
+    let conditions = &world.vm.status.as_ref().unwrap().conditions;
+    let why = conditions
+        .iter()
+        .find(|condition| condition.type_ == crate::status::PROTECTED)
+        .unwrap();
+    assert_eq!(
+        (why.status.as_str(), why.reason.as_str()),
+        ("False", "TooFewNodes"),
+        "{}",
+        why.message
+    );
+    assert!(why.message.contains("add a node"));
+    let before = world.book();
+    for _ in 0..50 {
+        world.pass(600);
+        assert!(!world.step());
+    }
+    assert_eq!(world.book(), before);
+}
+
+#[test]
+fn what_does_not_help_is_tried_less_and_less_often() {
+    let mut world = protected(3);
+    let (_, standby) = seats(&world);
+    // Its engine never joins, wherever it is.
+    let mut given_up = Vec::new();
+    world.swap_out(&standby.name);
+    for _ in 0..2000 {
+        let before = world.book();
+        world.step();
+        for seat in world.pods.keys().cloned().collect::<Vec<_>>() {
+            world.schedule(&seat);
+            world.kubelet(&seat);
+        }
+        world.volumes();
+        world.pass(2);
+        if before.iter().filter(|entry| entry.leaving).count()
+            < world.book().iter().filter(|entry| entry.leaving).count()
+        {
+            given_up.push(world.now);
+        }
+    }
+    assert!((4..10).contains(&given_up.len()), "{given_up:?}");
+    let waits: Vec<i64> = given_up
+        .windows(2)
+        .map(|pair| pair[1].duration_since(pair[0]).as_secs())
+        .collect();
+    assert!(waits.windows(2).all(|pair| pair[1] >= pair[0]), "{waits:?}");
+    assert!(waits[3] >= 6 * waits[0], "{waits:?}");
+}
+
+#[test]
+fn a_pod_that_was_deleted_is_made_again_with_its_claims() {
+    let mut world = protected(3);
+    let (_, standby) = seats(&world);
+    let claims = world.claims.clone();
+    world.pods.get_mut(&standby.name).unwrap().deleting = true;
+    world.kubelet(&standby.name);
+    world.nodes.get_mut("node-2").unwrap().schedulable = false;
+    assert!(world.step());
+    let entry = world.entry(&standby.name).unwrap();
+    assert_eq!((entry.pod_uid, entry.former_uids.len()), (None, 1));
+    world.step();
+    assert!(world.pods.contains_key(&standby.name));
+    assert_eq!(world.claims, claims);
+}
+
+#[test]
+fn halting_stops_and_starting_finds_the_same_disks() {
+    let mut world = protected(3);
+    let claims: Vec<_> = world.claims.keys().cloned().collect();
+    world.want(RunStrategy::Halted);
+    let requests = decide(&world.observe()).actions;
+    let (active, _) = seats(&world);
+    assert!(
+        matches!(&requests[..], [Action::Request { seat, request, .. }] if *seat == active.name && request.order == Order::Stop)
+    );
+    assert!(world.settle(60), "{:#?}", world.vm.status);
+    assert_eq!(phase(&world), Some(VmPhase::Halted));
+    assert!(world.pods.is_empty());
+    assert_eq!(world.record().unwrap().phase, Phase::Stopped);
+    assert_eq!(world.claims.keys().cloned().collect::<Vec<_>>(), claims);
+    // The bound claims hold the seats to their nodes; the rig's scheduler needs them free.
+    world.claims.values_mut().for_each(|claim| claim.bound = false);
+    world.want(RunStrategy::Always);
+    assert!(world.settle(80), "{:#?}", world.vm.status);
+    assert_eq!(phase(&world), Some(VmPhase::Running));
+    assert!(world.is_protected());
+}
+
+#[test]
+fn pods_stay_until_their_engines_are_proven_to_have_ended() {
+    let mut world = protected(3);
+    world.want(RunStrategy::Halted);
+    world.step();
+    for _ in 0..10 {
+        world.pass(60);
+        let actions = decide(&world.observe()).actions;
+        assert!(
+            !actions.iter().any(|action| matches!(action, Action::DeletePod { .. })),
+            "{actions:?}"
+        );
+    }
+    let (active, standby) = seats(&world);
+    world.engine(&active.name);
+    let actions = decide(&world.observe()).actions;
+    assert!(
+        matches!(&actions[..], [Action::DeletePod { seat, .. }] if *seat == active.name),
+        "{actions:?}"
+    );
+    world.engine(&standby.name);
+    assert_eq!(decide(&world.observe()).actions.len(), 2);
+}
+
+#[test]
+fn a_guest_that_powers_itself_off_is_started_again() {
+    let mut world = protected(3);
+    world.lease.as_mut().unwrap().0.record.phase = Phase::Stopped;
+    world.lease.as_mut().unwrap().0.record.term += 1;
+    let term = world.record().unwrap().term;
+    let seen = world.observe();
+    let order = Order::Start {
+        over_stopped_term: term,
+    };
+    let asked = decide(&seen).actions;
+    assert_eq!(asked.len(), 2);
+    assert!(
+        asked
+            .iter()
+            .all(|action| matches!(action, Action::Request { request, .. } if request.order == order))
+    );
+    // Not at once, should it do so again and again.
+    let mut early = seen.clone();
+    if let LeaseSeen::Found(record) = &mut early.lease {
+        record.renewed = Some(early.now);
+    }
+    let decision = decide(&early);
+    assert!(decision.actions.is_empty() && decision.recheck.is_some());
+}
+
+#[test]
+fn deleting_takes_everything_and_the_object_last() {
+    let mut world = protected(3);
+    world.delete();
+    for _ in 0..60 {
+        world.settle(1);
+        assert!(!world.gone || (world.pods.is_empty() && world.claims.is_empty()));
+    }
+    assert!(world.gone);
+}
+
+#[test]
+fn retained_volumes_stay() {
+    let mut world = protected(3);
+    world.vm.spec.volume_policy = ftvm_crds::VolumePolicy::Retain;
+    world.delete();
+    world.settle(60);
+    assert!(world.gone && world.pods.is_empty() && world.claims.len() == 4);
+}
+
+#[test]
+fn a_vm_that_never_ran_goes_and_halts_without_a_stop() {
+    let mut world = World::new(0);
+    world.settle(10);
+    world.want(RunStrategy::Halted);
+    world.settle(20);
+    assert_eq!(phase(&world), Some(VmPhase::Halted));
+    world.delete();
+    world.settle(20);
+    assert!(world.gone);
+}
+
+#[test]
+fn a_switchover_is_asked_for_once_and_its_outcome_is_kept() {
+    let mut world = protected(3);
+    let annotations = world.vm.metadata.annotations.get_or_insert_default();
+    annotations.insert(ANNOTATION_SWITCHOVER.to_owned(), "today".to_owned());
+    let (active, _) = seats(&world);
+    let decision = decide(&world.observe());
+    assert!(
+        matches!(&decision.actions[..], [Action::Request { seat, request, .. }] if *seat == active.name && request.order == Order::Switchover)
+    );
+    world.step();
+    assert!(decide(&world.observe()).actions.is_empty(), "asked once");
+    world.engine(&active.name);
+    world.step();
+    let outcome = world.vm.status.as_ref().unwrap().switchover.clone().unwrap();
+    assert_eq!(
+        (outcome.request.as_str(), outcome.outcome),
+        ("today", SwitchoverOutcome::Done)
+    );
+    assert!(!world.step());
+}
+
+#[test]
+fn a_data_loss_is_accepted_only_for_the_holder_that_was_named() {
+    let mut world = protected(3);
+    let (active, standby) = seats(&world);
+    let holder = world.record().unwrap().holder;
+    let mut with = |text: String| {
+        let annotations = world.vm.metadata.annotations.get_or_insert_default();
+        annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), text);
+        decide(&world.observe()).actions
+    };
+    assert!(with("nonsense".to_owned()).is_empty());
+    assert!(with(Incarnation { start: 99, ..holder }.to_string()).is_empty());
+    let asked = with(holder.to_string());
+    assert!(
+        matches!(&asked[..], [Action::Request { seat, request, .. }] if *seat == standby.name && *seat != active.name
+        && request.order == Order::AcceptDataLoss { holder })
+    );
+}
+
+#[test]
+fn with_a_strange_lease_nothing_is_done() {
+    let mut world = protected(3);
+    let (snapshot, _) = world.lease.take().unwrap();
+    world.step();
+    assert!(lease_is_strange(&world.observe()));
+    assert!(!world.step(), "a Lease that is gone is not made again");
+    let mut other = snapshot.clone();
+    other.uid = ftvm_protocol::identity::ArbiterUid(999);
+    world.lease = Some((other, String::new()));
+    world.step();
+    world.nodes.values_mut().for_each(|node| node.ready = false);
+    world.pass(100_000);
+    assert!(decide(&world.observe()).actions.is_empty());
+    assert_eq!(
+        decide(&world.observe())
+            .book
+            .iter()
+            .filter(|entry| entry.leaving)
+            .count(),
+        0
+    );
+}
+
+#[test]
+fn a_seat_that_leaves_and_is_named_after_all_stays() {
+    let mut world = protected(3);
+    let (_, standby) = seats(&world);
+    let seats = &mut world.vm.status.as_mut().unwrap().seats;
+    seats
+        .iter_mut()
+        .find(|entry| entry.name == standby.name)
+        .unwrap()
+        .leaving = true;
+    let decision = decide(&world.observe());
+    assert!(decision.actions.is_empty());
+    assert!(decision.book.iter().all(|entry| !entry.leaving));
+}
+
+#[test]
+fn a_failed_pod_is_made_again_later_each_time() {
+    let mut world = protected(3);
+    let (_, standby) = seats(&world);
+    let created = world.now;
+    let pod = world.pods.get_mut(&standby.name).unwrap();
+    (pod.phase, pod.created) = (PodPhase::Finished, Some(created));
+    let decision = decide(&world.observe());
+    assert!(decision.actions.is_empty() && decision.recheck.is_some());
+    world.pass(6);
+    assert!(matches!(
+        &decide(&world.observe()).actions[..],
+        [Action::DeletePod { force: false, .. }]
+    ));
+    for entry in &mut world.vm.status.as_mut().unwrap().seats {
+        entry.former_uids = vec![String::new(); 3];
+    }
+    assert!(decide(&world.observe()).actions.is_empty());
+    world.pass(40);
+    assert_eq!(decide(&world.observe()).actions.len(), 1);
+}
+
+#[test]
+fn the_original_may_change_while_no_guest_ran() {
+    let mut world = World::new(3);
+    // Until the Lease is there; no engine runs.
+    for _ in 0..6 {
+        world.step();
+        for seat in world.pods.keys().cloned().collect::<Vec<_>>() {
+            world.schedule(&seat);
+            world.kubelet(&seat);
+        }
+    }
+    let original = world.record().unwrap().holder.seat.to_string();
+    let first = world.book().into_iter().find(|entry| entry.had_uid(&original)).unwrap();
+    world.pods.remove(&first.name);
+    assert!(world.settle(60), "{:#?}", world.vm.status);
+    assert!(world.is_protected() && world.entry(&first.name).is_none());
+}
+
+#[test]
+fn former_uids_are_bounded_and_named_ones_stay() {
+    let world = protected(3);
+    let (active, _) = seats(&world);
+    let record = world.record().unwrap().clone();
+    let named = active.pod_uid.clone().unwrap();
+    let mut entry = active;
+    for number in 0..30 {
+        let uid = if number == 0 {
+            named.clone()
+        } else {
+            SeatId(number).to_string()
+        };
+        forget_pod(&mut entry, uid, Some(&record));
+    }
+    assert_eq!(entry.former_uids.len(), FORMER_UIDS_MAX);
+    assert!(is_named(&entry, &record));
+}
+
+#[test]
+fn an_engine_that_has_ended_is_none() {
+    let world = protected(3);
+    let (active, _) = seats(&world);
+    let mut pod = world.pods[&active.name].clone();
+    assert!(has_engine(&pod));
+    pod.published.as_mut().unwrap().role = Some(SeatRole::Ended);
+    assert!(!has_engine(&pod));
+    pod.published = Err(ftvm_crds::seat::AnnotationError::TooLong {
+        annotation: "x",
+        length_bytes: 1,
+    });
+    assert!(has_engine(&pod), "what can't be read proves nothing");
+}

@@ -1,0 +1,89 @@
+//! What keeps a seat from joining.
+
+use std::time::Duration;
+
+use ftvm_crds::SeatEntry;
+use ftvm_crds::seat::SeatRole;
+
+use super::pod;
+use crate::observe::{Observed, PodPhase, PodSeen};
+
+/// What keeps a seat from joining. Another node may help with all of these but for [`Trouble::Slow`] and [`Trouble::Unplaced`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trouble {
+    /// Its node is not ready or gone.
+    Node,
+    /// Its pod failed and is made again.
+    Failed,
+    /// Its volumes are where it can't be scheduled.
+    Bound,
+    /// It runs, but no engine joins.
+    NoEngine,
+    /// It is being started: images are pulled, volumes attached.
+    Slow,
+    /// No node has room for it; another seat would have no other chance.
+    Unplaced,
+}
+
+/// What keeps this seat from joining, if anything. Not asked of seats that the record names.
+pub fn trouble(seen: &Observed, entry: &SeatEntry) -> Option<Trouble> {
+    let Some(pod) = pod(seen, entry) else {
+        // Made again, or about to be admitted.
+        return seen
+            .pods
+            .get(&entry.name)
+            .and_then(|pod| of_pod(seen, entry, pod))
+            .or(Some(Trouble::Slow));
+    };
+    of_pod(seen, entry, pod)
+}
+
+fn of_pod(seen: &Observed, entry: &SeatEntry, pod: &PodSeen) -> Option<Trouble> {
+    if let Some(node) = &pod.node
+        && !seen.node_ready(node)
+    {
+        return Some(Trouble::Node);
+    }
+    match pod.phase {
+        PodPhase::Finished => Some(Trouble::Failed),
+        PodPhase::Pending if pod.node.is_none() => {
+            let bound = seen
+                .claims
+                .values()
+                .any(|claim| claim.seat == entry.name && claim.bound);
+            Some(if bound && pod.unschedulable.is_some() {
+                Trouble::Bound
+            } else {
+                Trouble::Unplaced
+            })
+        }
+        PodPhase::Pending => Some(Trouble::Slow),
+        PodPhase::Running if joins(pod) => None,
+        PodPhase::Running => Some(Trouble::NoEngine),
+    }
+}
+
+/// Does the seat make progress: disks prepared, or an engine that receives or holds a checkpoint?
+fn joins(pod: &PodSeen) -> bool {
+    let Ok(published) = &pod.published else {
+        return false;
+    };
+    let follows = matches!(
+        published.role,
+        Some(SeatRole::Joining | SeatRole::Standby | SeatRole::Frozen | SeatRole::Active)
+    );
+    published.resync_percent.is_some() || (follows && published.peer_connected)
+}
+
+/// How long this trouble may last before the seat is replaced; none: forever.
+pub fn patience(seen: &Observed, trouble: &Trouble, times: u32) -> Option<Duration> {
+    let least = u64::from(seen.vm.spec.fault_tolerance.replace_after_seconds);
+    let seconds = match trouble {
+        Trouble::Unplaced => return None,
+        // A large image takes its time, and another node would take it, too.
+        Trouble::Slow => least.max(300),
+        _ => least,
+    };
+    // What did not help before is tried less and less often.
+    Some(Duration::from_secs(seconds << times.min(6)))
+}

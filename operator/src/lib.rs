@@ -1,0 +1,16 @@
+//! The operator: observe → decide (pure) → status (pure) → apply what was built (pure).
+//!
+//! It is never on the way of a failover: seats fail over with the operator dead. `docs/kubernetes.md` has the objects and who
+//! writes what; [`decide`] has the rules.
+
+pub mod api;
+pub mod build;
+pub mod caches;
+pub mod decide;
+pub mod metrics;
+pub mod observe;
+mod random;
+pub mod reconcile;
+pub mod run;
+mod serve;
+pub mod status;

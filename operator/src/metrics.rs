@@ -1,0 +1,78 @@
+//! Prometheus metrics.
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+/// Everything that is counted.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Registry,
+    /// Reconciles that were begun.
+    pub reconciles: IntCounter,
+    /// Reconciles that failed, by kind of failure.
+    pub failures: IntCounterVec,
+    /// Duration of reconciles.
+    pub seconds: Histogram,
+    /// Requests to the API server, by verb and kind; watches not counted.
+    pub requests: IntCounterVec,
+    /// VMs by phase.
+    pub vms: IntGaugeVec,
+    /// VMs whose guest runs without protection.
+    pub unprotected: IntGauge,
+    /// 1 while this replica is the leader.
+    pub leader: IntGauge,
+}
+
+impl Metrics {
+    /// All at zero.
+    ///
+    /// # Errors
+    /// If a name is used twice.
+    pub fn new() -> prometheus::Result<Metrics> {
+        let registry = Registry::new();
+        let metrics = Metrics {
+            reconciles: IntCounter::new("ftvm_operator_reconciles_total", "Reconciles that were begun")?,
+            failures: IntCounterVec::new(
+                Opts::new(
+                    "ftvm_operator_reconcile_failures_total",
+                    "Reconciles that failed, by kind of failure",
+                ),
+                &["kind"],
+            )?,
+            seconds: Histogram::with_opts(HistogramOpts::new(
+                "ftvm_operator_reconcile_seconds",
+                "Duration of reconciles",
+            ))?,
+            requests: IntCounterVec::new(
+                Opts::new(
+                    "ftvm_operator_api_requests_total",
+                    "Requests to the API server without watches, by verb and kind",
+                ),
+                &["verb", "kind"],
+            )?,
+            vms: IntGaugeVec::new(Opts::new("ftvm_vms", "Fault-tolerant VMs by phase"), &["phase"])?,
+            unprotected: IntGauge::new("ftvm_vms_unprotected", "VMs whose guest runs without protection")?,
+            leader: IntGauge::new("ftvm_operator_leader", "1 while this replica is the leader")?,
+            registry,
+        };
+        let registry = &metrics.registry;
+        registry.register(Box::new(metrics.reconciles.clone()))?;
+        registry.register(Box::new(metrics.failures.clone()))?;
+        registry.register(Box::new(metrics.seconds.clone()))?;
+        registry.register(Box::new(metrics.requests.clone()))?;
+        registry.register(Box::new(metrics.vms.clone()))?;
+        registry.register(Box::new(metrics.unprotected.clone()))?;
+        registry.register(Box::new(metrics.leader.clone()))?;
+        Ok(metrics)
+    }
+
+    /// In Prometheus' text format.
+    pub fn text(&self) -> String {
+        let mut text = Vec::new();
+        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            tracing::error!(%error, "metrics can't be encoded");
+        }
+        String::from_utf8(text).unwrap_or_default()
+    }
+}

@@ -1,0 +1,269 @@
+//! What the operator sees of one VM: plain data, taken out of the objects of the API server.
+
+use std::collections::BTreeMap;
+
+use ftvm_crds::lease::{self, LeaseError};
+use ftvm_crds::names::{ANNOTATION_NODES, LABEL_SEAT, LABEL_VM, RESOURCE_SEAT};
+use ftvm_crds::seat::{AnnotationError, SeatPublished, SeatRequest};
+use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus};
+use ftvm_protocol::identity::VmId;
+use ftvm_protocol::record::Snapshot;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+
+/// Everything that decisions about one VM are made of.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// The VM.
+    pub vm: FaultTolerantVM,
+    /// Its Lease.
+    pub lease: LeaseSeen,
+    /// Pods of its seats, by name.
+    pub pods: BTreeMap<String, PodSeen>,
+    /// Claims of its seats, by name.
+    pub claims: BTreeMap<String, ClaimSeen>,
+    /// All nodes.
+    pub nodes: BTreeMap<String, NodeSeen>,
+    /// When.
+    pub now: Timestamp,
+    /// Random numbers for names of new seats.
+    pub draws: [u64; 2],
+}
+
+/// The VM's Lease.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LeaseSeen {
+    /// There is none.
+    Missing,
+    /// There is one that can't be used.
+    Unusable(LeaseError),
+    /// The arbiter's record.
+    Found(Box<Record>),
+}
+
+/// The arbiter's record as it was read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    /// Record, identity and version.
+    pub snapshot: Snapshot,
+    /// The annotation `ftvm.dev/nodes`.
+    pub nodes: String,
+    /// When it was written last.
+    pub renewed: Option<Timestamp>,
+}
+
+/// Phase of a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PodPhase {
+    /// Not started.
+    Pending,
+    /// Its container was started.
+    Running,
+    /// It will never run (again).
+    Finished,
+}
+
+/// Pod of a seat.
+#[derive(Debug, Clone)]
+pub struct PodSeen {
+    /// Its UID: the seat's identity.
+    pub uid: String,
+    /// Its resourceVersion.
+    pub version: String,
+    /// When it was made.
+    pub created: Option<Timestamp>,
+    /// Its node, once it was bound to one.
+    pub node: Option<String>,
+    /// Its IP.
+    pub pod_ip: Option<String>,
+    /// Its node's IP.
+    pub host_ip: Option<String>,
+    /// Phase.
+    pub phase: PodPhase,
+    /// Its readiness.
+    pub ready: bool,
+    /// It is being deleted.
+    pub deleting: bool,
+    /// What the scheduler says of it.
+    pub unschedulable: Option<String>,
+    /// What its container waits for: (reason, message).
+    pub waiting: Option<(String, String)>,
+    /// Why it failed.
+    pub failed: Option<String>,
+    /// What its daemon says.
+    pub published: Result<SeatPublished, AnnotationError>,
+    /// What it was asked for last.
+    pub request: Option<SeatRequest>,
+}
+
+/// Claim of a seat.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClaimSeen {
+    /// Its UID.
+    pub uid: String,
+    /// The seat.
+    pub seat: String,
+    /// It has a volume.
+    pub bound: bool,
+    /// Its volume is gone.
+    pub lost: bool,
+    /// It is being deleted.
+    pub deleting: bool,
+    /// When it was made.
+    pub created: Option<Timestamp>,
+}
+
+/// A node.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct NodeSeen {
+    /// Condition Ready is True.
+    pub ready: bool,
+    /// New pods may be bound to it.
+    pub schedulable: bool,
+    /// Seats that its device plugin offers.
+    pub seats: i64,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Observed {
+    /// The VM's identity.
+    pub fn vm_id(&self) -> Option<VmId> {
+        self.vm.metadata.uid.as_deref().and_then(|uid| uid.parse().ok())
+    }
+
+    /// The VM's status, empty if it has none.
+    pub fn status(&self) -> FaultTolerantVMStatus {
+        self.vm.status.clone().unwrap_or_default()
+    }
+
+    /// The record, if there is one that can be used.
+    pub fn record(&self) -> Option<&Record> {
+        match &self.lease {
+            LeaseSeen::Found(record) => Some(record),
+            _ => None,
+        }
+    }
+
+    /// Is this node ready? One that is gone is not.
+    pub fn node_ready(&self, node: &str) -> bool {
+        self.nodes.get(node).is_some_and(|node| node.ready)
+    }
+}
+
+/// The VM's Lease as read.
+pub fn lease(vm: &FaultTolerantVM, lease: Option<&Lease>) -> LeaseSeen {
+    let Some(lease) = lease else {
+        return LeaseSeen::Missing;
+    };
+    let vm_id = vm.metadata.uid.as_deref().and_then(|uid| uid.parse().ok());
+    let read = || {
+        lease::check_owner(lease, &vm.name_any(), vm_id.unwrap_or_default())?;
+        lease::snapshot(lease)
+    };
+    match read() {
+        Err(error) => LeaseSeen::Unusable(error),
+        Ok(snapshot) => LeaseSeen::Found(Box::new(Record {
+            snapshot,
+            nodes: lease.annotations().get(ANNOTATION_NODES).cloned().unwrap_or_default(),
+            renewed: lease
+                .spec
+                .as_ref()
+                .and_then(|spec| spec.renew_time.as_ref())
+                .map(|time| time.0),
+        })),
+    }
+}
+
+/// A pod as read; none if it is no seat's pod of this VM.
+pub fn pod(vm: &FaultTolerantVM, pod: &Pod) -> Option<(String, PodSeen)> {
+    let labels = pod.labels();
+    let name = pod.name_any();
+    let owner = vm.metadata.uid.as_deref()?;
+    let owned = pod.owner_references().iter().any(|reference| reference.uid == owner);
+    if !owned || labels.get(LABEL_VM) != Some(&vm.name_any()) || labels.get(LABEL_SEAT) != Some(&name) {
+        return None;
+    }
+    let status = pod.status.clone().unwrap_or_default();
+    let condition = |kind: &str| {
+        let conditions = status.conditions.iter().flatten();
+        conditions
+            .into_iter()
+            .find(|condition| condition.type_ == kind)
+            .cloned()
+    };
+    let unschedulable = condition("PodScheduled").filter(|condition| condition.status == "False");
+    let container = status.container_statuses.iter().flatten().next();
+    let waiting = container
+        .and_then(|container| container.state.as_ref()?.waiting.clone())
+        .map(|waiting| (waiting.reason.unwrap_or_default(), waiting.message.unwrap_or_default()));
+    let phase = match status.phase.as_deref() {
+        Some("Running") => PodPhase::Running,
+        Some("Failed" | "Succeeded") => PodPhase::Finished,
+        _ => PodPhase::Pending,
+    };
+    let failed = (phase == PodPhase::Finished).then(|| {
+        format!(
+            "{}: {}",
+            status.reason.unwrap_or_default(),
+            status.message.unwrap_or_default()
+        )
+    });
+    let ready = condition("Ready").is_some_and(|condition| condition.status == "True");
+    let filled = |text: Option<String>| text.filter(|text| !text.is_empty());
+    let seen = PodSeen {
+        uid: pod.uid().unwrap_or_default(),
+        version: pod.resource_version().unwrap_or_default(),
+        created: pod.creation_timestamp().map(|time| time.0),
+        node: filled(pod.spec.as_ref().and_then(|spec| spec.node_name.clone())),
+        pod_ip: filled(status.pod_ip),
+        host_ip: filled(status.host_ip),
+        phase,
+        ready,
+        deleting: pod.metadata.deletion_timestamp.is_some(),
+        unschedulable: unschedulable.map(|condition| condition.message.unwrap_or_default()),
+        waiting,
+        failed,
+        published: SeatPublished::of(pod.annotations()),
+        request: SeatRequest::of(pod.annotations()).unwrap_or_default(),
+    };
+    Some((name, seen))
+}
+
+/// A claim as read; none if it is no seat's.
+pub fn claim(claim: &PersistentVolumeClaim) -> Option<(String, ClaimSeen)> {
+    let phase = claim.status.as_ref().and_then(|status| status.phase.as_deref());
+    let seen = ClaimSeen {
+        uid: claim.uid().unwrap_or_default(),
+        seat: claim.labels().get(LABEL_SEAT)?.clone(),
+        bound: phase == Some("Bound"),
+        lost: phase == Some("Lost"),
+        deleting: claim.metadata.deletion_timestamp.is_some(),
+        created: claim.creation_timestamp().map(|time| time.0),
+    };
+    Some((claim.name_any(), seen))
+}
+
+/// A node as read.
+pub fn node(node: &Node) -> (String, NodeSeen) {
+    let status = node.status.as_ref();
+    let conditions = status
+        .and_then(|status| status.conditions.as_ref())
+        .into_iter()
+        .flatten();
+    let ready = conditions
+        .into_iter()
+        .any(|condition| condition.type_ == "Ready" && condition.status == "True");
+    let allocatable = status.and_then(|status| status.allocatable.as_ref());
+    let seats = allocatable.and_then(|resources| resources.get(RESOURCE_SEAT)?.0.parse().ok());
+    let unschedulable = node.spec.as_ref().and_then(|spec| spec.unschedulable);
+    let seen = NodeSeen {
+        ready,
+        schedulable: !unschedulable.unwrap_or(false),
+        seats: seats.unwrap_or(0),
+        labels: node.labels().clone(),
+    };
+    (node.name_any(), seen)
+}

@@ -1,0 +1,318 @@
+//! One look at one VM: observe → decide → status → apply.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, VmPhase};
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use kube::runtime::controller::Action as Next;
+use kube::runtime::events::{Event, EventType, Recorder};
+use kube::{Client, Resource, ResourceExt};
+
+use crate::api::{ApiError, Objects};
+use crate::build::{self, SeatImage};
+use crate::caches::Caches;
+use crate::decide::{self, Action, Want, decide, want};
+use crate::metrics::Metrics;
+use crate::observe::Observed;
+use crate::{random, status};
+
+/// What a VM has once is applied anew after this time, so that a deleted object comes back.
+const SHARED_EVERY: Duration = Duration::from_secs(3600);
+/// First and longest wait after failures.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+/// Wait after a conflict: the watch tells of the new version soon.
+const CONFLICT: Duration = Duration::from_millis(500);
+
+/// What reconciles share.
+pub struct Context {
+    /// The API server.
+    pub client: Client,
+    /// What the watches told.
+    pub caches: Caches,
+    /// How seats' pods are made.
+    pub image: SeatImage,
+    /// Where events go.
+    pub recorder: Recorder,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// By UID of the VM.
+    pub memory: Mutex<HashMap<String, Memory>>,
+}
+
+/// What this process remembers of a VM; nothing depends on it.
+#[derive(Default, Clone)]
+pub struct Memory {
+    failures: u32,
+    shared: Option<(u64, Instant)>,
+}
+
+/// One look.
+///
+/// # Errors
+/// What the API server refused; [`again`] says when to look again.
+pub async fn reconcile(vm: Arc<FaultTolerantVM>, context: Arc<Context>) -> Result<Next, ApiError> {
+    context.metrics.reconciles.inc();
+    let timer = context.metrics.seconds.start_timer();
+    let result = look(&vm, &context).await;
+    timer.observe_duration();
+    match &result {
+        Ok(_) => context.remember(&vm, |memory| memory.failures = 0),
+        Err(error) if !error.is_conflict() => {
+            context
+                .publish(&vm, EventType::Warning, "ReconcileFailed", &error.to_string())
+                .await
+        }
+        Err(_) => {}
+    }
+    result
+}
+
+/// When to look again after a failure: later and later, and not all at once.
+pub fn again(vm: Arc<FaultTolerantVM>, error: &ApiError, context: Arc<Context>) -> Next {
+    let name = format!("{}/{}", vm.namespace().unwrap_or_default(), vm.name_any());
+    if error.is_conflict() {
+        context.metrics.failures.with_label_values(&["conflict"]).inc();
+        tracing::debug!(vm = %name, %error, "somebody was faster");
+        return Next::requeue(jittered(CONFLICT));
+    }
+    context.metrics.failures.with_label_values(&["refused"]).inc();
+    let failures = context.remember(&vm, |memory| {
+        memory.failures = memory.failures.saturating_add(1);
+        memory.failures
+    });
+    let wait = jittered(backoff(failures));
+    tracing::warn!(vm = %name, %error, failures, wait_ms = wait.as_millis() as u64, "a reconcile failed");
+    Next::requeue(wait)
+}
+
+fn backoff(failures: u32) -> Duration {
+    let (first, longest) = BACKOFF;
+    first
+        .saturating_mul(1 << failures.saturating_sub(1).min(16))
+        .min(longest)
+}
+
+/// Between three quarters and five quarters.
+fn jittered(wait: Duration) -> Duration {
+    let percent = 75 + random::u64() % 51;
+    wait.saturating_mul(percent as u32) / 100
+}
+
+async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError> {
+    let namespace = vm.namespace().ok_or_else(|| ApiError::Unread(vm.name_any()))?;
+    let objects = Objects::new(context.client.clone(), context.metrics.clone(), &namespace);
+    let mut seen = context.caches.observe(vm);
+    let mut decision = decide(&seen);
+    if decision.needs_certainty(&seen) {
+        match context.caches.observe_fresh(&objects, &vm.name_any()).await? {
+            Some(fresh) => seen = fresh,
+            None => return Ok(Next::await_change()),
+        }
+        decision = decide(&seen);
+    }
+    if want(&seen) == Want::Run {
+        shared(&seen.vm, &objects, context).await?;
+    }
+    let status = status::status(&seen, &decision);
+    let mut vm = seen.vm.clone();
+    if seen.vm.status.as_ref() != Some(&status) {
+        vm = objects.write_status(&vm, status).await?;
+        tell(&seen.status(), &vm, context).await;
+    }
+    for action in &decision.actions {
+        vm = apply(action, vm, &seen, &objects, context).await?;
+    }
+    Ok(decision
+        .recheck
+        .map_or_else(Next::await_change, |after| Next::requeue(jittered(after))))
+}
+
+/// Does one thing; returns the VM as it is after it.
+async fn apply(
+    action: &Action,
+    vm: FaultTolerantVM,
+    seen: &Observed,
+    objects: &Objects,
+    context: &Context,
+) -> Result<FaultTolerantVM, ApiError> {
+    tracing::info!(vm = %vm.name_any(), ?action, "apply");
+    let name = vm.name_any();
+    let entry = |seat: &str| {
+        let seats = vm.status.iter().flat_map(|status| &status.seats);
+        seats.into_iter().find(|entry| entry.name == seat).cloned()
+    };
+    match action {
+        Action::AddFinalizer => return objects.set_finalizer(&vm, true).await,
+        Action::RemoveFinalizer => {
+            context.forget(&vm);
+            return objects.set_finalizer(&vm, false).await;
+        }
+        Action::CreateClaims { seat, disks } => {
+            let Some(entry) = entry(seat) else { return Ok(vm) };
+            for (index, disk) in vm.spec.disks.iter().enumerate() {
+                if disks.contains(&disk.name) {
+                    objects.create_claim(&build::claim(&vm, &entry, index)?).await?;
+                }
+            }
+        }
+        Action::CreatePod { seat } => {
+            let Some(entry) = entry(seat) else { return Ok(vm) };
+            objects.create(&build::pod(&vm, &entry, &context.image)?).await?;
+        }
+        Action::Admit { seat, uid } => {
+            objects.issue_identity(&vm, seat, uid).await?;
+            return admit(vm, seat, uid, seen, objects).await;
+        }
+        Action::CreateLease { original, node } => objects.create_lease(&vm, *original, node).await?,
+        Action::RewriteGenesis { original } => {
+            if let Some(record) = decide::record(seen) {
+                objects
+                    .rewrite_genesis(&name, record.snapshot.version, *original)
+                    .await?;
+            }
+        }
+        Action::SetLeaseNodes { nodes } => {
+            if let Some(record) = decide::record(seen) {
+                objects
+                    .set_lease_nodes(&name, &record.snapshot.uid.to_string(), nodes)
+                    .await?;
+            }
+        }
+        Action::Request { seat, uid, request } => objects.request(seat, uid, request).await?,
+        Action::DeletePod {
+            seat,
+            uid,
+            version,
+            force,
+        } => objects.delete::<Pod>(seat, uid, Some(version), *force).await?,
+        Action::DeleteClaim { claim, uid } => objects.delete::<PersistentVolumeClaim>(claim, uid, None, false).await?,
+    }
+    Ok(vm)
+}
+
+/// The pod's identity exists: from now on the daemon of its node may run the seat's engine.
+async fn admit(
+    vm: FaultTolerantVM,
+    seat: &str,
+    uid: &str,
+    seen: &Observed,
+    objects: &Objects,
+) -> Result<FaultTolerantVM, ApiError> {
+    let mut status = vm.status.clone().unwrap_or_default();
+    if let Some(entry) = status.seats.iter_mut().find(|entry| entry.name == seat) {
+        let pod = seen.pods.get(seat);
+        entry.pod_uid = Some(uid.to_owned());
+        entry.node = pod.and_then(|pod| pod.node.clone());
+        entry.pod_ip = pod.and_then(|pod| pod.pod_ip.clone());
+        entry.host_ip = pod.and_then(|pod| pod.host_ip.clone());
+    }
+    objects.write_status(&vm, status).await
+}
+
+/// What a VM has once. Applied by each process once, when it changes, and from time to time.
+async fn shared(vm: &FaultTolerantVM, objects: &Objects, context: &Context) -> Result<(), ApiError> {
+    let budget = build::budget(vm);
+    let policy = build::network_policy(vm);
+    let mut hasher = DefaultHasher::new();
+    for object in [serde_json::to_string(&budget), serde_json::to_string(&policy)] {
+        object.unwrap_or_default().hash(&mut hasher);
+    }
+    let hash = hasher.finish();
+    let applied = context.remember(vm, |memory| memory.shared);
+    if applied.is_some_and(|(known, when)| known == hash && when.elapsed() < SHARED_EVERY) {
+        return Ok(());
+    }
+    objects.apply(&budget).await?;
+    objects.apply(&policy).await?;
+    context.remember(vm, |memory| memory.shared = Some((hash, Instant::now())));
+    Ok(())
+}
+
+async fn tell(old: &FaultTolerantVMStatus, vm: &FaultTolerantVM, context: &Context) {
+    let status = vm.status.clone().unwrap_or_default();
+    for change in status::changes(old, &status) {
+        let kind = if change.warning {
+            EventType::Warning
+        } else {
+            EventType::Normal
+        };
+        context.publish(vm, kind, &change.reason, &change.note).await;
+    }
+}
+
+impl Context {
+    /// Events are for people: that one is lost is logged and changes nothing.
+    async fn publish(&self, vm: &FaultTolerantVM, type_: EventType, reason: &str, note: &str) {
+        let event = Event {
+            type_,
+            reason: reason.chars().take(128).collect(),
+            note: Some(note.chars().take(1000).collect()),
+            action: "Reconcile".to_owned(),
+            secondary: None,
+        };
+        if let Err(error) = self.recorder.publish(&event, &vm.object_ref(&())).await {
+            tracing::warn!(vm = %vm.name_any(), %error, reason, "an event could not be published");
+        }
+    }
+
+    fn remember<T>(&self, vm: &FaultTolerantVM, change: impl FnOnce(&mut Memory) -> T) -> T {
+        let mut memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        change(memory.entry(vm.uid().unwrap_or_default()).or_default())
+    }
+
+    fn forget(&self, vm: &FaultTolerantVM) {
+        let mut memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        memory.remove(&vm.uid().unwrap_or_default());
+    }
+}
+
+/// Counts VMs by phase.
+pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metrics) {
+    let mut phases: HashMap<VmPhase, i64> = HashMap::new();
+    let mut unprotected = 0;
+    for vm in vms {
+        let status = vm.status.clone().unwrap_or_default();
+        let phase = status.phase.unwrap_or(VmPhase::Starting);
+        *phases.entry(phase).or_default() += 1;
+        let protected = status
+            .conditions
+            .iter()
+            .any(|condition| condition.type_ == status::PROTECTED && condition.status == "True");
+        unprotected += i64::from(phase == VmPhase::Running && !protected);
+    }
+    let all = [
+        VmPhase::Starting,
+        VmPhase::Running,
+        VmPhase::Stopping,
+        VmPhase::Halted,
+        VmPhase::Deleting,
+    ];
+    for phase in all {
+        let count = phases.get(&phase).copied().unwrap_or_default();
+        metrics
+            .vms
+            .with_label_values(&[&format!("{phase:?}").to_lowercase()])
+            .set(count);
+    }
+    metrics.unprotected.set(unprotected);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_grow_to_a_bound_and_differ() {
+        let waits: Vec<_> = (1..20).map(backoff).collect();
+        assert!(waits.windows(2).all(|pair| pair[0] <= pair[1]));
+        assert_eq!((waits[0], waits[1], waits[18]), (BACKOFF.0, 2 * BACKOFF.0, BACKOFF.1));
+        assert_eq!(backoff(u32::MAX), BACKOFF.1);
+        let some: std::collections::BTreeSet<_> = (0..50).map(|_| jittered(BACKOFF.1)).collect();
+        assert!(some.len() > 5);
+        let (low, high) = (BACKOFF.1 * 3 / 4, BACKOFF.1 * 5 / 4);
+        assert!(some.iter().all(|wait| (low..=high).contains(wait)));
+    }
+}

@@ -1,0 +1,186 @@
+//! The process: election, watches, controller, probes.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ftvm_crds::FaultTolerantVM;
+use futures::StreamExt;
+use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::{Controller, controller, watcher};
+use kube::{Api, Client, Config};
+use kube_lease_manager::LeaseManagerBuilder;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::build::SeatImage;
+use crate::caches::Caches;
+use crate::metrics::Metrics;
+use crate::reconcile::{Context, again, count, reconcile};
+use crate::serve;
+
+/// Reconciles of different VMs at a time.
+const CONCURRENCY: u16 = 8;
+/// Seconds that an election lasts without renewal, and how long before its end it is renewed.
+const ELECTION_SECONDS: (u64, u64) = (15, 5);
+
+/// What the command line says.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How seats' pods are made.
+    pub image: SeatImage,
+    /// Where probes and metrics are answered.
+    pub listen: SocketAddr,
+    /// Name of this replica.
+    pub pod_name: String,
+    /// Where the election's Lease is.
+    pub pod_namespace: String,
+}
+
+/// Why the process ends.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// No configuration for the API server.
+    #[error("no way to the API server ({0}): run in a pod with a service account, or set KUBECONFIG")]
+    Config(#[from] kube::config::InferConfigError),
+    /// The client.
+    #[error("API server: {0}")]
+    Client(#[from] kube::Error),
+    /// The election.
+    #[error("election (Lease {namespace}/ftvm-operator): {source}")]
+    Election {
+        /// Where the Lease is.
+        namespace: String,
+        /// The cause.
+        source: kube_lease_manager::LeaseManagerError,
+    },
+    /// Another replica is the leader now.
+    #[error("this replica is no longer the leader: it ends, so that it does nothing more, and is started again")]
+    NotLeader,
+    /// The probes' port.
+    #[error("probes and metrics on {listen}: {source}: choose another address with --listen")]
+    Listen {
+        /// The address.
+        listen: SocketAddr,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// Metrics.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// A watch.
+    #[error("a watch ended: {0}")]
+    Watch(#[from] kube::runtime::reflector::store::WriterDropped),
+    /// Signals can't be waited for.
+    #[error("signals: {0}")]
+    Signals(std::io::Error),
+}
+
+/// Runs until SIGTERM or until another replica is the leader.
+///
+/// # Errors
+/// [`RunError`] says why it ended.
+pub async fn run(options: Options) -> Result<(), RunError> {
+    let metrics = Metrics::new()?;
+    let mut config = Config::infer().await?;
+    let agent = concat!("ftvm-operator/", env!("CARGO_PKG_VERSION"));
+    config.headers.push((
+        hyper::header::USER_AGENT,
+        hyper::header::HeaderValue::from_static(agent),
+    ));
+    let client = Client::try_from(config)?;
+    let mut end = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
+    let listen = options.listen;
+    let probes = serve::serve(listen, metrics.clone());
+    tokio::select! {
+        ended = probes => ended.map_err(|source| RunError::Listen { listen, source }),
+        ended = elected(client, options, metrics) => ended,
+        _ = end.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+/// Waits to be elected, then leads until the election is lost.
+async fn elected(client: Client, options: Options, metrics: Metrics) -> Result<(), RunError> {
+    let failed = |source| RunError::Election {
+        namespace: options.pod_namespace.clone(),
+        source,
+    };
+    let (duration, grace) = ELECTION_SECONDS;
+    let manager = LeaseManagerBuilder::new(client.clone(), "ftvm-operator")
+        .with_namespace(&options.pod_namespace)
+        .with_identity(&options.pod_name)
+        .with_duration(duration)
+        .with_grace(grace)
+        .build()
+        .await
+        .map_err(failed)?;
+    let (mut leads, _task) = manager.watch().await;
+    tracing::info!(replica = %options.pod_name, "waits for the election");
+    while !*leads.borrow_and_update() {
+        if leads.changed().await.is_err() {
+            return Err(RunError::NotLeader);
+        }
+    }
+    tracing::info!(replica = %options.pod_name, "leads");
+    metrics.leader.set(1);
+    tokio::select! {
+        ended = lead(client, options, metrics) => ended,
+        () = lost(&mut leads) => Err(RunError::NotLeader),
+    }
+}
+
+async fn lost(leads: &mut tokio::sync::watch::Receiver<bool>) {
+    while leads.changed().await.is_ok() {
+        if !*leads.borrow_and_update() {
+            return;
+        }
+    }
+}
+
+/// Watches and reconciles.
+///
+/// # Errors
+/// If a watch ended for good.
+pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<(), RunError> {
+    let (triggers, triggered) = mpsc::unbounded_channel();
+    let store = Arc::new(Mutex::new(None));
+    let caches = Caches::watch(&client, &triggers, store.clone());
+    caches.ready().await?;
+    let reporter = Reporter {
+        controller: "ftvm-operator".to_owned(),
+        instance: Some(options.pod_name),
+    };
+    let context = Arc::new(Context {
+        client: client.clone(),
+        caches,
+        image: options.image,
+        recorder: Recorder::new(client.clone(), reporter),
+        metrics: metrics.clone(),
+        memory: Mutex::default(),
+    });
+    let controller = Controller::new(Api::<FaultTolerantVM>::all(client), watcher::Config::default()).with_config(
+        controller::Config::default()
+            .concurrency(CONCURRENCY)
+            .debounce(Duration::from_millis(20)),
+    );
+    let vms = controller.store();
+    *store.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(vms.clone());
+    let triggered = futures::stream::unfold(triggered, |mut triggered| async move {
+        let next = triggered.recv().await?;
+        Some((next, triggered))
+    });
+    let mut results = controller
+        .reconcile_on(triggered)
+        .run(reconcile, again, context)
+        .boxed();
+    while let Some(result) = results.next().await {
+        if let Err(error) = result {
+            // Failures of reconciles are counted and logged where the next look is planned.
+            tracing::debug!(%error, "controller");
+        }
+        count(vms.state().iter().map(|vm| &**vm), &metrics);
+    }
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! Events: what changed between two statuses that a person would want to be told.
+
+use ftvm_crds::{FaultTolerantVMStatus, SwitchoverOutcome, VmPhase};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+
+use super::{ARBITER_REACHABLE, PROTECTED, READY, STORAGE_HEALTHY};
+
+/// One event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Something is wrong.
+    pub warning: bool,
+    /// In one word.
+    pub reason: String,
+    /// In one sentence.
+    pub note: String,
+}
+
+fn change(warning: bool, reason: &str, note: impl Into<String>) -> Change {
+    Change {
+        warning,
+        reason: reason.to_owned(),
+        note: note.into(),
+    }
+}
+
+/// What is worth an event.
+pub fn changes(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<Change> {
+    let mut found = Vec::new();
+    let node = |node: &Option<String>| node.clone().unwrap_or_else(|| "nowhere".to_owned());
+    if old.active != new.active && new.active.is_some() {
+        found.push(change(
+            false,
+            "ActiveChanged",
+            format!(
+                "the guest runs on node {}, before: {}",
+                node(&new.active),
+                node(&old.active)
+            ),
+        ));
+    }
+    if old.phase != new.phase && new.phase == Some(VmPhase::Halted) {
+        found.push(change(false, "Halted", "the VM is halted; its disks are kept"));
+    }
+    if old.last_failover != new.last_failover
+        && let Some(failover) = &new.last_failover
+    {
+        let note = format!(
+            "seat {} took over ({}), gap {} µs",
+            failover.seat, failover.reason, failover.gap_microseconds
+        );
+        found.push(change(false, "TookOver", note));
+    }
+    found.extend(seats(old, new));
+    if old.switchover != new.switchover
+        && let Some(asked) = &new.switchover
+    {
+        let why = asked.why.as_deref().unwrap_or("");
+        match asked.outcome {
+            SwitchoverOutcome::Pending => {}
+            SwitchoverOutcome::Done => {
+                found.push(change(false, "SwitchoverDone", format!("switchover {}", asked.request)))
+            }
+            SwitchoverOutcome::Refused => {
+                found.push(change(
+                    true,
+                    "SwitchoverRefused",
+                    format!("switchover {}: {why}", asked.request),
+                ));
+            }
+        }
+    }
+    for kind in [READY, PROTECTED, STORAGE_HEALTHY, ARBITER_REACHABLE] {
+        let find = |conditions: &[Condition]| conditions.iter().find(|condition| condition.type_ == kind).cloned();
+        found.extend(condition(
+            find(&old.conditions).as_ref(),
+            find(&new.conditions).as_ref(),
+        ));
+    }
+    found.dedup_by(|a, b| a.note == b.note);
+    found
+}
+
+fn seats(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<Change> {
+    let mut found = Vec::new();
+    for entry in &new.seats {
+        let before = old.seats.iter().find(|before| before.name == entry.name);
+        if before.is_none() {
+            found.push(change(false, "SeatEntered", format!("seat {}", entry.name)));
+        }
+        if entry.leaving && before.is_some_and(|before| !before.leaving) {
+            let node = entry.node.as_deref().unwrap_or("no node");
+            found.push(change(
+                true,
+                "SeatLost",
+                format!("seat {} on {node} is given up and replaced", entry.name),
+            ));
+        }
+    }
+    found
+}
+
+/// A condition that changed, or fails for another reason than before.
+fn condition(old: Option<&Condition>, new: Option<&Condition>) -> Option<Change> {
+    let new = new?;
+    let same = old.is_some_and(|old| old.status == new.status && (old.reason == new.reason || new.status == "True"));
+    if same || new.status == "Unknown" || (old.is_none() && ["Starting", "InStep"].contains(&new.reason.as_str())) {
+        return None;
+    }
+    let quiet = ["Starting", "Halted", "Stopping", "Deleting", "NotRunning", "Resyncing"];
+    let good = new.status == "True";
+    let warning = !good && !quiet.contains(&new.reason.as_str());
+    let reason = if good { new.type_.clone() } else { new.reason.clone() };
+    (good || warning).then(|| change(warning, &reason, format!("{}: {}", new.type_, new.message)))
+}

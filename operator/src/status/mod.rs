@@ -1,0 +1,366 @@
+//! What a person reads: status, conditions, events. Pure functions of what was observed and decided.
+
+mod changes;
+mod obstacles;
+
+use ftvm_crds::seat::{SeatPublished, SeatRole};
+use ftvm_crds::{Failover, FaultTolerantVMStatus, SeatEntry, VmPhase};
+use ftvm_protocol::record::Phase;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
+
+use crate::decide::{self, Decision, Want, holder, is_genesis, is_named, lease_is_strange, pod, want};
+use crate::observe::{LeaseSeen, Observed};
+
+pub use changes::{Change, changes};
+pub use obstacles::{Obstacle, obstacles};
+
+/// The guest runs.
+pub const READY: &str = "Ready";
+/// A standby would take over.
+pub const PROTECTED: &str = "Protected";
+/// A seat is being brought up to the other's state.
+pub const RESYNCING: &str = "Resyncing";
+/// No seat reports a failing disk.
+pub const STORAGE_HEALTHY: &str = "StorageHealthy";
+/// The record can be read and written.
+pub const ARBITER_REACHABLE: &str = "ArbiterReachable";
+
+/// Longest message of a condition.
+const MESSAGE_LENGTH_MAX: usize = 1024;
+/// Exit codes that mean a failing disk (`docs/exit-codes.md`).
+const STORAGE_CODES: [u8; 2] = [16, 21];
+
+/// A condition before it has a time.
+struct Said {
+    kind: &'static str,
+    holds: Option<bool>,
+    reason: String,
+    message: String,
+}
+
+fn said(kind: &'static str, holds: bool, reason: &str, message: impl Into<String>) -> Said {
+    Said {
+        kind,
+        holds: Some(holds),
+        reason: reason.to_owned(),
+        message: message.into(),
+    }
+}
+
+/// What the roles are, as far as record and daemons tell.
+struct Roles<'a> {
+    active: Option<&'a SeatEntry>,
+    standby: Option<&'a SeatEntry>,
+    /// Of the active.
+    published: Option<&'a SeatPublished>,
+}
+
+fn roles<'a>(seen: &'a Observed, book: &'a [SeatEntry]) -> Roles<'a> {
+    let record = decide::record(seen).map(|record| &record.snapshot.record);
+    let record = record.filter(|record| record.phase == Phase::Running && !is_genesis(record));
+    let active = record.and_then(|record| holder(book, record));
+    let published = active.and_then(|entry| pod(seen, entry)?.published.as_ref().ok());
+    let standby = record.and_then(|record| {
+        book.iter().find(|entry| {
+            Some(entry.name.as_str()) != active.map(|active| active.name.as_str()) && is_named(entry, record)
+        })
+    });
+    Roles {
+        active,
+        standby,
+        published,
+    }
+}
+
+/// The status as it should be.
+pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
+    let old = seen.status();
+    let book = &decision.book;
+    let roles = roles(seen, book);
+    let protected = is_protected(&roles);
+    let phase = phase(seen, decision, &roles);
+    let joining = book.iter().filter_map(|entry| resync(seen, entry)).next();
+    let conditions = [
+        ready(seen, phase, &roles),
+        protection(seen, book, phase, &roles),
+        resyncing(joining),
+        storage(seen, book),
+        arbiter(seen, book),
+    ];
+    let conditions = conditions.map(|said| condition(said, &old.conditions, seen));
+    FaultTolerantVMStatus {
+        observed_generation: seen.vm.metadata.generation,
+        phase: Some(phase),
+        active: roles.active.and_then(|entry| entry.node.clone()),
+        standby: roles.standby.filter(|_| protected).and_then(|entry| entry.node.clone()),
+        mode: Some(seen.vm.spec.fault_tolerance.mode),
+        term: decide::record(seen)
+            .map(|record| record.snapshot.record.term)
+            .or(old.term),
+        interval_ms: roles.published.and_then(|published| published.interval_ms),
+        lag_ms: roles.published.and_then(|published| published.lag_ms),
+        resync_percent: joining,
+        seats: book.clone(),
+        replacements: decision.replacements,
+        lease_uid: decision.lease_uid.clone(),
+        last_failover: failover(seen, book).or(old.last_failover.clone()),
+        switchover: decision.switchover.clone(),
+        conditions: conditions.to_vec(),
+    }
+}
+
+fn is_protected(roles: &Roles<'_>) -> bool {
+    roles.standby.is_some() && roles.published.is_some_and(|published| published.protected)
+}
+
+fn phase(seen: &Observed, decision: &Decision, roles: &Roles<'_>) -> VmPhase {
+    match want(seen) {
+        Want::Delete => VmPhase::Deleting,
+        Want::Halt if decision.at_rest => VmPhase::Halted,
+        Want::Halt => VmPhase::Stopping,
+        Want::Run => {
+            let runs = roles
+                .published
+                .is_some_and(|published| published.role == Some(SeatRole::Active));
+            let stopped = decide::record(seen).is_some_and(|record| record.snapshot.record.phase == Phase::Stopped);
+            let before = seen.status().phase;
+            if runs {
+                VmPhase::Running
+            } else if stopped && matches!(before, Some(VmPhase::Running | VmPhase::Stopping)) {
+                VmPhase::Stopping
+            } else {
+                VmPhase::Starting
+            }
+        }
+    }
+}
+
+/// Progress of a seat that joins or prepares its disks.
+fn resync(seen: &Observed, entry: &SeatEntry) -> Option<u8> {
+    let published = pod(seen, entry)?.published.as_ref().ok()?;
+    let percent = published.resync_percent.map(|percent| percent.min(100));
+    percent.or((published.role == Some(SeatRole::Joining)).then_some(0))
+}
+
+fn ready(seen: &Observed, phase: VmPhase, roles: &Roles<'_>) -> Said {
+    match phase {
+        VmPhase::Running => said(READY, true, "GuestRuns", "the guest runs"),
+        VmPhase::Halted => said(
+            READY,
+            false,
+            "Halted",
+            "the VM is halted: set spec.runStrategy to Always to start it",
+        ),
+        VmPhase::Deleting => said(READY, false, "Deleting", "the VM is being deleted"),
+        VmPhase::Stopping => said(READY, false, "Stopping", "the guest is being stopped"),
+        VmPhase::Starting => match obstacles(seen).into_iter().next() {
+            Some(obstacle) => said(READY, false, obstacle.reason, obstacle.message),
+            None => {
+                let why = roles.published.map_or("", |published| published.why.as_str());
+                said(
+                    READY,
+                    false,
+                    "Starting",
+                    format!("the guest is being started; {why}").trim_end_matches("; "),
+                )
+            }
+        },
+    }
+}
+
+fn protection(seen: &Observed, book: &[SeatEntry], phase: VmPhase, roles: &Roles<'_>) -> Said {
+    if phase != VmPhase::Running && phase != VmPhase::Starting {
+        return said(
+            PROTECTED,
+            false,
+            "NotRunning",
+            "no guest runs: there is nothing to protect",
+        );
+    }
+    if let Some(standby) = roles.standby
+        && is_protected(roles)
+    {
+        let node = standby.node.as_deref().unwrap_or("unknown");
+        return said(
+            PROTECTED,
+            true,
+            "StandbyFollows",
+            format!("seat {} on node {node} would take over", standby.name),
+        );
+    }
+    if let Some(obstacle) = obstacles(seen).into_iter().next() {
+        return said(PROTECTED, false, obstacle.reason, obstacle.message);
+    }
+    if let Some(percent) = book.iter().filter_map(|entry| resync(seen, entry)).next() {
+        return said(
+            PROTECTED,
+            false,
+            "Resyncing",
+            format!("a seat is being brought up to date: {percent} %"),
+        );
+    }
+    let why = roles
+        .published
+        .map(|published| published.why.as_str())
+        .filter(|why| !why.is_empty());
+    let why = why.unwrap_or("a standby is being prepared");
+    said(
+        PROTECTED,
+        false,
+        if phase == VmPhase::Running {
+            "NoStandby"
+        } else {
+            "Starting"
+        },
+        why,
+    )
+}
+
+fn resyncing(joining: Option<u8>) -> Said {
+    match joining {
+        Some(_) => said(
+            RESYNCING,
+            true,
+            "Joining",
+            "a seat is being brought up to date; status.resyncPercent has the progress",
+        ),
+        None => said(RESYNCING, false, "InStep", "no seat is being brought up to date"),
+    }
+}
+
+fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
+    for entry in book {
+        let lost = seen
+            .claims
+            .iter()
+            .find(|(_, claim)| claim.seat == entry.name && claim.lost);
+        if let Some((claim, _)) = lost {
+            return said(
+                STORAGE_HEALTHY,
+                false,
+                "VolumeLost",
+                format!(
+                    "the volume of claim {claim} is gone: if the VM runs on its other seat, delete pod {} and the claim",
+                    entry.name
+                ),
+            );
+        }
+        let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
+        if let Some(published) = published
+            && STORAGE_CODES.contains(&published.code)
+        {
+            return said(
+                STORAGE_HEALTHY,
+                false,
+                "DiskFailed",
+                format!("seat {}: {}", entry.name, published.why),
+            );
+        }
+    }
+    said(STORAGE_HEALTHY, true, "NoFailures", "no seat reports a failing disk")
+}
+
+fn arbiter(seen: &Observed, book: &[SeatEntry]) -> Said {
+    match &seen.lease {
+        LeaseSeen::Unusable(error) => return said(ARBITER_REACHABLE, false, "LeaseUnusable", error.to_string()),
+        LeaseSeen::Missing if lease_is_strange(seen) => {
+            return said(
+                ARBITER_REACHABLE,
+                false,
+                "LeaseGone",
+                "the VM's Lease was deleted: a protected pair goes on, a failover is refused; halting and starting need it, too: restore it from a backup, or delete the VM",
+            );
+        }
+        LeaseSeen::Found(_) if lease_is_strange(seen) => {
+            return said(
+                ARBITER_REACHABLE,
+                false,
+                "LeaseReplaced",
+                "the VM's Lease is another object than the operator made (other UID): a protected pair goes on, a failover is refused; restore the former one from a backup, or delete the VM",
+            );
+        }
+        LeaseSeen::Missing => {
+            return Said {
+                holds: None,
+                ..said(
+                    ARBITER_REACHABLE,
+                    false,
+                    "NotMade",
+                    "the VM has no Lease yet: it is made with the first seat",
+                )
+            };
+        }
+        LeaseSeen::Found(_) => {}
+    }
+    let engines = book
+        .iter()
+        .filter_map(|entry| Some((entry, pod(seen, entry)?.published.as_ref().ok()?)));
+    let unreachable = engines
+        .into_iter()
+        .find(|(_, published)| published.incarnation.is_some() && !published.arbiter_reachable);
+    match unreachable {
+        Some((entry, published)) => said(
+            ARBITER_REACHABLE,
+            false,
+            "SeatCantReach",
+            format!(
+                "seat {} can't use the VM's Lease ({}): a protected pair goes on, a failover waits",
+                entry.name, published.why
+            ),
+        ),
+        None => said(
+            ARBITER_REACHABLE,
+            true,
+            "Reachable",
+            "the VM's Lease can be read and written",
+        ),
+    }
+}
+
+/// The latest takeover that any seat tells of.
+fn failover(seen: &Observed, book: &[SeatEntry]) -> Option<Failover> {
+    let told = book.iter().filter_map(|entry| {
+        let takeover = pod(seen, entry)?.published.as_ref().ok()?.last_takeover.clone()?;
+        Some((entry, takeover))
+    });
+    let (entry, takeover) = told.max_by_key(|(_, takeover)| takeover.unix_ms)?;
+    let milliseconds = i64::try_from(takeover.unix_ms).ok()?;
+    let time = Time(Timestamp::from_millisecond(milliseconds).ok()?);
+    let known = seen.status().last_failover;
+    // The status keeps whole seconds.
+    if known.is_some_and(|known| known.time.0.as_second() >= time.0.as_second()) {
+        return None;
+    }
+    Some(Failover {
+        time: Time(Timestamp::from_second(time.0.as_second()).ok()?),
+        reason: takeover.reason.chars().take(256).collect(),
+        seat: entry.name.clone(),
+        node: entry.node.clone(),
+        gap_microseconds: takeover.microseconds,
+    })
+}
+
+fn condition(said: Said, old: &[Condition], seen: &Observed) -> Condition {
+    let status = match said.holds {
+        Some(true) => "True",
+        Some(false) => "False",
+        None => "Unknown",
+    };
+    let before = old.iter().find(|condition| condition.type_ == said.kind);
+    let same = before.filter(|before| before.status == status);
+    Condition {
+        type_: said.kind.to_owned(),
+        status: status.to_owned(),
+        reason: said.reason,
+        message: said.message.chars().take(MESSAGE_LENGTH_MAX).collect(),
+        last_transition_time: same.map_or_else(
+            || Time(Timestamp::from_second(seen.now.as_second()).unwrap_or(seen.now)),
+            |before| before.last_transition_time.clone(),
+        ),
+        observed_generation: seen.vm.metadata.generation,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+use ftvm_crds::SeatEntry;
+use ftvm_crds::lease::LeaseError;
+use ftvm_crds::seat::{SeatPublished, Takeover};
+
+use super::*;
+use crate::decide::rig::World;
+use crate::decide::{Action, decide};
+use crate::observe::PodPhase;
+
+fn started() -> World {
+    let mut world = World::new(3);
+    for _ in 0..4 {
+        world.step();
+    }
+    world
+}
+
+fn said(world: &mut World, kind: &str) -> Condition {
+    let seen = world.observe();
+    said_of(&seen, kind)
+}
+
+fn said_of(seen: &Observed, kind: &str) -> Condition {
+    let status = status(seen, &decide(seen));
+    status
+        .conditions
+        .into_iter()
+        .find(|condition| condition.type_ == kind)
+        .unwrap()
+}
+
+fn first(world: &World) -> SeatEntry {
+    world.book()[0].clone()
+}
+
+/// Reason, and that the message says what to do.
+fn expect(condition: &Condition, reason: &str, advice: &str) {
+    assert_eq!(
+        (condition.status.as_str(), condition.reason.as_str()),
+        ("False", reason),
+        "{}",
+        condition.message
+    );
+    assert!(condition.message.contains(advice), "{}", condition.message);
+}
+
+#[test]
+fn each_obstacle_says_what_to_do() {
+    let mut world = started();
+    let name = first(&world).name;
+    let pods = world.pods.clone();
+    let mut with = |change: &dyn Fn(&mut World), reason: &str, advice: &str| {
+        change(&mut world);
+        expect(&said(&mut world, PROTECTED), reason, advice);
+        world.pods = pods.clone();
+        world
+            .nodes
+            .values_mut()
+            .for_each(|node| (node.seats, node.ready) = (10, true));
+    };
+    let pod = |world: &mut World, text: &str| world.pods.get_mut(&name).unwrap().unschedulable = Some(text.to_owned());
+    with(
+        &|world| pod(world, "0/3 nodes are available: 3 Insufficient memory"),
+        "InsufficientMemory",
+        "add a node",
+    );
+    with(
+        &|world| pod(world, "0/3 nodes: 1 node(s) didn't match pod anti-affinity rules"),
+        "TooFewNodes",
+        "add a node",
+    );
+    with(
+        &|world| pod(world, "0/3 nodes: 3 didn't match node selector"),
+        "Unschedulable",
+        "spec.placement",
+    );
+    with(
+        &|world| {
+            world.nodes.values_mut().for_each(|node| node.seats = 0);
+            pod(world, "3 Insufficient ftvm.dev/seat");
+        },
+        "NoKvmNode",
+        "/dev/kvm",
+    );
+    with(
+        &|world| pod(world, "pod has unbound immediate PersistentVolumeClaims"),
+        "VolumeNotBound",
+        "storageClassName",
+    );
+    with(
+        &|world| {
+            let waiting = ("ImagePullBackOff".to_owned(), "not found".to_owned());
+            world.pods.get_mut(&name).unwrap().waiting = Some(waiting);
+        },
+        "ImagePullFailed",
+        "spec.boot.image",
+    );
+    with(
+        &|world| {
+            let pod = world.pods.get_mut(&name).unwrap();
+            (pod.phase, pod.failed) = (PodPhase::Finished, Some("UnexpectedAdmissionError: x".to_owned()));
+        },
+        "SeatFailed",
+        "made again",
+    );
+    with(
+        &|world| {
+            world.schedule(&name);
+            world.nodes.get_mut("node-0").unwrap().ready = false;
+        },
+        "NodeNotReady",
+        "replaced",
+    );
+}
+
+#[test]
+fn a_volume_that_does_not_come_is_told_after_a_while() {
+    let mut world = started();
+    assert_eq!(said(&mut world, PROTECTED).reason, "Starting");
+    world.pass(31);
+    expect(&said(&mut world, PROTECTED), "VolumeNotBound", "storageClassName");
+}
+
+#[test]
+fn what_a_seat_needs_help_with_is_told_with_its_code() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let standby = world.book()[1].name.clone();
+    world.swap_out(&standby);
+    let pod = world.pods.get_mut(&standby).unwrap();
+    pod.published = Ok(SeatPublished {
+        code: 20,
+        why: "CPU: this host lacks avx2".to_owned(),
+        ..SeatPublished::default()
+    });
+    expect(&said(&mut world, PROTECTED), "SeatNeedsHelp", "avx2 (code 20");
+    let pod = world.pods.get_mut(&standby).unwrap();
+    pod.published.as_mut().unwrap().code = 21;
+    expect(&said(&mut world, STORAGE_HEALTHY), "DiskFailed", "avx2");
+}
+
+#[test]
+fn leases_that_are_not_ours_are_told() {
+    let mut world = started();
+    let mut seen = world.observe();
+    seen.lease = LeaseSeen::Unusable(LeaseError::OtherOwner {
+        found: "no owner".to_owned(),
+    });
+    expect(&said_of(&seen, ARBITER_REACHABLE), "LeaseUnusable", "remove that Lease");
+    expect(&said_of(&seen, READY), "LeaseUnusable", "remove that Lease");
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    assert_eq!(said(&mut world, ARBITER_REACHABLE).status, "True");
+    world.lease = None;
+    expect(&said(&mut world, ARBITER_REACHABLE), "LeaseGone", "backup");
+}
+
+#[test]
+fn times_of_conditions_are_of_their_last_change() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let before = said(&mut world, PROTECTED).last_transition_time;
+    world.pass(1000);
+    assert_eq!(said(&mut world, PROTECTED).last_transition_time, before);
+    let standby = world.book()[1].name.clone();
+    world.swap_out(&standby);
+    let after = said(&mut world, PROTECTED);
+    assert_eq!(after.status, "False");
+    assert_ne!(after.last_transition_time, before);
+}
+
+#[test]
+fn a_takeover_is_kept_and_told_once() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let old = world.vm.status.clone().unwrap();
+    let active = world.book()[0].name.clone();
+    let unix_ms = u64::try_from(world.now.as_millisecond()).unwrap() + 123;
+    let takeover = Takeover {
+        unix_ms,
+        reason: "peer lost".to_owned(),
+        microseconds: 310_000,
+    };
+    world
+        .pods
+        .get_mut(&active)
+        .unwrap()
+        .published
+        .as_mut()
+        .unwrap()
+        .last_takeover = Some(takeover);
+    world.step();
+    let new = world.vm.status.clone().unwrap();
+    assert_eq!(new.last_failover.as_ref().unwrap().gap_microseconds, 310_000);
+    let told = changes(&old, &new);
+    assert!(
+        told.iter()
+            .any(|change| change.reason == "TookOver" && change.note.contains("310000 µs")),
+        "{told:?}"
+    );
+    assert!(!world.step(), "told once");
+    assert_eq!(changes(&new, &new), []);
+}
+
+#[test]
+fn events_tell_of_roles_and_troubles() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let old = world.vm.status.clone().unwrap();
+    let mut new = old.clone();
+    new.active = Some("node-9".to_owned());
+    new.seats[1].leaving = true;
+    let protected = new
+        .conditions
+        .iter_mut()
+        .find(|condition| condition.type_ == PROTECTED)
+        .unwrap();
+    (protected.status, protected.reason) = ("False".to_owned(), "NodeNotReady".to_owned());
+    let told = changes(&old, &new);
+    let reasons: Vec<(&str, bool)> = told
+        .iter()
+        .map(|change| (change.reason.as_str(), change.warning))
+        .collect();
+    assert_eq!(
+        reasons,
+        [("ActiveChanged", false), ("SeatLost", true), ("NodeNotReady", true)]
+    );
+}
+
+#[test]
+fn messages_are_bounded() {
+    let mut world = started();
+    let name = first(&world).name;
+    world.pods.get_mut(&name).unwrap().unschedulable = Some("x".repeat(10_000));
+    assert_eq!(said(&mut world, PROTECTED).message.chars().count(), MESSAGE_LENGTH_MAX);
+    let decision = decide(&world.observe());
+    assert!(
+        !decision
+            .actions
+            .iter()
+            .any(|action| matches!(action, Action::DeletePod { .. }))
+    );
+}
