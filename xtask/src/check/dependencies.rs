@@ -28,7 +28,10 @@ const ALLOWED: &[&str] = &[
 const DUPLICATES: &[(&str, &str)] = &[
     ("base64", "k8s-openapi has version 0.22, the newest pem (of rcgen) 0.23"),
     ("bitflags", "vmm-sys-util has version 1, all others 2"),
-    ("getrandom", "ring, kube-runtime (ahash) and kube-lease-manager (rand) have a version each"),
+    (
+        "getrandom",
+        "ring, kube-runtime (ahash) and kube-lease-manager (rand) have a version each",
+    ),
     ("hashbrown", "kube-runtime has version 0.16, indexmap 0.17"),
     ("embedded-io", "postcard names two versions; neither is built"),
     ("syn", "at build time only: derive macros move to version 3 one by one"),
