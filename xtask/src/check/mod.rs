@@ -8,6 +8,7 @@ use clap::Args;
 
 mod dependencies;
 mod errors;
+mod generated;
 mod tidy;
 
 /// Options of `cargo xtask check`.
@@ -23,6 +24,7 @@ const RULES: &[Rule] = &[
     ("table of errors", errors::check),
     ("Helm chart and image", crate::chart::check),
     ("licences and duplicate dependencies", dependencies::check),
+    ("generated files", generated::check),
     ("lints", lints),
     ("documentation", documentation),
 ];
