@@ -19,11 +19,16 @@ pub(super) fn spawn<T: Send + 'static>(
 ) -> io::Result<JoinHandle<T>> {
     let filters = filters.clone();
     std::thread::Builder::new().name(name).spawn(move || {
-        if let Some(filters) = filters {
-            filters
-                .enter(kind)
-                .expect("a thread enters the filter that was compiled for it");
-        }
+        enter(kind, filters.as_ref());
         body()
     })
+}
+
+/// Puts the calling thread under the filter of its kind, as [`spawn`] does.
+pub(super) fn enter(kind: ThreadKind, filters: Option<&Arc<Filters>>) {
+    if let Some(filters) = filters {
+        filters
+            .enter(kind)
+            .expect("a thread enters the filter that was compiled for it");
+    }
 }

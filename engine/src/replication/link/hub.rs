@@ -2,20 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ftvm_protocol::identity::{Incarnation, LinkId, SeatId};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::connection::{Connection, Side};
 use super::queue::Queue;
+use super::table::{self, Wake, Wakes};
 use super::{DownReason, LinkConfig, LinkEvent, LinkSender};
-use crate::replication::threads::spawn;
+use crate::replication::threads::{enter, spawn};
 use crate::seccomp::ThreadKind;
 
 /// Connections that may be in their handshake on the listening side.
@@ -59,13 +62,17 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     handshakes: AtomicUsize,
+    wakes: Arc<Wakes>,
+    /// Of the hub's own thread.
+    wake: Wake,
 }
 
 /// Listens and dials until it is dropped. Events come from the links' own threads; taking them must not block for
 /// long, or the link stands still.
 pub struct LinkHub {
     shared: Arc<Shared>,
-    wake: Arc<OwnedFd>,
+    /// Owns the listening socket, which the hub's thread knows by its number; closed after that thread has ended.
+    _listener: Option<TcpListener>,
 }
 
 impl LinkHub {
@@ -75,24 +82,25 @@ impl LinkHub {
         listener: Option<TcpListener>,
         events: impl Fn(LinkEvent) + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let wakes = Wakes::new()?;
         let shared = Arc::new(Shared {
             config,
             events: Arc::new(events),
             state: Mutex::default(),
             changed: Condvar::new(),
             handshakes: AtomicUsize::new(0),
+            wake: wakes.take()?,
+            wakes,
         });
-        let hub = Self {
-            shared: shared.clone(),
-            wake: wake.clone(),
-        };
         if let Some(listener) = &listener {
             listener.set_nonblocking(true)?;
         }
-        shared.clone().spawn("link-hub".to_owned(), move || {
-            shared.serve_requests(listener.as_ref(), &wake)
-        })?;
+        let number = listener.as_ref().map(AsRawFd::as_raw_fd);
+        let hub = Self {
+            shared: shared.clone(),
+            _listener: listener,
+        };
+        shared.start_own_thread(number)?;
         Ok(hub)
     }
 
@@ -112,12 +120,7 @@ impl LinkHub {
         state.to_dial.push((seat, peer));
         drop(state);
         self.shared.changed.notify_all();
-        self.wake_up();
-    }
-
-    /// Adding to the counter fails only when it is at its maximum, and then the hub's thread is awake.
-    fn wake_up(&self) {
-        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        self.shared.wake.signal();
     }
 
     /// Lets a seat connect no more and closes its links.
@@ -153,7 +156,7 @@ impl Drop for LinkHub {
             std::mem::take(&mut state.threads)
         };
         self.shared.changed.notify_all();
-        self.wake_up();
+        self.shared.wake.signal();
         for thread in threads {
             // A hub that is dropped by an event handler runs on one of these threads.
             if thread.thread().id() != std::thread::current().id() {
@@ -176,20 +179,47 @@ impl Shared {
     }
 
     fn spawn(self: &Arc<Self>, name: String, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        let thread = spawn(name, ThreadKind::Link, &self.config.filters, body)?;
-        let mut state = self.state();
-        state.threads.retain(|thread| !thread.is_finished());
-        state.threads.push(thread);
+        self.remember(spawn(name, ThreadKind::Link, &self.config.filters, body)?);
         Ok(())
     }
 
+    fn remember(&self, thread: JoinHandle<()>) {
+        let mut state = self.state();
+        state.threads.retain(|thread| !thread.is_finished());
+        state.threads.push(thread);
+    }
+
+    /// Starts the thread that starts all others, and waits until it has its own table of descriptors.
+    fn start_own_thread(self: &Arc<Self>, listener: Option<RawFd>) -> io::Result<()> {
+        let (parted, outcome) = sync_channel(1);
+        let shared = self.clone();
+        let body = move || {
+            let result = table::part(shared.wakes.numbers().chain(listener));
+            let failed = result.is_err();
+            // Whoever starts a hub waits for this.
+            let _ = parted.send(result);
+            if failed {
+                return;
+            }
+            enter(ThreadKind::Link, shared.config.filters.as_ref());
+            // SAFETY: the number is valid in both tables; what the hub's owner closes is its own, after this thread's end.
+            let listener = listener.map(|number| ManuallyDrop::new(unsafe { TcpListener::from_raw_fd(number) }));
+            shared.serve_requests(listener.as_deref());
+        };
+        let thread = std::thread::Builder::new().name("link-hub".to_owned()).spawn(body)?;
+        self.remember(thread);
+        outcome
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread of the links has ended")))
+    }
+
     /// The hub's own thread: accepts, and starts diallers.
-    fn serve_requests(self: &Arc<Self>, listener: Option<&TcpListener>, wake: &OwnedFd) {
+    fn serve_requests(self: &Arc<Self>, listener: Option<&TcpListener>) {
         loop {
-            let mut fds = vec![PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN)];
+            let mut fds = vec![PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
             fds.extend(listener.map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)));
             let _ = poll(&mut fds, None);
-            let _ = rustix::io::read(wake, &mut [0u8; 8]);
+            self.wake.drain();
             let to_dial = {
                 let mut state = self.state();
                 if state.stopping {
@@ -328,7 +358,8 @@ impl Shared {
 
     fn shake_hands(&self, stream: TcpStream, side: &Side) -> Result<(Connection, LinkSender), DownReason> {
         let config = &self.config;
-        let queue = Arc::new(Queue::new(config.queue).map_err(DownReason::Resources)?);
+        let wake = self.wakes.take().map_err(DownReason::Resources)?;
+        let queue = Arc::new(Queue::new(config.queue, wake));
         let number = {
             let mut state = self.state();
             if state.stopping {

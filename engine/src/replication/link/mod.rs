@@ -21,6 +21,7 @@ mod connection;
 mod frames;
 mod hub;
 mod queue;
+mod table;
 mod tls;
 
 use std::net::SocketAddr;

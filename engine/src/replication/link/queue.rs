@@ -1,16 +1,15 @@
 //! What waits to be sent on a link: four classes, each bounded.
 
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ftvm_protocol::identity::{LinkId, SessionId};
 use ftvm_protocol::wire::Kind;
-use rustix::event::{EventfdFlags, eventfd};
 
+use super::table::Wake;
 use super::{DownReason, Frame, class_of};
 use crate::replication::epoch::FrameSink;
 use crate::replication::pages::SinkClosed;
@@ -105,7 +104,7 @@ pub(super) struct Queue {
     limits: QueueLimits,
     waiting: Mutex<Waiting>,
     room: Condvar,
-    wake: OwnedFd,
+    wake: Wake,
     woken: AtomicBool,
     received: AtomicU64,
 }
@@ -114,16 +113,15 @@ pub(super) struct Queue {
 const FRAME_BYTES: usize = size_of::<Frame>();
 
 impl Queue {
-    pub fn new(limits: QueueLimits) -> io::Result<Self> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self {
+    pub fn new(limits: QueueLimits, wake: Wake) -> Self {
+        Self {
             limits,
             waiting: Mutex::default(),
             room: Condvar::new(),
             wake,
             woken: AtomicBool::new(false),
             received: AtomicU64::new(0),
-        })
+        }
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -132,8 +130,7 @@ impl Queue {
 
     fn wake_up(&self) {
         if !self.woken.swap(true, Ordering::AcqRel) {
-            // Adding 1 fails only if the counter is at its maximum, and then the descriptor is readable already.
-            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+            self.wake.signal();
         }
     }
 
@@ -144,8 +141,7 @@ impl Queue {
 
     /// The link's thread is awake: what is queued from now on wakes it again.
     pub fn awake(&self) {
-        let mut counter = [0u8; 8];
-        let _ = rustix::io::read(&self.wake, &mut counter);
+        self.wake.drain();
         self.woken.store(false, Ordering::Release);
     }
 
@@ -357,18 +353,18 @@ impl FrameSink for SessionSink {
 
 #[cfg(test)]
 mod tests {
+    use super::super::table::Wakes;
     use super::*;
 
     fn queue(epoch_bytes: usize) -> Arc<Queue> {
-        Arc::new(
-            Queue::new(QueueLimits {
-                epoch_bytes,
-                control_bytes: 4096,
-                input_bytes: 4096,
-                bulk_bytes: 4096,
-            })
-            .expect("eventfd"),
-        )
+        let limits = QueueLimits {
+            epoch_bytes,
+            control_bytes: 4096,
+            input_bytes: 4096,
+            bulk_bytes: 4096,
+        };
+        let wakes = Wakes::new().expect("eventfds");
+        Arc::new(Queue::new(limits, wakes.take().expect("one is free")))
     }
 
     fn sender(queue: &Arc<Queue>) -> LinkSender {
