@@ -119,6 +119,6 @@ pub fn play_on_stage(
         })
     };
     let stage = Stage::prepare(options, patience, progress, (&*lab, GUEST_MAC), &mut system, client)?;
-    let (report, _) = stage.play();
+    let (report, _) = stage.keep_frames(folder).play();
     Ok(report)
 }

@@ -1,4 +1,6 @@
 //! The play itself: protect, strike, watch, mend; round after round.
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -59,6 +61,8 @@ pub struct Stage<'a, W: Witness> {
     tally_before: Tally,
     /// A machine that stands still and can't be asked.
     frozen: Option<usize>,
+    /// Where the frames of each round go.
+    frames: Option<PathBuf>,
 }
 
 impl<'a, W: Witness> Stage<'a, W> {
@@ -85,6 +89,7 @@ impl<'a, W: Witness> Stage<'a, W> {
             report: Report::new(options),
             tally_before: Tally::default(),
             frozen: None,
+            frames: None,
         };
         let answered = stage.wait_for_answers(1, patience.protected);
         answered.with_context(|| format!("waiting for the guest's first answer; {}", stage.describe()))?;
@@ -98,6 +103,22 @@ impl<'a, W: Witness> Stage<'a, W> {
         }
         stage.witness.load()?;
         Ok(stage)
+    }
+
+    /// Has the guest's frames around each fault written to files in `folder`, which say what a gap consists of.
+    #[must_use]
+    pub fn keep_frames(mut self, folder: &Path) -> Self {
+        self.frames = Some(folder.to_owned());
+        self
+    }
+
+    fn write_frames(&self, round: u32) {
+        let Some(folder) = &self.frames else { return };
+        let text = self.sniffer.timeline().text(&self.names);
+        if let Err(error) = fs::write(folder.join(format!("frames-{round}.txt")), text) {
+            self.progress
+                .bad(format!("the frames of round {round} were not written: {error}"));
+        }
     }
 
     /// Plays all rounds. What goes wrong ends the play and becomes a complaint: the report is always complete.
@@ -134,6 +155,7 @@ impl<'a, W: Witness> Stage<'a, W> {
         let goal = self.witness.answers() + ANSWERS_AFTER;
         let resumed = self.wait_for_answers(goal, self.patience.failover);
         round.gap_ms = self.witness.phase().gap_ms;
+        self.write_frames(round.round);
         resumed.context("after the fault")?;
         let gap = round.gap_ms;
         self.progress.say(format!(

@@ -15,6 +15,7 @@ pub mod latency;
 pub mod ledger;
 pub mod packet;
 pub mod sniffer;
+pub mod timeline;
 
 pub use client::{Judge, JudgePlan, Outcome, PhaseReport};
 pub use emission::{EmissionReport, Emissions};

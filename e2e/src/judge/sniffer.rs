@@ -1,16 +1,19 @@
 //! Listens on the hosts' ports of the client network for frames with the guest's MAC address.
 //!
 //! A packet socket in the outer network namespace sees each frame as it comes out of a host, before any bridge has had a
-//! say. A filter in the kernel lets the guest's frames through only, so replication traffic costs nothing.
+//! say, and each frame for the guest with the host that the bridge sends it to. A filter in the kernel lets the guest's
+//! frames through only, so replication traffic costs nothing.
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::emission::Emissions;
 use super::packet::{self, Mac};
+use super::timeline::{Direction, Timeline};
 
 /// Frames that wait for us, in bytes; the kernel doubles it. Without privileges it stays at the system's bound.
 const RECEIVE_BUFFER_BYTES: libc::c_int = 16 << 20;
@@ -20,9 +23,19 @@ const LOOK_UP_MS: libc::c_int = 50;
 /// A running sniffer. Dropping it ends it.
 #[derive(Debug)]
 pub struct Sniffer {
-    emissions: Arc<Mutex<Emissions>>,
+    seen: Arc<Seen>,
     end: Arc<AtomicBool>,
     thread: Option<JoinHandle<io::Result<u64>>>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    emissions: Mutex<Emissions>,
+    timeline: Mutex<Timeline>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Sniffer {
@@ -30,13 +43,13 @@ impl Sniffer {
     /// host is known by the place of its port there. Ports may come and go.
     pub fn start(guest: Mac, ports: Vec<String>) -> io::Result<Self> {
         let socket = open(guest)?;
-        let (emissions, end) = (Arc::<Mutex<Emissions>>::default(), Arc::<AtomicBool>::default());
-        let (for_thread, end_for_thread) = (Arc::clone(&emissions), Arc::clone(&end));
+        let (seen, end) = (Arc::<Seen>::default(), Arc::<AtomicBool>::default());
+        let (for_thread, end_for_thread) = (Arc::clone(&seen), Arc::clone(&end));
         let thread = std::thread::Builder::new()
             .name("sniffer".to_owned())
-            .spawn(move || listen(&socket, &ports, &for_thread, &end_for_thread))?;
+            .spawn(move || listen(&socket, guest, &ports, &for_thread, &end_for_thread))?;
         Ok(Self {
-            emissions,
+            seen,
             end,
             thread: Some(thread),
         })
@@ -44,7 +57,12 @@ impl Sniffer {
 
     /// What was seen so far, and a way to tell of rebuilt hosts.
     pub fn emissions(&self) -> MutexGuard<'_, Emissions> {
-        self.emissions.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.seen.emissions)
+    }
+
+    /// The last frames from and to the guest.
+    pub fn timeline(&self) -> MutexGuard<'_, Timeline> {
+        lock(&self.seen.timeline)
     }
 
     /// Ends it; returns how many frames were missed because this machine was too busy.
@@ -101,8 +119,9 @@ fn open(guest: Mac) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Lets through what has the guest's address as its source and was not sent by this kernel (packet(7), type 4).
-fn filter(guest: Mac) -> [libc::sock_filter; 8] {
+/// Lets through what has the guest's address as its source and was not sent by this kernel (packet(7), type 4), and what
+/// this kernel sends to that address.
+fn filter(guest: Mac) -> [libc::sock_filter; 12] {
     let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: code as u16,
         jt,
@@ -117,13 +136,18 @@ fn filter(guest: Mac) -> [libc::sock_filter; 8] {
     let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
     let packet_type = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE) as u32;
     let [a, b, c, d, e, f] = guest;
+    let (upper, lower) = (u32::from_be_bytes([a, b, c, d]), u32::from(u16::from_be_bytes([e, f])));
     [
         statement(load_byte, 0, 0, packet_type),
-        statement(equal, 5, 0, u32::from(libc::PACKET_OUTGOING)),
+        statement(equal, 4, 0, u32::from(libc::PACKET_OUTGOING)),
         statement(load_word, 0, 0, 6),
-        statement(equal, 0, 3, u32::from_be_bytes([a, b, c, d])),
+        statement(equal, 0, 7, upper),
         statement(load_half, 0, 0, 10),
-        statement(equal, 0, 1, u32::from(u16::from_be_bytes([e, f]))),
+        statement(equal, 4, 5, lower),
+        statement(load_word, 0, 0, 0),
+        statement(equal, 0, 3, upper),
+        statement(load_half, 0, 0, 4),
+        statement(equal, 0, 1, lower),
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
     ]
@@ -147,7 +171,7 @@ fn set_option<T>(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value:
     }
 }
 
-fn listen(socket: &OwnedFd, ports: &[String], emissions: &Mutex<Emissions>, end: &AtomicBool) -> io::Result<u64> {
+fn listen(socket: &OwnedFd, guest: Mac, ports: &[String], seen: &Seen, end: &AtomicBool) -> io::Result<u64> {
     let mut buffer = vec![0; 1 << 16];
     // Numbers of interfaces are never used twice, so what was found out once stays true.
     let mut hosts: HashMap<i32, Option<usize>> = HashMap::new();
@@ -157,12 +181,16 @@ fn listen(socket: &OwnedFd, ports: &[String], emissions: &Mutex<Emissions>, end:
             let host = *hosts
                 .entry(interface)
                 .or_insert_with(|| link_name(interface).and_then(|name| ports.iter().position(|port| *port == name)));
-            if let (Some(host), Some((_, packet))) = (host, packet::parse(&buffer[..length])) {
-                emissions
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .observe(host, &packet);
-            }
+            let (Some(host), Some((source, packet))) = (host, packet::parse(&buffer[..length])) else {
+                continue;
+            };
+            let direction = if source == guest {
+                lock(&seen.emissions).observe(host, &packet);
+                Direction::FromGuest
+            } else {
+                Direction::ToGuest
+            };
+            lock(&seen.timeline).add(arrival(socket), host, direction, &packet);
         }
         if last_look {
             return missed(socket);
@@ -207,6 +235,15 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<Option<(usize, i32
             _ => return Err(error),
         }
     }
+}
+
+/// When the kernel saw the frame that was received last, since 1970.
+fn arrival(socket: &OwnedFd) -> Duration {
+    const SIOCGSTAMPNS: libc::c_ulong = 0x8907;
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: SIOCGSTAMPNS fills a timespec. Before the first call the kernel has no time; then it is zero.
+    unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSTAMPNS, &raw mut time) };
+    Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec as u32)
 }
 
 fn link_name(index: i32) -> Option<String> {

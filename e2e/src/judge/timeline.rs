@@ -1,0 +1,128 @@
+//! The last frames from and to the guest, for whoever has to find out what a gap consists of.
+use std::collections::VecDeque;
+use std::fmt::Write;
+use std::time::Duration;
+
+use super::packet::Packet;
+
+/// Frames that are kept.
+const FRAMES_MAX: usize = 4096;
+
+/// Which way a frame went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// A host sent it with the guest's address as its source.
+    FromGuest,
+    /// The network's bridge sent it to a host, for the guest.
+    ToGuest,
+}
+
+#[derive(Clone, Debug)]
+struct Frame {
+    /// Since 1970.
+    at: Duration,
+    host: usize,
+    direction: Direction,
+    tcp: bool,
+    text: String,
+}
+
+/// Frames in the order of their arrival.
+#[derive(Clone, Debug, Default)]
+pub struct Timeline(VecDeque<Frame>);
+
+impl Timeline {
+    /// Adds a frame that was seen at `at` (since 1970) at the port of `host`.
+    pub fn add(&mut self, at: Duration, host: usize, direction: Direction, packet: &Packet<'_>) {
+        if self.0.len() == FRAMES_MAX {
+            self.0.pop_front();
+        }
+        let text = match packet {
+            Packet::Other => "no TCP".to_owned(),
+            Packet::Tcp(segment) => {
+                let flags = [(segment.syn, " SYN"), (segment.fin, " FIN"), (segment.rst, " RST")];
+                let flags: String = flags.iter().filter(|(set, _)| *set).map(|(_, name)| *name).collect();
+                let bytes = segment.payload.len();
+                format!(
+                    "{} > {} seq {} ack {} {bytes} bytes{flags}",
+                    segment.source, segment.destination, segment.seq, segment.ack
+                )
+            }
+        };
+        self.0.push_back(Frame {
+            at,
+            host,
+            direction,
+            tcp: matches!(packet, Packet::Tcp(_)),
+            text,
+        });
+    }
+
+    /// How many of the frames kept went this way at the port of `host`, those with TCP or the others.
+    pub fn count(&self, host: usize, direction: Direction, tcp: bool) -> usize {
+        let counts = |frame: &&Frame| (frame.host, frame.direction, frame.tcp) == (host, direction, tcp);
+        self.0.iter().filter(counts).count()
+    }
+
+    /// One line a frame: UTC time of day, milliseconds since the frame before, the host's name, direction, contents.
+    pub fn text(&self, names: &[String]) -> String {
+        let mut text = String::new();
+        let mut before = self.0.front().map_or(Duration::ZERO, |frame| frame.at);
+        for frame in &self.0 {
+            let second = frame.at.as_secs() % 86_400;
+            let since_ms = frame.at.saturating_sub(before).as_secs_f64() * 1e3;
+            before = frame.at;
+            let name = names.get(frame.host).map_or("?", String::as_str);
+            let arrow = match frame.direction {
+                Direction::FromGuest => "->",
+                Direction::ToGuest => "<-",
+            };
+            // Writing to a string can't fail.
+            let _ = writeln!(
+                text,
+                "{:02}:{:02}:{:02}.{:06} +{since_ms:.3} {name} {arrow} {}",
+                second / 3600,
+                second / 60 % 60,
+                second % 60,
+                frame.at.subsec_micros(),
+                frame.text
+            );
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_says_when_where_and_what() {
+        let mut timeline = Timeline::default();
+        let noon = Duration::from_secs(86_400 + 43_200);
+        timeline.add(noon, 0, Direction::FromGuest, &Packet::Other);
+        timeline.add(
+            noon + Duration::from_micros(1500),
+            1,
+            Direction::ToGuest,
+            &Packet::Other,
+        );
+        assert_eq!(timeline.count(1, Direction::ToGuest, false), 1);
+        assert_eq!(timeline.count(1, Direction::ToGuest, true), 0);
+        let text = timeline.text(&["h1".to_owned(), "h2".to_owned()]);
+        assert_eq!(
+            text,
+            "12:00:00.000000 +0.000 h1 -> no TCP\n12:00:00.001500 +1.500 h2 <- no TCP\n"
+        );
+    }
+
+    #[test]
+    fn only_the_last_frames_are_kept() {
+        let mut timeline = Timeline::default();
+        for second in 0..2 * FRAMES_MAX as u64 {
+            timeline.add(Duration::from_secs(second), 0, Direction::FromGuest, &Packet::Other);
+        }
+        assert_eq!(timeline.0.len(), FRAMES_MAX);
+        assert_eq!(timeline.0[0].at, Duration::from_secs(FRAMES_MAX as u64));
+    }
+}
