@@ -145,6 +145,7 @@ impl Driver {
         if self.guest != Guest::Running {
             return;
         }
+        self.count_pause();
         self.seat.machine.pause();
         self.guest = Guest::Paused;
     }
@@ -341,6 +342,7 @@ impl Driver {
                 self.troubles.link_up();
                 self.tell_link(true, format!("connected to {peer}"));
                 self.step(Event::Connected { link, peer });
+                self.ask_to_announce();
             }
             LinkEvent::Down { link, reason } => {
                 if let Some(gone) = self.links.remove(&link) {

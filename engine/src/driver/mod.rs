@@ -15,6 +15,7 @@
 //! reports back. The one exception is a takeover, which waits for what was received to be applied to memory.
 
 mod act;
+mod announce;
 mod command;
 mod epochs;
 mod follow;
@@ -59,6 +60,8 @@ enum Input {
     OutputWaits,
     /// The seat's program is gone, and its time to come back is over; told again and again.
     SeatGone,
+    /// A frame with the guest's own address came from outside.
+    AddressElsewhere,
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -96,6 +99,10 @@ impl Queue {
 
     fn output_waits(&self) {
         self.put(Input::OutputWaits);
+    }
+
+    fn address_elsewhere(&self) {
+        self.put(Input::AddressElsewhere);
     }
 
     fn warn(&self, text: String) {
@@ -174,6 +181,8 @@ pub struct Driver {
     commanding: Option<CommandId>,
     digest: Option<epochs::PendingDigest>,
     takeover: takeover::Takeover,
+    announcer: announce::Announcer,
+    pause_over: Option<epochs::PauseOver>,
     figures: status::Figures,
     troubles: status::Troubles,
     told: status::Told,
@@ -216,6 +225,8 @@ impl Driver {
             commanding: None,
             digest: None,
             takeover: takeover::Takeover::default(),
+            announcer: announce::Announcer::default(),
+            pause_over: None,
             figures: status::Figures::default(),
             troubles: status::Troubles::default(),
             told: status::Told::default(),
@@ -235,6 +246,7 @@ impl Driver {
             if let Some(ended) = self.ended.take() {
                 return ended;
             }
+            self.announce_if_due();
             self.drive_epochs();
             let wait = self.next_wake();
             match inputs.0.recv_timeout(wait) {
@@ -259,10 +271,9 @@ impl Driver {
     /// How long until something is due although nobody enqueues anything.
     fn next_wake(&mut self) -> Duration {
         let tick = Duration::from_millis(self.core.next_wake_ms()).saturating_sub(self.began.elapsed());
-        match self.epoch_due() {
-            Some(due) => tick.min(due.saturating_duration_since(Instant::now())),
-            None => tick,
-        }
+        let announcement = self.announcer.due().filter(|_| self.guest == Guest::Running);
+        let due = [self.epoch_due(), announcement].into_iter().flatten().min();
+        due.map_or(tick, |due| tick.min(due.saturating_duration_since(Instant::now())))
     }
 
     /// Tells the core of links on which something came that did not pass through here: the data of sessions.
@@ -353,6 +364,10 @@ impl Driver {
             // The loop decides anew when the epoch ends.
             Input::OutputWaits => {}
             Input::SeatGone => self.seat_gone(),
+            Input::AddressElsewhere => {
+                self.seat.inbox.elsewhere_taken();
+                self.ask_to_announce();
+            }
         }
     }
 

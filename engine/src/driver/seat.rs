@@ -35,7 +35,7 @@ use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::{SeatVolume, Settler, StandbyDisks};
 use crate::replication::storage::{FileStorage, Storage};
-use crate::seat_io::{DiskLog, HostSink, Inbox, SeatConsole, SeatDisk, SeatNic, discard_queued};
+use crate::seat_io::{DiskLog, HostSink, Inbox, NicPlace, SeatConsole, SeatDisk, SeatNic, discard_queued};
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Why a seat can't be prepared.
@@ -397,7 +397,8 @@ fn build(
     filters: Option<Arc<Filters>>,
 ) -> Result<Parts, SeatError> {
     let taps = duplicate_taps(&nics)?;
-    let inbox = Arc::new(Inbox::new(nics.len()));
+    let elsewhere = queue.clone();
+    let inbox = Arc::new(Inbox::new(nics.len(), move || elsewhere.address_elsewhere()));
     let macs = nics.iter().map(|nic| nic.mac).collect();
     let set_config = DeviceSetConfig {
         nics: nics
@@ -462,7 +463,11 @@ fn net_backends(
     let mut backends: Vec<Box<dyn NetBackend>> = Vec::new();
     for (index, nic) in nics.into_iter().enumerate() {
         let (gate, outbox, inbox) = (gate.clone(), outbox.clone(), inbox.clone());
-        backends.push(Box::new(SeatNic::new(index as u8, nic.tap, gate, outbox, inbox)));
+        let place = NicPlace {
+            nic: index as u8,
+            mac: nic.mac,
+        };
+        backends.push(Box::new(SeatNic::new(place, nic.tap, gate, outbox, inbox)));
     }
     backends
 }
@@ -658,6 +663,13 @@ impl Seat {
     /// Throws away what the taps have queued for a guest that runs elsewhere.
     pub fn discard_input(&self) {
         self.taps.iter().for_each(discard_queued);
+    }
+
+    /// Sends a frame that is no output of the guest. A tap that does not take it loses it, as a wire does.
+    pub fn send_directly(&self, nic: usize, frame: &[u8]) {
+        if let Some(tap) = self.taps.get(nic) {
+            let _ = rustix::io::write(tap, frame);
+        }
     }
 
     /// Output that the host did not take.

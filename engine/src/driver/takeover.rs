@@ -69,13 +69,15 @@ impl Step {
     }
 }
 
+const SILENCE: &str = "its silence";
+
 /// How the leader's loss was noticed.
 pub fn cause(event: &Event) -> &'static str {
     match event {
         Event::Disconnected { .. } => "its closed connection",
         Event::PeerGone { .. } => "its daemon's word",
         Event::Received { .. } => "its own word",
-        _ => "its silence",
+        _ => SILENCE,
     }
 }
 
@@ -189,9 +191,9 @@ impl Takeover {
     }
 }
 
-/// Frames that a standby's taps gather are kept once there was no contact for so long, and no longer than the second: the
-/// guest gets them after a takeover, and no client has to wait for its retransmission timer. Shorter than any silence that
-/// loses a leader, and longer than the time between two heartbeats.
+/// Frames that a standby's taps gather are kept once the leader is lost, or there was no contact for so long, and no longer
+/// than the second: the guest gets them after a takeover, and no client has to wait for its retransmission timer. Shorter
+/// than any silence that loses a leader, and longer than the time between two heartbeats.
 const KEEP_INPUT_MS: std::ops::Range<u64> = 100..2_000;
 
 /// How long a look at the record may take that nobody waits for.
@@ -212,11 +214,15 @@ impl Driver {
             return self.show_record(status.term);
         }
         let silence = Duration::from_millis(status.contact_age_ms.unwrap_or_default());
+        let noticed = self.takeover.trace.is_none();
         let trace = self
             .takeover
             .trace
             .get_or_insert_with(|| Trace::new(stepped, cause, silence));
         (trace.epoch, trace.term) = (status.epoch, status.term);
+        if noticed && cause != SILENCE {
+            self.call_frames_here();
+        }
         self.prepare_takeover(status.epoch);
     }
 
@@ -271,13 +277,17 @@ impl Driver {
             return self.guest_failed(&error);
         }
         self.seat.gate().set_epoch(epoch + 1);
+        tracing::info!(
+            "{} frames go to the guest again; output of epochs after {resend_after} is sent once more, {} items",
+            taken.inputs.len(),
+            taken.outputs.len()
+        );
         for PortData { port, bytes } in taken.inputs {
             if let Port::Nic(nic) = port {
                 self.seat.inbox.inject(nic, bytes);
             }
         }
         self.announce(epoch);
-        tracing::info!("output of epochs after {resend_after} is sent once more");
         self.seat.outbox.watch_after(epoch);
         for output in taken.outputs {
             self.seat.outbox.put(epoch, output_of(output));
@@ -291,24 +301,16 @@ impl Driver {
         self.takeover.reached(Step::Running);
     }
 
-    /// Tells the network where the guest's addresses are now, as soon as the gate admits `epoch`.
-    fn announce(&mut self, epoch: Epoch) {
-        for (nic, mac) in self.seat.macs.clone().into_iter().enumerate() {
-            let frame = Output::Frame {
-                nic: nic as u8,
-                bytes: Arc::from(rarp_announcement(mac)),
-            };
-            self.seat.outbox.put(epoch, frame);
-        }
-    }
-
     /// A seat without a guest throws away what its taps gather, unless the guest may soon be here.
     pub(super) fn forget_old_input(&self) {
         let status = self.core.status();
-        let keeps = status.role == RoleName::Standby
-            && status
-                .contact_age_ms
-                .is_some_and(|age_ms| KEEP_INPUT_MS.contains(&age_ms));
+        let kept = if status.leader_lost {
+            0..KEEP_INPUT_MS.end
+        } else {
+            KEEP_INPUT_MS
+        };
+        let keeps =
+            status.role == RoleName::Standby && status.contact_age_ms.is_some_and(|age_ms| kept.contains(&age_ms));
         if self.guest == Guest::None && !keeps {
             self.seat.discard_input();
         }
@@ -336,38 +338,5 @@ fn output_of(data: PortData) -> Output {
     match data.port {
         Port::Nic(nic) => Output::Frame { nic: nic as u8, bytes },
         Port::Console => Output::Console(bytes),
-    }
-}
-
-/// A reverse ARP request of the guest's own address (RFC 903), broadcast: bridges learn where the address is, and
-/// nobody answers.
-fn rarp_announcement(mac: [u8; 6]) -> Vec<u8> {
-    const FRAME_BYTES_MIN: usize = 60;
-    let mut frame = vec![0xff; 6];
-    frame.extend_from_slice(&mac);
-    frame.extend_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
-    frame.extend_from_slice(&mac);
-    frame.extend_from_slice(&[0; 4]);
-    frame.extend_from_slice(&mac);
-    frame.extend_from_slice(&[0; 4]);
-    frame.resize(FRAME_BYTES_MIN, 0);
-    frame
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_announcement_is_a_reverse_arp_request() {
-        let mac = [2, 0, 0, 0, 0, 1];
-        let frame = rarp_announcement(mac);
-        assert_eq!(frame.len(), 60);
-        assert_eq!(frame[..6], [0xff; 6]);
-        assert_eq!(frame[6..12], mac);
-        assert_eq!(frame[12..14], [0x80, 0x35]);
-        assert_eq!(frame[20..22], [0, 3]);
-        assert_eq!(frame[22..28], mac);
-        assert_eq!(frame[32..38], mac);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backends::{ConsoleBackend, NetBackend};
@@ -44,19 +44,37 @@ impl Sink for HostSink {
 pub type InputCopy = Box<dyn Fn(u8, u64, &[u8]) + Send>;
 
 /// What all NICs of a seat share on the way in.
-#[derive(Default)]
 pub struct Inbox {
     copy: Mutex<Option<InputCopy>>,
     injected: Mutex<Vec<VecDeque<Vec<u8>>>>,
     frames: AtomicU64,
+    elsewhere: Box<dyn Fn() + Send + Sync>,
+    elsewhere_told: AtomicBool,
 }
 
 impl Inbox {
-    /// For `nics` NICs; copies go nowhere yet.
-    pub fn new(nics: usize) -> Self {
+    /// For `nics` NICs; copies go nowhere yet. `elsewhere` is called when the sender of a frame from outside has the
+    /// guest's own address, for somebody else speaks, or spoke, with it; then not again before [`Self::elsewhere_taken`].
+    /// It must not block.
+    pub fn new(nics: usize, elsewhere: impl Fn() + Send + Sync + 'static) -> Self {
         Self {
+            copy: Mutex::default(),
             injected: Mutex::new(vec![VecDeque::new(); nics]),
-            ..Self::default()
+            frames: AtomicU64::new(0),
+            elsewhere: Box::new(elsewhere),
+            elsewhere_told: AtomicBool::new(false),
+        }
+    }
+
+    /// Frames with the guest's own address are told again from now on.
+    pub fn elsewhere_taken(&self) {
+        self.elsewhere_told.store(false, Ordering::SeqCst);
+    }
+
+    /// Looks at a frame from outside for a NIC with address `mac`.
+    fn look(&self, mac: [u8; 6], frame: &[u8]) {
+        if frame.get(6..12) == Some(&mac[..]) && !self.elsewhere_told.swap(true, Ordering::SeqCst) {
+            (self.elsewhere)();
         }
     }
 
@@ -91,9 +109,19 @@ impl Inbox {
     }
 }
 
+/// Which NIC.
+#[derive(Debug, Clone, Copy)]
+pub struct NicPlace {
+    /// Its number, in configuration order.
+    pub nic: u8,
+    /// Its address.
+    pub mac: [u8; 6],
+}
+
 /// The backend of one NIC.
 pub struct SeatNic {
     nic: u8,
+    mac: [u8; 6],
     tap: File,
     gate: Arc<PauseGate>,
     outbox: Arc<Outbox>,
@@ -102,9 +130,10 @@ pub struct SeatNic {
 
 impl SeatNic {
     /// A backend on a non-blocking tap without any header.
-    pub fn new(nic: u8, tap: File, gate: Arc<PauseGate>, outbox: Arc<Outbox>, inbox: Arc<Inbox>) -> Self {
+    pub fn new(place: NicPlace, tap: File, gate: Arc<PauseGate>, outbox: Arc<Outbox>, inbox: Arc<Inbox>) -> Self {
         Self {
-            nic,
+            nic: place.nic,
+            mac: place.mac,
             tap,
             gate,
             outbox,
@@ -142,7 +171,10 @@ impl NetBackend for SeatNic {
                 len
             }
             None => match self.tap.read(buf) {
-                Ok(len) => len,
+                Ok(len) => {
+                    self.inbox.look(self.mac, &buf[..len]);
+                    len
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) => return Err(error),
             },

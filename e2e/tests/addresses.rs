@@ -1,0 +1,222 @@
+//! Where the network believes the guest to be: frames for it must reach the seat that will answer.
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ftvm_e2e::demo::programs::{self, Profile, Programs};
+use ftvm_e2e::demo::standalone::Standalone;
+use ftvm_e2e::demo::system::{Role, System};
+use ftvm_e2e::demo::{GUEST_ADDRESS, GUEST_MAC, Options, place};
+use ftvm_e2e::guest_protocol::{ANSWER_BYTES, Answer, DEFAULT_PORT, Op, Request};
+use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::hosts::{Host, Lab, LabPlan, net};
+use ftvm_e2e::judge::sniffer::Sniffer;
+use ftvm_e2e::judge::timeline::Direction;
+
+/// Long enough for a busy machine; nothing is judged by it.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// One at a time: each keeps both cores of a small machine busy.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The programs, built before the namespaces are entered: there is no network in them.
+fn built(test: &str) -> Programs {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}.json"));
+    if !inside() {
+        let programs = programs::build(Profile::Dev).expect("the programs build");
+        std::fs::write(&file, serde_json::to_string(&programs).expect("plain data"))
+            .expect("the target folder is writable");
+    }
+    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
+    serde_json::from_str(&text).expect("the outer run wrote it whole")
+}
+
+/// A client that sends one request when it is told to, and tells its answer.
+struct Asker {
+    ask: SyncSender<()>,
+    answers: Receiver<Answer>,
+}
+
+impl Asker {
+    fn start(lab: &Lab) -> Self {
+        let (ask, asked) = sync_channel::<()>(1);
+        let (answer, answers) = sync_channel(1);
+        let entrance = lab.client_entrance().expect("the client's namespace");
+        std::thread::spawn(move || {
+            entrance().expect("the client's namespace");
+            let guest = SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT));
+            let deadline = Instant::now() + PATIENCE;
+            let mut stream = loop {
+                match TcpStream::connect_timeout(&guest, Duration::from_secs(1)) {
+                    Ok(stream) => break stream,
+                    Err(error) => assert!(Instant::now() < deadline, "no connection: {error}"),
+                }
+            };
+            while asked.recv().is_ok() {
+                let request = Request::new(Op::Status, 0, 0, 0).encode();
+                stream.write_all(&request).expect("the connection stands");
+                let mut bytes = [0; ANSWER_BYTES];
+                stream.read_exact(&mut bytes).expect("the connection stands");
+                answer
+                    .send(Answer::decode(&bytes).expect("an answer"))
+                    .expect("the test waits");
+            }
+        });
+        Self { ask, answers }
+    }
+
+    fn ask(&self) {
+        self.ask.send(()).expect("the client runs");
+    }
+
+    fn wait(&self) -> Answer {
+        self.answers.recv_timeout(PATIENCE).expect("an answer")
+    }
+}
+
+struct Scene {
+    asker: Asker,
+    sniffer: Sniffer,
+    system: Standalone,
+    lab: Rc<Lab>,
+}
+
+impl Scene {
+    /// A protected pair on the first two hosts, and a client that has had an answer and is silent.
+    fn new(test: &str, programs: &Programs) -> Self {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(test);
+        std::fs::remove_dir_all(&folder).ok();
+        std::fs::create_dir_all(&folder).expect("the target folder is writable");
+        let folder = place::show_at_short_path(&folder).expect("a short path");
+        let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).expect("hosts"));
+        let ports = lab.hosts().iter().map(Host::client_port).collect();
+        let sniffer = Sniffer::start(GUEST_MAC, ports).expect("a sniffer");
+        let mut system = Standalone::new(Rc::clone(&lab), programs, &folder, &Options::default());
+        system.start().expect("the pair starts");
+        let asker = Asker::start(&lab);
+        asker.ask();
+        asker.wait();
+        let mut scene = Self {
+            asker,
+            sniffer,
+            system,
+            lab,
+        };
+        scene.wait_for("protection", |scene| {
+            let active = scene.system.seat(0).is_some_and(|seat| seat.protected);
+            active && scene.system.seat(1).is_some_and(|seat| seat.role == Role::Standby)
+        });
+        scene
+    }
+
+    fn wait_for(&mut self, what: &str, done: impl Fn(&mut Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(self) {
+            assert!(Instant::now() < deadline, "no {what} within {PATIENCE:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn frames(&self, host: usize, direction: Direction, tcp: bool) -> usize {
+        self.sniffer.timeline().count(host, direction, tcp)
+    }
+
+    fn signal_daemon(&self, host: usize, signal: libc::c_int) {
+        let daemons = self
+            .lab
+            .host(host)
+            .processes_named("ftvm-node-daemon")
+            .expect("processes");
+        assert_eq!(daemons.len(), 1, "{daemons:?}");
+        // SAFETY: a signal to a process that this test started.
+        assert_eq!(unsafe { libc::kill(daemons[0].pid, signal) }, 0);
+    }
+}
+
+/// Sends a broadcast out of a host's link to the client network, as the guest.
+fn speak_as_the_guest(host: &Host) {
+    let mut frame = vec![0xff; 6];
+    frame.extend_from_slice(&GUEST_MAC);
+    // An EtherType for experiments (IEEE 802).
+    frame.extend_from_slice(&[0x88, 0xb5]);
+    frame.resize(60, 0);
+    let entrance = host.entrance().expect("the host runs");
+    let sent = std::thread::spawn(move || {
+        entrance().expect("the host's namespace");
+        let index = net::link_index("client0").expect("its link");
+        // SAFETY: a new socket that nobody else owns; the address is plain data of the size given.
+        unsafe {
+            let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0));
+            let mut address: libc::sockaddr_ll = std::mem::zeroed();
+            address.sll_family = libc::AF_PACKET as u16;
+            address.sll_ifindex = index as i32;
+            let size = size_of_val(&address) as u32;
+            let (bytes, length) = (frame.as_ptr().cast(), frame.len());
+            libc::sendto(socket.as_raw_fd(), bytes, length, 0, (&raw const address).cast(), size)
+        }
+    });
+    assert!(sent.join().expect("no panic") > 0);
+}
+
+/// The engine is dead and its successor has not won yet, for its daemon stands still: what is sent now is for the
+/// successor, not for the dead one, whose clients would wait for their retransmission timers.
+#[test]
+fn a_request_that_is_sent_during_a_takeover_reaches_the_successor() {
+    const TEST: &str = "a_request_that_is_sent_during_a_takeover_reaches_the_successor";
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = built(TEST);
+    test_inside(TEST, || {
+        let mut scene = Scene::new(TEST, &programs);
+        scene.signal_daemon(1, libc::SIGSTOP);
+        let before = scene.frames(0, Direction::ToGuest, true);
+        let (killed, _) = scene.lab.host(0).kill_program("ftvm-engine").expect("a kill");
+        assert_eq!(killed, 1);
+        scene.wait_for("call from the successor", |scene| {
+            scene.frames(1, Direction::FromGuest, false) > 0
+        });
+        assert_eq!(
+            scene.frames(1, Direction::FromGuest, true),
+            0,
+            "it is not active: nothing of the guest leaves"
+        );
+        scene.asker.ask();
+        scene.wait_for("request", |scene| scene.frames(1, Direction::ToGuest, true) > 0);
+        scene.signal_daemon(1, libc::SIGCONT);
+        scene.asker.wait();
+        assert_eq!(
+            scene.frames(0, Direction::ToGuest, true),
+            before,
+            "something was sent to the dead engine"
+        );
+    });
+}
+
+/// A host that was active once goes on where it stood and sends old frames: bridges then look for the guest there.
+#[test]
+fn the_active_side_announces_the_guest_when_somebody_else_speaks_with_its_address() {
+    const TEST: &str = "the_active_side_announces_the_guest_when_somebody_else_speaks_with_its_address";
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = built(TEST);
+    test_inside(TEST, || {
+        let mut scene = Scene::new(TEST, &programs);
+        for _ in 0..3 {
+            let before = scene.frames(0, Direction::FromGuest, false);
+            speak_as_the_guest(scene.lab.host(2));
+            scene.wait_for("announcement", |scene| {
+                scene.frames(0, Direction::FromGuest, false) > before
+            });
+            scene.asker.ask();
+            scene.asker.wait();
+        }
+        assert_eq!(
+            scene.frames(2, Direction::ToGuest, true),
+            0,
+            "the bridge looked for the guest where it is not"
+        );
+    });
+}
