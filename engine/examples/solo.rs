@@ -232,7 +232,7 @@ impl Solo {
     fn checkpoint(&mut self) -> anyhow::Result<()> {
         let start = Instant::now();
         let machine = &mut self.running()?.machine;
-        machine.pause_and_save();
+        machine.pause_and_save(&mut ftvm_engine::pause::clock::PauseClock::start());
         let mut writer = StateWriter::new();
         machine.save_paused(&mut writer)?;
         let mut dirty = DirtyPages::new(machine.ram().pages());

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::client::GuestClient;
 use super::process::{ProcessMemory, ThreadTimes, thread_times, times_since};
@@ -262,8 +262,11 @@ impl<'a> Pair<'a> {
             let used = times_since(after, before).into_iter();
             used.map(|(name, ns)| (name, ns as f64 / 1e3 / epochs)).collect()
         };
+        let of_window = |pause: &&Value| pause["epoch"].as_u64() > Some(before.0.epoch);
+        let slowest = after.0.counters.get("pause_slowest").and_then(Value::as_array);
         let costs = CostPoint {
             load: load.into(),
+            slowest_pauses: slowest.into_iter().flatten().filter(of_window).cloned().collect(),
             active_us_per_epoch: by_epoch(&after.1, &before.1),
             standby_us_per_epoch: by_epoch(&after.2, &before.2),
         };

@@ -116,6 +116,8 @@ pub struct CostPoint {
     pub load: LoadKey,
     /// Of the active engine, by thread, in microseconds an epoch.
     pub active_us_per_epoch: BTreeMap<String, f64>,
+    /// The slowest pauses of the window, with the microseconds of each step.
+    pub slowest_pauses: Vec<serde_json::Value>,
     /// Of the standby's, by thread, in microseconds an epoch.
     pub standby_us_per_epoch: BTreeMap<String, f64>,
 }

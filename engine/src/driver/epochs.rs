@@ -7,10 +7,12 @@ use ftvm_protocol::identity::{Epoch, SessionId};
 
 use super::guest::SeatMachine;
 use super::lead::{Done, Job, Leading, Stage};
+use super::status::Figures;
 use super::{Driver, Guest, follow, lead};
 use crate::checkpoint::{Decision, Observation};
 use crate::control::{CommandId, Digest, Reply};
 use crate::outbox::Output;
+use crate::pause::clock::{PauseClock, Step};
 use crate::replication::epoch::{Port, PortData, SealedEpoch};
 use crate::replication::pages::CopiedPages;
 use crate::replication::resync;
@@ -21,6 +23,21 @@ const PASSES_MAX: u32 = 64;
 const LAG_LOOK: Duration = Duration::from_millis(2);
 /// Without dirty rings the guest's writes are only seen by looking: between two looks.
 const LOG_LOOK: Duration = Duration::from_millis(10);
+
+/// A pause whose guest was told to run on.
+#[derive(Debug)]
+pub struct PauseOver {
+    epoch: Epoch,
+    clock: PauseClock,
+    copied: usize,
+    rounds: u32,
+}
+
+impl PauseOver {
+    fn count(self, figures: &mut Figures) {
+        figures.sealed(self.epoch, &self.clock, self.copied, self.rounds);
+    }
+}
 
 /// A digest that was asked for. A leader's sender takes one of all pages while the guest runs, then one of every page that
 /// it sends: at the end of the first epoch that is sealed after that it is the digest of memory then.
@@ -65,11 +82,23 @@ impl Driver {
         }
     }
 
+    /// Counts the last pause once the guest is known to run again.
+    pub(super) fn count_pause(&mut self) {
+        let Some(since) = self.seat.machine.running_since() else {
+            return;
+        };
+        if let Some(mut over) = self.pause_over.take() {
+            over.clock.runs_since(since);
+            over.count(&mut self.figures);
+        }
+    }
+
     /// Does what is due for the running epoch.
     pub(super) fn drive_epochs(&mut self) {
         if self.guest != Guest::Running {
             return;
         }
+        self.count_pause();
         let seen = self.observe();
         let limits_writes = self.seat.machine.limits_writes();
         let Some(leading) = self.leading.as_mut() else { return };
@@ -194,18 +223,24 @@ impl Driver {
 
     /// Pauses the guest, takes what is left of the epoch, and lets the core say what leaves and whether the guest runs on.
     pub(super) fn seal(&mut self, seal: Seal) {
-        let began = Instant::now();
+        self.count_pause();
+        // A guest that has not even begun to run since.
+        if let Some(over) = self.pause_over.take() {
+            over.count(&mut self.figures);
+        }
+        let mut clock = PauseClock::start();
         let epoch = self.seat.gate().epoch();
         if self.leading.is_none() {
             self.pause_guest();
             return self.seal_alone(epoch, seal);
         }
-        let state = match self.seat.machine.pause_and_save() {
+        let state = match self.seat.machine.pause_and_save(&mut clock) {
             Ok(state) => state,
             Err(error) => return self.guest_failed(&error),
         };
         self.guest = Guest::Paused;
         self.harvest();
+        clock.done(Step::Harvest);
         let outputs = self.seat.outbox.of_epoch(epoch);
         let changes = self.seat.disk_log.take();
         let Some(leading) = self.leading.as_mut() else { return };
@@ -236,14 +271,27 @@ impl Driver {
         if matches!(seal, Seal::Freeze | Seal::Final) {
             self.sealed_state = Some((epoch, sealed.state.clone()));
         }
+        clock.done(Step::Copy);
         self.step(Event::EpochSealed { epoch, seal });
+        clock.done(Step::Core);
         let runs_on =
             matches!(seal, Seal::Ordinary | Seal::JoinCut) && self.guest == Guest::Paused && self.ended.is_none();
         if runs_on {
             self.resume_guest();
         }
-        let pause = began.elapsed();
-        self.figures.sealed(pause, copied, rounds);
+        clock.done(Step::Resume);
+        let pause = clock.total();
+        let over = PauseOver {
+            epoch,
+            clock,
+            copied,
+            rounds,
+        };
+        if runs_on {
+            self.pause_over = Some(over);
+        } else {
+            over.count(&mut self.figures);
+        }
         if let Some(leading) = self.leading.as_mut() {
             leading.pacer.sealed(Instant::now(), pause);
             let outputs = outputs.into_iter().map(port_data).collect();

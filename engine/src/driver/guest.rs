@@ -1,6 +1,7 @@
 //! The machine with its devices and what it boots from, as the driver uses it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::boot::BootSource;
 use crate::devices::set::DeviceSet;
@@ -8,6 +9,7 @@ use crate::kvm::CpuOffer;
 use crate::machine::{Machine, MachineError};
 use crate::memory::{DirtyPages, GuestRam};
 use crate::pause::PauseGate;
+use crate::pause::clock::{PauseClock, Step};
 use crate::state::{StateReader, StateWriter};
 
 /// The guest of a seat, running, paused, or not there yet.
@@ -59,21 +61,28 @@ impl SeatMachine {
         self.machine.resume()
     }
 
+    /// Since when all vCPUs run; none while one has not begun to.
+    pub fn running_since(&self) -> Option<Instant> {
+        self.machine.running_since()
+    }
+
     /// Stops the guest at a clean point.
     pub fn pause(&mut self) {
         self.machine.pause();
     }
 
     /// Stops the guest at a clean point and gives its state.
-    pub fn pause_and_save(&mut self) -> Result<Vec<u8>, MachineError> {
+    pub fn pause_and_save(&mut self, clock: &mut PauseClock) -> Result<Vec<u8>, MachineError> {
         let mut writer = StateWriter::new();
         if self.machine.gate().is_closed() {
             self.machine.save(&mut writer)?;
         } else {
-            self.machine.pause_and_save();
+            self.machine.pause_and_save(clock);
             self.machine.save_paused(&mut writer)?;
         }
-        Ok(writer.finish().to_vec())
+        let state = writer.finish().to_vec();
+        clock.done(Step::State);
+        Ok(state)
     }
 
     /// Checks that a state could be loaded.

@@ -125,6 +125,7 @@ fn start_driver(
     if !priority::raise() {
         tracing::info!("no raised priority for heartbeats: the daemon may not allow it");
     }
+    priority::take_short_turns();
     let hub = seat::start_links(prepared.link, prepared.listener, &prepared.seat, queue.clone());
     let hub = hub.map_err(system("starting the links"))?;
     priority::keep_from_children();

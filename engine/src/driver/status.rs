@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use ftvm_protocol::core::{ArbiterState, RoleName, Status as CoreStatus};
+use ftvm_protocol::identity::Epoch;
 use serde_json::{Map, Value, json};
 
 use super::{Driver, Guest};
 use crate::checkpoint::Histogram;
 use crate::control::{Digest, Event, PeerStatus, Role, Status};
+use crate::pause::clock::{PauseClock, SlowestPauses};
 use crate::replication::epoch::EpochStats;
 use crate::replication::pages::PageStats;
 use crate::replication::resync::ResyncStats;
@@ -17,6 +19,8 @@ use crate::replication::resync::ResyncStats;
 pub struct Figures {
     /// How long the guest stood still for each epoch.
     pub pause: Histogram,
+    /// The longest of these of late, and what took the time.
+    pub slowest: SlowestPauses,
     /// From the seal of an epoch to its acknowledgment.
     pub acknowledged: Histogram,
     /// Epochs sealed.
@@ -78,8 +82,9 @@ impl Troubles {
 
 impl Figures {
     /// An epoch was sealed.
-    pub fn sealed(&mut self, pause: Duration, residue_pages: usize, rounds: u32) {
-        self.pause.add(pause);
+    pub fn sealed(&mut self, epoch: Epoch, clock: &PauseClock, residue_pages: usize, rounds: u32) {
+        self.pause.add(clock.total());
+        self.slowest.add(epoch, residue_pages, clock);
         self.epochs += 1;
         self.residue_pages += residue_pages as u64;
         self.rounds += u64::from(rounds);
@@ -234,6 +239,7 @@ impl Driver {
             "pause_us_p99": figures.pause.quantile_us(0.99),
             "pause_us_max": us(figures.pause.max()),
             "pause_us_total": us(figures.pause.sum()),
+            "pause_slowest": figures.slowest.to_json(),
             "pause_us_buckets": figures.pause.buckets_us(),
             "ack_us_p50": figures.acknowledged.quantile_us(0.5),
             "ack_us_p99": figures.acknowledged.quantile_us(0.99),

@@ -30,6 +30,7 @@ use crate::devices::irq::{GuestClock, IrqLine, MsiSender, NotifyRegistrar};
 use crate::kvm::{CpuBaseline, CpuError, CpuOffer, Kvm, KvmError, Vm};
 use crate::memory::{DirtyPages, GuestRam, MemoryError};
 use crate::pause::PauseGate;
+use crate::pause::clock::{PauseClock, Step};
 use crate::seccomp::Filters;
 use crate::state::{StateError, StateReader, StateWriter, kind};
 use crate::vcpu::{MsrList, Vcpu, VcpuCore, VcpuState, VcpuStateVersion};
@@ -37,7 +38,7 @@ use chips::Chips;
 use serde::{Deserialize, Serialize};
 use std::error::Error as StdError;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// Version of the section that says what the machine consists of.
@@ -345,22 +346,30 @@ impl Machine {
         Ok(())
     }
 
+    /// Since when all vCPUs run; none while one has not begun to.
+    pub fn running_since(&self) -> Option<Instant> {
+        let since: Option<Vec<Instant>> = self.vcpus.iter().map(Vcpu::running_since).collect();
+        since?.into_iter().max()
+    }
+
     /// Stops the guest at a clean point: every vCPU's access completed, no device inside the gate. Does nothing to a
     /// machine that stands still.
     pub fn pause(&mut self) {
-        self.pause_vcpus(false);
+        self.pause_vcpus(false, &mut PauseClock::start());
     }
 
     /// Like [`Machine::pause`], and every vCPU saves its state in its own thread on the way; [`Machine::save_paused`]
     /// then only collects.
-    pub fn pause_and_save(&mut self) {
-        self.pause_vcpus(true);
+    pub fn pause_and_save(&mut self, clock: &mut PauseClock) {
+        self.pause_vcpus(true, clock);
     }
 
-    fn pause_vcpus(&mut self, save: bool) {
+    fn pause_vcpus(&mut self, save: bool, clock: &mut PauseClock) {
         self.vcpus.iter().for_each(|vcpu| vcpu.park(save));
         self.vcpus.iter().for_each(Vcpu::wait_parked);
+        clock.parked(self.vcpus.iter().map(Vcpu::parking_time).max().unwrap_or_default());
         self.gate.close();
+        clock.done(Step::Devices);
     }
 
     /// Writes the state of the paused machine.

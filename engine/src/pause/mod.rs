@@ -15,6 +15,7 @@
 //! Invariant: vCPUs are parked *before* the gate is closed, so a vCPU thread may enter the gate from a bus handler
 //! without waiting for the driver that waits for it.
 
+pub mod clock;
 pub mod futex;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};

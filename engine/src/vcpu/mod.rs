@@ -26,9 +26,10 @@ use crate::devices::bus::Buses;
 use crate::kvm::{KvmError, Vm, failed};
 use crate::machine::{EventSender, VmEvent};
 use crate::pause::futex;
+use crate::priority;
 use crate::seccomp::{Filters, ThreadKind};
 use exit::Outcome;
-use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -70,6 +71,11 @@ struct Shared {
     command: AtomicU32,
     state: AtomicU32,
     thread_id: AtomicI32,
+    /// How long the last park took from where the thread saw the command, in nanoseconds.
+    parking_ns: AtomicU64,
+    /// When the thread last began to run the guest, in nanoseconds after `made`; 0 if it has not since it was told to.
+    running_since_ns: AtomicU64,
+    made: Instant,
     /// KVM's flag that makes KVM_RUN return at once, in the mapping that belongs to `core`.
     immediate_exit: *mut u8,
     core: Mutex<VcpuCore>,
@@ -119,6 +125,9 @@ impl Vcpu {
             command: AtomicU32::new(0),
             state: AtomicU32::new(RUNNING),
             thread_id: AtomicI32::new(0),
+            parking_ns: AtomicU64::new(0),
+            running_since_ns: AtomicU64::new(0),
+            made: Instant::now(),
             immediate_exit: core.immediate_exit_ptr(),
             core: Mutex::new(core),
         });
@@ -131,6 +140,8 @@ impl Vcpu {
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
+                // With the guest about to stand still the driver waits for this thread, which may sleep in a halted guest.
+                priority::take_short_turns();
                 // SAFETY: gettid has no arguments.
                 worker
                     .shared
@@ -166,8 +177,15 @@ impl Vcpu {
 
     /// Lets a parked vCPU run.
     pub fn resume(&self) {
+        self.shared.running_since_ns.store(0, Ordering::SeqCst);
         self.shared.state.store(RUNNING, Ordering::SeqCst);
         self.command(Command::Run);
+    }
+
+    /// Since when it runs the guest; none while its thread has not begun to.
+    pub fn running_since(&self) -> Option<Instant> {
+        let since = self.shared.running_since_ns.load(Ordering::SeqCst);
+        (since != 0).then(|| self.shared.made + Duration::from_nanos(since))
     }
 
     /// Tells the vCPU to park, and with `save` to save its state on the way; [`Vcpu::wait_parked`] waits for it.
@@ -202,6 +220,11 @@ impl Vcpu {
                 self.kick();
             }
         }
+    }
+
+    /// How long the thread took for the last park, once it had left the guest.
+    pub fn parking_time(&self) -> Duration {
+        Duration::from_nanos(self.shared.parking_ns.load(Ordering::Relaxed))
     }
 
     /// The vCPU itself. Waits while it runs: park it first.
@@ -267,6 +290,8 @@ impl Worker {
 
     /// Runs the guest until there is another command (`None`) or something only the driver can deal with.
     fn run(&self, word: u32) -> Option<VmEvent> {
+        let since = u64::try_from(self.shared.made.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.shared.running_since_ns.store(since.max(1), Ordering::SeqCst);
         let mut core = self.shared.core();
         // Before looking at the command: whoever gives one sets the flag after it.
         self.shared.immediate_exit().store(0, Ordering::SeqCst);
@@ -285,6 +310,7 @@ impl Worker {
     }
 
     fn park(&self, save: bool) {
+        let began = Instant::now();
         let mut core = self.shared.core();
         self.shared.immediate_exit().store(1, Ordering::SeqCst);
         let result = core
@@ -294,6 +320,8 @@ impl Worker {
         if let Err(error) = result {
             self.events.send(VmEvent::Fatal(error.to_string()));
         }
+        let took = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.shared.parking_ns.store(took, Ordering::Relaxed);
         self.shared.set_state(PARKED);
     }
 }

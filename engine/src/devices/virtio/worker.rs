@@ -77,6 +77,7 @@ impl WorkerThread {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, woken) = (stop.clone(), wakes.clone());
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            crate::priority::take_short_turns();
             prepare();
             run(&gate, &woken, &stopped, &mut worker);
         })?;
