@@ -171,13 +171,7 @@ impl Connection {
         if let Some(reason) = self.queue.close_reason() {
             return Err(reason);
         }
-        let more = match self.transmit() {
-            Ok(more) => more,
-            Err(reason) => {
-                self.last_words(deliver);
-                return Err(reason);
-            }
-        };
+        let more = self.transmit()?;
         while let Some(frame) = self.next_frame()? {
             self.queue.note_received();
             deliver(frame);
@@ -197,20 +191,6 @@ impl Connection {
             (!idle).then_some(stalled_in)
         })?;
         self.receive()
-    }
-
-    /// Nothing can be sent any more; what the peer sent before it went is still there. It may be what a successor needs.
-    fn last_words(&mut self, deliver: &mut impl FnMut(Frame)) {
-        loop {
-            match self.next_frame() {
-                Ok(Some(frame)) => {
-                    self.queue.note_received();
-                    deliver(frame);
-                }
-                Ok(None) if !self.peer_closed && self.receive().is_ok() && !self.untaken.is_empty() => {}
-                _ => return,
-            }
-        }
     }
 
     /// Moves frames into the socket; true if more could go at once.

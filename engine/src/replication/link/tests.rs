@@ -1,7 +1,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Instant;
 
 use ftvm_protocol::identity::{SeatId, VmId};
@@ -493,40 +493,6 @@ fn a_cut_connection_is_down_at_once() {
         begun.elapsed() < Duration::from_secs(10),
         "noticed by the reset, not by a deadline"
     );
-}
-
-/// What a process sent before it was killed counts, also where this side finds out by a write that the connection is reset.
-#[test]
-fn what_came_before_a_reset_is_delivered_before_the_link_is_down() {
-    const LAST_WORDS: u64 = 20;
-    let authority = Authority::new();
-    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-    let address = listener.local_addr().expect("address");
-    // Whoever delivers waits until the event is taken.
-    let (event, events) = sync_channel(0);
-    let config = config(&authority, A);
-    let hub = LinkHub::start(config, Some(listener), move |news| drop(event.send(news))).expect("started");
-    let a = Node { hub, events, address };
-    let (mut client, sender) = greeted_client(&authority, &a);
-    // Closing with unread bytes sends RST.
-    sender.send(Kind::Control, 0, 0, vec![1; 100]).expect("queued");
-    client.sock.peek(&mut [0; 10]).expect("bytes came");
-    let mut say = |number: u64| {
-        let header = encode_header(1, Kind::Input, number, 0, b"input").expect("fits");
-        client.write_all(&[&header[..], b"input"].concat()).expect("sent");
-    };
-    say(0);
-    while sender.received_frames() < 1 {
-        std::thread::yield_now();
-    }
-    (1..=LAST_WORDS).for_each(&mut say);
-    drop(client);
-    sender.send(Kind::Control, 0, 0, vec![2; 100]).expect("queued");
-    for number in 0..=LAST_WORDS {
-        assert_eq!(a.frame().epoch, number);
-    }
-    let reason = a.down(sender.link());
-    assert!(matches!(reason, DownReason::Broken(_) | DownReason::Closed), "{reason}");
 }
 
 /// A killed process closes its descriptors after its memory is gone, unless only threads of links have them.
