@@ -443,7 +443,9 @@ fn a_guest_that_stops_while_it_is_paused_is_saved_as_it_is() {
         while Instant::now() < until {
             std::hint::spin_loop();
         }
-        active.machine.pause_and_save();
+        active
+            .machine
+            .pause_and_save(&mut crate::pause::clock::PauseClock::start());
         // MP state and general registers come first: a vCPU that stands still does not change them.
         let registers = |bench: &Bench| bench.machine.vcpus[0].core().saved()[..4 + 18 * 8].to_vec();
         let saved = registers(&active);
