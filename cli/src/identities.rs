@@ -14,11 +14,9 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use ftvm_engine::control::identity_name;
 use ftvm_node_daemon::config::check_name;
-use ftvm_node_daemon::identity::SeatIdentity;
 use ftvm_node_daemon::random;
-use ftvm_protocol::identity::{SeatId, VmId};
+use ftvm_protocol::identity::{SeatId, SeatIdentity, VmId, identity_name};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,

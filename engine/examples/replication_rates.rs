@@ -15,7 +15,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use ftvm_engine::control::identity_name;
 use ftvm_engine::kvm::{CpuBaseline, CpuOffer};
 use ftvm_engine::memory::GuestRam;
 use ftvm_engine::replication::epoch::{EpochSender, StagingLimits};
@@ -28,7 +27,7 @@ use ftvm_engine::replication::pages::{
 use ftvm_engine::replication::resync::{ResyncSource, ResyncTarget, digest_memory};
 use ftvm_engine::replication::standby_disks::StandbyDisks;
 use ftvm_engine::replication::storage::FileStorage;
-use ftvm_protocol::identity::{Incarnation, SeatId, SessionId, VmId};
+use ftvm_protocol::identity::{Incarnation, SeatId, SessionId, VmId, identity_name};
 use ftvm_protocol::wire::{Hello, Kind};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 

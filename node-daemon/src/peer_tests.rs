@@ -1,8 +1,7 @@
 use std::sync::Mutex;
 
-use ftvm_engine::control::identity_name;
 use ftvm_protocol::core::{GuestReport, HeaderReport, SeatReport};
-use ftvm_protocol::identity::{Incarnation, VmId};
+use ftvm_protocol::identity::{Incarnation, VmId, identity_name};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 use super::*;

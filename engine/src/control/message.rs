@@ -205,7 +205,8 @@ pub struct Peer {
     pub address: SocketAddr,
 }
 
-/// TLS identity of a seat. The certificate's one subject alternative name is the DNS name [`identity_name`].
+/// TLS identity of a seat. The certificate's one subject alternative name is the DNS name
+/// [`ftvm_protocol::identity::identity_name`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Certificate chain of this seat, PEM.
@@ -214,11 +215,6 @@ pub struct Identity {
     pub key_pem: Secret,
     /// The authority that signed both seats' certificates, PEM.
     pub authority_pem: String,
-}
-
-/// Name in the certificate of a seat: `SEAT-UUID.VM-UUID.ftvm`, the only DNS subject alternative name in it.
-pub fn identity_name(vm: VmId, seat: SeatId) -> String {
-    format!("{seat}.{vm}.ftvm")
 }
 
 /// Time-outs, in milliseconds: [`ftvm_protocol::core::Timing`], which explains each.

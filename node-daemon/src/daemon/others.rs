@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ftvm_engine::control::{Command, exit_code};
 use ftvm_engine::replication::link::TlsIdentity;
 use ftvm_protocol::core::{GuestReport, HeaderReport, SeatReport};
-use ftvm_protocol::identity::{Incarnation, SeatId};
+use ftvm_protocol::identity::{Incarnation, SeatId, identity_name};
 
 use super::{Daemon, STATUS_PATIENCE, refused};
 use crate::api::{Request, Response};
@@ -193,7 +193,7 @@ impl Answers for ForOthers {
         self.seats().into_iter().find_map(|seat| {
             let config = seat.config();
             let (who, identity) = open_identity(&seat).ok()?;
-            let ours = ftvm_engine::control::identity_name(who.vm_id, who.seat_id) == name;
+            let ours = identity_name(who.vm_id, who.seat_id) == name;
             ours.then_some(Asked {
                 identity,
                 vm: config.vm,

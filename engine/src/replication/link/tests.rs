@@ -4,12 +4,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Instant;
 
-use ftvm_protocol::identity::{SeatId, VmId};
+use ftvm_protocol::identity::{SeatId, VmId, identity_name};
 use ftvm_protocol::wire::{VERSION_MAX, encode_header};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 use super::*;
-use crate::control::identity_name;
 use crate::replication::testing::Seeded;
 
 const VM: VmId = VmId(77);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use ftvm_protocol::identity::{SeatId, VmId};
+use ftvm_protocol::identity::{SeatId, VmId, identity_name};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor, verify_server_name};
 use rustls::crypto::CryptoProvider;
@@ -16,8 +16,6 @@ use rustls::{
     AlertDescription, CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName,
     RootCertStore, ServerConfig, ServerConnection, SignatureScheme,
 };
-
-use crate::control::identity_name;
 
 /// What is wrong with certificates or with the TLS stream.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
