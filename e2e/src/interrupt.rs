@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Signals by which people and supervisors end programs.
@@ -15,6 +16,8 @@ const DEATH: Duration = Duration::from_secs(10);
 /// Where the handler writes the signal's number.
 static WRITER: AtomicI32 = AtomicI32::new(-1);
 static ENDING: AtomicBool = AtomicBool::new(false);
+/// What is to be done once everything that was started is dead.
+static LAST_WORK: Mutex<Vec<Box<dyn FnOnce() + Send>>> = Mutex::new(Vec::new());
 
 /// From now on a signal kills every process below this one, and then ends this one with 128 and the signal's number.
 ///
@@ -34,6 +37,14 @@ pub fn end_everything_on_signals() -> io::Result<()> {
     SIGNALS
         .into_iter()
         .try_for_each(|signal| set_handler(signal, report).map(drop))
+}
+
+/// If a signal ends everything, `work` is done last: for what the kernel does not take back.
+pub fn at_end(work: impl FnOnce() + Send + 'static) {
+    LAST_WORK
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(Box::new(work));
 }
 
 /// Stays here for good once everything ends: what would be started now would outlive that.
@@ -103,6 +114,9 @@ fn end_everything(signal: i32) -> ! {
             unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
         }
         std::thread::sleep(Duration::from_millis(10));
+    }
+    for work in std::mem::take(&mut *LAST_WORK.lock().unwrap_or_else(PoisonError::into_inner)) {
+        work();
     }
     eprintln!("\nended by signal {signal}, with everything that was started");
     std::process::exit(128 + signal)

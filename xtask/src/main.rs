@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod chart;
 mod check;
+mod cluster;
 mod demo;
 mod generate;
 mod lab;
@@ -36,6 +37,8 @@ enum Command {
     Bench(bench::Bench),
     /// Run the protocol's seeded simulator
     Sim(sim::Sim),
+    /// A real Kubernetes on this machine: etcd, control plane and nodes made of namespaces
+    Cluster(cluster::Cluster),
     /// Emulated machines: build their images, start one
     Lab(lab::Lab),
 }
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Demo(command) => command.run(),
         Command::Bench(command) => command.run(),
         Command::Sim(command) => command.run(),
+        Command::Cluster(command) => command.run(),
         Command::Lab(command) => command.run(),
     };
     // What a command says of children that a signal has killed is of no use.

@@ -32,6 +32,16 @@ pub const EMULATED: &[Package] = &[
     ("ssh", "openssh-client"),
 ];
 
+/// For clusters of native nodes.
+pub const CLUSTER: &[Package] = &[
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    ("iptables", "iptables"),
+    ("runc", "runc"),
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    ("buildah", "buildah"),
+];
+
 /// Installs what is missing, as root; otherwise says what to install.
 ///
 /// # Errors
@@ -52,7 +62,7 @@ pub fn ensure(wanted: &[Package]) -> anyhow::Result<()> {
             "this machine lacks: {names}. Install these Debian packages (`sudo apt-get install --no-install-recommends {names}`) and try again"
         );
     }
-    println!("installing Debian packages: {names}");
+    eprintln!("installing Debian packages: {names}");
     apt_get(&["-qq", "update"])?;
     apt_get(&[&["-qq", "-y", "install", "--no-install-recommends"], missing.as_slice()].concat())?;
     match wanted.iter().find(|(file, _)| !present(file)) {

@@ -237,10 +237,7 @@ impl Host {
     /// Starts a program on this host. Its working directory is `/`, of which the host sees the same files as everyone.
     pub fn spawn(&self, name: &str, command: Command) -> Result<HostProcess, HostsError> {
         let started = self.with_init(|init| namespace::start_inside(init, command))?;
-        Ok(HostProcess {
-            name: format!("{name} on {}", self.name()),
-            started,
-        })
+        Ok(HostProcess::new(format!("{name} on {}", self.name()), started))
     }
 
     /// Runs a program on this host to its end; an exit code other than 0 is an error with everything that it printed.
@@ -423,6 +420,10 @@ pub struct HostProcess {
 }
 
 impl HostProcess {
+    pub(crate) fn new(name: String, started: namespace::Started) -> Self {
+        Self { name, started }
+    }
+
     /// Its pid as this process sees it.
     pub fn pid(&self) -> i32 {
         self.started.pid
@@ -467,7 +468,8 @@ impl Drop for HostProcess {
     }
 }
 
-fn ip_inside(init: &namespace::Init, lines: &str) -> Result<(), HostsError> {
+/// Runs `ip -batch` on lines of `ip` commands in a host's network namespace.
+pub(crate) fn ip_inside(init: &namespace::Init, lines: &str) -> Result<(), HostsError> {
     // `ip` looks at the namespace that it is started in; IPv6's own chatter is switched off there first.
     let script = format!(
         "for f in all default; do p=/proc/sys/net/ipv6/conf/$f/disable_ipv6; [ ! -e $p ] || echo 1 >$p; done\n\
@@ -516,7 +518,7 @@ fn process_info(pid: i32) -> Option<ProcessInfo> {
 }
 
 /// A fresh boot id for a host that starts, in a file that is mounted over the kernel's.
-fn new_boot_id(folder: &Path, host: &str) -> Result<PathBuf, HostsError> {
+pub(crate) fn new_boot_id(folder: &Path, host: &str) -> Result<PathBuf, HostsError> {
     let path = folder.join(format!("{host}.boot-id"));
     let id =
         fs::read_to_string("/proc/sys/kernel/random/uuid").map_err(failed("reading a random UUID from the kernel"))?;

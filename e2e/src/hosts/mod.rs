@@ -25,11 +25,12 @@
 use std::path::PathBuf;
 
 mod host;
-mod namespace;
+pub(crate) mod namespace;
 pub mod net;
 pub mod outer;
 
 pub use host::{CutDirection, Host, HostPlan, HostProcess, Lab, LabPlan, ProcessInfo};
+pub(crate) use host::{ip_inside, new_boot_id};
 
 /// What can go wrong with hosts.
 #[derive(Debug, thiserror::Error)]

@@ -27,7 +27,7 @@ const STEPS: [&str; 7] = [
 
 /// First process of a host. Dropping it kills the host.
 #[derive(Debug)]
-pub(super) struct Init {
+pub(crate) struct Init {
     pid: libc::pid_t,
     pidfd: OwnedFd,
     ended: bool,
@@ -35,7 +35,7 @@ pub(super) struct Init {
 
 impl Init {
     /// Starts an init in new namespaces and waits until they are set up.
-    pub(super) fn start(name: &str, boot_id_file: &Path) -> Result<Self, HostsError> {
+    pub(crate) fn start(name: &str, boot_id_file: &Path) -> Result<Self, HostsError> {
         let name_c = CString::new(name).map_err(|_| HostsError::State {
             host: name.to_owned(),
             what: "a host name must not contain a NUL byte".to_owned(),
@@ -90,12 +90,12 @@ impl Init {
     }
 
     /// Its pid as this process sees it.
-    pub(super) fn pid(&self) -> libc::pid_t {
+    pub(crate) fn pid(&self) -> libc::pid_t {
         self.pid
     }
 
     /// Kills every process of the host in one step and waits until they are gone.
-    pub(super) fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if self.ended {
             return;
         }
@@ -196,17 +196,17 @@ fn wait_for_sigchld() {
 
 /// A program that was started inside a host.
 #[derive(Debug)]
-pub(super) struct Started {
+pub(crate) struct Started {
     /// Its pid as this process sees it.
-    pub(super) pid: libc::pid_t,
+    pub(crate) pid: libc::pid_t,
     /// A handle that can't mean another process later; none if it had ended by then.
-    pub(super) pidfd: Option<OwnedFd>,
+    pub(crate) pidfd: Option<OwnedFd>,
     /// Our own child, which waits for the program and ends with its exit code (128 + signal if it was killed).
-    pub(super) keeper: Child,
+    pub(crate) keeper: Child,
 }
 
 /// Starts `command` in the namespaces of `init`; its working directory is the host's root.
-pub(super) fn start_inside(init: &Init, mut command: Command) -> Result<Started, HostsError> {
+pub(crate) fn start_inside(init: &Init, mut command: Command) -> Result<Started, HostsError> {
     let what = format!("starting {:?} in a host", command.get_program());
     let (reader, writer) = pipe()?;
     let (pidfd, report) = (init.pidfd.as_raw_fd(), writer.as_raw_fd());
@@ -266,7 +266,7 @@ fn enter_and_fork(pidfd: RawFd, report: RawFd) -> io::Result<()> {
 }
 
 /// Moves the calling thread, and only it, into a network namespace given as an open file of nsfs.
-pub(super) fn enter_network(network: &File) -> Result<(), HostsError> {
+pub(crate) fn enter_network(network: &File) -> Result<(), HostsError> {
     // SAFETY: setns with CLONE_NEWNET concerns the calling thread alone.
     if unsafe { libc::setns(network.as_raw_fd(), libc::CLONE_NEWNET) } < 0 {
         return Err(failed("entering a host's network namespace")(io::Error::last_os_error()));
@@ -275,7 +275,7 @@ pub(super) fn enter_network(network: &File) -> Result<(), HostsError> {
 }
 
 /// Sends a signal to exactly the process behind `pidfd`.
-pub(super) fn signal(pidfd: &OwnedFd, signal: libc::c_int) -> io::Result<()> {
+pub(crate) fn signal(pidfd: &OwnedFd, signal: libc::c_int) -> io::Result<()> {
     // SAFETY: a system call on an open pidfd; the info pointer may be null.
     let result = unsafe {
         libc::syscall(
@@ -294,7 +294,7 @@ pub(super) fn signal(pidfd: &OwnedFd, signal: libc::c_int) -> io::Result<()> {
 }
 
 /// Opens a handle on a process.
-pub(super) fn pidfd_open(pid: libc::pid_t) -> Result<OwnedFd, HostsError> {
+pub(crate) fn pidfd_open(pid: libc::pid_t) -> Result<OwnedFd, HostsError> {
     // SAFETY: a system call without pointers; the result is a new descriptor that nobody else owns.
     unsafe {
         let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0u32);

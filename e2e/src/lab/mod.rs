@@ -11,18 +11,19 @@
 //! ```
 //! Invariant: nothing outlives the process that made the lab; the kernel takes it back (see [`sandbox`]).
 //! Invariant: labs of several processes do not meet: each has its own network, and its own folder for disks and logs.
-use std::fs::{self, File};
+use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, ensure};
-use rustix::fs::FlockOperation;
+
+use crate::hosts::net;
 
 pub mod binaries;
 pub mod cache;
+mod folder;
 pub mod guest;
 pub mod image;
 pub mod node;
@@ -31,6 +32,7 @@ pub mod session;
 pub mod share;
 pub mod wire;
 
+pub(crate) use folder::{Folder, sweep};
 pub use node::{Node, NodeConfig};
 pub use sandbox::Sandbox;
 pub use share::Share;
@@ -95,28 +97,7 @@ impl Lab {
     pub fn new(programs: &[PathBuf]) -> anyhow::Result<Self> {
         let folder = Folder::new()?;
         let sandbox = Arc::new(Sandbox::new()?);
-        for network in NETWORKS {
-            let bridge = network.bridge();
-            sandbox.run(
-                "ip",
-                &[
-                    "link",
-                    "add",
-                    bridge,
-                    "type",
-                    "bridge",
-                    "forward_delay",
-                    "0",
-                    "mcast_snooping",
-                    "0",
-                ],
-            )?;
-            sandbox.run(
-                "ip",
-                &["address", "add", &format!("{}/24", network.address(1)), "dev", bridge],
-            )?;
-            sandbox.run("ip", &["link", "set", bridge, "up"])?;
-        }
+        make_networks(&sandbox)?;
         let lab = Self { sandbox, folder };
         lab.make_payload(programs)?;
         Ok(lab)
@@ -131,7 +112,7 @@ impl Lab {
             (1..90).contains(&index),
             "node {name}: {index} is no index of a node (1 to 89)"
         );
-        Node::boot(&self.sandbox, &self.folder.path, (name, index), config)
+        Node::boot(&self.sandbox, self.folder.path(), (name, index), config)
     }
 
     /// Exports a folder that the nodes can share; at most once a lab.
@@ -139,7 +120,7 @@ impl Lab {
     /// # Errors
     /// If the NFS server does not start.
     pub fn share(&self) -> anyhow::Result<Share> {
-        Share::new(&self.sandbox, &self.folder.path)
+        Share::new(&self.sandbox, self.folder.path())
     }
 
     /// The lab's namespaces: clients outside the nodes connect from there.
@@ -151,12 +132,12 @@ impl Lab {
     /// The lab's folder for disks and logs; removed with it.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        &self.folder.path
+        self.folder.path()
     }
 
     /// The disk that carries agent and programs into the nodes.
     fn make_payload(&self, programs: &[PathBuf]) -> anyhow::Result<()> {
-        let root = self.folder.path.join("payload");
+        let root = self.folder.path().join("payload");
         fs::create_dir(&root)?;
         let mut bytes = 0;
         let agent = binaries::build(&[("ftvm-e2e", "ftvm-node-agent")], binaries::Profile::Dev)?;
@@ -171,7 +152,7 @@ impl Lab {
         fs::write(&init, include_str!("../../nodes/init.sh"))?;
         fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         let size_mib = (bytes >> 20) + (bytes >> 24) + 8;
-        let image = self.folder.path.join("payload.img");
+        let image = self.folder.path().join("payload.img");
         let output = Command::new("mke2fs")
             .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
             .args([root.as_os_str(), image.as_os_str()])
@@ -189,43 +170,16 @@ impl Lab {
     }
 }
 
-/// A lab's folder, locked while it is in use; folders that a killed process left behind are removed by the next lab.
-struct Folder {
-    path: PathBuf,
-    _lock: File,
-}
-
-impl Folder {
-    fn new() -> anyhow::Result<Self> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let parent = cache::folder()?.join("labs");
-        fs::create_dir_all(&parent)?;
-        for entry in fs::read_dir(&parent)?.filter_map(Result::ok) {
-            // Ours to remove only if nobody holds its lock.
-            if let Ok(lock) = File::open(entry.path().join("lock"))
-                && rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
-            {
-                fs::remove_dir_all(entry.path())?;
-            }
-        }
-        let path = parent.join(format!(
-            "{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        ));
-        fs::create_dir(&path)?;
-        let lock = File::create(path.join("lock"))?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
-        Ok(Self { path, _lock: lock })
+/// Makes the bridges of all networks, on which the lab itself has address 1.
+pub(crate) fn make_networks(sandbox: &Sandbox) -> anyhow::Result<()> {
+    let mut lines = String::new();
+    for network in NETWORKS {
+        let (bridge, address) = (network.bridge(), network.address(1));
+        lines += &format!(
+            "link add {bridge} type bridge forward_delay 0 mcast_snooping 0\n\
+             address add {address}/24 dev {bridge}\nlink set {bridge} up\n"
+        );
     }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if std::env::var_os("FTVM_KEEP_LABS").is_some() {
-            eprintln!("lab: kept {} (the next lab removes it)", self.path.display());
-        } else if let Err(error) = fs::remove_dir_all(&self.path) {
-            eprintln!("lab: cannot remove {}: {error}", self.path.display());
-        }
-    }
+    sandbox.in_network(|| net::ip(&lines))??;
+    Ok(())
 }

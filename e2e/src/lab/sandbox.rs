@@ -112,7 +112,8 @@ impl Sandbox {
         &self.network
     }
 
-    fn launch<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+    /// Runs `work` on the launcher thread: what it clones is below the lab's process ids.
+    pub(crate) fn launch<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
         let (report, result) = mpsc::channel();
         let job: Job = Box::new(move || {
             // Nobody waits any more only if the caller panicked.

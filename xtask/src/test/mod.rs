@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every test of the project, in tiers; the cheap ones first.
 //!
 //! A tier is a list of commands with a budget of time for all of them. Tests find their tier by their place: what is in a package's `src` is
-//! `unit`; integration tests are `native`, unless their file's name begins with `emulated_`.
+//! `unit`; integration tests are `native`, unless their file's name begins with `cluster_` or `emulated_`.
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -65,6 +65,9 @@ impl Test {
         }
         let chosen: Vec<Tier> = all.into_iter().filter(|tier| self.wants(tier)).collect();
         packages::ensure(packages::NATIVE)?;
+        if chosen.iter().any(|tier| tier.name == "cluster") {
+            packages::ensure(packages::CLUSTER)?;
+        }
         if chosen.iter().any(|tier| tier.name == "emulated") {
             packages::ensure(packages::EMULATED)?;
         }
@@ -94,9 +97,11 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
     };
     let this = std::env::current_exe().context("cannot find this program")?;
     let this = this.to_str().context("this program's path is not text")?;
-    let (native, emulated): (Vec<String>, Vec<String>) = integration_tests(root)?
+    let (emulated, others): (Vec<String>, Vec<String>) = integration_tests(root)?
         .into_iter()
-        .partition(|name| !name.starts_with("emulated_"));
+        .partition(|name| name.starts_with("emulated_"));
+    let (cluster, native): (Vec<String>, Vec<String>) =
+        others.into_iter().partition(|name| name.starts_with("cluster_"));
     let tests = |names: &[String]| {
         // One at a time: they measure, and they share two cores.
         let words = ["cargo", "test", "--workspace", "--no-fail-fast"]
@@ -140,6 +145,22 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
                 .into_iter()
                 .chain(tests(&native))
                 .collect(),
+        },
+        Tier {
+            name: "cluster",
+            about: "a real Kubernetes, its nodes made of namespaces",
+            budget: minutes(10),
+            // Kubernetes itself is built from source.
+            build: minutes(25),
+            quick: false,
+            commands: if cluster.is_empty() {
+                Vec::new()
+            } else {
+                [vec![this.to_owned(), "cluster".to_owned(), "build".to_owned()]]
+                    .into_iter()
+                    .chain(tests(&cluster))
+                    .collect()
+            },
         },
         Tier {
             name: "emulated",

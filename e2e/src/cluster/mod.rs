@@ -1,0 +1,482 @@
+//! A real Kubernetes on one machine: control plane and *native nodes*, made of namespaces. [`plan`] has the picture.
+//!
+//! Entry points: [`Cluster::start`] for tests, [`holder`] for `cargo xtask cluster`.
+//!
+//! Invariant: nothing of a cluster is in the machine's own network, mounts or process ids; all of it ends with the process that made it.
+//! Control groups and the folder, which the kernel keeps, are removed with the cluster, or by the next lab if its process was killed.
+use std::fs;
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+pub mod audit;
+pub(crate) mod cgroup;
+mod control_plane;
+pub mod holder;
+pub mod images;
+mod node;
+mod pki;
+pub mod plan;
+pub mod programs;
+pub mod wait;
+
+pub use audit::AuditEvent;
+pub use control_plane::Component;
+pub use node::{Node, NodeProgram};
+pub use plan::{NodePlan, Options, Say};
+pub use wait::wait_for;
+
+use cgroup::Groups;
+use control_plane::ControlPlane;
+use node::Shared;
+use pki::{Authority, Subject};
+
+use crate::hosts::{CutDirection, net};
+use crate::lab::{Folder, Network, Sandbox, make_networks};
+
+/// Long enough for a busy machine; nothing is judged by it.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A running cluster; dropping it takes everything back. Fields end in this order.
+pub struct Cluster {
+    nodes: Vec<Node>,
+    control: ControlPlane,
+    authority: Authority,
+    shared: Arc<Shared>,
+    folder: Remains,
+}
+
+/// The cluster's folder; the control groups that it names go before it.
+struct Remains(Folder);
+
+impl Drop for Remains {
+    fn drop(&mut self) {
+        if let Err(error) = cgroup::remove_left(self.0.path()) {
+            eprintln!("cluster: {error:#}");
+        }
+    }
+}
+
+impl Cluster {
+    /// Builds the programs if they are not in the cache, starts the control plane and all nodes, and waits until they are ready.
+    ///
+    /// # Errors
+    /// Without root or a program of the machine; if something does not start, with the end of its log.
+    pub fn start(options: Options) -> anyhow::Result<Self> {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "a cluster's nodes need root: containers, mounts and control groups are made; run it as root"
+        );
+        ensure!(
+            (1..=plan::NODES_MAX).contains(&options.nodes),
+            "{} nodes: it must be 1 to {}",
+            options.nodes,
+            plan::NODES_MAX
+        );
+        let say = Arc::clone(&options.say);
+        let programs = programs::folder(&say)?;
+        let folder = Remains(Folder::new()?);
+        let pause = images::pause(folder.0.path())?;
+        let sandbox = Arc::new(Sandbox::new()?);
+        make_outside(&sandbox, &options)?;
+        let authority = Authority::new(&folder.0.path().join("pki"))?;
+        say("starting the control plane");
+        let control = ControlPlane::start(&sandbox, &programs, folder.0.path(), &authority, &options)?;
+        let name = folder.0.path().file_name().and_then(|name| name.to_str());
+        let group = format!("ftvm-{}", name.context("the lab's folder has no name")?);
+        let shared = Arc::new(Shared {
+            groups: Groups::new(folder.0.path(), &group)?,
+            sandbox,
+            programs,
+            options,
+            pause,
+        });
+        let mut cluster = Self {
+            nodes: Vec::new(),
+            control,
+            authority,
+            shared,
+            folder,
+        };
+        cluster.add_nodes()?;
+        Ok(cluster)
+    }
+
+    fn add_nodes(&mut self) -> anyhow::Result<()> {
+        let say = Arc::clone(&self.shared.options.say);
+        for plan in self.shared.options.plans() {
+            let folder = self.folder().join("nodes").join(plan.name());
+            self.nodes.push(Node::new(plan, folder, &self.shared, &self.authority)?);
+        }
+        say(&format!("starting {} nodes", self.nodes.len()));
+        std::thread::scope(|scope| {
+            let starts: Vec<_> = self.nodes.iter().map(|node| scope.spawn(|| node.start())).collect();
+            starts.into_iter().try_for_each(|start| match start.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+        })?;
+        self.apply(include_str!("../../cluster/storage.yaml"))?;
+        self.apply(&self.volumes()?)?;
+        for node in &self.nodes {
+            self.wait_node_ready(&node.name())?;
+        }
+        say("all nodes are ready");
+        Ok(())
+    }
+
+    /// Its folder: the administrator's kubeconfig, `log`, `nodes`.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.0.path()
+    }
+
+    /// The namespaces around it: clients outside of the nodes connect from there.
+    #[must_use]
+    pub fn sandbox(&self) -> &Arc<Sandbox> {
+        &self.shared.sandbox
+    }
+
+    /// The folder of the programs: kubectl, helm and those of the cluster itself.
+    #[must_use]
+    pub fn programs(&self) -> &Path {
+        &self.shared.programs
+    }
+
+    /// The nodes, `n1` first.
+    #[must_use]
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// A node by its name.
+    ///
+    /// # Errors
+    /// If there is none of this name.
+    pub fn node(&self, name: &str) -> anyhow::Result<&Node> {
+        let found = self.nodes.iter().find(|node| node.name() == name);
+        found.with_context(|| format!("there is no node {name}"))
+    }
+
+    /// The administrator's kubeconfig. Its server is reached from inside the cluster's namespaces only.
+    #[must_use]
+    pub fn admin_kubeconfig(&self) -> PathBuf {
+        self.folder().join("admin.kubeconfig")
+    }
+
+    /// A kubeconfig for someone else; what they may do is up to RBAC.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn kubeconfig(&self, user: &str, group: Option<&str>) -> anyhow::Result<PathBuf> {
+        let path = self
+            .folder()
+            .join(format!("{}.kubeconfig", user.replace([':', '/'], "-")));
+        let url = self.shared.options.api_url();
+        self.authority.kubeconfig(&path, &url, &Subject { user, group })?;
+        Ok(path)
+    }
+
+    /// Runs kubectl as the administrator; returns what it printed.
+    ///
+    /// # Errors
+    /// If it fails, with what it said.
+    pub fn kubectl(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        self.kubectl_as(&self.admin_kubeconfig(), arguments)
+    }
+
+    /// Runs kubectl as someone else; returns what it printed.
+    ///
+    /// # Errors
+    /// If it fails, with what it said.
+    pub fn kubectl_as(&self, kubeconfig: &Path, arguments: &[&str]) -> anyhow::Result<String> {
+        let mut command = kubectl_command(self.programs(), self.folder(), kubeconfig);
+        command.args(arguments);
+        self.run(command, "")
+    }
+
+    /// Runs kubectl with `--output=json`.
+    ///
+    /// # Errors
+    /// If it fails, with what it said.
+    pub fn get(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+        let text = self.kubectl(&[&["get", "--output=json"], arguments].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("kubectl get {}: no JSON", arguments.join(" ")))
+    }
+
+    /// Applies manifests, YAML or JSON, on the server's side.
+    ///
+    /// # Errors
+    /// If the API server refuses them, with its reason.
+    pub fn apply(&self, manifests: &str) -> anyhow::Result<String> {
+        let mut command = kubectl_command(self.programs(), self.folder(), &self.admin_kubeconfig());
+        command.args(["apply", "--server-side", "--filename=-"]);
+        self.run(command, manifests)
+    }
+
+    /// Runs Helm as the administrator; returns what it printed.
+    ///
+    /// # Errors
+    /// If it fails, with what it said.
+    pub fn helm(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let mut command = Command::new(self.programs().join("helm"));
+        for (name, folder) in [
+            ("HELM_CACHE_HOME", "helm/cache"),
+            ("HELM_CONFIG_HOME", "helm/config"),
+            ("HELM_DATA_HOME", "helm/data"),
+        ] {
+            command.env(name, self.folder().join(folder));
+        }
+        command.env("KUBECONFIG", self.admin_kubeconfig()).args(arguments);
+        self.run(command, "")
+    }
+
+    /// Runs a program in the outer namespaces with `input`; returns what it printed.
+    fn run(&self, mut command: Command, input: &str) -> anyhow::Result<String> {
+        let words: Vec<_> = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect();
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = self.sandbox().spawn(command)?;
+        // Who does not read it to its end says why on standard error.
+        let written = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            let text = [output.stdout, output.stderr].concat();
+            let text = String::from_utf8_lossy(&text).trim().to_owned();
+            bail!("{}: {}: {text}", words.join(" "), output.status);
+        }
+        written.transpose()?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Gives an OCI archive's images to every node that runs.
+    ///
+    /// # Errors
+    /// If it is no such archive.
+    pub fn import_image(&self, archive: &Path) -> anyhow::Result<()> {
+        self.nodes
+            .iter()
+            .filter(|node| node.is_running())
+            .try_for_each(|node| node.import_image(archive))
+    }
+
+    /// Waits until the API server takes a node for ready.
+    ///
+    /// # Errors
+    /// If it does not, with the reason; at once if a program of the node has ended.
+    pub fn wait_node_ready(&self, name: &str) -> anyhow::Result<()> {
+        wait_for(&format!("node {name} is ready"), PATIENCE, || {
+            self.node(name)?.ensure_programs_run()?;
+            let (status, reason) = self.node_condition(name)?;
+            ensure!(status == "True", "{status}: {reason}");
+            Ok(())
+        })
+    }
+
+    /// Waits until the API server takes a node for not ready.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn wait_node_not_ready(&self, name: &str) -> anyhow::Result<()> {
+        wait_for(&format!("node {name} is not ready"), PATIENCE, || {
+            let (status, reason) = self.node_condition(name)?;
+            ensure!(status != "True", "it is ready: {reason}");
+            Ok(())
+        })
+    }
+
+    /// Waits until a pod's containers run and are ready.
+    ///
+    /// # Errors
+    /// If they are not, with the state of the pod and its last events.
+    pub fn wait_pod_ready(&self, namespace: &str, name: &str) -> anyhow::Result<()> {
+        wait_for(&format!("pod {namespace}/{name} is ready"), PATIENCE, || {
+            let pod = self.get(&["pod", "--namespace", namespace, name])?;
+            ensure!(condition(&pod, "Ready").0 == "True", "{}", self.pod_story(&pod));
+            Ok(())
+        })
+    }
+
+    /// What the API server wrote down so far; [`Options::audit`] must be on.
+    ///
+    /// # Errors
+    /// If it is off.
+    pub fn audit_events(&self) -> anyhow::Result<Vec<AuditEvent>> {
+        audit::read(self.folder())
+    }
+
+    /// Stops a program of the control plane in time: who asks it waits.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn pause_component(&self, component: Component) -> anyhow::Result<()> {
+        self.control.signal(component, Signal::STOP)
+    }
+
+    /// Lets a paused program go on.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn resume_component(&self, component: Component) -> anyhow::Result<()> {
+        self.control.signal(component, Signal::CONT)
+    }
+
+    /// Kills a program of the control plane: who asks it is refused.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn kill_component(&self, component: Component) -> anyhow::Result<()> {
+        self.control.kill_component(component)
+    }
+
+    /// Starts a killed program and waits until the API server is ready.
+    ///
+    /// # Errors
+    /// If it runs, or does not start.
+    pub fn start_component(&self, component: Component) -> anyhow::Result<()> {
+        self.control.start_component(component)?;
+        self.control.wait_ready()
+    }
+
+    /// Drops packets between two nodes in a network until [`Cluster::mend_links`].
+    ///
+    /// # Errors
+    /// If nft refuses.
+    pub fn cut_link(
+        &self,
+        first: &Node,
+        second: &Node,
+        network: Network,
+        direction: CutDirection,
+    ) -> anyhow::Result<()> {
+        let (a, b) = (first.plan().port(network), second.plan().port(network));
+        let mut script = format!("add rule bridge cut forward iifname \"{a}\" oifname \"{b}\" drop\n");
+        if direction == CutDirection::Both {
+            script += &format!("add rule bridge cut forward iifname \"{b}\" oifname \"{a}\" drop\n");
+        }
+        self.sandbox().in_network(|| net::nft(&script))??;
+        Ok(())
+    }
+
+    /// Takes back every [`Cluster::cut_link`].
+    ///
+    /// # Errors
+    /// If nft refuses.
+    pub fn mend_links(&self) -> anyhow::Result<()> {
+        self.sandbox()
+            .in_network(|| net::nft("flush chain bridge cut forward\n"))??;
+        Ok(())
+    }
+
+    /// Status and reason of a node's condition Ready.
+    fn node_condition(&self, name: &str) -> anyhow::Result<(String, String)> {
+        let node = self.get(&["node", name])?;
+        Ok(condition(&node, "Ready"))
+    }
+
+    /// Phase, containers' states and events of a pod, for who waits in vain.
+    fn pod_story(&self, pod: &Value) -> String {
+        let (name, namespace) = (&pod["metadata"]["name"], &pod["metadata"]["namespace"]);
+        let field = format!(
+            "--field-selector=involvedObject.name={}",
+            name.as_str().unwrap_or_default()
+        );
+        let namespace = namespace.as_str().unwrap_or_default();
+        let events = self.kubectl(&["get", "events", "--namespace", namespace, &field, "--no-headers"]);
+        format!(
+            "phase {}, {}, containers {}, events:\n{}",
+            pod["status"]["phase"],
+            condition(pod, "Ready").1,
+            pod["status"]["containerStatuses"],
+            events.unwrap_or_else(|error| format!("{error:#}"))
+        )
+    }
+
+    /// Manifests of all local volumes.
+    fn volumes(&self) -> anyhow::Result<String> {
+        let mut items = Vec::new();
+        for node in &self.nodes {
+            for number in 1..=self.shared.options.volumes_per_node {
+                let name = node.name();
+                items.push(json!({
+                    "apiVersion": "v1",
+                    "kind": "PersistentVolume",
+                    "metadata": {"name": format!("{name}-volume-{number}")},
+                    "spec": {
+                        "capacity": {"storage": "10Gi"},
+                        "accessModes": ["ReadWriteOnce"],
+                        "persistentVolumeReclaimPolicy": "Retain",
+                        "storageClassName": "local",
+                        "local": {"path": format!("{}/volume-{number}", plan::VOLUMES_FOLDER)},
+                        "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [
+                            {"key": "kubernetes.io/hostname", "operator": "In", "values": [name]}
+                        ]}]}},
+                    },
+                }));
+            }
+        }
+        Ok(serde_json::to_string(
+            &json!({"apiVersion": "v1", "kind": "List", "items": items}),
+        )?)
+    }
+}
+
+/// Networks around the nodes: bridges, routes to the pods, the address for a proxy.
+fn make_outside(sandbox: &Arc<Sandbox>, options: &Options) -> anyhow::Result<()> {
+    make_networks(sandbox)?;
+    let front: Ipv4Addr = plan::api_front_address();
+    let mut lines = format!("address add {front}/24 dev {}\n", Network::Management.bridge());
+    for plan in options.plans() {
+        let gateway = plan.address(Network::Management);
+        lines += &format!("route add {} via {gateway}\n", plan.pods());
+    }
+    sandbox.in_network(|| {
+        net::ip(&lines)?;
+        net::nft("table bridge cut {\n chain forward { type filter hook forward priority 0; }\n}\n")
+    })??;
+    sandbox.run("sh", &["-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"])?;
+    Ok(())
+}
+
+/// kubectl as it runs for a cluster whose folder this is.
+fn kubectl_command(programs: &Path, folder: &Path, kubeconfig: &Path) -> Command {
+    let mut command = Command::new(programs.join("kubectl"));
+    command
+        .arg(format!("--kubeconfig={}", kubeconfig.display()))
+        .arg(format!("--cache-dir={}", folder.join("kubectl").display()));
+    command
+}
+
+/// Status of a condition (`Unknown` if there is none), and its reason and message.
+fn condition(object: &Value, kind: &str) -> (String, String) {
+    let conditions = object["status"]["conditions"].as_array();
+    let found = conditions.and_then(|all| all.iter().find(|one| one["type"] == kind));
+    let text = |name: &str| found.and_then(|one| one[name].as_str()).unwrap_or_default().to_owned();
+    let status = match text("status") {
+        empty if empty.is_empty() => "Unknown".to_owned(),
+        status => status,
+    };
+    (
+        status,
+        format!("{} {}", text("reason"), text("message")).trim().to_owned(),
+    )
+}
+
+/// The last lines of a log.
+fn log_end(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
