@@ -144,6 +144,7 @@ fn a_cluster_comes_up_is_used_and_leaves_nothing() {
     assert!(cluster.run(&["status"]).contains("n1"));
     let version: Value = serde_json::from_str(&cluster.run(&["kubectl", "version", "-o", "json"])).unwrap();
     assert_eq!(version["serverVersion"]["minor"], "37", "{version}");
+    assert!(cluster.run(&["kubectl", "get", "nodes"]).contains("n1"));
     let refused = cluster.try_run(&["kubectl", "get", "nonsense"]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
 

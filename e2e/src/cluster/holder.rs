@@ -21,12 +21,13 @@ use rustix::fs::FlockOperation;
 use rustix::thread::LinkNameSpaceType;
 use serde::{Deserialize, Serialize};
 
-use super::{Cluster, Options, Say, log_end};
+use super::{Cluster, Options, Say, log_end, wait_for};
 use crate::interrupt;
 use crate::lab::{Network, cache, sweep};
 
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(300);
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What there is to know of a cluster that is up.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -132,9 +133,10 @@ pub fn hold(name: &str, mut options: Options) -> anyhow::Result<()> {
 fn hold_inner(name: &str, options: Options) -> anyhow::Result<()> {
     let place = place(name)?;
     let lock = File::create(place.join("lock"))?;
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(io::Error::from)
-        .with_context(|| format!("a cluster {name:?} is up, or starts"))?;
+    // Who asks for the status holds the lock for a moment.
+    wait_for(&format!("no other cluster {name:?} is up"), LOCK_PATIENCE, || {
+        Ok(rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?)
+    })?;
     let socket = place.join("socket");
     if socket.exists() {
         fs::remove_file(&socket)?;

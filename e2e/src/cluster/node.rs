@@ -125,10 +125,12 @@ impl Node {
         let group = self.shared.groups.renew_node(&name)?;
         self.write_kubelet_config(&group)?;
         let boot_id = new_boot_id(&self.folder, &name)?;
-        let init = {
+        let born = {
             let name = name.clone();
-            self.shared.sandbox.launch(move || Init::start(&name, &boot_id))??
+            // Below the lab's process ids, so that it ends with the lab.
+            self.shared.sandbox.launch(move || Init::bear(&name, &boot_id))??
         };
+        let init = born.settle()?;
         self.plug_in(&init)?;
         *self.lock() = Some(Life {
             programs: BTreeMap::new(),

@@ -33,9 +33,22 @@ pub(crate) struct Init {
     ended: bool,
 }
 
+/// An init that was started but not heard of yet.
+#[derive(Debug)]
+pub(crate) struct Born {
+    name: String,
+    pidfd: OwnedFd,
+    report: OwnedFd,
+}
+
 impl Init {
     /// Starts an init in new namespaces and waits until they are set up.
     pub(crate) fn start(name: &str, boot_id_file: &Path) -> Result<Self, HostsError> {
+        Self::bear(name, boot_id_file)?.settle()
+    }
+
+    /// The first half of [`Init::start`]: this thread decides below which namespaces the new ones are.
+    pub(crate) fn bear(name: &str, boot_id_file: &Path) -> Result<Born, HostsError> {
         let name_c = CString::new(name).map_err(|_| HostsError::State {
             host: name.to_owned(),
             what: "a host name must not contain a NUL byte".to_owned(),
@@ -44,51 +57,76 @@ impl Init {
             path: boot_id_file.to_owned(),
             what: "the path contains a NUL byte".to_owned(),
         })?;
-        let (reader, writer) = pipe()?;
-        // SAFETY: without CLONE_VM this is a fork: the child has a copy of everything. It makes system calls only (the
-        // parent may have threads, whose locks the child must not touch) and never returns.
-        let pid = unsafe {
-            libc::syscall(
-                libc::SYS_clone,
-                libc::c_long::from(NAMESPACES | libc::SIGCHLD),
-                0usize,
-                0usize,
-                0usize,
-                0usize,
-            )
-        } as libc::pid_t;
-        if pid == 0 {
-            init_main(&name_c, &boot_id, writer.as_raw_fd());
+        let making = || failed(format!("making the namespaces of host {name}"));
+        let (report, writer) = pipe()?;
+        let (handles, handle_writer) = pipe()?;
+        // The kernel refuses a new pid namespace to who is not itself in the one that its children get. So a child of this thread
+        // makes the init, as its own sibling; it shares this process's descriptors, where the handle appears.
+        // SAFETY: without CLONE_VM this is a fork: the child has a copy of everything. It makes system calls only (this
+        // process may have threads, whose locks the child must not touch) and never returns.
+        let middle = unsafe { clone(libc::CLONE_FILES | libc::SIGCHLD, None) };
+        if middle == 0 {
+            make_init(&name_c, &boot_id, writer.as_raw_fd(), handle_writer.as_raw_fd());
         }
-        if pid < 0 {
-            return Err(failed(format!("making the namespaces of host {name}"))(
-                io::Error::last_os_error(),
-            ));
+        if middle < 0 {
+            return Err(making()(io::Error::last_os_error()));
         }
-        let init = Self {
+        reap(middle);
+        drop((writer, handle_writer));
+        let mut answer = [0; 8];
+        File::from(handles).read_exact(&mut answer).map_err(making())?;
+        let [handle, errno] = [0, 4].map(|at| i32::from_ne_bytes([0, 1, 2, 3].map(|byte| answer[at + byte])));
+        if handle < 0 {
+            return Err(making()(io::Error::from_raw_os_error(errno)));
+        }
+        // SAFETY: the child has just made this descriptor for us, and nobody else knows of it.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(handle) };
+        Ok(Born {
+            name: name.to_owned(),
+            pidfd,
+            report,
+        })
+    }
+}
+
+impl Born {
+    /// The second half of [`Init::start`], for a thread that has this process's own /proc.
+    pub(crate) fn settle(self) -> Result<Init, HostsError> {
+        let host = self.name;
+        let info = format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd());
+        let text = std::fs::read_to_string(&info).map_err(failed(format!("reading {info}")))?;
+        let pid = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok());
+        let pid = pid.ok_or_else(|| HostsError::Malformed {
+            path: info.into(),
+            what: format!("names no process: {text}"),
+        })?;
+        let init = Init {
             pid,
-            pidfd: pidfd_open(pid)?,
+            pidfd: self.pidfd,
             ended: false,
         };
-        drop(writer);
         let mut report = Vec::new();
-        File::from(reader)
+        File::from(self.report)
             .read_to_end(&mut report)
-            .map_err(failed(format!("hearing from the init of host {name}")))?;
+            .map_err(failed(format!("hearing from the init of host {host}")))?;
         match *report {
             [] => Ok(init),
             [step, errno, ..] => Err(HostsError::Init {
-                host: name.to_owned(),
+                host,
                 step: STEPS.get(usize::from(step)).copied().unwrap_or("an unknown step"),
                 source: io::Error::from_raw_os_error(i32::from(errno)),
             }),
             [_] => Err(HostsError::State {
-                host: name.to_owned(),
+                host,
                 what: "its init died during set-up".to_owned(),
             }),
         }
     }
+}
 
+impl Init {
     /// Its pid as this process sees it.
     pub(crate) fn pid(&self) -> libc::pid_t {
         self.pid
@@ -101,17 +139,65 @@ impl Init {
         }
         self.ended = true;
         signal(&self.pidfd, libc::SIGKILL).ok();
-        let mut status = 0;
-        // SAFETY: waits for our own child; `status` is ours. The init of a pid namespace ends after all others in it.
-        while unsafe { libc::waitpid(self.pid, &mut status, 0) } < 0
-            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-        {}
+        // The init of a pid namespace ends after all others in it.
+        reap(self.pid);
     }
 }
 
 impl Drop for Init {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// clone(2) as a fork, with these flags; a handle on the child goes to `pidfd`.
+///
+/// # Safety
+/// The child has only the calling thread: it may make system calls, but neither allocate nor take locks, before it execs or exits.
+unsafe fn clone(flags: libc::c_int, pidfd: Option<&mut RawFd>) -> libc::pid_t {
+    let (flags, pidfd) = match pidfd {
+        None => (flags, std::ptr::null_mut()),
+        Some(pidfd) => (flags | libc::CLONE_PIDFD, std::ptr::from_mut(pidfd)),
+    };
+    // SAFETY: no new stack: the child gets a copy of this one. `pidfd` is null or where the kernel may put a descriptor.
+    unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            libc::c_long::from(flags),
+            0usize,
+            pidfd,
+            0usize,
+            0usize,
+        ) as libc::pid_t
+    }
+}
+
+/// Waits for the end of a child of this process.
+fn reap(pid: libc::pid_t) {
+    let mut status = 0;
+    // SAFETY: waits for our own child; `status` is ours.
+    while unsafe { libc::waitpid(pid, &mut status, 0) } < 0
+        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+    {}
+}
+
+/// Makes the init as a sibling of this process, says to `answer` which descriptor is its handle (or -1 and the error), and ends.
+fn make_init(name: &CStr, boot_id: &CStr, report: RawFd, answer: RawFd) -> ! {
+    let mut handle = -1;
+    // SAFETY: the child, like this process, makes system calls only, and never returns. With its own copy of the descriptors.
+    let pid = unsafe { clone(NAMESPACES | libc::CLONE_PARENT | libc::SIGCHLD, Some(&mut handle)) };
+    if pid == 0 {
+        init_main(name, boot_id, report);
+    }
+    let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    let handle = if pid < 0 { -1 } else { handle };
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&handle.to_ne_bytes());
+    bytes[4..].copy_from_slice(&errno.to_ne_bytes());
+    // SAFETY: writes bytes of the stack, then ends this process without running destructors.
+    unsafe {
+        libc::write(answer, bytes.as_ptr().cast(), bytes.len());
+        libc::_exit(0);
     }
 }
 
@@ -233,15 +319,7 @@ fn enter_and_fork(pidfd: RawFd, report: RawFd) -> io::Result<()> {
         if libc::setns(pidfd, NAMESPACES) < 0 {
             return Err(io::Error::last_os_error());
         }
-        let child = libc::syscall(
-            libc::SYS_clone,
-            libc::c_long::from(libc::SIGCHLD),
-            0usize,
-            0usize,
-            0usize,
-            0usize,
-        );
-        let child = child as libc::pid_t;
+        let child = clone(libc::SIGCHLD, None);
         if child < 0 {
             return Err(io::Error::last_os_error());
         }
