@@ -160,7 +160,8 @@ impl Driver {
         } else if passes == PASSES_MAX {
             let session = leading.session;
             let why = format!(
-                "the resync can't end: after {passes} passes {dirty} pages are still written during one, faster than the link                  to the standby carries them; use a faster link, or let the guest do less"
+                "the resync can't end: after {passes} passes {dirty} pages are still written during one, faster than the link \
+                 to the standby carries them; use a faster link, or let the guest do less"
             );
             return self.session_failed(session, &why);
         } else {
