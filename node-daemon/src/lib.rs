@@ -4,7 +4,9 @@
 //!   ftvm ── api ──► daemon ── seat (a thread each) ── jail ──► ftvm-engine
 //!                     │          └ prepare: disks, taps, identity, checked and locked
 //!                     ├ peer: daemons of other machines, over TLS
-//!                     └ arbiter: the record, compared and swapped with a hard deadline
+//!                     └ arbiter: the record, compared and swapped with a hard deadline: a folder, or a Lease
+//!
+//!   on Kubernetes: pods ──► kubernetes ──► seats; their programs ── seat_socket ──► files, cgroups, network
 //! ```
 
 pub mod api;
@@ -15,6 +17,7 @@ pub mod config;
 pub mod daemon;
 pub mod identity;
 pub mod jail;
+pub mod kubernetes;
 pub mod peer;
 pub mod prepare;
 pub mod random;

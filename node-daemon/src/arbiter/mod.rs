@@ -1,11 +1,12 @@
 //! The arbiter: one record per virtual machine that is compared and swapped.
 //!
-//! [`Arbiter`] is what a daemon needs of one; [`FileArbiter`] keeps the record in a folder. [`Bounded`] puts a hard deadline
+//! [`Arbiter`] is what a daemon needs of one; [`FileArbiter`] keeps the record in a folder, [`LeaseArbiter`] in a Lease. [`Bounded`] puts a hard deadline
 //! around either, because a call into a hung network file system never returns.
 
 mod bounded;
 mod file;
 mod files;
+mod lease;
 
 use std::time::Instant;
 
@@ -16,6 +17,7 @@ use ftvm_protocol::record::Record;
 pub use bounded::Bounded;
 pub use file::{ArbiterError, FileArbiter};
 pub use files::{Files, PosixFiles};
+pub use lease::{HttpAnswer, LeaseArbiter, Leases, RequestError, Server, ServerError};
 
 /// An answer with the reason why it is not what one would wish, for people.
 pub type Said<T> = (T, Option<String>);

@@ -1,0 +1,278 @@
+//! The arbiter as a Lease of the API server (docs/kubernetes.md, "Lease").
+//!
+//! A swap is one PUT of the object as it was read, with another record in it, the `metadata.uid` and the `resourceVersion` of
+//! that read. What its answer means is decided here, and only here (rule 2):
+//!
+//! ```text
+//!   nothing was sent ─────────────────────────────► NotSent
+//!   401, 403, 404 from the API server itself ─────► NotSent    (refused before anything was written)
+//!   409 Conflict from the API server itself ──────► Conflict   (uid or version differ: it can never land)
+//!   200 with our record, its uid, a new version ──► Won
+//!   everything else: late, cut, 5xx, 429, strange ► Unknown    (it may have landed, or may still)
+//! ```
+//!
+//! "From the API server itself" means that the body is a `Status` that says the same: what stands between may say anything.
+
+mod http;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ftvm_crds::lease::{check_owner, set_record, snapshot};
+use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
+use ftvm_protocol::identity::{ArbiterUid, VmId};
+use ftvm_protocol::record::Record;
+use hyper::{Method, StatusCode};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Status;
+use k8s_openapi::jiff::Timestamp;
+use tokio::runtime::Runtime;
+
+pub use http::{HttpAnswer, RequestError, Server, ServerError};
+
+use super::{Arbiter, Said};
+
+/// A read takes no longer; whoever asked has usually given up before.
+const READ_MAX: Duration = Duration::from_secs(10);
+
+/// The API server and the runtime that talks to it: one for all arbiters of a daemon.
+#[derive(Clone)]
+pub struct Leases {
+    server: Arc<Server>,
+    runtime: Arc<Runtime>,
+    counts: Arc<Mutex<BTreeMap<(&'static str, &'static str), u64>>>,
+}
+
+/// What requests can come to, for metrics.
+const OUTCOMES: [(&str, &str); 7] = [
+    ("read", "found"),
+    ("read", "gone"),
+    ("read", "unreachable"),
+    ("swap", "won"),
+    ("swap", "conflict"),
+    ("swap", "not_sent"),
+    ("swap", "unknown"),
+];
+
+impl Leases {
+    /// With a runtime of its own: nothing else of the daemon can hold up an arbiter request.
+    ///
+    /// # Errors
+    /// If there is no thread for it.
+    pub fn new(server: Server) -> std::io::Result<Leases> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("lease")
+            .enable_all()
+            .build()?;
+        Ok(Leases {
+            server: Arc::new(server),
+            runtime: Arc::new(runtime),
+            counts: Arc::new(Mutex::new(OUTCOMES.into_iter().map(|outcome| (outcome, 0)).collect())),
+        })
+    }
+
+    fn count(&self, request: &'static str, outcome: &'static str) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.entry((request, outcome)).or_default() += 1;
+    }
+
+    /// Request, outcome, how often, since the start.
+    pub fn counts(&self) -> Vec<(&'static str, &'static str, u64)> {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts
+            .iter()
+            .map(|((request, outcome), count)| (*request, *outcome, *count))
+            .collect()
+    }
+
+    /// The arbiter of one virtual machine.
+    pub fn arbiter(&self, namespace: &str, vm: &str, vm_id: VmId) -> LeaseArbiter {
+        LeaseArbiter {
+            leases: self.clone(),
+            path: format!("/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/{vm}"),
+            vm: vm.to_owned(),
+            vm_id,
+            last: Mutex::default(),
+        }
+    }
+}
+
+/// The Lease of one virtual machine.
+pub struct LeaseArbiter {
+    leases: Leases,
+    path: String,
+    vm: String,
+    vm_id: VmId,
+    /// What was read or written last, as the API server gave it: the object that a swap changes.
+    last: Mutex<Option<Lease>>,
+}
+
+/// What a read came to.
+enum Read {
+    Found(Box<Lease>),
+    Gone,
+    Unreachable,
+}
+
+impl LeaseArbiter {
+    fn ask(&self, method: Method, body: Option<Vec<u8>>, deadline: Instant) -> Result<HttpAnswer, RequestError> {
+        let ask = self.leases.server.ask(method, &self.path, body, deadline);
+        self.leases.runtime.block_on(ask)
+    }
+
+    /// The Lease as it is now: without `resourceVersion` the API server reads its store, not its cache.
+    fn get(&self, deadline: Instant) -> Said<Read> {
+        let answer = match self.ask(Method::GET, None, deadline) {
+            Ok(answer) => answer,
+            Err(error) => return (Read::Unreachable, Some(error.to_string())),
+        };
+        let said = self.describe(&answer);
+        match answer.status {
+            StatusCode::OK => match serde_json::from_slice::<Lease>(&answer.body) {
+                Ok(lease) => (Read::Found(Box::new(lease)), None),
+                Err(error) => (Read::Unreachable, Some(format!("Lease {}: {error}", self.path))),
+            },
+            StatusCode::NOT_FOUND if says(&answer, "NotFound") => (Read::Gone, Some(said)),
+            _ => (Read::Unreachable, Some(said)),
+        }
+    }
+
+    fn describe(&self, answer: &HttpAnswer) -> String {
+        let status = serde_json::from_slice::<Status>(&answer.body).ok();
+        let message = status.and_then(|status| status.message).unwrap_or_default();
+        let message: String = message.chars().take(300).collect();
+        format!("Lease {}: the API server says {} {message}", self.path, answer.status)
+    }
+
+    fn keep(&self, lease: Lease) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(lease);
+    }
+
+    /// The object of this version, or what is true of a swap without it.
+    fn base(&self, uid: ArbiterUid, version: u64, deadline: Instant) -> Result<Lease, Said<SwapOutcome>> {
+        let is_it = |lease: &Lease| snapshot(lease).is_ok_and(|found| (found.uid, found.version) == (uid, version));
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(lease) = last.filter(is_it) {
+            return Ok(lease);
+        }
+        match self.get(deadline) {
+            (Read::Found(lease), _) => {
+                if let Err(error) = check_owner(&lease, &self.vm, self.vm_id) {
+                    return Err((SwapOutcome::NotSent, Some(error.to_string())));
+                }
+                if is_it(&lease) {
+                    return Ok(*lease);
+                }
+                // A version that is not the newest never is again.
+                let why = format!("Lease {} has another version than {version} by now", self.path);
+                Err((SwapOutcome::Conflict, Some(why)))
+            }
+            (Read::Gone | Read::Unreachable, why) => Err((SwapOutcome::NotSent, why)),
+        }
+    }
+}
+
+impl Arbiter for LeaseArbiter {
+    fn read(&self) -> Said<ReadOutcome> {
+        let said = self.try_read();
+        let outcome = match &said.0 {
+            ReadOutcome::Found(_) => "found",
+            ReadOutcome::Gone => "gone",
+            ReadOutcome::Unreachable => "unreachable",
+        };
+        self.leases.count("read", outcome);
+        said
+    }
+
+    fn swap(&self, uid: ArbiterUid, version: u64, record: &Record, deadline: Instant) -> Said<SwapOutcome> {
+        let said = self.try_swap(uid, version, record, deadline);
+        let outcome = match &said.0 {
+            SwapOutcome::Won(_) => "won",
+            SwapOutcome::Conflict => "conflict",
+            SwapOutcome::NotSent => "not_sent",
+            SwapOutcome::Unknown => "unknown",
+        };
+        self.leases.count("swap", outcome);
+        said
+    }
+}
+
+impl LeaseArbiter {
+    fn try_read(&self) -> Said<ReadOutcome> {
+        let (read, why) = self.get(Instant::now() + READ_MAX);
+        let lease = match read {
+            Read::Found(lease) => *lease,
+            Read::Gone => return (ReadOutcome::Gone, why),
+            Read::Unreachable => return (ReadOutcome::Unreachable, why),
+        };
+        let found = check_owner(&lease, &self.vm, self.vm_id).and_then(|()| snapshot(&lease));
+        match found {
+            Ok(found) => {
+                self.keep(lease);
+                (ReadOutcome::Found(found), None)
+            }
+            Err(error) => (ReadOutcome::Unreachable, Some(error.to_string())),
+        }
+    }
+
+    fn try_swap(&self, uid: ArbiterUid, version: u64, record: &Record, deadline: Instant) -> Said<SwapOutcome> {
+        let mut lease = match self.base(uid, version, deadline) {
+            Ok(lease) => lease,
+            Err(said) => return said,
+        };
+        if snapshot(&lease).is_ok_and(|current| record.term <= current.record.term) {
+            let why = format!("term {} does not follow the record's", record.term);
+            return (SwapOutcome::NotSent, Some(why));
+        }
+        set_record(&mut lease, record, Timestamp::now());
+        // The server's own notes on who set which field are not a part of what is written.
+        lease.metadata.managed_fields = None;
+        let body = match serde_json::to_vec(&lease) {
+            Ok(body) => body,
+            Err(error) => return (SwapOutcome::NotSent, Some(error.to_string())),
+        };
+        match self.ask(Method::PUT, Some(body), deadline) {
+            Err(error @ RequestError::NotSent { .. }) => (SwapOutcome::NotSent, Some(error.to_string())),
+            Err(error @ RequestError::Unanswered { .. }) => (SwapOutcome::Unknown, Some(error.to_string())),
+            Ok(answer) => self.swapped(&answer, uid, version, record),
+        }
+    }
+
+    fn swapped(&self, answer: &HttpAnswer, uid: ArbiterUid, version: u64, record: &Record) -> Said<SwapOutcome> {
+        let said = Some(self.describe(answer));
+        match answer.status {
+            StatusCode::OK => {
+                let lease = serde_json::from_slice::<Lease>(&answer.body).ok();
+                let found = lease.and_then(|lease| Some((snapshot(&lease).ok()?, lease)));
+                match found {
+                    Some((found, lease)) if found.record == *record && found.uid == uid && found.version != version => {
+                        self.keep(lease);
+                        (SwapOutcome::Won(found), None)
+                    }
+                    _ => {
+                        let why = format!("Lease {}: the answer to a swap shows another record", self.path);
+                        (SwapOutcome::Unknown, Some(why))
+                    }
+                }
+            }
+            StatusCode::CONFLICT if says(answer, "Conflict") => (SwapOutcome::Conflict, said),
+            StatusCode::UNAUTHORIZED if says(answer, "Unauthorized") => (SwapOutcome::NotSent, said),
+            StatusCode::FORBIDDEN if says(answer, "Forbidden") => (SwapOutcome::NotSent, said),
+            StatusCode::NOT_FOUND if says(answer, "NotFound") => (SwapOutcome::NotSent, said),
+            _ => (SwapOutcome::Unknown, said),
+        }
+    }
+}
+
+/// Whether the body is the API server's own, and says the same as the status line.
+fn says(answer: &HttpAnswer, reason: &str) -> bool {
+    let status = serde_json::from_slice::<Status>(&answer.body);
+    status.is_ok_and(|status| {
+        status.reason.as_deref() == Some(reason) && status.code == Some(i32::from(answer.status.as_u16()))
+    })
+}
+
+#[cfg(test)]
+mod tests;

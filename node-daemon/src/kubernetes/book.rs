@@ -1,0 +1,242 @@
+//! What the API server's objects say of a pod: whether it is a seat of this node, and what that seat is. Pure.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use ftvm_crds::names::{
+    FILE_DISK, FILE_HEADER, FILE_JOURNAL, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PORT_DAEMON, PORT_LINK,
+};
+use ftvm_crds::{Attachment, Contents, FaultTolerantVM, SeatEntry, mac, quantity};
+use ftvm_protocol::identity::{SeatId, VmId};
+use k8s_openapi::api::core::v1::Pod;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{
+    BootConfig, CheckpointConfig, DiskConfig, LinkConfig, MachineConfig, NicConfig, PeerConfig, SeatConfig,
+    TimingConfig,
+};
+use crate::seat_socket::Expected;
+use crate::seat_socket::message::{DiskToPrepare, Recipe};
+
+/// A genuine seat of this node, as the book of its virtual machine has it. Remembered in its state folder, so that a daemon
+/// without an API server knows the seats that an earlier one had.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Seat {
+    /// Namespace of the virtual machine and of the pod.
+    pub namespace: String,
+    /// Name of the virtual machine.
+    pub vm: String,
+    /// The virtual machine.
+    pub vm_id: VmId,
+    /// The seat: the pod's UID.
+    pub seat_id: SeatId,
+    /// What its engine is. Paths are those within the pod.
+    pub config: SeatConfig,
+    /// What its program prepares.
+    pub recipe: Recipe,
+    /// False while the seat is being removed: no engine is started for it.
+    pub wanted: bool,
+}
+
+impl Seat {
+    /// Who the seat must be.
+    pub fn expected(&self) -> Expected {
+        Expected {
+            vm: self.vm.clone(),
+            vm_id: self.vm_id,
+            seat: self.config.seat.clone(),
+            seat_id: self.seat_id,
+        }
+    }
+}
+
+/// `NAMESPACE/NAME` of the virtual machine that a pod claims to belong to.
+pub fn vm_of(pod: &Pod) -> Option<(String, String)> {
+    let vm = pod.metadata.labels.as_ref()?.get(LABEL_VM)?;
+    Some((pod.metadata.namespace.clone()?, vm.clone()))
+}
+
+/// The pod's UID as a seat.
+pub fn seat_id(pod: &Pod) -> Option<SeatId> {
+    pod.metadata.uid.as_deref()?.parse().ok()
+}
+
+/// The seat that this pod is, or why it is none.
+///
+/// # Errors
+/// What does not fit, for people.
+pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str) -> Result<Seat, String> {
+    let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let namespace = pod.metadata.namespace.clone().unwrap_or_default();
+    let vm_name = vm.metadata.name.clone().unwrap_or_default();
+    if vm.metadata.namespace.as_deref() != Some(&namespace) {
+        return Err(format!("FaultTolerantVM {vm_name} is not in namespace {namespace}"));
+    }
+    let vm_uid = vm.metadata.uid.as_deref().unwrap_or_default();
+    let vm_id = vm_uid
+        .parse()
+        .map_err(|error| format!("FaultTolerantVM {vm_name}: {error}"))?;
+    let seat_id = seat_id(pod).ok_or_else(|| format!("pod {name}: `{uid}` is no UUID"))?;
+    let book = vm
+        .status
+        .as_ref()
+        .map(|status| status.seats.as_slice())
+        .unwrap_or_default();
+    let entry = book
+        .iter()
+        .find(|entry| entry.name == name && entry.pod_uid.as_deref() == Some(uid));
+    let entry =
+        entry.ok_or_else(|| format!("the book of FaultTolerantVM {vm_name} has no pod {name} with UID {uid}"))?;
+    if pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) != Some(node) || entry.node.as_deref() != Some(node)
+    {
+        return Err(format!("pod {name} is not on node {node} by the book"));
+    }
+    let ip = entry
+        .pod_ip
+        .as_deref()
+        .ok_or_else(|| format!("the book has no IP of pod {name} yet"))?;
+    let ip: IpAddr = ip.parse().map_err(|_| format!("pod {name}: `{ip}` is no IP address"))?;
+    let peers = book
+        .iter()
+        .filter(|other| other.name != entry.name)
+        .filter_map(peer)
+        .collect();
+    Ok(Seat {
+        config: config(
+            vm,
+            &namespace,
+            entry,
+            seat_id,
+            vm_id,
+            SocketAddr::new(ip, PORT_LINK),
+            peers,
+        )?,
+        recipe: recipe(vm)?,
+        namespace,
+        vm: vm_name,
+        vm_id,
+        seat_id,
+        wanted: !entry.leaving,
+    })
+}
+
+/// Another seat of the virtual machine, once it can be reached.
+fn peer(entry: &SeatEntry) -> Option<PeerConfig> {
+    if entry.leaving {
+        return None;
+    }
+    let host: Option<IpAddr> = entry.host_ip.as_deref().and_then(|ip| ip.parse().ok());
+    Some(PeerConfig {
+        seat: entry.name.clone(),
+        seat_id: Some(entry.pod_uid.as_deref()?.parse().ok()?),
+        address: SocketAddr::new(entry.pod_ip.as_deref()?.parse().ok()?, PORT_LINK),
+        daemon: None,
+        daemon_address: host.map(|ip| SocketAddr::new(ip, PORT_DAEMON)),
+    })
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    quantity::bytes(text).map_err(|error| error.to_string())
+}
+
+fn config(
+    vm: &FaultTolerantVM,
+    namespace: &str,
+    entry: &SeatEntry,
+    seat_id: SeatId,
+    vm_id: VmId,
+    listen: SocketAddr,
+    peers: Vec<PeerConfig>,
+) -> Result<SeatConfig, String> {
+    let spec = &vm.spec;
+    let inside = |path: &str| PathBuf::from(format!("{PATH_GUEST}{path}"));
+    let first = spec
+        .disks
+        .first()
+        .ok_or("a virtual machine without disks has no place for its seats' headers")?;
+    let beside = |file: &str| Some(PathBuf::from(format!("{PATH_DISKS}/{}/{file}", first.name)));
+    let disks = spec.disks.iter().map(|disk| {
+        Ok(DiskConfig {
+            name: disk.name.clone(),
+            path: format!("{PATH_DISKS}/{}/{FILE_DISK}", disk.name).into(),
+            read_only: false,
+            size_mib: Some(bytes(&disk.size)? >> 20),
+        })
+    });
+    let tolerance = &spec.fault_tolerance;
+    let microseconds = |ms: u32| Some(ms.saturating_mul(1000));
+    let config = SeatConfig {
+        vm: format!("{namespace}/{}", vm.metadata.name.as_deref().unwrap_or_default()),
+        seat: entry.name.clone(),
+        identity: PATH_IDENTITY.into(),
+        original_disk: false,
+        machine: MachineConfig {
+            memory_mib: bytes(&spec.machine.memory)? >> 20,
+            vcpus: spec.machine.vcpus,
+        },
+        boot: BootConfig {
+            kernel: inside(&spec.boot.kernel),
+            initrd: spec.boot.initrd.as_deref().map(inside),
+            cmdline: spec.boot.cmdline.clone(),
+        },
+        nics: nics(vm, seat_id, vm_id)?,
+        disks: disks.collect::<Result<_, String>>()?,
+        header: beside(FILE_HEADER),
+        journal: beside(FILE_JOURNAL),
+        link: LinkConfig { listen, peers },
+        timing: TimingConfig {
+            peer_lost_ms: Some(tolerance.detection_ms),
+            ..TimingConfig::default()
+        },
+        checkpoint: CheckpointConfig {
+            interval_min_us: microseconds(tolerance.interval.min_ms),
+            interval_max_us: microseconds(tolerance.interval.max_ms),
+            ..CheckpointConfig::default()
+        },
+    };
+    config.check_contents().map_err(|error| crate::explain(&error))?;
+    Ok(config)
+}
+
+fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicConfig>, String> {
+    let nic = |(index, network): (usize, &ftvm_crds::Network)| {
+        let Some(Attachment::Bridge(bridge)) = network.attachment() else {
+            return Err(format!("network {} is attached to nothing", network.name));
+        };
+        let card = u8::try_from(index).map_err(|_| "too many networks".to_owned())?;
+        Ok(NicConfig {
+            name: network.name.clone(),
+            mac: network.mac.clone().unwrap_or_else(|| mac::of(vm_id, card)),
+            // Ten digits of a random UUID: two seats of one node do not meet in them.
+            tap: format!("ft{:010x}{index}", seat_id.0 & 0xff_ffff_ffff),
+            bridge: Some(bridge.to_owned()),
+            mtu: 1500,
+            existing: false,
+        })
+    };
+    vm.spec.networks.iter().enumerate().map(nic).collect()
+}
+
+fn recipe(vm: &FaultTolerantVM) -> Result<Recipe, String> {
+    let disks = vm.spec.disks.iter().map(|disk| {
+        Ok(DiskToPrepare {
+            name: disk.name.clone(),
+            size_bytes: bytes(&disk.size)?,
+            original: false,
+            source: match disk.contents() {
+                Contents::Blank => None,
+                Contents::File(path) => Some(path),
+            },
+        })
+    });
+    Ok(Recipe {
+        kernel: vm.spec.boot.kernel.clone(),
+        initrd: vm.spec.boot.initrd.clone(),
+        disks: disks.collect::<Result<_, String>>()?,
+    })
+}
+
+#[cfg(test)]
+#[path = "book_tests.rs"]
+mod tests;

@@ -1,0 +1,158 @@
+use super::*;
+use serde_json::{Value, json};
+
+const POD: &str = "00000000-0000-4000-8000-00000000000a";
+const PEER: &str = "00000000-0000-4000-8000-00000000000b";
+const VM: &str = "00000000-0000-4000-8000-000000000001";
+
+fn vm(change: impl FnOnce(&mut Value)) -> FaultTolerantVM {
+    let mut vm = json!({
+        "apiVersion": "ftvm.dev/v1alpha1", "kind": "FaultTolerantVM",
+        "metadata": {"name": "web", "namespace": "shop", "uid": VM},
+        "spec": {
+            "machine": {"memory": "512Mi", "vcpus": 2},
+            "boot": {"image": {"reference": "web:1"}, "cmdline": "quiet"},
+            "disks": [
+                {"name": "root", "size": "1Gi", "source": {"image": {}}},
+                {"name": "data", "size": "64Mi"},
+            ],
+            "networks": [{"name": "lan", "bridge": {"name": "br0"}}, {"name": "wan", "mac": "02:00:00:00:00:09", "bridge": {"name": "br1"}}],
+            "faultTolerance": {"detectionMs": 400, "interval": {"minMs": 3, "maxMs": 40}},
+        },
+        "status": {"seats": [
+            {"name": "web-aaaaa", "podUid": POD, "node": "one", "podIP": "10.0.0.1", "hostIP": "192.0.2.1"},
+            {"name": "web-bbbbb", "podUid": PEER, "node": "two", "podIP": "10.0.0.2", "hostIP": "192.0.2.2"},
+            {"name": "web-ccccc"},
+        ]},
+    });
+    change(&mut vm);
+    serde_json::from_value(vm).unwrap()
+}
+
+fn pod(change: impl FnOnce(&mut Value)) -> Pod {
+    let mut pod = json!({
+        "metadata": {"name": "web-aaaaa", "namespace": "shop", "uid": POD, "labels": {"ftvm.dev/vm": "web"}},
+        "spec": {"nodeName": "one", "containers": []},
+    });
+    change(&mut pod);
+    serde_json::from_value(pod).unwrap()
+}
+
+#[test]
+fn a_pod_of_the_book_is_a_seat() {
+    let seat = seat(&pod(|_| {}), &vm(|_| {}), "one").unwrap();
+    assert_eq!(seat.expected().seat_id.to_string(), POD);
+    assert_eq!((seat.vm_id.to_string().as_str(), seat.wanted), (VM, true));
+    let config = &seat.config;
+    assert_eq!((config.vm.as_str(), config.seat.as_str()), ("shop/web", "web-aaaaa"));
+    assert_eq!((config.machine.memory_mib, config.machine.vcpus), (512, 2));
+    assert_eq!(config.link.listen.to_string(), "10.0.0.1:7000");
+    // Whoever has no pod yet is no peer.
+    let [peer] = config.link.peers.as_slice() else {
+        panic!("{:?}", config.link.peers)
+    };
+    assert_eq!(peer.seat_id.unwrap().to_string(), PEER);
+    assert_eq!(peer.address.to_string(), "10.0.0.2:7000");
+    assert_eq!(peer.daemon_address.unwrap().to_string(), "192.0.2.2:7400");
+    assert_eq!(config.disks[1].path.to_str(), Some("/disks/data/disk.raw"));
+    assert_eq!(
+        config.header.as_ref().unwrap().to_str(),
+        Some("/disks/root/ftvm-header")
+    );
+    assert_eq!(config.timing.peer_lost_ms, Some(400));
+    assert_eq!(config.checkpoint.interval_max_us, Some(40_000));
+    let taps: Vec<_> = config.nics.iter().map(|nic| nic.tap.as_str()).collect();
+    assert_eq!(taps, ["ft000000000a0", "ft000000000a1"]);
+    assert_eq!(config.nics[1].mac, "02:00:00:00:00:09");
+    assert_eq!(seat.recipe.kernel, "/boot/vmlinuz");
+    assert_eq!(seat.recipe.disks[0].source.as_deref(), Some("/disk/root.raw"));
+    assert_eq!(
+        (seat.recipe.disks[1].size_bytes, seat.recipe.disks[1].source.clone()),
+        (64 << 20, None)
+    );
+    // It is remembered as it is.
+    let text = serde_json::to_string(&seat).unwrap();
+    assert_eq!(serde_json::from_str::<Seat>(&text).unwrap(), seat);
+}
+
+#[test]
+fn what_is_not_in_the_book_is_no_seat() {
+    let other = "00000000-0000-4000-8000-00000000000c";
+    let cases: [(Pod, FaultTolerantVM, &str, &str); 8] = [
+        (
+            pod(|pod| pod["metadata"]["uid"] = json!(other)),
+            vm(|_| {}),
+            "one",
+            "has no pod",
+        ),
+        (
+            pod(|pod| pod["metadata"]["name"] = json!("web-zzzzz")),
+            vm(|_| {}),
+            "one",
+            "has no pod",
+        ),
+        (
+            pod(|pod| pod["metadata"]["namespace"] = json!("other")),
+            vm(|_| {}),
+            "one",
+            "is not in namespace",
+        ),
+        (
+            pod(|pod| pod["metadata"]["uid"] = json!("x")),
+            vm(|_| {}),
+            "one",
+            "is no UUID",
+        ),
+        (pod(|_| {}), vm(|_| {}), "two", "is not on node two"),
+        (
+            pod(|_| {}),
+            vm(|vm| vm["status"]["seats"][0]["node"] = json!("two")),
+            "one",
+            "is not on node one",
+        ),
+        (
+            pod(|_| {}),
+            vm(|vm| vm["status"]["seats"][0]["podIP"] = json!(null)),
+            "one",
+            "no IP of pod",
+        ),
+        (pod(|_| {}), vm(|vm| vm["status"] = json!(null)), "one", "has no pod"),
+    ];
+    for (pod, vm, node, expected) in cases {
+        let refused = seat(&pod, &vm, node).unwrap_err();
+        assert!(refused.contains(expected), "{refused}");
+    }
+}
+
+#[test]
+fn seats_that_leave_are_not_wanted_and_no_peers() {
+    let leaving = |index: usize| move |vm: &mut Value| vm["status"]["seats"][index]["leaving"] = json!(true);
+    assert!(!seat(&pod(|_| {}), &vm(leaving(0)), "one").unwrap().wanted);
+    assert!(
+        seat(&pod(|_| {}), &vm(leaving(1)), "one")
+            .unwrap()
+            .config
+            .link
+            .peers
+            .is_empty()
+    );
+}
+
+#[test]
+fn objects_that_the_api_servers_rules_would_have_refused_are_refused_here_too() {
+    for (change, expected) in [
+        (json!({"memory": "much", "vcpus": 1}), "is not a size"),
+        (json!({"memory": "64Mi", "vcpus": 99}), "99 vCPUs"),
+        (json!({"memory": "1Mi", "vcpus": 1}), "1 MiB"),
+    ] {
+        let refused = seat(&pod(|_| {}), &vm(|vm| vm["spec"]["machine"] = change), "one").unwrap_err();
+        assert!(refused.contains(expected), "{refused}");
+    }
+    let refused = seat(
+        &pod(|_| {}),
+        &vm(|vm| vm["spec"]["networks"][0]["bridge"] = json!(null)),
+        "one",
+    )
+    .unwrap_err();
+    assert!(refused.contains("attached to nothing"), "{refused}");
+}

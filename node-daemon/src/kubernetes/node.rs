@@ -1,0 +1,226 @@
+//! The seats of this node, as the API server's objects and the remembered ones have it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ftvm_crds::FaultTolerantVM;
+use ftvm_protocol::identity::SeatId;
+use k8s_openapi::api::core::v1::Pod;
+
+use super::book;
+use super::publish::Publisher;
+use super::request::Requests;
+use crate::arbiter::Leases;
+use crate::daemon::{Daemon, DaemonError};
+use crate::explain;
+use crate::seat_socket::{Handed, Hierarchies, PodSeat, Pods};
+
+/// What a seat was when it was last known to be genuine, in its state folder.
+const REMEMBERED: &str = "pod.json";
+
+/// A seat of this node.
+pub struct NodeSeat {
+    /// The seat and its program.
+    pub pod: Arc<PodSeat>,
+    /// What the API server tells of it.
+    pub publisher: Publisher,
+    /// What it was asked to do.
+    pub requests: Requests,
+    known: Mutex<book::Seat>,
+}
+
+impl NodeSeat {
+    /// As the book had it last.
+    pub fn known(&self) -> book::Seat {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The seats of this node.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    daemon: Arc<Daemon>,
+    leases: Leases,
+    hierarchies: Hierarchies,
+    seats: Mutex<BTreeMap<SeatId, Arc<NodeSeat>>>,
+    /// Why pods that look like seats are none.
+    refused: Mutex<BTreeMap<SeatId, String>>,
+}
+
+impl Node {
+    /// With the seats that an earlier daemon remembered; their engines are adopted.
+    pub fn new(name: String, daemon: Arc<Daemon>, leases: Leases, hierarchies: Hierarchies) -> Node {
+        let node = Node {
+            name,
+            daemon,
+            leases,
+            hierarchies,
+            seats: Mutex::default(),
+            refused: Mutex::default(),
+        };
+        for id in node.daemon.state().pods().unwrap_or_default() {
+            let folder = node.daemon.state().pod(id);
+            match folder.and_then(|folder| folder.read_json::<book::Seat>(REMEMBERED)) {
+                Ok(Some(seat)) => node.add(seat, None),
+                // Made and never used.
+                Ok(None) => {}
+                Err(error) => tracing::error!("pod {id}: {}", explain(&error)),
+            }
+        }
+        node
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<SeatId, Arc<NodeSeat>>> {
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn refused(&self) -> MutexGuard<'_, BTreeMap<SeatId, String>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All seats.
+    pub fn seats(&self) -> Vec<Arc<NodeSeat>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Brings the seats in line with all pods of this node and all virtual machines, both known completely.
+    pub fn reconcile(&self, pods: &[Arc<Pod>], vms: &[Arc<FaultTolerantVM>]) {
+        let mut seen = Vec::new();
+        for pod in pods {
+            let Some(id) = book::seat_id(pod) else { continue };
+            seen.push(id);
+            self.attend(id, pod, vms);
+        }
+        self.refused().retain(|id, _| seen.contains(id));
+        let gone: Vec<_> = self
+            .lock()
+            .iter()
+            .filter(|(id, _)| !seen.contains(id))
+            .map(|(id, seat)| (*id, seat.clone()))
+            .collect();
+        for (id, seat) in gone {
+            self.let_go(id, &seat);
+        }
+    }
+
+    fn attend(&self, id: SeatId, pod: &Pod, vms: &[Arc<FaultTolerantVM>]) {
+        let found = book::vm_of(pod).ok_or_else(|| "the pod has no label ftvm.dev/vm".to_owned());
+        let genuine = found.and_then(|(namespace, name)| {
+            let is_it = |vm: &&Arc<FaultTolerantVM>| {
+                vm.metadata.name.as_deref() == Some(&name) && vm.metadata.namespace.as_deref() == Some(&namespace)
+            };
+            let vm = vms.iter().find(is_it);
+            let vm = vm.ok_or_else(|| format!("there is no FaultTolerantVM {namespace}/{name}"))?;
+            book::seat(pod, vm, &self.name)
+        });
+        let existing = self.lock().get(&id).cloned();
+        match genuine {
+            Ok(seat) => {
+                self.refused().remove(&id);
+                match &existing {
+                    Some(existing) => self.update(existing, seat),
+                    None if pod.metadata.deletion_timestamp.is_none() => self.add(seat, Some(pod)),
+                    None => {}
+                }
+            }
+            Err(why) => {
+                if let Some(existing) = &existing {
+                    existing.pod.handed.allow(false);
+                }
+                self.refused().insert(id, why);
+            }
+        }
+        let Some(seat) = self.lock().get(&id).cloned() else {
+            return;
+        };
+        if pod.metadata.deletion_timestamp.is_some() {
+            // Its program is told by kubelet, too; but it may not be there.
+            seat.pod.end();
+        }
+        seat.publisher.noticed(pod);
+        seat.requests.noticed(pod, &seat.pod);
+    }
+
+    fn add(&self, seat: book::Seat, pod: Option<&Pod>) {
+        let id = seat.seat_id;
+        let label = seat.config.label();
+        if let Err(error) = self.try_add(seat, pod) {
+            tracing::error!(seat = label, "pod {id} can't be a seat: {}", explain(&error));
+            self.refused().insert(id, explain(&error));
+        }
+    }
+
+    fn try_add(&self, seat: book::Seat, pod: Option<&Pod>) -> Result<(), DaemonError> {
+        let same_name = self.seats().into_iter().find(|other| {
+            let other = other.known();
+            (other.namespace, other.config.seat) == (seat.namespace.clone(), seat.config.seat.clone())
+        });
+        if let Some(former) = same_name {
+            // A pod that was made anew under its name: the former one goes first.
+            former.pod.end();
+            return Ok(());
+        }
+        let folder = self.daemon.state().pod(seat.seat_id)?;
+        folder.write_json(REMEMBERED, &seat)?;
+        let handed = Arc::new(Handed::new(seat.expected(), self.hierarchies.clone()));
+        handed.allow(seat.wanted);
+        let arbiter = Arc::new(self.leases.arbiter(&seat.namespace, &seat.vm, seat.vm_id));
+        let requests = Requests::new(folder.clone());
+        let added = self.daemon.add(seat.config.clone(), folder, handed.clone(), arbiter)?;
+        added.set_seat_id(seat.seat_id);
+        let pod_seat = Arc::new(PodSeat::new(added, handed, seat.recipe.clone()));
+        let node_seat = NodeSeat {
+            publisher: Publisher::new(pod),
+            requests,
+            pod: pod_seat,
+            known: Mutex::new(seat.clone()),
+        };
+        self.lock().insert(seat.seat_id, Arc::new(node_seat));
+        tracing::info!(seat = seat.config.label(), pod = %seat.seat_id, "is a seat of this node");
+        Ok(())
+    }
+
+    fn update(&self, existing: &NodeSeat, seat: book::Seat) {
+        let mut known = existing.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if existing.pod.handed.allow(seat.wanted) {
+            existing.pod.seat.try_soon();
+        }
+        if *known == seat {
+            return;
+        }
+        let folder = existing.pod.seat.folder();
+        if let Err(error) = folder.write_json(REMEMBERED, &seat) {
+            return tracing::error!(seat = seat.config.label(), "{}", explain(&error));
+        }
+        if known.config != seat.config {
+            existing.pod.seat.reconfigure(seat.config.clone());
+        }
+        existing.pod.set_recipe(seat.recipe.clone());
+        *known = seat;
+    }
+
+    /// A seat whose pod is gone: hand over, end, forget.
+    fn let_go(&self, id: SeatId, seat: &Arc<NodeSeat>) {
+        seat.pod.end();
+        if seat.pod.seat.has_engine() {
+            return;
+        }
+        self.daemon.forget(&seat.pod.seat);
+        self.lock().remove(&id);
+        if let Err(error) = self.daemon.state().forget_pod(id) {
+            tracing::warn!("{}", explain(&error));
+        }
+        tracing::info!(pod = %id, "its pod is gone");
+    }
+}
+
+impl Pods for Node {
+    fn find(&self, pod: SeatId) -> Result<Arc<PodSeat>, String> {
+        if let Some(seat) = self.lock().get(&pod) {
+            return Ok(seat.pod.clone());
+        }
+        let why = self.refused().get(&pod).cloned();
+        Err(why.unwrap_or_else(|| format!("pod {pod} is not known as a seat of this node yet")))
+    }
+}

@@ -1,0 +1,245 @@
+//! What a seat's pod says of its seat: annotation and label, written on change, progress at most every two seconds.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use ftvm_crds::names::{ANNOTATION_SEAT_STATUS, LABEL_ROLE, ROLE_ACTIVE, ROLE_STANDBY};
+use ftvm_crds::seat::{SeatExit, SeatPublished, SeatRole, Takeover};
+use ftvm_engine::control::{Event, Role};
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::{Value, json};
+
+use super::node::NodeSeat;
+use crate::api::SeatStatus;
+use crate::random;
+
+/// An engine answers a status within this time.
+const STATUS_PATIENCE: Duration = Duration::from_millis(500);
+/// Progress alone is written no more often.
+const PROGRESS: Duration = Duration::from_secs(2);
+/// Pauses after failed writes.
+const PAUSE_MIN: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Longest reason that is published.
+const WHY_CHARS_MAX: usize = 500;
+
+struct State {
+    /// What was found in the pod, or none as long as the pod was not seen.
+    written: Option<SeatPublished>,
+    written_at: Option<Instant>,
+    last_takeover: Option<Takeover>,
+    last_exit: Option<SeatExit>,
+    failures: u32,
+    next: Option<Instant>,
+}
+
+/// Keeps in mind what was published of one seat.
+pub struct Publisher(Mutex<State>);
+
+impl Publisher {
+    /// What an earlier daemon published is gone on with.
+    pub fn new(pod: Option<&Pod>) -> Publisher {
+        let publisher = Publisher(Mutex::new(State {
+            written: None,
+            written_at: None,
+            last_takeover: None,
+            last_exit: None,
+            failures: 0,
+            next: None,
+        }));
+        if let Some(pod) = pod {
+            publisher.noticed(pod);
+        }
+        publisher
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pod as the API server has it: the first time that it is seen, it says what was published before.
+    pub fn noticed(&self, pod: &Pod) {
+        let mut state = self.lock();
+        if state.written.is_some() {
+            return;
+        }
+        let annotations = pod.metadata.annotations.clone().unwrap_or_default();
+        // What can't be read is written over.
+        let found = SeatPublished::of(&annotations).unwrap_or_default();
+        state.last_takeover = state.last_takeover.take().or_else(|| found.last_takeover.clone());
+        state.last_exit = state.last_exit.take().or_else(|| found.last_exit.clone());
+        state.written = Some(found);
+    }
+
+    /// The patch that is due, and what it publishes.
+    pub fn due(&self, seat: &NodeSeat) -> Option<(Value, SeatPublished)> {
+        let status = seat.pod.seat.status(STATUS_PATIENCE);
+        let mut state = self.lock();
+        let now = self.outlook(&mut state, seat, &status);
+        let written = state.written.as_ref()?;
+        let waits = state.next.is_some_and(|next| Instant::now() < next);
+        if waits || same(written, &now) {
+            return None;
+        }
+        let only_progress = same(
+            &SeatPublished {
+                resync_percent: now.resync_percent,
+                ..written.clone()
+            },
+            &now,
+        );
+        if only_progress && state.written_at.is_some_and(|at| at.elapsed() < PROGRESS) {
+            return None;
+        }
+        let role = match now.role {
+            Some(SeatRole::Active) => Some(ROLE_ACTIVE),
+            Some(SeatRole::Standby) => Some(ROLE_STANDBY),
+            _ => None,
+        };
+        let text = serde_json::to_string(&now).ok()?;
+        let patch = json!({
+            "metadata": {
+                // Another pod of this name is not this seat.
+                "uid": seat.known().seat_id.to_string(),
+                "annotations": {ANNOTATION_SEAT_STATUS: text},
+                "labels": {LABEL_ROLE: role},
+            },
+        });
+        Some((patch, now))
+    }
+
+    /// It was written.
+    pub fn written(&self, published: SeatPublished) {
+        let mut state = self.lock();
+        state.written = Some(published);
+        state.written_at = Some(Instant::now());
+        state.failures = 0;
+        state.next = None;
+    }
+
+    /// It was not: tried again after a pause that grows, and differs from daemon to daemon.
+    pub fn failed(&self) {
+        let mut state = self.lock();
+        let pause = PAUSE_MIN.saturating_mul(1 << state.failures.min(10)).min(PAUSE_MAX);
+        let part = (random::nonzero_u64() % 1000) as f64 / 1000.0;
+        state.failures += 1;
+        state.next = Some(Instant::now() + pause.mul_f64(0.5 + part / 2.0));
+    }
+
+    fn outlook(&self, state: &mut State, seat: &NodeSeat, status: &SeatStatus) -> SeatPublished {
+        note_exit(state, status);
+        note_takeover(state, status);
+        let incarnation = seat.pod.seat.incarnation();
+        let progress = seat.pod.progress();
+        let mut published = SeatPublished {
+            incarnation,
+            why: clip(&status.why),
+            code: status.code,
+            resync_percent: progress.disk.as_ref().map(|(_, done, total)| percent(*done, *total)),
+            last_takeover: state.last_takeover.clone(),
+            last_exit: state.last_exit.clone(),
+            done_request: seat.requests.done(),
+            arbiter_reachable: true,
+            ..SeatPublished::default()
+        };
+        if let Some(engine) = &status.engine {
+            published.role = Some(role(engine.role));
+            published.protected = engine.protected;
+            published.holds_guest = engine.holds_guest;
+            published.term = engine.term;
+            published.why = clip(&engine.why);
+            published.code = engine.code;
+            published.peer_connected = engine.peer.as_ref().is_some_and(|peer| peer.connected);
+            published.arbiter_reachable = engine.arbiter_reachable;
+            published.resync_percent = engine.resync_percent;
+        } else if incarnation.is_some() {
+            // It runs and does not answer now: what it was, it may still be.
+            if let Some(written) = &state.written {
+                published.role = written.role;
+                published.holds_guest = written.holds_guest;
+                published.term = written.term;
+            }
+            "the engine does not answer".clone_into(&mut published.why);
+        } else if let Some(trouble) = progress.trouble {
+            published.why = clip(&trouble);
+        } else if let Some((disk, done, total)) = progress.disk {
+            published.why = format!("disk {disk} is being prepared: {} %", percent(done, total));
+        } else if !progress.connected {
+            "its program is not connected to the node daemon".clone_into(&mut published.why);
+        }
+        published
+    }
+}
+
+/// Whether nothing differs that is worth a write.
+fn same(one: &SeatPublished, other: &SeatPublished) -> bool {
+    let worth = |published: &SeatPublished| SeatPublished {
+        interval_ms: None,
+        lag_ms: None,
+        ..published.clone()
+    };
+    worth(one) == worth(other)
+}
+
+fn percent(done: u64, total: u64) -> u8 {
+    u8::try_from(done.saturating_mul(100).checked_div(total).unwrap_or(100)).unwrap_or(100)
+}
+
+fn clip(text: &str) -> String {
+    text.chars().take(WHY_CHARS_MAX).collect()
+}
+
+fn unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn note_exit(state: &mut State, status: &SeatStatus) {
+    let Some(exit) = &status.last_exit else { return };
+    if state
+        .last_exit
+        .as_ref()
+        .is_some_and(|known| known.incarnation == exit.incarnation)
+    {
+        return;
+    }
+    state.last_exit = Some(SeatExit {
+        incarnation: exit.incarnation,
+        code: exit.code,
+        message: clip(&exit.message),
+        unix_ms: unix_ms(),
+    });
+}
+
+fn note_takeover(state: &mut State, status: &SeatStatus) {
+    let last = status.events.iter().rev().find_map(|timed| match &timed.event {
+        Event::Role {
+            role: Role::Active,
+            why,
+            ..
+        } => Some((timed.unix_ms, why)),
+        _ => None,
+    });
+    let Some((unix_ms, why)) = last else { return };
+    let measured = status
+        .engine
+        .as_ref()
+        .and_then(|engine| engine.counters.get("takeover_us"));
+    let microseconds = measured.and_then(Value::as_u64).unwrap_or(0);
+    state.last_takeover = Some(Takeover {
+        unix_ms,
+        reason: clip(why),
+        microseconds,
+    });
+}
+
+fn role(role: Role) -> SeatRole {
+    match role {
+        Role::Starting => SeatRole::Starting,
+        Role::Joining => SeatRole::Joining,
+        Role::Standby => SeatRole::Standby,
+        Role::Active => SeatRole::Active,
+        Role::Frozen => SeatRole::Frozen,
+        Role::Ended => SeatRole::Ended,
+    }
+}

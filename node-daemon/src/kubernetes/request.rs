@@ -1,0 +1,159 @@
+//! Requests of the operator, each executed at most once.
+//!
+//! What was begun is remembered before it is begun: a daemon that dies in between says of it that nobody knows, and the
+//! operator asks anew under another id.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ftvm_crds::seat::{DoneRequest, Order, SeatRequest};
+use ftvm_engine::control::{Command, Reply};
+use k8s_openapi::api::core::v1::Pod;
+use serde::{Deserialize, Serialize};
+
+use crate::explain;
+use crate::seat_socket::PodSeat;
+use crate::state::SeatFolder;
+
+/// In the seat's folder.
+const FILE: &str = "request.json";
+/// An engine begins a command within this time.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A start waits this long for the seat's program and for the engine.
+const START_PATIENCE: Duration = Duration::from_secs(120);
+
+/// The last request.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Last {
+    id: String,
+    /// None while it is under way.
+    outcome: Option<Outcome>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Outcome {
+    refused: Option<String>,
+}
+
+/// Requests to one seat.
+pub struct Requests {
+    folder: SeatFolder,
+    last: Arc<Mutex<Option<Last>>>,
+}
+
+impl Requests {
+    /// With the last one of an earlier daemon.
+    pub fn new(folder: SeatFolder) -> Requests {
+        let mut last = folder.read_json::<Last>(FILE).unwrap_or_else(|error| {
+            tracing::error!("{}", explain(&error));
+            None
+        });
+        if let Some(last) = &mut last {
+            let unknown = "the daemon ended while it was under way: whether it was done is not known".to_owned();
+            last.outcome.get_or_insert(Outcome { refused: Some(unknown) });
+        }
+        Requests {
+            folder,
+            last: Arc::new(Mutex::new(last)),
+        }
+    }
+
+    /// The last one that came to its end.
+    pub fn done(&self) -> Option<DoneRequest> {
+        let last = lock(&self.last).clone()?;
+        Some(DoneRequest {
+            id: last.id,
+            refused: last.outcome?.refused,
+        })
+    }
+
+    /// Looks at the pod's annotation and begins what is new there.
+    pub fn noticed(&self, pod: &Pod, seat: &Arc<PodSeat>) {
+        let Some(annotations) = &pod.metadata.annotations else {
+            return;
+        };
+        let request = match SeatRequest::of(annotations) {
+            Ok(Some(request)) => request,
+            Ok(None) => return,
+            Err(error) => return tracing::warn!(seat = seat.seat.config().label(), "{error}"),
+        };
+        let mut last = lock(&self.last);
+        match &*last {
+            Some(last) if last.id == request.id || last.outcome.is_none() => return,
+            _ => {}
+        }
+        let begun = Last {
+            id: request.id.clone(),
+            outcome: None,
+        };
+        if let Err(error) = self.folder.write_json(FILE, &begun) {
+            // Not begun; tried again when the pod is looked at next.
+            return tracing::error!("{}", explain(&error));
+        }
+        *last = Some(begun);
+        drop(last);
+        let (folder, shared, seat) = (self.folder.clone(), self.last.clone(), seat.clone());
+        let work = move || {
+            tracing::info!(
+                seat = seat.seat.config().label(),
+                id = request.id,
+                "request: {:?}",
+                request.order
+            );
+            let refused = execute(&seat, &request.order).err();
+            let ended = Last {
+                id: request.id,
+                outcome: Some(Outcome { refused }),
+            };
+            if let Err(error) = folder.write_json(FILE, &ended) {
+                // The next daemon says that it does not know.
+                tracing::error!("{}", explain(&error));
+            }
+            *lock(&shared) = Some(ended);
+        };
+        if let Err(error) = std::thread::Builder::new().name("order".to_owned()).spawn(work) {
+            let refused = Some(format!("no thread for it: {error}"));
+            if let Some(last) = &mut *lock(&self.last) {
+                last.outcome = Some(Outcome { refused });
+            }
+        }
+    }
+}
+
+fn lock(last: &Mutex<Option<Last>>) -> MutexGuard<'_, Option<Last>> {
+    last.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Done, or begun; or why not.
+fn execute(seat: &PodSeat, order: &Order) -> Result<(), String> {
+    let command = match order {
+        Order::Switchover => Command::Switchover,
+        Order::Stop => Command::Stop,
+        Order::AcceptDataLoss { holder } => Command::AcceptDataLoss { holder: *holder },
+        Order::Start { over_stopped_term } => return start(seat, *over_stopped_term),
+    };
+    tell(seat, command)
+}
+
+fn tell(seat: &PodSeat, command: Command) -> Result<(), String> {
+    match seat.seat.command(command, PATIENCE) {
+        Ok(Reply::Refused { why }) => Err(why),
+        Ok(_) => Ok(()),
+        Err(error) => Err(explain(&error)),
+    }
+}
+
+/// Over a record that says Stopped at this term (rule 7): also when the seat's pod has only just been made.
+fn start(seat: &PodSeat, over_stopped_term: u64) -> Result<(), String> {
+    let until = Instant::now() + START_PATIENCE;
+    seat.seat.start_now();
+    loop {
+        match seat.seat.command(Command::Start { over_stopped_term }, PATIENCE) {
+            Ok(Reply::Refused { why }) => return Err(why),
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() >= until => return Err(explain(&error)),
+            // Its program is not there yet, or its engine only just starts.
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}

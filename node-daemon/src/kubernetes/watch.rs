@@ -1,0 +1,123 @@
+//! The loop: objects of the API server in, seats and their annotations out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ftvm_crds::FaultTolerantVM;
+use ftvm_crds::names::{LABEL_MANAGED_BY, MANAGED_BY};
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::reflector::{self, Store};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Client, Resource};
+use tokio::sync::Notify;
+
+use super::health::Health;
+use super::node::{Node, NodeSeat};
+use crate::explain;
+
+/// How often it is looked at the seats.
+const LOOK: Duration = Duration::from_millis(250);
+/// A write that takes longer is taken for failed.
+const WRITE_MAX: Duration = Duration::from_secs(5);
+
+/// Runs for ever.
+pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
+    let client = match Client::try_from(config) {
+        Ok(client) => client,
+        Err(error) => {
+            // The arbiter's client took the same configuration.
+            tracing::error!(
+                "no client for the API server: {}; seats go on without it",
+                explain(&error)
+            );
+            return std::future::pending().await;
+        }
+    };
+    let changed = Arc::new(Notify::new());
+    let pods = watcher::Config::default()
+        .fields(&format!("spec.nodeName={}", node.name))
+        .labels(&format!("{LABEL_MANAGED_BY}={MANAGED_BY}"));
+    let pods = follow::<Pod>(Api::all(client.clone()), pods, changed.clone());
+    let vms = follow::<FaultTolerantVM>(Api::all(client.clone()), watcher::Config::default(), changed.clone());
+    let mut ready = false;
+    loop {
+        // Whichever comes first; both are looked at.
+        let _ = tokio::time::timeout(LOOK, changed.notified()).await;
+        if !ready {
+            let both = async { pods.wait_until_ready().await.is_ok() && vms.wait_until_ready().await.is_ok() };
+            ready = tokio::time::timeout(Duration::from_millis(1), both)
+                .await
+                .unwrap_or(false);
+            health.synced(ready);
+        }
+        let (node, pods, vms) = (node.clone(), pods.state(), vms.state());
+        let work = tokio::task::spawn_blocking(move || {
+            if ready {
+                node.reconcile(&pods, &vms);
+            }
+            due(&node.seats())
+        });
+        // A panic there was told by its hook; the next round tries again.
+        let due = work.await.unwrap_or_default();
+        futures::future::join_all(due.into_iter().map(|due| write(&client, due))).await;
+        health.beat();
+    }
+}
+
+/// Keeps a store of these objects, whatever becomes of the connection.
+fn follow<K>(api: Api<K>, config: watcher::Config, changed: Arc<Notify>) -> Store<K>
+where
+    K: Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
+{
+    let (store, writer) = reflector::store();
+    // The back-off is the one that client-go has, with jitter.
+    let events = watcher(api, config).default_backoff().reflect(writer);
+    tokio::spawn(async move {
+        let mut events = std::pin::pin!(events);
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(_) => changed.notify_one(),
+                Err(error) => tracing::warn!("watching {}: {}", K::plural(&()), explain(&error)),
+            }
+        }
+    });
+    store
+}
+
+/// A write that is due.
+struct Due {
+    seat: Arc<NodeSeat>,
+    patch: serde_json::Value,
+    published: ftvm_crds::seat::SeatPublished,
+}
+
+/// All seats are asked together: an engine that does not answer must not hold up the others.
+fn due(seats: &[Arc<NodeSeat>]) -> Vec<Due> {
+    std::thread::scope(|scope| {
+        let asking: Vec<_> = seats
+            .iter()
+            .map(|seat| scope.spawn(move || (seat.clone(), seat.publisher.due(seat))))
+            .collect();
+        let asked = asking.into_iter().filter_map(|thread| thread.join().ok());
+        asked
+            .filter_map(|(seat, due)| due.map(|(patch, published)| Due { seat, patch, published }))
+            .collect()
+    })
+}
+
+async fn write(client: &Client, due: Due) {
+    let known = due.seat.known();
+    let api: Api<Pod> = Api::namespaced(client.clone(), &known.namespace);
+    let (parameters, patch) = (PatchParams::default(), Patch::Merge(&due.patch));
+    let writing = api.patch_metadata(&known.config.seat, &parameters, &patch);
+    match tokio::time::timeout(WRITE_MAX, writing).await {
+        Ok(Ok(_)) => due.seat.publisher.written(due.published),
+        Ok(Err(error)) => {
+            tracing::warn!(seat = known.config.label(), "status not published: {}", explain(&error));
+            due.seat.publisher.failed();
+        }
+        Err(_) => due.seat.publisher.failed(),
+    }
+}
