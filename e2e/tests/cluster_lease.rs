@@ -45,18 +45,23 @@ enum Fault {
     OverNewest,
 }
 
+/// Chooses a fault for a request by its method.
+type Chooser = Arc<Mutex<Box<dyn FnMut(&str) -> Fault + Send>>>;
+/// Status and body of an answer of the API server.
+type Passed = (u16, Vec<u8>);
+
 /// An HTTP proxy in front of the API server, which it reaches as the administrator.
 struct Proxy {
     address: SocketAddr,
     vm: VmId,
-    fault: Arc<Mutex<Box<dyn FnMut(&str) -> Fault + Send>>>,
+    fault: Chooser,
 }
 
 impl Proxy {
     fn start(upstream: Arc<Server>, vm: VmId, lateness: Duration) -> anyhow::Result<Proxy> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
-        let fault: Arc<Mutex<Box<dyn FnMut(&str) -> Fault + Send>>> = Arc::new(Mutex::new(Box::new(|_| Fault::None)));
+        let fault: Chooser = Arc::new(Mutex::new(Box::new(|_| Fault::None)));
         let (choose, first) = (fault.clone(), Arc::new(Mutex::new(None)));
         let runtime = Arc::new(
             tokio::runtime::Builder::new_multi_thread()
@@ -103,7 +108,7 @@ struct Conversation {
     upstream: Arc<Server>,
     runtime: Arc<tokio::runtime::Runtime>,
     lateness: Duration,
-    first: Arc<Mutex<Option<(u16, Vec<u8>)>>>,
+    first: Arc<Mutex<Option<Passed>>>,
 }
 
 impl Conversation {
@@ -164,7 +169,7 @@ impl Conversation {
         }
     }
 
-    fn pass(&self, method: &str, path: &str, body: Vec<u8>) -> Option<(u16, Vec<u8>)> {
+    fn pass(&self, method: &str, path: &str, body: Vec<u8>) -> Option<Passed> {
         let method = Method::from_bytes(method.as_bytes()).ok()?;
         let body = (method == Method::PUT).then_some(body);
         let deadline = Instant::now() + Duration::from_secs(60);

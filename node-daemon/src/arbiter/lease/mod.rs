@@ -151,7 +151,7 @@ impl LeaseArbiter {
     }
 
     /// The object of this version, or what is true of a swap without it.
-    fn base(&self, uid: ArbiterUid, version: u64, deadline: Instant) -> Result<Lease, Said<SwapOutcome>> {
+    fn base(&self, uid: ArbiterUid, version: u64, deadline: Instant) -> Result<Lease, Box<Said<SwapOutcome>>> {
         let is_it = |lease: &Lease| snapshot(lease).is_ok_and(|found| (found.uid, found.version) == (uid, version));
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(lease) = last.filter(is_it) {
@@ -160,16 +160,16 @@ impl LeaseArbiter {
         match self.get(deadline) {
             (Read::Found(lease), _) => {
                 if let Err(error) = check_owner(&lease, &self.vm, self.vm_id) {
-                    return Err((SwapOutcome::NotSent, Some(error.to_string())));
+                    return Err(Box::new((SwapOutcome::NotSent, Some(error.to_string()))));
                 }
                 if is_it(&lease) {
                     return Ok(*lease);
                 }
                 // A version that is not the newest never is again.
                 let why = format!("Lease {} has another version than {version} by now", self.path);
-                Err((SwapOutcome::Conflict, Some(why)))
+                Err(Box::new((SwapOutcome::Conflict, Some(why))))
             }
-            (Read::Gone | Read::Unreachable, why) => Err((SwapOutcome::NotSent, why)),
+            (Read::Gone | Read::Unreachable, why) => Err(Box::new((SwapOutcome::NotSent, why))),
         }
     }
 }
@@ -220,7 +220,7 @@ impl LeaseArbiter {
     fn try_swap(&self, uid: ArbiterUid, version: u64, record: &Record, deadline: Instant) -> Said<SwapOutcome> {
         let mut lease = match self.base(uid, version, deadline) {
             Ok(lease) => lease,
-            Err(said) => return said,
+            Err(said) => return *said,
         };
         if snapshot(&lease).is_ok_and(|current| record.term <= current.record.term) {
             let why = format!("term {} does not follow the record's", record.term);
