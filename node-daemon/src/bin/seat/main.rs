@@ -159,7 +159,7 @@ impl Seat {
         let mut told_to_end = false;
         let mut handed = false;
         if connection.send(&FromSeat::Hello { version: VERSION }, &[]).is_err() {
-            return Over::Again;
+            return self.last_words(connection);
         }
         loop {
             if self.terminating.is_some() && !told_to_end {
@@ -186,12 +186,23 @@ impl Seat {
                 }
                 Err(SocketError::WouldBlock) => {}
                 Err(SocketError::Malformed(error)) => self.say(format!("message of the daemon skipped: {error}")),
-                Err(_) => {
-                    self.say("the node daemon went away; the engine runs on".to_owned());
-                    return Over::Again;
-                }
+                Err(_) => return self.last_words(connection),
             }
         }
+    }
+
+    /// The daemon has closed its end. What it said before, a refusal for example, can still be read, though not at the first
+    /// look where it closed without reading everything (`ECONNRESET` comes first).
+    fn last_words(&mut self, connection: &Connection) -> Over {
+        for _ in 0..2 {
+            if let Ok(Message { body, .. }) = connection.receive::<ToSeat>(false)
+                && let Some(over) = self.obey(body)
+            {
+                return over;
+            }
+        }
+        self.say("the node daemon went away; the engine runs on".to_owned());
+        Over::Again
     }
 
     fn obey(&mut self, message: ToSeat) -> Option<Over> {
