@@ -56,7 +56,7 @@ pub enum SeatRole {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SeatPublished {
-    /// The engine that runs, or was told to run: written before it is launched, removed once it has ended.
+    /// The engine that runs: written once it does, removed once it has ended. Missing does not prove that none runs; a pod that is gone does.
     pub incarnation: Option<Incarnation>,
     /// What the engine is.
     pub role: Option<SeatRole>,
@@ -82,9 +82,9 @@ pub struct SeatPublished {
     pub last_exit: Option<SeatExit>,
     /// The last request that was executed.
     pub done_request: Option<DoneRequest>,
-    /// Length of epochs in milliseconds as of this writing; no reason to write.
+    /// Average length of epochs in milliseconds as of this writing; no reason to write soon.
     pub interval_ms: Option<u32>,
-    /// Age in milliseconds of the oldest output that waits for the standby, as of this writing; no reason to write.
+    /// Average time in milliseconds that output waited for the standby, as of this writing; no reason to write soon.
     pub lag_ms: Option<u32>,
 }
 

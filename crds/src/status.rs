@@ -28,10 +28,10 @@ pub struct FaultTolerantVMStatus {
     /// Term of the arbiter's record: plus one at every change of roles.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub term: Option<u64>,
-    /// Length of an epoch in milliseconds when the active seat last reported.
+    /// Average length of an epoch in milliseconds when the active seat last reported.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval_ms: Option<u32>,
-    /// Age in milliseconds of the oldest output that waited for the standby when the active seat last reported.
+    /// Average time in milliseconds that output waited for the standby when the active seat last reported.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lag_ms: Option<u32>,
     /// Progress of a resync in percent; missing while there is none.

@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use ftvm_e2e::cluster::holder::{self, Status};
 use ftvm_e2e::cluster::{Options, Say, programs};
 
+use crate::demo::{Build, ClusterDemo};
 use crate::packages;
 
 /// Options of `cargo xtask cluster`.
@@ -22,7 +23,7 @@ pub struct Cluster {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Start a cluster and leave it running
+    /// Start a cluster with the chart installed and leave it running
     Up(Up),
     /// Say what runs
     Status {
@@ -36,6 +37,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// On a cluster of its own: install the chart, apply a VM, kill its node before the eyes of a client
+    Demo(ClusterDemo),
     /// Take the cluster down: nothing of it is left
     Down,
     /// Only build its programs, if they are not in the cache, and say where they are
@@ -62,6 +65,11 @@ struct Size {
     /// Let the API server write down who asks for what, in log/audit.log of the cluster's folder
     #[arg(long)]
     audit: bool,
+    /// Only Kubernetes: without the chart
+    #[arg(long)]
+    bare: bool,
+    #[command(flatten)]
+    build: Build,
 }
 
 impl Cluster {
@@ -69,6 +77,7 @@ impl Cluster {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Up(up) => up.run(&self.name),
+            Command::Demo(demo) => demo.run(),
             Command::Status { json } => show(&self.name, json),
             Command::Kubectl { arguments } => {
                 let status = holder::kubectl(&self.name, &arguments)?;
@@ -94,7 +103,8 @@ impl Cluster {
                     audit: size.audit,
                     ..Options::default()
                 };
-                holder::hold(&self.name, options)?;
+                let chart = (!size.bare).then(|| size.build.profile());
+                holder::hold(&self.name, options, chart)?;
                 Ok(ExitCode::SUCCESS)
             }
         }
@@ -114,9 +124,9 @@ impl Up {
             "--nodes",
             &self.size.nodes.to_string(),
         ]);
-        if self.size.audit {
-            command.arg("--audit");
-        }
+        let flags = [(self.size.audit, "--audit"), (self.size.bare, "--bare")];
+        command.args(flags.iter().filter_map(|(given, word)| given.then_some(word)));
+        command.args(self.size.build.words());
         let (status, already) = holder::up(name, command, &progress(self.json))?;
         if self.json {
             println!("{}", serde_json::to_string_pretty(&status)?);

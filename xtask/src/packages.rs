@@ -40,6 +40,7 @@ pub const CLUSTER: &[Package] = &[
     ("runc", "runc"),
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
     ("buildah", "buildah"),
+    ("strip", "binutils"),
 ];
 
 /// Installs what is missing, as root; otherwise says what to install.

@@ -134,8 +134,13 @@ fn namespaces_of(pid: u32) -> Vec<u64> {
 fn a_cluster_comes_up_is_used_and_leaves_nothing() {
     let cluster = Named::new("command");
     assert_eq!(cluster.try_run(&["status"]).status.code(), Some(1));
-    let up: Value = serde_json::from_str(&cluster.run(&["up", "--nodes", "1", "--json"])).unwrap();
+    let up: Value = serde_json::from_str(&cluster.run(&["up", "--nodes", "1", "--dev", "--json"])).unwrap();
     assert_eq!(up["nodes"][0]["ready"], true, "{up}");
+    let shown = cluster.run(&["kubectl", "get", "ftvm,daemonsets,deployments", "--all-namespaces"]);
+    assert!(
+        shown.contains("ftvm-node-daemon") && shown.contains("ftvm-operator"),
+        "{shown}"
+    );
     let traces = Traces::of(&up);
 
     assert!(cluster.run(&["up", "--nodes", "1"]).contains("is up already"));
@@ -158,7 +163,7 @@ fn a_cluster_comes_up_is_used_and_leaves_nothing() {
 fn a_killed_or_ended_holder_takes_its_cluster_along() {
     for signal in [libc::SIGTERM, libc::SIGKILL] {
         let cluster = Named::new("holder");
-        let up: Value = serde_json::from_str(&cluster.run(&["up", "--nodes", "1", "--json"])).unwrap();
+        let up: Value = serde_json::from_str(&cluster.run(&["up", "--nodes", "1", "--bare", "--json"])).unwrap();
         let traces = Traces::of(&up);
         let holder = libc::pid_t::try_from(up["holder_pid"].as_i64().unwrap()).unwrap();
         // SAFETY: the holder of this test's own cluster, which lives.

@@ -21,8 +21,10 @@ use rustix::fs::FlockOperation;
 use rustix::thread::LinkNameSpaceType;
 use serde::{Deserialize, Serialize};
 
+use super::install::Images;
 use super::{Cluster, Options, Say, log_end, wait_for};
 use crate::interrupt;
+use crate::lab::binaries::Profile;
 use crate::lab::{Network, cache, sweep};
 
 /// Long enough for a busy machine; nothing is judged by it.
@@ -117,20 +119,20 @@ pub fn up(name: &str, mut command: Command, say: &Say) -> anyhow::Result<(Status
     bail!("the holder of the cluster ended ({end}): {}", log_end(&log))
 }
 
-/// The holder's life: starts the cluster, says so on standard output, and keeps it until it is told to take it down.
+/// The holder's life: starts the cluster, installs the chart with programs of this profile if there is one, says so on standard output, and keeps it until it is told to take it down.
 ///
 /// # Errors
 /// If another holder has this name, or the cluster does not start; both are told on standard output, too.
-pub fn hold(name: &str, mut options: Options) -> anyhow::Result<()> {
+pub fn hold(name: &str, mut options: Options, chart: Option<Profile>) -> anyhow::Result<()> {
     options.say = Arc::new(|text| tell(&News::Say(text.to_owned())));
-    let result = hold_inner(name, options);
+    let result = hold_inner(name, options, chart);
     if let Err(error) = &result {
         tell(&News::Failed(format!("{error:#}")));
     }
     result
 }
 
-fn hold_inner(name: &str, options: Options) -> anyhow::Result<()> {
+fn hold_inner(name: &str, options: Options, chart: Option<Profile>) -> anyhow::Result<()> {
     let place = place(name)?;
     let lock = File::create(place.join("lock"))?;
     // Who asks for the status holds the lock for a moment.
@@ -141,7 +143,14 @@ fn hold_inner(name: &str, options: Options) -> anyhow::Result<()> {
     if socket.exists() {
         fs::remove_file(&socket)?;
     }
+    let say = Arc::clone(&options.say);
     let cluster = Cluster::start(options)?;
+    if let Some(profile) = chart {
+        say("building the project's image (the first time takes many minutes)");
+        let images = Images::make(cluster.folder(), profile)?;
+        say("installing the chart");
+        cluster.install(&images)?;
+    }
     let listener = UnixListener::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
     tell(&News::Ready(describe(name, &cluster)));
     let mut requester = serve(name, &cluster, &listener)?;

@@ -8,7 +8,7 @@ use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,10 +21,12 @@ pub(crate) mod cgroup;
 mod control_plane;
 pub mod holder;
 pub mod images;
+pub mod install;
 mod node;
 mod pki;
 pub mod plan;
 pub mod programs;
+mod raw;
 pub mod wait;
 
 pub use audit::AuditEvent;
@@ -75,8 +77,8 @@ impl Cluster {
             "a cluster's nodes need root: containers, mounts and control groups are made; run it as root"
         );
         ensure!(
-            (1..=plan::NODES_MAX).contains(&options.nodes),
-            "{} nodes: it must be 1 to {}",
+            options.nodes <= plan::NODES_MAX,
+            "{} nodes: it must be 0 to {}",
             options.nodes,
             plan::NODES_MAX
         );
@@ -192,6 +194,20 @@ impl Cluster {
         self.kubectl_as(&self.admin_kubeconfig(), arguments)
     }
 
+    /// Starts kubectl as the administrator, for what takes long.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_kubectl(&self, arguments: &[&str]) -> anyhow::Result<Child> {
+        let mut command = kubectl_command(self.programs(), self.folder(), &self.admin_kubeconfig());
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        self.sandbox().spawn(command)
+    }
+
     /// Runs kubectl as someone else; returns what it printed.
     ///
     /// # Errors
@@ -200,6 +216,15 @@ impl Cluster {
         let mut command = kubectl_command(self.programs(), self.folder(), kubeconfig);
         command.args(arguments);
         self.run(command, "")
+    }
+
+    /// A merge patch as someone else, without reading the object first as `kubectl patch` does; returns the API server's answer.
+    ///
+    /// # Errors
+    /// If it is refused, with the API server's reason.
+    pub fn patch_as(&self, kubeconfig: &Path, path: &str, patch: &Value) -> anyhow::Result<String> {
+        let mut proxy = raw::Proxy::start(self, kubeconfig)?;
+        proxy.send("PATCH", path, "application/merge-patch+json", &patch.to_string())
     }
 
     /// Runs kubectl with `--output=json`.

@@ -15,7 +15,7 @@ use super::plan::{CLIENT_BRIDGE, NodePlan, Options, VOLUMES_FOLDER};
 use super::wait::{Hopeless, wait_for};
 use super::{images, log_end};
 use crate::hosts::namespace::{self, Init};
-use crate::hosts::{HostProcess, ip_inside, net, new_boot_id};
+use crate::hosts::{HostProcess, ip_inside, net, new_boot_id, processes};
 use crate::lab::{NETWORKS, Network, Sandbox};
 
 /// Long enough for a busy machine; nothing is judged by it.
@@ -276,6 +276,15 @@ impl Node {
         Ok(())
     }
 
+    /// Sends SIGKILL to every process of this program on the node; returns how many and when.
+    ///
+    /// # Errors
+    /// If the node does not run.
+    pub fn kill_processes(&self, program: &str) -> anyhow::Result<(usize, Instant)> {
+        let init = self.with_life(|life| Ok(life.init.pid()))?;
+        Ok(processes::kill(init, program)?)
+    }
+
     /// Runs a program in the node's namespaces to its end; an exit code other than 0 is an error with everything that it printed.
     ///
     /// # Errors
@@ -320,8 +329,13 @@ impl Node {
     /// The folder of one of its local volumes, on this machine.
     #[must_use]
     pub fn volume_folder(&self, number: u8) -> PathBuf {
-        let below = VOLUMES_FOLDER.trim_start_matches("/var/");
-        self.folder.join(below).join(format!("volume-{number}"))
+        self.kept(&Path::new(VOLUMES_FOLDER).join(format!("volume-{number}")))
+    }
+
+    /// A path below the node's /var/lib or /var/log, as this machine reaches it, whether the node runs or not.
+    #[must_use]
+    pub fn kept(&self, path: &Path) -> PathBuf {
+        self.folder.join(path.strip_prefix("/var").unwrap_or(path))
     }
 
     fn run_with_input(&self, mut command: Command, input: Stdio) -> anyhow::Result<Output> {
@@ -450,7 +464,10 @@ impl Node {
     }
 
     /// A file of the node, as this process reaches it.
-    fn in_node(&self, path: &str) -> anyhow::Result<PathBuf> {
+    ///
+    /// # Errors
+    /// If the node does not run.
+    pub fn in_node(&self, path: &str) -> anyhow::Result<PathBuf> {
         self.with_life(|life| {
             Ok(Path::new("/proc")
                 .join(life.init.pid().to_string())

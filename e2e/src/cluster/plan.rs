@@ -47,7 +47,7 @@ pub fn api_front_address() -> Ipv4Addr {
 /// What a cluster consists of.
 #[derive(Clone)]
 pub struct Options {
-    /// How many nodes, `n1` onwards.
+    /// How many nodes, `n1` onwards; none: only the control plane.
     pub nodes: u8,
     /// Local volumes of each node.
     pub volumes_per_node: u8,

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use crate::judge::packet::Mac;
 
+pub mod cluster;
 pub mod command;
+mod compare;
 pub mod daemon;
 pub mod linux;
 pub mod machines;
@@ -32,18 +34,21 @@ pub enum Fault {
     CutLink,
     /// The replication link drops what the active sends to the standby.
     CutLinkOneWay,
+    /// No fault: the active hands over as planned, on a cluster because its node is drained.
+    HandOver,
     /// Nothing.
     None,
 }
 
 impl Fault {
     /// All faults.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::KillEngine,
         Self::KillHost,
         Self::PauseHost,
         Self::CutLink,
         Self::CutLinkOneWay,
+        Self::HandOver,
         Self::None,
     ];
 
@@ -55,13 +60,29 @@ impl Fault {
             Self::PauseHost => "pause-host",
             Self::CutLink => "cut-link",
             Self::CutLinkOneWay => "cut-link-one-way",
+            Self::HandOver => "hand-over",
             Self::None => "none",
+        }
+    }
+
+    /// Its name where hosts are nodes of a cluster.
+    pub fn name_of_nodes(self) -> &'static str {
+        match self {
+            Self::KillHost => "kill-node",
+            Self::PauseHost => "pause-node",
+            Self::HandOver => "drain",
+            other => other.name(),
         }
     }
 
     /// The fault of this name.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|fault| fault.name() == name)
+    }
+
+    /// The fault of this name where hosts are nodes of a cluster.
+    pub fn from_name_of_nodes(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|fault| fault.name_of_nodes() == name)
     }
 }
 
@@ -101,8 +122,8 @@ const CHURN_PAGES: u32 = 2_000;
 const CHURN_PAGES_PER_S: u32 = 20_000;
 
 /// What the embedded guest is told at its start.
-pub fn guest_command_line() -> String {
-    let [a, b, c, d] = GUEST_ADDRESS;
+pub fn guest_command_line(address: [u8; 4]) -> String {
+    let [a, b, c, d] = address;
     format!("churn_pages={CHURN_PAGES} churn_rate={CHURN_PAGES_PER_S} ip={a}.{b}.{c}.{d}/24 gw=none")
 }
 

@@ -44,6 +44,17 @@ impl Default for Patience {
     }
 }
 
+/// Two hosts that protect the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// Host of the active.
+    pub active: usize,
+    /// Host of the standby.
+    pub standby: usize,
+    /// Term in force.
+    pub term: u64,
+}
+
 /// Answers that must come after a failover before the gap counts as over.
 const ANSWERS_AFTER: u64 = 20;
 
@@ -76,6 +87,7 @@ impl<'a, W: Witness> Stage<'a, W> {
         witness: impl FnOnce() -> anyhow::Result<W>,
     ) -> anyhow::Result<Self> {
         let sniffer = machines.sniff(guest).context("listening on the client network")?;
+        let begin = Instant::now();
         system.start()?;
         let mut stage = Self {
             options,
@@ -96,6 +108,7 @@ impl<'a, W: Witness> Stage<'a, W> {
         stage.progress.say("the guest answers its client");
         if stage.system.protects() {
             let (active, standby) = stage.wait_protected(patience.protected)?;
+            stage.report.protected_ms = Some(begin.elapsed().as_secs_f64() * 1e3);
             let (active, standby) = (&stage.names[active], &stage.names[standby]);
             stage
                 .progress
@@ -314,6 +327,12 @@ impl<'a, W: Witness> Stage<'a, W> {
                     .strike(format!("cut the link from {name} to {} {how}", self.names[standby]));
                 Ok(at)
             }
+            Fault::HandOver => {
+                let at = Instant::now();
+                self.system.hand_over(active)?;
+                self.progress.strike(format!("{name} was asked to hand over"));
+                Ok(at)
+            }
             Fault::None => {
                 self.progress.say("no fault this time");
                 Ok(Instant::now())
@@ -327,7 +346,12 @@ impl<'a, W: Witness> Stage<'a, W> {
             std::thread::sleep(self.patience.hold);
             return Ok(before);
         }
-        let deadline = Instant::now() + self.patience.failover;
+        self.wait_successor(term, self.patience.failover)
+    }
+
+    /// Waits until a host is active in a later term.
+    fn wait_successor(&mut self, term: u64, patience: Duration) -> anyhow::Result<usize> {
+        let deadline = Instant::now() + patience;
         loop {
             let successor = |seat: Seat| seat.role == Role::Active && seat.term > term;
             if let Some(host) = (0..self.names.len()).find(|&host| self.seat(host).is_some_and(successor)) {
@@ -335,7 +359,7 @@ impl<'a, W: Witness> Stage<'a, W> {
             }
             if Instant::now() > deadline {
                 let state = self.describe();
-                bail!("no host took over within {:?}; {state}", self.patience.failover);
+                bail!("no host took over within {patience:?}; {state}");
             }
             std::thread::sleep(self.patience.look);
         }
@@ -358,7 +382,7 @@ impl<'a, W: Witness> Stage<'a, W> {
                 self.progress
                     .strike(format!("mended the link; {} is active", self.names[after]));
             }
-            Fault::KillEngine | Fault::KillHost | Fault::None => {}
+            Fault::KillEngine | Fault::KillHost | Fault::HandOver | Fault::None => {}
         }
         Ok(())
     }
@@ -393,7 +417,71 @@ impl<'a, W: Witness> Stage<'a, W> {
         round.epochs = self.active().map_or(0, |(_, seat)| seat.epoch);
     }
 
-    fn end(mut self) -> (Report, W::Books) {
+    /// Waits until the machine is protected.
+    ///
+    /// # Errors
+    /// If that does not come about, with what every host says.
+    pub fn pair(&mut self) -> anyhow::Result<Pair> {
+        let (active, standby) = self.wait_protected(self.patience.protected)?;
+        let term = self.seat(active).map(|seat| seat.term);
+        self.sniffer.emissions().rebuilt(standby);
+        Ok(Pair {
+            active,
+            standby,
+            term: term.context("the active does not answer")?,
+        })
+    }
+
+    /// Waits until a host is active in a later term than the pair's; returns it, and how long the client was without an answer
+    /// since it was asked last, in milliseconds.
+    ///
+    /// # Errors
+    /// If nobody takes over, or the guest does not answer.
+    pub fn taken_over(&mut self, before: Pair) -> anyhow::Result<(usize, f64)> {
+        let after = self.wait_successor(before.term, self.patience.failover)?;
+        Ok((after, self.answers_go_on()?))
+    }
+
+    /// Waits until a host is active in a later term than the pair's, for so long.
+    ///
+    /// # Errors
+    /// If nobody is by then, with what every host says.
+    pub fn taken_over_within(&mut self, before: Pair, patience: Duration) -> anyhow::Result<usize> {
+        self.wait_successor(before.term, patience)
+    }
+
+    /// Waits for some more answers; returns the longest time without one since it was asked last, in milliseconds.
+    ///
+    /// # Errors
+    /// If they don't come.
+    pub fn answers_go_on(&self) -> anyhow::Result<f64> {
+        self.wait_for_answers(self.witness.answers() + ANSWERS_AFTER, self.patience.failover)?;
+        Ok(self.witness.phase().gap_ms)
+    }
+
+    /// The guest's self-check, and both sides compared. The client is quiet meanwhile.
+    ///
+    /// # Errors
+    /// What is wrong with the guest, what differs, or what the client lost.
+    pub fn examine(&mut self) -> anyhow::Result<()> {
+        self.witness.examine()?;
+        self.compare()?;
+        self.witness.load()?;
+        let tally = self.witness.tally();
+        ensure!(tally == Tally::default(), "lost or doubled: {tally:?}");
+        let emitted = self.sniffer.emissions().report().clone();
+        let dual = emitted.dual_active + emitted.rewritten;
+        ensure!(dual == 0, "{dual} frames of a deposed host, or rewritten");
+        Ok(())
+    }
+
+    /// What keeps the guest alive.
+    pub fn system(&mut self) -> &mut dyn System {
+        self.system
+    }
+
+    /// Ends the client and the observer of its network, and sums up.
+    pub fn end(mut self) -> (Report, W::Books) {
         for host in 0..self.names.len() {
             if let Some(seat) = self.seat(host) {
                 self.report.counters.insert(self.names[host].clone(), seat.counters);

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::programs::Programs;
 use super::system::{Digest, Seat, System};
-use super::{GUEST_MAC, Options, daemon, guest_command_line, mac_text};
+use super::{GUEST_ADDRESS, GUEST_MAC, Options, compare, daemon, guest_command_line, mac_text};
 use crate::hosts::{HostProcess, Lab};
 
 /// File name of a seat's disk in its host's folder.
@@ -135,7 +135,7 @@ impl Standalone {
             "identity": self.folder.join("identities").join(seat_name(host)),
             "original_disk": host == 0,
             "machine": { "memory_mib": self.memory_mib, "vcpus": self.vcpus },
-            "boot": { "kernel": self.programs.guest, "cmdline": guest_command_line() },
+            "boot": { "kernel": self.programs.guest, "cmdline": guest_command_line(GUEST_ADDRESS) },
             "nics": [{ "name": "net0", "mac": mac_text(GUEST_MAC), "tap": "guest0", "bridge": Lab::GUEST_BRIDGE }],
             "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
             "header": folder.join("header"),
@@ -234,51 +234,6 @@ impl Standalone {
         );
         Ok(serde_json::from_value(reply)?)
     }
-
-    /// Both digests at one epoch: the active takes one at its next epoch and has the standby take one there, which may be
-    /// a moment later; until then the standby answers with its last.
-    fn compare_memory(&self, active: usize, standby: usize) -> anyhow::Result<()> {
-        let deadline = Instant::now() + SETTLE;
-        loop {
-            let ours = self.digest(active)?;
-            let mut theirs = self.digest(standby)?;
-            while theirs.epoch < ours.epoch && Instant::now() < deadline {
-                theirs = self.digest(standby)?;
-            }
-            if ours.epoch == theirs.epoch {
-                ensure!(
-                    ours.memory == theirs.memory,
-                    "memory differs at epoch {}: {} and {}",
-                    ours.epoch,
-                    ours.memory,
-                    theirs.memory
-                );
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "no digests of one epoch within {SETTLE:?}: {} and {}",
-                ours.epoch,
-                theirs.epoch
-            );
-        }
-    }
-
-    /// The disks become equal once the standby has applied its journal; nobody writes any more.
-    fn compare_disks(&self, active: usize, standby: usize) -> anyhow::Result<()> {
-        let deadline = Instant::now() + SETTLE;
-        loop {
-            let (ours, theirs) = (fs::read(self.disk(active))?, fs::read(self.disk(standby))?);
-            let Some(at) = first_difference(&ours, &theirs) else {
-                return Ok(());
-            };
-            ensure!(
-                Instant::now() < deadline,
-                "the disks differ at byte {at} and stay so for {SETTLE:?}"
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
 }
 
 impl Drop for Standalone {
@@ -331,16 +286,6 @@ fn uids_from(map: &str) -> (u32, u32) {
     }
 }
 
-fn first_difference(ours: &[u8], theirs: &[u8]) -> Option<usize> {
-    if ours.len() != theirs.len() {
-        return Some(ours.len().min(theirs.len()));
-    }
-    if ours == theirs {
-        return None;
-    }
-    ours.iter().zip(theirs).position(|(a, b)| a != b)
-}
-
 impl System for Standalone {
     fn protects(&self) -> bool {
         true
@@ -374,6 +319,12 @@ impl System for Standalone {
             .iter()
             .find(|seat| seat["vm"] == VM && seat["engine"].is_object())?;
         serde_json::from_value(seat["engine"].clone()).ok()
+    }
+
+    fn hand_over(&mut self, host: usize) -> anyhow::Result<()> {
+        let reply = self.ask_engine(host, json!({ "do": "switchover" }))?;
+        ensure!(reply["reply"] == "ok", "asked to hand over, the engine said {reply}");
+        Ok(())
     }
 
     fn replace(&mut self, lost: usize, spare: usize) -> anyhow::Result<()> {
@@ -421,8 +372,8 @@ impl System for Standalone {
     }
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
-        self.compare_disks(active, standby)?;
-        self.compare_memory(active, standby)
+        compare::disks(&self.disk(active), &self.disk(standby), SETTLE)?;
+        compare::memory(|host| self.digest(host), active, standby, SETTLE)
     }
 
     fn logs(&self) -> Vec<PathBuf> {
@@ -441,12 +392,5 @@ mod tests {
         assert_eq!(uids_from("         0          0 4294967295\n"), (1_900_000_000, 1000));
         assert_eq!(uids_from("0 1000 1\n"), (0, 1));
         assert_eq!(uids_from("0 1000 1\n1 100000 65536\n"), (65437, 100));
-    }
-
-    #[test]
-    fn differences_are_found_where_they_are() {
-        assert_eq!(first_difference(b"abc", b"abc"), None);
-        assert_eq!(first_difference(b"abc", b"abd"), Some(2));
-        assert_eq!(first_difference(b"abc", b"ab"), Some(2));
     }
 }

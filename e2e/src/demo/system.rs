@@ -83,6 +83,10 @@ pub trait System {
     /// What a machine says of its seat; none if it can't be asked (dead, frozen) or has no seat.
     fn seat(&mut self, machine: usize) -> Option<Seat>;
 
+    /// Has the active on this machine hand over to its standby, as an administrator would. It may go on after this returns;
+    /// see [`System::trouble`].
+    fn hand_over(&mut self, machine: usize) -> anyhow::Result<()>;
+
     /// Begins to replace the seat on machine `lost` by one on machine `spare`. It takes its time; see [`System::trouble`].
     fn replace(&mut self, lost: usize, spare: usize) -> anyhow::Result<()>;
 

@@ -9,7 +9,7 @@ use anyhow::Context;
 
 use super::prerequisites::find_program;
 use super::system::{Role, Seat, System};
-use super::{GUEST_MAC, guest_command_line, mac_text};
+use super::{GUEST_ADDRESS, GUEST_MAC, guest_command_line, mac_text};
 use crate::hosts::{HostProcess, Lab};
 
 /// What runs the guest.
@@ -103,7 +103,7 @@ impl Unprotected {
             ])
             .args(["-m", &self.memory_mib.to_string(), "-kernel"])
             .arg(&self.kernel)
-            .args(["-append", &guest_command_line()])
+            .args(["-append", &guest_command_line(GUEST_ADDRESS)])
             .args(["-serial", &format!("file:{}", path(&self.console()))])
             .args(["-netdev", "tap,id=n0,ifname=guest0,script=no,downscript=no"])
             .args([
@@ -122,7 +122,7 @@ impl Unprotected {
     fn engine(&self, program: &Path) -> anyhow::Result<Command> {
         let mut command = Command::new(program);
         command.arg("run").arg("--kernel").arg(&self.kernel);
-        command.args(["--cmdline", &guest_command_line()]);
+        command.args(["--cmdline", &guest_command_line(GUEST_ADDRESS)]);
         command.args(["--memory", &format!("{}M", self.memory_mib)]);
         command.arg("--disk").arg(self.disk());
         command.args(["--tap", &format!("guest0,{}", mac_text(GUEST_MAC))]);
@@ -166,6 +166,10 @@ impl System for Unprotected {
             resync_percent: None,
             counters: serde_json::Map::new(),
         })
+    }
+
+    fn hand_over(&mut self, _: usize) -> anyhow::Result<()> {
+        anyhow::bail!("an unprotected machine has nobody to hand over to")
     }
 
     fn replace(&mut self, _: usize, _: usize) -> anyhow::Result<()> {

@@ -28,9 +28,11 @@ mod host;
 pub(crate) mod namespace;
 pub mod net;
 pub mod outer;
+pub(crate) mod processes;
 
-pub use host::{CutDirection, Host, HostPlan, HostProcess, Lab, LabPlan, ProcessInfo};
+pub use host::{CutDirection, Host, HostPlan, HostProcess, Lab, LabPlan};
 pub(crate) use host::{ip_inside, new_boot_id};
+pub use processes::ProcessInfo;
 
 /// What can go wrong with hosts.
 #[derive(Debug, thiserror::Error)]

@@ -64,6 +64,8 @@ pub struct Report {
     pub vcpus: u32,
     /// Rounds completed.
     pub rounds: u32,
+    /// From the beginning (on a cluster: from `kubectl apply`) until the machine was protected for the first time, in milliseconds.
+    pub protected_ms: Option<f64>,
     /// Longest gap of all rounds.
     pub gap_ms: f64,
     /// Median of the rounds' gaps.

@@ -35,6 +35,7 @@ pub fn table(report: &Report, colours: bool) -> String {
         ("answers lost", thousands(report.lost_answers)),
         ("answers duplicated", thousands(report.duplicated_answers)),
         ("two active hosts", thousands(report.dual_active)),
+        ("time to protected at first", optional(report.protected_ms, "ms")),
         ("time to protected again, worst", optional(report.reprotect_ms, "ms")),
         ("epochs", thousands(report.epochs)),
         ("pause of the guest, p50", optional(report.pause_us_p50, "µs")),

@@ -16,6 +16,7 @@ pub mod health;
 mod kvm_test;
 mod metrics;
 mod node;
+mod pace;
 mod plugin;
 mod publish;
 mod request;

@@ -1,4 +1,5 @@
-//! What a seat's pod says of its seat: annotation and label, written on change, progress at most every two seconds.
+//! What a seat's pod says of its seat: annotation and label, written on change, progress at most every two seconds, interval and
+//! lag alone every 20 minutes.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -10,6 +11,7 @@ use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
 use super::node::NodeSeat;
+use super::pace::Pace;
 use crate::api::SeatStatus;
 use crate::random;
 
@@ -17,6 +19,8 @@ use crate::random;
 const STATUS_PATIENCE: Duration = Duration::from_millis(500);
 /// Progress alone is written no more often.
 const PROGRESS: Duration = Duration::from_secs(2);
+/// Interval and lag alone are written no more often: they always change.
+const REFRESH: Duration = Duration::from_secs(20 * 60);
 /// Pauses after failed writes.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -31,6 +35,7 @@ struct State {
     last_exit: Option<SeatExit>,
     failures: u32,
     next: Option<Instant>,
+    pace: Pace,
 }
 
 /// Keeps in mind what was published of one seat.
@@ -46,6 +51,7 @@ impl Publisher {
             last_exit: None,
             failures: 0,
             next: None,
+            pace: Pace::default(),
         }));
         if let Some(pod) = pod {
             publisher.noticed(pod);
@@ -78,7 +84,10 @@ impl Publisher {
         let now = self.outlook(&mut state, seat, &status);
         let written = state.written.as_ref()?;
         let waits = state.next.is_some_and(|next| Instant::now() < next);
-        if waits || same(written, &now) {
+        // Known for the first time, or old.
+        let old = (written.interval_ms.is_none() && now.interval_ms.is_some())
+            || (state.written_at.is_some_and(|at| at.elapsed() >= REFRESH) && *written != now);
+        if waits || (same(written, &now) && !old) {
             return None;
         }
         let only_progress = same(
@@ -129,6 +138,10 @@ impl Publisher {
     fn outlook(&self, state: &mut State, seat: &NodeSeat, status: &SeatStatus) -> SeatPublished {
         note_exit(state, status);
         note_takeover(state, status);
+        match &status.engine {
+            Some(engine) if engine.role == Role::Active => state.pace.look(&engine.counters, Instant::now()),
+            _ => state.pace.forget(),
+        }
         let incarnation = seat.pod.seat.incarnation();
         let progress = seat.pod.progress();
         let mut published = SeatPublished {
@@ -140,6 +153,8 @@ impl Publisher {
             last_exit: state.last_exit.clone(),
             done_request: seat.requests.done(),
             arbiter_reachable: true,
+            interval_ms: state.pace.interval_ms,
+            lag_ms: state.pace.lag_ms,
             ..SeatPublished::default()
         };
         if let Some(engine) = &status.engine {

@@ -87,6 +87,24 @@ fn the_successor_of_a_dead_active_gets_a_new_partner() {
 }
 
 #[test]
+fn what_a_dead_active_said_last_is_no_joining() {
+    let mut world = protected(3);
+    let (active, standby) = seats(&world);
+    // Its node is silent and still taken for ready.
+    let node = active.node.clone().unwrap();
+    world.nodes.get_mut(&node).unwrap().ready = false;
+    world.engine(&standby.name);
+    world.nodes.get_mut(&node).unwrap().ready = true;
+    let seen = world.observe();
+    let last = seen.pods[&active.name].published.as_ref().unwrap();
+    assert!(last.role == Some(SeatRole::Active) && last.peer_connected);
+    assert_eq!(trouble(&seen, &active), Some(Trouble::NoEngine));
+    assert!(decide(&seen).recheck.is_some(), "nobody would look again");
+    let lost = decide(&seen).book.into_iter().find(|entry| entry.name == active.name);
+    assert!(lost.unwrap().lost_since.is_some());
+}
+
+#[test]
 fn with_both_nodes_dead_nothing_is_touched() {
     let mut world = protected(4);
     let book = world.book();

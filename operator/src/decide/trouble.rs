@@ -63,15 +63,13 @@ fn of_pod(seen: &Observed, entry: &SeatEntry, pod: &PodSeen) -> Option<Trouble> 
     }
 }
 
-/// Does the seat make progress: disks prepared, or an engine that receives or holds a checkpoint?
+/// Does the seat make progress: disks prepared, or an engine that receives or holds a checkpoint? What says that it is active is
+/// old: the record names another one, and its node may be dead for long before anybody calls it not ready.
 fn joins(pod: &PodSeen) -> bool {
     let Ok(published) = &pod.published else {
         return false;
     };
-    let follows = matches!(
-        published.role,
-        Some(SeatRole::Joining | SeatRole::Standby | SeatRole::Frozen | SeatRole::Active)
-    );
+    let follows = matches!(published.role, Some(SeatRole::Joining | SeatRole::Standby));
     published.resync_percent.is_some() || (follows && published.peer_connected)
 }
 

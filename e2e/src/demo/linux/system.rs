@@ -4,9 +4,7 @@
 //!   /lab/          programs, kernel, initrd (read only)      /dev/vdd   the seat's disk
 //!   /share/        arbiter records, identities (NFS)         /data/     configuration, state, header, journal: survives the machine's death
 //! ```
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::machines::Emulated;
 use crate::demo::system::{Digest, Seat, System};
-use crate::demo::{Options, mac_text};
+use crate::demo::{Options, compare, mac_text};
 use crate::lab::session::{Event, Session};
 use crate::lab::wire::Start;
 use crate::lab::{Network, guest};
@@ -164,27 +162,6 @@ impl EmulatedSystem {
         Ok(serde_json::from_value(reply.clone())?)
     }
 
-    /// Both digests at one epoch: the active takes one at its next epoch and has the standby take one there, which may be
-    /// a moment later; until then the standby answers with its last.
-    fn compare_memory(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let ours = self.digest(active)?;
-            let mut theirs = self.digest(standby)?;
-            while theirs.epoch < ours.epoch && Instant::now() < deadline {
-                theirs = self.digest(standby)?;
-            }
-            if ours.epoch == theirs.epoch {
-                ensure!(ours.memory == theirs.memory, "memory differs at epoch {}", ours.epoch);
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "no digests of one epoch within {PATIENCE:?}: {ours:?} and {theirs:?}"
-            );
-        }
-    }
-
     /// The images behind both disks become equal once the guest is still, the journal applied and the machines' caches written.
     /// What they are then is examined: file system and Redis' log must be in order, as after a power cut.
     fn compare_disks(&self, active: usize, standby: usize) -> anyhow::Result<()> {
@@ -195,8 +172,11 @@ impl EmulatedSystem {
             let scratch = self.machines.lab.folder();
             let copy = guest::copy_disk(&self.disks[active], scratch)?;
             // Both, and after it was made: so it is no mixture of two moments.
-            let first = first_difference(&copy, &self.disks[standby])?;
-            let Some(at) = first.map_or_else(|| first_difference(&copy, &self.disks[active]), |at| Ok(Some(at)))?
+            let first = compare::first_difference(&copy, &self.disks[standby])?;
+            let Some(at) = first.map_or_else(
+                || compare::first_difference(&copy, &self.disks[active]),
+                |at| Ok(Some(at)),
+            )?
             else {
                 return guest::examine_copy(&copy, scratch).context("the disks are equal, and damaged");
             };
@@ -205,29 +185,6 @@ impl EmulatedSystem {
                 "the disks differ at byte {at} and stay so for {PATIENCE:?}"
             );
         }
-    }
-}
-
-/// Where two files begin to differ.
-fn first_difference(ours: &Path, theirs: &Path) -> anyhow::Result<Option<u64>> {
-    const PART: usize = 1 << 20;
-    let open = |path: &Path| File::open(path).with_context(|| format!("cannot open {}", path.display()));
-    let (mut ours, mut theirs) = (open(ours)?, open(theirs)?);
-    let (mut left, mut right) = (Vec::with_capacity(PART), Vec::with_capacity(PART));
-    let mut offset = 0;
-    loop {
-        left.clear();
-        right.clear();
-        ours.by_ref().take(PART as u64).read_to_end(&mut left)?;
-        theirs.by_ref().take(PART as u64).read_to_end(&mut right)?;
-        if left != right {
-            let same = left.iter().zip(&right).take_while(|(a, b)| a == b).count();
-            return Ok(Some(offset + same as u64));
-        }
-        if left.is_empty() {
-            return Ok(None);
-        }
-        offset += left.len() as u64;
     }
 }
 
@@ -270,6 +227,17 @@ impl System for EmulatedSystem {
         serde_json::from_value(seat["engine"].clone()).ok()
     }
 
+    fn hand_over(&mut self, machine: usize) -> anyhow::Result<()> {
+        let request =
+            json!({ "request": "command", "vm": VM, "seat": SEATS[machine], "command": { "do": "switchover" } });
+        let answer = self.ask(machine, &request)?;
+        ensure!(
+            answer["reply"]["reply"] == "ok",
+            "asked to hand over, the engine said {answer}"
+        );
+        Ok(())
+    }
+
     fn replace(&mut self, _lost: usize, _spare: usize) -> anyhow::Result<()> {
         bail!("with two machines there is no spare one: the lost one comes back in its own place")
     }
@@ -288,7 +256,7 @@ impl System for EmulatedSystem {
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
         self.compare_disks(active, standby)?;
-        self.compare_memory(active, standby)
+        compare::memory(|machine| self.digest(machine), active, standby, PATIENCE)
     }
 
     fn logs(&self) -> Vec<PathBuf> {

@@ -1,0 +1,133 @@
+//! The project on a cluster, as its users install it: the image that its Dockerfile makes of its programs, and its chart.
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use serde_json::json;
+
+use super::{Cluster, images};
+use crate::demo::programs::build_guest;
+use crate::lab::binaries::{self, Profile};
+
+/// The image of all programs.
+const REPOSITORY: &str = "lab.ftvm.dev/fault-tolerant-vm";
+const TAG: &str = "lab";
+/// The image of the embedded guest.
+pub const GUEST_IMAGE: &str = "lab.ftvm.dev/embedded-guest:lab";
+/// Namespace of operator and node-daemons.
+pub const NAMESPACE: &str = "ftvm-system";
+/// Name of the release.
+pub const RELEASE: &str = "ftvm";
+/// What the Dockerfile's first stage compiles.
+const PROGRAMS: [(&str, &str); 4] = [
+    ("ftvm-operator", "ftvm-operator"),
+    ("ftvm-node-daemon", "ftvm-node-daemon"),
+    ("ftvm-engine", "ftvm-engine"),
+    ("ftvm-node-daemon", "seat"),
+];
+
+/// Images as OCI archives, ready for a cluster.
+#[derive(Debug, Clone)]
+pub struct Images {
+    product: PathBuf,
+    guest: PathBuf,
+}
+
+impl Images {
+    /// Builds what is not fresh and makes the archives in `folder`.
+    ///
+    /// # Errors
+    /// If something does not compile, or buildah fails.
+    pub fn make(folder: &Path, profile: Profile) -> anyhow::Result<Self> {
+        let binaries = folder.join("image");
+        fs::create_dir_all(binaries.join("programs"))?;
+        for program in binaries::build(&PROGRAMS, profile)? {
+            let name = program.file_name().context("a program without a name")?;
+            strip(&program, &binaries.join("programs").join(name))?;
+        }
+        let made = Self {
+            product: folder.join("fault-tolerant-vm.tar"),
+            guest: folder.join("embedded-guest.tar"),
+        };
+        let dockerfile = root().join("Dockerfile");
+        images::build(&dockerfile, &format!("{REPOSITORY}:{TAG}"), &binaries, &made.product)?;
+        images::pack_guest(GUEST_IMAGE, &build_guest()?, None, &[], &made.guest)?;
+        fs::remove_dir_all(&binaries).with_context(|| format!("cannot remove {}", binaries.display()))?;
+        Ok(made)
+    }
+}
+
+/// Copies a program without debug information, which no node needs.
+fn strip(program: &Path, to: &Path) -> anyhow::Result<()> {
+    let mut strip = Command::new("strip");
+    strip.arg("--strip-debug").arg("-o").arg(to).arg(program);
+    let status = strip
+        .status()
+        .context("cannot start `strip`: install the Debian package binutils")?;
+    ensure!(status.success(), "strip {}: {status}", program.display());
+    Ok(())
+}
+
+impl Cluster {
+    /// Gives both images to all nodes and installs the chart; returns once operator and node-daemons are ready.
+    ///
+    /// # Errors
+    /// What Helm says, with what the pods say.
+    pub fn install(&self, images: &Images) -> anyhow::Result<()> {
+        self.import_image(&images.product)?;
+        self.import_image(&images.guest)?;
+        let labels = json!({"pod-security.kubernetes.io/enforce": "privileged"});
+        let namespace =
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}});
+        self.apply(&namespace.to_string())?;
+        self.helm_install("install", &[])
+    }
+
+    /// `helm install` or `helm upgrade` of the chart, with more arguments of Helm; returns once everything is ready.
+    ///
+    /// # Errors
+    /// What Helm says, with what the pods say.
+    pub fn helm_install(&self, verb: &str, more: &[&str]) -> anyhow::Result<()> {
+        let chart = root().join("charts/fault-tolerant-vm");
+        let chart = chart.to_str().context("the chart's path is no UTF-8")?;
+        let (repository, tag) = (format!("image.repository={REPOSITORY}"), format!("image.tag={TAG}"));
+        let arguments = [
+            verb,
+            RELEASE,
+            chart,
+            "--namespace",
+            NAMESPACE,
+            "--wait",
+            "--timeout",
+            "180s",
+        ];
+        let values = ["--set", &repository, "--set", &tag, "--set", "image.pullPolicy=Never"];
+        self.helm(&[&arguments[..], &values, more].concat())
+            .map(drop)
+            .with_context(|| self.pods_story(NAMESPACE))
+    }
+
+    /// What the pods of a namespace say of themselves, for who waits in vain.
+    #[must_use]
+    pub fn pods_story(&self, namespace: &str) -> String {
+        let pods = self.get(&["pods", "--namespace", namespace]);
+        let pods = pods
+            .ok()
+            .and_then(|pods| pods["items"].as_array().cloned())
+            .unwrap_or_default();
+        let mut text = String::new();
+        for pod in pods {
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            let logs = self.kubectl(&["logs", "--namespace", namespace, name, "--tail=15"]);
+            let logs = logs.unwrap_or_else(|error| format!("{error:#}"));
+            text += &format!("pod {name}: {}\nits log:\n{logs}\n", self.pod_story(&pod));
+        }
+        text
+    }
+}
+
+/// The workspace.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}

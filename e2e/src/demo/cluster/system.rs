@@ -1,0 +1,209 @@
+//! The seats of a FaultTolerantVM, as the daemons of their nodes show them. Nobody but the operator replaces one.
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use serde_json::{Value, json};
+
+use super::{GUEST_ADDRESS, NAMESPACE, VM};
+use crate::cluster::install::GUEST_IMAGE;
+use crate::cluster::plan::CLIENT_BRIDGE;
+use crate::cluster::{Cluster, wait_for};
+use crate::demo::standalone::DISK;
+use crate::demo::system::{Digest, Seat, System};
+use crate::demo::{GUEST_MAC, Options, compare, daemon, guest_command_line, mac_text};
+
+/// Of every node.
+const DAEMON_SOCKET: &str = "var/lib/ftvm/daemon.sock";
+/// Name of the guest's disk.
+const DISK_NAME: &str = "root";
+/// How long a daemon may take to answer.
+const ANSWER: Duration = Duration::from_millis(500);
+/// How long both sides may take to become equal once nothing happens any more.
+const SETTLE: Duration = Duration::from_secs(20);
+/// For a node that was started to be of use again.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The machine.
+pub struct Kubernetes {
+    cluster: Rc<Cluster>,
+    options: Options,
+    /// `kubectl drain`, while it waits.
+    drain: Option<Child>,
+}
+
+impl Kubernetes {
+    /// Nothing is applied yet.
+    pub fn new(cluster: Rc<Cluster>, options: &Options) -> Self {
+        Self {
+            cluster,
+            options: options.clone(),
+            drain: None,
+        }
+    }
+
+    /// What `kubectl apply` gets.
+    fn manifest(&self) -> Value {
+        let mut tolerance = json!({"replaceAfterSeconds": super::REPLACE_AFTER_S});
+        if let Some(ms) = self.options.peer_lost_ms {
+            tolerance["detectionMs"] = json!(ms);
+        }
+        json!({
+            "apiVersion": "ftvm.dev/v1alpha1",
+            "kind": "FaultTolerantVM",
+            "metadata": {"name": VM, "namespace": NAMESPACE},
+            "spec": {
+                "machine": {"vcpus": self.options.vcpus, "memory": format!("{}Mi", self.options.memory_mib)},
+                "boot": {
+                    "image": {"reference": GUEST_IMAGE, "pullPolicy": "Never"},
+                    "cmdline": guest_command_line(GUEST_ADDRESS),
+                },
+                "disks": [{"name": DISK_NAME, "size": "64Mi", "storageClassName": "local"}],
+                "networks": [{"name": "front", "mac": mac_text(GUEST_MAC), "bridge": {"name": CLIENT_BRIDGE}}],
+                "faultTolerance": tolerance,
+                // Three nodes share this machine's two processors.
+                "resources": {"cpuRequest": "100m"},
+            },
+        })
+    }
+
+    fn ask(&self, machine: usize, request: &Value, patience: Duration) -> anyhow::Result<Value> {
+        let node = &self.cluster.nodes()[machine];
+        let socket = node.in_node(DAEMON_SOCKET)?;
+        daemon::ask(&socket, request, patience).with_context(|| format!("asking the daemon of {}", node.name()))
+    }
+
+    /// The seat with an engine on a node: its name and the engine's status.
+    fn engine(&self, machine: usize) -> anyhow::Result<Option<(String, Value)>> {
+        let status = self.ask(machine, &json!({"request": "status"}), ANSWER)?;
+        let vm = format!("{NAMESPACE}/{VM}");
+        let seats = status["seats"].as_array().cloned().unwrap_or_default();
+        let found = seats
+            .into_iter()
+            .find(|seat| seat["vm"] == vm.as_str() && seat["engine"].is_object());
+        Ok(found.and_then(|mut seat| Some((seat["seat"].as_str()?.to_owned(), seat["engine"].take()))))
+    }
+
+    fn named(&self, machine: usize) -> anyhow::Result<String> {
+        let found = self.engine(machine)?;
+        let name = found.map(|(name, _)| name);
+        name.with_context(|| format!("no engine runs on {}", self.cluster.nodes()[machine].name()))
+    }
+
+    fn digest(&self, machine: usize) -> anyhow::Result<Digest> {
+        let seat = self.named(machine)?;
+        let vm = format!("{NAMESPACE}/{VM}");
+        let request = json!({"request": "command", "vm": vm, "seat": seat, "command": {"do": "digest"}});
+        let answer = self.ask(machine, &request, SETTLE)?;
+        let reply = &answer["reply"];
+        ensure!(reply["reply"] == "digest", "instead of a digest, {seat} said {answer}");
+        Ok(serde_json::from_value(reply.clone())?)
+    }
+
+    /// The file of a seat's disk, on this machine: that of its claim's volume on its node.
+    fn disk(&self, machine: usize) -> anyhow::Result<PathBuf> {
+        let claim = format!("{}-{DISK_NAME}", self.named(machine)?);
+        let claim = self.cluster.get(&["pvc", "--namespace", NAMESPACE, &claim])?;
+        let volume = claim["spec"]["volumeName"]
+            .as_str()
+            .context("the claim has no volume")?;
+        let volume = self.cluster.get(&["pv", volume])?;
+        let path = volume["spec"]["local"]["path"]
+            .as_str()
+            .context("the volume has no path")?;
+        Ok(self.cluster.nodes()[machine].kept(Path::new(path)).join(DISK))
+    }
+}
+
+/// What `kubectl get ftvm` shows, and what the pods say: for who waits in vain.
+pub fn story(cluster: &Cluster) -> String {
+    let shown = ["get", "ftvm", "--namespace", NAMESPACE, "--output=wide"];
+    let shown = cluster.kubectl(&shown).unwrap_or_else(|error| format!("{error:#}"));
+    let machine = cluster.get(&["ftvm", "--namespace", NAMESPACE, VM]);
+    let status = machine.map_or_else(|error| format!("{error:#}"), |vm| format!("{:#}", vm["status"]));
+    format!("{shown}\n{status}\n{}", cluster.pods_story(NAMESPACE))
+}
+
+impl Drop for Kubernetes {
+    fn drop(&mut self) {
+        if let Some(mut drain) = self.drain.take() {
+            // It may have ended by itself.
+            drain.kill().ok();
+            drain.wait().ok();
+        }
+    }
+}
+
+impl System for Kubernetes {
+    fn protects(&self) -> bool {
+        true
+    }
+
+    fn engine_program(&self) -> &str {
+        "ftvm-engine"
+    }
+
+    fn start(&mut self) -> anyhow::Result<()> {
+        self.cluster.apply(&self.manifest().to_string()).map(drop)
+    }
+
+    fn seat(&mut self, machine: usize) -> Option<Seat> {
+        let (_, engine) = self.engine(machine).ok()??;
+        serde_json::from_value(engine).ok()
+    }
+
+    /// By a drain of its node, as administrators do before they work on one.
+    fn hand_over(&mut self, machine: usize) -> anyhow::Result<()> {
+        let node = self.cluster.nodes()[machine].name();
+        let words = [
+            "drain",
+            &node,
+            "--ignore-daemonsets",
+            "--delete-emptydir-data",
+            "--timeout=120s",
+        ];
+        self.drain = Some(self.cluster.start_kubectl(&words)?);
+        Ok(())
+    }
+
+    /// The operator does.
+    fn replace(&mut self, _lost: usize, _spare: usize) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        let status = self.drain.as_mut()?.try_wait().ok()??;
+        let output = self.drain.take()?.wait_with_output().ok()?;
+        let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        (!status.success()).then(|| format!("kubectl drain ({status}): {text}"))
+    }
+
+    /// A node that was started again, or drained, takes seats once it is ready and offers them.
+    fn make_spare(&mut self, machine: usize) -> anyhow::Result<()> {
+        let name = self.cluster.nodes()[machine].name();
+        if let Some(drain) = self.drain.take() {
+            let output = drain.wait_with_output().context("waiting for kubectl")?;
+            let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            ensure!(output.status.success(), "kubectl drain ({}): {text}", output.status);
+            self.cluster.kubectl(&["uncordon", &name])?;
+        }
+        self.cluster.wait_node_ready(&name)?;
+        wait_for(&format!("node {name} offers seats"), PATIENCE, || {
+            let node = self.cluster.get(&["node", &name])?;
+            let seats = &node["status"]["allocatable"]["ftvm.dev/seat"];
+            ensure!(seats.as_str().is_some_and(|seats| seats != "0"), "{seats}");
+            self.ask(machine, &json!({"request": "status"}), ANSWER).map(drop)
+        })
+    }
+
+    fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
+        compare::disks(&self.disk(active)?, &self.disk(standby)?, SETTLE)?;
+        compare::memory(|machine| self.digest(machine), active, standby, SETTLE)
+    }
+
+    fn logs(&self) -> Vec<PathBuf> {
+        vec![self.cluster.folder().join("log")]
+    }
+}

@@ -1,0 +1,90 @@
+//! Processes of a pid namespace, found by the process id of its init.
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::Instant;
+
+use super::{HostsError, io as failed, namespace};
+
+/// A process that runs on a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessInfo {
+    /// Its pid as this process sees it.
+    pub pid: i32,
+    /// Name of its program's file, without folders.
+    pub program: String,
+    /// State letter of proc(5): `R`, `S`, `D`, `T`, `Z`.
+    pub state: char,
+    /// Pid of its parent.
+    pub parent: i32,
+}
+
+impl ProcessInfo {
+    /// Whether it can do nothing: it stands or has ended, or it waits in vfork(2), in the kernel, for a child that
+    /// stands, and has its own SIGSTOP before it once that is over.
+    #[must_use]
+    pub fn stands_still(&self, all: &[Self]) -> bool {
+        let child_stands = || all.iter().any(|other| other.parent == self.pid && other.state == 'T');
+        matches!(self.state, 'T' | 'Z' | 'X') || (self.state == 'D' && child_stands())
+    }
+}
+
+/// The processes of an init's pid namespace, without that init and without those of namespaces below.
+pub(crate) fn all(init: i32) -> Result<Vec<ProcessInfo>, HostsError> {
+    let namespace = |pid: i32| fs::metadata(format!("/proc/{pid}/ns/pid")).map(|meta| meta.ino());
+    let own = namespace(init).map_err(failed(format!("reading the pid namespace of process {init}")))?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").map_err(failed("reading /proc"))? {
+        let name = entry.map_err(failed("reading /proc"))?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        // A process may end at any moment: what can't be read any more is not there.
+        if pid != init && namespace(pid).is_ok_and(|other| other == own) {
+            found.extend(information(pid));
+        }
+    }
+    Ok(found)
+}
+
+/// Those whose program has this file name.
+pub(crate) fn named(init: i32, program: &str) -> Result<Vec<ProcessInfo>, HostsError> {
+    let mut found = all(init)?;
+    found.retain(|process| process.program == program);
+    Ok(found)
+}
+
+/// Sends SIGKILL to every process of this program; returns how many and when.
+pub(crate) fn kill(init: i32, program: &str) -> Result<(usize, Instant), HostsError> {
+    let mut killed = 0;
+    for victim in named(init, program)? {
+        // The handle is opened first and the process looked at again: a pid that was reused is left alone.
+        let Ok(handle) = namespace::pidfd_open(victim.pid) else {
+            continue;
+        };
+        if information(victim.pid).is_some_and(|now| now.program == program) {
+            namespace::signal(&handle, libc::SIGKILL).map_err(failed(format!("killing {program}")))?;
+            killed += 1;
+        }
+    }
+    Ok((killed, Instant::now()))
+}
+
+fn information(pid: i32) -> Option<ProcessInfo> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (head, tail) = stat.rsplit_once(')')?;
+    let (_, comm) = head.split_once('(')?;
+    let mut fields = tail.split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    let parent = fields.next()?.parse().ok()?;
+    // The link of a zombie can't be read; the short name remains.
+    let program = fs::read_link(format!("/proc/{pid}/exe"))
+        .ok()
+        .and_then(|path| Some(path.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned()))
+        .unwrap_or_else(|| comm.to_owned());
+    Some(ProcessInfo {
+        pid,
+        program,
+        state,
+        parent,
+    })
+}

@@ -1,0 +1,190 @@
+//! `helm lint` and `helm template`; no cluster.
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use ftvm_e2e::cluster::programs;
+
+use crate::{chart, value_sets};
+
+fn helm(arguments: &[&str]) -> Output {
+    let programs = programs::folder(&(Arc::new(|line: &str| eprintln!("{line}")) as _)).unwrap();
+    let mut command = Command::new(programs.join("helm"));
+    let nowhere = std::env::temp_dir().join(format!("ftvm-helm-{}", std::process::id()));
+    for name in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+        command.env(name, &nowhere);
+    }
+    command.args(arguments).output().unwrap()
+}
+
+fn text(output: &Output) -> String {
+    let both = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
+    String::from_utf8(both).unwrap()
+}
+
+/// What `helm template` makes of the chart with these arguments.
+fn template(arguments: &[&str]) -> Output {
+    let chart = chart();
+    let head = [
+        "template",
+        "ftvm",
+        chart.to_str().unwrap(),
+        "--namespace=ftvm-system",
+        "--kube-version=1.37.0",
+    ];
+    helm(&[&head, arguments].concat())
+}
+
+#[test]
+fn lint_is_clean_with_every_set_of_values() {
+    let chart = chart();
+    let chart = chart.to_str().unwrap();
+    let sets = value_sets();
+    let all = std::iter::once(None).chain(sets.iter().map(Some));
+    for set in all {
+        let values = set.map(|path| format!("--values={}", path.display()));
+        let output = helm(
+            &[
+                &["lint", "--strict", chart][..],
+                &values.iter().map(String::as_str).collect::<Vec<_>>(),
+            ]
+            .concat(),
+        );
+        let text = text(&output);
+        assert!(
+            output.status.success() && !text.contains("[WARNING]"),
+            "{set:?}: {text}"
+        );
+    }
+}
+
+/// (values, what the message says)
+const REFUSED: &[(&[&str], &[&str])] = &[
+    (&["operator.replica=3"], &["operator", "'replica' not allowed"]),
+    (&["nodedaemon.log=debug"], &["'nodedaemon' not allowed"]),
+    (&["operator.replicas=0"], &["/operator/replicas", "minimum"]),
+    (&["operator.replicas=two"], &["/operator/replicas", "want integer"]),
+    (
+        &["image.pullPolicy=Sometimes"],
+        &["/image/pullPolicy", "'Always', 'IfNotPresent', 'Never'"],
+    ),
+    (&["image.repository="], &["/image/repository", "minLength"]),
+    (
+        &["image.repository=a@sha256:b"],
+        &["/image/repository", "does not match pattern"],
+    ),
+    (
+        &["image.digest=sha256:12"],
+        &["/image/digest", "does not match pattern"],
+    ),
+    (&["image.tag=a b"], &["/image/tag", "does not match pattern"]),
+    (
+        &["image.pullSecrets[0]=Registry"],
+        &["/image/pullSecrets/0", "does not match pattern"],
+    ),
+    (
+        &["fullnameOverride=VMs"],
+        &["/fullnameOverride", "does not match pattern"],
+    ),
+    (&["crds.install=maybe"], &["/crds/install", "want boolean"]),
+    (
+        &["operator.resources.limit.cpu=1"],
+        &["/operator/resources", "'limit' not allowed"],
+    ),
+    (
+        &["operator.resources.limits.memory=lots"],
+        &["/operator/resources/limits/memory"],
+    ),
+    (
+        &["operator.affinity.nodes=a"],
+        &["/operator/affinity", "'nodes' not allowed"],
+    ),
+    (
+        &["nodeDaemon.tolerations[0].operator=Is"],
+        &["/nodeDaemon/tolerations/0/operator"],
+    ),
+    (
+        &["nodeDaemon.kubeletPath=var/lib/kubelet"],
+        &["/nodeDaemon/kubeletPath", "does not match pattern"],
+    ),
+    (&["nodeDaemon.updateMaxSurge=0"], &["/nodeDaemon/updateMaxSurge"]),
+    (&["nodeDaemon.updateMaxSurge=0%"], &["/nodeDaemon/updateMaxSurge"]),
+    (
+        &["networkPolicy.apiServerPorts[0]=70000"],
+        &["/networkPolicy/apiServerPorts/0", "maximum"],
+    ),
+    (
+        &["monitors.interval=often"],
+        &["/monitors/interval", "does not match pattern"],
+    ),
+    (
+        &["commonLabels.team=a b"],
+        &["/commonLabels/team", "does not match pattern"],
+    ),
+];
+
+#[test]
+fn values_that_make_no_sense_are_refused_by_name() {
+    for (values, expected) in REFUSED {
+        let sets: Vec<String> = values.iter().map(|value| format!("--set={value}")).collect();
+        let output = template(&sets.iter().map(String::as_str).collect::<Vec<_>>());
+        let text = text(&output);
+        assert!(!output.status.success(), "{values:?} was taken");
+        for words in *expected {
+            assert!(text.contains(words), "{values:?}: no {words:?} in: {text}");
+        }
+    }
+}
+
+#[test]
+fn an_older_kubernetes_is_refused() {
+    let output = template(&["--kube-version=1.31.0"]);
+    assert!(
+        !output.status.success() && text(&output).contains("requires kubeVersion: >=1.33"),
+        "{}",
+        text(&output)
+    );
+}
+
+#[test]
+fn switches_switch() {
+    let count = |arguments: &[&str], kind: &str| {
+        let output = template(arguments);
+        assert!(output.status.success(), "{}", text(&output));
+        let line = format!("kind: {kind}");
+        text(&output).lines().filter(|text| *text == line).count()
+    };
+    for (value, kind, off, on) in [
+        ("crds.install", "CustomResourceDefinition", 0, 1),
+        ("namespace.create", "Namespace", 0, 1),
+        ("priorityClasses.create", "PriorityClass", 0, 2),
+        ("networkPolicy.enabled", "NetworkPolicy", 0, 1),
+        ("monitors.enabled", "ServiceMonitor", 0, 2),
+        ("rbac.aggregate", "ClusterRole", 2, 4),
+    ] {
+        assert_eq!(count(&[&format!("--set={value}=false")], kind), off, "{value} off");
+        assert_eq!(count(&[&format!("--set={value}=true")], kind), on, "{value} on");
+    }
+    assert_eq!(count(&["--set=operator.replicas=1"], "PodDisruptionBudget"), 0);
+    assert_eq!(count(&["--set=operator.replicas=2"], "PodDisruptionBudget"), 1);
+    // Policies have no switch.
+    for set in value_sets() {
+        let values = format!("--values={}", set.display());
+        for kind in ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"] {
+            assert_eq!(count(&[&values], kind), 5, "{set:?}");
+        }
+    }
+}
+
+#[test]
+fn definitions_outlive_the_release_unless_told_otherwise() {
+    for (keep, marks) in [("true", 1), ("false", 0)] {
+        let output = template(&["--show-only=templates/crds.yaml", &format!("--set=crds.keep={keep}")]);
+        let text = text(&output);
+        assert!(text.contains("name: faulttolerantvms.ftvm.dev"), "{text}");
+        assert_eq!(
+            text.matches("helm.sh/resource-policy: keep").count(),
+            marks,
+            "keep={keep}"
+        );
+    }
+}

@@ -1,0 +1,354 @@
+//! A FaultTolerantVM on a real cluster, through everything that happens to one. One client's one TCP connection lives through all of it.
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use ftvm_e2e::cluster::install::{GUEST_IMAGE, NAMESPACE as SYSTEM};
+use ftvm_e2e::cluster::{Cluster, Component, NodeProgram, wait_for};
+use ftvm_e2e::demo::cluster::{NAMESPACE, VM, on_stage};
+use ftvm_e2e::demo::rounds::{Pair, Stage};
+use ftvm_e2e::demo::witness::EmbeddedWitness;
+use ftvm_e2e::demo::{Fault, Options, place};
+use ftvm_e2e::hosts::CutDirection;
+use ftvm_e2e::lab::Network;
+use ftvm_e2e::lab::binaries::Profile;
+use ftvm_e2e::report::Progress;
+use serde_json::{Value, json};
+
+/// Long enough for a busy machine; nothing is judged by it.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+struct Acts<'a> {
+    stage: Stage<'a, EmbeddedWitness>,
+    cluster: Rc<Cluster>,
+    progress: &'a Progress,
+    number: Cell<u32>,
+}
+
+impl Acts<'_> {
+    /// One act: from a protected machine to a protected machine, then everything is compared.
+    fn act(&mut self, name: &str, act: impl FnOnce(&mut Self, Pair) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let begin = Instant::now();
+        self.number.set(self.number.get() + 1);
+        let pair = self.stage.pair().with_context(|| format!("before {name}"))?;
+        self.stage.answers_go_on()?;
+        act(self, pair).with_context(|| name.to_owned())?;
+        self.stage.pair().with_context(|| format!("after {name}"))?;
+        self.stage.examine().with_context(|| format!("after {name}"))?;
+        let (number, seconds) = (self.number.get(), begin.elapsed().as_secs_f64());
+        self.progress.good(format!("act {number}, {name}: {seconds:.0} s"));
+        Ok(())
+    }
+
+    /// Waits until another host than before is active; it must be the standby.
+    fn standby_takes_over(&mut self, before: Pair) -> anyhow::Result<f64> {
+        let (after, gap_ms) = self.stage.taken_over(before)?;
+        ensure!(after == before.standby, "host {after} took over from {before:?}");
+        self.progress.say(format!("the client waited {gap_ms:.1} ms"));
+        Ok(gap_ms)
+    }
+
+    /// The machine is as it was: the same host, the same term, still protected.
+    fn nothing_changed(&mut self, before: Pair) -> anyhow::Result<()> {
+        let now = self.stage.pair()?;
+        ensure!(now == before, "{before:?} became {now:?}");
+        self.stage.answers_go_on().map(drop)
+    }
+
+    /// While this lasts, the guest answers and stays protected by the same two hosts.
+    fn holds_for(&mut self, before: Pair, time: Duration) -> anyhow::Result<()> {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(500));
+            self.nothing_changed(before)?;
+        }
+        Ok(())
+    }
+
+    fn node(&self, host: usize) -> String {
+        self.cluster.nodes()[host].name()
+    }
+
+    fn kill_engine(&self, host: usize) -> anyhow::Result<()> {
+        let (killed, _) = self.cluster.nodes()[host].kill_processes("ftvm-engine")?;
+        ensure!(killed == 1, "{killed} engines ran on {}", self.node(host));
+        Ok(())
+    }
+
+    fn vm(&self) -> anyhow::Result<Value> {
+        self.cluster.get(&["ftvm", "--namespace", NAMESPACE, VM])
+    }
+
+    /// Waits for a condition's status and reason; returns its message.
+    fn wait_condition(&self, kind: &str, status: &str, reason: &str) -> anyhow::Result<String> {
+        wait_condition(&self.cluster, VM, kind, status, reason)
+    }
+}
+
+fn wait_condition(cluster: &Cluster, vm: &str, kind: &str, status: &str, reason: &str) -> anyhow::Result<String> {
+    wait_for(&format!("{vm}: {kind} is {status} ({reason})"), PATIENCE, || {
+        let vm = cluster.get(&["ftvm", "--namespace", NAMESPACE, vm])?;
+        let conditions = vm["status"]["conditions"].as_array().context("no conditions")?;
+        let found = conditions.iter().find(|condition| condition["type"] == kind);
+        let found = found.context("no such condition")?;
+        ensure!(found["status"] == status && found["reason"] == reason, "{found}");
+        Ok(found["message"].as_str().unwrap_or_default().to_owned())
+    })
+}
+
+#[test]
+fn a_machine_lives_through_everything() -> anyhow::Result<()> {
+    let options = Options {
+        fault: Fault::None,
+        // Each replaced seat leaves a volume behind, and ten machines at once need twenty.
+        rounds: 16,
+        ..Options::default()
+    };
+    let progress = Progress::new();
+    let folder = place::new_folder("cluster-failover")?;
+    on_stage(&options, Profile::Dev, &folder, &progress, |stage, cluster| {
+        let mut acts = Acts {
+            stage,
+            cluster: Rc::clone(cluster),
+            progress: &progress,
+            number: Cell::new(0),
+        };
+        acts.act("kill -9 of the engine", killed_engine)?;
+        acts.act("a node's plug is pulled", killed_node)?;
+        acts.act("only kubelet dies", killed_kubelet)?;
+        acts.act("the node-daemons are replaced one by one", restarted_daemons)?;
+        acts.act("the operator dies during a failover", killed_operator)?;
+        acts.act("the active's node is drained", drained_node)?;
+        acts.act("the API server is away", absent_api_server)?;
+        acts.act("both seats reach the API server, not each other", partition)?;
+        acts.act("the chart is upgraded", upgraded_chart)?;
+        acts.act("only two nodes are left", two_nodes)?;
+        let Acts { stage, cluster, .. } = acts;
+        let (report, _) = stage.end();
+        ensure!(report.passed(), "{:?}", report.complaints);
+        deleted(&cluster)
+    })
+}
+
+fn killed_engine(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let pods = |acts: &Acts<'_>| -> anyhow::Result<Value> {
+        let vm = acts.vm()?;
+        let seats = vm["status"]["seats"].as_array().context("no book")?;
+        Ok(seats.iter().map(|seat| seat["podUid"].clone()).collect())
+    };
+    let pods_before = pods(acts)?;
+    acts.kill_engine(before.active)?;
+    acts.standby_takes_over(before)?;
+    let now = acts.stage.pair()?;
+    ensure!(now.standby == before.active, "the engine came back elsewhere: {now:?}");
+    ensure!(pods(acts)? == pods_before, "its pods were replaced");
+    Ok(())
+}
+
+fn killed_node(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let node = acts.node(before.active);
+    acts.cluster.node(&node)?.kill()?;
+    acts.standby_takes_over(before)?;
+    let now = acts.stage.pair()?;
+    ensure!(now.standby != before.active, "{now:?}");
+    acts.cluster.node(&node)?.start()?;
+    acts.stage.system().make_spare(before.active)
+}
+
+fn killed_kubelet(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let node = acts.node(before.active);
+    acts.cluster.node(&node)?.kill_program(NodeProgram::Kubelet)?;
+    acts.cluster.wait_node_not_ready(&node)?;
+    // Longer than a seat in trouble is borne.
+    acts.holds_for(before, Duration::from_secs(15))?;
+    acts.cluster.node(&node)?.start_program(NodeProgram::Kubelet)?;
+    acts.cluster.wait_node_ready(&node)?;
+    acts.nothing_changed(before)
+}
+
+fn rollout(cluster: &Cluster) -> anyhow::Result<()> {
+    for kind in ["daemonset/ftvm-node-daemon", "deployment/ftvm-operator"] {
+        cluster.kubectl(&["rollout", "status", kind, "--namespace", SYSTEM, "--timeout=180s"])?;
+    }
+    Ok(())
+}
+
+fn restarted_daemons(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let words = [
+        "rollout",
+        "restart",
+        "daemonset/ftvm-node-daemon",
+        "--namespace",
+        SYSTEM,
+    ];
+    acts.cluster.kubectl(&words)?;
+    rollout(&acts.cluster)?;
+    acts.nothing_changed(before)
+}
+
+fn killed_operator(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let label = "--selector=app.kubernetes.io/name=ftvm-operator";
+    let words = [
+        "delete",
+        "pod",
+        "--namespace",
+        SYSTEM,
+        label,
+        "--force",
+        "--grace-period=0",
+    ];
+    let told = acts.cluster.kubectl(&words)?;
+    ensure!(
+        told.lines().filter(|line| line.contains("deleted")).count() == 2,
+        "{told}"
+    );
+    acts.kill_engine(before.active)?;
+    acts.standby_takes_over(before)?;
+    rollout(&acts.cluster)
+}
+
+fn drained_node(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    acts.stage.system().hand_over(before.active)?;
+    acts.standby_takes_over(before)?;
+    let now = acts.stage.pair()?;
+    ensure!(now.standby != before.active, "{now:?}");
+    acts.stage.system().make_spare(before.active)
+}
+
+fn absent_api_server(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    acts.cluster.pause_component(Component::ApiServer)?;
+    acts.holds_for(before, Duration::from_secs(30))?;
+    acts.kill_engine(before.active)?;
+    // Nobody may decide now: the standby waits, and so does the client.
+    let early = acts.stage.taken_over_within(before, Duration::from_secs(5));
+    ensure!(early.is_err(), "{early:?} without an arbiter");
+    acts.cluster.resume_component(Component::ApiServer)?;
+    acts.standby_takes_over(before).map(drop)
+}
+
+fn partition(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let (active, standby) = (acts.node(before.active), acts.node(before.standby));
+    let cluster = Rc::clone(&acts.cluster);
+    let (active, standby) = (cluster.node(&active)?, cluster.node(&standby)?);
+    cluster.cut_link(active, standby, Network::Management, CutDirection::Both)?;
+    let (winner, _) = acts.stage.taken_over(before)?;
+    ensure!([before.active, before.standby].contains(&winner), "host {winner} won");
+    cluster.mend_links()
+}
+
+fn upgraded_chart(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let values = ["--set", "nodeDaemon.log=debug", "--set", "operator.log=debug"];
+    acts.cluster.helm_install("upgrade", &values)?;
+    rollout(&acts.cluster)?;
+    acts.nothing_changed(before)
+}
+
+fn two_nodes(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let third = (0..3).find(|host| ![before.active, before.standby].contains(host));
+    let third = acts.node(third.context("no third node")?);
+    acts.cluster.kubectl(&["cordon", &third])?;
+    let node = acts.node(before.active);
+    acts.cluster.node(&node)?.kill()?;
+    acts.standby_takes_over(before)?;
+    let said = acts.wait_condition("Protected", "False", "TooFewNodes")?;
+    ensure!(said.contains("add a node"), "{said}");
+    acts.stage.answers_go_on()?;
+    acts.cluster.kubectl(&["uncordon", &third])?;
+    acts.stage.pair()?;
+    acts.cluster.node(&node)?.start()?;
+    acts.stage.system().make_spare(before.active)
+}
+
+fn deleted(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.kubectl(&["delete", "ftvm", VM, "--namespace", NAMESPACE, "--timeout=120s"])?;
+    wait_for("nothing is left of the machine", PATIENCE, || {
+        let kinds = "pods,pvc,leases,secrets,pdb,networkpolicies";
+        let words = [
+            "get",
+            kinds,
+            "--namespace",
+            NAMESPACE,
+            "--selector=ftvm.dev/vm",
+            "--output=name",
+        ];
+        let left = cluster.kubectl(&words)?;
+        ensure!(left.trim().is_empty(), "{left}");
+        Ok(())
+    })?;
+    for node in cluster.nodes() {
+        let (engines, _) = node.kill_processes("ftvm-engine")?;
+        ensure!(engines == 0, "an engine ran on {}", node.name());
+    }
+    missing_image(cluster)?;
+    strange_lease(cluster)?;
+    ten_at_once(cluster)
+}
+
+/// A small machine without a network.
+fn small(name: &str, image: &str) -> Value {
+    json!({
+        "apiVersion": "ftvm.dev/v1alpha1", "kind": "FaultTolerantVM", "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {
+            "machine": {"memory": "32Mi"},
+            "boot": {"image": {"reference": image, "pullPolicy": "Never"}},
+            "disks": [{"name": "root", "size": "8Mi", "storageClassName": "local"}],
+            "resources": {"cpuRequest": "20m", "memoryOverhead": "256Mi"},
+        },
+    })
+}
+
+/// What nobody can pull is said, and nothing hot-loops.
+fn missing_image(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(&small("none", "lab.ftvm.dev/none:1").to_string())?;
+    let said = wait_condition(cluster, "none", "Protected", "False", "ImagePullFailed")?;
+    ensure!(said.contains("correct spec.boot.image"), "{said}");
+    cluster.kubectl(&["delete", "ftvm", "none", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    Ok(())
+}
+
+/// The Lease is edited, and deleted, by hand: it is said what to do, and the pair goes on.
+fn strange_lease(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(&small("edited", GUEST_IMAGE).to_string())?;
+    wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
+    let record = |text: &str| {
+        let patch = json!({"metadata": {"annotations": {"ftvm.dev/record": text}}}).to_string();
+        let words = [
+            "patch",
+            "lease",
+            "edited",
+            "--namespace",
+            NAMESPACE,
+            "--type=merge",
+            "--patch",
+            &patch,
+        ];
+        cluster.kubectl(&words).map(drop)
+    };
+    let lease = cluster.get(&["lease", "edited", "--namespace", NAMESPACE])?;
+    let good = lease["metadata"]["annotations"]["ftvm.dev/record"]
+        .as_str()
+        .context("no record")?;
+    record("{}")?;
+    let said = wait_condition(cluster, "edited", "ArbiterReachable", "False", "LeaseUnusable")?;
+    ensure!(said.contains("ftvm.dev/record"), "{said}");
+    record(good)?;
+    wait_condition(cluster, "edited", "ArbiterReachable", "True", "Reachable")?;
+    wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
+    cluster.kubectl(&["delete", "lease", "edited", "--namespace", NAMESPACE])?;
+    let said = wait_condition(cluster, "edited", "ArbiterReachable", "False", "LeaseGone")?;
+    ensure!(said.contains("restore it from a backup"), "{said}");
+    cluster.kubectl(&["delete", "ftvm", "edited", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    Ok(())
+}
+
+fn ten_at_once(cluster: &Cluster) -> anyhow::Result<()> {
+    let names: Vec<String> = (0..10).map(|number| format!("many-{number}")).collect();
+    let items: Vec<Value> = names.iter().map(|name| small(name, GUEST_IMAGE)).collect();
+    cluster.apply(&json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string())?;
+    for name in &names {
+        wait_condition(cluster, name, "Protected", "True", "StandbyFollows")?;
+    }
+    cluster.kubectl(&["delete", "ftvm", "--all", "--namespace", NAMESPACE, "--timeout=180s"])?;
+    Ok(())
+}

@@ -1,0 +1,317 @@
+//! The resource and the operator at a real API server. No node offers seats here: what daemons do is tested elsewhere.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use ftvm_e2e::cluster::{Cluster, Options, wait_for};
+use serde_json::{Value, json};
+
+mod refused;
+
+/// Long enough for a busy machine; nothing is judged by it.
+const PATIENCE: Duration = Duration::from_secs(180);
+const DEFINITION: &str = include_str!("../../crds/ftvm.dev_faulttolerantvms.yaml");
+const EXAMPLE: &str = include_str!("../../docs/examples/web.yaml");
+
+fn yaml(text: &str) -> Value {
+    ftvm_crds::yaml::read(text).expect("YAML")
+}
+
+/// RFC 7396.
+fn merge(into: &mut Value, patch: &Value) {
+    let Value::Object(changes) = patch else {
+        *into = patch.clone();
+        return;
+    };
+    if !into.is_object() {
+        *into = json!({});
+    }
+    for (key, change) in changes {
+        if change.is_null() {
+            into.as_object_mut().expect("an object").remove(key);
+        } else {
+            merge(&mut into[key], change);
+        }
+    }
+}
+
+fn cluster() -> anyhow::Result<Cluster> {
+    let cluster = Cluster::start(Options {
+        nodes: 1,
+        audit: true,
+        ..Options::default()
+    })?;
+    cluster.apply(DEFINITION)?;
+    cluster.kubectl(&[
+        "wait",
+        "--for=condition=Established",
+        "crd/faulttolerantvms.ftvm.dev",
+        "--timeout=60s",
+    ])?;
+    Ok(cluster)
+}
+
+fn write(cluster: &Cluster, name: &str, object: &Value) -> anyhow::Result<String> {
+    let path = cluster.folder().join(name);
+    std::fs::write(&path, object.to_string())?;
+    Ok(path.display().to_string())
+}
+
+/// Says so if the message is missing, or nothing is refused.
+fn expect_refusal(answer: anyhow::Result<String>, change: &str, message: &str) -> Option<String> {
+    match answer {
+        Ok(_) => Some(format!("{change}: accepted")),
+        Err(error) if format!("{error:#}").contains(message) => None,
+        Err(error) => Some(format!("{change}: `{message}` expected: {error:#}")),
+    }
+}
+
+#[test]
+fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()> {
+    let cluster = cluster()?;
+    let mut wrong = Vec::new();
+    for (change, message) in refused::AT_CREATION {
+        let mut object = yaml(EXAMPLE);
+        merge(&mut object, &yaml(change));
+        let file = write(&cluster, "refused.json", &object)?;
+        wrong.extend(expect_refusal(
+            cluster.kubectl(&["create", "-f", &file]),
+            change,
+            message,
+        ));
+    }
+    cluster.apply(EXAMPLE)?;
+    let patch = |change: &str| {
+        let text = yaml(change).to_string();
+        cluster.kubectl(&["patch", "ftvm", "web", "--type=merge", "--dry-run=server", "-p", &text])
+    };
+    for (change, message) in refused::AFTERWARDS {
+        wrong.extend(expect_refusal(patch(change), change, message));
+    }
+    for change in refused::ACCEPTED {
+        wrong.extend(patch(change).err().map(|error| format!("{change}: {error:#}")));
+    }
+    assert_eq!(wrong, Vec::<String>::new());
+    // Every rule has an example.
+    let examples = || refused::AT_CREATION.iter().chain(refused::AFTERWARDS);
+    let untried = ftvm_crds::messages()
+        .into_iter()
+        .filter(|rule| !examples().any(|(_, message)| rule.contains(message)));
+    assert_eq!(untried.collect::<Vec<_>>(), Vec::<String>::new());
+    // Halted, machine and boot may change.
+    cluster.kubectl(&[
+        "patch",
+        "ftvm",
+        "web",
+        "--type=merge",
+        "-p",
+        r#"{"spec":{"runStrategy":"Halted"}}"#,
+    ])?;
+    assert!(
+        patch("spec: {machine: {memory: 1Gi}}").is_err(),
+        "before it has stopped"
+    );
+    let halted = r#"{"status":{"phase":"Halted","seats":[],"conditions":[]}}"#;
+    cluster.kubectl(&[
+        "patch",
+        "ftvm",
+        "web",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        halted,
+    ])?;
+    patch("spec: {machine: {memory: 1Gi, vcpus: 2}, boot: {cmdline: quiet}}")?;
+    assert!(patch("spec: {machine: {memory: 1Gi}, disks: [{name: other, size: 1Gi}]}").is_err());
+    let explained = cluster.kubectl(&["explain", "ftvm.spec.faultTolerance.replaceAfterSeconds"])?;
+    assert!(explained.contains("is replaced on another node"), "{explained}");
+    Ok(())
+}
+
+struct Operator(Child);
+
+impl Operator {
+    fn start(cluster: &Cluster, replica: &str) -> anyhow::Result<Operator> {
+        let log = std::fs::File::create(cluster.folder().join("log").join(format!("{replica}.log")))?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ftvm-operator"));
+        command
+            .args(["run", "--seat-image", "localhost/seat:test", "--listen", "127.0.0.1:0"])
+            .env("KUBECONFIG", cluster.admin_kubeconfig())
+            .envs([("POD_NAME", replica), ("POD_NAMESPACE", "ftvm-system")])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        Ok(Operator(cluster.sandbox().spawn(command)?))
+    }
+
+    fn kill(&mut self) {
+        // Gone already is as good.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn condition(vm: &Value, kind: &str) -> (String, String) {
+    let conditions = vm["status"]["conditions"].as_array().into_iter().flatten();
+    let found = conditions.into_iter().find(|condition| condition["type"] == kind);
+    let text = |key: &str| {
+        found
+            .and_then(|found| found[key].as_str())
+            .unwrap_or_default()
+            .to_owned()
+    };
+    (text("reason"), text("message"))
+}
+
+fn wait_reason(cluster: &Cluster, vm: &str, kind: &str, reason: &str) -> anyhow::Result<String> {
+    wait_for(&format!("{vm}: {kind} says {reason}"), PATIENCE, || {
+        let (found, message) = condition(&cluster.get(&["ftvm", vm])?, kind);
+        ensure!(found == reason, "{found}: {message}");
+        Ok(message)
+    })
+}
+
+fn leader(cluster: &Cluster) -> anyhow::Result<String> {
+    let lease = cluster.get(&["lease", "-n", "ftvm-system", "ftvm-operator"])?;
+    let holder = lease["spec"]["holderIdentity"]
+        .as_str()
+        .filter(|holder| !holder.is_empty());
+    Ok(holder.context("nobody leads")?.to_owned())
+}
+
+/// Requests of the operators beside watches and the election, so far.
+fn requests(cluster: &Cluster) -> anyhow::Result<Vec<String>> {
+    let events = cluster.audit_events()?;
+    let ours = events
+        .into_iter()
+        .filter(|event| event.user_agent.starts_with("ftvm-operator") && event.verb != "watch");
+    let text = ours.filter_map(|event| {
+        let object = event.object_ref?;
+        let election = object.name.as_deref() == Some("ftvm-operator");
+        (!election).then(|| format!("{} {} {}", event.verb, object.resource, object.name.unwrap_or_default()))
+    });
+    Ok(text.collect())
+}
+
+#[test]
+fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Result<()> {
+    let cluster = cluster()?;
+    cluster.kubectl(&["create", "namespace", "ftvm-system"])?;
+    let mut replicas = ["one", "two"].map(|name| (name, Operator::start(&cluster, name)));
+    cluster.apply(EXAMPLE)?;
+    let advice = wait_reason(&cluster, "web", "Protected", "NoKvmNode")?;
+    assert!(advice.contains("/dev/kvm"), "{advice}");
+    let vm = cluster.get(&["ftvm", "web"])?;
+    let seats = vm["status"]["seats"].as_array().context("no book")?.clone();
+    assert_eq!(seats.len(), 2);
+    for seat in &seats {
+        let name = seat["name"].as_str().context("no name")?;
+        let pod = cluster.get(&["pod", name])?;
+        assert_eq!(pod["metadata"]["uid"], seat["podUid"], "a seat is its pod's UID");
+        let identity = cluster.get(&["secret", &format!("{name}-identity")])?;
+        assert_eq!(identity["metadata"]["ownerReferences"][0]["uid"], seat["podUid"]);
+        cluster.get(&["pvc", &format!("{name}-root")])?;
+    }
+    for object in ["lease/web", "secret/web-authority", "pdb/web", "networkpolicy/web"] {
+        let found = cluster.get(&[object])?;
+        assert_eq!(
+            found["metadata"]["ownerReferences"][0]["uid"], vm["metadata"]["uid"],
+            "{object}"
+        );
+    }
+    rests(&cluster)?;
+    // Another replica takes over; nothing is made twice.
+    let first = leader(&cluster)?;
+    for (name, operator) in &mut replicas {
+        if *name == first {
+            operator.as_mut().map_err(|error| anyhow::anyhow!("{error:#}"))?.kill();
+        }
+    }
+    wait_for("another replica leads", PATIENCE, || {
+        let now = leader(&cluster)?;
+        ensure!(now != first, "{now} still leads");
+        Ok(())
+    })?;
+    rests(&cluster)?;
+    assert_eq!(cluster.get(&["ftvm", "web"])?["status"]["seats"], Value::Array(seats));
+    foreign_lease(&cluster)?;
+    halt_and_delete(&cluster)
+}
+
+/// After everything is made nothing is asked of the API server any more.
+fn rests(cluster: &Cluster) -> anyhow::Result<()> {
+    wait_for("the operator is quiet for 20 s", PATIENCE, || {
+        let before = requests(cluster)?.len();
+        std::thread::sleep(Duration::from_secs(20));
+        let after = requests(cluster)?;
+        // An event's series may be told once more.
+        ensure!(after.len() <= before + 1, "{:?}", &after[before..]);
+        Ok(())
+    })
+}
+
+fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
+    let lease =
+        json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "taken"}, "spec": {}});
+    cluster.apply(&lease.to_string())?;
+    let mut vm = yaml(EXAMPLE);
+    vm["metadata"]["name"] = json!("taken");
+    cluster.apply(&vm.to_string())?;
+    let advice = wait_reason(cluster, "taken", "ArbiterReachable", "LeaseUnusable")?;
+    assert!(advice.contains("remove that Lease"), "{advice}");
+    wait_for("an event tells it, too", PATIENCE, || {
+        let events = cluster.kubectl(&["get", "events", "--field-selector", "involvedObject.name=taken"])?;
+        ensure!(events.contains("LeaseUnusable"), "{events}");
+        Ok(())
+    })?;
+    cluster.kubectl(&["delete", "ftvm", "taken", "--timeout=60s"])?;
+    Ok(())
+}
+
+fn halt_and_delete(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.kubectl(&[
+        "patch",
+        "ftvm",
+        "web",
+        "--type=merge",
+        "-p",
+        r#"{"spec":{"runStrategy":"Halted"}}"#,
+    ])?;
+    wait_for("the VM is halted", PATIENCE, || {
+        let vm = cluster.get(&["ftvm", "web"])?;
+        ensure!(vm["status"]["phase"] == "Halted", "{}", vm["status"]);
+        Ok(())
+    })?;
+    cluster.kubectl(&[
+        "patch",
+        "ftvm",
+        "web",
+        "--type=merge",
+        "-p",
+        r#"{"spec":{"runStrategy":"Always"}}"#,
+    ])?;
+    wait_reason(cluster, "web", "Protected", "NoKvmNode")?;
+    cluster.kubectl(&["delete", "ftvm", "web", "--timeout=120s"])?;
+    wait_for("everything is gone", PATIENCE, || {
+        let left = cluster.kubectl(&[
+            "get",
+            "pods,pvc,secrets,pdb,networkpolicies",
+            "-l",
+            "ftvm.dev/vm=web",
+            "-o",
+            "name",
+        ])?;
+        ensure!(left.trim().is_empty(), "{left}");
+        Ok(())
+    })?;
+    assert!(Path::new(&cluster.folder()).exists());
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! What the API server refuses, with the message it gives: one example at least for each rule of the resource.
+
+/// (changes to `docs/examples/web.yaml`, what the message says)
+pub const AT_CREATION: &[(&str, &str)] = &[
+    ("metadata: {name: web.shop}", "metadata.name is part of pods' names"),
+    (
+        "metadata: {name: a-name-that-is-much-too-long-for-pods-to-be}",
+        "at most 34 lower-case letters",
+    ),
+    (
+        "spec: {machine: {memory: 512MB}}",
+        "write memory as a whole number with Mi, Gi or Ti",
+    ),
+    (
+        "spec: {machine: {memory: 0.5Gi}}",
+        "write memory as a whole number with Mi, Gi or Ti",
+    ),
+    ("spec: {machine: {memory: 8Mi}}", "memory must be from 16Mi to 4Ti"),
+    ("spec: {machine: {memory: 5Ti}}", "memory must be from 16Mi to 4Ti"),
+    ("spec: {machine: {vcpus: 17}}", "should be less than or equal to 16"),
+    ("spec: {machine: {vcpus: 0}}", "should be greater than or equal to 1"),
+    (
+        "spec: {disks: [{name: root, size: 2G}]}",
+        "write a size as a whole number with Mi, Gi or Ti",
+    ),
+    ("spec: {disks: []}", "should have at least 1 items"),
+    ("spec: {disks: null}", "spec.disks: Required value"),
+    (
+        "spec: {disks: [{name: a, size: 1Gi}, {name: a, size: 1Gi}]}",
+        "Duplicate value",
+    ),
+    ("spec: {disks: [{name: Root, size: 2Gi}]}", "such as root or data-1"),
+    (
+        "spec: {disks: [{name: guest, size: 2Gi}]}",
+        "guest and identity are names of the seat's own volumes",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {}, blank: {}}}]}",
+        "name one of source.image and source.blank",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {path: ../../etc/shadow}}}]}",
+        "write an absolute path of letters",
+    ),
+    (
+        "spec: {boot: {kernel: /boot/../../dev/mem}}",
+        "write an absolute path of letters",
+    ),
+    (
+        "spec: {boot: {initrd: initrd.img}}",
+        "write an absolute path of letters",
+    ),
+    (
+        "spec: {boot: {volume: {claimName: guest}}}",
+        "name exactly one of boot.image",
+    ),
+    ("spec: {boot: {image: null}}", "name exactly one of boot.image"),
+    ("spec: {networks: [{name: front}]}", "say what the card is attached to"),
+    (
+        "spec: {networks: [{name: FRONT, bridge: {name: br0}}]}",
+        "such as root or net-1",
+    ),
+    (
+        "spec: {networks: [{name: front, mac: '01:00:00:00:00:01', bridge: {name: br0}}]}",
+        "write a unicast MAC address in lower case",
+    ),
+    (
+        "spec: {networks: [{name: front, mac: '00:00:00:00:00:00', bridge: {name: br0}}]}",
+        "write a unicast MAC address in lower case",
+    ),
+    (
+        "spec: {networks: [{name: front, bridge: {name: 'br 0'}}]}",
+        "write the name of a network interface",
+    ),
+    (
+        "spec: {faultTolerance: {interval: {minMs: 60, maxMs: 50}}}",
+        "interval.minMs is above interval.maxMs",
+    ),
+    (
+        "spec: {faultTolerance: {targetLatencyMs: 3, interval: {minMs: 5}}}",
+        "targetLatencyMs can't be met with epochs of interval.minMs",
+    ),
+    (
+        "spec: {faultTolerance: {detectionMs: 100, interval: {maxMs: 100}}}",
+        "detectionMs must be longer than an epoch",
+    ),
+    (
+        "spec: {faultTolerance: {mode: Lockstep}}",
+        "supported values: \"Checkpoint\"",
+    ),
+    (
+        "spec: {resources: {cpuRequest: two}}",
+        "write CPU as a number of CPUs or thousandths with m",
+    ),
+    (
+        "spec: {resources: {memoryOverhead: '100'}}",
+        "write a size as a whole number with Mi, Gi or Ti",
+    ),
+    (
+        "spec: {runStrategy: Sometimes}",
+        "supported values: \"Always\", \"Halted\"",
+    ),
+];
+
+/// (changes to the accepted `docs/examples/web.yaml`, what the message says)
+pub const AFTERWARDS: &[(&str, &str)] = &[
+    (
+        "spec: {machine: {memory: 1Gi}}",
+        "spec.machine changes only while the VM is halted",
+    ),
+    (
+        "spec: {machine: {memory: 1Gi}, runStrategy: Halted}",
+        "spec.machine changes only while the VM is halted",
+    ),
+    (
+        "spec: {boot: {cmdline: quiet}}",
+        "spec.boot changes only while the VM is halted",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {}}}, {name: b, size: 1Gi}]}",
+        "spec.disks: names and order are fixed",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 4Gi, source: {image: {}}}]}",
+        "a disk's size and source are fixed",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {blank: {}}}]}",
+        "a disk's size and source are fixed",
+    ),
+    ("spec: {networks: []}", "spec.networks: names and order are fixed"),
+    (
+        "spec: {networks: [{name: front, mac: '02:00:00:00:00:01', bridge: {name: br0}}]}",
+        "a card's MAC address is fixed",
+    ),
+];
+
+/// Changes that are accepted at any time.
+pub const ACCEPTED: &[&str] = &[
+    "spec: {faultTolerance: {replaceAfterSeconds: 60}}",
+    "spec: {networks: [{name: front, bridge: {name: br1}}]}",
+    "spec: {placement: {seats: [{nodeSelector: {rack: one}}]}}",
+    "spec: {runStrategy: Halted}",
+];
