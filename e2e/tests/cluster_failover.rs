@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::install::{GUEST_IMAGE, NAMESPACE as SYSTEM};
+use ftvm_e2e::cluster::plan::CLIENT_BRIDGE;
 use ftvm_e2e::cluster::{Cluster, Component, NodeProgram, wait_for};
 use ftvm_e2e::demo::cluster::{NAMESPACE, VM, on_stage};
 use ftvm_e2e::demo::rounds::{Pair, Stage};
@@ -22,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(180);
 struct Acts<'a> {
     stage: Stage<'a, EmbeddedWitness>,
     cluster: Rc<Cluster>,
-    progress: &'a Progress,
+    progress: Progress,
     number: Cell<u32>,
 }
 
@@ -111,7 +112,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         let mut acts = Acts {
             stage,
             cluster: Rc::clone(cluster),
-            progress: &progress,
+            progress: progress.clone(),
             number: Cell::new(0),
         };
         acts.act("kill -9 of the engine", killed_engine)?;
@@ -285,7 +286,7 @@ fn deleted(cluster: &Cluster) -> anyhow::Result<()> {
     ten_at_once(cluster)
 }
 
-/// A small machine without a network.
+/// A small machine that nobody asks anything.
 fn small(name: &str, image: &str) -> Value {
     json!({
         "apiVersion": "ftvm.dev/v1alpha1", "kind": "FaultTolerantVM", "metadata": {"name": name, "namespace": NAMESPACE},
@@ -293,6 +294,7 @@ fn small(name: &str, image: &str) -> Value {
             "machine": {"memory": "32Mi"},
             "boot": {"image": {"reference": image, "pullPolicy": "Never"}},
             "disks": [{"name": "root", "size": "8Mi", "storageClassName": "local"}],
+            "networks": [{"name": "front", "bridge": {"name": CLIENT_BRIDGE}}],
             "resources": {"cpuRequest": "20m", "memoryOverhead": "256Mi"},
         },
     })
@@ -331,7 +333,7 @@ fn strange_lease(cluster: &Cluster) -> anyhow::Result<()> {
         .context("no record")?;
     record("{}")?;
     let said = wait_condition(cluster, "edited", "ArbiterReachable", "False", "LeaseUnusable")?;
-    ensure!(said.contains("ftvm.dev/record"), "{said}");
+    ensure!(said.contains("put its former value back"), "{said}");
     record(good)?;
     wait_condition(cluster, "edited", "ArbiterReachable", "True", "Reachable")?;
     wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
