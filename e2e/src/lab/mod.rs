@@ -175,8 +175,10 @@ pub(crate) fn make_networks(sandbox: &Sandbox) -> anyhow::Result<()> {
     let mut lines = String::new();
     for network in NETWORKS {
         let (bridge, address) = (network.bridge(), network.address(1));
+        // Its own, or it would be that of one of its ports, and change when that goes: whoever spoke with address 1 would speak to nobody.
+        let [_, second, _, host] = address.octets();
         lines += &format!(
-            "link add {bridge} type bridge forward_delay 0 mcast_snooping 0\n\
+            "link add {bridge} address 02:00:0a:{second:02x}:00:{host:02x} type bridge forward_delay 0 mcast_snooping 0\n\
              address add {address}/24 dev {bridge}\nlink set {bridge} up\n"
         );
     }
