@@ -22,7 +22,7 @@ use crate::serve;
 /// Reconciles of different VMs at a time.
 const CONCURRENCY: u16 = 8;
 /// Seconds that an election lasts without renewal, and how long before its end it is renewed.
-const ELECTION_SECONDS: (u64, u64) = (15, 5);
+const ELECTION_SECONDS: (u64, u64) = (8, 4);
 
 /// What the command line says.
 #[derive(Debug, Clone)]

@@ -107,7 +107,9 @@ impl Cluster {
             shared,
             folder,
         };
-        cluster.add_nodes()?;
+        if cluster.shared.options.nodes > 0 {
+            cluster.add_nodes()?;
+        }
         Ok(cluster)
     }
 

@@ -7,7 +7,8 @@ use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail};
+use serde_json::Value;
 
 use super::{Cluster, kubectl_command, wait_for};
 
@@ -55,8 +56,13 @@ impl Proxy {
         stream.read_to_string(&mut answer)?;
         let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
         let status = head.split(' ').nth(1).unwrap_or_default();
-        ensure!(status.starts_with('2'), "{method} {path}: {status}: {body}");
-        Ok(body.to_owned())
+        if status.starts_with('2') {
+            return Ok(body.to_owned());
+        }
+        // A `Status`, unless the proxy itself speaks.
+        let said: Value = serde_json::from_str(body).unwrap_or_default();
+        let text = |key: &str| said[key].as_str().unwrap_or(body).to_owned();
+        bail!("{method} {path}: {status} {}: {}", text("reason"), text("message"))
     }
 }
 

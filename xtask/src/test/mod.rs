@@ -150,7 +150,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "cluster",
             about: "a real Kubernetes, its nodes made of namespaces",
-            budget: minutes(10),
+            budget: minutes(20),
             // Kubernetes itself is built from source.
             build: minutes(25),
             quick: false,
