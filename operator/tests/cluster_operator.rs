@@ -19,6 +19,16 @@ fn yaml(text: &str) -> Value {
     ftvm_crds::yaml::read(text).expect("YAML")
 }
 
+/// The example under another name, its disk of this class.
+fn example(name: &str, class: Option<&str>) -> Value {
+    let mut vm = yaml(EXAMPLE);
+    vm["metadata"]["name"] = json!(name);
+    if let Some(class) = class {
+        vm["spec"]["disks"][0]["storageClassName"] = json!(class);
+    }
+    vm
+}
+
 /// RFC 7396.
 fn merge(into: &mut Value, patch: &Value) {
     let Value::Object(changes) = patch else {
@@ -206,7 +216,12 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     let cluster = cluster()?;
     cluster.kubectl(&["create", "namespace", "ftvm-system"])?;
     let mut replicas = ["one", "two"].map(|name| (name, Operator::start(&cluster, name)));
-    cluster.apply(EXAMPLE)?;
+    // The cluster has no default class.
+    cluster.apply(&example("unbound", None).to_string())?;
+    let advice = wait_reason(&cluster, "unbound", "Protected", "VolumeNotBound")?;
+    assert!(advice.contains("name a class that provisions"), "{advice}");
+    cluster.kubectl(&["delete", "ftvm", "unbound", "--timeout=60s"])?;
+    cluster.apply(&example("web", Some("local")).to_string())?;
     let advice = wait_reason(&cluster, "web", "Protected", "NoKvmNode")?;
     assert!(advice.contains("/dev/kvm"), "{advice}");
     let vm = cluster.get(&["ftvm", "web"])?;
@@ -262,9 +277,7 @@ fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
     let lease =
         json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "taken"}, "spec": {}});
     cluster.apply(&lease.to_string())?;
-    let mut vm = yaml(EXAMPLE);
-    vm["metadata"]["name"] = json!("taken");
-    cluster.apply(&vm.to_string())?;
+    cluster.apply(&example("taken", Some("local")).to_string())?;
     let advice = wait_reason(cluster, "taken", "ArbiterReachable", "LeaseUnusable")?;
     assert!(advice.contains("remove that Lease"), "{advice}");
     wait_for("an event tells it, too", PATIENCE, || {
