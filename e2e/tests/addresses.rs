@@ -13,7 +13,7 @@ use ftvm_e2e::demo::standalone::Standalone;
 use ftvm_e2e::demo::system::{Role, System};
 use ftvm_e2e::demo::{GUEST_ADDRESS, GUEST_MAC, Options, place};
 use ftvm_e2e::guest_protocol::{ANSWER_BYTES, Answer, DEFAULT_PORT, Op, Request};
-use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::hosts::{Host, Lab, LabPlan, net};
 use ftvm_e2e::judge::sniffer::Sniffer;
 use ftvm_e2e::judge::timeline::Direction;
@@ -27,13 +27,7 @@ static TURN: Mutex<()> = Mutex::new(());
 /// The programs, built before the namespaces are entered: there is no network in them.
 fn built(test: &str) -> Programs {
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}.json"));
-    if !inside() {
-        let programs = programs::build(Profile::Dev).expect("the programs build");
-        std::fs::write(&file, serde_json::to_string(&programs).expect("plain data"))
-            .expect("the target folder is writable");
-    }
-    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
-    serde_json::from_str(&text).expect("the outer run wrote it whole")
+    made_outside(&file, || programs::build(Profile::Dev)).expect("the programs build")
 }
 
 /// A client that sends one request when it is told to, and tells its answer.

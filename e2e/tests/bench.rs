@@ -5,20 +5,14 @@ use std::path::{Path, PathBuf};
 use ftvm_e2e::bench::command::{Built, measure};
 use ftvm_e2e::bench::{Options, tables};
 use ftvm_e2e::demo::programs::Profile;
-use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::report::Progress;
 use serde_json::Value;
 
 /// Built before the namespaces are entered: there is no network in them.
 fn built() -> Built {
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench-built.json");
-    if !inside() {
-        let built = Built::build(Profile::Dev).expect("the programs build");
-        std::fs::write(&file, serde_json::to_string(&built).expect("plain data"))
-            .expect("the target folder is writable");
-    }
-    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
-    serde_json::from_str(&text).expect("the outer run wrote it whole")
+    made_outside(&file, || Built::build(Profile::Dev)).expect("the programs build")
 }
 
 /// A path such as `resync.rounds.0.resync_ms` into the report.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use ftvm_e2e::bench::pair::Pair;
 use ftvm_e2e::bench::{Load, Options};
 use ftvm_e2e::demo::programs::{Profile, Programs, build};
-use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::report::Progress;
 
 const MEMORY_MIB: u32 = 512;
@@ -14,13 +14,7 @@ const WRITTEN_PAGES: u32 = (MEMORY_MIB - 24) << 8;
 /// Built before the namespaces are entered: there is no network in them.
 fn built() -> Programs {
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bounded-join.json");
-    if !inside() {
-        let programs = build(Profile::Dev).expect("the programs build");
-        std::fs::write(&file, serde_json::to_string(&programs).expect("plain data"))
-            .expect("the target folder is writable");
-    }
-    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
-    serde_json::from_str(&text).expect("the outer run wrote it whole")
+    made_outside(&file, || build(Profile::Dev)).expect("the programs build")
 }
 
 #[test]

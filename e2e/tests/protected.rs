@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use ftvm_e2e::demo::programs::{Profile, Programs};
 use ftvm_e2e::demo::{Fault, Options, command, programs};
-use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::report::{Progress, Report, table};
 
 /// One at a time: each keeps both cores of a small machine busy, and gaps are measured.
@@ -13,13 +13,7 @@ static TURN: Mutex<()> = Mutex::new(());
 /// The programs, built before the namespaces are entered: there is no network in them.
 fn built() -> Programs {
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs.json");
-    if !inside() {
-        let programs = programs::build(Profile::Dev).expect("the programs build");
-        std::fs::write(&file, serde_json::to_string(&programs).expect("plain data"))
-            .expect("the target folder is writable");
-    }
-    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
-    serde_json::from_str(&text).expect("the outer run wrote it whole")
+    made_outside(&file, || programs::build(Profile::Dev)).expect("the programs build")
 }
 
 /// Plays some rounds of a fault and demands a clean report.

@@ -15,7 +15,7 @@ use ftvm_e2e::demo::standalone::Standalone;
 use ftvm_e2e::demo::system::{Role, Seat, System};
 use ftvm_e2e::demo::{GUEST_ADDRESS, Options, place};
 use ftvm_e2e::guest_protocol::{DEFAULT_PORT, Op};
-use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::hosts::{CutDirection, Lab, LabPlan};
 use ftvm_e2e::judge::client::{self, End, Judge, JudgePlan, Outcome};
 use ftvm_e2e::lab::binaries;
@@ -43,17 +43,13 @@ struct Built {
 /// The programs, built before the namespaces are entered: there is no network in them.
 fn built() -> Built {
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ungated.json");
-    if !inside() {
-        let built = Built {
-            programs: programs::build(Profile::Dev).expect("the programs build"),
-            ungated: binaries::build_example("ftvm-e2e", "ungated-engine", Profile::Dev)
-                .expect("the ungated engine builds"),
-        };
-        std::fs::write(&file, serde_json::to_string(&built).expect("plain data"))
-            .expect("the target folder is writable");
-    }
-    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
-    serde_json::from_str(&text).expect("the outer run wrote it whole")
+    let make = || {
+        Ok(Built {
+            programs: programs::build(Profile::Dev)?,
+            ungated: binaries::build_example("ftvm-e2e", "ungated-engine", Profile::Dev)?,
+        })
+    };
+    made_outside(&file, make).expect("the programs build")
 }
 
 /// A protected pair, with a client that asks and asks.

@@ -2,7 +2,6 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use ftvm_e2e::demo::rounds::{Patience, Stage};
@@ -11,7 +10,7 @@ use ftvm_e2e::demo::unprotected::{Monitor, Unprotected};
 use ftvm_e2e::demo::witness::EmbeddedWitness;
 use ftvm_e2e::demo::{Fault, GUEST_ADDRESS, GUEST_MAC, Options, programs};
 use ftvm_e2e::guest_protocol::{Answer, DEFAULT_PORT, Op};
-use ftvm_e2e::hosts::outer::{inside, test_inside};
+use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::hosts::{Lab, LabPlan};
 use ftvm_e2e::judge::client::{self, End, Judge, JudgePlan, Outcome};
 use ftvm_e2e::lab::binaries::{self, Profile};
@@ -35,21 +34,15 @@ struct Built {
 }
 
 fn built() -> Built {
-    static ONCE: OnceLock<()> = OnceLock::new();
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("unprotected.json");
-    if !inside() {
-        ONCE.get_or_init(|| {
-            let engine = binaries::build(&[("ftvm-engine", "ftvm-engine")], Profile::Dev).expect("the engine builds");
-            let built = Built {
-                kernel: programs::build_guest().expect("the embedded guest builds"),
-                engine: engine[0].clone(),
-            };
-            let text = serde_json::to_string(&built).expect("plain data");
-            std::fs::write(&file, text).expect("the target folder is writable");
-        });
-    }
-    let text = std::fs::read_to_string(file).expect("the outer run wrote it");
-    serde_json::from_str(&text).expect("the outer run wrote it whole")
+    let make = || {
+        let engine = binaries::build(&[("ftvm-engine", "ftvm-engine")], Profile::Dev)?;
+        Ok(Built {
+            kernel: programs::build_guest()?,
+            engine: engine[0].clone(),
+        })
+    };
+    made_outside(&file, make).expect("the programs build")
 }
 
 /// The guest's state, from where its client stood.

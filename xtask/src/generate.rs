@@ -10,7 +10,10 @@ pub struct Generate {}
 impl Generate {
     /// Writes them.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        crate::chart::generate(&crate::root())?;
+        let root = crate::root();
+        // The chart has copies of what is written first.
+        crate::check::generated::generate(&root)?;
+        crate::chart::generate(&root)?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -3,8 +3,13 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use anyhow::Context;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::{HostsError, io as failed, net};
 use crate::interrupt;
@@ -24,6 +29,26 @@ pub enum Outer {
 /// True in the inner program.
 pub fn inside() -> bool {
     std::env::var_os(MARK).is_some() && std::process::id() == 1
+}
+
+/// What has to be made before the outer namespaces are entered, because there is no network in them: made outside and written to
+/// `file`, read from there inside.
+///
+/// # Errors
+/// Those of `make`; if the file can't be written, or was not.
+pub fn made_outside<T: Serialize + DeserializeOwned>(
+    file: &Path,
+    make: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    if !inside() {
+        let text = serde_json::to_string(&make()?)?;
+        // In one step: other tests may be reading it.
+        let new = file.with_extension(format!("{:?}", std::thread::current().id()));
+        fs::write(&new, text).with_context(|| format!("writing {}", new.display()))?;
+        fs::rename(&new, file).with_context(|| format!("writing {}", file.display()))?;
+    }
+    let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("in {}", file.display()))
 }
 
 /// Inside already: says so. Otherwise runs this executable with `arguments` inside new outer namespaces until it ends.

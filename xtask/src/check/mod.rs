@@ -8,7 +8,7 @@ use clap::Args;
 
 mod dependencies;
 mod errors;
-mod generated;
+pub mod generated;
 mod tidy;
 
 /// Options of `cargo xtask check`.

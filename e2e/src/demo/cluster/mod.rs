@@ -156,8 +156,7 @@ fn start(options: &Options, profile: Profile, folder: &Path, progress: &Progress
 
 /// Logs of nodes and engines outlive the cluster.
 fn keep_logs(cluster: &Cluster, folder: &Path) {
-    let script =
-        "cp -r \"$0/log\" \"$1/\"; cd \"$0/nodes\" && find . -name '*.log' -size -4M -exec cp --parents {} \"$1/\" ';'";
+    let script = "cp -r \"$0/log\" \"$1/\"; cd \"$0/nodes\" && find . -type f -name '*.log' -size -4M -exec cp --parents {} \"$1/\" ';'";
     let mut copy = std::process::Command::new("sh");
     copy.args(["-c", script]).arg(cluster.folder()).arg(folder);
     match copy.status() {

@@ -32,6 +32,8 @@ pub struct Kubernetes {
     options: Options,
     /// `kubectl drain`, while it waits.
     drain: Option<Child>,
+    /// Name of the node that takes no pods since.
+    drained: Option<String>,
 }
 
 impl Kubernetes {
@@ -41,6 +43,7 @@ impl Kubernetes {
             cluster,
             options: options.clone(),
             drain: None,
+            drained: None,
         }
     }
 
@@ -165,6 +168,7 @@ impl System for Kubernetes {
             "--timeout=120s",
         ];
         self.drain = Some(self.cluster.start_kubectl(&words)?);
+        self.drained = Some(node);
         Ok(())
     }
 
@@ -187,7 +191,9 @@ impl System for Kubernetes {
             let output = drain.wait_with_output().context("waiting for kubectl")?;
             let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             ensure!(output.status.success(), "kubectl drain ({}): {text}", output.status);
-            self.cluster.kubectl(&["uncordon", &name])?;
+        }
+        if let Some(drained) = self.drained.take() {
+            self.cluster.kubectl(&["uncordon", &drained])?;
         }
         self.cluster.wait_node_ready(&name)?;
         wait_for(&format!("node {name} offers seats"), PATIENCE, || {
