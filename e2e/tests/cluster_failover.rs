@@ -3,8 +3,8 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use ftvm_e2e::cluster::install::{GUEST_IMAGE, NAMESPACE as SYSTEM};
+use anyhow::{Context, bail, ensure};
+use ftvm_e2e::cluster::install::{GUEST_IMAGE, NAMESPACE as SYSTEM, RELEASE};
 use ftvm_e2e::cluster::plan::CLIENT_BRIDGE;
 use ftvm_e2e::cluster::{Cluster, Component, NodeProgram, wait_for};
 use ftvm_e2e::demo::cluster::{NAMESPACE, VM, on_stage};
@@ -102,8 +102,8 @@ fn wait_condition(cluster: &Cluster, vm: &str, kind: &str, status: &str, reason:
 fn a_machine_lives_through_everything() -> anyhow::Result<()> {
     let options = Options {
         fault: Fault::None,
-        // Each replaced seat leaves a volume behind, and ten machines at once need twenty.
-        rounds: 16,
+        // Each replaced seat leaves a volume behind, each `helm test` two, and ten machines at once need twenty.
+        rounds: 18,
         ..Options::default()
     };
     let progress = Progress::new();
@@ -283,6 +283,7 @@ fn deleted(cluster: &Cluster) -> anyhow::Result<()> {
     }
     missing_image(cluster)?;
     strange_lease(cluster)?;
+    helm_test(cluster)?;
     ten_at_once(cluster)
 }
 
@@ -341,6 +342,42 @@ fn strange_lease(cluster: &Cluster) -> anyhow::Result<()> {
     let said = wait_condition(cluster, "edited", "ArbiterReachable", "False", "LeaseGone")?;
     ensure!(said.contains("restore it from a backup"), "{said}");
     cluster.kubectl(&["delete", "ftvm", "edited", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    Ok(())
+}
+
+/// `helm test` fails a machine over; with a guest that nobody can pull it fails itself and says so. Either way nothing is left behind.
+fn helm_test(cluster: &Cluster) -> anyhow::Result<()> {
+    let test = |guest: &str, seconds: u32| -> anyhow::Result<String> {
+        let bridge = format!("test.bridge={CLIENT_BRIDGE},test.timeoutSeconds={seconds}");
+        let guest = format!("test.guestImage={guest},test.memory=32Mi,test.storageClassName=local");
+        cluster.helm_install("upgrade", &["--reuse-values", "--set", &guest, "--set", &bridge])?;
+        // What the pod said is part of what Helm says.
+        let told = cluster.helm(&["test", RELEASE, "--namespace", SYSTEM, "--logs", "--timeout", "300s"]);
+        let kinds = "ftvm,serviceaccounts,roles,rolebindings";
+        let left = cluster.kubectl(&["get", kinds, "--namespace", SYSTEM, "--output=name"])?;
+        let left: Vec<&str> = left.lines().filter(|name| name.ends_with("-test")).collect();
+        ensure!(left.is_empty(), "{left:?} was left behind; {told:?}");
+        told
+    };
+    let told = test(GUEST_IMAGE, 180)?;
+    for words in [
+        "] protected: active on node",
+        "] switched over and protected again: active on node",
+        "] passed",
+    ] {
+        ensure!(told.contains(words), "no {words:?} in what it said: {told}");
+    }
+    let Err(error) = test("lab.ftvm.dev/none:1", 20) else {
+        bail!("helm test passed with a guest image that nobody has");
+    };
+    let told = format!("{error:#}");
+    for words in [
+        "error: waiting until the VM is protected: not so",
+        "Protected is False (ImagePullFailed)",
+        "] the VM is gone",
+    ] {
+        ensure!(told.contains(words), "no {words:?} in what it said: {told}");
+    }
     Ok(())
 }
 

@@ -7,6 +7,7 @@ pub mod api;
 pub mod build;
 pub mod caches;
 pub mod decide;
+pub mod helm_test;
 pub mod metrics;
 pub mod observe;
 mod random;

@@ -1,11 +1,18 @@
 //! `ftvm-operator`: makes and keeps the Kubernetes objects of fault-tolerant VMs.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use ftvm_crds::PullPolicy;
 use ftvm_operator::build::SeatImage;
+use ftvm_operator::helm_test;
 use ftvm_operator::run::{Options, run};
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::Error as PlainError;
 use tracing_subscriber::EnvFilter;
 
 /// Makes and keeps the Kubernetes objects of fault-tolerant VMs.
@@ -20,6 +27,8 @@ struct Cli {
 enum Command {
     /// Run the operator; one replica leads, the others wait.
     Run(Run),
+    /// Make a VM, fail it over as planned, judge it, delete it: what `helm test` runs. Ends with 0 only if everything held.
+    HelmTest(HelmTest),
 }
 
 #[derive(Args)]
@@ -44,35 +53,94 @@ struct Run {
     pod_namespace: String,
 }
 
+impl Run {
+    fn options(self) -> Options {
+        Options {
+            image: SeatImage {
+                image: self.seat_image,
+                pull_policy: self.seat_image_pull_policy,
+                pull_secrets: self.seat_image_pull_secret,
+            },
+            listen: self.listen,
+            pod_name: self.pod_name,
+            pod_namespace: self.pod_namespace,
+        }
+    }
+}
+
+#[derive(Args)]
+struct HelmTest {
+    /// OCI image with the guest's /boot/vmlinuz.
+    #[arg(long)]
+    guest_image: String,
+    /// When nodes pull that image: Always, IfNotPresent or Never.
+    #[arg(long, default_value = "IfNotPresent", value_parser = pull_policy)]
+    guest_image_pull_policy: PullPolicy,
+    /// The guest's command line.
+    #[arg(long, default_value = "")]
+    cmdline: String,
+    /// The guest's memory, such as 128Mi.
+    #[arg(long)]
+    memory: String,
+    /// Storage class of the seats' volumes; the cluster's default if missing.
+    #[arg(long)]
+    storage_class_name: Option<String>,
+    /// Bridge of the nodes for the guest's network card; it has none if missing.
+    #[arg(long)]
+    bridge: Option<String>,
+    /// Time for everything but the VM's deletion.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout_seconds: u64,
+    /// Namespace of the VM.
+    #[arg(long, env = "POD_NAMESPACE")]
+    namespace: String,
+}
+
+impl HelmTest {
+    fn options(self) -> helm_test::Options {
+        helm_test::Options {
+            namespace: self.namespace,
+            guest_image: self.guest_image,
+            pull_policy: self.guest_image_pull_policy,
+            cmdline: self.cmdline,
+            memory: self.memory,
+            storage_class_name: self.storage_class_name,
+            bridge: self.bridge,
+            timeout: Duration::from_secs(self.timeout_seconds),
+        }
+    }
+}
+
+/// By the names that the resource has for them.
+fn pull_policy(text: &str) -> Result<PullPolicy, PlainError> {
+    PullPolicy::deserialize(text.into_deserializer())
+}
+
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("FTVM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    let Command::Run(arguments) = Cli::parse().command;
-    let options = Options {
-        image: SeatImage {
-            image: arguments.seat_image,
-            pull_policy: arguments.seat_image_pull_policy,
-            pull_secrets: arguments.seat_image_pull_secret,
-        },
-        listen: arguments.listen,
-        pod_name: arguments.pod_name,
-        pod_namespace: arguments.pod_namespace,
-    };
+    let command = Cli::parse().command;
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("error: no runtime: {error}");
-            return ExitCode::FAILURE;
+        Err(error) => return failed(&format!("no runtime: {error}")),
+    };
+    let failure = match command {
+        Command::Run(arguments) => runtime
+            .block_on(run(arguments.options()))
+            .err()
+            .map(|error| error.to_string()),
+        Command::HelmTest(arguments) => {
+            let ended = runtime.block_on(helm_test::run(arguments.options()));
+            ended.err().map(|error| error.to_string())
         }
     };
-    match runtime.block_on(run(options)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    failure.map_or(ExitCode::SUCCESS, |error| failed(&error))
+}
+
+fn failed(error: &dyn Display) -> ExitCode {
+    eprintln!("error: {error}");
+    ExitCode::FAILURE
 }

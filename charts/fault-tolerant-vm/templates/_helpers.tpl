@@ -42,6 +42,17 @@ app.kubernetes.io/instance: {{ $root.Release.Name }}
 {{ include "ftvm.name" . }}-node-daemon
 {{- end }}
 
+{{- define "ftvm.test.name" -}}
+{{ include "ftvm.name" . }}-test
+{{- end }}
+
+{{/* Annotations of what the test's pod needs: made before it, taken away after it. */}}
+{{- define "ftvm.test.rights" -}}
+helm.sh/hook: test
+helm.sh/hook-weight: "-1"
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}
+
 {{/* What the API server calls a service account. Argument: a list of root and name. */}}
 {{- define "ftvm.user" -}}
 system:serviceaccount:{{ (index . 0).Release.Namespace }}:{{ index . 1 }}

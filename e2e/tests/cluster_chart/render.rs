@@ -117,6 +117,13 @@ const REFUSED: &[(&[&str], &[&str])] = &[
         &["/monitors/interval", "does not match pattern"],
     ),
     (
+        &["test.guestImage=a b"],
+        &["/test/guestImage", "does not match pattern"],
+    ),
+    (&["test.memory=lots"], &["/test/memory", "does not match pattern"]),
+    (&["test.bridge=a/b"], &["/test/bridge", "does not match pattern"]),
+    (&["test.timeoutSeconds=0"], &["/test/timeoutSeconds", "minimum"]),
+    (
         &["commonLabels.team=a b"],
         &["/commonLabels/team", "does not match pattern"],
     ),
@@ -173,6 +180,37 @@ fn switches_switch() {
             assert_eq!(count(&[&values], kind), 5, "{set:?}");
         }
     }
+}
+
+/// The test's pod is no part of the release, and has rights to its own VM alone.
+#[test]
+fn the_test_is_rendered_when_it_has_a_guest() {
+    let shown = "--show-only=templates/tests/failover.yaml";
+    let without = template(&[]);
+    assert!(without.status.success() && !text(&without).contains("helm.sh/hook"));
+    let with = text(&template(&[shown, "--set=test.guestImage=a"]));
+    assert_eq!(with.matches("\nkind: ").count(), 4, "{with}");
+    assert_eq!(with.matches("helm.sh/hook: test\n").count(), 4, "{with}");
+    let rights: Vec<&str> = with
+        .lines()
+        .skip_while(|line| *line != "rules:")
+        .skip(1)
+        .take_while(|line| *line != "---")
+        .map(str::trim)
+        .filter(|line| !line.starts_with('#'))
+        .collect();
+    assert_eq!(
+        rights,
+        [
+            "- apiGroups: [ftvm.dev]",
+            "resources: [faulttolerantvms]",
+            "verbs: [create]",
+            "- apiGroups: [ftvm.dev]",
+            "resources: [faulttolerantvms]",
+            "resourceNames: [ftvm-helm-test]",
+            "verbs: [get, patch, delete]",
+        ]
+    );
 }
 
 #[test]
