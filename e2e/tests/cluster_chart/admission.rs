@@ -202,6 +202,16 @@ pub fn is_yes(answer: anyhow::Result<String>) -> bool {
 fn every_set_of_values_is_taken_and_typechecks() {
     let installed = Installed::new();
     install_monitoring_definitions(&installed.cluster);
+    // A dry run makes no account, and a pod is not admitted without its own: that of the test's pod in `ci/everything-values.yaml`.
+    let account = [
+        "create",
+        "serviceaccount",
+        "vms-test",
+        "--namespace",
+        SYSTEM,
+        "--save-config",
+    ];
+    installed.cluster.kubectl(&account).unwrap();
     let sets = value_sets();
     for set in std::iter::once(None).chain(sets.iter().map(Some)) {
         let values = set.map(|set| format!("--values={}", set.display()));

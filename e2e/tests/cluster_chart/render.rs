@@ -197,7 +197,7 @@ fn the_test_is_rendered_when_it_has_a_guest() {
         .skip(1)
         .take_while(|line| *line != "---")
         .map(str::trim)
-        .filter(|line| !line.starts_with('#'))
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
         .collect();
     assert_eq!(
         rights,
