@@ -88,7 +88,7 @@ impl Acts<'_> {
 }
 
 fn wait_condition(cluster: &Cluster, vm: &str, kind: &str, status: &str, reason: &str) -> anyhow::Result<String> {
-    wait_for(&format!("{vm}: {kind} is {status} ({reason})"), PATIENCE, || {
+    wait_for(&format!("{vm}: {kind} is {status} ({reason})"), 3 * PATIENCE, || {
         let vm = cluster.get(&["ftvm", "--namespace", NAMESPACE, vm])?;
         let conditions = vm["status"]["conditions"].as_array().context("no conditions")?;
         let found = conditions.iter().find(|condition| condition["type"] == kind);
@@ -297,6 +297,8 @@ fn small(name: &str, image: &str) -> Value {
             "disks": [{"name": "root", "size": "8Mi", "storageClassName": "local"}],
             "networks": [{"name": "front", "bridge": {"name": CLIENT_BRIDGE}}],
             "resources": {"cpuRequest": "20m", "memoryOverhead": "256Mi"},
+            // Twenty engines share this machine's processors.
+            "faultTolerance": {"interval": {"minMs": 100, "maxMs": 500}, "detectionMs": 3000},
         },
     })
 }

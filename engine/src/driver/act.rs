@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal};
+use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal, RoleName};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::wire::Kind;
@@ -65,12 +65,29 @@ impl Driver {
     }
 
     fn set_gate(&mut self, gate: Gate) {
+        self.gate = gate;
         match gate {
             Gate::Closed => self.seat.outbox.close(),
-            Gate::Through(epoch) => self.seat.outbox.release_through(epoch),
+            Gate::Through(epoch) => self.seat.outbox.release_through(self.but_the_last(epoch)),
             Gate::Open => self.seat.outbox.open(),
         }
         self.takeover.gate_set(gate);
+    }
+
+    /// What a source that stands still for a switchover said last is left to its target, which says it once more in any case. A client
+    /// that got it from here would answer at once, to a seat that listens no more, and wait for its retransmission timer.
+    fn but_the_last(&self, epoch: Epoch) -> Epoch {
+        let frozen = self.core.status().role == RoleName::Frozen;
+        match &self.sealed_state {
+            Some((last, _)) if frozen && *last == epoch => epoch.saturating_sub(1),
+            _ => epoch,
+        }
+    }
+
+    /// A switchover is off: what was left to its target leaves from here.
+    pub(super) fn gate_as_decided(&mut self) {
+        self.sealed_state = None;
+        self.set_gate(self.gate);
     }
 
     fn send(&mut self, link: LinkId, message: &Message) {

@@ -33,7 +33,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use ftvm_protocol::core::{Core, Event, RoleName, Status as CoreStatus};
+use ftvm_protocol::core::{Core, Event, Gate, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, Term};
 
 use crate::clock::Moment;
@@ -174,6 +174,8 @@ pub struct Driver {
     following: Option<Following>,
     /// State at the end of the last sealed epoch: what a frozen source follows from.
     sealed_state: Option<(Epoch, Vec<u8>)>,
+    /// As the core decided last.
+    gate: Gate,
     header: header::HeaderWriter,
     /// Requests of the core by the control thread's number.
     requests: BTreeMap<u64, RequestId>,
@@ -220,6 +222,7 @@ impl Driver {
             leading: None,
             following: None,
             sealed_state: None,
+            gate: Gate::Closed,
             header,
             requests: BTreeMap::new(),
             commanding: None,

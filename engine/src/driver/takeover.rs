@@ -167,6 +167,8 @@ pub struct Takeover {
     prepared: Option<(Epoch, bool)>,
     /// The term of the record that the arbiter's client has seen.
     seen_term: Option<Term>,
+    /// Frames were called to this seat for the switchover that is asked for.
+    called: bool,
 }
 
 impl Takeover {
@@ -205,6 +207,11 @@ const TELL_AFTER: Duration = Duration::from_secs(1);
 impl Driver {
     /// Called after every step: gets ready for a takeover as soon as the leader is lost, and tells what one took.
     pub(super) fn watch_leader(&mut self, status: &CoreStatus, stepped: Instant, cause: &'static str) {
+        // Whoever stands still for a switchover reads its taps no more.
+        if status.switching && !self.takeover.called {
+            self.call_frames_here();
+        }
+        self.takeover.called = status.switching;
         if status.role != RoleName::Standby {
             return self.tell_takeover();
         }
@@ -258,8 +265,10 @@ impl Driver {
 
     pub(super) fn take_over(&mut self, epoch: Epoch, resend_after: Epoch) {
         let Some(following) = self.following.take() else {
-            // The frozen source goes on where it stands.
+            // The frozen source goes on where it stands. Its target may have called the guest's frames.
             self.seat.gate().set_epoch(epoch + 1);
+            self.gate_as_decided();
+            self.announce(epoch + 1);
             return self.resume_guest();
         };
         let taken = match following.receiving.take_over(epoch) {
@@ -304,7 +313,7 @@ impl Driver {
     /// A seat without a guest throws away what its taps gather, unless the guest may soon be here.
     pub(super) fn forget_old_input(&self) {
         let status = self.core.status();
-        let kept = if status.leader_lost {
+        let kept = if status.leader_lost || status.switching {
             0..KEEP_INPUT_MS.end
         } else {
             KEEP_INPUT_MS

@@ -76,6 +76,8 @@ pub struct Status {
     pub contact_age_ms: Option<u64>,
     /// A standby whose leader is gone or silent: it tries to take over.
     pub leader_lost: bool,
+    /// A standby whose leader stands still and asked it to take over (rule 6).
+    pub switching: bool,
     /// A stop is under way.
     pub stopping: bool,
     /// Why the last attempt or command was refused; what a person sees when it waits.
@@ -121,6 +123,7 @@ impl Core {
             unsettled: self.unsettled.is_some() || active.is_some_and(|active| active.doubt),
             contact_age_ms: self.contact_age_ms(),
             leader_lost: matches!(&self.role, Role::Standby(standby) if self.is_leader_lost(standby)),
+            switching: matches!(&self.role, Role::Standby(standby) if standby.switch.is_some()),
             stopping: active.is_some_and(|active| active.stop.is_some()),
             refused: self.refused,
             recreate: self.recreate_consent(),
