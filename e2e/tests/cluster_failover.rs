@@ -139,9 +139,20 @@ fn killed_engine(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
         Ok(seats.iter().map(|seat| seat["podUid"].clone()).collect())
     };
     let pods_before = pods(acts)?;
+    let failover = acts.vm()?["status"]["lastFailover"].clone();
+    ensure!(failover.is_null(), "nothing failed yet: {failover}");
     acts.kill_engine(before.active)?;
     acts.standby_takes_over(before)?;
     let now = acts.stage.pair()?;
+    wait_for("the status tells of the failover", PATIENCE, || {
+        let failover = acts.vm()?["status"]["lastFailover"].clone();
+        let reason = failover["reason"].as_str().context("it does not")?;
+        ensure!(
+            reason.contains("lost") && failover["gapMicroseconds"].as_u64() > Some(0),
+            "{failover}"
+        );
+        Ok(())
+    })?;
     ensure!(now.standby == before.active, "the engine came back elsewhere: {now:?}");
     ensure!(pods(acts)? == pods_before, "its pods were replaced");
     Ok(())

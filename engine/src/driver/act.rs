@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal, RoleName};
+use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::wire::Kind;
@@ -40,7 +40,7 @@ impl Driver {
             Action::LoadAndRun {
                 epoch, resend_after, ..
             } => self.take_over(epoch, resend_after),
-            Action::Resume => self.resume_guest(),
+            Action::Resume => self.go_on(),
             Action::BeginResync { session, link, peer } => self.begin_leading(session, link, peer, None),
             Action::StreamResync { session } => self.stream_resync(session),
             Action::LeadFrom {
@@ -77,17 +77,20 @@ impl Driver {
     /// What a source that stands still for a switchover said last is left to its target, which says it once more in any case. A client
     /// that got it from here would answer at once, to a seat that listens no more, and wait for its retransmission timer.
     fn but_the_last(&self, epoch: Epoch) -> Epoch {
-        let frozen = self.core.status().role == RoleName::Frozen;
         match &self.sealed_state {
-            Some((last, _)) if frozen && *last == epoch => epoch.saturating_sub(1),
+            Some(last) if last.epoch == epoch && self.stands_for_switchover() => epoch.saturating_sub(1),
             _ => epoch,
         }
     }
 
-    /// A switchover is off: what was left to its target leaves from here.
-    pub(super) fn gate_as_decided(&mut self) {
+    /// The guest goes on where it stood: what was left to the target of a switchover leaves from here, what arrived meanwhile is
+    /// looked at, and the network is told, for the target may have called the guest's frames.
+    pub(super) fn go_on(&mut self) {
         self.sealed_state = None;
         self.set_gate(self.gate);
+        self.seat.machine.after_takeover();
+        self.resume_guest();
+        self.ask_to_announce();
     }
 
     fn send(&mut self, link: LinkId, message: &Message) {
@@ -292,15 +295,9 @@ impl Driver {
         });
     }
 
-    fn begin_following(
-        &mut self,
-        session: SessionId,
-        link: LinkId,
-        leader: Incarnation,
-        last: Option<(Epoch, Vec<u8>)>,
-    ) {
+    fn begin_following(&mut self, session: SessionId, link: LinkId, leader: Incarnation, last: Option<follow::Base>) {
         tracing::info!("session {} over link {}: follows {leader}", session.0, link.0);
-        let applied = last.as_ref().map_or(0, |(epoch, _)| *epoch);
+        let applied = last.as_ref().map_or(0, |last| last.epoch);
         let Some(credit) = self.links.get(&link).map(|link| link.sender.clone()) else {
             return self.session_failed(session, "the link is gone");
         };
@@ -329,12 +326,13 @@ impl Driver {
             leading.abandon();
         }
         self.seat.inbox.set_copy(None);
+        self.seat.inbox.forget();
         self.seat.outbox.discard();
         self.stop_recording();
         // A write that is under way would land behind what the new leader sends.
         self.seat.machine.wait_disks_idle();
         self.guest = Guest::None;
-        match self.sealed_state.take().filter(|(epoch, _)| *epoch == base) {
+        match self.sealed_state.take().filter(|last| last.epoch == base) {
             Some(last) => self.begin_following(session, link, leader, Some(last)),
             None => self.session_failed(session, "this seat's last sealed epoch is not the one to follow from"),
         }

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use ftvm_protocol::core::{Event, Seal};
 use ftvm_protocol::identity::{Epoch, SessionId};
 
-use super::guest::SeatMachine;
+use super::follow::Base;
 use super::lead::{Done, Job, Leading, Stage};
+use super::seat::Seat;
 use super::status::Figures;
 use super::{Driver, Guest, follow, lead};
 use crate::checkpoint::{Decision, Observation};
@@ -182,9 +183,9 @@ impl Driver {
         let epoch = self.seat.gate().epoch();
         let Some(leading) = self.leading.as_mut() else { return };
         match leading.pacer.harvested(leading.dirty.len()) {
-            Decision::SendRound => Self::send_round(leading, epoch, &self.seat.machine),
+            Decision::SendRound => Self::send_round(leading, epoch, &self.seat),
             Decision::Throttle(percent) => {
-                Self::send_round(leading, epoch, &self.seat.machine);
+                Self::send_round(leading, epoch, &self.seat);
                 self.brake(percent);
             }
             _ => {
@@ -199,15 +200,15 @@ impl Driver {
     }
 
     /// Pages are write-protected again already: whatever the guest writes from here on is found by the next harvest.
-    fn send_round(leading: &mut Leading, epoch: Epoch, machine: &SeatMachine) {
-        machine.limit_writes(leading.pacer.room(0));
+    fn send_round(leading: &mut Leading, epoch: Epoch, seat: &Seat) {
+        seat.machine.limit_writes(leading.pacer.room(0));
         leading.dirty.sort();
         let pages = leading.dirty.iter().collect();
         leading.dirty.clear();
         leading.sending.give(Job::Round {
             epoch,
             base: leading.base,
-            released_through: leading.in_flight.front().map_or(epoch, |(first, _)| *first) - 1,
+            released_through: released_through(leading.unacknowledged(), seat.outbox.oldest_held(), epoch),
             pages,
         });
     }
@@ -255,7 +256,7 @@ impl Driver {
         let sealed = SealedEpoch {
             epoch,
             base: leading.base,
-            released_through: leading.in_flight.front().map_or(epoch, |(first, _)| *first) - 1,
+            released_through: released_through(leading.unacknowledged(), self.seat.outbox.oldest_held(), epoch),
             pages: std::sync::Arc::new(pages),
             state,
             disk: changes.changes,
@@ -270,7 +271,11 @@ impl Driver {
         self.seat.machine.limit_writes(self.seat.pacer.first_room());
         let digest = self.digest.as_ref().is_some_and(|pending| pending.taken);
         if matches!(seal, Seal::Freeze | Seal::Final) {
-            self.sealed_state = Some((epoch, sealed.state.clone()));
+            self.sealed_state = Some(Base {
+                epoch,
+                state: sealed.state.clone(),
+                outputs: outputs.iter().cloned().map(port_data).collect(),
+            });
         }
         clock.done(Step::Copy);
         self.step(Event::EpochSealed { epoch, seal });
@@ -475,6 +480,16 @@ fn digest_reply(epoch: Epoch, memory: resync::Digest) -> Digest {
     }
 }
 
+/// Up to which epoch output has left, as the follower is told while `epoch` runs: what is not acknowledged has not, and what is may
+/// still be held back.
+fn released_through(unacknowledged: Option<Epoch>, oldest_held: Option<Epoch>, epoch: Epoch) -> Epoch {
+    [unacknowledged, oldest_held]
+        .into_iter()
+        .flatten()
+        .fold(epoch, Epoch::min)
+        .saturating_sub(1)
+}
+
 fn port_data(output: Output) -> PortData {
     match output {
         Output::Frame { nic, bytes } => PortData {
@@ -485,5 +500,21 @@ fn port_data(output: Output) -> PortData {
             port: Port::Console,
             bytes: bytes.to_vec(),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_that_is_held_or_not_acknowledged_has_not_left() {
+        assert_eq!(released_through(None, None, 9), 8);
+        assert_eq!(released_through(Some(8), Some(8), 9), 7);
+        // Acknowledged, while the gate is still closed, or the last word of a switchover that was taken back.
+        assert_eq!(released_through(None, Some(7), 9), 6);
+        assert_eq!(released_through(Some(6), None, 9), 5);
+        assert_eq!(released_through(None, Some(9), 9), 8);
+        assert_eq!(released_through(None, None, 0), 0);
     }
 }

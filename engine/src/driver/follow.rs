@@ -183,11 +183,11 @@ pub struct Receiving {
 }
 
 impl Receiving {
-    /// Starts the thread for a session. `last`: the epoch that memory is at, with its state, if no resync comes first.
+    /// Starts the thread for a session. `last`: what memory is at, if no resync comes first.
     pub fn start(
         session: SessionId,
         place: Place,
-        last: Option<(Epoch, Vec<u8>)>,
+        last: Option<Base>,
         queue: Queue,
         enter: impl FnOnce() + Send + 'static,
     ) -> std::io::Result<Self> {
@@ -231,6 +231,17 @@ impl Receiving {
     }
 }
 
+/// The end of an epoch from which a session goes on without a resync.
+#[derive(Debug)]
+pub struct Base {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// The machine's state but its memory.
+    pub state: Vec<u8>,
+    /// What the guest said in that epoch.
+    pub outputs: Vec<PortData>,
+}
+
 struct Follower {
     session: SessionId,
     place: Place,
@@ -246,17 +257,23 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(session: SessionId, place: Place, last: Option<(Epoch, Vec<u8>)>, queue: Queue) -> Self {
-        let last_epoch = last.as_ref().map(|(epoch, _)| *epoch);
+    fn new(session: SessionId, place: Place, last: Option<Base>, queue: Queue) -> Self {
+        let last_epoch = last.as_ref().map(|last| last.epoch);
+        let mut outputs = OutputLog::new(LOG_BYTES);
+        let applied = last.map(|last| {
+            // The new leader sends it again; should it die first, this seat does.
+            outputs.add(last.epoch, last.outputs, last.epoch.saturating_sub(1));
+            (last.epoch, last.state)
+        });
         Self {
             session,
             receiver: EpochReceiver::new(place.limits.clone(), last_epoch),
             resync: ResyncTarget::new(&place.limits, place.cpu.clone()),
             place,
             staged: VecDeque::new(),
-            applied: last,
+            applied,
             inputs: InputLog::new(LOG_BYTES),
-            outputs: OutputLog::new(LOG_BYTES),
+            outputs,
             digest_at: None,
             queue,
         }

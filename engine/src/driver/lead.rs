@@ -263,6 +263,11 @@ pub struct Leading {
 }
 
 impl Leading {
+    /// The oldest epoch that is sealed and not acknowledged.
+    pub fn unacknowledged(&self) -> Option<Epoch> {
+        self.in_flight.front().map(|(epoch, _)| *epoch)
+    }
+
     /// Ends the session's thread without waiting for it: it may wait for a link that is about to go.
     pub fn abandon(self) {
         if let Some(window) = &self.window {

@@ -120,6 +120,9 @@ pub fn queue() -> (Queue, Inputs) {
     (Queue(sender), Inputs(receiver))
 }
 
+/// How often the taps of a guest that stands still for a switchover are looked at.
+const LOOK_FOR_INPUT: Duration = Duration::from_millis(1);
+
 /// The driver's end of its queue.
 pub struct Inputs(Receiver<Input>);
 
@@ -172,8 +175,8 @@ pub struct Driver {
     pass_began: Option<Instant>,
     leading: Option<lead::Leading>,
     following: Option<Following>,
-    /// State at the end of the last sealed epoch: what a frozen source follows from.
-    sealed_state: Option<(Epoch, Vec<u8>)>,
+    /// The end of the last sealed epoch: what a frozen source follows from.
+    sealed_state: Option<follow::Base>,
     /// As the core decided last.
     gate: Gate,
     header: header::HeaderWriter,
@@ -251,6 +254,9 @@ impl Driver {
             }
             self.announce_if_due();
             self.drive_epochs();
+            if self.stands_for_switchover() {
+                self.seat.pass_input_on();
+            }
             let wait = self.next_wake();
             match inputs.0.recv_timeout(wait) {
                 Ok(input) => self.take(input),
@@ -271,11 +277,17 @@ impl Driver {
         }
     }
 
+    /// The guest stands still until its standby has taken over, or refuses: nobody else reads its taps.
+    fn stands_for_switchover(&self) -> bool {
+        self.sealed_state.is_some() && self.core.status().role == RoleName::Frozen
+    }
+
     /// How long until something is due although nobody enqueues anything.
     fn next_wake(&mut self) -> Duration {
         let tick = Duration::from_millis(self.core.next_wake_ms()).saturating_sub(self.began.elapsed());
         let announcement = self.announcer.due().filter(|_| self.guest == Guest::Running);
-        let due = [self.epoch_due(), announcement].into_iter().flatten().min();
+        let look = self.stands_for_switchover().then(|| Instant::now() + LOOK_FOR_INPUT);
+        let due = [self.epoch_due(), announcement, look].into_iter().flatten().min();
         due.map_or(tick, |due| tick.min(due.saturating_duration_since(Instant::now())))
     }
 

@@ -665,6 +665,18 @@ impl Seat {
         self.taps.iter().for_each(discard_queued);
     }
 
+    /// Copies to the standby what the taps have queued for a guest that stands still for a switchover.
+    pub fn pass_input_on(&self) {
+        let epoch = self.gate().epoch();
+        for (nic, (tap, mac)) in self.taps.iter().zip(&self.macs).enumerate() {
+            let place = NicPlace {
+                nic: nic as u8,
+                mac: *mac,
+            };
+            self.inbox.pass_on(place, tap, epoch);
+        }
+    }
+
     /// Sends a frame that is no output of the guest. A tap that does not take it loses it, as a wire does.
     pub fn send_directly(&self, nic: usize, frame: &[u8]) {
         if let Some(tap) = self.taps.get(nic) {

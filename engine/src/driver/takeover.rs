@@ -118,7 +118,8 @@ impl Trace {
         self.reached[step as usize]
     }
 
-    /// For the status: `takeover_us` from the loss being noticed until output may leave, and each step, counted from there.
+    /// For the status: `takeover_us` from the loss being noticed until output may leave, and each step, counted from there; how it was
+    /// noticed.
     pub fn counters(&self, into: &mut Map<String, Value>) {
         let us = |duration: Duration| Value::from(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX));
         into.insert(
@@ -126,6 +127,7 @@ impl Trace {
             self.at(Step::Released).map_or(Value::Null, us),
         );
         into.insert("takeover_silence_us".to_owned(), us(self.silence));
+        into.insert("takeover_noticed_by".to_owned(), self.by.into());
         for step in Step::ALL {
             let at = self.at(step).map_or(Value::Null, us);
             into.insert(format!("takeover_{}_us", step.name()), at);
@@ -265,11 +267,9 @@ impl Driver {
 
     pub(super) fn take_over(&mut self, epoch: Epoch, resend_after: Epoch) {
         let Some(following) = self.following.take() else {
-            // The frozen source goes on where it stands. Its target may have called the guest's frames.
+            // The frozen source goes on where it stands.
             self.seat.gate().set_epoch(epoch + 1);
-            self.gate_as_decided();
-            self.announce(epoch + 1);
-            return self.resume_guest();
+            return self.go_on();
         };
         let taken = match following.receiving.take_over(epoch) {
             Ok(taken) => taken,

@@ -203,6 +203,11 @@ impl Outbox {
         of_epoch.map(|held| held.output.clone()).collect()
     }
 
+    /// The oldest epoch of which something has not left yet.
+    pub fn oldest_held(&self) -> Option<u64> {
+        self.queue().held.front().map(|held| held.epoch)
+    }
+
     /// Whether output waits for the running epoch to end, and how many bytes wait in all.
     pub fn waiting(&self, running_epoch: u64) -> (bool, usize) {
         let queue = self.queue();
@@ -270,6 +275,11 @@ mod tests {
         assert_eq!(outbox.of_epoch(2), [frame(2)]);
         assert_eq!(outbox.waiting(2), (true, 2));
         assert_eq!(outbox.waiting(3), (false, 2));
+        assert_eq!(outbox.oldest_held(), Some(1));
+        outbox.release_through(1);
+        assert_eq!(outbox.oldest_held(), Some(2));
+        outbox.open();
+        assert_eq!(outbox.oldest_held(), None);
     }
 
     #[test]

@@ -13,6 +13,10 @@ use crate::pause::PauseGate;
 
 /// Longest Ethernet frame that a tap delivers: 64 KiB of payload and a header.
 const FRAME_BYTES_MAX: usize = 65_550;
+/// What a flooded network can make us read at once.
+const QUEUE_FRAMES_MAX: usize = 4096;
+/// What it can make us keep for a guest that stands still, as much as its standby does.
+const KEPT_BYTES_MAX: usize = 8 << 20;
 
 /// The host's end of all outputs.
 pub struct HostSink {
@@ -73,7 +77,7 @@ impl Inbox {
 
     /// Looks at a frame from outside for a NIC with address `mac`.
     fn look(&self, mac: [u8; 6], frame: &[u8]) {
-        if frame.get(6..12) == Some(&mac[..]) && !self.elsewhere_told.swap(true, Ordering::SeqCst) {
+        if is_from(mac, frame) && !self.elsewhere_told.swap(true, Ordering::SeqCst) {
             (self.elsewhere)();
         }
     }
@@ -91,6 +95,41 @@ impl Inbox {
         }
     }
 
+    /// Reads what a tap has queued for a guest that stands still for a switchover: copied as what it gets in `epoch`, and kept for it,
+    /// should it go on here. (Then it is copied a second time, as a network may do, too.)
+    pub fn pass_on(&self, place: NicPlace, tap: &File, epoch: u64) {
+        let mut buf = [0u8; FRAME_BYTES_MAX];
+        let mut tap = tap;
+        let mut kept_bytes = self.kept_bytes(place.nic);
+        for _ in 0..QUEUE_FRAMES_MAX {
+            if kept_bytes > KEPT_BYTES_MAX {
+                return;
+            }
+            let Ok(len @ 1..) = tap.read(&mut buf) else { return };
+            let frame = &buf[..len];
+            self.look(place.mac, frame);
+            // The target's call for the guest's frames.
+            if is_from(place.mac, frame) {
+                continue;
+            }
+            self.copied(place.nic, epoch, frame);
+            self.inject(u16::from(place.nic), frame.to_vec());
+            kept_bytes += size_of::<Vec<u8>>() + len;
+        }
+    }
+
+    /// Forgets what was kept for a guest that runs elsewhere now.
+    pub fn forget(&self) {
+        let mut injected = self.injected.lock().unwrap_or_else(PoisonError::into_inner);
+        injected.iter_mut().for_each(VecDeque::clear);
+    }
+
+    fn kept_bytes(&self, nic: u8) -> usize {
+        let injected = self.injected.lock().unwrap_or_else(PoisonError::into_inner);
+        let frames = injected.get(usize::from(nic)).into_iter().flatten();
+        frames.map(|frame| size_of::<Vec<u8>>() + frame.len()).sum()
+    }
+
     /// Frames given to the guest so far.
     pub fn frames(&self) -> u64 {
         self.frames.load(Ordering::Relaxed)
@@ -103,10 +142,19 @@ impl Inbox {
 
     fn delivered(&self, nic: u8, epoch: u64, frame: &[u8]) {
         self.frames.fetch_add(1, Ordering::Relaxed);
+        self.copied(nic, epoch, frame);
+    }
+
+    fn copied(&self, nic: u8, epoch: u64, frame: &[u8]) {
         if let Some(copy) = &*self.copy.lock().unwrap_or_else(PoisonError::into_inner) {
             copy(nic, epoch, frame);
         }
     }
+}
+
+/// Whether an Ethernet frame has this source address.
+fn is_from(mac: [u8; 6], frame: &[u8]) -> bool {
+    frame.get(6..12) == Some(&mac[..])
 }
 
 /// Which NIC.
@@ -144,7 +192,6 @@ impl SeatNic {
 
 /// Throws away what a tap has queued. At most one queue's worth, so that a flooded network can't hold us here.
 pub fn discard_queued(tap: &File) {
-    const QUEUE_FRAMES_MAX: usize = 4096;
     let mut frame = [0u8; FRAME_BYTES_MAX];
     let mut tap = tap;
     for _ in 0..QUEUE_FRAMES_MAX {
@@ -205,5 +252,78 @@ impl ConsoleBackend for SeatConsole {
     fn write(&mut self, bytes: &[u8]) {
         // A vCPU thread that handles an exit: vCPUs are parked before the epoch changes.
         self.outbox.put(self.gate.epoch(), Output::Console(Arc::from(bytes)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+    fn frame(from: [u8; 6], content: u8) -> Vec<u8> {
+        [&[0xff; 6][..], &from, &[content; 48]].concat()
+    }
+
+    #[test]
+    fn what_arrives_during_a_switchover_is_copied_and_kept() {
+        let (network, tap) = UnixDatagram::pair().unwrap();
+        tap.set_nonblocking(true).unwrap();
+        let tap = File::from(OwnedFd::from(tap));
+        let told = Arc::new(AtomicU64::new(0));
+        let counter = told.clone();
+        let inbox = Inbox::new(1, move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        let copies = Arc::new(Mutex::new(Vec::new()));
+        let into = copies.clone();
+        inbox.set_copy(Some(Box::new(move |nic, epoch, frame| {
+            into.lock().unwrap().push((nic, epoch, frame.to_vec()));
+        })));
+        let (client, call) = (frame([2, 0, 0, 0, 0, 9], 1), frame(MAC, 2));
+        network.send(&client).unwrap();
+        network.send(&call).unwrap();
+        inbox.pass_on(NicPlace { nic: 0, mac: MAC }, &tap, 7);
+        assert_eq!(*copies.lock().unwrap(), [(0, 7, client.clone())]);
+        assert_eq!(
+            told.load(Ordering::SeqCst),
+            1,
+            "the call shows that the guest is looked for elsewhere"
+        );
+        assert_eq!((inbox.take(0), inbox.take(0)), (Some(client.clone()), None));
+        network.send(&client).unwrap();
+        inbox.pass_on(NicPlace { nic: 0, mac: MAC }, &tap, 7);
+        inbox.forget();
+        assert_eq!(inbox.take(0), None);
+    }
+
+    #[test]
+    fn a_flooded_network_fills_no_memory() {
+        let (network, tap) = UnixDatagram::pair().unwrap();
+        tap.set_nonblocking(true).unwrap();
+        network.set_nonblocking(true).unwrap();
+        let tap = File::from(OwnedFd::from(tap));
+        let inbox = Inbox::new(1, || {});
+        let large = [frame([2, 0, 0, 0, 0, 9], 1), vec![0; 9000]].concat();
+        let mut sent_bytes = 0;
+        while sent_bytes < 3 * KEPT_BYTES_MAX {
+            // A socket's queue is short: read whenever it is full, until that is refused, too.
+            let before = inbox.kept_bytes(0);
+            match network.send(&large) {
+                Ok(len) => sent_bytes += len,
+                Err(_) => inbox.pass_on(NicPlace { nic: 0, mac: MAC }, &tap, 1),
+            }
+            if before > KEPT_BYTES_MAX {
+                break;
+            }
+        }
+        let kept_bytes = inbox.kept_bytes(0);
+        assert!(
+            (KEPT_BYTES_MAX..KEPT_BYTES_MAX + 2 * large.len()).contains(&kept_bytes),
+            "{kept_bytes}"
+        );
     }
 }

@@ -226,26 +226,22 @@ fn note_exit(state: &mut State, status: &SeatStatus) {
     });
 }
 
+/// A takeover from a leader that was lost. A boot and a planned switchover are none: their engines measure nothing.
 fn note_takeover(state: &mut State, status: &SeatStatus) {
+    let Some(engine) = &status.engine else { return };
+    let microseconds = engine.counters.get("takeover_us").and_then(Value::as_u64);
+    let by = engine.counters.get("takeover_noticed_by").and_then(Value::as_str);
     let last = status.events.iter().rev().find_map(|timed| match &timed.event {
-        Event::Role {
-            role: Role::Active,
-            why,
-            ..
-        } => Some((timed.unix_ms, why)),
+        Event::Role { role: Role::Active, .. } => Some(timed.unix_ms),
         _ => None,
     });
-    let Some((unix_ms, why)) = last else { return };
-    let measured = status
-        .engine
-        .as_ref()
-        .and_then(|engine| engine.counters.get("takeover_us"));
-    let microseconds = measured.and_then(Value::as_u64).unwrap_or(0);
-    state.last_takeover = Some(Takeover {
-        unix_ms,
-        reason: clip(why),
-        microseconds,
-    });
+    if let (Some(unix_ms), Some(microseconds), Some(by)) = (last, microseconds, by) {
+        state.last_takeover = Some(Takeover {
+            unix_ms,
+            reason: clip(&format!("the other seat was lost, as {by} showed")),
+            microseconds,
+        });
+    }
 }
 
 fn role(role: Role) -> SeatRole {

@@ -144,6 +144,14 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
             ),
         );
     }
+    if text.contains("persistent volumes to bind") {
+        return obstacle(
+            "NoVolume",
+            format!(
+                "seat {seat} can't be placed: no node that is left has a free volume for its claims ({text}): add volumes there, or name another class in spec.disks[].storageClassName"
+            ),
+        );
+    }
     if offers < 2 || text.contains("anti-affinity") {
         let key = &seen.vm.spec.placement.topology_key;
         return obstacle(

@@ -65,6 +65,14 @@ fn each_obstacle_says_what_to_do() {
         "add a node",
     );
     with(
+        &|world| {
+            let text = "0/3 nodes: 1 node(s) didn't match pod anti-affinity rules, 2 node(s) didn't find available persistent volumes to bind";
+            pod(world, text);
+        },
+        "NoVolume",
+        "add volumes there",
+    );
+    with(
         &|world| pod(world, "0/3 nodes: 1 node(s) didn't match pod anti-affinity rules"),
         "TooFewNodes",
         "add a node",

@@ -77,7 +77,7 @@ impl InputLog {
 /// once more.
 ///
 /// Kept are the epochs after the one up to which the active says that everything left, and always the last one.
-/// Bounded: the oldest epochs go first.
+/// Bounded: the oldest epochs go first. The last one stays whatever it takes: an epoch is bounded itself.
 #[derive(Debug)]
 pub struct OutputLog {
     epochs: VecDeque<(u64, Vec<PortData>, usize)>,
@@ -105,7 +105,7 @@ impl OutputLog {
         while self.epochs.len() > 1 && self.epochs[0].0 <= released_through {
             self.pop();
         }
-        while self.bytes > self.max_bytes && !self.epochs.is_empty() {
+        while self.bytes > self.max_bytes && self.epochs.len() > 1 {
             self.dropped += self.epochs[0].1.len() as u64;
             self.pop();
         }
@@ -195,5 +195,7 @@ mod tests {
         (1..=5u8).for_each(|epoch| log.add(epoch.into(), vec![item(epoch)], 0));
         assert_eq!(log.dropped(), 3);
         assert_eq!(bytes_of(&log.take_for_resending()), [4, 5]);
+        log.add(6, (0..9).map(item).collect(), 5);
+        assert_eq!(log.take_for_resending().len(), 9, "the last one, whatever it takes");
     }
 }
