@@ -9,8 +9,8 @@
 //!
 //! A standby whose leader's connection closed, whose leader's daemon says that it is gone, or whose leader stands still and
 //! asked it to take over, calls frames to its own tap before it has asked the arbiter ([`Driver::call_frames_here`]): a frame
-//! that goes to a dead engine is lost, and its sender waits for a retransmission timer, 200 ms as a rule. That is no output of the guest, says nothing of its state, and gives
-//! no right to anything. Should the leader live, its own tap gets the call too (it is a broadcast), and the leader announces
+//! that goes to a dead engine is lost, and its sender waits for a retransmission timer, 200 ms as a rule. That is no output
+//! of the guest, says nothing of its state, and gives no right to anything. Should the leader live, its own tap gets the call too (it is a broadcast), and the leader announces
 //! the addresses again as soon as its gate admits that.
 
 use std::sync::Arc;

@@ -98,24 +98,20 @@ impl Inbox {
     /// Reads what a tap has queued for a guest that stands still for a switchover: copied as what it gets in `epoch`, and kept for it,
     /// should it go on here. (Then it is copied a second time, as a network may do, too.)
     pub fn pass_on(&self, place: NicPlace, tap: &File, epoch: u64) {
-        let mut buf = [0u8; FRAME_BYTES_MAX];
-        let mut tap = tap;
         let mut kept_bytes = self.kept_bytes(place.nic);
-        for _ in 0..QUEUE_FRAMES_MAX {
-            if kept_bytes > KEPT_BYTES_MAX {
-                return;
-            }
-            let Ok(len @ 1..) = tap.read(&mut buf) else { return };
-            let frame = &buf[..len];
-            self.look(place.mac, frame);
-            // The target's call for the guest's frames.
-            if is_from(place.mac, frame) {
-                continue;
-            }
-            self.copied(place.nic, epoch, frame);
-            self.inject(u16::from(place.nic), frame.to_vec());
-            kept_bytes += size_of::<Vec<u8>>() + len;
+        if kept_bytes > KEPT_BYTES_MAX {
+            return;
         }
+        read_queued(tap, |frame| {
+            self.look(place.mac, frame);
+            // Otherwise it is the target's call for the guest's frames.
+            if !is_from(place.mac, frame) {
+                self.copied(place.nic, epoch, frame);
+                self.inject(u16::from(place.nic), frame.to_vec());
+                kept_bytes += size_of::<Vec<u8>>() + frame.len();
+            }
+            kept_bytes <= KEPT_BYTES_MAX
+        });
     }
 
     /// Forgets what was kept for a guest that runs elsewhere now.
@@ -190,13 +186,19 @@ impl SeatNic {
     }
 }
 
-/// Throws away what a tap has queued. At most one queue's worth, so that a flooded network can't hold us here.
+/// Throws away what a tap has queued.
 pub fn discard_queued(tap: &File) {
+    read_queued(tap, |_| true);
+}
+
+/// Hands over what a tap has queued as long as `take` wants more. At most one queue's worth, so that a flooded network can't hold us
+/// here.
+fn read_queued(mut tap: &File, mut take: impl FnMut(&[u8]) -> bool) {
     let mut frame = [0u8; FRAME_BYTES_MAX];
-    let mut tap = tap;
     for _ in 0..QUEUE_FRAMES_MAX {
-        if !matches!(tap.read(&mut frame), Ok(1..)) {
-            return;
+        match tap.read(&mut frame) {
+            Ok(len @ 1..) if take(&frame[..len]) => {}
+            _ => return,
         }
     }
 }
