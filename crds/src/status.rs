@@ -57,6 +57,13 @@ pub struct FaultTolerantVMStatus {
     pub conditions: Vec<Condition>,
 }
 
+impl FaultTolerantVMStatus {
+    /// The condition of this type.
+    pub fn condition(&self, kind: &str) -> Option<&Condition> {
+        self.conditions.iter().find(|condition| condition.type_ == kind)
+    }
+}
+
 fn is_zero(value: &u32) -> bool {
     *value == 0
 }

@@ -510,10 +510,6 @@ fn vm(options: &Options, run: &str) -> FaultTolerantVM {
     vm
 }
 
-fn condition<'a>(status: &'a FaultTolerantVMStatus, kind: &str) -> Option<&'a Condition> {
-    status.conditions.iter().find(|condition| condition.type_ == kind)
-}
-
 fn told(condition: &Condition) -> String {
     let Condition {
         type_,
@@ -528,7 +524,7 @@ fn told(condition: &Condition) -> String {
 /// Does the guest run on one node, with a standby on another?
 fn protected(status: &FaultTolerantVMStatus) -> Look<Pair> {
     for kind in [PROTECTED, READY] {
-        match condition(status, kind) {
+        match status.condition(kind) {
             None => {
                 return Look::Yet(
                     "the operator has not looked at the VM yet; if that lasts: does it run, and has it a leader?"

@@ -278,9 +278,8 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
         let phase = status.phase.unwrap_or(VmPhase::Starting);
         *phases.entry(phase).or_default() += 1;
         let protected = status
-            .conditions
-            .iter()
-            .any(|condition| condition.type_ == status::PROTECTED && condition.status == "True");
+            .condition(status::PROTECTED)
+            .is_some_and(|condition| condition.status == "True");
         unprotected += i64::from(phase == VmPhase::Running && !protected);
     }
     let all = [

@@ -69,6 +69,12 @@ fn write(cluster: &Cluster, name: &str, object: &Value) -> anyhow::Result<String
     Ok(path.display().to_string())
 }
 
+fn run_strategy(cluster: &Cluster, strategy: &str) -> anyhow::Result<()> {
+    let patch = json!({"spec": {"runStrategy": strategy}}).to_string();
+    cluster.kubectl(&["patch", "ftvm", "web", "--type=merge", "-p", &patch])?;
+    Ok(())
+}
+
 /// Says so if the message is missing, or nothing is refused.
 fn expect_refusal(answer: anyhow::Result<String>, change: &str, message: &str) -> Option<String> {
     match answer {
@@ -111,14 +117,7 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
         .filter(|rule| !examples().any(|(_, message)| rule.contains(message)));
     assert_eq!(untried.collect::<Vec<_>>(), Vec::<String>::new());
     // Halted, machine and boot may change.
-    cluster.kubectl(&[
-        "patch",
-        "ftvm",
-        "web",
-        "--type=merge",
-        "-p",
-        r#"{"spec":{"runStrategy":"Halted"}}"#,
-    ])?;
+    run_strategy(&cluster, "Halted")?;
     assert!(
         patch("spec: {machine: {memory: 1Gi}}").is_err(),
         "before it has stopped"
@@ -290,27 +289,13 @@ fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 fn halt_and_delete(cluster: &Cluster) -> anyhow::Result<()> {
-    cluster.kubectl(&[
-        "patch",
-        "ftvm",
-        "web",
-        "--type=merge",
-        "-p",
-        r#"{"spec":{"runStrategy":"Halted"}}"#,
-    ])?;
+    run_strategy(cluster, "Halted")?;
     wait_for("the VM is halted", PATIENCE, || {
         let vm = cluster.get(&["ftvm", "web"])?;
         ensure!(vm["status"]["phase"] == "Halted", "{}", vm["status"]);
         Ok(())
     })?;
-    cluster.kubectl(&[
-        "patch",
-        "ftvm",
-        "web",
-        "--type=merge",
-        "-p",
-        r#"{"spec":{"runStrategy":"Always"}}"#,
-    ])?;
+    run_strategy(cluster, "Always")?;
     wait_reason(cluster, "web", "Protected", "NoKvmNode")?;
     cluster.kubectl(&["delete", "ftvm", "web", "--timeout=120s"])?;
     wait_for("everything is gone", PATIENCE, || {

@@ -71,11 +71,7 @@ pub fn changes(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<
         }
     }
     for kind in [READY, PROTECTED, STORAGE_HEALTHY, ARBITER_REACHABLE] {
-        let find = |conditions: &[Condition]| conditions.iter().find(|condition| condition.type_ == kind).cloned();
-        found.extend(condition(
-            find(&old.conditions).as_ref(),
-            find(&new.conditions).as_ref(),
-        ));
+        found.extend(condition(old.condition(kind), new.condition(kind)));
     }
     found.dedup_by(|a, b| a.note == b.note);
     found

@@ -88,7 +88,7 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         storage(seen, book),
         arbiter(seen, book),
     ];
-    let conditions = conditions.map(|said| condition(said, &old.conditions, seen));
+    let conditions = conditions.map(|said| condition(said, &old, seen));
     FaultTolerantVMStatus {
         observed_generation: seen.vm.metadata.generation,
         phase: Some(phase),
@@ -341,14 +341,13 @@ fn failover(seen: &Observed, book: &[SeatEntry]) -> Option<Failover> {
     })
 }
 
-fn condition(said: Said, old: &[Condition], seen: &Observed) -> Condition {
+fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condition {
     let status = match said.holds {
         Some(true) => "True",
         Some(false) => "False",
         None => "Unknown",
     };
-    let before = old.iter().find(|condition| condition.type_ == said.kind);
-    let same = before.filter(|before| before.status == status);
+    let same = old.condition(said.kind).filter(|before| before.status == status);
     Condition {
         type_: said.kind.to_owned(),
         status: status.to_owned(),
