@@ -1,5 +1,8 @@
 //! Cargo, called from programs that cargo started.
+use std::path::Path;
 use std::process::Command;
+
+use anyhow::Context;
 
 /// What cargo tells a program that it runs about that program's package.
 const ABOUT_THE_CALLER: [&str; 3] = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_"];
@@ -9,6 +12,16 @@ pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     forget_caller(&mut command);
     command
+}
+
+/// The workspace's folder.
+///
+/// # Errors
+/// If this package is in none.
+pub fn workspace() -> anyhow::Result<&'static Path> {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("no workspace above this package")
 }
 
 /// Takes the calling program's package out of a command's environment. Build scripts look at these words: with another

@@ -119,7 +119,8 @@ pub fn up(name: &str, mut command: Command, say: &Say) -> anyhow::Result<(Status
     bail!("the holder of the cluster ended ({end}): {}", log_end(&log))
 }
 
-/// The holder's life: starts the cluster, installs the chart with programs of this profile if there is one, says so on standard output, and keeps it until it is told to take it down.
+/// The holder's life: starts the cluster, installs the chart with programs of this profile if there is one, says so on standard output,
+/// and keeps it until it is told to take it down.
 ///
 /// # Errors
 /// If another holder has this name, or the cluster does not start; both are told on standard output, too.

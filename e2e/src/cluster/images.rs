@@ -178,14 +178,12 @@ pub fn pack(name: &str, files: &[ImageFile], entrypoint: &[&str], archive: &Path
     Ok(())
 }
 
-/// The archive of [`PAUSE`], in `folder`.
-pub(super) fn pause(folder: &Path) -> anyhow::Result<PathBuf> {
+/// `archive` becomes that of [`PAUSE`].
+pub(super) fn pack_pause(archive: &Path) -> anyhow::Result<()> {
     let program = binaries::build(&[("ftvm-e2e", "ftvm-lab-pod")], Profile::Dev)?;
     let program = program.first().context("cargo built nothing")?;
-    let archive = folder.join("pod.tar");
     let files = [ImageFile::program(program, POD_PROGRAM)];
-    pack(PAUSE, &files, &[POD_PROGRAM, "pause"], &archive)?;
-    Ok(archive)
+    pack(PAUSE, &files, &[POD_PROGRAM, "pause"], archive)
 }
 
 /// What a manifest says of a part of an image.

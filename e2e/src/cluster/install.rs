@@ -7,6 +7,7 @@ use anyhow::{Context, ensure};
 use serde_json::json;
 
 use super::{Cluster, images};
+use crate::cargo::workspace;
 use crate::demo::programs::build_guest;
 use crate::lab::binaries::{self, Profile};
 
@@ -50,7 +51,7 @@ impl Images {
             product: folder.join("fault-tolerant-vm.tar"),
             guest: folder.join("embedded-guest.tar"),
         };
-        let dockerfile = root().join("Dockerfile");
+        let dockerfile = workspace()?.join("Dockerfile");
         images::build(&dockerfile, &format!("{REPOSITORY}:{TAG}"), &binaries, &made.product)?;
         images::pack_guest(GUEST_IMAGE, &build_guest()?, None, &[], &made.guest)?;
         fs::remove_dir_all(&binaries).with_context(|| format!("cannot remove {}", binaries.display()))?;
@@ -77,10 +78,7 @@ impl Cluster {
     pub fn install(&self, images: &Images) -> anyhow::Result<()> {
         self.import_image(&images.product)?;
         self.import_image(&images.guest)?;
-        let labels = json!({"pod-security.kubernetes.io/enforce": "privileged"});
-        let namespace =
-            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}});
-        self.apply(&namespace.to_string())?;
+        self.make_namespace(NAMESPACE, &json!({"pod-security.kubernetes.io/enforce": "privileged"}))?;
         self.helm_install("install", &[])
     }
 
@@ -89,7 +87,7 @@ impl Cluster {
     /// # Errors
     /// What Helm says, with what the pods say.
     pub fn helm_install(&self, verb: &str, more: &[&str]) -> anyhow::Result<()> {
-        let chart = root().join("charts/fault-tolerant-vm");
+        let chart = workspace()?.join("charts/fault-tolerant-vm");
         let chart = chart.to_str().context("the chart's path is no UTF-8")?;
         let (repository, tag) = (format!("image.repository={REPOSITORY}"), format!("image.tag={TAG}"));
         let arguments = [
@@ -125,9 +123,4 @@ impl Cluster {
         }
         text
     }
-}
-
-/// The workspace.
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }

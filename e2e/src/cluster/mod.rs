@@ -85,7 +85,6 @@ impl Cluster {
         let say = Arc::clone(&options.say);
         let programs = programs::folder(&say)?;
         let folder = Remains(Folder::new()?);
-        let pause = images::pause(folder.0.path())?;
         let sandbox = Arc::new(Sandbox::new()?);
         make_outside(&sandbox, &options)?;
         let authority = Authority::new(&folder.0.path().join("pki"))?;
@@ -98,7 +97,7 @@ impl Cluster {
             sandbox,
             programs,
             options,
-            pause,
+            pause: folder.0.path().join("pod.tar"),
         });
         let mut cluster = Self {
             nodes: Vec::new(),
@@ -114,6 +113,7 @@ impl Cluster {
     }
 
     fn add_nodes(&mut self) -> anyhow::Result<()> {
+        images::pack_pause(&self.shared.pause)?;
         let say = Arc::clone(&self.shared.options.say);
         for plan in self.shared.options.plans() {
             let folder = self.folder().join("nodes").join(plan.name());
@@ -246,6 +246,16 @@ impl Cluster {
         let mut command = kubectl_command(self.programs(), self.folder(), &self.admin_kubeconfig());
         command.args(["apply", "--server-side", "--filename=-"]);
         self.run(command, manifests)
+    }
+
+    /// Makes a namespace with labels.
+    ///
+    /// # Errors
+    /// If the API server refuses it, with its reason.
+    pub fn make_namespace(&self, name: &str, labels: &Value) -> anyhow::Result<()> {
+        let metadata = json!({"name": name, "labels": labels});
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata});
+        self.apply(&namespace.to_string()).map(drop)
     }
 
     /// Runs Helm as the administrator; returns what it printed.

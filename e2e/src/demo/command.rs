@@ -1,7 +1,6 @@
 //! `cargo xtask demo` itself. Outside, what is missing is named and what is needed is built; inside namespaces of its own
 //! the play runs; outside again, the disks are removed.
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -14,11 +13,9 @@ use super::rounds::{Patience, Stage};
 use super::standalone::Standalone;
 use super::witness::EmbeddedWitness;
 use super::{GUEST_ADDRESS, GUEST_MAC, Guest, Options, linux, prerequisites};
-use crate::guest_protocol::DEFAULT_PORT;
 use crate::hosts::outer::{self, Outer};
 use crate::hosts::{Lab, LabPlan};
-use crate::judge::{Judge, JudgePlan};
-use crate::report::{Progress, Report, table};
+use crate::report::{Progress, Report};
 
 /// Tells the inner program where the outer one put things.
 const PROGRAMS: &str = "FTVM_DEMO_PROGRAMS";
@@ -35,11 +32,7 @@ pub fn run(options: &Options, profile: Profile, arguments: &[OsString]) -> anyho
         return run_inside(options);
     }
     let progress = Progress::new();
-    let missing = prerequisites::missing_for_native(&mut |text| progress.say(text));
-    if !missing.is_empty() {
-        for missing in missing {
-            progress.bad(missing.to_string());
-        }
+    if !prerequisites::native_hosts_can_be_made(&progress) {
         return Ok(ExitCode::from(2));
     }
     progress.say("building what is not fresh (the first time takes some minutes)");
@@ -60,21 +53,11 @@ fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
     let programs: Programs = serde_json::from_str(&std::env::var(PROGRAMS).context("started by hand inside")?)?;
     let report = play(options, &programs, &folder(FOLDER), &progress);
-    print!("{}", table(&report, progress.colours()));
-    if let Some(path) = &options.json {
-        report
-            .write_json(path)
-            .with_context(|| format!("writing {}", path.display()))?;
-        println!("  written to {}\n", path.display());
-    }
-    if report.passed() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!(
-        "  logs of daemons, engines and the guest's console: {}\n",
+    let logs = format!(
+        "logs of daemons, engines and the guest's console: {}",
         folder(FOLDER).display()
     );
-    Ok(ExitCode::FAILURE)
+    report.conclude(options, &progress, Some(&logs))
 }
 
 /// The whole play with three hosts, inside outer namespaces; disks and logs are in `folder`. An error before the first
@@ -82,12 +65,7 @@ fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {
 pub fn play(options: &Options, programs: &Programs, folder: &Path, progress: &Progress) -> Report {
     show_at_short_path(folder)
         .and_then(|short| play_on_stage(options, programs, &short, progress))
-        .unwrap_or_else(|error| {
-            progress.bad(format!("{error:#}"));
-            let mut report = Report::new(options);
-            report.complaints.push(format!("{error:#}"));
-            report
-        })
+        .unwrap_or_else(|error| Report::failed(options, &error, progress))
 }
 
 /// The play in a folder with a short path.
@@ -104,20 +82,7 @@ pub fn play_on_stage(
     progress.say("three hosts, a client network and a replication network are up");
     let patience = Patience::default();
     let mut system = Standalone::new(Rc::clone(&lab), programs, folder, options);
-    let client = || {
-        let guest = SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT));
-        let plan = JudgePlan {
-            connect_within: patience.protected,
-            stalled_after: patience.stalled,
-            ..JudgePlan::new(guest)
-        };
-        let judge = Judge::start(plan, lab.client_entrance()?)?;
-        Ok(EmbeddedWitness {
-            judge,
-            churn_pages: options.churn_pages,
-            churn_rate: options.churn_rate,
-        })
-    };
+    let client = || EmbeddedWitness::start(GUEST_ADDRESS, options, patience, lab.client_entrance()?);
     let stage = Stage::prepare(options, patience, progress, (&*lab, GUEST_MAC), &mut system, client)?;
     let (report, _) = stage.keep_frames(folder).play();
     Ok(report)

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::judge::packet::Mac;
 
+mod background;
 pub mod cluster;
 pub mod command;
 mod compare;

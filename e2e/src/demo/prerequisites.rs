@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::report::Progress;
+
 /// Something that is missing, and how to mend it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missing {
@@ -47,6 +49,15 @@ pub fn missing_for_native(say: &mut dyn FnMut(String)) -> Vec<Missing> {
         missing.extend(user_namespaces().err());
     }
     missing
+}
+
+/// Whether this machine has everything; what is missing is told.
+pub fn native_hosts_can_be_made(progress: &Progress) -> bool {
+    let missing = missing_for_native(&mut |text| progress.say(text));
+    for missing in &missing {
+        progress.bad(missing.to_string());
+    }
+    missing.is_empty()
 }
 
 /// A program beyond those, and the Debian package that has it; as root it is installed first.

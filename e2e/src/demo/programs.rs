@@ -1,5 +1,5 @@
 //! The programs that a demonstration runs, built if they are not fresh.
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
@@ -36,8 +36,5 @@ pub fn build(profile: Profile) -> anyhow::Result<Programs> {
 
 /// Builds the embedded guest.
 pub fn build_guest() -> anyhow::Result<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("no workspace above this package")?;
-    crate::guest_build::build_embedded_guest(root)
+    crate::guest_build::build_embedded_guest(crate::cargo::workspace()?)
 }

@@ -412,7 +412,7 @@ impl<'a, W: Witness> Stage<'a, W> {
         self.tally_before = now;
         let emitted = self.sniffer.emissions().report().clone();
         let earlier = |value: fn(&Round) -> u64| self.report.per_round.iter().map(value).sum::<u64>();
-        round.dual_active = emitted.dual_active + emitted.rewritten - earlier(|round| round.dual_active);
+        round.dual_active = emitted.violations() - earlier(|round| round.dual_active);
         round.late_frames = emitted.late_repeats + emitted.dual_active - earlier(|round| round.late_frames);
         round.epochs = self.active().map_or(0, |(_, seat)| seat.epoch);
     }
@@ -469,8 +469,7 @@ impl<'a, W: Witness> Stage<'a, W> {
         self.witness.load()?;
         let tally = self.witness.tally();
         ensure!(tally == Tally::default(), "lost or doubled: {tally:?}");
-        let emitted = self.sniffer.emissions().report().clone();
-        let dual = emitted.dual_active + emitted.rewritten;
+        let dual = self.sniffer.emissions().report().violations();
         ensure!(dual == 0, "{dual} frames of a deposed host, or rewritten");
         Ok(())
     }
@@ -502,7 +501,7 @@ impl<'a, W: Witness> Stage<'a, W> {
         report.duplicated_answers = testimony.tally.doubled;
         report.complaints.extend(testimony.complaints);
         let emissions = sniffer.emissions().report().clone();
-        report.dual_active = emissions.dual_active + emissions.rewritten;
+        report.dual_active = emissions.violations();
         if report.dual_active > 0 {
             report.complaints.push(format!(
                 "{} frames with news from a deposed host, {} frames that rewrite what was sent",

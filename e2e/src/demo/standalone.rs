@@ -9,13 +9,14 @@
 //! ```
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
+use super::background::Background;
 use super::programs::Programs;
 use super::system::{Digest, Seat, System};
 use super::{GUEST_ADDRESS, GUEST_MAC, Options, compare, daemon, guest_command_line, mac_text};
@@ -48,7 +49,7 @@ pub struct Standalone {
     checkpoint: Value,
     daemons: Vec<Option<HostProcess>>,
     /// `ftvm standalone replace`, while it waits for protection.
-    replacing: Option<Child>,
+    replacing: Background,
 }
 
 impl Standalone {
@@ -67,7 +68,7 @@ impl Standalone {
                 Some(peer_lost_ms) => json!({ "peer_lost_ms": peer_lost_ms }),
                 None => json!({}),
             },
-            replacing: None,
+            replacing: Background::new("ftvm standalone replace"),
         }
     }
 
@@ -236,16 +237,6 @@ impl Standalone {
     }
 }
 
-impl Drop for Standalone {
-    fn drop(&mut self) {
-        if let Some(mut controller) = self.replacing.take() {
-            // It may have ended by itself.
-            controller.kill().ok();
-            controller.wait().ok();
-        }
-    }
-}
-
 /// Runs a command to its end; an exit code other than 0 is an error with what it said.
 fn finish(mut command: Command) -> anyhow::Result<()> {
     let output = command
@@ -328,31 +319,24 @@ impl System for Standalone {
     }
 
     fn replace(&mut self, lost: usize, spare: usize) -> anyhow::Result<()> {
-        if let Some(mut controller) = self.replacing.take() {
-            controller.wait().context("waiting for ftvm")?;
-        }
+        self.replacing.finish()?;
         let everyone: Vec<usize> = (0..self.lab.hosts().len())
             .filter(|&host| self.lab.host(host).is_running())
             .collect();
         let mut command = self.ftvm("replace", &everyone);
         command.args(["--vm", VM, "--lost", &seat_name(lost), "--with", &seat_name(spare)]);
         command.stdout(Stdio::null()).stderr(Stdio::piped());
-        self.replacing = Some(command.spawn().context("starting ftvm")?);
+        self.replacing.began(command.spawn().context("starting ftvm")?);
         Ok(())
     }
 
     fn trouble(&mut self) -> Option<String> {
-        let status = self.replacing.as_mut()?.try_wait().ok()??;
-        let output = self.replacing.take()?.wait_with_output().ok()?;
-        let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        (!status.success()).then(|| format!("ftvm standalone replace ({status}): {text}"))
+        self.replacing.trouble()
     }
 
     fn make_spare(&mut self, host: usize) -> anyhow::Result<()> {
         // A controller that waits for protection has seen it by now, or never will.
-        if let Some(mut controller) = self.replacing.take() {
-            controller.wait().context("waiting for ftvm")?;
-        }
+        self.replacing.finish()?;
         let alive = match &mut self.daemons[host] {
             Some(process) => process.try_wait()?.is_none(),
             None => false,

@@ -1,8 +1,12 @@
 //! The client of the guest, as the play sees it: it keeps asking, it checks, it never forgives.
+use std::net::SocketAddr;
+
 use anyhow::{Context, ensure};
 
-use crate::guest_protocol::{CHURN_WORD_ONLY, Op};
-use crate::judge::{Findings, Judge, Outcome, PhaseReport};
+use super::Options;
+use super::rounds::Patience;
+use crate::guest_protocol::{CHURN_WORD_ONLY, DEFAULT_PORT, Op};
+use crate::judge::{Findings, Judge, JudgePlan, Outcome, PhaseReport};
 
 /// What was found wrong so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,6 +80,28 @@ pub struct EmbeddedWitness {
 }
 
 impl EmbeddedWitness {
+    /// Connects to the guest at `address` from the network that `entrance` leads to.
+    ///
+    /// # Errors
+    /// If its thread can't be started.
+    pub fn start<E: std::fmt::Display>(
+        address: [u8; 4],
+        options: &Options,
+        patience: Patience,
+        entrance: impl FnOnce() -> Result<(), E> + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let plan = JudgePlan {
+            connect_within: patience.protected,
+            stalled_after: patience.stalled,
+            ..JudgePlan::new(SocketAddr::from((address, DEFAULT_PORT)))
+        };
+        Ok(Self {
+            judge: Judge::start(plan, entrance)?,
+            churn_pages: options.churn_pages,
+            churn_rate: options.churn_rate,
+        })
+    }
+
     fn order(&self, op: Op, arg: u64, arg2: u64) -> anyhow::Result<crate::guest_protocol::Answer> {
         let answer = self
             .judge

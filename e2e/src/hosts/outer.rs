@@ -1,11 +1,13 @@
 //! Entering the outer namespaces: this program starts itself again as pid 1 of a new pid namespace.
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -31,8 +33,8 @@ pub fn inside() -> bool {
     std::env::var_os(MARK).is_some() && std::process::id() == 1
 }
 
-/// What has to be made before the outer namespaces are entered, because there is no network in them: made outside and written to
-/// `file`, read from there inside.
+/// What has to be made before the outer namespaces are entered, because there is no network in them: made outside, by the first of
+/// a process's tests that asks, and written to `file`; read from there inside.
 ///
 /// # Errors
 /// Those of `make`; if the file can't be written, or was not.
@@ -40,12 +42,14 @@ pub fn made_outside<T: Serialize + DeserializeOwned>(
     file: &Path,
     make: impl FnOnce() -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
+    static MADE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
     if !inside() {
-        let text = serde_json::to_string(&make()?)?;
-        // In one step: other tests may be reading it.
-        let new = file.with_extension(format!("{:?}", std::thread::current().id()));
-        fs::write(&new, text).with_context(|| format!("writing {}", new.display()))?;
-        fs::rename(&new, file).with_context(|| format!("writing {}", file.display()))?;
+        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        if !made.contains(file) {
+            let text = serde_json::to_string(&make()?)?;
+            fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
+            made.insert(file.to_owned());
+        }
     }
     let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
     serde_json::from_str(&text).with_context(|| format!("in {}", file.display()))

@@ -38,6 +38,13 @@ pub struct EmissionReport {
     pub late_repeats: u64,
 }
 
+impl EmissionReport {
+    /// Signs of two active hosts.
+    pub fn violations(&self) -> u64 {
+        self.dual_active + self.rewritten
+    }
+}
+
 #[derive(Debug)]
 struct Stream {
     /// Number of its SYN, if that was seen: the same one again is a retransmission.

@@ -1,10 +1,10 @@
 //! The project's own programs, built and found.
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use anyhow::{Context, ensure};
 
-use crate::cargo::cargo;
+use crate::cargo::{cargo, workspace};
 
 /// How to build them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,11 +45,8 @@ fn build_targets(kind: &str, programs: &[(&str, &str)], profile: Profile) -> any
     for (package, program) in programs {
         cargo.args(["--package", package, kind, program]);
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("no workspace above this package")?;
     let output = cargo
-        .current_dir(root)
+        .current_dir(workspace()?)
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()

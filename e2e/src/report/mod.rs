@@ -1,7 +1,9 @@
 //! What a demonstration found: as JSON for programs, as a table for people, and lines of progress while it runs.
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::ExitCode;
 
+use anyhow::Context;
 use serde::Serialize;
 
 use crate::demo::Options;
@@ -110,6 +112,34 @@ impl Report {
             vcpus: options.vcpus,
             ..Self::default()
         }
+    }
+
+    /// A play that failed outside of any round, which is told, too.
+    pub fn failed(options: &Options, error: &anyhow::Error, progress: &Progress) -> Self {
+        progress.bad(format!("{error:#}"));
+        let mut report = Self::new(options);
+        report.complaints.push(format!("{error:#}"));
+        report
+    }
+
+    /// Prints the table, writes JSON if that was asked for, and says where `logs` are if it did not pass; returns the exit code.
+    ///
+    /// # Errors
+    /// If the JSON can't be written.
+    pub fn conclude(&self, options: &Options, progress: &Progress, logs: Option<&str>) -> anyhow::Result<ExitCode> {
+        print!("{}", table(self, progress.colours()));
+        if let Some(path) = &options.json {
+            self.write_json(path)
+                .with_context(|| format!("writing {}", path.display()))?;
+            println!("  written to {}\n", path.display());
+        }
+        if self.passed() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if let Some(logs) = logs {
+            println!("  {logs}\n");
+        }
+        Ok(ExitCode::FAILURE)
     }
 
     /// Derives the totals from the rounds.

@@ -37,9 +37,8 @@ impl Installed {
         for node in ["n1", "n2"] {
             installed.create(&json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}}));
         }
-        installed.create(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
-            "name": SHOP, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}
-        }}));
+        let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
+        installed.cluster.make_namespace(SHOP, &labels).unwrap();
         installed
             .cluster
             .helm(&[

@@ -4,14 +4,12 @@
 mod machines;
 mod system;
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use serde_json::json;
 
 use self::machines::Nodes;
@@ -22,11 +20,9 @@ use super::witness::EmbeddedWitness;
 use super::{GUEST_MAC, Options, place};
 use crate::cluster::install::Images;
 use crate::cluster::{self, Cluster};
-use crate::guest_protocol::DEFAULT_PORT;
 use crate::hosts::namespace;
-use crate::judge::{Judge, JudgePlan};
 use crate::lab::binaries::Profile;
-use crate::report::{Progress, Report, table};
+use crate::report::{Progress, Report};
 
 /// Of the VM.
 pub const NAMESPACE: &str = "demo";
@@ -54,38 +50,22 @@ const PATIENCE: Patience = Patience {
 /// If the report can't be written; what goes wrong in the play itself is in the report.
 pub fn run(options: &Options, profile: Profile) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
-    let missing = prerequisites::missing_for_native(&mut |text| progress.say(text));
-    if !missing.is_empty() {
-        for missing in missing {
-            progress.bad(missing.to_string());
-        }
+    if !prerequisites::native_hosts_can_be_made(&progress) {
         return Ok(ExitCode::from(2));
     }
     let folder = place::new_folder(FOLDER)?;
     let mut report = play(options, profile, &folder, &progress);
     options.fault.name_of_nodes().clone_into(&mut report.fault);
-    print!("{}", table(&report, progress.colours()));
-    if let Some(path) = &options.json {
-        report
-            .write_json(path)
-            .with_context(|| format!("writing {}", path.display()))?;
-        println!("  written to {}\n", path.display());
-    }
-    if report.passed() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!("  frames and logs: {}\n", folder.display());
-    Ok(ExitCode::FAILURE)
+    report.conclude(
+        options,
+        &progress,
+        Some(&format!("frames and logs: {}", folder.display())),
+    )
 }
 
 /// The whole play; an error outside of a round is a complaint too.
 pub fn play(options: &Options, profile: Profile, folder: &Path, progress: &Progress) -> Report {
-    play_on_stage(options, profile, folder, progress).unwrap_or_else(|error| {
-        progress.bad(format!("{error:#}"));
-        let mut report = Report::new(options);
-        report.complaints.push(format!("{error:#}"));
-        report
-    })
+    play_on_stage(options, profile, folder, progress).unwrap_or_else(|error| Report::failed(options, &error, progress))
 }
 
 fn play_on_stage(options: &Options, profile: Profile, folder: &Path, progress: &Progress) -> anyhow::Result<Report> {
@@ -112,22 +92,13 @@ pub fn on_stage<T>(
     acts: impl FnOnce(Stage<'_, EmbeddedWitness>, &Rc<Cluster>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     let cluster = Rc::new(start(options, profile, folder, progress)?);
-    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
-    cluster.apply(&namespace.to_string())?;
+    cluster.make_namespace(NAMESPACE, &json!({}))?;
     let nodes = Nodes(Rc::clone(&cluster));
     let mut system = Kubernetes::new(Rc::clone(&cluster), options);
     let witness = || {
-        let plan = JudgePlan {
-            connect_within: PATIENCE.protected,
-            stalled_after: PATIENCE.stalled,
-            ..JudgePlan::new(SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT)))
-        };
         let network = cluster.sandbox().network().try_clone()?;
-        Ok(EmbeddedWitness {
-            judge: Judge::start(plan, move || namespace::enter_network(&network))?,
-            churn_pages: options.churn_pages,
-            churn_rate: options.churn_rate,
-        })
+        let entrance = move || namespace::enter_network(&network);
+        EmbeddedWitness::start(GUEST_ADDRESS, options, PATIENCE, entrance)
     };
     Stage::prepare(options, PATIENCE, progress, (&nodes, GUEST_MAC), &mut system, witness)
         .and_then(|stage| acts(stage, &cluster))

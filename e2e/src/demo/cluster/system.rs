@@ -1,16 +1,16 @@
 //! The seats of a FaultTolerantVM, as the daemons of their nodes show them. Nobody but the operator replaces one.
 use std::path::{Path, PathBuf};
-use std::process::Child;
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{GUEST_ADDRESS, NAMESPACE, VM};
 use crate::cluster::install::GUEST_IMAGE;
 use crate::cluster::plan::CLIENT_BRIDGE;
 use crate::cluster::{Cluster, wait_for};
+use crate::demo::background::Background;
 use crate::demo::standalone::DISK;
 use crate::demo::system::{Digest, Seat, System};
 use crate::demo::{GUEST_MAC, Options, compare, daemon, guest_command_line, mac_text};
@@ -31,7 +31,7 @@ pub struct Kubernetes {
     cluster: Rc<Cluster>,
     options: Options,
     /// `kubectl drain`, while it waits.
-    drain: Option<Child>,
+    drain: Background,
     /// Name of the node that takes no pods since.
     drained: Option<String>,
 }
@@ -42,7 +42,7 @@ impl Kubernetes {
         Self {
             cluster,
             options: options.clone(),
-            drain: None,
+            drain: Background::new("kubectl drain"),
             drained: None,
         }
     }
@@ -129,16 +129,6 @@ pub fn story(cluster: &Cluster) -> String {
     format!("{shown}\n{status}\n{}", cluster.pods_story(NAMESPACE))
 }
 
-impl Drop for Kubernetes {
-    fn drop(&mut self) {
-        if let Some(mut drain) = self.drain.take() {
-            // It may have ended by itself.
-            drain.kill().ok();
-            drain.wait().ok();
-        }
-    }
-}
-
 impl System for Kubernetes {
     fn protects(&self) -> bool {
         true
@@ -167,7 +157,7 @@ impl System for Kubernetes {
             "--delete-emptydir-data",
             "--timeout=120s",
         ];
-        self.drain = Some(self.cluster.start_kubectl(&words)?);
+        self.drain.began(self.cluster.start_kubectl(&words)?);
         self.drained = Some(node);
         Ok(())
     }
@@ -178,19 +168,14 @@ impl System for Kubernetes {
     }
 
     fn trouble(&mut self) -> Option<String> {
-        let status = self.drain.as_mut()?.try_wait().ok()??;
-        let output = self.drain.take()?.wait_with_output().ok()?;
-        let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        (!status.success()).then(|| format!("kubectl drain ({status}): {text}"))
+        self.drain.trouble()
     }
 
     /// A node that was started again, or drained, takes seats once it is ready and offers them.
     fn make_spare(&mut self, machine: usize) -> anyhow::Result<()> {
         let name = self.cluster.nodes()[machine].name();
-        if let Some(drain) = self.drain.take() {
-            let output = drain.wait_with_output().context("waiting for kubectl")?;
-            let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            ensure!(output.status.success(), "kubectl drain ({}): {text}", output.status);
+        if let Some(trouble) = self.drain.finish()? {
+            bail!("{trouble}");
         }
         if let Some(drained) = self.drained.take() {
             self.cluster.kubectl(&["uncordon", &drained])?;

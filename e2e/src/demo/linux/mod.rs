@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 
 use self::machines::Emulated;
 use self::system::EmulatedSystem;
@@ -21,7 +21,7 @@ use super::{Fault, Options};
 use crate::lab::binaries::{self, Profile};
 use crate::lab::image::Image;
 use crate::lab::{Lab, NodeConfig, guest};
-use crate::report::{Progress, Report, table};
+use crate::report::{Progress, Report};
 
 /// Everything is slower by a factor of ten to a hundred in here.
 const PATIENCE: Patience = Patience {
@@ -43,28 +43,12 @@ const STOP: Duration = Duration::from_secs(180);
 pub fn run(options: &Options, profile: Profile) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
     let report = play(options, profile, &progress);
-    print!("{}", table(&report, progress.colours()));
-    if let Some(path) = &options.json {
-        report
-            .write_json(path)
-            .with_context(|| format!("writing {}", path.display()))?;
-        println!("  written to {}\n", path.display());
-    }
-    Ok(if report.passed() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    report.conclude(options, &progress, None)
 }
 
 /// The whole play; an error outside of a round is a complaint too.
 pub fn play(options: &Options, profile: Profile, progress: &Progress) -> Report {
-    play_on_stage(options, profile, progress).unwrap_or_else(|error| {
-        progress.bad(format!("{error:#}"));
-        let mut report = Report::new(options);
-        report.complaints.push(format!("{error:#}"));
-        report
-    })
+    play_on_stage(options, profile, progress).unwrap_or_else(|error| Report::failed(options, &error, progress))
 }
 
 fn play_on_stage(options: &Options, profile: Profile, progress: &Progress) -> anyhow::Result<Report> {
