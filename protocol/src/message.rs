@@ -104,14 +104,14 @@ pub enum Message {
         /// Why.
         reason: SessionEnd,
     },
-    /// Frozen source to target: take over at this epoch.
+    /// Frozen source to target: run from the end of this epoch.
     Switch {
         /// Session of the pair.
         session: SessionId,
         /// The last epoch; the source is frozen at its end.
         epoch: Epoch,
     },
-    /// Target to source: will not (the reason is in the target's status); go on by a swap of your own.
+    /// Target to source: will not (the reason is in the target's status). A frozen source goes on by a swap of its own.
     SwitchRefused {
         /// Session of the pair.
         session: SessionId,
@@ -134,6 +134,19 @@ pub enum Message {
     },
     /// Active to standby: the record says Stopped, confirmed. Stop too (after reading it yourself).
     Stopped {
+        /// Term of that record.
+        term: Term,
+    },
+    /// Active to standby: the guest is to be yours; let the record name you as its holder, then say so. Nothing else
+    /// changes for either of us until then.
+    Claim {
+        /// Session of the pair.
+        session: SessionId,
+    },
+    /// Standby to active: the record names me, and my header has that term.
+    Claimed {
+        /// Session of the pair.
+        session: SessionId,
         /// Term of that record.
         term: Term,
     },

@@ -76,6 +76,124 @@ fn a_switchover_swaps_the_roles_and_stays_protected() {
     assert_eq!(bench.gate(1), Gate::Through(epoch));
 }
 
+// ---- switchovers
+
+/// A pair whose record names the standby, which was asked to claim it; its word of that does not arrive.
+fn claimed() -> Bench {
+    let mut bench = Bench::pair();
+    bench.seats[1].mute = true;
+    bench.step(0, Event::Command(Command::Switchover));
+    let record = &bench.record.as_ref().expect("a record").record;
+    assert_eq!(record.holder, bench.seats[1].me);
+    assert_eq!(record.members, Members::pair(bench.seats[0].me, bench.seats[1].me));
+    assert_eq!(bench.seats[0].core.status().role, RoleName::Active);
+    bench
+}
+
+#[test]
+fn the_source_runs_until_the_record_names_the_target_and_its_header_says_so() {
+    let mut bench = Bench::pair();
+    bench.seats[1].arbiter = Arbiter::Away;
+    bench.step(0, Event::Command(Command::Switchover));
+    bench.pass(100);
+    let epoch = bench.epoch(0);
+    assert_eq!(
+        bench.gate(0),
+        Gate::Through(epoch),
+        "a claim under way does not hold output back"
+    );
+    let freezes = |bench: &Bench| bench.seats[0].wanted(|action| *action == Action::Seal(Seal::Freeze));
+    assert!(!freezes(&bench));
+    bench.seats[1].arbiter = Arbiter::Works;
+    bench.pass(300);
+    assert!(freezes(&bench));
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+    let term = bench.record.as_ref().expect("a record").record.term;
+    assert_eq!(bench.seats[1].header.as_ref().map(|header| header.term), Some(term));
+    // The record was written once, before the source stood still; nothing was asked while it did.
+    let asked = |action: &Action| matches!(action, Action::SwapRecord { .. } | Action::ReadRecord { .. });
+    let ran = |action: &Action| matches!(action, Action::LoadAndRun { .. });
+    let last = bench.seats[1]
+        .actions
+        .iter()
+        .rev()
+        .find(|action| asked(action) || ran(action));
+    assert!(last.is_some_and(ran), "{last:?}");
+}
+
+#[test]
+fn a_switchover_without_an_arbiter_is_given_up_and_the_pair_goes_on() {
+    let mut bench = Bench::pair();
+    bench.seats[1].arbiter = Arbiter::Away;
+    bench.step(0, Event::Command(Command::Switchover));
+    for _ in 0..40 {
+        bench.pass(100);
+        let epoch = bench.epoch(0);
+        assert_eq!(bench.gate(0), Gate::Through(epoch));
+    }
+    let peer = bench.seats[1].me;
+    assert!(bench.seats[0].wanted(|action| *action == Action::Refused(Refusal::SwitchFailed(peer))));
+    assert!(bench.seats[0].core.status().protected);
+}
+
+#[test]
+fn a_claim_of_unknown_outcome_holds_nothing_back() {
+    let mut bench = Bench::pair();
+    bench.seats[1].arbiter = Arbiter::LosesWriteAnswers;
+    bench.step(0, Event::Command(Command::Switchover));
+    bench.pass(100);
+    let epoch = bench.epoch(0);
+    assert_eq!(bench.gate(0), Gate::Through(epoch));
+    assert!(!bench.seats[1].core.status().unsettled);
+    bench.seats[1].arbiter = Arbiter::Works;
+    bench.pass(500);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+    assert!(bench.seats[1].core.status().protected);
+}
+
+#[test]
+fn a_source_whose_target_dies_after_its_claim_goes_on_alone() {
+    let mut bench = claimed();
+    let peer = bench.seats[1].me;
+    bench.step(0, Event::PeerGone { peer });
+    bench.pass(100);
+    assert_eq!(bench.gate(0), Gate::Open);
+    let record = &bench.record.as_ref().expect("a record").record;
+    assert_eq!(record.members, Members::one(bench.seats[0].me));
+}
+
+#[test]
+fn a_target_whose_source_dies_after_its_claim_takes_over() {
+    let mut bench = claimed();
+    let released = bench.epoch(0);
+    let peer = bench.seats[0].me;
+    bench.step(1, Event::PeerGone { peer });
+    bench.pass(100);
+    assert_eq!(bench.gate(1), Gate::Open);
+    assert!(bench.seats[1].wanted(|action| matches!(action, Action::LoadAndRun { epoch, .. } if *epoch >= released)));
+    bench.pass(500);
+    assert_eq!(bench.seats[0].ended, Some(EndReason::LostToSuccessor));
+}
+
+#[test]
+fn a_claim_that_came_to_nothing_is_taken_back_and_a_later_switchover_works() {
+    let mut bench = claimed();
+    bench.seats[1].mute = false;
+    // A refusal that is on its way: the source gives up, though the record names the target.
+    let session = bench.seats[0].core.status().session.expect("a session");
+    bench.say(1, Message::SwitchRefused { session });
+    bench.pass(300);
+    assert_eq!(bench.seats[0].core.status().role, RoleName::Active);
+    assert!(bench.seats[0].core.status().protected);
+    let record = bench.record.as_ref().expect("a record").record.clone();
+    assert_eq!(record.holder, bench.seats[0].me);
+    // What the target says of the claim that was written over counts no more.
+    bench.step(0, Event::Command(Command::Switchover));
+    bench.pass(300);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+    assert!(bench.record.as_ref().expect("a record").record.term > record.term);
+}
+
 #[test]
 fn stop_is_reported_after_swap_and_header_and_only_a_start_over_it_leaves_it() {
     let mut bench = Bench::pair();

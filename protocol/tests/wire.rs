@@ -69,6 +69,8 @@ fn messages() -> Vec<Message> {
         },
         Message::Following { session },
         Message::Stopped { term: 2 },
+        Message::Claim { session },
+        Message::Claimed { session, term: 3 },
     ]
 }
 

@@ -10,7 +10,7 @@ use crate::arbiter::Put;
 use crate::checks::Kind;
 use crate::coverage::Fault;
 use crate::mutation::Mutation;
-use crate::world::{Input, What, World};
+use crate::world::{Claimed, Input, What, World};
 
 impl World {
     // ---- arbiter
@@ -145,7 +145,26 @@ impl World {
     /// A record was written: whoever holds it now may start from this moment on.
     fn landed(&mut self, before: Option<Record>, now: &Snapshot) {
         let holder = now.record.holder;
-        if now.record.phase != Phase::Running || self.checks.active() == Some(holder) {
+        let role = self
+            .slot_of(holder)
+            .and_then(|slot| self.slots[slot].engine.as_ref())
+            .map(|engine| engine.core.status().role);
+        // A source that goes on after a switchover has come further than when it became active.
+        let known = self.checks.active() == Some(holder) && role != Some(RoleName::Frozen);
+        // A standby that becomes holder beside its leader runs nothing yet.
+        let claims = role == Some(RoleName::Standby) && !now.record.members.is_only(holder);
+        self.claimed = claims.then(|| {
+            let of_source = match (self.claimed, &before) {
+                (Some(claim), Some(before)) if before.term == claim.term => claim.of_source,
+                (_, before) => before.as_ref().map_or(0, |before| before.term),
+            };
+            Claimed {
+                generation: self.arbiter.generation,
+                term: now.record.term,
+                of_source,
+            }
+        });
+        if now.record.phase != Phase::Running || known || claims {
             return;
         }
         let overridden = before.as_ref().map(|before| before.holder);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use ftvm_protocol::core::{Action, Config, Core, EndReason, Event, Gate, Refusal, Seal, StoredHeader};
-use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, SessionId};
+use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, SessionId, Term};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::Phase;
 
@@ -262,7 +262,11 @@ impl World {
 
     fn creates(&mut self, by: Incarnation) {
         if let Some(snapshot) = self.arbiter.get() {
-            let (generation, term) = (self.arbiter.generation, snapshot.record.term);
+            let generation = self.arbiter.generation;
+            let term = match self.claimed {
+                Some(claim) if claim.generation == generation && claim.term == snapshot.record.term => claim.of_source,
+                _ => snapshot.record.term,
+            };
             let result = self.checks.create(generation, term, by);
             self.check(result);
         }
@@ -368,8 +372,10 @@ impl World {
         match action {
             Action::BootFromDisk { first_epoch, .. } => self.boot(slot, first_epoch),
             Action::LoadAndRun {
-                epoch, resend_after, ..
-            } => self.load_and_run(slot, epoch, resend_after),
+                epoch,
+                resend_after,
+                term,
+            } => self.load_and_run(slot, epoch, resend_after, term),
             Action::Resume => {
                 if let Some(engine) = &mut self.slots[slot].engine {
                     engine.driver.last_epoch = false;
@@ -483,7 +489,7 @@ impl World {
         self.schedule_guest(slot, 2);
     }
 
-    fn load_and_run(&mut self, slot: usize, epoch: Epoch, resend_after: Epoch) {
+    fn load_and_run(&mut self, slot: usize, epoch: Epoch, resend_after: Epoch, term: Term) {
         let Some(engine) = &mut self.slots[slot].engine else {
             return;
         };
@@ -507,7 +513,15 @@ impl World {
                 driver.waiting.extend(outputs.into_iter().map(|output| (of, output)));
             }
         }
-        if self.is_new_active(me) || state.is_none() || self.checks.stopped {
+        // Whoever claimed the record in time may run, even if it was deleted since.
+        let claimed = self.claimed.take_if(|claim| claim.term == term);
+        let restored = claimed.is_some_and(|claim| claim.generation != self.arbiter.generation);
+        if let (true, Some(snapshot)) = (restored, self.arbiter.get()) {
+            // It was restored meanwhile, and its term says nothing of the one in which this seat runs.
+            let (generation, term) = (self.arbiter.generation, snapshot.record.term);
+            self.checks.hands_over(generation, term, me);
+        }
+        if claimed.is_some() || self.is_new_active(me) || state.is_none() || self.checks.stopped {
             let result = self.checks.take_over(&self.history, me, state);
             self.check(result);
         }

@@ -186,6 +186,17 @@ pub(crate) struct User {
     pub(crate) powered_off: bool,
 }
 
+/// A switchover's target had itself named by the record and does not run yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Claimed {
+    /// The arbiter's.
+    pub(crate) generation: u64,
+    /// Of that record.
+    pub(crate) term: Term,
+    /// In which the source creates output meanwhile.
+    pub(crate) of_source: Term,
+}
+
 /// One run.
 pub struct World {
     pub(crate) rng: Rng,
@@ -199,6 +210,7 @@ pub struct World {
     next_link: u64,
     pub(crate) history: History,
     pub(crate) checks: Checks,
+    pub(crate) claimed: Option<Claimed>,
     pub(crate) profile: Profile,
     pub(crate) user: User,
     pub(crate) mutation: Option<Mutation>,
@@ -247,6 +259,7 @@ impl World {
             next_link: 0,
             history: History::default(),
             checks: Checks::default(),
+            claimed: None,
             profile,
             user: User::default(),
             mutation,

@@ -21,8 +21,8 @@ pub(super) enum Goal {
     AdmitJoin,
     /// A standby, or a frozen source whose target is lost, becomes holder alone.
     Takeover,
-    /// The target of a switchover becomes holder, both stay members.
-    TakeSwitch,
+    /// The target of a switchover becomes holder, both stay members, and the source runs on.
+    Claim,
     /// A frozen source goes on as active.
     Unfreeze,
     /// The active stops.
@@ -64,6 +64,11 @@ impl Attempt {
     pub(super) fn is_swapping(&self) -> bool {
         matches!(self.stage, Stage::Swapping { .. })
     }
+
+    /// A write is on its way that takes something from the other side. A claim takes nothing: both stay members.
+    pub(super) fn is_taking(&self) -> bool {
+        matches!(self.stage, Stage::Swapping { goal, .. } if goal != Goal::Claim)
+    }
 }
 
 impl Core {
@@ -103,7 +108,7 @@ impl Core {
                 self.conclude(self.timing.retry_ms);
                 self.refuse(Refusal::ArbiterUnreachable, actions);
             }
-            Stage::Swapping { uid, version, .. } => self.swap_unknown(uid, version, actions),
+            Stage::Swapping { goal, uid, version, .. } => self.swap_unknown(goal, uid, version, actions),
         }
     }
 
@@ -129,8 +134,8 @@ impl Core {
             ReadOutcome::Found(snapshot) => {
                 let read = (snapshot.uid, snapshot.version);
                 let changed = self.unsettled.is_some_and(|expected| expected != read);
-                // Where it was our own that landed, the right it gives is neither taken nor given back by reading.
-                if changed && snapshot.record.holder != self.me {
+                // Where it was our own that landed and made us alone, that right is neither taken nor given back by reading.
+                if changed && !snapshot.record.members.is_only(self.me) {
                     self.settled();
                 }
                 self.arbiter = ArbiterState::Reachable;
@@ -312,7 +317,7 @@ impl Core {
                 self.won(goal, &record, actions);
             }
             // Somebody answers for a write that is not ours.
-            SwapOutcome::Won(_) | SwapOutcome::Unknown => self.swap_unknown(uid, version, actions),
+            SwapOutcome::Won(_) | SwapOutcome::Unknown => self.swap_unknown(goal, uid, version, actions),
             SwapOutcome::Conflict => {
                 self.conclude(self.timing.retry_ms / 4);
                 self.refuse(Refusal::Conflict, actions);
@@ -325,8 +330,13 @@ impl Core {
         }
     }
 
-    fn swap_unknown(&mut self, uid: ArbiterUid, version: u64, actions: &mut Vec<Action>) {
+    fn swap_unknown(&mut self, goal: Goal, uid: ArbiterUid, version: u64, actions: &mut Vec<Action>) {
         self.conclude(self.timing.retry_ms);
+        self.refuse(Refusal::Unsettled, actions);
+        // Whether a claim lands, and when, is all the same: both stay members, and nobody runs because of it.
+        if goal == Goal::Claim {
+            return;
+        }
         self.unsettled = Some((uid, version));
         match &mut self.role {
             Role::Active(active) => active.doubt = true,
@@ -334,6 +344,5 @@ impl Core {
             Role::Standby(standby) => standby.unsettled_since_ms = Some(self.now_ms),
             Role::Starting(_) | Role::Joining(_) | Role::Ended(_) => {}
         }
-        self.refuse(Refusal::Unsettled, actions);
     }
 }

@@ -2,10 +2,11 @@
 
 use crate::header::{MAX_INCARNATIONS, SeatHeader};
 use crate::identity::SeatId;
+use crate::message::PeerRole;
 use crate::record::{Members, Phase, Record, Snapshot};
 
 use super::attempt::Goal;
-use super::role::{Active, Confirmed, Frozen, LeadStage, Role, Standby, Starting};
+use super::role::{Active, Confirmed, Frozen, Lead, LeadStage, Role, Standby, Starting};
 use super::{Core, EndReason, GuestReport, HeaderReport, Refusal, SeatReport};
 
 /// What to do about what was read.
@@ -268,12 +269,12 @@ impl Core {
         if record.holder != self.me && record.holder != standby.leader {
             return Err(Decision::Refuse(Refusal::NotHolder));
         }
-        let switch = standby.switch.is_some_and(|switch| standby.staged >= switch.epoch) && !lost;
-        let own_landed = record.holder == self.me;
-        if switch && !self.is_contact_too_old() {
+        let own_landed = record.members.is_only(self.me);
+        let claims = standby.claim.is_some_and(|claim| claim.term.is_none());
+        if claims && !lost && !own_landed && !self.has_tried() && !self.is_contact_too_old() {
             let members = Members::pair(self.me, standby.leader);
             return Ok(Decision::Swap {
-                goal: Goal::TakeSwitch,
+                goal: Goal::Claim,
                 members,
                 phase: record.phase,
             });
@@ -343,7 +344,8 @@ impl Core {
             Lineage::Successor if holder => return Ok(Decision::Adopt),
             Lineage::Successor | Lineage::Strange => return Err(Decision::Refuse(Refusal::RecordStrange)),
         }
-        if !holder {
+        let claimed = active.is_claimed(record, self.me);
+        if !holder && !claimed {
             return Err(if low {
                 Decision::Refuse(Refusal::TermBelowKnown)
             } else {
@@ -351,6 +353,10 @@ impl Core {
             });
         }
         let mut goal = self.active_goal(active);
+        if claimed && active.hand_over.is_none() {
+            // The switchover is off: the record names whoever runs the guest.
+            goal = goal.or(Some(Goal::Settle));
+        }
         if low {
             // Rule 10: back to a term above everything known, by those who need nobody's leave for it.
             let intact = !active.doubt && active.stop.is_none();
@@ -405,7 +411,14 @@ impl Core {
         }
         let healthy = self.is_lead_healthy();
         let lead = frozen.active.lead.as_ref();
-        if holder && (frozen.give_up || !healthy) {
+        let claimed = frozen.active.is_claimed(record, self.me);
+        // A target that runs will ask this seat to follow.
+        let runs = |lead: &Lead| {
+            let view = self.link(lead.link).and_then(|link| link.view);
+            view.is_some_and(|view| view.role == PeerRole::Active)
+        };
+        let waits = healthy && lead.is_some_and(runs);
+        if (holder || claimed && !waits) && (frozen.give_up || !healthy) {
             self.need_contact(record, reports)?;
             let members = match lead {
                 Some(lead) if healthy => Members::pair(self.me, lead.peer),
@@ -414,15 +427,6 @@ impl Core {
             return Ok(Decision::Swap {
                 goal: Goal::Unfreeze,
                 members,
-                phase: record.phase,
-            });
-        }
-        if !holder && !healthy {
-            // The target is lost after its swap; this seat is a member and has everything that was released.
-            self.need_contact(record, reports)?;
-            return Ok(Decision::Swap {
-                goal: Goal::Takeover,
-                members: Members::one(self.me),
                 phase: record.phase,
             });
         }

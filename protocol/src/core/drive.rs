@@ -65,7 +65,7 @@ impl Core {
                     || self.is_silent()
                     || standby.verify
                     || self.unsettled.is_some()
-                    || standby.switch.is_some_and(|switch| standby.staged >= switch.epoch)
+                    || standby.claim.is_some_and(|claim| claim.term.is_none())
             }
             Role::Active(active) => self.active_goal(active).is_some(),
             Role::Frozen(frozen) => {
@@ -142,6 +142,7 @@ impl Core {
                     failed: false,
                     lost: false,
                     verify: false,
+                    claim: None,
                     switch: None,
                     switch_refused: 0,
                     contact_ms: joining.contact_ms,
@@ -158,18 +159,22 @@ impl Core {
 
     fn drive_standby(&mut self, actions: &mut Vec<Action>) {
         let tried = self.has_tried();
-        let (now_ms, switch_ms) = (self.now_ms, self.timing.switch_ms);
-        let header_is_current = self.header_is_current();
+        let (now_ms, known_term) = (self.now_ms, self.known_term);
+        let may_acknowledge = self.may_acknowledge();
+        // Half of the source's time, so that the target gives up first.
+        let limit_ms = self.timing.switch_ms / 2;
         let Role::Standby(standby) = &mut self.role else { return };
         let link = standby.link;
-        // A switchover that did not come about in time is off; what was already written is settled like any other write.
-        // Half of the source's time, so that the target gives up first.
-        let expired = standby
-            .switch
-            .take_if(|switch| now_ms.saturating_sub(switch.since_ms) > switch_ms / 2 && !tried);
-        standby.switch.take_if(|switch| standby.staged > switch.epoch && !tried);
+        let over = |since_ms: u64| now_ms.saturating_sub(since_ms) > limit_ms;
+        let too_late = standby.claim.take_if(|claim| over(claim.since_ms));
+        // Somebody wrote since: if the leader still wants it, it asks again.
+        standby
+            .claim
+            .take_if(|claim| claim.term.is_some_and(|term| term < known_term));
+        let expired = standby.switch.take_if(|switch| over(switch.since_ms));
+        standby.switch.take_if(|switch| standby.staged > switch.epoch);
         let session = standby.session;
-        let ack = (standby.staged > standby.acked && !standby.failed && !tried && header_is_current).then(|| {
+        let ack = (standby.staged > standby.acked && !standby.failed && !tried && may_acknowledge).then(|| {
             standby.acked = standby.staged;
             Message::Ack {
                 leader: standby.leader,
@@ -179,10 +184,41 @@ impl Core {
         });
         if let Some(switch) = expired {
             standby.switch_refused = switch.epoch;
+        }
+        if expired.is_some() || too_late.is_some() {
             self.send(link, Message::SwitchRefused { session }, actions);
         }
         if let Some(ack) = ack {
             self.send(link, ack, actions);
+        }
+        self.tell_claim(false, actions);
+        self.take_switch(actions);
+    }
+
+    /// Tells the leader that the record names this seat, once, or when it asks `again`.
+    pub(super) fn tell_claim(&mut self, again: bool, actions: &mut Vec<Action>) {
+        let header_is_current = self.header_is_current();
+        let Role::Standby(standby) = &mut self.role else { return };
+        let (link, session) = (standby.link, standby.session);
+        if let Some(claim) = &mut standby.claim
+            && let Some(term) = claim.term.filter(|_| header_is_current && (again || !claim.told))
+        {
+            claim.told = true;
+            self.send(link, Message::Claimed { session, term }, actions);
+        }
+    }
+
+    /// Rule 6: the source stands still at the end of an epoch that is here, and the record names this seat.
+    fn take_switch(&mut self, actions: &mut Vec<Action>) {
+        let Role::Standby(standby) = &self.role else { return };
+        let Some(term) = standby.claim.and_then(|claim| claim.term) else {
+            return;
+        };
+        let here = standby.switch.is_some_and(|switch| standby.staged == switch.epoch);
+        let free = !self.has_tried() && self.adopting.is_none() && self.header_is_current();
+        if here && free && term == self.known_term && !self.is_leader_lost(standby) && !self.is_contact_too_old() {
+            self.cancel_attempt();
+            self.switch_over(term, actions);
         }
     }
 
@@ -268,7 +304,30 @@ impl Core {
             self.end(EndReason::Stopped, actions);
             return;
         }
+        self.drive_hand_over(actions);
         self.begin_join(actions);
+    }
+
+    /// Rule 6: asks the target to claim the record, again and again, or gives the switchover up.
+    fn drive_hand_over(&mut self, actions: &mut Vec<Action>) {
+        let healthy = self.is_lead_healthy();
+        let (now_ms, timing) = (self.now_ms, self.timing);
+        let Role::Active(active) = &mut self.role else { return };
+        let Some(hand_over) = &mut active.hand_over else { return };
+        let Some(lead) = &active.lead else {
+            active.hand_over = None;
+            return;
+        };
+        let (link, session, peer) = (lead.link, lead.session, lead.peer);
+        let late = now_ms.saturating_sub(hand_over.since_ms) > timing.switch_ms;
+        if late || !healthy || active.stop.is_some() || active.doubt {
+            active.hand_over = None;
+            self.next_observe_ms = now_ms;
+            self.refuse(Refusal::SwitchFailed(peer), actions);
+        } else if now_ms >= hand_over.ask_ms {
+            hand_over.ask_ms = now_ms + timing.retry_ms;
+            self.send(link, Message::Claim { session }, actions);
+        }
     }
 
     /// Tells the follower and the driver that a session is over.

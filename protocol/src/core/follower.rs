@@ -4,7 +4,7 @@ use crate::identity::{ArbiterUid, Epoch, Incarnation, LinkId, SessionId, Term};
 use crate::message::{Message, PeerRole, SessionEnd, View};
 
 use super::links::Link;
-use super::role::{JoinStage, Joining, Role, Standby, SwitchRequest};
+use super::role::{Claim, JoinStage, Joining, Role, Standby, SwitchRequest};
 use super::{Action, Core, EndReason, Refusal};
 
 impl Core {
@@ -103,8 +103,10 @@ impl Core {
             }
             Message::Ack { leader, session, epoch } => self.on_ack(link, leader, session, epoch),
             Message::End { session, reason } => self.on_end(link, session, reason, actions),
+            Message::Claim { session } => self.on_claim(link, session, actions),
+            Message::Claimed { session, term } => self.on_claimed(link, session, term, actions),
             Message::Switch { session, epoch } => self.on_switch(link, session, epoch, actions),
-            Message::SwitchRefused { session } => self.on_switch_refused(link, session),
+            Message::SwitchRefused { session } => self.on_switch_refused(link, session, actions),
             Message::Follow {
                 session,
                 previous,
@@ -297,6 +299,23 @@ impl Core {
 
     // ---- switchover
 
+    fn on_claim(&mut self, link: LinkId, session: SessionId, actions: &mut Vec<Action>) -> Result<(), Refusal> {
+        let now_ms = self.now_ms;
+        let Role::Standby(standby) = &mut self.role else {
+            return Err(Refusal::WrongRole);
+        };
+        if standby.session != session || standby.link != link {
+            return Err(Refusal::OtherSession);
+        }
+        if standby.failed {
+            self.send(link, Message::SwitchRefused { session }, actions);
+            return Ok(());
+        }
+        standby.claim.get_or_insert(Claim::new(now_ms));
+        self.tell_claim(true, actions);
+        Ok(())
+    }
+
     fn on_switch(
         &mut self,
         link: LinkId,
@@ -325,20 +344,34 @@ impl Core {
         Ok(())
     }
 
-    fn on_switch_refused(&mut self, link: LinkId, session: SessionId) -> Result<(), Refusal> {
-        let Role::Frozen(frozen) = &mut self.role else {
-            return Err(Refusal::WrongRole);
+    fn on_switch_refused(
+        &mut self,
+        link: LinkId,
+        session: SessionId,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Refusal> {
+        let (peer, of_session) = match self.role.lead() {
+            Some(lead) => (lead.peer, lead.session == session && lead.link == link),
+            None => return Err(Refusal::WrongRole),
         };
-        match &frozen.active.lead {
-            Some(lead) if lead.session == session && lead.link == link => {
-                frozen.give_up = true;
-                Ok(())
-            }
-            _ => Err(Refusal::OtherSession),
+        if !of_session {
+            return Err(Refusal::OtherSession);
         }
+        match &mut self.role {
+            Role::Frozen(frozen) => frozen.give_up = true,
+            Role::Active(active) => {
+                if active.hand_over.take().is_none() {
+                    return Err(Refusal::StaleAnswer);
+                }
+                self.next_observe_ms = self.now_ms;
+                self.refuse(Refusal::SwitchFailed(peer), actions);
+            }
+            Role::Starting(_) | Role::Joining(_) | Role::Standby(_) | Role::Ended(_) => return Err(Refusal::WrongRole),
+        }
+        Ok(())
     }
 
-    /// Rule 6: the frozen source follows the target that has swapped.
+    /// Rule 6: the frozen source follows the target that runs.
     fn on_follow(
         &mut self,
         link: LinkId,
@@ -367,7 +400,9 @@ impl Core {
         if self.attempt.as_ref().is_some_and(super::attempt::Attempt::is_swapping) {
             return Err(Refusal::Unsettled);
         }
-        if term <= self.known_term || !self.header_is_current() || self.adopting.is_some() {
+        // Not of a record that this seat has written over.
+        let stale = term <= frozen.active.term || term < self.known_term;
+        if stale || !self.header_is_current() || self.adopting.is_some() {
             return Err(Refusal::TermBelowKnown);
         }
         let leader = lead.peer;
@@ -381,6 +416,7 @@ impl Core {
             failed: false,
             lost: lead.broken.is_some(),
             verify: false,
+            claim: None,
             switch: None,
             switch_refused: 0,
             contact_ms: lead.contact_ms,

@@ -5,7 +5,7 @@ use crate::message::SessionEnd;
 use crate::record::Record;
 
 use super::attempt::Goal;
-use super::role::{Active, Confirmed, Frozen, Lead, LeadStage, Role, Starting, Stopping};
+use super::role::{Active, Confirmed, Frozen, HandOver, Lead, LeadStage, Role, Starting, Stopping};
 use super::{Action, Command, Core, Refusal, Seal};
 
 impl Core {
@@ -102,7 +102,7 @@ impl Core {
         let refusal = match command {
             Command::Stop => self.command_stop(false),
             Command::Start { over_stopped_term } => self.command_start(over_stopped_term, actions),
-            Command::Switchover => self.command_switchover(actions),
+            Command::Switchover => self.command_switchover(),
             Command::AcceptDataLoss { holder } => match &mut self.role {
                 Role::Starting(starting) => {
                     starting.accept_loss = Some(holder);
@@ -167,7 +167,7 @@ impl Core {
         }
     }
 
-    fn command_switchover(&mut self, actions: &mut Vec<Action>) -> Result<(), Refusal> {
+    fn command_switchover(&mut self) -> Result<(), Refusal> {
         let Role::Active(active) = &self.role else {
             return Err(Refusal::WrongRole);
         };
@@ -178,7 +178,49 @@ impl Core {
         if active.stop.is_some() || self.has_tried() || self.adopting.is_some() || !self.header_is_current() || !live {
             return Err(Refusal::Busy);
         }
-        let active = active.clone();
+        if active.hand_over.is_some() {
+            return Err(Refusal::Busy);
+        }
+        let now_ms = self.now_ms;
+        if let Role::Active(active) = &mut self.role {
+            active.hand_over = Some(HandOver {
+                since_ms: now_ms,
+                ask_ms: now_ms,
+            });
+        }
+        Ok(())
+    }
+
+    /// Rule 6: the record names the target, which is ready; now the guest stands still.
+    pub(super) fn on_claimed(
+        &mut self,
+        link: LinkId,
+        session: SessionId,
+        term: Term,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Refusal> {
+        let Role::Active(active) = &self.role else {
+            return Err(Refusal::WrongRole);
+        };
+        let lead = active.lead.as_ref().ok_or(Refusal::WrongRole)?;
+        if lead.session != session || lead.link != link {
+            return Err(Refusal::OtherSession);
+        }
+        // A claim that this seat wrote over since is none.
+        if term <= active.term || term < self.known_term {
+            return Err(Refusal::TermBelowKnown);
+        }
+        if active.hand_over.is_none() {
+            return Err(Refusal::StaleAnswer);
+        }
+        let settled = active.confirmed == Confirmed::Pair && !active.doubt && active.stop.is_none();
+        let free = !self.has_tried() && self.adopting.is_none() && self.header_is_current();
+        if !settled || !free || lead.stage != LeadStage::Live || !self.is_lead_healthy() || self.is_contact_too_old() {
+            return Err(Refusal::Busy);
+        }
+        let mut active = active.clone();
+        active.hand_over = None;
+        self.known_term = term;
         self.cancel_attempt();
         self.role = Role::Frozen(Frozen {
             active,
@@ -197,9 +239,14 @@ impl Core {
         match goal {
             Goal::Eject | Goal::Settle | Goal::AdmitJoin | Goal::Stop => self.won_as_active(goal, record, actions),
             Goal::Unfreeze => self.won_unfrozen(record, actions),
-            Goal::Takeover if matches!(self.role, Role::Frozen(_)) => self.won_unfrozen(record, actions),
             Goal::Takeover => self.won_takeover(record, actions),
-            Goal::TakeSwitch => self.won_switch(record, actions),
+            Goal::Claim => {
+                if let Role::Standby(standby) = &mut self.role
+                    && let Some(claim) = &mut standby.claim
+                {
+                    claim.term = Some(record.term);
+                }
+            }
             Goal::ColdStart => self.won_cold_start(record, actions),
             Goal::WriteStopped => {
                 let header = self.durable.clone();
@@ -252,6 +299,7 @@ impl Core {
             doubt: false,
             lead: None,
             stop: None,
+            hand_over: None,
         });
         actions.push(Action::LoadAndRun {
             epoch,
@@ -260,7 +308,8 @@ impl Core {
         });
     }
 
-    fn won_switch(&mut self, record: &Record, actions: &mut Vec<Action>) {
+    /// Rule 6: this seat runs the guest from the source's last epoch on.
+    pub(super) fn switch_over(&mut self, term: Term, actions: &mut Vec<Action>) {
         let Role::Standby(standby) = self.role.clone() else {
             return;
         };
@@ -286,15 +335,17 @@ impl Core {
             running: epoch + 1,
             floor: epoch,
             confirmed: Confirmed::Pair,
-            term: record.term,
+            term,
             doubt: false,
             lead: Some(lead),
             stop: None,
+            hand_over: None,
         });
+        self.next_observe_ms = self.now_ms + self.timing.observe_ms;
         actions.push(Action::LoadAndRun {
             epoch,
             resend_after,
-            term: record.term,
+            term,
         });
     }
 
@@ -310,6 +361,7 @@ impl Core {
             lead: None,
             // The user may have changed his mind while the boot was being written.
             stop: stop.then(|| Stopping::new(false)),
+            hand_over: None,
         });
         actions.push(Action::BootFromDisk {
             term: record.term,

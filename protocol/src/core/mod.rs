@@ -8,9 +8,9 @@
 //!                 │ join checkpoint staged,    │ ▲  │ ▲   └─ joining: after the cut, acknowledged epochs only
 //!                 │ header durable             │ │  │ │   └─ pair: members {A,B}, acknowledged epochs only
 //!                 ▼        won takeover (3)    │ │  │ │
-//!              Standby ──── won switchover (6)─┘ │  │ │ won swap of its own (6)
+//!              Standby ──── Switch, claimed (6)┘ │  │ │ won swap of its own (6)
 //!                 ▲                              │  │ │
-//!                 └──── Follow from the target ──┼─ Frozen ◄─ switchover asked for
+//!                 └──── Follow from the target ──┼─ Frozen ◄─ the target has claimed the record
 //!                                                │
 //!   every role ──► Ended(reason): lost, ejected, stopped, storage or guest failed; the process exits
 //! ```
@@ -257,9 +257,9 @@ impl Core {
         }
     }
 
-    /// A write of this seat is on its way or may still land.
+    /// A write of this seat that takes something from the other side is on its way or may still land.
     fn has_tried(&self) -> bool {
-        self.unsettled.is_some() || self.attempt.as_ref().is_some_and(Attempt::is_swapping)
+        self.unsettled.is_some() || self.attempt.as_ref().is_some_and(Attempt::is_taking)
     }
 
     fn contact_age_ms(&self) -> Option<u64> {
@@ -372,8 +372,9 @@ impl Core {
                 incarnations: vec![self.me],
                 complete: joining.stage == JoinStage::Completing,
             }),
-            Role::Standby(_) => self.durable.as_ref().map(|header| SeatHeader {
+            Role::Standby(standby) => self.durable.as_ref().map(|header| SeatHeader {
                 uid: uid.unwrap_or(header.uid),
+                term: standby.claim.and_then(|claim| claim.term).unwrap_or(0).max(header.term),
                 ..header.clone()
             }),
             Role::Active(active) | Role::Frozen(role::Frozen { active, .. }) => Some(SeatHeader {
@@ -383,6 +384,19 @@ impl Core {
                 complete: true,
             }),
             Role::Ended(_) => None,
+        }
+    }
+
+    /// The header says what an acknowledgment promises. A term that is only claimed may still be on its way to the disk.
+    fn may_acknowledge(&self) -> bool {
+        match (self.needed_header(), &self.durable) {
+            (Some(needed), Some(durable)) => {
+                SeatHeader {
+                    term: durable.term,
+                    ..needed
+                } == *durable
+            }
+            _ => false,
         }
     }
 

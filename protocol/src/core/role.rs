@@ -2,6 +2,7 @@
 
 use crate::header::SeatHeader;
 use crate::identity::{ArbiterUid, Epoch, Incarnation, LinkId, SessionId, Term};
+use crate::record::{Members, Record};
 
 use super::action::EndReason;
 use super::refusal::Refusal;
@@ -123,6 +124,28 @@ pub(super) struct Joining {
     pub(super) contact_ms: u64,
 }
 
+/// The leader wants to hand the guest over: this seat lets the record name it as holder. That gives no right to run: the
+/// leader runs on, and both stay members.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Claim {
+    /// When it was asked for.
+    pub(super) since_ms: u64,
+    /// Term of the record that names this seat, once it does.
+    pub(super) term: Option<Term>,
+    /// The leader was told.
+    pub(super) told: bool,
+}
+
+impl Claim {
+    pub(super) fn new(now_ms: u64) -> Self {
+        Self {
+            since_ms: now_ms,
+            term: None,
+            told: false,
+        }
+    }
+}
+
 /// A switchover that the source asked for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SwitchRequest {
@@ -150,6 +173,7 @@ pub(super) struct Standby {
     pub(super) lost: bool,
     /// Somebody said that we are no member any more, or stopped: read the record.
     pub(super) verify: bool,
+    pub(super) claim: Option<Claim>,
     pub(super) switch: Option<SwitchRequest>,
     /// A switchover at this epoch was refused.
     pub(super) switch_refused: Epoch,
@@ -219,6 +243,14 @@ pub(super) struct Stopping {
     pub(super) done: Option<Term>,
 }
 
+/// A switchover that was asked for, until the target says that the record names it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HandOver {
+    pub(super) since_ms: u64,
+    /// When Claim is sent next.
+    pub(super) ask_ms: u64,
+}
+
 /// Runs the guest.
 #[derive(Debug, Clone)]
 pub(super) struct Active {
@@ -234,6 +266,20 @@ pub(super) struct Active {
     pub(super) doubt: bool,
     pub(super) lead: Option<Lead>,
     pub(super) stop: Option<Stopping>,
+    pub(super) hand_over: Option<HandOver>,
+}
+
+impl Active {
+    /// The record names the follower of a session that streams: it claimed the record for a switchover, and both are
+    /// members. This seat is as much active as before, and may write.
+    pub(super) fn is_claimed(&self, record: &Record, me: Incarnation) -> bool {
+        let by_follower = |lead: &Lead| {
+            lead.stage == LeadStage::Live
+                && record.holder == lead.peer
+                && record.members == Members::pair(me, lead.peer)
+        };
+        self.confirmed == Confirmed::Pair && self.lead.as_ref().is_some_and(by_follower)
+    }
 }
 
 /// Handed the guest over; paused at the end of an epoch.
