@@ -1,15 +1,14 @@
 //! A FaultTolerantVM on a real cluster, through everything that happens to one. One client's one TCP connection lives through all of it.
-use std::cell::Cell;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use ftvm_e2e::cluster::install::{GUEST_IMAGE, NAMESPACE as SYSTEM, RELEASE};
 use ftvm_e2e::cluster::plan::CLIENT_BRIDGE;
 use ftvm_e2e::cluster::{Cluster, Component, NodeProgram, wait_for};
-use ftvm_e2e::demo::cluster::{NAMESPACE, VM, on_stage};
-use ftvm_e2e::demo::rounds::{Pair, Stage};
-use ftvm_e2e::demo::witness::EmbeddedWitness;
+use ftvm_e2e::demo::cluster::acts::{Acts, wait_condition};
+use ftvm_e2e::demo::cluster::{NAMESPACE, Setting, VM, on_stage};
+use ftvm_e2e::demo::rounds::Pair;
 use ftvm_e2e::demo::{Fault, Options, place};
 use ftvm_e2e::hosts::CutDirection;
 use ftvm_e2e::lab::Network;
@@ -19,84 +18,6 @@ use serde_json::{Value, json};
 
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(180);
-
-struct Acts<'a> {
-    stage: Stage<'a, EmbeddedWitness>,
-    cluster: Rc<Cluster>,
-    progress: Progress,
-    number: Cell<u32>,
-}
-
-impl Acts<'_> {
-    /// One act: from a protected machine to a protected machine, then everything is compared.
-    fn act(&mut self, name: &str, act: impl FnOnce(&mut Self, Pair) -> anyhow::Result<()>) -> anyhow::Result<()> {
-        let begin = Instant::now();
-        self.number.set(self.number.get() + 1);
-        let pair = self.stage.pair().with_context(|| format!("before {name}"))?;
-        self.stage.answers_go_on()?;
-        act(self, pair).with_context(|| name.to_owned())?;
-        self.stage.pair().with_context(|| format!("after {name}"))?;
-        self.stage.examine().with_context(|| format!("after {name}"))?;
-        let (number, seconds) = (self.number.get(), begin.elapsed().as_secs_f64());
-        self.progress.good(format!("act {number}, {name}: {seconds:.0} s"));
-        Ok(())
-    }
-
-    /// Waits until another host than before is active; it must be the standby.
-    fn standby_takes_over(&mut self, before: Pair) -> anyhow::Result<f64> {
-        let (after, gap_ms) = self.stage.taken_over(before)?;
-        ensure!(after == before.standby, "host {after} took over from {before:?}");
-        self.progress.say(format!("the client waited {gap_ms:.1} ms"));
-        Ok(gap_ms)
-    }
-
-    /// The machine is as it was: the same host, the same term, still protected.
-    fn nothing_changed(&mut self, before: Pair) -> anyhow::Result<()> {
-        let now = self.stage.pair()?;
-        ensure!(now == before, "{before:?} became {now:?}");
-        self.stage.answers_go_on().map(drop)
-    }
-
-    /// While this lasts, the guest answers and stays protected by the same two hosts.
-    fn holds_for(&mut self, before: Pair, time: Duration) -> anyhow::Result<()> {
-        let end = Instant::now() + time;
-        while Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(500));
-            self.nothing_changed(before)?;
-        }
-        Ok(())
-    }
-
-    fn node(&self, host: usize) -> String {
-        self.cluster.nodes()[host].name()
-    }
-
-    fn kill_engine(&self, host: usize) -> anyhow::Result<()> {
-        let (killed, _) = self.cluster.nodes()[host].kill_processes("ftvm-engine")?;
-        ensure!(killed == 1, "{killed} engines ran on {}", self.node(host));
-        Ok(())
-    }
-
-    fn vm(&self) -> anyhow::Result<Value> {
-        self.cluster.get(&["ftvm", "--namespace", NAMESPACE, VM])
-    }
-
-    /// Waits for a condition's status and reason; returns its message.
-    fn wait_condition(&self, kind: &str, status: &str, reason: &str) -> anyhow::Result<String> {
-        wait_condition(&self.cluster, VM, kind, status, reason)
-    }
-}
-
-fn wait_condition(cluster: &Cluster, vm: &str, kind: &str, status: &str, reason: &str) -> anyhow::Result<String> {
-    wait_for(&format!("{vm}: {kind} is {status} ({reason})"), 3 * PATIENCE, || {
-        let vm = cluster.get(&["ftvm", "--namespace", NAMESPACE, vm])?;
-        let conditions = vm["status"]["conditions"].as_array().context("no conditions")?;
-        let found = conditions.iter().find(|condition| condition["type"] == kind);
-        let found = found.context("no such condition")?;
-        ensure!(found["status"] == status && found["reason"] == reason, "{found}");
-        Ok(found["message"].as_str().unwrap_or_default().to_owned())
-    })
-}
 
 #[test]
 fn a_machine_lives_through_everything() -> anyhow::Result<()> {
@@ -108,13 +29,12 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
     };
     let progress = Progress::new();
     let folder = place::new_folder("cluster-failover")?;
-    on_stage(&options, Profile::Dev, &folder, &progress, |stage, cluster| {
-        let mut acts = Acts {
-            stage,
-            cluster: Rc::clone(cluster),
-            progress: progress.clone(),
-            number: Cell::new(0),
-        };
+    let setting = Setting {
+        profile: Profile::Dev,
+        api_proxy: false,
+    };
+    on_stage(&options, setting, &folder, &progress, |stage, cluster| {
+        let mut acts = Acts::new(stage, cluster, &progress);
         acts.act("kill -9 of the engine", killed_engine)?;
         acts.act("a node's plug is pulled", killed_node)?;
         acts.act("only kubelet dies", killed_kubelet)?;

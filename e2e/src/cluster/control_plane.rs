@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use rustix::process::{Pid, Signal};
 
 use super::pki::{Authority, Subject};
-use super::plan::{API_PORT, Options, SERVICES, api_address, api_front_address};
+use super::plan::{API_PORT, Options, SERVICES, api_address, api_front_address, api_url};
 use super::wait::{Hopeless, wait_for};
 use super::{kubectl_command, log_end};
 use crate::lab::Sandbox;
@@ -19,6 +19,8 @@ use crate::lab::Sandbox;
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(180);
 const ETCD_URL: &str = "http://127.0.0.1:2379";
+/// The API server's certificate and key in the cluster's folder, without their extensions.
+pub(super) const SERVING: &str = "apiserver";
 
 /// A program of the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,7 +67,7 @@ impl ControlPlane {
         options: &Options,
     ) -> anyhow::Result<Self> {
         fs::create_dir_all(folder.join("log"))?;
-        let url = format!("https://{}:{API_PORT}", api_address());
+        let url = api_url(api_address());
         for (name, user) in [
             (Component::ControllerManager, "system:kube-controller-manager"),
             (Component::Scheduler, "system:kube-scheduler"),
@@ -77,7 +79,7 @@ impl ControlPlane {
             user: "admin",
             group: Some("system:masters"),
         };
-        authority.kubeconfig(&folder.join("admin.kubeconfig"), &options.api_url(), &admin)?;
+        authority.kubeconfig(&folder.join("admin.kubeconfig"), &url, &admin)?;
         let this = Self {
             sandbox: Arc::clone(sandbox),
             programs: programs.to_owned(),
@@ -138,8 +140,6 @@ impl ControlPlane {
                 self.ensure_running(component)?;
             }
             let mut kubectl = kubectl_command(&self.programs, &self.folder, &self.folder.join("admin.kubeconfig"));
-            // Not by way of a proxy that may stand at the advertised address.
-            kubectl.arg(format!("--server=https://{}:{API_PORT}", api_address()));
             kubectl.args(["get", "--raw=/readyz", "--request-timeout=5s"]);
             kubectl
                 .stdin(Stdio::null())
@@ -248,7 +248,7 @@ fn api_server(folder: &Path, authority: &Authority, options: &Options) -> anyhow
         api_address().into(),
         api_front_address().into(),
     ];
-    let serving = authority.server(&folder.join("apiserver"), "kube-apiserver", &dns, &addresses)?;
+    let serving = authority.server(&folder.join(SERVING), "kube-apiserver", &dns, &addresses)?;
     let subject = Subject {
         user: "kube-apiserver",
         group: Some("system:masters"),
@@ -284,7 +284,7 @@ fn api_server(folder: &Path, authority: &Authority, options: &Options) -> anyhow
     arguments.push(format!("--service-cluster-ip-range={SERVICES}"));
     arguments.push(format!("--bind-address={}", api_address()));
     arguments.push(format!("--secure-port={API_PORT}"));
-    arguments.push(format!("--advertise-address={}", options.api_advertised));
+    arguments.push(format!("--advertise-address={}", options.api_advertised()));
     if options.audit {
         let policy = folder.join("audit-policy.yaml");
         fs::write(&policy, include_str!("../../cluster/audit-policy.yaml"))?;

@@ -22,7 +22,7 @@ use rustix::thread::LinkNameSpaceType;
 use serde::{Deserialize, Serialize};
 
 use super::install::Images;
-use super::{Cluster, Options, Say, log_end, wait_for};
+use super::{Cluster, Options, Say, log_end, plan, wait_for};
 use crate::interrupt;
 use crate::lab::binaries::Profile;
 use crate::lab::{Network, cache, sweep};
@@ -257,7 +257,7 @@ fn describe(name: &str, cluster: &Cluster) -> Status {
         folder: cluster.folder().to_owned(),
         kubeconfig: cluster.admin_kubeconfig(),
         programs: cluster.programs().to_owned(),
-        server: cluster.shared.options.api_url(),
+        server: plan::api_url(plan::api_address()),
         nodes: nodes.collect(),
     }
 }

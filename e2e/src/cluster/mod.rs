@@ -6,7 +6,6 @@
 //! Control groups and the folder, which the kernel keeps, are removed with the cluster, or by the next lab if its process was killed.
 use std::fs;
 use std::io::Write;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -16,6 +15,7 @@ use anyhow::{Context, bail, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+mod api_proxy;
 pub mod audit;
 pub(crate) mod cgroup;
 mod control_plane;
@@ -29,6 +29,7 @@ pub mod programs;
 mod raw;
 pub mod wait;
 
+pub use api_proxy::{ApiProxy, Asked, Asker, Deeds, Dice, Fault};
 pub use audit::AuditEvent;
 pub use control_plane::Component;
 pub use node::{Node, NodeProgram};
@@ -49,6 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// A running cluster; dropping it takes everything back. Fields end in this order.
 pub struct Cluster {
     nodes: Vec<Node>,
+    api_proxy: Option<ApiProxy>,
     control: ControlPlane,
     authority: Authority,
     shared: Arc<Shared>,
@@ -90,6 +92,10 @@ impl Cluster {
         let authority = Authority::new(&folder.0.path().join("pki"))?;
         say("starting the control plane");
         let control = ControlPlane::start(&sandbox, &programs, folder.0.path(), &authority, &options)?;
+        let api_proxy = options
+            .api_proxy
+            .then(|| ApiProxy::start(&sandbox, folder.0.path(), &authority))
+            .transpose()?;
         let name = folder.0.path().file_name().and_then(|name| name.to_str());
         let group = format!("ftvm-{}", name.context("the lab's folder has no name")?);
         let shared = Arc::new(Shared {
@@ -101,6 +107,7 @@ impl Cluster {
         });
         let mut cluster = Self {
             nodes: Vec::new(),
+            api_proxy,
             control,
             authority,
             shared,
@@ -154,6 +161,16 @@ impl Cluster {
         &self.shared.programs
     }
 
+    /// What stands between the API server and everything on the nodes.
+    ///
+    /// # Errors
+    /// If [`Options::api_proxy`] is off.
+    pub fn api_proxy(&self) -> anyhow::Result<&ApiProxy> {
+        self.api_proxy
+            .as_ref()
+            .context("the cluster has no proxy: set Options::api_proxy")
+    }
+
     /// The nodes, `n1` first.
     #[must_use]
     pub fn nodes(&self) -> &[Node] {
@@ -183,7 +200,7 @@ impl Cluster {
         let path = self
             .folder()
             .join(format!("{}.kubeconfig", user.replace([':', '/'], "-")));
-        let url = self.shared.options.api_url();
+        let url = plan::api_url(plan::api_address());
         self.authority.kubeconfig(&path, &url, &Subject { user, group })?;
         Ok(path)
     }
@@ -473,7 +490,7 @@ impl Cluster {
 /// Networks around the nodes: bridges, routes to the pods, the address for a proxy.
 fn make_outside(sandbox: &Arc<Sandbox>, options: &Options) -> anyhow::Result<()> {
     make_networks(sandbox)?;
-    let front: Ipv4Addr = plan::api_front_address();
+    let front = plan::api_front_address();
     let mut lines = format!("address add {front}/24 dev {}\n", Network::Management.bridge());
     for plan in options.plans() {
         let gateway = plan.address(Network::Management);

@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 
 use super::cgroup::Groups;
 use super::pki::{Authority, Subject};
-use super::plan::{CLIENT_BRIDGE, NodePlan, Options, VOLUMES_FOLDER};
+use super::plan::{CLIENT_BRIDGE, NodePlan, Options, VOLUMES_FOLDER, api_url};
 use super::wait::{Hopeless, wait_for};
 use super::{images, log_end};
 use crate::hosts::namespace::{self, Init};
@@ -394,7 +394,7 @@ impl Node {
         }
         let file = |name: &str| self.folder.join(name);
         let (name, address) = (self.name(), self.plan.address(Network::Management));
-        let url = self.shared.options.api_url();
+        let url = api_url(self.shared.options.api_advertised());
         let user = format!("system:node:{name}");
         fs::copy(authority.file("ca.crt"), file("ca.crt"))?;
         authority.server(&file("kubelet"), &user, &[&name], &[address.into()])?;

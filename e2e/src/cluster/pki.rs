@@ -1,15 +1,18 @@
 //! The cluster's certificate authority, certificates and kubeconfigs. Keys are ECDSA on P-256.
+use std::collections::HashMap;
 use std::fs;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use base64::Engine as _;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SanType,
 };
+use rustls::pki_types::PrivateKeyDer;
 use serde_json::json;
 
 /// Who a certificate speaks for.
@@ -28,11 +31,43 @@ pub(super) struct Pair {
     pub(super) key: PathBuf,
 }
 
+/// Whose client certificates were signed so far, with their keys: a proxy that ends a connection can speak on in its client's name.
+#[derive(Clone, Default)]
+pub(super) struct Clients(Arc<Mutex<HashMap<Vec<u8>, Client>>>);
+
+/// Who a certificate was made for.
+pub(super) struct Client {
+    pub(super) user: String,
+    pub(super) key: PrivateKeyDer<'static>,
+}
+
+impl Clients {
+    /// Who presented this certificate (DER).
+    pub(super) fn find(&self, certificate: &[u8]) -> Option<Client> {
+        let clients = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.get(certificate).map(|client| Client {
+            user: client.user.clone(),
+            key: client.key.clone_key(),
+        })
+    }
+
+    fn add(&self, user: &str, certificate: &Certificate, key: &KeyPair) -> anyhow::Result<()> {
+        let client = Client {
+            user: user.to_owned(),
+            key: PrivateKeyDer::try_from(key.serialize_der()).map_err(anyhow::Error::msg)?,
+        };
+        let mut clients = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.insert(certificate.der().to_vec(), client);
+        Ok(())
+    }
+}
+
 /// The authority; its certificate is in `ca.crt`, its key in `ca.key`.
 pub(super) struct Authority {
     folder: PathBuf,
     issuer: Issuer<'static, KeyPair>,
     certificate: String,
+    clients: Clients,
 }
 
 impl Authority {
@@ -61,7 +96,13 @@ impl Authority {
             folder: folder.to_owned(),
             issuer: Issuer::new(params, key),
             certificate,
+            clients: Clients::default(),
         })
+    }
+
+    /// Everyone for whom it signs a client certificate, now or later.
+    pub(super) fn clients(&self) -> Clients {
+        self.clients.clone()
     }
 
     /// A file in the authority's folder.
@@ -78,7 +119,7 @@ impl Authority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.distinguished_name = name(&Subject { user, group: None });
         let (certificate, key) = self.sign(params)?;
-        store(base, &certificate, &key)
+        store(base, &certificate.pem(), &key.serialize_pem())
     }
 
     /// A certificate with which a client proves who it is: files `BASE.crt` and `BASE.key`.
@@ -113,14 +154,16 @@ impl Authority {
         let mut params = CertificateParams::new(Vec::new())?;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         params.distinguished_name = name(subject);
-        self.sign(params)
+        let (certificate, key) = self.sign(params)?;
+        self.clients.add(subject.user, &certificate, &key)?;
+        Ok((certificate.pem(), key.serialize_pem()))
     }
 
-    fn sign(&self, mut params: CertificateParams) -> anyhow::Result<(String, String)> {
+    fn sign(&self, mut params: CertificateParams) -> anyhow::Result<(Certificate, KeyPair)> {
         let key = KeyPair::generate()?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         let certificate = params.signed_by(&key, &self.issuer)?;
-        Ok((certificate.pem(), key.serialize_pem()))
+        Ok((certificate, key))
     }
 }
 

@@ -32,13 +32,19 @@ pub const VOLUMES_FOLDER: &str = "/var/lib/volumes";
 /// More nodes than this have no names and addresses.
 pub const NODES_MAX: u8 = 9;
 
+/// The URL of an API server at this address.
+#[must_use]
+pub(super) fn api_url(address: Ipv4Addr) -> String {
+    format!("https://{address}:{API_PORT}")
+}
+
 /// Where the API server listens.
 #[must_use]
 pub fn api_address() -> Ipv4Addr {
     Network::Management.address(1)
 }
 
-/// For a proxy in front of the API server: the lab has this address too, and the server's certificate names it.
+/// Where the [`ApiProxy`](super::ApiProxy) listens: the lab has this address too, and the server's certificate names it.
 #[must_use]
 pub fn api_front_address() -> Ipv4Addr {
     Network::Management.address(2)
@@ -55,8 +61,8 @@ pub struct Options {
     pub node_grace: Duration,
     /// Whether the API server writes down who asked for what ([`Cluster::audit_events`](super::Cluster::audit_events)).
     pub audit: bool,
-    /// The address at which pods and nodes reach the API server: [`api_address`], or that of a proxy in front of it.
-    pub api_advertised: Ipv4Addr,
+    /// Whether nodes and pods reach the API server through an [`ApiProxy`](super::ApiProxy), which can falsify.
+    pub api_proxy: bool,
     /// Gets lines of progress.
     pub say: Say,
 }
@@ -68,17 +74,21 @@ impl Default for Options {
             volumes_per_node: 4,
             node_grace: Duration::from_secs(10),
             audit: false,
-            api_advertised: api_address(),
+            api_proxy: false,
             say: Arc::new(|line| eprintln!("cluster: {line}")),
         }
     }
 }
 
 impl Options {
-    /// The URL at which nodes and people reach the API server.
+    /// The address at which nodes and pods reach the API server; people and the control plane use [`api_address`].
     #[must_use]
-    pub(super) fn api_url(&self) -> String {
-        format!("https://{}:{API_PORT}", self.api_advertised)
+    pub(super) fn api_advertised(&self) -> Ipv4Addr {
+        if self.api_proxy {
+            api_front_address()
+        } else {
+            api_address()
+        }
     }
 
     pub(super) fn plans(&self) -> Vec<NodePlan> {

@@ -467,11 +467,31 @@ impl<'a, W: Witness> Stage<'a, W> {
         self.witness.examine()?;
         self.compare()?;
         self.witness.load()?;
+        self.nothing_lost()
+    }
+
+    /// What client and observer found so far is nothing.
+    ///
+    /// # Errors
+    /// What they found.
+    pub fn nothing_lost(&self) -> anyhow::Result<()> {
         let tally = self.witness.tally();
         ensure!(tally == Tally::default(), "lost or doubled: {tally:?}");
         let dual = self.sniffer.emissions().report().violations();
         ensure!(dual == 0, "{dual} frames of a deposed host, or rewritten");
         Ok(())
+    }
+
+    /// Lets time pass in which the machine may be protected or not, and hosts may take over from each other.
+    pub fn let_pass(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            std::thread::sleep(self.patience.look);
+            let protected = self.active().filter(|(_, seat)| seat.protected);
+            if let Some(standby) = protected.and_then(|(active, _)| self.standby_beside(active)) {
+                self.sniffer.emissions().rebuilt(standby);
+            }
+        }
     }
 
     /// What keeps the guest alive.

@@ -1,6 +1,7 @@
 //! The demonstration on a real Kubernetes: the chart is installed, a VM applied, and then a node dies.
 //!
 //! Nothing here mends anything: the operator finds the third node, kubelet starts what it started before.
+pub mod acts;
 mod machines;
 mod system;
 
@@ -29,7 +30,7 @@ pub const NAMESPACE: &str = "demo";
 /// The VM.
 pub const VM: &str = "demo";
 /// The guest's address on the client network.
-const GUEST_ADDRESS: [u8; 4] = [10, 79, 0, 100];
+pub const GUEST_ADDRESS: [u8; 4] = [10, 79, 0, 100];
 /// A lost seat is replaced after so many seconds.
 const REPLACE_AFTER_S: u32 = 10;
 /// Where the logs of a play that failed are kept, below `target`.
@@ -39,10 +40,19 @@ const PATIENCE: Patience = Patience {
     protected: Duration::from_secs(180),
     failover: Duration::from_secs(20),
     calm: Duration::from_secs(1),
-    stalled: Duration::from_secs(30),
+    stalled: Duration::from_secs(45),
     hold: Duration::from_secs(1),
     look: Duration::from_millis(20),
 };
+
+/// What the play is set on.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    /// How the programs are built.
+    pub profile: Profile,
+    /// Whether nodes and pods reach the API server through a [`cluster::ApiProxy`].
+    pub api_proxy: bool,
+}
 
 /// Runs the demonstration and prints its report.
 ///
@@ -69,7 +79,11 @@ pub fn play(options: &Options, profile: Profile, folder: &Path, progress: &Progr
 }
 
 fn play_on_stage(options: &Options, profile: Profile, folder: &Path, progress: &Progress) -> anyhow::Result<Report> {
-    on_stage(options, profile, folder, progress, |stage, cluster| {
+    let setting = Setting {
+        profile,
+        api_proxy: false,
+    };
+    on_stage(options, setting, folder, progress, |stage, cluster| {
         let (report, _) = stage.keep_frames(folder).play();
         if !report.passed() {
             progress.say(system::story(cluster));
@@ -86,12 +100,12 @@ fn play_on_stage(options: &Options, profile: Profile, folder: &Path, progress: &
 /// What went wrong, with what the machine's objects and pods say; those of `acts`.
 pub fn on_stage<T>(
     options: &Options,
-    profile: Profile,
+    setting: Setting,
     folder: &Path,
     progress: &Progress,
     acts: impl FnOnce(Stage<'_, EmbeddedWitness>, &Rc<Cluster>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
-    let cluster = Rc::new(start(options, profile, folder, progress)?);
+    let cluster = Rc::new(start(options, setting, folder, progress)?);
     cluster.make_namespace(NAMESPACE, &json!({}))?;
     let nodes = Nodes(Rc::clone(&cluster));
     let mut system = Kubernetes::new(Rc::clone(&cluster), options);
@@ -109,14 +123,15 @@ pub fn on_stage<T>(
 }
 
 /// A cluster with the chart.
-fn start(options: &Options, profile: Profile, folder: &Path, progress: &Progress) -> anyhow::Result<Cluster> {
+fn start(options: &Options, setting: Setting, folder: &Path, progress: &Progress) -> anyhow::Result<Cluster> {
     progress.say("building what is not fresh (the first time takes many minutes)");
-    let images = Images::make(folder, profile)?;
+    let images = Images::make(folder, setting.profile)?;
     let lines = progress.clone();
     // A seat that is replaced leaves its volume behind; nobody makes it fresh.
     let volumes = u8::try_from(options.rounds).unwrap_or(u8::MAX).saturating_add(2);
     let cluster = Cluster::start(cluster::Options {
         volumes_per_node: volumes,
+        api_proxy: setting.api_proxy,
         say: Arc::new(move |text| lines.say(text)),
         ..cluster::Options::default()
     })?;

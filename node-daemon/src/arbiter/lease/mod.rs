@@ -6,12 +6,17 @@
 //! ```text
 //!   nothing was sent ─────────────────────────────► NotSent
 //!   401, 403, 404 from the API server itself ─────► NotSent    (refused before anything was written)
-//!   409 Conflict from the API server itself ──────► Conflict   (uid or version differ: it can never land)
+//!   409 Conflict from the API server itself, and a
+//!   read shows another version and record ────────► Conflict   (it did not land, and never will)
 //!   200 with our record, its uid, a new version ──► Won
 //!   everything else: late, cut, 5xx, 429, strange ► Unknown    (it may have landed, or may still)
 //! ```
 //!
-//! "From the API server itself" means that the body is a `Status` that says the same: what stands between may say anything.
+//! "From the API server itself" means that the body is a `Status` that says the same: what stands between may say anything. A 409
+//! alone proves nothing: load balancers repeat what they take for idempotent, and the second PUT is refused because the first landed.
+//!
+//! Versions only grow. A read that is older than what was seen before it was asked comes from a cache, or from a server that lags
+//! behind, and counts as none: it would pass for a changed record, over which no older PUT can land any more (rule 2).
 
 mod http;
 
@@ -95,6 +100,7 @@ impl Leases {
             vm: vm.to_owned(),
             vm_id,
             last: Mutex::default(),
+            newest: Mutex::default(),
         }
     }
 }
@@ -107,6 +113,8 @@ pub struct LeaseArbiter {
     vm_id: VmId,
     /// What was read or written last, as the API server gave it: the object that a swap changes.
     last: Mutex<Option<Lease>>,
+    /// Newest version that the API server ever told.
+    newest: Mutex<u64>,
 }
 
 /// What a read came to.
@@ -124,6 +132,7 @@ impl LeaseArbiter {
 
     /// The Lease as it is now: without `resourceVersion` the API server reads its store, not its cache.
     fn get(&self, deadline: Instant) -> Said<Read> {
+        let newest = self.newest();
         let answer = match self.ask(Method::GET, None, deadline) {
             Ok(answer) => answer,
             Err(error) => return (Read::Unreachable, Some(error.to_string())),
@@ -131,7 +140,18 @@ impl LeaseArbiter {
         let said = self.describe(&answer);
         match answer.status {
             StatusCode::OK => match serde_json::from_slice::<Lease>(&answer.body) {
-                Ok(lease) => (Read::Found(Box::new(lease)), None),
+                Ok(lease) if version(&lease) < newest => {
+                    let why = format!(
+                        "Lease {}: the answer is an old one (version {}, where {newest} was seen): ask the API server itself, not a cache",
+                        self.path,
+                        version(&lease)
+                    );
+                    (Read::Unreachable, Some(why))
+                }
+                Ok(lease) => {
+                    self.saw(&lease);
+                    (Read::Found(Box::new(lease)), None)
+                }
                 Err(error) => (Read::Unreachable, Some(format!("Lease {}: {error}", self.path))),
             },
             StatusCode::NOT_FOUND if says(&answer, "NotFound") => (Read::Gone, Some(said)),
@@ -146,7 +166,17 @@ impl LeaseArbiter {
         format!("Lease {}: the API server says {} {message}", self.path, answer.status)
     }
 
+    fn newest(&self) -> u64 {
+        *self.newest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn saw(&self, lease: &Lease) {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        *newest = version(lease).max(*newest);
+    }
+
     fn keep(&self, lease: Lease) {
+        self.saw(&lease);
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(lease);
     }
 
@@ -236,7 +266,36 @@ impl LeaseArbiter {
         match self.ask(Method::PUT, Some(body), deadline) {
             Err(error @ RequestError::NotSent { .. }) => (SwapOutcome::NotSent, Some(error.to_string())),
             Err(error @ RequestError::Unanswered { .. }) => (SwapOutcome::Unknown, Some(error.to_string())),
+            Ok(answer) if answer.status == StatusCode::CONFLICT && says(&answer, "Conflict") => {
+                self.refused(&answer, uid, version, record, deadline)
+            }
             Ok(answer) => self.swapped(&answer, uid, version, record),
+        }
+    }
+
+    /// What is there now tells a refusal from a repetition.
+    fn refused(
+        &self,
+        answer: &HttpAnswer,
+        uid: ArbiterUid,
+        version: u64,
+        record: &Record,
+        deadline: Instant,
+    ) -> Said<SwapOutcome> {
+        let said = self.describe(answer);
+        let doubt = |why: &str| (SwapOutcome::Unknown, Some(format!("{said}; {why}")));
+        match self.get(deadline) {
+            (Read::Found(lease), _) => match snapshot(&lease) {
+                Ok(found) if found.record == *record => {
+                    doubt("yet what it refused is there: something between repeated it")
+                }
+                Ok(found) if (found.uid, found.version) == (uid, version) => doubt("yet nothing has changed"),
+                Ok(_) => (SwapOutcome::Conflict, Some(said)),
+                Err(error) => doubt(&error.to_string()),
+            },
+            // It names the UID: it can't land in another object.
+            (Read::Gone, _) => (SwapOutcome::Conflict, Some(said)),
+            (Read::Unreachable, why) => doubt(&why.unwrap_or_default()),
         }
     }
 
@@ -257,13 +316,18 @@ impl LeaseArbiter {
                     }
                 }
             }
-            StatusCode::CONFLICT if says(answer, "Conflict") => (SwapOutcome::Conflict, said),
             StatusCode::UNAUTHORIZED if says(answer, "Unauthorized") => (SwapOutcome::NotSent, said),
             StatusCode::FORBIDDEN if says(answer, "Forbidden") => (SwapOutcome::NotSent, said),
             StatusCode::NOT_FOUND if says(answer, "NotFound") => (SwapOutcome::NotSent, said),
             _ => (SwapOutcome::Unknown, said),
         }
     }
+}
+
+/// Zero for an object without one, which the API server does not give.
+fn version(lease: &Lease) -> u64 {
+    let version = lease.metadata.resource_version.as_deref();
+    version.and_then(|version| version.parse().ok()).unwrap_or_default()
 }
 
 /// Whether the body is the API server's own, and says the same as the status line.

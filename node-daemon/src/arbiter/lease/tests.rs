@@ -194,13 +194,76 @@ fn a_swap_names_uid_and_version_of_what_was_read() {
     // The next one goes over what was written, without a read.
     let third = Record { term: 3, ..second() };
     stub.expect(Do::Answer(409, status(409, "Conflict")));
+    stub.expect(Do::Answer(200, text(&lease("12", &second()))));
     assert_eq!(arbiter.swap(won.uid, 11, &third, far()).0, SwapOutcome::Conflict);
     assert!(stub.request().starts_with("PUT "));
 }
 
 #[test]
+fn a_refusal_is_believed_if_something_else_is_there() {
+    use SwapOutcome::{Conflict, Unknown};
+    let (good, unreadable) = (
+        text(&lease("11", &second())),
+        text(&lease("11", &second())).replace("term", "mert"),
+    );
+    let other = Record {
+        nonce: Nonce(8),
+        ..second()
+    };
+    let cases = [
+        (Do::Answer(200, text(&lease("11", &other))), Conflict),
+        (Do::Answer(404, status(404, "NotFound")), Conflict),
+        // Something between passed the PUT on twice: the first one landed.
+        (Do::Answer(200, good.clone()), Unknown),
+        // Whoever refused did not look: it may still land.
+        (Do::Answer(200, text(&lease("10", &first()))), Unknown),
+        (Do::Answer(200, unreadable), Unknown),
+        (Do::Answer(500, status(500, "InternalError")), Unknown),
+        (Do::Late(Duration::from_millis(900), 200, good), Unknown),
+        (Do::Close, Unknown),
+    ];
+    for (number, (what, expected)) in cases.into_iter().enumerate() {
+        let stub = Stub::start();
+        let (arbiter, found) = read(&stub);
+        stub.expect(Do::Answer(409, status(409, "Conflict")));
+        stub.expect(what);
+        let deadline = Instant::now() + Duration::from_millis(600);
+        let (outcome, why) = arbiter.swap(found.uid, found.version, &second(), deadline);
+        assert_eq!(outcome, expected, "case {number}: {why:?}");
+        assert!(why.is_some(), "case {number} says why");
+        assert!(stub.request().starts_with("PUT "));
+        assert!(stub.request().starts_with("GET "), "case {number} wrote again");
+        assert!(stub.requests.try_recv().is_err(), "case {number} asked a third time");
+    }
+}
+
+#[test]
+fn a_read_that_is_older_than_what_was_seen_counts_for_nothing() {
+    let stub = Stub::start();
+    let (arbiter, found) = read(&stub);
+    stub.expect(Do::Answer(200, text(&lease("12", &second()))));
+    let (outcome, why) = arbiter.swap(found.uid, found.version, &second(), far());
+    assert!(matches!(outcome, SwapOutcome::Won(_)), "{outcome:?} {why:?}");
+    stub.request();
+    for (version, expected) in [("10", false), ("11", false), ("12", true), ("13", true), ("12", false)] {
+        stub.expect(Do::Answer(200, text(&lease(version, &second()))));
+        let (outcome, why) = arbiter.read();
+        let found = matches!(outcome, ReadOutcome::Found(_));
+        assert_eq!(found, expected, "version {version}: {outcome:?} {why:?}");
+        assert!(found || why.is_some_and(|why| why.contains("old")), "version {version}");
+        stub.request();
+    }
+    // Nor is it what a swap goes over.
+    let third = Record { term: 3, ..second() };
+    stub.expect(Do::Answer(200, text(&lease("9", &first()))));
+    assert_eq!(arbiter.swap(found.uid, 9, &third, far()).0, SwapOutcome::NotSent);
+    stub.request();
+    assert!(stub.requests.try_recv().is_err(), "it was sent");
+}
+
+#[test]
 fn answers_to_a_swap_are_taken_for_no_more_than_they_are() {
-    use SwapOutcome::{Conflict, NotSent, Unknown};
+    use SwapOutcome::{NotSent, Unknown};
     let good = text(&lease("11", &second()));
     let other_record = text(&lease(
         "11",
@@ -212,7 +275,6 @@ fn answers_to_a_swap_are_taken_for_no_more_than_they_are() {
     let mut other_uid = lease("11", &second());
     other_uid.metadata.uid = Some("00000000-0000-4000-8000-000000000002".to_owned());
     let cases = [
-        (Do::Answer(409, status(409, "Conflict")), Conflict),
         (Do::Answer(401, status(401, "Unauthorized")), NotSent),
         (Do::Answer(403, status(403, "Forbidden")), NotSent),
         (Do::Answer(404, status(404, "NotFound")), NotSent),
