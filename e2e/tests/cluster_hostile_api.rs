@@ -253,6 +253,8 @@ fn a_falsifying_api_server_costs_no_answer() -> anyhow::Result<()> {
         fault: demo::Fault::None,
         // Each replaced seat leaves a volume behind.
         rounds: 6,
+        // How fast a death is noticed is not what this is about; busy machines miss heartbeats.
+        peer_lost_ms: Some(1_500),
         ..Options::default()
     };
     let setting = Setting {
