@@ -25,8 +25,10 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// How long the proxy misbehaves before the blow, and after it.
 const BEFORE: Duration = Duration::from_secs(4);
 const AFTER: Duration = Duration::from_secs(12);
-/// Shortest and longest delay of what is applied late; daemons wait 2 s for an answer.
+/// Shortest and longest delay of what is applied late; operator and daemons wait 2 s or more for an answer.
 const LATE_MS: (u64, u64) = (2_200, 6_000);
+/// Of an update of the record: daemons wait 2 s, and what they write 200 ms later lands first.
+const LATE_RECORD_MS: (u64, u64) = (2_010, 2_200);
 /// Requests of one daemon or operator a second, on the average of an act, beyond which it is in a hot loop. Each has several conversations
 /// at once (a Lease, a pod's conditions, status, events, watches), and each tries again after some fraction of a second.
 const REQUESTS_PER_S_MAX: f64 = 20.0;
@@ -89,13 +91,15 @@ const LATE: Fault = Fault::Late(Duration::ZERO);
 struct Deck {
     cards: &'static [Fault],
     left: Vec<Fault>,
+    late_ms: (u64, u64),
 }
 
 impl Deck {
-    fn new(cards: &'static [Fault]) -> Self {
+    fn new(cards: &'static [Fault], late_ms: (u64, u64)) -> Self {
         Self {
             cards,
             left: Vec::new(),
+            late_ms,
         }
     }
 
@@ -105,7 +109,10 @@ impl Deck {
         }
         let at = dice.below(self.left.len() as u64);
         match self.left.swap_remove(at as usize) {
-            LATE => Fault::Late(Duration::from_millis(LATE_MS.0 + dice.below(LATE_MS.1 - LATE_MS.0))),
+            LATE => {
+                let (shortest, longest) = self.late_ms;
+                Fault::Late(Duration::from_millis(shortest + dice.below(longest - shortest)))
+            }
             fault => fault,
         }
     }
@@ -128,8 +135,9 @@ fn is_record(asked: &Asked) -> bool {
 /// he is no longer elected ends, as he should, and is started again.
 fn mischief(seed: u64) -> impl FnMut(&Asked) -> Fault + Send {
     let mut dice = Dice::new(seed);
-    let [mut reads, mut updates, mut of_daemons, mut of_operator] =
-        [&READS[..], &UPDATES, &OTHERS, &OTHERS].map(Deck::new);
+    let [mut reads, mut of_daemons, mut of_operator] =
+        [&READS[..], &OTHERS, &OTHERS].map(|cards| Deck::new(cards, LATE_MS));
+    let mut updates = Deck::new(&UPDATES, LATE_RECORD_MS);
     move |asked| {
         let user = &asked.asker.user;
         let election = asked.resource == "leases" && !is_record(asked);

@@ -132,8 +132,10 @@ impl Core {
                 self.refuse(Refusal::RecordGone, actions);
             }
             ReadOutcome::Found(snapshot) => {
-                let read = (snapshot.uid, snapshot.version);
-                let changed = self.unsettled.is_some_and(|expected| expected != read);
+                // An older version comes from a cache, and says nothing of what may still land.
+                let changed = self
+                    .unsettled
+                    .is_some_and(|(uid, version)| uid != snapshot.uid || version < snapshot.version);
                 // Where it was our own that landed and made us alone, that right is neither taken nor given back by reading.
                 if changed && !snapshot.record.members.is_only(self.me) {
                     self.settled();
