@@ -12,4 +12,5 @@ pub mod header;
 pub mod identity;
 pub mod message;
 pub mod record;
+pub mod recreation;
 pub mod wire;

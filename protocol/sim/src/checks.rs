@@ -109,11 +109,6 @@ impl Checks {
         ))
     }
 
-    /// From now on only that incarnation may create output in this term.
-    pub fn hands_over(&mut self, generation: u64, term: Term, to: Incarnation) {
-        self.creators.insert((generation, term), to);
-    }
-
     /// That seat calls the VM protected by a peer with this state.
     pub fn covered(&self, history: &History, by: Incarnation, peer: Option<Node>) -> Result<(), (Kind, String)> {
         let missing = self

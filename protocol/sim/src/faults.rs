@@ -56,6 +56,8 @@ pub enum Injection {
     RestoreWhileCut,
     /// A seat is isolated; the record is deleted and an old copy applied.
     DeleteWhileCut,
+    /// The record is deleted; about when it is made anew a process pauses, and then it is deleted again.
+    DeleteTwice,
 }
 
 impl Injection {
@@ -84,12 +86,14 @@ impl Injection {
         Self::LongCut,
         Self::RestoreWhileCut,
         Self::DeleteWhileCut,
+        Self::DeleteTwice,
     ];
 
     /// In how many of 100 seeds it occurs.
     pub fn enabled_percent(self) -> u64 {
         match self {
             Self::DeleteWhileCut
+            | Self::DeleteTwice
             | Self::RestoreWhileCut
             | Self::LoseDisk
             | Self::Restore
@@ -180,7 +184,14 @@ impl World {
                 self.cut(1 - slot, 200, 400);
                 self.arbiter_away(slot, 150, 300);
                 let delay_ms = self.rng.range(90, 150);
-                self.after(delay_ms, What::Delete);
+                self.after(delay_ms, What::Delete { copy_percent: 80 });
+            }
+            Injection::DeleteTwice => {
+                self.delete(0);
+                let pause_ms = self.rng.range(120, 400);
+                self.after(pause_ms, What::Pause { slot });
+                let again_ms = pause_ms + self.rng.range(50, 300);
+                self.after(again_ms, What::Delete { copy_percent: 0 });
             }
             Injection::Stop => self.user.wants_stop = true,
             Injection::Start => self.user_starts(),
@@ -205,7 +216,7 @@ impl World {
         }
     }
 
-    fn pause(&mut self, slot: usize, least_ms: u64, most_ms: u64) {
+    pub(crate) fn pause(&mut self, slot: usize, least_ms: u64, most_ms: u64) {
         let for_ms = self.rng.range(least_ms, most_ms);
         self.meet(Fault::Paused, slot);
         if let Some(engine) = &mut self.slots[slot].engine {

@@ -1,7 +1,7 @@
 //! The end of a run: faults stop, and protected service must come back, or the VM must be in a state in which the
 //! documentation says that a person decides.
 
-use ftvm_protocol::core::{Refusal, RoleName};
+use ftvm_protocol::core::{Refusal, RoleName, Status};
 use ftvm_protocol::record::Phase;
 
 use crate::checks::Kind;
@@ -79,15 +79,19 @@ impl World {
                 .filter_map(|engine| engine.core.status().refused)
                 .any(|refusal| wanted(&refusal))
         };
-        // An active that is sure of itself is given a new record by the operator.
+        // Who is alone, or a pair in contact, is given a new record by the operator.
         let sure = (0..2).any(|slot| {
             let Some(engine) = &self.slots[slot].engine else {
                 return false;
             };
             let status = engine.core.status();
-            let peer_header = self.slots[1 - slot].disk.header.as_ref();
-            let peer_is_newer = status.session.is_some() && peer_header.is_some_and(|h| h.term > status.term);
-            status.role == RoleName::Active && !status.unsettled && !status.stopping && !peer_is_newer
+            let sure = |status: &Status| !status.unsettled && !status.stopping;
+            let follows = self.slots[1 - slot].engine.as_ref().is_some_and(|peer| {
+                let peer = peer.core.status();
+                let with = (peer.role, peer.session, peer.uid) == (RoleName::Standby, status.session, status.uid);
+                with && sure(&peer) && !peer.leader_lost
+            });
+            status.role == RoleName::Active && sure(&status) && (status.session.is_none() || follows)
         });
         if self.arbiter.get().is_none() && (!sure || self.disks_lost > 0) {
             return Some(PersonNeeded::RecordGone);
@@ -109,7 +113,12 @@ impl World {
             return Some(PersonNeeded::RestoredTooOld);
         }
         if self.disks_lost > 0
-            && refused(|refusal| matches!(refusal, Refusal::OtherHeaderUnreadable(_) | Refusal::ContactTooOld))
+            && refused(|refusal| {
+                matches!(
+                    refusal,
+                    Refusal::OtherHeaderUnreadable(_) | Refusal::ContactTooOld | Refusal::NotAdopted(_)
+                )
+            })
         {
             return Some(PersonNeeded::HeaderUnreadable);
         }

@@ -11,6 +11,7 @@ use ftvm_protocol::header::SeatHeader;
 use ftvm_protocol::identity::{ArbiterUid, Epoch, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::{Message, PeerRole};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
+use ftvm_protocol::recreation::Vouched;
 
 use crate::arbiter::Put;
 use crate::world::{Input, World};
@@ -78,6 +79,9 @@ mutations! {
     AcceptLowerTerm = 10, "record with a lower term accepted";
     AcceptOtherUid = 10, "record with another UID accepted";
     RecreateBlindly = 10, "record re-created without agreement";
+    RecreateFromOne = 10, "record of a pair re-created because one seat vouches for it";
+    RecreateStale = 10, "record re-created from what was vouched for before it was gone";
+    SuccessorUnseen = 10, "written over a re-created record that the other member may not go by";
     NoContactLimit = 11, "takeover after T without contact";
     StaleContact = 11, "an old answer counts as contact now";
     RunOnUnreachable = 12, "arbiter unreachable and peer lost: runs on";
@@ -237,6 +241,10 @@ impl World {
                 }
                 Message::ProbeReply { n, view }
             }
+            (Mutation::SuccessorUnseen, Message::Probe { n, mut view }) => {
+                view.uid = status.uid;
+                Message::Probe { n, view }
+            }
             (Mutation::StaleContact, Message::ProbeReply { n, view }) => {
                 let newest = self.probes_sent.get(&(slot, link)).copied().unwrap_or(n);
                 Message::ProbeReply { n: newest, view }
@@ -290,10 +298,11 @@ impl World {
     }
 
     /// The operator without the rules for creating a record again.
-    pub(crate) fn mutated_plan(&self, statuses: &[Option<Status>; 2]) -> Option<Record> {
+    pub(crate) fn mutated_plan(&self) -> Option<Record> {
         if !self.is(Mutation::RecreateBlindly) {
             return None;
         }
+        let statuses = [0, 1].map(|slot| self.status(slot));
         let active = statuses
             .iter()
             .flatten()
@@ -307,6 +316,38 @@ impl World {
         record.term = active.term + 1;
         record.predecessor = active.uid;
         Some(record)
+    }
+
+    /// What the operator takes for vouched.
+    pub(crate) fn mutate_vouched(&self, vouched: &mut Vec<Vouched>) {
+        if self.is(Mutation::RecreateFromOne) {
+            let other = |one: &Vouched| {
+                let by = one.record.members.iter().find(|member| *member != one.by)?;
+                Some(Vouched { by, ..one.clone() })
+            };
+            let forged: Vec<_> = vouched.iter().filter_map(other).collect();
+            vouched.extend(forged);
+        }
+    }
+
+    /// What a daemon publishes although the record is there.
+    pub(crate) fn mutated_published(&self, status: &Status) -> Option<Record> {
+        if !self.is(Mutation::RecreateStale) || status.role != RoleName::Active && status.role != RoleName::Standby {
+            return None;
+        }
+        let me = status.incarnation;
+        let holder = if status.role == RoleName::Active {
+            me
+        } else {
+            status.peer?
+        };
+        Some(Record {
+            holder,
+            members: status.peer.map_or(Members::one(me), |peer| Members::pair(me, peer)),
+            term: status.term + 1,
+            predecessor: status.uid,
+            ..Record::genesis(me.seat, Phase::Running)
+        })
     }
 
     /// The operator deletes a seat that is down although the record names it.

@@ -5,12 +5,13 @@ use std::cmp::Reverse;
 use ftvm_protocol::core::{Command, Event, ReadOutcome, RoleName, SwapOutcome};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, RequestId};
 use ftvm_protocol::record::{Phase, Record, Snapshot};
+use ftvm_protocol::recreation::{self, Vouched};
 
 use crate::arbiter::Put;
 use crate::checks::Kind;
 use crate::coverage::Fault;
 use crate::mutation::Mutation;
-use crate::world::{Claimed, Input, What, World};
+use crate::world::{Claimed, Input, Published, What, World};
 
 impl World {
     // ---- arbiter
@@ -159,7 +160,6 @@ impl World {
                 (_, before) => before.as_ref().map_or(0, |before| before.term),
             };
             Claimed {
-                generation: self.arbiter.generation,
                 term: now.record.term,
                 of_source,
             }
@@ -230,70 +230,83 @@ impl World {
 
     // ---- operator and user
 
+    /// A daemon tells what its engine vouches for: when it looks, and if the API server takes it. What was told stays until then.
+    pub(crate) fn publish(&mut self, slot: usize) {
+        let delay_ms = self.rng.range(5, 40);
+        self.after(delay_ms, What::Publish { slot });
+        if !self.slots[slot].node_up || self.slots[slot].arbiter_down_until_ms > self.now_ms {
+            return;
+        }
+        let status = self.slots[slot].engine.as_ref().map(|engine| engine.core.status());
+        let vouched = status.as_ref().and_then(|status| {
+            let by = status.incarnation;
+            let record = self.mutated_published(status).or_else(|| status.recreate.clone());
+            record.map(|record| Vouched { by, record })
+        });
+        self.slots[slot].published = Published {
+            uid: status.and_then(|status| status.uid),
+            vouched,
+        };
+    }
+
     pub(crate) fn operator(&mut self) {
         self.after(25, What::Operator);
         self.mutated_operator();
-        if self.arbiter.get().is_some() || self.creating {
-            return;
-        }
-        if let Some(record) = self.operator_plan() {
-            self.creating = true;
-            let delay_ms = self.rng.range(1, 20);
+        if let Some(snapshot) = self.arbiter.get().cloned() {
+            self.operator_reads(&snapshot);
+        } else if self.now_ms >= self.operator.waits_until_ms
+            && let Some(record) = self.operator_plan()
+        {
+            let mut delay_ms = self.rng.range(1, 20);
+            self.operator.waits_until_ms = self.now_ms + delay_ms;
+            if self.rng.percent(self.profile.put_late_percent) {
+                // Nobody waits for the answer any more, and the next operator may decide anew.
+                delay_ms += self.rng.range(20, 800);
+            }
             self.after(delay_ms, What::Create { record });
         }
     }
 
-    fn operator_plan(&self) -> Option<Record> {
-        let statuses = [0, 1].map(|slot| self.slots[slot].engine.as_ref().map(|engine| engine.core.status()));
-        if let Some(record) = self.mutated_plan(&statuses) {
+    /// A successor replaces the record that the operator knows once every member goes by it.
+    fn operator_reads(&mut self, read: &Snapshot) {
+        if read.uid != self.operator.uid && read.record.predecessor != Some(self.operator.uid) {
+            return;
+        }
+        let adopted = read.record.members.iter().all(|member| {
+            let slot = self.slots.iter().find(|slot| slot.seat == member.seat);
+            slot.is_some_and(|slot| slot.published.uid == Some(read.uid))
+        });
+        if adopted || read.uid == self.operator.uid {
+            self.operator.uid = read.uid;
+            self.operator.term = self.operator.term.max(read.record.term);
+        }
+    }
+
+    pub(crate) fn operator_plan(&self) -> Option<Record> {
+        if let Some(record) = self.mutated_plan() {
             return Some(record);
         }
-        let consents = statuses.clone().map(|status| status.and_then(|status| status.recreate));
-        for (slot, consent) in consents.iter().enumerate() {
-            let Some(consent) = consent else { continue };
-            let term = match &consents[1 - slot] {
-                _ if consent.members.is_only(consent.holder) => consent.term,
-                Some(other) if other.members == consent.members && other.holder == consent.holder => {
-                    consent.term.max(other.term)
-                }
-                _ => continue,
-            };
-            return Some(Record {
-                term,
-                ..consent.clone()
-            });
-        }
-        // The peer is proven dead, and its header is not above what the active knows.
-        (0..2).find_map(|slot| {
-            let status = statuses[slot]
-                .as_ref()
-                .filter(|status| status.role == RoleName::Active && !status.stopping)?;
-            let other = &self.slots[1 - slot];
-            let no_guest = other.node_up && other.engine.as_ref().is_none_or(|e| !e.core.status().holds_guest);
-            let readable = other.node_up
-                && other
-                    .disk
-                    .header
-                    .as_ref()
-                    .is_none_or(|header| header.term <= status.term)
-                && status.peer.is_some_and(|peer| peer.seat == other.seat);
-            let mut record = Record::genesis(other.seat, Phase::Running);
-            record.holder = status.incarnation;
-            record.members = ftvm_protocol::record::Members::one(status.incarnation);
-            record.term = status.term + 1;
-            record.predecessor = status.uid;
-            (no_guest && readable).then_some(record)
-        })
+        let mut vouched: Vec<_> = self
+            .slots
+            .iter()
+            .filter_map(|slot| slot.published.vouched.clone())
+            .collect();
+        self.mutate_vouched(&mut vouched);
+        recreation::successor(self.operator.uid, self.operator.term, &vouched).ok()
     }
 
     pub(crate) fn create(&mut self, record: Record) {
-        self.creating = false;
         if self.arbiter.get().is_some() {
             return;
         }
         let snapshot = self.arbiter.recreate(record);
         self.log(|| format!("operator: creates {snapshot:?}"));
-        self.landed(None, &snapshot);
+        // A seat that goes by another record already never goes by this one.
+        let holder = self.slot_of(snapshot.record.holder);
+        let engine = holder.and_then(|slot| self.slots[slot].engine.as_ref());
+        if engine.is_some_and(|engine| engine.core.status().uid == snapshot.record.predecessor) {
+            self.landed(None, &snapshot);
+        }
     }
 
     pub(crate) fn user_acts(&mut self) {

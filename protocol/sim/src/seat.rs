@@ -261,11 +261,14 @@ impl World {
     }
 
     fn creates(&mut self, by: Incarnation) {
-        if let Some(snapshot) = self.arbiter.get() {
-            let generation = self.arbiter.generation;
+        // In the term that the seat goes by: the arbiter's record may be another successor, which nobody goes by.
+        let slot = self.slot_of(by);
+        if let Some(engine) = slot.and_then(|slot| self.slots[slot].engine.as_ref()) {
+            let (generation, known) = (self.arbiter.generation, engine.core.status().term);
+            // A source knows its target's term before the target runs.
             let term = match self.claimed {
-                Some(claim) if claim.generation == generation && claim.term == snapshot.record.term => claim.of_source,
-                _ => snapshot.record.term,
+                Some(claim) if claim.term == known => claim.of_source,
+                _ => known,
             };
             let result = self.checks.create(generation, term, by);
             self.check(result);
@@ -380,7 +383,13 @@ impl World {
                 if let Some(engine) = &mut self.slots[slot].engine {
                     engine.driver.last_epoch = false;
                 }
-                if let Some(me) = self.slots[slot].engine.as_ref().map(|engine| engine.incarnation) {
+                let engine = self.slots[slot].engine.as_ref();
+                if let Some((me, state)) = engine.map(|engine| (engine.incarnation, engine.driver.state())) {
+                    // The record by which a frozen source goes on may have been deleted since.
+                    if self.is_new_active(me) {
+                        let result = self.checks.take_over(&self.history, me, state);
+                        self.check(result);
+                    }
                     self.checks.runs(me);
                 }
                 if let Some(guest) = self.slots[slot]
@@ -515,12 +524,6 @@ impl World {
         }
         // Whoever claimed the record in time may run, even if it was deleted since.
         let claimed = self.claimed.take_if(|claim| claim.term == term);
-        let restored = claimed.is_some_and(|claim| claim.generation != self.arbiter.generation);
-        if let (true, Some(snapshot)) = (restored, self.arbiter.get()) {
-            // It was restored meanwhile, and its term says nothing of the one in which this seat runs.
-            let (generation, term) = (self.arbiter.generation, snapshot.record.term);
-            self.checks.hands_over(generation, term, me);
-        }
         if claimed.is_some() || self.is_new_active(me) || state.is_none() || self.checks.stopped {
             let result = self.checks.take_over(&self.history, me, state);
             self.check(result);
@@ -621,6 +624,7 @@ impl World {
             volatile: None,
             durable: None,
         };
+        self.slots[slot].published = crate::world::Published::default();
         self.disks_lost += 1;
         self.lives += 1;
         self.slots[slot].seat = ftvm_protocol::identity::SeatId(0xb000 + u128::from(self.lives));

@@ -12,6 +12,7 @@ use ftvm_protocol::header::SeatHeader;
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, LinkId, RequestId, SeatId, SessionId, Term};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::{Phase, Record, Snapshot};
+use ftvm_protocol::recreation::Vouched;
 
 use crate::arbiter::Arbiter;
 use crate::checks::{Checks, Kind, Violation};
@@ -92,9 +93,16 @@ pub(crate) enum What {
         slot: usize,
     },
     Dial,
+    Publish {
+        slot: usize,
+    },
     Operator,
     Create {
         record: Record,
+    },
+    /// A process stops running for a while.
+    Pause {
+        slot: usize,
     },
     User,
     Restore {
@@ -106,7 +114,9 @@ pub(crate) enum What {
     Copy {
         record: Record,
     },
-    Delete,
+    Delete {
+        copy_percent: u64,
+    },
 }
 
 pub(crate) struct Entry {
@@ -165,6 +175,27 @@ pub(crate) struct Slot {
     pub(crate) cut_until_ms: u64,
     /// The arbiter is out of reach until then.
     pub(crate) arbiter_down_until_ms: u64,
+    /// What its daemon published last, which may be long ago.
+    pub(crate) published: Published,
+}
+
+/// What a seat's daemon tells the operator, through the API server.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Published {
+    pub(crate) vouched: Option<Vouched>,
+    /// The record's UID that the engine goes by.
+    pub(crate) uid: Option<ArbiterUid>,
+}
+
+/// What the operator keeps in the VM's status.
+#[derive(Debug, Clone)]
+pub(crate) struct Operator {
+    /// UID of the last record of which it knows that every member goes by it.
+    pub(crate) uid: ArbiterUid,
+    /// Highest term that it has read.
+    pub(crate) term: Term,
+    /// It waits for an answer to a creation until then; the request may arrive later.
+    pub(crate) waits_until_ms: u64,
 }
 
 pub(crate) struct LinkState {
@@ -189,8 +220,6 @@ pub(crate) struct User {
 /// A switchover's target had itself named by the record and does not run yet.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Claimed {
-    /// The arbiter's.
-    pub(crate) generation: u64,
     /// Of that record.
     pub(crate) term: Term,
     /// In which the source creates output meanwhile.
@@ -220,7 +249,7 @@ pub struct World {
     pub(crate) violation: Option<Violation>,
     pub(crate) healing: bool,
     pub(crate) disks_lost: u64,
-    pub(crate) creating: bool,
+    pub(crate) operator: Operator,
     steps: u64,
     /// Newest probe by slot and link (for mutations).
     pub(crate) probes_sent: HashMap<(usize, LinkId), u64>,
@@ -246,6 +275,7 @@ impl World {
             engine: None,
             cut_until_ms: 0,
             arbiter_down_until_ms: 0,
+            published: Published::default(),
         };
         let mut world = Self {
             rng,
@@ -268,7 +298,11 @@ impl World {
             violation: None,
             healing: false,
             disks_lost: 0,
-            creating: false,
+            operator: Operator {
+                uid: ArbiterUid(1),
+                term: 1,
+                waits_until_ms: 0,
+            },
             steps: 0,
             probes_sent: HashMap::new(),
             last_put: None,
@@ -280,6 +314,7 @@ impl World {
         };
         for slot in 0..2 {
             world.after(slot as u64, What::Start { slot });
+            world.after(11 + slot as u64, What::Publish { slot });
         }
         world.after(5, What::Dial);
         world.after(7, What::Operator);
@@ -379,12 +414,14 @@ impl World {
             What::Resume { slot, life } => self.resume(slot, life),
             What::Start { slot } => self.start_engine(slot),
             What::Dial => self.dial(),
+            What::Publish { slot } => self.publish(slot),
             What::Operator => self.operator(),
+            What::Pause { slot } => self.pause(slot, 100, 400),
             What::Create { record } => self.create(record),
             What::User => self.user_acts(),
             What::Restore { back } => self.restore(back),
             What::Outage { back } => self.arbiter_outage(back),
-            What::Delete => self.delete(80),
+            What::Delete { copy_percent } => self.delete(copy_percent),
             What::Copy { record } => {
                 if self.arbiter.get().is_none() {
                     self.log(|| format!("somebody applies an old copy: {record:?}"));

@@ -8,7 +8,7 @@ use crate::record::{Members, Phase, Record, Snapshot};
 
 use super::decide::Decision;
 use super::role::Role;
-use super::{Action, ArbiterState, Core, ReadOutcome, Refusal, SeatReport, SwapOutcome};
+use super::{Action, Adopting, ArbiterState, Core, ReadOutcome, Refusal, SeatReport, SwapOutcome};
 
 /// What a swap is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,7 +212,11 @@ impl Core {
                 self.conclude(0);
             }
             Decision::Adopt => {
-                self.adopting = Some((snapshot.uid, snapshot.record.term));
+                self.adopting = Some(Adopting {
+                    uid: snapshot.uid,
+                    term: snapshot.record.term,
+                    with: snapshot.record.members.iter().find(|member| *member != self.me),
+                });
                 self.conclude(0);
             }
             Decision::End(reason) => self.end(reason, actions),
@@ -316,6 +320,7 @@ impl Core {
                 self.settled();
                 self.known_term = record.term;
                 self.known_uid = Some(uid);
+                self.unseen = None;
                 self.won(goal, &record, actions);
             }
             // Somebody answers for a write that is not ours.

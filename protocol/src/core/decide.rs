@@ -92,13 +92,17 @@ impl Core {
     }
 
     /// Rule 11: without contact for longer than T this seat writes nothing on its own, unless the other one is proven
-    /// to run no guest.
+    /// to run no guest. Rule 10: nor over a re-created record that the other member has not adopted, as far as is known. That one may have gone
+    /// on over another successor of the same record, which is gone by now.
     fn need_contact(&self, record: &Record, reports: Option<&[SeatReport]>) -> Result<(), Decision> {
-        if !self.is_contact_too_old() {
+        if !self.is_contact_too_old() && self.unseen.is_none() {
             return Ok(());
         }
         match self.need_proof(record, reports) {
-            Err(Decision::Refuse(_)) => Err(Decision::Refuse(Refusal::ContactTooOld)),
+            Err(Decision::Refuse(_)) => Err(Decision::Refuse(match self.unseen {
+                Some(peer) => Refusal::NotAdopted(peer),
+                None => Refusal::ContactTooOld,
+            })),
             other => other,
         }
     }
@@ -271,7 +275,7 @@ impl Core {
         }
         let own_landed = record.members.is_only(self.me);
         let claims = standby.claim.is_some_and(|claim| claim.term.is_none());
-        if claims && !lost && !own_landed && !self.has_tried() && !self.is_contact_too_old() {
+        if claims && !lost && !own_landed && !self.has_tried() && !self.is_contact_too_old() && self.unseen.is_none() {
             let members = Members::pair(self.me, standby.leader);
             return Ok(Decision::Swap {
                 goal: Goal::Claim,

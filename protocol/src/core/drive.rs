@@ -4,7 +4,7 @@ use crate::message::{Message, SessionEnd};
 
 use super::attempt::Attempt;
 use super::role::{Confirmed, JoinStage, Lead, LeadStage, Role, Standby};
-use super::{Action, Core, EndReason, Refusal, Seal};
+use super::{Action, ArbiterState, Core, EndReason, Refusal, Seal};
 
 impl Core {
     pub(super) fn drive(&mut self, actions: &mut Vec<Action>) {
@@ -215,7 +215,9 @@ impl Core {
             return;
         };
         let here = standby.switch.is_some_and(|switch| standby.staged == switch.epoch);
-        let free = !self.has_tried() && self.adopting.is_none() && self.header_is_current();
+        // Whoever has read that the record is gone vouches for a new one that names the leader (rule 10).
+        let gone = self.arbiter == ArbiterState::Gone;
+        let free = !gone && !self.has_tried() && self.adopting.is_none() && self.header_is_current();
         if here && free && term == self.known_term && !self.is_leader_lost(standby) && !self.is_contact_too_old() {
             self.cancel_attempt();
             self.switch_over(term, actions);

@@ -169,6 +169,9 @@ impl Core {
         };
         link.view = Some(view);
         let peer = link.peer;
+        if self.unseen == Some(peer) && view.uid.is_some() && view.uid == self.known_uid {
+            self.unseen = None;
+        }
         let Some((of_session, session, ..)) = self.role.session() else {
             return;
         };

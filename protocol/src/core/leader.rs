@@ -6,7 +6,7 @@ use crate::record::Record;
 
 use super::attempt::Goal;
 use super::role::{Active, Confirmed, Frozen, HandOver, Lead, LeadStage, Role, Starting, Stopping};
-use super::{Action, Command, Core, Refusal, Seal};
+use super::{Action, ArbiterState, Command, Core, Refusal, Seal};
 
 impl Core {
     // ---- epochs
@@ -214,7 +214,8 @@ impl Core {
             return Err(Refusal::StaleAnswer);
         }
         let settled = active.confirmed == Confirmed::Pair && !active.doubt && active.stop.is_none();
-        let free = !self.has_tried() && self.adopting.is_none() && self.header_is_current();
+        let gone = self.arbiter == ArbiterState::Gone;
+        let free = !gone && !self.has_tried() && self.adopting.is_none() && self.header_is_current();
         if !settled || !free || lead.stage != LeadStage::Live || !self.is_lead_healthy() || self.is_contact_too_old() {
             return Err(Refusal::Busy);
         }

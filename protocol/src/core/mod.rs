@@ -51,6 +51,15 @@ use links::Link;
 use role::{Confirmed, JoinStage, LeadStage, Role, Starting};
 use silence::Silence;
 
+/// A re-created record that is being made this seat's own.
+#[derive(Debug, Clone, Copy)]
+struct Adopting {
+    uid: ArbiterUid,
+    term: Term,
+    /// The other member, if there is one.
+    with: Option<Incarnation>,
+}
+
 /// The protocol core of one engine process.
 #[derive(Debug, Clone)]
 pub struct Core {
@@ -69,7 +78,9 @@ pub struct Core {
     known_term: Term,
     known_uid: Option<ArbiterUid>,
     /// A re-created record that names us: its UID is being written to the header.
-    adopting: Option<(ArbiterUid, Term)>,
+    adopting: Option<Adopting>,
+    /// The other member of a record that was adopted, until it is known to have adopted the same one (rule 10).
+    unseen: Option<Incarnation>,
     links: Vec<Link>,
     role: Role,
     attempt: Option<Attempt>,
@@ -113,6 +124,7 @@ impl Core {
             writing: None,
             header_retry_ms: 0,
             adopting: None,
+            unseen: None,
             links: Vec::new(),
             role: Role::Starting(Starting {
                 stop: false,
@@ -359,7 +371,7 @@ impl Core {
 
     /// The header that this role needs on disk, if it needs any.
     fn needed_header(&self) -> Option<SeatHeader> {
-        let uid = self.adopting.map(|(uid, _)| uid).or(self.known_uid);
+        let uid = self.adopting.map(|adopting| adopting.uid).or(self.known_uid);
         match &self.role {
             Role::Starting(starting) => starting.prepare.clone(),
             Role::Joining(joining) => Some(SeatHeader {
@@ -378,7 +390,7 @@ impl Core {
                 ..header.clone()
             }),
             Role::Active(active) | Role::Frozen(role::Frozen { active, .. }) => Some(SeatHeader {
-                term: active.term.max(self.adopting.map_or(0, |(_, term)| term)),
+                term: active.term.max(self.adopting.map_or(0, |adopting| adopting.term)),
                 uid: uid?,
                 incarnations: vec![self.me],
                 complete: true,
@@ -416,10 +428,10 @@ impl Core {
             Some((_, header)) => self.durable = Some(header),
             None => actions.push(Action::Refused(Refusal::StaleAnswer)),
         }
-        if let Some((uid, term)) = self.adopting
-            && self.durable.as_ref().is_some_and(|header| header.uid == uid)
+        if let Some(adopting) = self.adopting
+            && self.durable.as_ref().is_some_and(|header| header.uid == adopting.uid)
         {
-            self.finish_adoption(uid, term);
+            self.finish_adoption(adopting);
         }
     }
 
@@ -442,8 +454,13 @@ impl Core {
         }
     }
 
-    fn finish_adoption(&mut self, uid: ArbiterUid, term: Term) {
+    fn finish_adoption(&mut self, Adopting { uid, term, with }: Adopting) {
         self.adopting = None;
+        let seen = |peer: &Incarnation| {
+            let mut views = self.links.iter().filter(|link| link.peer == *peer);
+            views.any(|link| link.view.is_some_and(|view| view.uid == Some(uid)))
+        };
+        self.unseen = with.filter(|peer| !seen(peer));
         self.known_uid = Some(uid);
         self.known_term = self.known_term.max(term);
         // Writes for the old record can't land in the new one.

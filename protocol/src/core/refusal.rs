@@ -59,6 +59,11 @@ pub enum Refusal {
     /// No contact to the peer for longer than the limit, and no proof about it.
     #[error("no contact with the peer for too long, and its daemon has not proven that no guest runs there")]
     ContactTooOld,
+    /// The other member of a re-created record is not known to have adopted it, and there is no proof about that seat.
+    #[error(
+        "arbiter's record was re-created, and {0} is not known to go by it; its daemon has not proven that no guest runs there: bring its node back"
+    )]
+    NotAdopted(Incarnation),
 
     // ---- start
     /// The record says Stopped and nobody asked for a start over it.

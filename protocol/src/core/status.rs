@@ -82,8 +82,7 @@ pub struct Status {
     pub stopping: bool,
     /// Why the last attempt or command was refused; what a person sees when it waits.
     pub refused: Option<Refusal>,
-    /// The record that the operator may create if it is gone: this seat's consent. For `members` of two, both seats
-    /// must give the same consent (term: the larger one). The operator draws the nonce.
+    /// The record that the operator may create if it is gone: what this seat vouches for ([`crate::recreation`]).
     pub recreate: Option<Record>,
     /// Text of a guest failure.
     pub failure: Option<String>,
