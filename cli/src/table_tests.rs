@@ -23,6 +23,8 @@ fn seat(name: &str, role: Option<Role>, protected: bool, term: u64) -> SeatStatu
         acknowledged: 7,
         peer: None,
         arbiter_reachable: true,
+        arbiter_uid: None,
+        vouches: None,
         resync_percent: None,
         code: 0,
         counters: serde_json::Map::new(),

@@ -52,21 +52,23 @@ pub enum LeaseError {
     },
     /// No record in it.
     #[error(
-        "the Lease has no annotation ftvm.dev/record: it was edited; put its former value back (docs/kubernetes.md)"
+        "the Lease has no annotation ftvm.dev/record: it was edited; put its former value back, or delete the Lease: it is made anew from what the seats know (docs/kubernetes.md, \"Lease\")"
     )]
     NoRecord,
     /// The record's text is too long.
     #[error(
-        "the Lease's record has {0} bytes, at most {RECORD_BYTES_MAX} are read: it was edited; put its former value back"
+        "the Lease's record has {0} bytes, at most {RECORD_BYTES_MAX} are read: it was edited; put its former value back, or delete the Lease: it is made anew from what the seats know"
     )]
     TooLong(usize),
     /// The record does not decode.
     #[error(
-        "the Lease's record is malformed ({0}): it was edited, or written by a later version; put its former value back"
+        "the Lease's record is malformed ({0}): it was edited, or written by a later version; put its former value back, or delete the Lease: it is made anew from what the seats know"
     )]
     Malformed(String),
     /// The record contradicts itself.
-    #[error("the Lease's record names a holder that is no member: it was edited; put its former value back")]
+    #[error(
+        "the Lease's record names a holder that is no member: it was edited; put its former value back, or delete the Lease: it is made anew from what the seats know"
+    )]
     HolderIsNoMember,
 }
 
@@ -120,22 +122,28 @@ pub fn check_owner(lease: &Lease, vm: &str, vm_id: VmId) -> Result<(), LeaseErro
     Err(LeaseError::OtherOwner { found })
 }
 
-/// The Lease of a VM that never ran: this seat has the original disks.
-pub fn genesis(namespace: &str, vm: &str, owner: OwnerReference, seat: SeatId, node: &str, now: Timestamp) -> Lease {
+/// A new Lease of a VM with this record. `nodes` is the annotation [`ANNOTATION_NODES`].
+pub fn new(namespace: &str, vm: &str, owner: OwnerReference, record: &Record, nodes: String, now: Timestamp) -> Lease {
     let labels = [(LABEL_MANAGED_BY, MANAGED_BY), (LABEL_VM, vm)];
     let mut lease = Lease {
         metadata: ObjectMeta {
             name: Some(vm.to_owned()),
             namespace: Some(namespace.to_owned()),
             labels: Some(labels.map(|(key, value)| (key.to_owned(), value.to_owned())).into()),
-            annotations: Some([(ANNOTATION_NODES.to_owned(), nodes_text([node]))].into()),
+            annotations: Some([(ANNOTATION_NODES.to_owned(), nodes)].into()),
             owner_references: Some(vec![owner]),
             ..ObjectMeta::default()
         },
         spec: None,
     };
-    set_record(&mut lease, &Record::genesis(seat, Phase::Running), now);
+    set_record(&mut lease, record, now);
     lease
+}
+
+/// The Lease of a VM that never ran: this seat has the original disks.
+pub fn genesis(namespace: &str, vm: &str, owner: OwnerReference, seat: SeatId, node: &str, now: Timestamp) -> Lease {
+    let record = Record::genesis(seat, Phase::Running);
+    new(namespace, vm, owner, &record, nodes_text([node]), now)
 }
 
 /// Puts a record into a Lease that was read; identity, version and everything else stay.

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use ftvm_protocol::identity::{Incarnation, Term};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, Term};
+use ftvm_protocol::record::Record;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +75,13 @@ pub struct SeatPublished {
     pub peer_connected: bool,
     /// False after the last request to the arbiter failed.
     pub arbiter_reachable: bool,
+    /// UID of the Lease that the engine goes by: its header says so, durably.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease_uid: Option<ArbiterUid>,
+    /// The record that may be created in place of a Lease that the engine found gone (rule 10). What was vouched for once stays
+    /// true of that Lease; see [`ftvm_protocol::recreation`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vouches: Option<Record>,
     /// Progress of preparing disks or of a resync, 0 to 100.
     pub resync_percent: Option<u8>,
     /// The last time that this seat became active.

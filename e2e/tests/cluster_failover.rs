@@ -43,6 +43,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         acts.act("the active's node is drained", drained_node)?;
         acts.act("the API server is away", absent_api_server)?;
         acts.act("both seats reach the API server, not each other", partition)?;
+        acts.act("the Lease is deleted, then the engine killed", deleted_lease)?;
         acts.act("the chart is upgraded", upgraded_chart)?;
         acts.act("only two nodes are left", two_nodes)?;
         let Acts { stage, cluster, .. } = acts;
@@ -176,6 +177,39 @@ fn upgraded_chart(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     acts.nothing_changed(before)
 }
 
+/// Deletes a VM's Lease and waits until every seat goes by the one that the operator makes anew.
+fn lease_comes_back(cluster: &Cluster, vm: &str) -> anyhow::Result<()> {
+    let uid = || -> anyhow::Result<Value> {
+        let lease = cluster.get(&["lease", vm, "--namespace", NAMESPACE])?;
+        Ok(lease["metadata"]["uid"].clone())
+    };
+    let before = uid()?;
+    cluster.kubectl(&["delete", "lease", vm, "--namespace", NAMESPACE])?;
+    wait_for("the Lease is made anew", PATIENCE, || {
+        let (now, vm) = (uid()?, cluster.get(&["ftvm", vm, "--namespace", NAMESPACE])?);
+        ensure!(
+            now != before && vm["status"]["leaseUid"] == now,
+            "{before}, {now}, {}",
+            vm["status"]
+        );
+        Ok(())
+    })?;
+    let object = format!("involvedObject.name={vm},reason=LeaseRecreated");
+    wait_for("an event tells it", PATIENCE, || {
+        let told = cluster.kubectl(&["get", "events", "--namespace", NAMESPACE, "--field-selector", &object])?;
+        ensure!(told.contains("made anew"), "{told}");
+        Ok(())
+    })?;
+    wait_condition(cluster, vm, "ArbiterReachable", "True", "Reachable").map(drop)
+}
+
+fn deleted_lease(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    lease_comes_back(&acts.cluster, VM)?;
+    acts.nothing_changed(before)?;
+    acts.kill_engine(before.active)?;
+    acts.standby_takes_over(before).map(drop)
+}
+
 fn two_nodes(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     let third = (0..3).find(|host| ![before.active, before.standby].contains(host));
     let third = acts.node(third.context("no third node")?);
@@ -185,6 +219,8 @@ fn two_nodes(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     acts.standby_takes_over(before)?;
     let said = acts.wait_condition("Protected", "False", "TooFewNodes")?;
     ensure!(said.contains("add a node"), "{said}");
+    // Who is alone needs nobody's word for another Lease.
+    lease_comes_back(&acts.cluster, VM)?;
     acts.stage.answers_go_on()?;
     acts.cluster.kubectl(&["uncordon", &third])?;
     acts.stage.pair()?;
@@ -243,7 +279,7 @@ fn missing_image(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The Lease is edited, and deleted, by hand: it is said what to do, and the pair goes on.
+/// The Lease is edited, and deleted, by hand: it is said what to do, the pair goes on, and what can be made anew is.
 fn strange_lease(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(&small("edited", GUEST_IMAGE).to_string())?;
     wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
@@ -267,15 +303,50 @@ fn strange_lease(cluster: &Cluster) -> anyhow::Result<()> {
         .context("no record")?;
     record("{}")?;
     let said = wait_condition(cluster, "edited", "ArbiterReachable", "False", "LeaseUnusable")?;
-    ensure!(said.contains("put its former value back"), "{said}");
+    ensure!(
+        said.contains("put its former value back, or delete the Lease"),
+        "{said}"
+    );
     record(good)?;
     wait_condition(cluster, "edited", "ArbiterReachable", "True", "Reachable")?;
     wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
-    cluster.kubectl(&["delete", "lease", "edited", "--namespace", NAMESPACE])?;
-    let said = wait_condition(cluster, "edited", "ArbiterReachable", "False", "LeaseGone")?;
-    ensure!(said.contains("restore it from a backup"), "{said}");
+    record("{}")?;
+    lease_comes_back(cluster, "edited")?;
+    wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
+    lease_goes_with_its_holder(cluster)?;
     cluster.kubectl(&["delete", "ftvm", "edited", "--namespace", NAMESPACE, "--timeout=120s"])?;
     Ok(())
+}
+
+/// The active dies with the Lease: nobody may decide, until a person puts a copy of the Lease back as documented.
+fn lease_goes_with_its_holder(cluster: &Cluster) -> anyhow::Result<()> {
+    let get = |kind: &str| cluster.get(&[kind, "edited", "--namespace", NAMESPACE]);
+    let (mut copy, vm) = (get("lease")?, get("ftvm")?);
+    let active = vm["status"]["active"].as_str().context("nobody is active")?;
+    cluster.kubectl(&["delete", "lease", "edited", "--namespace", NAMESPACE])?;
+    // The only machine there is.
+    let (killed, _) = cluster.node(active)?.kill_processes("ftvm-engine")?;
+    ensure!(killed == 1, "{killed} engines ran on {active}");
+    let said = wait_condition(cluster, "edited", "ArbiterReachable", "False", "LeaseGone")?;
+    ensure!(said.contains("put a copy of the Lease back"), "{said}");
+    std::thread::sleep(Duration::from_secs(25));
+    ensure!(get("lease").is_err(), "made anew although its holder is dead");
+    let metadata = copy["metadata"].as_object_mut().context("no metadata")?;
+    for key in ["uid", "resourceVersion", "creationTimestamp", "managedFields"] {
+        metadata.remove(key);
+    }
+    let text = copy["metadata"]["annotations"]["ftvm.dev/record"].as_str();
+    let mut record: Value = serde_json::from_str(text.context("no record")?)?;
+    record["predecessor"] = vm["status"]["leaseUid"].clone();
+    copy["metadata"]["annotations"]["ftvm.dev/record"] = json!(record.to_string());
+    cluster.apply(&copy.to_string())?;
+    wait_for("the standby takes over", PATIENCE, || {
+        let now = get("ftvm")?;
+        let other = now["status"]["active"].as_str().is_some_and(|now| now != active);
+        ensure!(other, "{}", now["status"]);
+        Ok(())
+    })?;
+    wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows").map(drop)
 }
 
 /// `helm test` fails a machine over; with a guest that nobody can pull it fails itself and says so. Either way nothing is left behind.

@@ -248,6 +248,8 @@ impl Engine {
             acknowledged: 0,
             peer,
             arbiter_reachable: true,
+            arbiter_uid: None,
+            vouches: None,
             resync_percent: None,
             code: 0,
             counters: serde_json::Map::new(),

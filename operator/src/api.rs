@@ -224,6 +224,25 @@ impl Objects {
         .await
     }
 
+    /// Makes a VM's Lease anew; that there is one is no error: the next look tells what it is.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn recreate_lease(&self, vm: &FaultTolerantVM, record: &Record, nodes: &str) -> Result<(), ApiError> {
+        let name = vm.name_any();
+        let owner = build::owner(vm).ok_or_else(|| ApiError::Unread(name.clone()))?;
+        let nodes = nodes.to_owned();
+        self.create(&lease::new(
+            &self.namespace,
+            &name,
+            owner,
+            record,
+            nodes,
+            Timestamp::now(),
+        ))
+        .await
+    }
+
     /// Writes the first record anew, over exactly the Lease that has this version.
     ///
     /// # Errors

@@ -167,6 +167,7 @@ async fn apply(
             return admit(vm, seat, uid, seen, objects).await;
         }
         Action::CreateLease { original, node } => objects.create_lease(&vm, *original, node).await?,
+        Action::RecreateLease { record, nodes } => objects.recreate_lease(&vm, record, nodes).await?,
         Action::RewriteGenesis { original } => {
             if let Some(record) = decide::record(seen) {
                 objects

@@ -471,6 +471,12 @@ pub struct Status {
     pub peer: Option<PeerStatus>,
     /// False after the last request to the arbiter failed.
     pub arbiter_reachable: bool,
+    /// UID of the arbiter's record that this engine goes by.
+    #[serde(default)]
+    pub arbiter_uid: Option<ArbiterUid>,
+    /// The record that may be created in place of one that this engine found gone, as far as it is concerned (rule 10).
+    #[serde(default)]
+    pub vouches: Option<Record>,
     /// Progress of a resync, 0 to 100.
     pub resync_percent: Option<u8>,
     /// Everything that counts or measures, by stable name with its unit last (`pause_us_p99`, `link_sent_bytes`).

@@ -225,6 +225,8 @@ impl Driver {
             acknowledged: status.acked,
             peer,
             arbiter_reachable: matches!(status.arbiter, ArbiterState::Reachable),
+            arbiter_uid: status.uid,
+            vouches: status.recreate.clone(),
             resync_percent: self.seat.resync_percent(),
             counters: self.counters(),
         }

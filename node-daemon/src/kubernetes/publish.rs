@@ -166,6 +166,8 @@ impl Publisher {
             published.code = engine.code;
             published.peer_connected = engine.peer.as_ref().is_some_and(|peer| peer.connected);
             published.arbiter_reachable = engine.arbiter_reachable;
+            published.lease_uid = engine.arbiter_uid;
+            published.vouches.clone_from(&engine.vouches);
             published.resync_percent = engine.resync_percent;
         } else if incarnation.is_some() {
             // It runs and does not answer now: what it was, it may still be.

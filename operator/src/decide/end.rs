@@ -6,6 +6,7 @@ use ftvm_crds::{SeatEntry, VolumePolicy};
 use ftvm_protocol::record::{Phase, Record};
 use kube::ResourceExt;
 
+use super::recreate::recreate;
 use super::run::{ask, delete_pod, remove_seat};
 use super::{Action, Decision, Want, has_engine, holder, is_genesis, is_named, pod, record, want};
 use crate::observe::Observed;
@@ -25,7 +26,7 @@ pub(super) fn end(seen: &Observed, decision: &mut Decision) {
             }
         }
         // Halting needs the record: conditions say what is wrong with it.
-        _ => {}
+        _ => recreate(seen, decision),
     }
     let pods_gone = seen.pods.is_empty();
     if goes && pods_gone {

@@ -11,10 +11,12 @@
 //! observed, so a decision made of an old book comes to nothing.
 //!
 //! Invariant: a seat that the record names is never made to leave, and nothing of it is deleted but a pod that can't run a guest any more.
+//! Invariant: a Lease that is gone is made anew only from what seats vouch for ([`ftvm_protocol::recreation`]), never from what the operator remembers.
 //! Invariant: the book never has more than two seats.
 //! Invariant: when everything is as it should be, there is nothing to do.
 
 mod end;
+mod recreate;
 mod run;
 mod trouble;
 
@@ -23,12 +25,13 @@ use std::time::Duration;
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
 use ftvm_crds::seat::SeatRequest;
 use ftvm_crds::{RunStrategy, SeatEntry, Switchover};
-use ftvm_protocol::identity::{Incarnation, SeatId};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
 
 use crate::observe::{LeaseSeen, Observed, PodSeen};
 
+pub use recreate::{all_go_by, recreation};
 pub use trouble::{Trouble, trouble};
 
 /// Most earlier UIDs of a seat that the book keeps.
@@ -66,6 +69,13 @@ pub enum Action {
         original: SeatId,
         /// Its node, if it is known.
         node: String,
+    },
+    /// Make the Lease anew, with a record that succeeds the one that is gone.
+    RecreateLease {
+        /// The record.
+        record: Record,
+        /// The annotation `ftvm.dev/nodes`.
+        nodes: String,
     },
     /// Write the first record anew for another seat.
     RewriteGenesis {
@@ -188,8 +198,8 @@ pub fn decide(seen: &Observed) -> Decision {
         decision.actions.push(Action::AddFinalizer);
         return decision;
     }
-    if decision.lease_uid.is_none()
-        && let Some(record) = seen.record()
+    if let Some(record) = record(seen)
+        && (decision.lease_uid.is_none() || recreate::all_go_by(seen, record))
     {
         decision.lease_uid = Some(record.snapshot.uid.to_string());
     }
@@ -204,12 +214,20 @@ pub fn decide(seen: &Observed) -> Decision {
     decision
 }
 
-/// May anything be decided from the record? Not if the Lease is another one than the operator made, or gone.
+/// May anything be decided from the record? Not if the Lease is neither the one that the operator knows nor its successor, or gone.
 pub fn record(seen: &Observed) -> Option<&crate::observe::Record> {
-    let known = seen.vm.status.as_ref().and_then(|status| status.lease_uid.as_deref());
     let record = seen.record()?;
-    let same = known.is_none_or(|known| known.eq_ignore_ascii_case(&record.snapshot.uid.to_string()));
+    let Some(known) = lease_uid(seen) else {
+        let known = seen.vm.status.as_ref().is_some_and(|status| status.lease_uid.is_some());
+        return (!known).then_some(record);
+    };
+    let same = record.snapshot.uid == known || record.snapshot.record.predecessor == Some(known);
     same.then_some(record)
+}
+
+/// UID of the last Lease by which every seat that it named went.
+pub fn lease_uid(seen: &Observed) -> Option<ArbiterUid> {
+    seen.vm.status.as_ref()?.lease_uid.as_deref()?.parse().ok()
 }
 
 /// Is there a Lease that ought not to be there, or none where one ought to be?

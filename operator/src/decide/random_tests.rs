@@ -69,6 +69,7 @@ fn disturb(world: &mut World, random: &mut Seeded) {
             // Somebody, or a drain, deletes a pod.
             world.pods.get_mut(&seat).unwrap().deleting = true;
         }
+        11 if random.below(12) == 0 => world.delete_lease(),
         _ => world.pass(random.below(30) as i64),
     }
 }
@@ -114,6 +115,30 @@ fn walk(seed: u64) {
     world.nodes.values_mut().for_each(|node| node.ready = true);
     world.claims.values_mut().for_each(|claim| claim.bound = false);
     world.want(RunStrategy::Always);
+    world.settle(200);
+    if world.is_split() {
+        // Deleted twice in a row: told as gone, and a person's to mend.
+        return;
+    }
+    let known = world
+        .vm
+        .status
+        .as_ref()
+        .is_some_and(|status| status.lease_uid.is_some());
+    if world.lease.is_none() && known {
+        // Nobody vouches: a pod was made anew meanwhile. A person does what the documentation says.
+        let said = &world.vm.status.as_ref().unwrap().conditions;
+        let said = said
+            .iter()
+            .find(|said| said.type_ == crate::status::ARBITER_REACHABLE)
+            .unwrap();
+        assert_eq!(said.reason, "LeaseGone", "seed {seed}: {said:?}");
+        assert!(
+            said.message.contains("put a copy of the Lease back"),
+            "seed {seed}: {said:?}"
+        );
+        world.put_copy_back();
+    }
     assert!(
         world.settle(400),
         "seed {seed} does not settle: {:#?}\n{:#?}",

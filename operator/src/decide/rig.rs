@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ftvm_crds::names::{FINALIZER, claim_name};
 use ftvm_crds::seat::{DoneRequest, Order, SeatPublished, SeatRole};
 use ftvm_crds::{FaultTolerantVM, RunStrategy, SeatEntry, yaml};
-use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, Nonce, SeatId};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -41,6 +41,10 @@ pub struct World {
     pub now: Timestamp,
     pub counter: u64,
     pub gone: bool,
+    /// UID of the Lease by which a seat goes: what its header says.
+    pub known: BTreeMap<String, ArbiterUid>,
+    /// What a Lease said when it was deleted.
+    pub ended: BTreeMap<ArbiterUid, Record>,
 }
 
 impl World {
@@ -64,6 +68,8 @@ impl World {
             now: Timestamp::from_second(1_800_000_000).unwrap(),
             counter: 0,
             gone: false,
+            known: BTreeMap::new(),
+            ended: BTreeMap::new(),
         }
     }
 
@@ -201,6 +207,7 @@ impl World {
                     self.lease = Some((Snapshot { record, uid, version }, node.clone()));
                 }
             }
+            Action::RecreateLease { record, nodes } => self.recreate_lease(record, nodes),
             Action::RewriteGenesis { original } => {
                 let next = self.next();
                 let (snapshot, _) = self.lease.as_mut().unwrap();
@@ -229,6 +236,109 @@ impl World {
             } => self.delete_pod(seat, uid, version, *force),
             Action::DeleteClaim { claim, uid } => self.delete_claim(claim, uid),
         }
+    }
+
+    /// Somebody deletes the Lease.
+    pub fn delete_lease(&mut self) {
+        if let Some((snapshot, _)) = self.lease.take() {
+            self.ended.insert(snapshot.uid, snapshot.record);
+        }
+    }
+
+    /// Whatever was vouched for when: it never contradicts what the record said when it was deleted.
+    pub fn recreate_lease(&mut self, record: &Record, nodes: &str) {
+        let last = &self.ended[&record.predecessor.unwrap()];
+        assert_eq!(
+            (record.holder, &record.members, record.phase),
+            (last.holder, &last.members, Phase::Running),
+            "a successor contradicts its predecessor"
+        );
+        assert!(record.term > last.term && record.nonce.0 != 0);
+        if self.lease.is_none() {
+            let uid = ArbiterUid(self.next().into());
+            let version = self.next();
+            let snapshot = Snapshot {
+                record: record.clone(),
+                uid,
+                version,
+            };
+            self.lease = Some((snapshot, nodes.to_owned()));
+        }
+    }
+
+    /// What docs/kubernetes.md tells a person to do if nobody vouches: the record as it was, naming what it succeeds.
+    pub fn put_copy_back(&mut self) {
+        let gone: ArbiterUid = self
+            .vm
+            .status
+            .as_ref()
+            .unwrap()
+            .lease_uid
+            .clone()
+            .unwrap()
+            .parse()
+            .unwrap();
+        let last = self.ended[&gone].clone();
+        let record = Record {
+            term: last.term + 1,
+            predecessor: Some(gone),
+            ..last
+        };
+        let (uid, version) = (ArbiterUid(self.next().into()), self.next());
+        self.lease = Some((Snapshot { record, uid, version }, String::new()));
+    }
+
+    /// Do some seats go by a successor that was deleted before the others did?
+    pub fn is_split(&self) -> bool {
+        let known = self.vm.status.as_ref().and_then(|status| status.lease_uid.clone());
+        let book = self.book();
+        let mut uids = book.iter().filter_map(|entry| self.known.get(&entry.name));
+        self.lease.is_none() && uids.any(|uid| Some(uid.to_string()) != known)
+    }
+
+    /// With the Lease gone an engine goes on as it was, and vouches for what it knows.
+    fn vouch(&mut self, seat: &str, me: Incarnation) {
+        let Some(last) = self.known.get(seat).and_then(|uid| self.ended.get(uid)).cloned() else {
+            return;
+        };
+        let book = self.book();
+        let lives = |member: Incarnation| {
+            let member = member.seat.to_string();
+            book.iter()
+                .any(|entry| entry.pod_uid.as_ref() == Some(&member) && self.alive(&entry.name))
+        };
+        let sound = last.members.contains(me) && last.phase == Phase::Running && last.members.iter().all(lives);
+        let role = if last.holder == me {
+            SeatRole::Active
+        } else {
+            SeatRole::Standby
+        };
+        let record = Record {
+            term: last.term + 1,
+            nonce: Nonce(0),
+            predecessor: self.known.get(seat).copied(),
+            ..last
+        };
+        if record.members.contains(me) {
+            self.publish(seat, role, me);
+        }
+        if let Some(Ok(published)) = self.pods.get_mut(seat).map(|pod| &mut pod.published) {
+            published.vouches = sound.then_some(record);
+            published.arbiter_reachable = false;
+        }
+    }
+
+    /// Takes a successor for its own, or nothing that is another one.
+    fn goes_by_lease(&mut self, seat: &str, named: bool) -> bool {
+        let Some((snapshot, _)) = &self.lease else { return false };
+        let uid = snapshot.uid;
+        let known = *self.known.entry(seat.to_owned()).or_insert(uid);
+        // Who joins learns it from its leader.
+        let own = known == uid || !named || snapshot.record.predecessor == Some(known);
+        if own {
+            self.known.insert(seat.to_owned(), uid);
+        }
+        own
     }
 
     fn delete_pod(&mut self, seat: &str, uid: &str, version: &str, force: bool) {
@@ -356,14 +466,18 @@ impl World {
         if !self.alive(seat) {
             return;
         }
-        let (Some(entry), Some(record)) = (self.entry(seat), self.record().cloned()) else {
-            return;
-        };
+        let Some(entry) = self.entry(seat) else { return };
         if entry.pod_uid.as_deref() != self.pods.get(seat).map(|pod| pod.uid.as_str()) {
             return;
         }
         let own: SeatId = entry.pod_uid.as_deref().unwrap().parse().unwrap();
         let me = Incarnation { seat: own, start: 1 };
+        let Some(record) = self.record().cloned() else {
+            return self.vouch(seat, me);
+        };
+        if !self.goes_by_lease(seat, is_named(&entry, &record)) {
+            return;
+        }
         let others: Vec<SeatEntry> = self.book().into_iter().filter(|other| other.name != seat).collect();
         let peer = others
             .iter()
@@ -437,7 +551,12 @@ impl World {
     }
 
     fn publish(&mut self, seat: &str, role: SeatRole, me: Incarnation) {
-        let protected = self.record().is_some_and(|record| record.members.iter().count() > 1);
+        let known = self.known.get(seat).copied();
+        let last = known.and_then(|uid| self.ended.get(&uid));
+        let protected = self
+            .record()
+            .or(last)
+            .is_some_and(|record| record.members.iter().count() > 1);
         let next = self.next().to_string();
         let pod = self.pods.get_mut(seat).unwrap();
         let published = SeatPublished {
@@ -446,6 +565,7 @@ impl World {
             protected,
             peer_connected: protected || role == SeatRole::Joining,
             arbiter_reachable: true,
+            lease_uid: known,
             done_request: pod.request.as_ref().map(|request| DoneRequest {
                 id: request.id.clone(),
                 refused: None,

@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
+use super::recreate::recreate;
 use super::{
     Action, Decision, SEATS, Trouble, accepted_loss, holder, is_genesis, is_named, lease_is_strange, pod, record,
     seat_id, trouble,
@@ -23,8 +24,8 @@ const REMAKE_AFTER_SECONDS: i64 = 5;
 
 pub(super) fn run(seen: &Observed, decision: &mut Decision) {
     if lease_is_strange(seen) {
-        // An intact pair goes on by itself; what to do is a person's to decide.
-        return;
+        // An intact pair goes on by itself. Beyond making anew what is gone, it is a person's to decide.
+        return recreate(seen, decision);
     }
     let found = record(seen).map(|record| record.snapshot.record.clone());
     if let Some(record) = &found {

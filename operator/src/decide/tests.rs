@@ -350,7 +350,7 @@ fn with_a_strange_lease_nothing_is_done() {
     let (snapshot, _) = world.lease.take().unwrap();
     world.step();
     assert!(lease_is_strange(&world.observe()));
-    assert!(!world.step(), "a Lease that is gone is not made again");
+    assert!(!world.step(), "nobody vouches for another one");
     let mut other = snapshot.clone();
     other.uid = ftvm_protocol::identity::ArbiterUid(999);
     world.lease = Some((other, String::new()));
@@ -455,4 +455,164 @@ fn an_engine_that_has_ended_is_none() {
         length_bytes: 1,
     });
     assert!(has_engine(&pod), "what can't be read proves nothing");
+}
+
+fn condition(world: &World) -> (String, String) {
+    let status = world.vm.status.as_ref().unwrap();
+    let said = status.condition(crate::status::ARBITER_REACHABLE).unwrap();
+    (said.reason.clone(), said.message.clone())
+}
+
+fn each_engine(world: &mut World) {
+    for seat in world.pods.keys().cloned().collect::<Vec<_>>() {
+        world.engine(&seat);
+    }
+}
+
+#[test]
+fn a_lease_that_is_gone_is_made_anew_when_both_seats_agree() {
+    let mut world = protected(3);
+    let before = world.lease.clone().unwrap().0;
+    let known = |world: &World| world.vm.status.as_ref().unwrap().lease_uid.clone();
+    world.delete_lease();
+    world.step();
+    assert_eq!(condition(&world).0, "LeaseGone");
+    assert!(
+        condition(&world).1.contains("no seat vouches"),
+        "{:?}",
+        condition(&world)
+    );
+    let (active, standby) = seats_of(&world, &before.record);
+    world.engine(&active.name);
+    assert!(
+        decide(&world.observe()).actions.is_empty(),
+        "one of a pair is not enough"
+    );
+    world.step();
+    assert!(
+        condition(&world).1.contains("of the pair only"),
+        "{:?}",
+        condition(&world)
+    );
+    world.engine(&standby.name);
+    world.step();
+    let after = world.lease.clone().expect("made anew").0;
+    assert_eq!(
+        (after.record.holder, &after.record.members),
+        (before.record.holder, &before.record.members)
+    );
+    assert_eq!(after.record.predecessor, Some(before.uid));
+    assert_eq!(world.lease.as_ref().unwrap().1, "node-0,node-1");
+    assert_ne!(after.uid, before.uid);
+    // The former one is forgotten once both go by the new one, and not before.
+    world.step();
+    assert_eq!(condition(&world).0, "LeaseRecreated");
+    world.engine(&active.name);
+    world.step();
+    assert_eq!(known(&world), Some(before.uid.to_string()));
+    world.engine(&standby.name);
+    world.step();
+    assert_eq!(known(&world), Some(after.uid.to_string()));
+    world.step();
+    assert_eq!(condition(&world).0, "Reachable");
+    assert!(world.settle(10) && world.is_protected());
+}
+
+fn seats_of(world: &World, record: &Record) -> (SeatEntry, SeatEntry) {
+    let holder = record.holder.seat.to_string();
+    let (active, standby): (Vec<_>, Vec<_>) = world.book().into_iter().partition(|entry| entry.had_uid(&holder));
+    (active[0].clone(), standby[0].clone())
+}
+
+#[test]
+fn an_operator_that_dies_after_making_a_lease_anew_knows_it_again() {
+    let mut world = protected(3);
+    world.delete_lease();
+    each_engine(&mut world);
+    // The status is never written: another operator begins with what the API server has.
+    let decision = decide(&world.observe());
+    let [Action::RecreateLease { record, nodes }] = &decision.actions[..] else {
+        panic!("{:?}", decision.actions);
+    };
+    world.recreate_lease(record, nodes);
+    assert!(!lease_is_strange(&world.observe()));
+    // It is deleted once more before anybody goes by it: what was vouched for holds.
+    world.lease = None;
+    assert!(matches!(
+        &decide(&world.observe()).actions[..],
+        [Action::RecreateLease { .. }]
+    ));
+    assert!(world.settle(20) && world.is_protected());
+}
+
+#[test]
+fn who_is_alone_gets_a_lease_again_by_itself() {
+    let mut world = protected(2);
+    let (active, standby) = seats(&world);
+    world.nodes.get_mut(standby.node.as_ref().unwrap()).unwrap().ready = false;
+    world.engine(&active.name);
+    world.settle(5);
+    world.delete_lease();
+    world.engine(&active.name);
+    world.settle(5);
+    let record = world.record().expect("made anew").clone();
+    assert_eq!(
+        (record.members.iter().count(), record.holder.seat.to_string()),
+        (1, active.pod_uid.unwrap())
+    );
+    assert_eq!(condition(&world).0, "Reachable");
+}
+
+#[test]
+fn with_the_active_dead_a_lease_is_not_made_anew_and_a_copy_of_it_helps() {
+    let mut world = protected(2);
+    let (active, _) = seats(&world);
+    world.nodes.get_mut(active.node.as_ref().unwrap()).unwrap().ready = false;
+    world.delete_lease();
+    world.settle(50);
+    assert!(world.lease.is_none());
+    let (reason, message) = condition(&world);
+    assert_eq!(reason, "LeaseGone");
+    assert!(message.contains("bring the other seat's node back"), "{message}");
+    world.put_copy_back();
+    world.nodes.values_mut().for_each(|node| node.ready = true);
+    assert!(world.settle(60), "{:#?}", world.vm.status);
+    assert!(world.is_protected());
+}
+
+#[test]
+fn a_successor_of_something_else_is_foreign() {
+    let mut world = protected(3);
+    let mut other = world.lease.clone().unwrap().0;
+    world.delete_lease();
+    each_engine(&mut world);
+    other.uid = ftvm_protocol::identity::ArbiterUid(999);
+    other.record.predecessor = Some(ftvm_protocol::identity::ArbiterUid(998));
+    world.lease = Some((other, String::new()));
+    world.step();
+    assert_eq!(condition(&world).0, "LeaseReplaced");
+    assert!(condition(&world).1.contains("delete it"));
+    assert!(decide(&world.observe()).actions.is_empty());
+    world.lease = None;
+    assert!(world.settle(20) && world.is_protected());
+}
+
+#[test]
+fn a_vm_that_goes_gets_no_lease_again_and_one_that_halts_does() {
+    let mut world = protected(3);
+    world.delete_lease();
+    each_engine(&mut world);
+    world.want(RunStrategy::Halted);
+    assert!(matches!(
+        &decide(&world.observe()).actions[..],
+        [Action::RecreateLease { .. }]
+    ));
+    world.delete();
+    let actions = decide(&world.observe()).actions;
+    assert!(
+        !actions
+            .iter()
+            .any(|action| matches!(action, Action::RecreateLease { .. })),
+        "{actions:?}"
+    );
 }

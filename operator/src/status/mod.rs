@@ -13,6 +13,7 @@ use crate::decide::{self, Decision, Want, holder, is_genesis, is_named, lease_is
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes};
+use obstacles::lease_gone;
 pub use obstacles::{Obstacle, obstacles};
 
 /// The guest runs.
@@ -86,7 +87,7 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         protection(seen, book, phase, &roles),
         resyncing(joining),
         storage(seen, book),
-        arbiter(seen, book),
+        arbiter(seen, book, decision.lease_uid.as_ref()),
     ];
     let conditions = conditions.map(|said| condition(said, &old, seen));
     FaultTolerantVMStatus {
@@ -96,6 +97,8 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         standby: roles.standby.filter(|_| protected).and_then(|entry| entry.node.clone()),
         mode: Some(seen.vm.spec.fault_tolerance.mode),
         term: decide::record(seen)
+            // Of a successor by which not every seat goes nothing is kept: there may be another one yet.
+            .filter(|record| decision.lease_uid == Some(record.snapshot.uid.to_string()))
             .map(|record| record.snapshot.record.term)
             .or(old.term),
         interval_ms: roles.published.and_then(|published| published.interval_ms),
@@ -261,23 +264,26 @@ fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
     said(STORAGE_HEALTHY, true, "NoFailures", "no seat reports a failing disk")
 }
 
-fn arbiter(seen: &Observed, book: &[SeatEntry]) -> Said {
+fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -> Said {
     match &seen.lease {
         LeaseSeen::Unusable(error) => return said(ARBITER_REACHABLE, false, "LeaseUnusable", error.to_string()),
         LeaseSeen::Missing if lease_is_strange(seen) => {
-            return said(
-                ARBITER_REACHABLE,
-                false,
-                "LeaseGone",
-                "the VM's Lease was deleted: a protected pair goes on, a failover is refused; halting and starting need it, too: restore it from a backup, or delete the VM",
-            );
+            return said(ARBITER_REACHABLE, false, "LeaseGone", lease_gone(seen));
         }
         LeaseSeen::Found(_) if lease_is_strange(seen) => {
             return said(
                 ARBITER_REACHABLE,
                 false,
                 "LeaseReplaced",
-                "the VM's Lease is another object than the operator made (other UID): a protected pair goes on, a failover is refused; restore the former one from a backup, or delete the VM",
+                "the VM's Lease is another object than the operator made (other UID): a protected pair goes on, a failover is refused; delete it: it is made anew from what the seats know",
+            );
+        }
+        LeaseSeen::Found(record) if decision_uid != Some(&record.snapshot.uid.to_string()) => {
+            return said(
+                ARBITER_REACHABLE,
+                false,
+                "LeaseRecreated",
+                "the VM's Lease was deleted and made anew: a failover may be refused until both seats go by the new one",
             );
         }
         LeaseSeen::Missing => {

@@ -3,7 +3,7 @@
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::{RESOURCE_SEAT, claim_name};
 
-use crate::decide::{lease_is_strange, pod};
+use crate::decide::{lease_is_strange, pod, recreation};
 use crate::observe::{LeaseSeen, Observed, PodPhase, PodSeen};
 
 /// A claim may be without a volume for so long before that is told.
@@ -30,9 +30,10 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
     let mut found = Vec::new();
     match &seen.lease {
         LeaseSeen::Unusable(error) => found.push(obstacle("LeaseUnusable", error.to_string())),
+        LeaseSeen::Missing if lease_is_strange(seen) => found.push(obstacle("LeaseGone", lease_gone(seen))),
         _ if lease_is_strange(seen) => found.push(obstacle(
-            "LeaseGone",
-            "the VM's Lease was deleted or replaced: restore it from a backup, or delete the VM",
+            "LeaseReplaced",
+            "the VM's Lease is another object than the operator made: delete it: it is made anew from what the seats know",
         )),
         _ => {}
     }
@@ -43,6 +44,18 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
             .filter_map(|entry| of_seat(seen, entry)),
     );
     found
+}
+
+/// Why a Lease that is gone is not there again, and what to do.
+pub(super) fn lease_gone(seen: &Observed) -> String {
+    let why = match recreation(seen) {
+        Some(Err(why)) => why.to_string(),
+        _ => return "the VM's Lease was deleted; its seats agree, and it is made anew now".to_owned(),
+    };
+    format!(
+        "the VM's Lease was deleted, and {why}: a protected pair goes on, a failover is refused, halting and starting wait. It is made anew by itself once the active seat is alone or both seats \
+         are connected and agree: bring the other seat's node back, or put a copy of the Lease back (docs/kubernetes.md, \"A Lease that is gone\")"
+    )
 }
 
 fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
