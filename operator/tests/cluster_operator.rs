@@ -257,6 +257,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     rests(&cluster)?;
     assert_eq!(cluster.get(&["ftvm", "web"])?["status"]["seats"], Value::Array(seats));
     foreign_lease(&cluster)?;
+    lease_made_anew(&cluster)?;
     halt_and_delete(&cluster)
 }
 
@@ -285,6 +286,83 @@ fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
         Ok(())
     })?;
     cluster.kubectl(&["delete", "ftvm", "taken", "--timeout=60s"])?;
+    Ok(())
+}
+
+/// What daemons publish is written by hand: there is no engine that could vouch.
+fn lease_made_anew(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(&example("gone", Some("local")).to_string())?;
+    wait_reason(cluster, "gone", "ArbiterReachable", "Reachable")?;
+    let (first, vm) = (cluster.get(&["lease", "gone"])?, cluster.get(&["ftvm", "gone"])?);
+    let gone = first["metadata"]["uid"].clone();
+    let seats = vm["status"]["seats"].as_array().context("no book")?;
+    let seats: Vec<(&str, String)> = seats
+        .iter()
+        .filter_map(|seat| {
+            Some((
+                seat["name"].as_str()?,
+                format!("{}/0000000000000001", seat["podUid"].as_str()?),
+            ))
+        })
+        .collect();
+    ensure!(seats.len() == 2, "{vm}");
+    let text = first["metadata"]["annotations"]["ftvm.dev/record"].as_str();
+    let mut record: Value = serde_json::from_str(text.context("no record")?)?;
+    let mut members = [&seats[0].1, &seats[1].1];
+    members.sort();
+    merge(
+        &mut record,
+        &json!({"holder": seats[0].1, "members": members, "term": 7, "predecessor": gone}),
+    );
+    let publish = |(pod, incarnation): &(&str, String), uid: &Value| {
+        let said = json!({"incarnation": incarnation, "role": "standby", "leaseUid": uid, "vouches": record, "arbiterReachable": true});
+        let patch = json!({"metadata": {"annotations": {"ftvm.dev/seat-status": said.to_string()}}}).to_string();
+        cluster.kubectl(&["patch", "pod", pod, "--type=merge", "-p", &patch])
+    };
+    let says = |words: &str| {
+        wait_for(&format!("the condition says {words:?}"), PATIENCE, || {
+            let (reason, message) = condition(&cluster.get(&["ftvm", "gone"])?, "ArbiterReachable");
+            ensure!(reason == "LeaseGone" && message.contains(words), "{reason}: {message}");
+            Ok(())
+        })
+    };
+    cluster.kubectl(&["delete", "lease", "gone"])?;
+    says("no seat vouches")?;
+    publish(&seats[0], &gone)?;
+    says("of the pair only")?;
+    ensure!(
+        cluster.get(&["lease", "gone"]).is_err(),
+        "made anew for one seat of a pair"
+    );
+    publish(&seats[1], &gone)?;
+    wait_reason(cluster, "gone", "ArbiterReachable", "LeaseRecreated")?;
+    let second = cluster.get(&["lease", "gone"])?;
+    assert_ne!(second["metadata"]["uid"], gone);
+    for key in ["labels", "ownerReferences"] {
+        assert_eq!(second["metadata"][key], first["metadata"][key], "{key}");
+    }
+    let text = second["metadata"]["annotations"]["ftvm.dev/record"].as_str();
+    let made: Value = serde_json::from_str(text.context("no record")?)?;
+    assert_eq!((&made["members"], &made["predecessor"]), (&record["members"], &gone));
+    assert_eq!(second["spec"]["leaseTransitions"], 7);
+    assert_eq!(
+        cluster.get(&["ftvm", "gone"])?["status"]["leaseUid"],
+        gone,
+        "not every seat goes by it yet"
+    );
+    for seat in &seats {
+        publish(seat, &second["metadata"]["uid"])?;
+    }
+    wait_reason(cluster, "gone", "ArbiterReachable", "Reachable")?;
+    assert_eq!(
+        cluster.get(&["ftvm", "gone"])?["status"]["leaseUid"],
+        second["metadata"]["uid"]
+    );
+    // What was vouched for then is old now.
+    cluster.kubectl(&["delete", "lease", "gone"])?;
+    says("succeeds another record")?;
+    ensure!(cluster.get(&["lease", "gone"]).is_err(), "made anew from what is old");
+    cluster.kubectl(&["delete", "ftvm", "gone", "--timeout=120s"])?;
     Ok(())
 }
 

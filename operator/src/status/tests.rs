@@ -160,7 +160,11 @@ fn leases_that_are_not_ours_are_told() {
     assert!(world.settle(60));
     assert_eq!(said(&mut world, ARBITER_REACHABLE).status, "True");
     world.lease = None;
-    expect(&said(&mut world, ARBITER_REACHABLE), "LeaseGone", "put a copy of the Lease back");
+    expect(
+        &said(&mut world, ARBITER_REACHABLE),
+        "LeaseGone",
+        "put a copy of the Lease back",
+    );
 }
 
 #[test]

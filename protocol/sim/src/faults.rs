@@ -56,7 +56,7 @@ pub enum Injection {
     RestoreWhileCut,
     /// A seat is isolated; the record is deleted and an old copy applied.
     DeleteWhileCut,
-    /// The record is deleted; about when it is made anew a process pauses, and then it is deleted again.
+    /// The record is deleted; when it is made anew a process pauses, it is deleted again, and the request arrives once more.
     DeleteTwice,
 }
 
@@ -188,10 +188,7 @@ impl World {
             }
             Injection::DeleteTwice => {
                 self.delete(0);
-                let pause_ms = self.rng.range(120, 400);
-                self.after(pause_ms, What::Pause { slot });
-                let again_ms = pause_ms + self.rng.range(50, 300);
-                self.after(again_ms, What::Delete { copy_percent: 0 });
+                self.twice = Some(slot);
             }
             Injection::Stop => self.user.wants_stop = true,
             Injection::Start => self.user_starts(),

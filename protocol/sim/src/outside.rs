@@ -259,7 +259,13 @@ impl World {
         {
             let mut delay_ms = self.rng.range(1, 20);
             self.operator.waits_until_ms = self.now_ms + delay_ms;
-            if self.rng.percent(self.profile.put_late_percent) {
+            if let Some(slot) = self.twice.take() {
+                self.after(delay_ms + 1, What::Pause { slot });
+                let again_ms = delay_ms + self.rng.range(60, 300);
+                self.after(again_ms, What::Delete { copy_percent: 0 });
+                let late_ms = again_ms + self.rng.range(1, 200);
+                self.after(late_ms, What::Create { record: record.clone() });
+            } else if self.rng.percent(self.profile.put_late_percent) {
                 // Nobody waits for the answer any more, and the next operator may decide anew.
                 delay_ms += self.rng.range(20, 800);
             }

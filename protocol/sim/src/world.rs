@@ -250,6 +250,8 @@ pub struct World {
     pub(crate) healing: bool,
     pub(crate) disks_lost: u64,
     pub(crate) operator: Operator,
+    /// The next record that is made anew will be deleted again while this process is paused.
+    pub(crate) twice: Option<usize>,
     steps: u64,
     /// Newest probe by slot and link (for mutations).
     pub(crate) probes_sent: HashMap<(usize, LinkId), u64>,
@@ -298,6 +300,7 @@ impl World {
             violation: None,
             healing: false,
             disks_lost: 0,
+            twice: None,
             operator: Operator {
                 uid: ArbiterUid(1),
                 term: 1,
