@@ -238,8 +238,11 @@ impl World {
         }
     }
 
-    /// Somebody deletes the Lease.
+    /// Somebody deletes the Lease of a VM whose guest ran. (Before that nobody vouches, and the VM is deleted.)
     pub fn delete_lease(&mut self) {
+        if self.record().is_some_and(is_genesis) {
+            return;
+        }
         if let Some((snapshot, _)) = self.lease.take() {
             self.ended.insert(snapshot.uid, snapshot.record);
         }
