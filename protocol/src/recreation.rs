@@ -142,7 +142,10 @@ mod tests {
         // A term that only the operator has read counts, too.
         assert_eq!(successor(GONE, 20, &both).unwrap().term, 21);
         for one in &both {
-            assert_eq!(successor(GONE, 8, &[one.clone()]), Err(NoSuccessor::OneOfTwo(one.by)));
+            assert_eq!(
+                successor(GONE, 8, std::slice::from_ref(one)),
+                Err(NoSuccessor::OneOfTwo(one.by))
+            );
         }
         let mut other = both.clone();
         other[1].record.holder = B;
