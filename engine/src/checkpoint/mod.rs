@@ -16,9 +16,15 @@
 //! A guest that dirties pages faster than rounds can send them never gets to a small residue. It is then slowed down by
 //! [`Decision::Throttle`]: it stands still for a part of each round, which shows in its metrics.
 //!
+//! With a target for the latency, output that waits ends an epoch only as late as the target allows: it is released in time if the
+//! rest takes as long as it did lately. Longer epochs are fewer pauses, and a page that is written again and again is sent less often.
+//!
 //! This module decides and measures; it touches neither guest nor link.
 
 mod histogram;
+mod smoothed;
+
+use smoothed::Smoothed;
 
 pub use histogram::Histogram;
 
@@ -31,6 +37,8 @@ pub struct PacerConfig {
     pub interval_min: Duration,
     /// Longest epoch.
     pub interval_max: Duration,
+    /// How long output may wait for its release; none: as short as the other bounds allow.
+    pub target_latency: Option<Duration>,
     /// Pages that may be copied inside the pause.
     pub residue_pages: usize,
     /// Rounds of pre-copy without throttling.
@@ -52,6 +60,7 @@ impl Default for PacerConfig {
         Self {
             interval_min: Duration::from_millis(1),
             interval_max: Duration::from_millis(50),
+            target_latency: None,
             residue_pages: 96,
             free_rounds: 4,
             rounds_max: 24,
@@ -75,8 +84,8 @@ impl PacerConfig {
 pub struct Observation {
     /// Now.
     pub now: Instant,
-    /// Output of the running epoch waits to be released.
-    pub output_waits: bool,
+    /// Since when output of the running epoch waits to be released, if any does.
+    pub output_since: Option<Instant>,
     /// Bytes of output held and disk changes recorded.
     pub recorded_bytes: usize,
     /// Pages harvested and not sent.
@@ -124,6 +133,12 @@ pub struct Pacer {
     pause: Duration,
     /// Somebody asked for the end of this epoch.
     hurry: bool,
+    /// When it began to end.
+    ends_since: Option<Instant>,
+    /// From the decision to end an epoch to its seal.
+    closing: Smoothed,
+    /// From the seal of an epoch to its acknowledgment.
+    acknowledging: Smoothed,
 }
 
 impl Pacer {
@@ -137,6 +152,9 @@ impl Pacer {
             sent_pages: 0,
             pause: Duration::ZERO,
             hurry: false,
+            ends_since: None,
+            closing: Smoothed::default(),
+            acknowledging: Smoothed::default(),
         }
     }
 
@@ -168,18 +186,31 @@ impl Pacer {
             .interval_min
             .max(self.pause.div_f64(self.config.pause_share));
         let much = seen.recorded_bytes >= self.config.recorded_bytes_max || seen.dirty_pages >= self.early_pages();
-        let early = seen.output_waits || self.hurry || much;
-        let due = self.began
-            + if early {
-                least
-            } else {
-                self.config.interval_max.max(least)
-            };
+        let latest = self.began + self.config.interval_max.max(least);
+        let due = match seen.output_since {
+            _ if self.hurry || much => self.began + least,
+            Some(since) => (since + self.patience()).clamp(self.began + least, latest),
+            None => latest,
+        };
         if seen.now < due {
             return Decision::WaitUntil(due);
         }
         self.phase = Phase::Harvesting;
+        self.ends_since = Some(seen.now);
         Decision::Harvest
+    }
+
+    /// How long output may wait for its epoch to begin to end: what is left of the target after what the end and the
+    /// acknowledgment usually take.
+    fn patience(&self) -> Duration {
+        let usual = self.closing.upper() + self.acknowledging.upper();
+        let target = self.config.target_latency.unwrap_or_default();
+        target.saturating_sub(usual)
+    }
+
+    /// An epoch was acknowledged so long after its seal.
+    pub fn acknowledged(&mut self, elapsed: Duration) {
+        self.acknowledging.add(elapsed);
     }
 
     /// Dirty pages with which the epoch ends early.
@@ -229,6 +260,9 @@ impl Pacer {
     /// The epoch was sealed; the guest stood still for `pause`. The next one runs since `now`.
     pub fn sealed(&mut self, now: Instant, pause: Duration) {
         self.pause = (self.pause * 7 + pause) / 8;
+        if let Some(since) = self.ends_since.take() {
+            self.closing.add(now.saturating_duration_since(since));
+        }
         self.phase = Phase::Running;
         self.began = now;
         self.rounds = 0;
@@ -244,7 +278,7 @@ mod tests {
     fn seen(now: Instant) -> Observation {
         Observation {
             now,
-            output_waits: false,
+            output_since: None,
             recorded_bytes: 0,
             dirty_pages: 0,
             in_flight: 0,
@@ -266,7 +300,7 @@ mod tests {
         let began = Instant::now();
         let mut pacer = Pacer::new(PacerConfig::default(), began);
         let early = Observation {
-            output_waits: true,
+            output_since: Some(began),
             ..seen(began + PacerConfig::default().interval_min)
         };
         assert_eq!(pacer.decide(early), Decision::Harvest);
@@ -280,10 +314,74 @@ mod tests {
             pacer.sealed(began, Duration::from_millis(8));
         }
         let early = Observation {
-            output_waits: true,
+            output_since: Some(began),
             ..seen(began + Duration::from_millis(20))
         };
         assert!(matches!(pacer.decide(early), Decision::WaitUntil(_)));
+    }
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// When an epoch ends whose first output came after `waited`, and epochs before were sealed and acknowledged in `usual` each.
+    fn end_with_target(target: Option<Duration>, usual: Duration, waited: Duration) -> Duration {
+        let began = Instant::now();
+        let config = PacerConfig {
+            target_latency: target,
+            ..PacerConfig::default()
+        };
+        let mut pacer = Pacer::new(config, began);
+        pacer.hurry();
+        for _ in 0..256 {
+            let ends = Observation {
+                now: began + config.interval_max,
+                ..seen(began)
+            };
+            assert_eq!(pacer.decide(ends), Decision::Harvest);
+            assert_eq!(pacer.harvested(0), Decision::Seal);
+            pacer.sealed(ends.now + usual, Duration::ZERO);
+            pacer.acknowledged(usual);
+            pacer.began = began;
+        }
+        let output = Observation {
+            output_since: Some(began + waited),
+            ..seen(began)
+        };
+        match pacer.decide(output) {
+            Decision::WaitUntil(due) => due - began,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn with_a_target_output_ends_an_epoch_as_late_as_the_target_allows() {
+        let (min, max) = (PacerConfig::default().interval_min, PacerConfig::default().interval_max);
+        assert_eq!(end_with_target(None, 2 * MS, MS / 2), min, "as without");
+        let end = end_with_target(Some(20 * MS), 2 * MS, MS);
+        // Two milliseconds to the seal and two to the acknowledgment, of twenty from the output on.
+        assert!(end > 16 * MS && end <= 17 * MS, "{end:?}");
+        // What can't be met is as without a target; the longest interval holds whatever the target is.
+        assert_eq!(end_with_target(Some(3 * MS), 2 * MS, Duration::ZERO), min);
+        assert_eq!(end_with_target(Some(200 * MS), 2 * MS, MS), max);
+    }
+
+    #[test]
+    fn with_a_target_what_can_not_wait_does_not() {
+        let began = Instant::now();
+        let config = PacerConfig {
+            target_latency: Some(40 * MS),
+            ..PacerConfig::default()
+        };
+        let mut pacer = Pacer::new(config, began);
+        let output = Observation {
+            output_since: Some(began),
+            ..seen(began + config.interval_min)
+        };
+        assert_eq!(pacer.decide(output), Decision::WaitUntil(began + 40 * MS));
+        let much = Observation {
+            recorded_bytes: config.recorded_bytes_max,
+            ..output
+        };
+        assert_eq!(pacer.decide(much), Decision::Harvest);
     }
 
     #[test]

@@ -134,6 +134,9 @@ pub struct Launch {
     pub timing: Timing,
     /// Checkpoint settings.
     pub checkpoint: Checkpoint,
+    /// What the guest does while no standby would take over.
+    #[serde(default)]
+    pub when_unprotected: WhenUnprotected,
     /// Other descriptors.
     pub files: Files,
     /// Only a process with this user id (as the engine sees it) may connect to the control listener.
@@ -266,6 +269,17 @@ impl From<&Timing> for ftvm_protocol::core::Timing {
     }
 }
 
+/// What the guest does while no standby would take over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenUnprotected {
+    /// It runs on, and what it says leaves at once.
+    #[default]
+    Continue,
+    /// It stands still and nothing that it said leaves, until a standby has joined.
+    Pause,
+}
+
 /// Checkpoint settings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checkpoint {
@@ -273,6 +287,10 @@ pub struct Checkpoint {
     pub interval_min_us: u32,
     /// Longest epoch, in microseconds.
     pub interval_max_us: u32,
+    /// How long output may wait for its release, in microseconds: epochs are as long as that allows, within their bounds. None: as
+    /// short as the load allows.
+    #[serde(default)]
+    pub target_latency_us: Option<u32>,
     /// An epoch ends early when this many pages are dirty.
     pub dirty_pages_max: u32,
     /// Bound of the delta cache, in bytes.
@@ -286,6 +304,7 @@ impl Default for Checkpoint {
         Checkpoint {
             interval_min_us: 2_000,
             interval_max_us: 50_000,
+            target_latency_us: None,
             dirty_pages_max: 16_384,
             delta_cache_bytes: 64 << 20,
             workers: 1,
@@ -452,6 +471,9 @@ pub struct Status {
     pub holds_guest: bool,
     /// True while a standby has acknowledged a covering checkpoint and the record names both.
     pub protected: bool,
+    /// The guest stands still because no standby would take over, see [`WhenUnprotected::Pause`].
+    #[serde(default)]
+    pub paused: bool,
     /// Why the role is what it is, or why the machine is not protected.
     pub why: String,
     /// Exit code of what `why` says if a person has to mend it (the peer's identity, its wire version), else 0.

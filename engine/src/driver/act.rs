@@ -64,8 +64,9 @@ impl Driver {
         }
     }
 
-    fn set_gate(&mut self, gate: Gate) {
+    pub(super) fn set_gate(&mut self, gate: Gate) {
         self.gate = gate;
+        let gate = if self.holds(&self.core.status()) { Gate::Closed } else { gate };
         match gate {
             Gate::Closed => self.seat.outbox.close(),
             Gate::Through(epoch) => self.seat.outbox.release_through(self.but_the_last(epoch)),
@@ -141,15 +142,27 @@ impl Driver {
         }
     }
 
+    /// Runs the guest, unless it has to stand still for want of a standby.
     pub(super) fn resume_guest(&mut self) {
-        if let Some(since) = self.limited_since.take() {
-            self.figures.braked += since.elapsed();
+        self.limit_over();
+        if self.holds(&self.core.status()) {
+            return self.hold_guest();
         }
         // Before: a vCPU may reach its limit at once.
         self.resumed = Instant::now();
         match self.seat.machine.resume() {
-            Ok(()) => self.guest = Guest::Running,
+            Ok(()) => {
+                self.guest = Guest::Running;
+                self.hold_over();
+            }
             Err(error) => self.guest_failed(&error),
+        }
+    }
+
+    /// What stood still because the guest had written all that it may does so no more, or for another reason.
+    pub(super) fn limit_over(&mut self) {
+        if let Some(since) = self.limited_since.take() {
+            self.figures.braked += since.elapsed();
         }
     }
 
@@ -161,13 +174,15 @@ impl Driver {
         }
     }
 
+    /// Stops the guest where it is; whoever calls this says when it goes on.
     pub(super) fn pause_guest(&mut self) {
-        if self.guest != Guest::Running {
-            return;
+        if self.guest == Guest::Running {
+            self.count_pause();
+            self.seat.machine.pause();
         }
-        self.count_pause();
-        self.seat.machine.pause();
-        self.guest = Guest::Paused;
+        if self.guest.is_here() {
+            self.guest = Guest::Paused;
+        }
     }
 
     /// From now on every write of the guest is found and every change of its disks recorded.

@@ -76,7 +76,7 @@ impl Driver {
 
     /// Announces if that is due.
     pub(super) fn announce_if_due(&mut self) {
-        if self.guest == Guest::Running && self.announcer.take(Instant::now()) {
+        if self.guest.is_here() && self.announcer.take(Instant::now()) {
             tracing::debug!("the guest's addresses are announced again");
             self.announce(self.seat.gate().epoch());
         }
@@ -89,8 +89,12 @@ impl Driver {
         }
     }
 
-    /// Tells the network where the guest's addresses are now, as soon as the gate admits `epoch`.
+    /// Tells the network where the guest's addresses are now, as soon as the gate admits `epoch`; at once for a guest that stands
+    /// still until a standby has joined.
     pub(super) fn announce(&mut self, epoch: Epoch) {
+        if self.holds(&self.core.status()) {
+            return self.call_frames_here();
+        }
         for (nic, mac) in self.seat.macs.clone().into_iter().enumerate() {
             let frame = Output::Frame {
                 nic: nic as u8,

@@ -5,7 +5,7 @@ use ftvm_protocol::identity::RequestId;
 
 use super::guest::SeatMachine;
 use super::takeover::Step;
-use super::{Driver, Ended, Guest};
+use super::{Driver, Ended, Guest, hold};
 use crate::clock::Moment;
 use crate::control::{Answer, Command, CommandId, Peer, Reply, exit_code};
 
@@ -50,8 +50,14 @@ impl Driver {
     }
 
     fn of_running_guest(&mut self, id: CommandId, act: impl FnOnce(&SeatMachine)) {
-        if self.guest != Guest::Running {
-            let why = "no guest runs on this seat: give the command to the active one".to_owned();
+        let why = match self.guest {
+            Guest::Running => None,
+            Guest::Held => Some(hold::WHY.to_owned()),
+            Guest::None | Guest::Paused => {
+                Some("no guest runs on this seat: give the command to the active one".to_owned())
+            }
+        };
+        if let Some(why) = why {
             return self.control.reply(id, Reply::Refused { why });
         }
         act(&self.seat.machine);

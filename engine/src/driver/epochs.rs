@@ -52,7 +52,7 @@ pub struct PendingDigest {
 impl Driver {
     /// When the running epoch needs attention, if it ever does without an event.
     pub(super) fn epoch_due(&mut self) -> Option<Instant> {
-        if self.guest != Guest::Running {
+        if !self.works_on_epoch() {
             return None;
         }
         let seen = self.observe();
@@ -71,12 +71,21 @@ impl Driver {
         }
     }
 
+    /// A guest that stands still for want of a standby has no epochs but the one that lets a standby join.
+    fn works_on_epoch(&self) -> bool {
+        match self.guest {
+            Guest::Running => true,
+            Guest::Held => self.leading.as_ref().is_some_and(|leading| leading.stage == Stage::JoinCut),
+            Guest::None | Guest::Paused => false,
+        }
+    }
+
     fn observe(&self) -> Observation {
         let epoch = self.seat.gate().epoch();
-        let (output_waits, held_bytes) = self.seat.outbox.waiting(epoch);
+        let (output_since, held_bytes) = self.seat.outbox.waiting(epoch);
         Observation {
             now: Instant::now(),
-            output_waits,
+            output_since,
             recorded_bytes: held_bytes + self.seat.disk_log.bytes(),
             dirty_pages: self.leading.as_ref().map_or(0, |leading| leading.dirty.len()),
             in_flight: self.leading.as_ref().map_or(0, |leading| leading.in_flight.len()),
@@ -96,7 +105,7 @@ impl Driver {
 
     /// Does what is due for the running epoch.
     pub(super) fn drive_epochs(&mut self) {
-        if self.guest != Guest::Running {
+        if !self.works_on_epoch() {
             return;
         }
         self.count_pause();
@@ -243,7 +252,11 @@ impl Driver {
         self.guest = Guest::Paused;
         self.harvest();
         clock.done(Step::Harvest);
-        let outputs = self.seat.outbox.of_epoch(epoch);
+        let outputs = match seal {
+            // What was withheld for want of a standby is this one's to say, too.
+            Seal::JoinCut => self.seat.outbox.all_held(),
+            _ => self.seat.outbox.of_epoch(epoch),
+        };
         let changes = self.seat.disk_log.take();
         let Some(leading) = self.leading.as_mut() else { return };
         let memory = self.seat.machine.ram();
@@ -293,7 +306,7 @@ impl Driver {
             copied,
             rounds,
         };
-        if runs_on {
+        if runs_on && self.guest == Guest::Running {
             self.pause_over = Some(over);
         } else {
             over.count(&mut self.figures);
@@ -371,7 +384,9 @@ impl Driver {
         let Some(leading) = self.leading.as_mut() else { return };
         while leading.in_flight.front().is_some_and(|(epoch, _)| *epoch <= acked) {
             if let Some((_, sealed)) = leading.in_flight.pop_front() {
-                self.figures.acknowledged.add(sealed.elapsed());
+                let elapsed = sealed.elapsed();
+                leading.pacer.acknowledged(elapsed);
+                self.figures.acknowledged.add(elapsed);
             }
         }
     }

@@ -21,6 +21,7 @@ mod epochs;
 mod follow;
 mod guest;
 mod header;
+mod hold;
 mod lead;
 mod limits;
 pub mod process;
@@ -154,6 +155,15 @@ enum Guest {
     Running,
     /// It stands still at the end of an epoch.
     Paused,
+    /// It would run, and stands still because no standby would take over.
+    Held,
+}
+
+impl Guest {
+    /// Whether it is this seat's to run, and nobody has asked for its last epoch.
+    fn is_here(self) -> bool {
+        matches!(self, Guest::Running | Guest::Held)
+    }
 }
 
 /// The owner of a seat.
@@ -179,6 +189,7 @@ pub struct Driver {
     sealed_state: Option<follow::Base>,
     /// As the core decided last.
     gate: Gate,
+    hold: hold::Hold,
     header: header::HeaderWriter,
     /// Requests of the core by the control thread's number.
     requests: BTreeMap<u64, RequestId>,
@@ -208,6 +219,7 @@ struct Following {
 impl Driver {
     /// A driver for a prepared seat.
     pub fn new(core: Core, mut seat: Seat, control: Handle, hub: LinkHub, queue: Queue) -> std::io::Result<Self> {
+        let hold = hold::Hold::new(seat.when_unprotected);
         let header =
             header::HeaderWriter::start(seat.take_header_file()?, queue.clone(), seat.enter(seat::Work::Storage))?;
         Ok(Self {
@@ -226,6 +238,7 @@ impl Driver {
             following: None,
             sealed_state: None,
             gate: Gate::Closed,
+            hold,
             header,
             requests: BTreeMap::new(),
             commanding: None,
@@ -285,7 +298,7 @@ impl Driver {
     /// How long until something is due although nobody enqueues anything.
     fn next_wake(&mut self) -> Duration {
         let tick = Duration::from_millis(self.core.next_wake_ms()).saturating_sub(self.began.elapsed());
-        let announcement = self.announcer.due().filter(|_| self.guest == Guest::Running);
+        let announcement = self.announcer.due().filter(|_| self.guest.is_here());
         let look = self.stands_for_switchover().then(|| Instant::now() + LOOK_FOR_INPUT);
         let due = [self.epoch_due(), announcement, look].into_iter().flatten().min();
         due.map_or(tick, |due| tick.min(due.saturating_duration_since(Instant::now())))
@@ -322,6 +335,7 @@ impl Driver {
     }
 
     fn after_step(&mut self, status: &CoreStatus) {
+        self.settle_hold(status);
         self.apply_what_counts(status);
         self.settle_tracking(status);
         self.tell_changes(status);
@@ -342,7 +356,7 @@ impl Driver {
     /// switchover follows before its session begins here.
     fn settle_tracking(&mut self, status: &CoreStatus) {
         let followed = self.leading.is_some() || status.peer.is_some();
-        let needless = self.guest == Guest::Running && !followed && status.role == RoleName::Active;
+        let needless = self.guest.is_here() && !followed && status.role == RoleName::Active;
         if needless && self.seat.machine.is_tracking() {
             self.stop_recording();
         }
@@ -389,7 +403,7 @@ impl Driver {
     fn machine_event(&mut self, event: VmEvent) {
         match event {
             // The guest stood still before the event was taken: the state that a successor loads asks for it again.
-            VmEvent::Reset | VmEvent::TripleFault | VmEvent::PowerOff if self.guest != Guest::Running => {}
+            VmEvent::Reset | VmEvent::TripleFault | VmEvent::PowerOff if !self.guest.is_here() => {}
             VmEvent::Reset => self.reset_guest("resets"),
             VmEvent::TripleFault => self.reset_guest("resets by a triple fault"),
             VmEvent::DirtyRingFull => self.ring_full(),

@@ -18,7 +18,7 @@ use crate::backends::{DiskBackend, NetBackend};
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
 use crate::control::header_file::{HeaderFile, HeaderFileError};
-use crate::control::{EndpointError, Launch, LaunchFds, Peer, exit_code};
+use crate::control::{EndpointError, Launch, LaunchFds, Peer, WhenUnprotected, exit_code};
 use crate::devices::DeviceError;
 use crate::devices::set::{Backends, DeviceSet, DeviceSetConfig, DeviceThread};
 use crate::devices::virtio::blk::DiskConfig;
@@ -151,6 +151,8 @@ pub struct Seat {
     pub encoder: EncoderConfig,
     /// How epochs are paced.
     pub pacer: PacerConfig,
+    /// What the guest does while no standby would take over.
+    pub when_unprotected: WhenUnprotected,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Option<Receiving>>>,
     volumes: Vec<Arc<SeatVolume>>,
@@ -242,10 +244,12 @@ pub fn prepare(
         pacer: PacerConfig {
             interval_min: Duration::from_micros(u64::from(launch.checkpoint.interval_min_us)),
             interval_max: Duration::from_micros(u64::from(launch.checkpoint.interval_max_us)),
+            target_latency: launch.checkpoint.target_latency_us.map(|us| Duration::from_micros(us.into())),
             recorded_bytes_max: limits.recorded_bytes,
             pages_max: limits.pages,
             ..PacerConfig::default()
         },
+        when_unprotected: launch.when_unprotected,
         route: Arc::default(),
         volumes,
         settler: None,

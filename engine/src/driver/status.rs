@@ -6,7 +6,7 @@ use ftvm_protocol::core::{ArbiterState, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::Epoch;
 use serde_json::{Map, Value, json};
 
-use super::{Driver, Guest};
+use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
 use crate::control::{Digest, Event, PeerStatus, Role, Status};
 use crate::pause::clock::{PauseClock, SlowestPauses};
@@ -39,6 +39,8 @@ pub struct Figures {
     pub resync: ResyncStats,
     /// Time that the guest was held back because it outran the link.
     pub braked: Duration,
+    /// Time that it stood still for want of a standby, up to the last time that it went on.
+    pub unprotected: Duration,
     /// As a follower: the digest that the leader asked for last.
     pub digest: Option<Digest>,
 }
@@ -171,6 +173,14 @@ impl Driver {
     }
 
     fn why(&self, status: &CoreStatus) -> String {
+        let why = self.why_so(status);
+        match self.guest {
+            Guest::Held => format!("{}: {why}", hold::WHY),
+            Guest::None | Guest::Running | Guest::Paused => why,
+        }
+    }
+
+    fn why_so(&self, status: &CoreStatus) -> String {
         if let Some(failure) = &status.failure {
             return failure.clone();
         }
@@ -216,6 +226,7 @@ impl Driver {
             role: role_of(status.role),
             holds_guest: status.holds_guest,
             protected: status.protected,
+            paused: self.guest == Guest::Held,
             why: self.why(&status),
             code: self.troubles.link.as_ref().map_or(0, |(code, _)| *code),
             term: status.term,
@@ -261,10 +272,13 @@ impl Driver {
             "epoch_sent_bytes": figures.epoch_bytes,
             "link_sent_bytes": self.links.values().map(|link| link.sender.state().taken_bytes).sum::<u64>(),
             "braked_us": us(figures.braked),
+            "paused_us": us(figures.unprotected + self.hold.lasts()),
             "released_items": released.items,
             "released_bytes": released.bytes,
             "held_us_max": us(released.held_max),
             "held_us_total": us(released.held_total),
+            "held_us_p50": self.seat.outbox.waited_us(0.5),
+            "held_us_p90": self.seat.outbox.waited_us(0.9),
             "output_dropped": self.seat.dropped(),
             "input_frames": self.seat.inbox.frames(),
             "guest_running": self.guest == Guest::Running,

@@ -189,6 +189,13 @@ impl Takeover {
         }
     }
 
+    /// The guest stood still for want of a standby, and runs now.
+    pub fn runs_after_all(&mut self) {
+        if self.trace.as_ref().is_some_and(|trace| trace.at(Step::Running).is_none()) {
+            self.reached(Step::Running);
+        }
+    }
+
     /// The takeover under way, or the last one.
     pub fn trace(&self) -> Option<&Trace> {
         self.trace.as_ref()
@@ -286,6 +293,7 @@ impl Driver {
             return self.guest_failed(&error);
         }
         self.seat.gate().set_epoch(epoch + 1);
+        self.hold.took_over_from(self.core.status().peer);
         tracing::info!(
             "{} frames go to the guest again; output of epochs after {resend_after} is sent once more, {} items",
             taken.inputs.len(),
@@ -307,7 +315,9 @@ impl Driver {
         }
         self.seat.machine.after_takeover();
         self.resume_guest();
-        self.takeover.reached(Step::Running);
+        if self.guest == Guest::Running {
+            self.takeover.reached(Step::Running);
+        }
     }
 
     /// A seat without a guest throws away what its taps gather, unless the guest may soon be here.

@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::checkpoint::Histogram;
+
 /// The gate's value for "everything may leave at once".
 const OPEN: u64 = u64::MAX;
 
@@ -65,6 +67,10 @@ struct Held {
 struct Queue {
     held: VecDeque<Held>,
     held_bytes: usize,
+    /// Since when the epoch of the last item has had one that is held.
+    waits_since: Option<Instant>,
+    /// How long what was held has waited.
+    waited: Histogram,
     released: Released,
     watched: Watched,
 }
@@ -145,12 +151,12 @@ impl Outbox {
             return;
         }
         let first = queue.held.back().is_none_or(|held| held.epoch != epoch);
+        let since = Instant::now();
+        if first {
+            queue.waits_since = Some(since);
+        }
         queue.held_bytes += output.size_bytes();
-        queue.held.push_back(Held {
-            epoch,
-            since: Instant::now(),
-            output,
-        });
+        queue.held.push_back(Held { epoch, since, output });
         drop(queue);
         if let Some(waits) = self.waits.get().filter(|_| first) {
             waits();
@@ -193,6 +199,7 @@ impl Outbox {
             queue.released.bytes += bytes as u64;
             queue.released.held_total += waited;
             queue.released.held_max = queue.released.held_max.max(waited);
+            queue.waited.add(waited);
         }
     }
 
@@ -203,16 +210,21 @@ impl Outbox {
         of_epoch.map(|held| held.output.clone()).collect()
     }
 
+    /// All output that is still held, in order.
+    pub fn all_held(&self) -> Vec<Output> {
+        self.queue().held.iter().map(|held| held.output.clone()).collect()
+    }
+
     /// The oldest epoch of which something has not left yet.
     pub fn oldest_held(&self) -> Option<u64> {
         self.queue().held.front().map(|held| held.epoch)
     }
 
-    /// Whether output waits for the running epoch to end, and how many bytes wait in all.
-    pub fn waiting(&self, running_epoch: u64) -> (bool, usize) {
+    /// Since when output waits for the running epoch to end, if any does, and how many bytes wait in all.
+    pub fn waiting(&self, running_epoch: u64) -> (Option<Instant>, usize) {
         let queue = self.queue();
         let of_running = queue.held.back().is_some_and(|held| held.epoch == running_epoch);
-        (of_running, queue.held_bytes)
+        (queue.waits_since.filter(|_| of_running), queue.held_bytes)
     }
 
     /// From now on the first item of an epoch after `epoch` is looked out for.
@@ -238,6 +250,11 @@ impl Outbox {
     /// What has left so far.
     pub fn released(&self) -> Released {
         self.queue().released
+    }
+
+    /// How long a share `q` (0 to 1) of what was held had to wait at most, in microseconds; what left at once does not count.
+    pub fn waited_us(&self, q: f64) -> u64 {
+        self.queue().waited.quantile_us(q)
     }
 }
 
@@ -273,8 +290,9 @@ mod tests {
         outbox.put(2, frame(2));
         assert!(wire.0.lock().unwrap().is_empty());
         assert_eq!(outbox.of_epoch(2), [frame(2)]);
-        assert_eq!(outbox.waiting(2), (true, 2));
-        assert_eq!(outbox.waiting(3), (false, 2));
+        assert_eq!(outbox.all_held(), [frame(1), frame(2)]);
+        assert!(matches!(outbox.waiting(2), (Some(_), 2)));
+        assert_eq!(outbox.waiting(3), (None, 2));
         assert_eq!(outbox.oldest_held(), Some(1));
         outbox.release_through(1);
         assert_eq!(outbox.oldest_held(), Some(2));
