@@ -68,6 +68,12 @@ impl View {
             .is_some_and(|(_, _, seat)| seat.engine.as_ref().is_some_and(|engine| engine.protected))
     }
 
+    /// Whether its guest stands still until a standby has joined.
+    pub fn paused(&self, vm: &str) -> bool {
+        self.active(vm)
+            .is_some_and(|(_, _, seat)| seat.engine.as_ref().is_some_and(|engine| engine.paused))
+    }
+
     /// What a person has to mend at a seat, with its exit code: what its daemon says, else what its engine says.
     fn trouble(&self, vm: Option<&str>) -> Option<(u8, String)> {
         let by_daemons = self.seats(vm).map(|(_, _, seat)| (seat, seat.code, &seat.why));

@@ -57,13 +57,11 @@ fn row(node: &str, seat: &SeatStatus) -> Vec<String> {
         (None, Phase::Stopped) => "stopped",
     };
     let protected = match engine {
-        Some(engine) if engine.role == Role::Active => {
-            if engine.protected {
-                "yes"
-            } else {
-                "no"
-            }
-        }
+        Some(engine) if engine.role == Role::Active => match (engine.protected, engine.paused) {
+            (true, _) => "yes",
+            (false, true) => "no, paused",
+            (false, false) => "no",
+        },
         _ => "",
     };
     let note = engine
@@ -95,6 +93,7 @@ pub fn json(view: &View) -> String {
                 "active": view.active(vm).map(|(_, _, seat)| &seat.seat),
                 "standby": named(Role::Standby).map(|(_, _, seat)| &seat.seat),
                 "protected": view.protected(vm),
+                "paused": view.paused(vm),
                 "stopped": view.seats(Some(vm)).all(|(_, _, seat)| seat.phase == Phase::Stopped),
             })
         })

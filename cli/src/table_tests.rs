@@ -15,6 +15,7 @@ fn seat(name: &str, role: Option<Role>, protected: bool, term: u64) -> SeatStatu
         role,
         holds_guest: true,
         protected,
+        paused: false,
         why: String::new(),
         term,
         holder: None,
@@ -89,6 +90,18 @@ demo  c     alpha  waiting                          disk root /x: does not exist
 -     -     /e     -        -          -     -      no daemon answers on /e
 ";
     assert_eq!(render(&view), expected);
+}
+
+#[test]
+fn a_guest_that_stands_still_is_said_to() {
+    let mut alone = seat("a", Some(Role::Active), false, 5);
+    if let Some(engine) = &mut alone.engine {
+        engine.paused = true;
+    }
+    let view = view(vec![alone]);
+    assert!(render(&view).contains("no, paused"), "{}", render(&view));
+    let json: serde_json::Value = serde_json::from_str(&json(&view)).unwrap();
+    assert_eq!(json["vms"][0]["paused"], true);
 }
 
 #[test]

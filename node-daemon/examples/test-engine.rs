@@ -240,6 +240,7 @@ impl Engine {
             role: Role::Starting,
             holds_guest: true,
             protected: false,
+            paused: false,
             why: self.said.clone(),
             term: 0,
             holder: None,

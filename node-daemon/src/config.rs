@@ -151,6 +151,20 @@ pub struct SeatConfig {
     /// Checkpoint settings.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
+    /// What the guest does while there is no standby; the same on both seats.
+    #[serde(default)]
+    pub when_unprotected: WhenUnprotected,
+}
+
+/// What the guest does while there is no standby.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenUnprotected {
+    /// It runs on.
+    #[default]
+    Continue,
+    /// It stands still, and nothing that it said leaves, until a standby has joined.
+    Pause,
 }
 
 /// Memory and CPUs.
@@ -284,6 +298,8 @@ pub struct CheckpointConfig {
     pub interval_min_us: Option<u32>,
     /// Longest epoch in microseconds.
     pub interval_max_us: Option<u32>,
+    /// Added latency in microseconds that is aimed at within these bounds; if missing, epochs are as short as the load allows.
+    pub target_latency_us: Option<u32>,
     /// An epoch ends early at so many dirty pages.
     pub dirty_pages_max: Option<u32>,
     /// Bound of the delta cache.
@@ -310,6 +326,15 @@ impl TimingConfig {
     }
 }
 
+impl From<WhenUnprotected> for control::WhenUnprotected {
+    fn from(configured: WhenUnprotected) -> Self {
+        match configured {
+            WhenUnprotected::Continue => control::WhenUnprotected::Continue,
+            WhenUnprotected::Pause => control::WhenUnprotected::Pause,
+        }
+    }
+}
+
 impl CheckpointConfig {
     /// With defaults filled in.
     pub fn resolve(&self) -> control::Checkpoint {
@@ -318,6 +343,7 @@ impl CheckpointConfig {
         control::Checkpoint {
             interval_min_us: self.interval_min_us.unwrap_or(default.interval_min_us),
             interval_max_us: self.interval_max_us.unwrap_or(default.interval_max_us),
+            target_latency_us: self.target_latency_us.or(default.target_latency_us),
             dirty_pages_max: self.dirty_pages_max.unwrap_or(default.dirty_pages_max),
             delta_cache_bytes: delta_cache.unwrap_or(default.delta_cache_bytes),
             workers: self.workers.unwrap_or(default.workers),
@@ -429,6 +455,19 @@ impl SeatConfig {
                 at("checkpoint"),
                 "interval bounds are empty",
                 "0 < interval_min_us <= interval_max_us",
+            );
+        }
+        if let Some(target_us) = checkpoint.target_latency_us
+            && target_us < checkpoint.interval_min_us
+        {
+            let why = format!(
+                "output can't leave within {target_us} µs of epochs of {} µs at least",
+                checkpoint.interval_min_us
+            );
+            return refuse(
+                at("checkpoint.target_latency_us"),
+                why,
+                "lower interval_min_us, or raise the target",
             );
         }
         Ok(())

@@ -47,6 +47,8 @@ pub struct Standalone {
     timing: Value,
     /// The seats' `checkpoint`, likewise.
     checkpoint: Value,
+    /// The seats' `when_unprotected`, likewise.
+    when_unprotected: &'static str,
     daemons: Vec<Option<HostProcess>>,
     /// `ftvm standalone replace`, while it waits for protection.
     replacing: Background,
@@ -64,6 +66,7 @@ impl Standalone {
             vcpus: options.vcpus,
             engine: programs.folder.join(ENGINE),
             checkpoint: json!({}),
+            when_unprotected: "continue",
             timing: match options.peer_lost_ms {
                 Some(peer_lost_ms) => json!({ "peer_lost_ms": peer_lost_ms }),
                 None => json!({}),
@@ -81,6 +84,12 @@ impl Standalone {
     /// With other epochs than the usual ones: the seats' `checkpoint`, as in their configuration.
     pub fn with_checkpoint(mut self, checkpoint: Value) -> Self {
         self.checkpoint = checkpoint;
+        self
+    }
+
+    /// With a guest that stands still while there is no standby.
+    pub fn with_pause(mut self) -> Self {
+        self.when_unprotected = "pause";
         self
     }
 
@@ -144,6 +153,7 @@ impl Standalone {
             "link": { "listen": self.link_address(host), "peers": peers },
             "timing": self.timing,
             "checkpoint": self.checkpoint,
+            "when_unprotected": self.when_unprotected,
         })
     }
 

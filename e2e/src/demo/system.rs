@@ -36,6 +36,9 @@ pub struct Seat {
     /// True while a standby holds a covering checkpoint and the arbiter's record names both.
     #[serde(default)]
     pub protected: bool,
+    /// The guest stands still until a standby has joined.
+    #[serde(default)]
+    pub paused: bool,
     /// Why the role is what it is, or why the machine is not protected.
     #[serde(default)]
     pub why: String,

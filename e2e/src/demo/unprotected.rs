@@ -160,6 +160,7 @@ impl System for Unprotected {
         runs.then(|| Seat {
             role: Role::Active,
             protected: false,
+            paused: false,
             why: "nobody protects this machine".to_owned(),
             term: 1,
             epoch: 0,

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{
     BootConfig, CheckpointConfig, DiskConfig, LinkConfig, MachineConfig, NicConfig, PeerConfig, SeatConfig,
-    TimingConfig,
+    TimingConfig, WhenUnprotected,
 };
 use crate::seat_socket::Expected;
 use crate::seat_socket::message::{DiskToPrepare, Recipe};
@@ -192,7 +192,12 @@ fn config(
         checkpoint: CheckpointConfig {
             interval_min_us: microseconds(tolerance.interval.min_ms),
             interval_max_us: microseconds(tolerance.interval.max_ms),
+            target_latency_us: tolerance.target_latency_ms.and_then(microseconds),
             ..CheckpointConfig::default()
+        },
+        when_unprotected: match tolerance.when_unprotected {
+            ftvm_crds::WhenUnprotected::Continue => WhenUnprotected::Continue,
+            ftvm_crds::WhenUnprotected::Pause => WhenUnprotected::Pause,
         },
     };
     config.check_contents().map_err(|error| crate::explain(&error))?;

@@ -17,7 +17,9 @@ fn vm(change: impl FnOnce(&mut Value)) -> FaultTolerantVM {
                 {"name": "data", "size": "64Mi"},
             ],
             "networks": [{"name": "lan", "bridge": {"name": "br0"}}, {"name": "wan", "mac": "02:00:00:00:00:09", "bridge": {"name": "br1"}}],
-            "faultTolerance": {"detectionMs": 400, "interval": {"minMs": 3, "maxMs": 40}},
+            "faultTolerance": {
+                "detectionMs": 400, "interval": {"minMs": 3, "maxMs": 40}, "targetLatencyMs": 15, "whenUnprotected": "Pause",
+            },
         },
         "status": {"seats": [
             {"name": "web-aaaaa", "podUid": POD, "node": "one", "podIP": "10.0.0.1", "hostIP": "192.0.2.1"},
@@ -61,6 +63,8 @@ fn a_pod_of_the_book_is_a_seat() {
     );
     assert_eq!(config.timing.peer_lost_ms, Some(400));
     assert_eq!(config.checkpoint.interval_max_us, Some(40_000));
+    assert_eq!(config.checkpoint.target_latency_us, Some(15_000));
+    assert_eq!(config.when_unprotected, WhenUnprotected::Pause);
     let taps: Vec<_> = config.nics.iter().map(|nic| nic.tap.as_str()).collect();
     assert_eq!(taps, ["ft000000000a0", "ft000000000a1"]);
     assert_eq!(config.nics[1].mac, "02:00:00:00:00:09");

@@ -1,0 +1,199 @@
+//! A guest that may not run alone (`when_unprotected: pause`), seen by a client with one connection: nothing is answered while there
+//! is no standby, whatever the reason, and everything goes on once there is one. The same blow to a guest that may run alone is the
+//! negative control.
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ftvm_e2e::demo::programs::{self, Profile, Programs};
+use ftvm_e2e::demo::standalone::Standalone;
+use ftvm_e2e::demo::system::{Role, Seat, System};
+use ftvm_e2e::demo::{GUEST_ADDRESS, Options, place};
+use ftvm_e2e::guest_protocol::DEFAULT_PORT;
+use ftvm_e2e::hosts::outer::{made_outside, test_inside};
+use ftvm_e2e::hosts::{CutDirection, Lab, LabPlan};
+use ftvm_e2e::judge::client::{self, Judge, JudgePlan};
+
+const GUEST: ([u8; 4], u16) = (GUEST_ADDRESS, DEFAULT_PORT);
+/// Long enough for a busy machine; nothing is judged by it.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// A guest that runs answers within a fraction of this.
+const SILENCE: Duration = Duration::from_secs(2);
+/// Answers of a guest that runs.
+const ANSWERS: u64 = 100;
+
+/// One at a time: each keeps both cores of a small machine busy.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The programs, built before the namespaces are entered: there is no network in them.
+fn built() -> Programs {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("when-unprotected.json");
+    made_outside(&file, || programs::build(Profile::Dev)).expect("the programs build")
+}
+
+/// Three hosts, seats on the first two, and a client that asks and asks.
+struct Scene {
+    lab: Rc<Lab>,
+    system: Standalone,
+    judge: Judge,
+}
+
+impl Scene {
+    /// Cuts the seats off from each other first, if `apart`.
+    fn new(test: &str, programs: &Programs, apart: bool, change: impl FnOnce(Standalone) -> Standalone) -> Self {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(test);
+        std::fs::remove_dir_all(&folder).ok();
+        std::fs::create_dir_all(&folder).expect("the target folder is writable");
+        let folder = place::show_at_short_path(&folder).unwrap();
+        let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
+        if apart {
+            lab.cut_link(0, 1, CutDirection::Both).unwrap();
+        }
+        let mut system = change(Standalone::new(Rc::clone(&lab), programs, &folder, &Options::default()));
+        system.start().unwrap();
+        let plan = JudgePlan {
+            connect_within: PATIENCE,
+            stalled_after: PATIENCE,
+            ..JudgePlan::new(SocketAddr::from(GUEST))
+        };
+        let judge = Judge::start(plan, lab.client_entrance().unwrap()).unwrap();
+        Self { lab, system, judge }
+    }
+
+    fn seat(&mut self, host: usize) -> Seat {
+        self.system.seat(host).expect("its daemon answers")
+    }
+
+    fn wait_for(&mut self, what: &str, done: impl Fn(&mut Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(self) {
+            if Instant::now() > deadline {
+                let seats: Vec<Option<Seat>> = (0..3).map(|host| self.system.seat(host)).collect();
+                panic!("no {what} within {PATIENCE:?}: {seats:?}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn wait_for_protection(&mut self, active: usize) {
+        self.wait_for("protection", |scene| {
+            let seat = scene.system.seat(active);
+            seat.is_some_and(|seat| seat.role == Role::Active && seat.protected)
+        });
+    }
+
+    /// Waits for answers to what is asked from now on.
+    fn wait_for_answers(&mut self) {
+        let goal = self.judge.answers() + ANSWERS;
+        self.wait_for("answers", |scene| {
+            scene.judge.answers() >= goal || scene.judge.has_ended()
+        });
+        assert!(self.judge.answers() >= goal, "the client gave up");
+    }
+
+    /// The guest stands still on this host, and for long not a single answer comes to the client, which asks and asks.
+    fn expect_silence(&mut self, host: usize) {
+        self.wait_for("pause", |scene| scene.system.seat(host).is_some_and(|seat| seat.paused));
+        let before = self.judge.answers();
+        std::thread::sleep(SILENCE);
+        let seat = self.seat(host);
+        assert!(seat.paused && !seat.protected && seat.role == Role::Active, "{seat:?}");
+        assert_eq!(seat.counters["guest_running"], false);
+        assert!(seat.counters["paused_us"].as_u64().is_some_and(|us| us > 0));
+        assert!(seat.why.contains("until a standby has joined"), "{}", seat.why);
+        assert_eq!(self.judge.answers(), before, "it was answered although nobody could take over");
+    }
+
+    /// A host that lost everything becomes a spare one.
+    fn renew(&mut self, host: usize) {
+        self.lab.host(host).start().unwrap();
+        self.system.make_spare(host).unwrap();
+    }
+
+    /// Nothing may be lost or contradicted, also by what the guest says on another connection.
+    fn expect_clean(self) {
+        let entrance = self.lab.client_entrance().unwrap();
+        let mut outcome = self.judge.finish();
+        let asked = std::thread::spawn(move || {
+            entrance().unwrap();
+            client::inspect(SocketAddr::from(GUEST), PATIENCE).unwrap()
+        });
+        outcome.ledger.inspect(&asked.join().unwrap());
+        assert!(outcome.is_clean(), "{:?}: {:?}", outcome.end, outcome.complaints());
+    }
+}
+
+#[test]
+fn with_pause_nothing_is_answered_while_nobody_could_take_over() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = built();
+    test_inside("with_pause_nothing_is_answered_while_nobody_could_take_over", || {
+        let mut scene = Scene::new("pause", &programs, false, Standalone::with_pause);
+        scene.wait_for_protection(0);
+        scene.wait_for_answers();
+        // A planned hand-over leaves no time without protection.
+        scene.system.hand_over(0).unwrap();
+        scene.wait_for_protection(1);
+        scene.wait_for_answers();
+        // The active dies: its successor stands still until it has a standby of its own.
+        scene.lab.host(1).kill().unwrap();
+        scene.expect_silence(0);
+        scene.system.replace(1, 2).unwrap();
+        scene.wait_for_protection(0);
+        scene.wait_for_answers();
+        // The standby dies: the active stands still, too.
+        scene.lab.host(2).kill().unwrap();
+        scene.expect_silence(0);
+        scene.renew(1);
+        scene.system.replace(2, 1).unwrap();
+        scene.wait_for_protection(0);
+        scene.wait_for_answers();
+        let seat = scene.seat(0);
+        assert_eq!((seat.paused, &seat.counters["guest_running"]), (false, &true.into()));
+        assert_eq!(scene.system.trouble(), None);
+        assert!(scene.judge.quiet());
+        scene.system.compare_sides(0, 1).unwrap();
+        scene.judge.go_on();
+        scene.wait_for_answers();
+        scene.expect_clean();
+    });
+}
+
+#[test]
+fn without_pause_the_same_blow_is_answered_through() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = built();
+    test_inside("without_pause_the_same_blow_is_answered_through", || {
+        let mut scene = Scene::new("continue", &programs, false, |system| system);
+        scene.wait_for_protection(0);
+        scene.wait_for_answers();
+        scene.lab.host(0).kill().unwrap();
+        scene.wait_for("successor", |scene| {
+            scene.system.seat(1).is_some_and(|seat| seat.role == Role::Active)
+        });
+        scene.wait_for_answers();
+        let seat = scene.seat(1);
+        assert!(!seat.paused && !seat.protected, "{seat:?}");
+        scene.expect_clean();
+    });
+}
+
+/// Nothing of the guest is heard before it is protected, not even on its console; then it boots.
+#[test]
+fn with_pause_the_first_start_waits_for_a_standby() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = built();
+    test_inside("with_pause_the_first_start_waits_for_a_standby", || {
+        let mut scene = Scene::new("pause-first", &programs, true, Standalone::with_pause);
+        scene.expect_silence(0);
+        let seat = scene.seat(0);
+        assert_eq!(seat.counters["released_items"], 0, "{seat:?}");
+        scene.lab.mend_links().unwrap();
+        scene.wait_for_protection(0);
+        scene.wait_for_answers();
+        assert!(scene.seat(0).counter("released_items").is_some_and(|items| items > 0.0));
+        scene.expect_clean();
+    });
+}
