@@ -63,6 +63,8 @@ pub struct SeatPublished {
     pub role: Option<SeatRole>,
     /// The engine leads or follows a protected pair.
     pub protected: bool,
+    /// The engine has the guest, which stands still until a standby has joined.
+    pub paused: bool,
     /// The engine has a guest, or a checkpoint that it may run.
     pub holds_guest: bool,
     /// Term in force as the engine knows it.

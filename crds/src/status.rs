@@ -75,6 +75,8 @@ pub enum VmPhase {
     Starting,
     /// The guest runs.
     Running,
+    /// The guest stands still until a standby has joined (whenUnprotected: Pause).
+    Paused,
     /// The guest was asked to stop, or stopped by itself and is started again soon.
     Stopping,
     /// No seat exists; disks are kept. Machine and boot may be changed now.

@@ -281,11 +281,12 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
         let protected = status
             .condition(status::PROTECTED)
             .is_some_and(|condition| condition.status == "True");
-        unprotected += i64::from(phase == VmPhase::Running && !protected);
+        unprotected += i64::from(matches!(phase, VmPhase::Running | VmPhase::Paused) && !protected);
     }
     let all = [
         VmPhase::Starting,
         VmPhase::Running,
+        VmPhase::Paused,
         VmPhase::Stopping,
         VmPhase::Halted,
         VmPhase::Deleting,

@@ -160,6 +160,7 @@ impl Publisher {
         if let Some(engine) = &status.engine {
             published.role = Some(role(engine.role));
             published.protected = engine.protected;
+            published.paused = engine.paused;
             published.holds_guest = engine.holds_guest;
             published.term = engine.term;
             published.why = clip(&engine.why);
@@ -173,6 +174,7 @@ impl Publisher {
             // It runs and does not answer now: what it was, it may still be.
             if let Some(written) = &state.written {
                 published.role = written.role;
+                published.paused = written.paused;
                 published.holds_guest = written.holds_guest;
                 published.term = written.term;
             }

@@ -278,7 +278,10 @@ fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
 
 /// Starts over a Stopped record: at once if the user wants it, after a while if the guest powered itself off.
 fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
-    let was_running = seen.status().phase == Some(VmPhase::Running) || seen.status().phase == Some(VmPhase::Stopping);
+    let was_running = matches!(
+        seen.status().phase,
+        Some(VmPhase::Running | VmPhase::Paused | VmPhase::Stopping)
+    );
     let renewed = super::record(seen).and_then(|record| record.renewed);
     let age = renewed.map(|time| Duration::try_from(seen.now.duration_since(time)).unwrap_or_default());
     if let Some(age) = age

@@ -3,7 +3,7 @@
 use ftvm_crds::{FaultTolerantVMStatus, SwitchoverOutcome, VmPhase};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
-use super::{ARBITER_REACHABLE, PROTECTED, READY, STORAGE_HEALTHY};
+use super::{ARBITER_REACHABLE, PAUSED, PROTECTED, READY, STORAGE_HEALTHY};
 
 /// One event.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +105,9 @@ fn condition(old: Option<&Condition>, new: Option<&Condition>) -> Option<Change>
     }
     let quiet = ["Starting", "Halted", "Stopping", "Deleting", "NotRunning", "Resyncing"];
     let good = new.status == "True";
-    let warning = !good && !quiet.contains(&new.reason.as_str());
+    // A guest that has not run yet has to wait for its standby.
+    let begins = new.reason == PAUSED && old.is_some_and(|old| old.reason == "Starting");
+    let warning = !good && !begins && !quiet.contains(&new.reason.as_str());
     let reason = if good { new.type_.clone() } else { new.reason.clone() };
     (good || warning).then(|| change(warning, &reason, format!("{}: {}", new.type_, new.message)))
 }

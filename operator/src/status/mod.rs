@@ -27,6 +27,9 @@ pub const STORAGE_HEALTHY: &str = "StorageHealthy";
 /// The record can be read and written.
 pub const ARBITER_REACHABLE: &str = "ArbiterReachable";
 
+/// Reason of a guest that stands still until a standby has joined.
+const PAUSED: &str = "Paused";
+
 /// Longest message of a condition.
 const MESSAGE_LENGTH_MAX: usize = 1024;
 /// Exit codes that mean a failing disk (`docs/exit-codes.md`).
@@ -128,9 +131,10 @@ fn phase(seen: &Observed, decision: &Decision, roles: &Roles<'_>) -> VmPhase {
                 .is_some_and(|published| published.role == Some(SeatRole::Active));
             let stopped = decide::record(seen).is_some_and(|record| record.snapshot.record.phase == Phase::Stopped);
             let before = seen.status().phase;
+            let paused = roles.published.is_some_and(|published| published.paused);
             if runs {
-                VmPhase::Running
-            } else if stopped && matches!(before, Some(VmPhase::Running | VmPhase::Stopping)) {
+                if paused { VmPhase::Paused } else { VmPhase::Running }
+            } else if stopped && matches!(before, Some(VmPhase::Running | VmPhase::Paused | VmPhase::Stopping)) {
                 VmPhase::Stopping
             } else {
                 VmPhase::Starting
@@ -149,6 +153,13 @@ fn resync(seen: &Observed, entry: &SeatEntry) -> Option<u8> {
 fn ready(seen: &Observed, phase: VmPhase, roles: &Roles<'_>) -> Said {
     match phase {
         VmPhase::Running => said(READY, true, "GuestRuns", "the guest runs"),
+        VmPhase::Paused => said(
+            READY,
+            false,
+            PAUSED,
+            "the guest stands still until a standby has joined, as spec.faultTolerance.whenUnprotected asks for; \
+             the condition Protected says what is missing",
+        ),
         VmPhase::Halted => said(
             READY,
             false,
@@ -173,7 +184,7 @@ fn ready(seen: &Observed, phase: VmPhase, roles: &Roles<'_>) -> Said {
 }
 
 fn protection(seen: &Observed, book: &[SeatEntry], phase: VmPhase, roles: &Roles<'_>) -> Said {
-    if phase != VmPhase::Running && phase != VmPhase::Starting {
+    if !matches!(phase, VmPhase::Running | VmPhase::Paused | VmPhase::Starting) {
         return said(
             PROTECTED,
             false,
@@ -211,10 +222,10 @@ fn protection(seen: &Observed, book: &[SeatEntry], phase: VmPhase, roles: &Roles
     said(
         PROTECTED,
         false,
-        if phase == VmPhase::Running {
-            "NoStandby"
-        } else {
-            "Starting"
+        match phase {
+            VmPhase::Paused => PAUSED,
+            VmPhase::Running => "NoStandby",
+            _ => "Starting",
         },
         why,
     )

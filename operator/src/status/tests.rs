@@ -240,6 +240,35 @@ fn events_tell_of_roles_and_troubles() {
 }
 
 #[test]
+fn a_guest_that_stands_still_for_want_of_a_standby_is_told() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let old = world.vm.status.clone().unwrap();
+    assert_eq!(old.phase, Some(VmPhase::Running));
+    let (active, standby) = (world.book()[0].name.clone(), world.book()[1].name.clone());
+    world.swap_out(&standby);
+    let published = world.pods.get_mut(&active).unwrap().published.as_mut().unwrap();
+    (published.protected, published.paused) = (false, true);
+    published.why = "the guest stands still".to_owned();
+    let seen = world.observe();
+    let new = status(&seen, &decide(&seen));
+    assert_eq!(new.phase, Some(VmPhase::Paused));
+    expect(new.condition(READY).unwrap(), PAUSED, "whenUnprotected");
+    expect(new.condition(PROTECTED).unwrap(), PAUSED, "stands still");
+    let told = |from: &FaultTolerantVMStatus| {
+        let told = changes(from, &new).into_iter();
+        told.filter(|change| change.warning && change.reason == PAUSED).count()
+    };
+    assert_eq!(told(&old), 2, "{:?}", changes(&old, &new));
+    // The first start waits for a standby, too: that is no news.
+    let mut starting = old;
+    for condition in &mut starting.conditions {
+        (condition.status, condition.reason) = ("False".to_owned(), "Starting".to_owned());
+    }
+    assert_eq!(told(&starting), 0);
+}
+
+#[test]
 fn messages_are_bounded() {
     let mut world = started();
     let name = first(&world).name;
