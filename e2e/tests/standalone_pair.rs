@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use ftvm_e2e::demo::daemon;
 use ftvm_e2e::demo::programs::{self, Profile, Programs};
 use serde_json::{Value, json};
 
@@ -78,6 +79,23 @@ impl Pair {
                 "peers": other.map(peer).into_iter().collect::<Vec<Value>>(),
             },
         })
+    }
+
+    fn pausing_seat_config(&self, n: usize, other: usize) -> Value {
+        let mut config = self.seat_config(n, Some(other));
+        config["when_unprotected"] = json!("pause");
+        config
+    }
+
+    /// Waits until this seat's engine is alone, and its guest runs or stands still.
+    fn wait_alone(&self, n: usize, paused: bool) {
+        self.wait(if paused { "paused" } else { "running alone" }, |_| {
+            let engine = &self.seat(n)["engine"];
+            engine["role"] == "active"
+                && engine["protected"] == false
+                && engine["paused"] == paused
+                && engine["counters"]["guest_running"] == !paused
+        });
     }
 
     /// Writes the configuration of a daemon with these seats.
@@ -316,7 +334,20 @@ fn check_jail(pid: i32, uid: u32) {
 }
 
 fn protected_pair(test: &str) -> Pair {
-    let mut pair = Pair::new(test);
+    let pair = Pair::new(test);
+    start_protected(pair)
+}
+
+/// The same with guests that stand still while there is no standby.
+fn protected_pair_that_pauses(test: &str) -> Pair {
+    let pair = Pair::new(test);
+    for (n, other) in [(0, 1), (1, 0)] {
+        pair.configure(n, &[pair.pausing_seat_config(n, other)]);
+    }
+    start_protected(pair)
+}
+
+fn start_protected(mut pair: Pair) -> Pair {
     pair.start_daemon(0);
     pair.start_daemon(1);
     pair.wait("answering", |status| {
@@ -380,6 +411,57 @@ fn switchover_stop_and_start() {
     assert!(pair.engines().is_empty());
     pair.control(&["start", "--vm", "demo"]);
     pair.wait_protected(None);
+}
+
+#[test]
+fn a_guest_that_may_not_run_alone_is_stopped_and_started_while_it_stands_still() {
+    let mut pair = protected_pair_that_pauses("pause");
+    assert_eq!(pair.status()["vms"][0]["paused"], false);
+    pair.kill_daemon(1);
+    pair.kill_engine_of(1);
+    pair.wait_alone(0, true);
+    assert_eq!(pair.status()["vms"][0]["paused"], true);
+    let (_, table) = pair.ftvm(&["status", "--daemon", &pair.sockets()], None);
+    assert!(table.contains("no, paused") && table.contains("until a standby has joined"), "{table}");
+    let refused = |pair: &Pair, command: &str| {
+        let (done, text) = pair.ftvm(&[command, "--vm", "demo", "--daemon", &pair.sockets()], None);
+        assert!(!done, "{text}");
+        text
+    };
+    assert!(refused(&pair, "power-button").contains("stands still"));
+    refused(&pair, "switchover");
+    pair.control(&["stop", "--vm", "demo"]);
+    pair.wait("stopped", |status| status["vms"][0]["stopped"] == true);
+    // A cold start gives the guest back, and it still may not run alone.
+    pair.control(&["start", "--vm", "demo"]);
+    pair.wait_alone(0, true);
+    pair.start_daemon(1);
+    pair.wait_protected(Some(0));
+    pair.wait("running", |_| pair.seat(0)["engine"]["counters"]["guest_running"] == true);
+    // The successor stands still, too, until it has a standby.
+    pair.kill_daemon(0);
+    pair.kill_engine_of(0);
+    pair.wait_alone(1, true);
+    pair.start_daemon(0);
+    pair.wait_protected(Some(1));
+}
+
+#[test]
+fn a_running_engine_hears_that_its_guest_may_not_run_alone_any_more_and_that_it_may() {
+    let mut pair = protected_pair("policy");
+    pair.kill_daemon(1);
+    pair.kill_engine_of(1);
+    pair.wait_alone(0, false);
+    let engine = pair.pid(0);
+    for (config, paused) in [(pair.pausing_seat_config(0, 1), true), (pair.seat_config(0, Some(1)), false)] {
+        let request = json!({ "request": "apply_seat", "seat": config });
+        let answer = daemon::ask(&pair.socket(0), &request, PATIENCE).unwrap();
+        assert_eq!(answer["response"], "done", "{answer}");
+        pair.wait_alone(0, paused);
+    }
+    assert_eq!(pair.pid(0), engine);
+    pair.start_daemon(1);
+    pair.wait_protected(Some(0));
 }
 
 #[test]

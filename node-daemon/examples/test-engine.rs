@@ -136,6 +136,7 @@ impl Engine {
                 self.ask(Ask::ReadRecord);
             }
             Command::SetPeers { peers } => self.launch.link.peers = peers,
+            Command::SetProtection { protection } => self.launch.protection = protection,
             Command::PeerGone { incarnation, .. } => self.said = format!("gone {incarnation}"),
             Command::Quit => self.exit(0),
             _ => {

@@ -341,9 +341,6 @@ impl CheckpointConfig {
         let default = control::Checkpoint::default();
         let delta_cache = self.delta_cache_mib.map(|mib| u64::from(mib) << 20);
         control::Checkpoint {
-            interval_min_us: self.interval_min_us.unwrap_or(default.interval_min_us),
-            interval_max_us: self.interval_max_us.unwrap_or(default.interval_max_us),
-            target_latency_us: self.target_latency_us.or(default.target_latency_us),
             dirty_pages_max: self.dirty_pages_max.unwrap_or(default.dirty_pages_max),
             delta_cache_bytes: delta_cache.unwrap_or(default.delta_cache_bytes),
             workers: self.workers.unwrap_or(default.workers),
@@ -404,6 +401,18 @@ impl Config {
 }
 
 impl SeatConfig {
+    /// How the guest is protected, with defaults filled in.
+    pub fn protection(&self) -> control::Protection {
+        let default = control::Protection::default();
+        let checkpoint = &self.checkpoint;
+        control::Protection {
+            when_unprotected: self.when_unprotected.into(),
+            interval_min_us: checkpoint.interval_min_us.unwrap_or(default.interval_min_us),
+            interval_max_us: checkpoint.interval_max_us.unwrap_or(default.interval_max_us),
+            target_latency_us: checkpoint.target_latency_us,
+        }
+    }
+
     /// `VM/SEAT`, for messages.
     pub fn label(&self) -> String {
         format!("{}/{}", self.vm, self.seat)
@@ -449,20 +458,20 @@ impl SeatConfig {
             );
             return refuse(at("timing"), why, "peer_lost_ms must be at least twice heartbeat_ms");
         }
-        let checkpoint = self.checkpoint.resolve();
-        if checkpoint.interval_min_us == 0 || checkpoint.interval_max_us < checkpoint.interval_min_us {
+        let protection = self.protection();
+        if protection.interval_min_us == 0 || protection.interval_max_us < protection.interval_min_us {
             return refuse(
                 at("checkpoint"),
                 "interval bounds are empty",
                 "0 < interval_min_us <= interval_max_us",
             );
         }
-        if let Some(target_us) = checkpoint.target_latency_us
-            && target_us < checkpoint.interval_min_us
+        if let Some(target_us) = protection.target_latency_us
+            && target_us < protection.interval_min_us
         {
             let why = format!(
                 "output can't leave within {target_us} µs of epochs of {} µs at least",
-                checkpoint.interval_min_us
+                protection.interval_min_us
             );
             return refuse(
                 at("checkpoint.target_latency_us"),

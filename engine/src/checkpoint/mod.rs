@@ -158,6 +158,11 @@ impl Pacer {
         }
     }
 
+    /// Goes by other bounds from now on.
+    pub fn set_config(&mut self, config: PacerConfig) {
+        self.config = config;
+    }
+
     /// End the running epoch as soon as its residue is small: a switchover, a stop, a digest.
     pub fn hurry(&mut self) {
         self.hurry = true;

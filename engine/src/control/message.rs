@@ -134,9 +134,9 @@ pub struct Launch {
     pub timing: Timing,
     /// Checkpoint settings.
     pub checkpoint: Checkpoint,
-    /// What the guest does while no standby would take over.
+    /// How the guest is protected.
     #[serde(default)]
-    pub when_unprotected: WhenUnprotected,
+    pub protection: Protection,
     /// Other descriptors.
     pub files: Files,
     /// Only a process with this user id (as the engine sees it) may connect to the control listener.
@@ -280,17 +280,34 @@ pub enum WhenUnprotected {
     Pause,
 }
 
-/// Checkpoint settings.
+/// How the guest is protected: what may change while it runs, by [`Command::SetProtection`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Checkpoint {
+pub struct Protection {
+    /// What the guest does while no standby would take over.
+    pub when_unprotected: WhenUnprotected,
     /// Shortest epoch, in microseconds.
     pub interval_min_us: u32,
     /// Longest epoch, in microseconds.
     pub interval_max_us: u32,
     /// How long output may wait for its release, in microseconds: epochs are as long as that allows, within their bounds. None: as
     /// short as the load allows.
-    #[serde(default)]
     pub target_latency_us: Option<u32>,
+}
+
+impl Default for Protection {
+    fn default() -> Self {
+        Protection {
+            when_unprotected: WhenUnprotected::default(),
+            interval_min_us: 2_000,
+            interval_max_us: 50_000,
+            target_latency_us: None,
+        }
+    }
+}
+
+/// Checkpoint settings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
     /// An epoch ends early when this many pages are dirty.
     pub dirty_pages_max: u32,
     /// Bound of the delta cache, in bytes.
@@ -302,9 +319,6 @@ pub struct Checkpoint {
 impl Default for Checkpoint {
     fn default() -> Self {
         Checkpoint {
-            interval_min_us: 2_000,
-            interval_max_us: 50_000,
-            target_latency_us: None,
             dirty_pages_max: 16_384,
             delta_cache_bytes: 64 << 20,
             workers: 1,
@@ -375,6 +389,11 @@ pub enum Command {
     SetPeers {
         /// The peers.
         peers: Vec<Peer>,
+    },
+    /// Protect the guest in this way from now on.
+    SetProtection {
+        /// How.
+        protection: Protection,
     },
     /// The peer's daemon says that this incarnation is dead. A hint: the arbiter decides.
     PeerGone {

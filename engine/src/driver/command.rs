@@ -7,7 +7,7 @@ use super::guest::SeatMachine;
 use super::takeover::Step;
 use super::{Driver, Ended, Guest, hold};
 use crate::clock::Moment;
-use crate::control::{Answer, Command, CommandId, Peer, Reply, exit_code};
+use crate::control::{Answer, Command, CommandId, Peer, Protection, Reply, exit_code};
 
 impl Driver {
     pub(super) fn command(&mut self, id: CommandId, command: Command) {
@@ -19,6 +19,10 @@ impl Driver {
             }
             Command::SetPeers { peers } => {
                 self.set_peers(peers);
+                self.control.reply(id, Reply::Ok);
+            }
+            Command::SetProtection { protection } => {
+                self.set_protection(&protection);
                 self.control.reply(id, Reply::Ok);
             }
             Command::PeerGone { incarnation, why } => {
@@ -75,6 +79,16 @@ impl Driver {
             self.hub.add_peer(peer.seat_id, Some(peer.address));
         }
         self.seat.peers = peers;
+    }
+
+    fn set_protection(&mut self, protection: &Protection) {
+        self.seat.set_protection(protection);
+        if let Some(leading) = &mut self.leading {
+            leading.pacer.set_config(self.seat.pacer);
+        }
+        self.hold.set(protection.when_unprotected);
+        // What that changes for the guest is done after every step.
+        self.step(Event::Tick);
     }
 
     /// A command that the core decides: refused if one of its actions says so, begun otherwise.

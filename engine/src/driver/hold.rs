@@ -46,6 +46,11 @@ impl Hold {
         }
     }
 
+    /// Another policy, from now on.
+    pub fn set(&mut self, when_unprotected: WhenUnprotected) {
+        self.when_unprotected = when_unprotected;
+    }
+
     /// A guest is taken over: from a source that will follow, or from a leader that is lost.
     pub fn took_over_from(&mut self, source: Option<Incarnation>) {
         self.source = source;
@@ -106,7 +111,12 @@ impl Driver {
     pub(super) fn hold_over(&mut self) {
         let Some(since) = self.hold.since.take() else { return };
         self.figures.unprotected += since.elapsed();
-        self.tell_guest("goes on: it is protected");
+        let why = if self.core.status().protected {
+            "it is protected"
+        } else {
+            "it may run alone now"
+        };
+        self.tell_guest(&format!("goes on: {why}"));
         self.takeover.runs_after_all();
         self.ask_to_announce();
     }

@@ -18,7 +18,7 @@ use crate::backends::{DiskBackend, NetBackend};
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
 use crate::control::header_file::{HeaderFile, HeaderFileError};
-use crate::control::{EndpointError, Launch, LaunchFds, Peer, WhenUnprotected, exit_code};
+use crate::control::{EndpointError, Launch, LaunchFds, Peer, Protection, WhenUnprotected, exit_code};
 use crate::devices::DeviceError;
 use crate::devices::set::{Backends, DeviceSet, DeviceSetConfig, DeviceThread};
 use crate::devices::virtio::blk::DiskConfig;
@@ -151,7 +151,7 @@ pub struct Seat {
     pub encoder: EncoderConfig,
     /// How epochs are paced.
     pub pacer: PacerConfig,
-    /// What the guest does while no standby would take over.
+    /// What the guest does while no standby would take over, at first.
     pub when_unprotected: WhenUnprotected,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Option<Receiving>>>,
@@ -241,15 +241,15 @@ pub fn prepare(
             cache_bytes: usize::try_from(launch.checkpoint.delta_cache_bytes).unwrap_or(usize::MAX),
             ..EncoderConfig::default()
         },
-        pacer: PacerConfig {
-            interval_min: Duration::from_micros(u64::from(launch.checkpoint.interval_min_us)),
-            interval_max: Duration::from_micros(u64::from(launch.checkpoint.interval_max_us)),
-            target_latency: launch.checkpoint.target_latency_us.map(|us| Duration::from_micros(us.into())),
-            recorded_bytes_max: limits.recorded_bytes,
-            pages_max: limits.pages,
-            ..PacerConfig::default()
-        },
-        when_unprotected: launch.when_unprotected,
+        pacer: paced(
+            PacerConfig {
+                recorded_bytes_max: limits.recorded_bytes,
+                pages_max: limits.pages,
+                ..PacerConfig::default()
+            },
+            &launch.protection,
+        ),
+        when_unprotected: launch.protection.when_unprotected,
         route: Arc::default(),
         volumes,
         settler: None,
@@ -266,6 +266,16 @@ pub fn prepare(
         link,
         listener,
     })
+}
+
+fn paced(config: PacerConfig, protection: &Protection) -> PacerConfig {
+    let us = |us: u32| Duration::from_micros(us.into());
+    PacerConfig {
+        interval_min: us(protection.interval_min_us),
+        interval_max: us(protection.interval_max_us),
+        target_latency: protection.target_latency_us.map(us),
+        ..config
+    }
 }
 
 fn boot_source(launch: &Launch, fds: &mut LaunchFds) -> Result<BootSource, SeatError> {
@@ -573,6 +583,11 @@ impl Seat {
             Work::Storage => ThreadKind::Disk,
         };
         enter_filter(self.filters.clone(), kind)
+    }
+
+    /// Goes by these bounds from now on.
+    pub fn set_protection(&mut self, protection: &Protection) {
+        self.pacer = paced(self.pacer, protection);
     }
 
     /// The pause gate.

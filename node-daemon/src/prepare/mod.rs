@@ -308,7 +308,7 @@ pub fn prepare(
         },
         timing: config.timing.resolve(),
         checkpoint: config.checkpoint.resolve(),
-        when_unprotected: config.when_unprotected.into(),
+        protection: config.protection(),
         files: Files {
             kvm: table.add(kvm),
             userfaultfd: host::open_userfaultfd().map(|file| table.add(file)),

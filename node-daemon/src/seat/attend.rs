@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ftvm_engine::control::{
-    Answer, Ask, Connection, ExitReport, FromEngine, Message, Role, SocketError, ToEngine, exit_code,
+    Answer, Ask, Command, Connection, ExitReport, FromEngine, Message, Role, SocketError, ToEngine, exit_code,
 };
 use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
 use ftvm_protocol::identity::Incarnation;
 use ftvm_protocol::record;
 use rustix::event::{PollFd, PollFlags};
 
-use super::peers::Introduced;
+use super::informed::Informed;
 use super::{REQUESTS_MAX, Seat};
 use crate::api::Phase;
 use crate::jail::{self, Ended};
@@ -37,7 +37,7 @@ impl Seat {
         };
         let introduced = connection
             .as_ref()
-            .is_some_and(|connection| self.introduce_peers(connection));
+            .is_some_and(|connection| self.introduce_peers(connection) && self.tell_protection(connection));
         let mut fds = vec![
             PollFd::new(&*pidfd, PollFlags::IN),
             PollFd::new(&self.wake, PollFlags::IN),
@@ -61,6 +61,25 @@ impl Seat {
         }
     }
 
+    /// Tells a connected engine how its guest is protected if it is not known to go by that. False if that has to be tried again.
+    fn tell_protection(&self, connection: &Connection) -> bool {
+        let mut inner = self.inner();
+        let what = inner.config.protection();
+        if inner.engine.as_ref().is_none_or(|engine| !engine.protection.lacks(&what)) {
+            return true;
+        }
+        let order = Command::SetProtection {
+            protection: what.clone(),
+        };
+        let Some(command) = inner.tell(connection, order) else {
+            return false;
+        };
+        if let Some(engine) = &mut inner.engine {
+            engine.protection = Informed::Told { command, what };
+        }
+        true
+    }
+
     /// Reads one message.
     fn receive(self: &Arc<Seat>, connection: &Arc<Connection>) {
         match connection.receive::<FromEngine>(false) {
@@ -74,7 +93,8 @@ impl Seat {
                 let mut inner = self.inner();
                 if let Some(engine) = &mut inner.engine {
                     engine.connection = None;
-                    engine.introduced = Introduced::Unknown;
+                    engine.introduced = Informed::Unknown;
+                    engine.protection = Informed::Unknown;
                 }
             }
         }
@@ -84,7 +104,7 @@ impl Seat {
         match message {
             FromEngine::Hello(_) => {}
             FromEngine::Event(event) => self.note(event),
-            FromEngine::Reply { id, reply } if self.introduced(id, &reply) => {}
+            FromEngine::Reply { id, reply } if self.inner().informed(id, &reply) => {}
             FromEngine::Reply { id, reply } => {
                 let waiting = self.inner().replies.remove(&id);
                 if let Some(waiting) = waiting {

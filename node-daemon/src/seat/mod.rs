@@ -13,6 +13,7 @@
 //! Invariant: nothing here ends an engine because the daemon ends.
 
 mod attend;
+mod informed;
 mod peers;
 mod start;
 
@@ -23,7 +24,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ftvm_engine::control::{Command, Connection, Event, ExitReport, Reply, Role, Status, ToEngine};
+use ftvm_engine::control::{Command, Connection, Event, ExitReport, Protection, Reply, Role, Status, ToEngine};
 use ftvm_protocol::core::{GuestReport, HeaderReport, SeatReport, StoredHeader};
 use ftvm_protocol::identity::{Incarnation, SeatId};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -33,6 +34,7 @@ use crate::arbiter::Bounded;
 use crate::config::{JailConfig, PeerConfig, SeatConfig};
 use crate::prepare::Source;
 use crate::state::{SeatFolder, StateError};
+use informed::Informed;
 
 /// Events kept for status.
 const EVENTS_MAX: usize = 64;
@@ -109,7 +111,24 @@ struct Engine {
     own_user: bool,
     since: Instant,
     connection: Option<Arc<Connection>>,
-    introduced: peers::Introduced,
+    introduced: Informed<Vec<PeerConfig>>,
+    protection: Informed<Protection>,
+}
+
+impl Inner {
+    /// Sends a command; gives its number.
+    fn tell(&mut self, connection: &Connection, command: Command) -> Option<u64> {
+        let id = self.next_command;
+        self.next_command += 1;
+        let sent = connection.send(&ToEngine::Command { id, command }, &[]);
+        sent.is_ok().then_some(id)
+    }
+
+    /// A reply of the engine; true if it was to something that it was told.
+    fn informed(&mut self, id: u64, reply: &Reply) -> bool {
+        let Some(engine) = &mut self.engine else { return false };
+        engine.introduced.replied(id, reply) || engine.protection.replied(id, reply)
+    }
 }
 
 /// Why a command was not answered.

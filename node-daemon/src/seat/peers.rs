@@ -10,10 +10,11 @@
 //! What the engine knows is compared with what is in force whenever the seat's thread wakes, so that it does not matter
 //! whether peers were set before, while or after an engine started or was adopted.
 
-use ftvm_engine::control::{Command, Connection, Reply, ToEngine};
+use ftvm_engine::control::{Command, Connection};
 use serde::{Deserialize, Serialize};
 
 use super::Seat;
+use super::informed::Informed;
 use crate::config::{PeerConfig, SeatConfig};
 use crate::state::{SeatFolder, StateError};
 use crate::{explain, prepare};
@@ -26,35 +27,6 @@ const FILE: &str = "peers.json";
 struct Remembered {
     configured: Vec<PeerConfig>,
     set: Vec<PeerConfig>,
-}
-
-/// What an engine is known to know of its peers.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Introduced {
-    /// Nothing: an earlier daemon launched it, or the connection was lost meanwhile.
-    Unknown,
-    /// They were sent and not confirmed yet.
-    Told { command: u64, peers: Vec<PeerConfig> },
-    /// It has these.
-    Knows(Vec<PeerConfig>),
-}
-
-impl Introduced {
-    /// Takes a reply; true if it belongs here.
-    fn replied(&mut self, id: u64, reply: &Reply) -> bool {
-        let Introduced::Told { command, peers } = self else {
-            return false;
-        };
-        if *command != id {
-            return false;
-        }
-        if let Reply::Refused { why } = reply {
-            // It would refuse them again: no reason to ask without end.
-            tracing::error!("the engine refused its peers: {why}");
-        }
-        *self = Introduced::Knows(std::mem::take(peers));
-        true
-    }
 }
 
 /// The peers in force for a seat with this configuration.
@@ -112,10 +84,8 @@ impl Seat {
         let config = {
             let inner = self.inner();
             let Some(engine) = &inner.engine else { return true };
-            match &engine.introduced {
-                Introduced::Told { .. } => return true,
-                Introduced::Knows(peers) if *peers == inner.config.link.peers => return true,
-                Introduced::Knows(_) | Introduced::Unknown => {}
+            if !engine.introduced.lacks(&inner.config.link.peers) {
+                return true;
             }
             inner.config.clone()
         };
@@ -131,29 +101,14 @@ impl Seat {
             }
         };
         let mut inner = self.inner();
-        let command = inner.next_command;
-        inner.next_command += 1;
-        let message = ToEngine::Command {
-            id: command,
-            command: Command::SetPeers { peers },
-        };
-        if connection.send(&message, &[]).is_err() {
+        let Some(command) = inner.tell(connection, Command::SetPeers { peers }) else {
             return false;
-        }
+        };
         inner.why.clear();
         if let Some(engine) = &mut inner.engine {
-            engine.introduced = Introduced::Told {
-                command,
-                peers: config.link.peers,
-            };
+            let what = config.link.peers;
+            engine.introduced = Informed::Told { command, what };
         }
         true
-    }
-
-    /// A reply of the engine; true if it was to [`Seat::introduce_peers`].
-    pub(super) fn introduced(&self, id: u64, reply: &Reply) -> bool {
-        let mut inner = self.inner();
-        let engine = inner.engine.as_mut();
-        engine.is_some_and(|engine| engine.introduced.replied(id, reply))
     }
 }

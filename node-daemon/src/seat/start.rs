@@ -9,7 +9,7 @@ use ftvm_engine::control::{Connection, FromEngine, Hello, ToEngine};
 use ftvm_protocol::identity::Incarnation;
 use rustix::process::{Pid, PidfdFlags};
 
-use super::peers::Introduced;
+use super::informed::Informed;
 use super::{Engine, LOG_BYTES_MAX, Seat};
 use crate::api::Phase;
 use crate::explain;
@@ -78,7 +78,8 @@ impl Seat {
             own_user: jail.user.is_some(),
             since: Instant::now(),
             connection: Some(Arc::new(ours)),
-            introduced: Introduced::Knows(config.link.peers),
+            protection: Informed::Knows(config.protection()),
+            introduced: Informed::Knows(config.link.peers),
         });
         Ok(())
     }
@@ -156,7 +157,8 @@ impl Seat {
             own_user: record.uid.is_some(),
             since: Instant::now(),
             connection: None,
-            introduced: Introduced::Unknown,
+            introduced: Informed::Unknown,
+            protection: Informed::Unknown,
         });
     }
 

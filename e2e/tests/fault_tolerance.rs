@@ -1,6 +1,9 @@
-//! A guest that may not run alone (`when_unprotected: pause`), seen by a client with one connection: nothing is answered while there
-//! is no standby, whatever the reason, and everything goes on once there is one. The same blow to a guest that may run alone is the
-//! negative control.
+//! What a user chooses of the protection, seen by a client with one connection.
+//!
+//! A guest that may not run alone (`when_unprotected: pause`): nothing is answered while there is no standby, whatever the reason, and
+//! everything goes on once there is one. The same blow to a guest that may run alone is the negative control.
+//!
+//! A target for the added latency (`target_latency_us`): epochs are longer, and fewer, than without.
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -15,12 +18,15 @@ use ftvm_e2e::guest_protocol::DEFAULT_PORT;
 use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::hosts::{CutDirection, Lab, LabPlan};
 use ftvm_e2e::judge::client::{self, Judge, JudgePlan};
+use serde_json::json;
 
 const GUEST: ([u8; 4], u16) = (GUEST_ADDRESS, DEFAULT_PORT);
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// A guest that runs answers within a fraction of this.
 const SILENCE: Duration = Duration::from_secs(2);
+/// For counting.
+const WINDOW: Duration = Duration::from_secs(5);
 /// Answers of a guest that runs.
 const ANSWERS: u64 = 100;
 
@@ -29,7 +35,7 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// The programs, built before the namespaces are entered: there is no network in them.
 fn built() -> Programs {
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("when-unprotected.json");
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fault-tolerance.json");
     made_outside(&file, || programs::build(Profile::Dev)).expect("the programs build")
 }
 
@@ -195,5 +201,53 @@ fn with_pause_the_first_start_waits_for_a_standby() {
         scene.wait_for_answers();
         assert!(scene.seat(0).counter("released_items").is_some_and(|items| items > 0.0));
         scene.expect_clean();
+    });
+}
+
+/// What a pair does under load in some seconds.
+#[derive(Debug)]
+struct Pace {
+    epochs_per_s: f64,
+    answers_per_s: f64,
+    held_p50_us: u64,
+    held_p90_us: u64,
+    paused_share: f64,
+}
+
+/// Of a pair with this target, while the client asks and asks.
+fn pace(test: &str, programs: &Programs, target_us: Option<u32>) -> Pace {
+    let checkpoint = json!({ "target_latency_us": target_us });
+    let mut scene = Scene::new(test, programs, false, |system| system.with_checkpoint(checkpoint));
+    scene.wait_for_protection(0);
+    scene.wait_for_answers();
+    let looked = |scene: &mut Scene| (Instant::now(), scene.judge.answers(), scene.seat(0));
+    let (began, answers, before) = looked(&mut scene);
+    scene.wait_for("a time", |scene| began.elapsed() > WINDOW && scene.judge.answers() > answers + ANSWERS);
+    let (ended, all_answers, after) = looked(&mut scene);
+    let seconds = (ended - began).as_secs_f64();
+    let more = |name: &str| after.counter(name).unwrap_or_default() - before.counter(name).unwrap_or_default();
+    let pace = Pace {
+        epochs_per_s: more("epochs") / seconds,
+        answers_per_s: (all_answers - answers) as f64 / seconds,
+        held_p50_us: after.counters["held_us_p50"].as_u64().unwrap_or_default(),
+        held_p90_us: after.counters["held_us_p90"].as_u64().unwrap_or_default(),
+        paused_share: more("pause_us_total") / 1e6 / seconds,
+    };
+    println!("target {target_us:?}: {pace:?}");
+    scene.expect_clean();
+    pace
+}
+
+/// Judged by order alone: how long anything takes is a matter of the machine.
+#[test]
+fn with_a_target_for_the_latency_epochs_are_fewer_and_output_waits_longer() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = built();
+    let test = "with_a_target_for_the_latency_epochs_are_fewer_and_output_waits_longer";
+    test_inside(test, || {
+        let without = pace("target-none", &programs, None);
+        let with = pace("target-20", &programs, Some(20_000));
+        assert!(with.epochs_per_s < without.epochs_per_s * 0.75, "{with:?}, {without:?}");
+        assert!(with.held_p50_us > without.held_p50_us, "{with:?}, {without:?}");
     });
 }
