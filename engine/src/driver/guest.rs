@@ -61,6 +61,11 @@ impl SeatMachine {
         self.machine.resume()
     }
 
+    /// Time stands still for a paused guest until it is resumed.
+    pub fn hold_time(&mut self) -> Result<(), MachineError> {
+        self.machine.hold_time()
+    }
+
     /// Since when all vCPUs run; none while one has not begun to.
     pub fn running_since(&self) -> Option<Instant> {
         self.machine.running_since()

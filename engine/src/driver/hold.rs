@@ -96,10 +96,15 @@ impl Driver {
         }
     }
 
-    /// The guest stands still from here on.
+    /// The guest stands still from here on, and so does its time if it ever ran here: it does not notice. That of a guest that was
+    /// taken over stands still already; one that has not booted yet is to find the right time.
     pub(super) fn hold_guest(&mut self) {
+        let ran = self.guest != Guest::None;
         self.pause_guest();
         self.guest = Guest::Held;
+        if ran && let Err(error) = self.seat.machine.hold_time() {
+            return self.guest_failed(&error);
+        }
         self.limit_over();
         if self.hold.since.is_none() {
             self.hold.since = Some(Instant::now());

@@ -145,15 +145,20 @@ impl Chips {
 
     /// Loads what does not move with time; the timer stands until [`Chips::start_timer`].
     pub(super) fn load(&self, vm: &Vm) -> Result<(), KvmError> {
-        let mut still = self.pit.state;
-        still.channels[0].mode = PIT_MODE_STILL;
-        vm.fd().set_pit2(&still).map_err(refused("setting the timer (PIT)"))?;
+        self.stop_timer(vm)?;
         for chip in &self.irqchips {
             vm.fd()
                 .set_irqchip(chip)
                 .map_err(refused("setting an interrupt controller"))?;
         }
         Ok(())
+    }
+
+    /// The timer stands until [`Chips::start_timer`].
+    pub(super) fn stop_timer(&self, vm: &Vm) -> Result<(), KvmError> {
+        let mut still = self.pit.state;
+        still.channels[0].mode = PIT_MODE_STILL;
+        vm.fd().set_pit2(&still).map_err(refused("setting the timer (PIT)"))
     }
 
     /// Sets the guest's clock to where it was.

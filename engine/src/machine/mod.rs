@@ -12,7 +12,7 @@
 //! Invariant: the harvest of an epoch comes after its pause, and pages are write-protected again before they are copied
 //! (see [`crate::kvm::DirtySource`]), so no write is lost between two epochs.
 //!
-//! Invariant: time of a loaded machine stands until it is resumed: its TSC, clock and timers begin where they were saved,
+//! Invariant: time of a loaded machine, or of one whose time was held, stands until it is resumed: its TSC, clock and timers begin where they were saved,
 //! and never step back.
 
 mod chips;
@@ -161,7 +161,7 @@ struct PowerOn {
 enum Time {
     /// Timers started at this moment (CLOCK_MONOTONIC), with a phase of the PIT carried over.
     Running { since: Duration, phase_ns: u64 },
-    /// Loaded, not yet resumed.
+    /// Loaded, or stopped by [`Machine::hold_time`], and not yet resumed.
     Held(Box<Chips>),
 }
 
@@ -343,6 +343,24 @@ impl Machine {
         }
         self.gate.open();
         self.vcpus.iter().for_each(Vcpu::resume);
+        Ok(())
+    }
+
+    /// Lets time stand still for a paused guest until [`Machine::resume`], as for a loaded one: it never sees how long it was
+    /// paused. Does nothing if time stands still already.
+    pub fn hold_time(&mut self) -> Result<(), MachineError> {
+        self.require_still("stopping its time")?;
+        let Time::Running { since, phase_ns } = &self.time else {
+            return Ok(());
+        };
+        let since_load = chips::monotonic().saturating_sub(*since);
+        let chips = Chips::read(&self.vm, self.vcpus[0].core().host_tsc()?, since_load, *phase_ns)?;
+        for vcpu in &self.vcpus {
+            vcpu.core().hold_time()?;
+        }
+        chips.stop_timer(&self.vm)?;
+        self.vm.hold_clock(Some(chips.clock.now_ns));
+        self.time = Time::Held(Box::new(chips));
         Ok(())
     }
 

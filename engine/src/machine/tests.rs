@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const MEMORY_BYTES: u64 = 16 << 20;
 const SETUP: Setup = Setup {
@@ -458,6 +458,34 @@ fn a_guest_that_stops_while_it_is_paused_is_saved_as_it_is() {
             .count();
     }
     assert!(limited > 0, "it met its limit");
+}
+
+/// The guest's clock and its timer stand still while it is paused, and go on from there, time and again; without that the clock runs
+/// through the pause.
+#[test]
+fn time_that_is_held_stands_still_and_goes_on() {
+    const STILL: Duration = Duration::from_secs(1);
+    let mut bench = Bench::booted();
+    for held in [true, true, false, true] {
+        bench.run_some(3_000, 2);
+        if held {
+            bench.machine.hold_time().expect("holds");
+            bench.machine.hold_time().expect("once is enough");
+        }
+        let clock = bench.machine.clock();
+        let (before, saved) = (clock.now_ns(), bench.save());
+        std::thread::sleep(STILL);
+        if held {
+            assert_eq!(clock.now_ns(), before);
+            assert_eq!(bench.save(), saved, "time is the only thing that moves in a paused machine");
+        }
+        bench.machine.resume().expect("resumes");
+        let passed = Duration::from_nanos(clock.now_ns() - before);
+        bench.machine.pause();
+        // What it stood still is not in it, or all of it is.
+        assert_eq!(passed < STILL, held, "{passed:?}");
+    }
+    bench.run_some(3_000, 2);
 }
 
 #[test]

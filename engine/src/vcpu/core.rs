@@ -28,11 +28,11 @@ pub struct VcpuCore {
     tsc_scaled: bool,
     /// Bytes of the state as last saved.
     saved: Vec<u8>,
-    /// What a load left to [`VcpuCore::start_time`].
+    /// What a load or [`VcpuCore::hold_time`] left to [`VcpuCore::start_time`].
     held: Option<Held>,
 }
 
-/// Parts of a loaded state that move with time: they are set when the guest runs on.
+/// Parts of a loaded or held state that move with time: they are set when the guest runs on.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     time: VcpuTime,
@@ -251,6 +251,25 @@ impl VcpuCore {
             mem.write_slice(&content, GuestAddress(address))
                 .expect("it was readable");
         }
+        Ok(())
+    }
+
+    /// Lets time stand still for a parked vCPU, until [`VcpuCore::start_time`]. Does nothing if it stands still already.
+    pub fn hold_time(&mut self) -> Result<(), KvmError> {
+        if self.held.is_some() {
+            return Ok(());
+        }
+        let fd = &self.fd;
+        let time = VcpuTime {
+            tsc_offset: self.tsc_offset()?,
+            tsc_deadline: msrs::read_one(fd, IA32_TSC_DEADLINE)?,
+        };
+        let mut lapic = fd.get_lapic().map_err(refused("reading the local APIC"))?;
+        let timer = ApicTimer::take(&mut lapic);
+        msrs::write_one(fd, IA32_TSC_DEADLINE, 0)?;
+        fd.set_lapic(&lapic)
+            .map_err(refused("stopping the local APIC's timer"))?;
+        self.held = Some(Held { time, timer });
         Ok(())
     }
 
