@@ -57,7 +57,12 @@ impl Scene {
         if apart {
             lab.cut_link(0, 1, CutDirection::Both).unwrap();
         }
-        let mut system = change(Standalone::new(Rc::clone(&lab), programs, &folder, &Options::default()));
+        let options = Options {
+            // Not what this is about, and a busy machine needs its time.
+            peer_lost_ms: Some(3_000),
+            ..Options::default()
+        };
+        let mut system = change(Standalone::new(Rc::clone(&lab), programs, &folder, &options));
         system.start().unwrap();
         let plan = JudgePlan {
             connect_within: PATIENCE,
