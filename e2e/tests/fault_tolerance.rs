@@ -114,7 +114,11 @@ impl Scene {
         assert_eq!(seat.counters["guest_running"], false);
         assert!(seat.counters["paused_us"].as_u64().is_some_and(|us| us > 0));
         assert!(seat.why.contains("until a standby has joined"), "{}", seat.why);
-        assert_eq!(self.judge.answers(), before, "it was answered although nobody could take over");
+        assert_eq!(
+            self.judge.answers(),
+            before,
+            "it was answered although nobody could take over"
+        );
     }
 
     /// A host that lost everything becomes a spare one.
@@ -227,7 +231,9 @@ fn pace(test: &str, programs: &Programs, target_us: Option<u32>) -> Pace {
     scene.wait_for_answers();
     let looked = |scene: &mut Scene| (Instant::now(), scene.judge.answers(), scene.seat(0));
     let (began, answers, before) = looked(&mut scene);
-    scene.wait_for("a time", |scene| began.elapsed() > WINDOW && scene.judge.answers() > answers + ANSWERS);
+    scene.wait_for("a time", |scene| {
+        began.elapsed() > WINDOW && scene.judge.answers() > answers + ANSWERS
+    });
     let (ended, all_answers, after) = looked(&mut scene);
     let seconds = (ended - began).as_secs_f64();
     let more = |name: &str| after.counter(name).unwrap_or_default() - before.counter(name).unwrap_or_default();
@@ -238,7 +244,14 @@ fn pace(test: &str, programs: &Programs, target_us: Option<u32>) -> Pace {
         held_p90_us: after.counters["held_us_p90"].as_u64().unwrap_or_default(),
         paused_share: more("pause_us_total") / 1e6 / seconds,
     };
-    println!("target {target_us:?}: {pace:?}");
+    println!(
+        "target {target_us:?} us: {:.0} epochs and {:.0} answers a second, output held {} us (p50), {} us (p90), guest paused {:.1} %",
+        pace.epochs_per_s,
+        pace.answers_per_s,
+        pace.held_p50_us,
+        pace.held_p90_us,
+        pace.paused_share * 100.0
+    );
     scene.expect_clean();
     pace
 }

@@ -422,7 +422,10 @@ fn a_guest_that_may_not_run_alone_is_stopped_and_started_while_it_stands_still()
     pair.wait_alone(0, true);
     assert_eq!(pair.status()["vms"][0]["paused"], true);
     let (_, table) = pair.ftvm(&["status", "--daemon", &pair.sockets()], None);
-    assert!(table.contains("no, paused") && table.contains("until a standby has joined"), "{table}");
+    assert!(
+        table.contains("no, paused") && table.contains("until a standby has joined"),
+        "{table}"
+    );
     let refused = |pair: &Pair, command: &str| {
         let (done, text) = pair.ftvm(&[command, "--vm", "demo", "--daemon", &pair.sockets()], None);
         assert!(!done, "{text}");
@@ -437,7 +440,9 @@ fn a_guest_that_may_not_run_alone_is_stopped_and_started_while_it_stands_still()
     pair.wait_alone(0, true);
     pair.start_daemon(1);
     pair.wait_protected(Some(0));
-    pair.wait("running", |_| pair.seat(0)["engine"]["counters"]["guest_running"] == true);
+    pair.wait("running", |_| {
+        pair.seat(0)["engine"]["counters"]["guest_running"] == true
+    });
     // The successor stands still, too, until it has a standby.
     pair.kill_daemon(0);
     pair.kill_engine_of(0);
@@ -453,7 +458,10 @@ fn a_running_engine_hears_that_its_guest_may_not_run_alone_any_more_and_that_it_
     pair.kill_engine_of(1);
     pair.wait_alone(0, false);
     let engine = pair.pid(0);
-    for (config, paused) in [(pair.pausing_seat_config(0, 1), true), (pair.seat_config(0, Some(1)), false)] {
+    for (config, paused) in [
+        (pair.pausing_seat_config(0, 1), true),
+        (pair.seat_config(0, Some(1)), false),
+    ] {
         let request = json!({ "request": "apply_seat", "seat": config });
         let answer = daemon::ask(&pair.socket(0), &request, PATIENCE).unwrap();
         assert_eq!(answer["response"], "done", "{answer}");

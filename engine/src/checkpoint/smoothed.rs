@@ -37,7 +37,10 @@ mod tests {
             smoothed.add(ms(n));
         }
         let upper = smoothed.upper();
-        assert!(upper >= Duration::from_millis(4) && upper < Duration::from_millis(8), "{upper:?}");
+        assert!(
+            upper >= Duration::from_millis(4) && upper < Duration::from_millis(8),
+            "{upper:?}"
+        );
         smoothed.add(Duration::from_millis(500));
         assert!(smoothed.upper() > Duration::from_millis(60));
         for n in 0..64 {

@@ -66,7 +66,11 @@ impl Driver {
 
     pub(super) fn set_gate(&mut self, gate: Gate) {
         self.gate = gate;
-        let gate = if self.holds(&self.core.status()) { Gate::Closed } else { gate };
+        let gate = if self.holds(&self.core.status()) {
+            Gate::Closed
+        } else {
+            gate
+        };
         match gate {
             Gate::Closed => self.seat.outbox.close(),
             Gate::Through(epoch) => self.seat.outbox.release_through(self.but_the_last(epoch)),

@@ -75,7 +75,10 @@ impl Driver {
     fn works_on_epoch(&self) -> bool {
         match self.guest {
             Guest::Running => true,
-            Guest::Held => self.leading.as_ref().is_some_and(|leading| leading.stage == Stage::JoinCut),
+            Guest::Held => self
+                .leading
+                .as_ref()
+                .is_some_and(|leading| leading.stage == Stage::JoinCut),
             Guest::None | Guest::Paused => false,
         }
     }

@@ -191,7 +191,11 @@ impl Takeover {
 
     /// The guest stood still for want of a standby, and runs now.
     pub fn runs_after_all(&mut self) {
-        if self.trace.as_ref().is_some_and(|trace| trace.at(Step::Running).is_none()) {
+        if self
+            .trace
+            .as_ref()
+            .is_some_and(|trace| trace.at(Step::Running).is_none())
+        {
             self.reached(Step::Running);
         }
     }

@@ -477,7 +477,11 @@ fn time_that_is_held_stands_still_and_goes_on() {
         std::thread::sleep(STILL);
         if held {
             assert_eq!(clock.now_ns(), before);
-            assert_eq!(bench.save(), saved, "time is the only thing that moves in a paused machine");
+            assert_eq!(
+                bench.save(),
+                saved,
+                "time is the only thing that moves in a paused machine"
+            );
         }
         bench.machine.resume().expect("resumes");
         let passed = Duration::from_nanos(clock.now_ns() - before);

@@ -65,7 +65,11 @@ impl Seat {
     fn tell_protection(&self, connection: &Connection) -> bool {
         let mut inner = self.inner();
         let what = inner.config.protection();
-        if inner.engine.as_ref().is_none_or(|engine| !engine.protection.lacks(&what)) {
+        if inner
+            .engine
+            .as_ref()
+            .is_none_or(|engine| !engine.protection.lacks(&what))
+        {
             return true;
         }
         let order = Command::SetProtection {
