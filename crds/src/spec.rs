@@ -259,8 +259,7 @@ pub struct FaultTolerance {
     pub mode: Mode,
     /// Bounds of an epoch's length. The guest's output waits for the end of its epoch.
     pub interval: Interval,
-    /// Added latency in milliseconds that is aimed at within the bounds of interval: longer epochs cost the guest less. If missing,
-    /// epochs are as short as the load allows.
+    /// Added latency in milliseconds that is aimed at within the bounds of interval. If missing, epochs are as short as the load allows.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub target_latency_ms: Option<u32>,
