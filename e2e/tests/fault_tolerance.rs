@@ -60,6 +60,7 @@ impl Scene {
         let options = Options {
             // Not what this is about, and a busy machine needs its time.
             peer_lost_ms: Some(3_000),
+            memory_mib: 48,
             ..Options::default()
         };
         let mut system = change(Standalone::new(Rc::clone(&lab), programs, &folder, &options));
