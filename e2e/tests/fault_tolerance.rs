@@ -14,7 +14,7 @@ use ftvm_e2e::demo::programs::{self, Profile, Programs};
 use ftvm_e2e::demo::standalone::Standalone;
 use ftvm_e2e::demo::system::{Role, Seat, System};
 use ftvm_e2e::demo::{GUEST_ADDRESS, Options, place};
-use ftvm_e2e::guest_protocol::DEFAULT_PORT;
+use ftvm_e2e::guest_protocol::{DEFAULT_PORT, Op};
 use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::hosts::{CutDirection, Lab, LabPlan};
 use ftvm_e2e::judge::client::{self, Judge, JudgePlan};
@@ -96,6 +96,14 @@ impl Scene {
         });
     }
 
+    /// Waits until the guest answers, and lets it write no more memory than it needs: that is not what this is about, and with little
+    /// of it to copy a slow machine has short epochs, too.
+    fn calm(&mut self) {
+        self.judge.ask(Op::SetChurn, 0, 0).expect("the guest answers");
+        self.judge.go_on();
+        self.wait_for_answers();
+    }
+
     /// Waits for answers to what is asked from now on.
     fn wait_for_answers(&mut self) {
         let goal = self.judge.answers() + ANSWERS;
@@ -148,7 +156,7 @@ fn with_pause_nothing_is_answered_while_nobody_could_take_over() {
     test_inside("with_pause_nothing_is_answered_while_nobody_could_take_over", || {
         let mut scene = Scene::new("pause", &programs, false, Standalone::with_pause);
         scene.wait_for_protection(0);
-        scene.wait_for_answers();
+        scene.calm();
         // A planned hand-over leaves no time without protection.
         scene.system.hand_over(0).unwrap();
         scene.wait_for_protection(1);
@@ -184,7 +192,7 @@ fn without_pause_the_same_blow_is_answered_through() {
     test_inside("without_pause_the_same_blow_is_answered_through", || {
         let mut scene = Scene::new("continue", &programs, false, |system| system);
         scene.wait_for_protection(0);
-        scene.wait_for_answers();
+        scene.calm();
         scene.lab.host(0).kill().unwrap();
         scene.wait_for("successor", |scene| {
             scene.system.seat(1).is_some_and(|seat| seat.role == Role::Active)
@@ -208,7 +216,7 @@ fn with_pause_the_first_start_waits_for_a_standby() {
         assert_eq!(seat.counters["released_items"], 0, "{seat:?}");
         scene.lab.mend_links().unwrap();
         scene.wait_for_protection(0);
-        scene.wait_for_answers();
+        scene.calm();
         assert!(scene.seat(0).counter("released_items").is_some_and(|items| items > 0.0));
         scene.expect_clean();
     });
@@ -229,7 +237,7 @@ fn pace(test: &str, programs: &Programs, target_us: Option<u32>) -> Pace {
     let checkpoint = json!({ "target_latency_us": target_us });
     let mut scene = Scene::new(test, programs, false, |system| system.with_checkpoint(checkpoint));
     scene.wait_for_protection(0);
-    scene.wait_for_answers();
+    scene.calm();
     let looked = |scene: &mut Scene| (Instant::now(), scene.judge.answers(), scene.seat(0));
     let (began, answers, before) = looked(&mut scene);
     scene.wait_for("a time", |scene| {
