@@ -1,15 +1,16 @@
 //! KVM: what this program needs of it beyond what the `kvm-ioctls` crate offers.
 
 mod cpuid;
-mod cpuid_names;
 mod dirty;
 pub(crate) mod ioctl;
 mod open;
 mod vm;
 
-pub(crate) use cpuid::tsc_alike;
-pub use cpuid::{CpuBaseline, CpuError, CpuOffer, CpuidLeaf};
+pub use cpuid::cpu_of_host;
+pub(crate) use cpuid::cpuid_of_vcpu;
 pub use dirty::{DEFAULT_RING_ENTRIES, DirtySource};
+pub(crate) use ftvm_cpu::tsc_alike;
+pub use ftvm_cpu::{CpuBaseline, CpuError, CpuOffer};
 pub use open::{Capabilities, Kvm};
 pub use vm::{GsiLine, Vm};
 

@@ -27,7 +27,7 @@ use crate::boot::{self, BootError, BootSource};
 use crate::devices::bus::Buses;
 use crate::devices::event::DeviceEvents;
 use crate::devices::irq::{GuestClock, IrqLine, MsiSender, NotifyRegistrar};
-use crate::kvm::{CpuBaseline, CpuError, CpuOffer, Kvm, KvmError, Vm};
+use crate::kvm::{CpuBaseline, CpuError, CpuOffer, Kvm, KvmError, Vm, cpu_of_host};
 use crate::memory::{DirtyPages, GuestRam, MemoryError};
 use crate::pause::PauseGate;
 use crate::pause::clock::{PauseClock, Step};
@@ -180,7 +180,7 @@ impl Machine {
         E: Into<Box<dyn StdError + Send + Sync>>,
     {
         config.check()?;
-        let host = CpuBaseline::of_host(kvm)?;
+        let host = cpu_of_host(kvm)?;
         let tsc_scaling = kvm.capabilities().tsc_scaling;
         let baseline = match &config.cpu {
             Some(baseline) => {

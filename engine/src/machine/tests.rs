@@ -626,10 +626,10 @@ fn impossible_machines_are_refused() {
     assert!(refuse(&MachineConfig::new(MEMORY_BYTES, 17)).contains("choose 1 to 16"));
     assert!(refuse(&MachineConfig::new(1 << 42, 1)).contains("give the guest less"));
     assert!(refuse(&MachineConfig::new(12345, 1)).contains("multiple of 4096"));
-    let mut cpu = CpuBaseline::of_host(&kvm).expect("baseline");
+    let mut cpu = cpu_of_host(&kvm).expect("baseline");
     let leaf = cpu.leaves.iter_mut().find(|leaf| leaf.leaf == 7).expect("leaf 7");
     leaf.registers[1] |= 1 << 16 | 1 << 17;
-    if CpuBaseline::of_host(&kvm).expect("baseline").check(&cpu, true).is_err() {
+    if cpu_of_host(&kvm).expect("baseline").check(&cpu, true).is_err() {
         let config = MachineConfig {
             cpu: Some(cpu),
             ..MachineConfig::new(MEMORY_BYTES, 1)

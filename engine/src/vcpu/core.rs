@@ -3,7 +3,7 @@
 use super::msrs::{self, IA32_TSC, IA32_TSC_DEADLINE, KVM_WALL_CLOCKS, MsrList};
 use super::state::{ApicTimer, VcpuState, VcpuTime, encode};
 use crate::kvm::ioctl::{self, Abi};
-use crate::kvm::{CpuBaseline, Kvm, KvmError, Vm, failed, refused, tsc_alike};
+use crate::kvm::{CpuBaseline, Kvm, KvmError, Vm, cpuid_of_vcpu, failed, refused, tsc_alike};
 use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_mp_state, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 use std::sync::Arc;
@@ -56,7 +56,7 @@ impl VcpuCore {
             fd.set_tsc_khz(baseline.tsc_khz)
                 .map_err(refused("setting the TSC frequency"))?;
         }
-        fd.set_cpuid2(&baseline.for_vcpu(index, count)?)
+        fd.set_cpuid2(&cpuid_of_vcpu(baseline, index, count)?)
             .map_err(refused("setting the CPU's features"))?;
         // As few machine check banks as KVM allows: errors of the host's memory are not passed on.
         if let Err(error) = ioctl::setup_mce(&fd, 1) {
@@ -310,6 +310,7 @@ impl VcpuCore {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvm::cpu_of_host;
     use crate::memory::GuestRam;
 
     /// What the instruction reads is what KVM counts with.
@@ -318,7 +319,7 @@ mod tests {
         let kvm = Kvm::open().expect("KVM");
         let ram = Arc::new(GuestRam::new(2 << 20, false).expect("RAM"));
         let vm = Arc::new(Vm::new(&kvm, ram, 0).expect("VM"));
-        let baseline = CpuBaseline::of_host(&kvm).expect("baseline");
+        let baseline = cpu_of_host(&kvm).expect("baseline");
         let mut core = VcpuCore::new(&kvm, &vm, 0, 1, &baseline, None).expect("vCPU");
         assert!(!core.tsc_scaled);
         for _ in 0..100 {

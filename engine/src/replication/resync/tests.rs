@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use ftvm_protocol::wire::Kind;
 
 use super::*;
-use crate::kvm::{CpuBaseline, CpuOffer, Kvm};
+use crate::kvm::{CpuBaseline, CpuOffer, Kvm, cpu_of_host};
 use crate::replication::epoch::{
     DiskChange, DiskData, EpochReceiver, EpochSender, FrameSink, SealedEpoch, StagedEpoch, StagingLimits,
 };
@@ -75,8 +75,7 @@ fn limits() -> StagingLimits {
 
 /// What seats of this host offer. KVM is asked once.
 fn offer() -> CpuOffer {
-    static HOST: LazyLock<CpuBaseline> =
-        LazyLock::new(|| CpuBaseline::of_host(&Kvm::open().expect("KVM")).expect("baseline"));
+    static HOST: LazyLock<CpuBaseline> = LazyLock::new(|| cpu_of_host(&Kvm::open().expect("KVM")).expect("baseline"));
     CpuOffer {
         host: HOST.clone(),
         machine: HOST.clone(),

@@ -1,6 +1,6 @@
 //! Names of CPU features for messages, as Linux shows them in /proc/cpuinfo.
 
-use super::cpuid::Register;
+use crate::Register;
 
 /// (leaf, subleaf, register, bit, name)
 const NAMES: &[(u32, u32, Register, u32, &str)] = {
@@ -89,7 +89,7 @@ const NAMES: &[(u32, u32, Register, u32, &str)] = {
 };
 
 /// The feature's name, or where its bit is.
-pub(super) fn feature_name(leaf: u32, subleaf: u32, register: Register, bit: u32) -> String {
+pub(crate) fn feature_name(leaf: u32, subleaf: u32, register: Register, bit: u32) -> String {
     let place = format!("CPUID leaf {leaf:#x}.{subleaf} {register:?} bit {bit}");
     NAMES
         .iter()
