@@ -3,6 +3,7 @@
 //!
 //! No client and no engine in here. `docs/kubernetes.md` says who writes what.
 
+pub mod cpu;
 pub mod lease;
 pub mod mac;
 pub mod names;

@@ -28,6 +28,10 @@ pub const ANNOTATION_NODES: &str = "ftvm.dev/nodes";
 pub const ANNOTATION_SEAT_STATUS: &str = "ftvm.dev/seat-status";
 /// Annotation on a seat's pod: [`crate::seat::SeatRequest`].
 pub const ANNOTATION_REQUEST: &str = "ftvm.dev/request";
+/// Annotation on a node: the CPU that it can give to guests ([`crate::cpu::NodeCpu`]).
+pub const ANNOTATION_CPU: &str = "ftvm.dev/cpu";
+/// Label on a node: alike on those that can give the same.
+pub const LABEL_CPU: &str = "ftvm.dev/cpu";
 /// Annotation on a VM, for people: each new value (a time, a word) asks for one switchover.
 pub const ANNOTATION_SWITCHOVER: &str = "ftvm.dev/switchover";
 /// Annotation on a VM, for people: the holder (`SEAT-UUID/16 hex digits`) that is dead and shall be overridden.

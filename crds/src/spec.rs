@@ -91,7 +91,7 @@ pub struct Machine {
     /// Guest memory: a whole number with Mi, Gi or Ti. Both seats' nodes must have it free, and some more for the engine.
     #[schemars(length(max = 12), extend("x-kubernetes-validations" = rules::memory()))]
     pub memory: String,
-    /// CPU features that the guest sees.
+    /// The CPU that the guest sees. It is chosen when the guest starts, and anew when it is started after the VM was halted.
     #[serde(default)]
     pub cpu_baseline: CpuBaseline,
 }
@@ -100,11 +100,13 @@ fn one() -> u8 {
     1
 }
 
-/// CPU features that the guest sees.
+/// The CPU that a guest sees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum CpuBaseline {
-    /// Those of the node where the guest starts. A seat on a node that lacks one of them can't join and names it.
+    /// What the nodes that may have a seat have in common. Seats are placed on nodes that have it.
     #[default]
+    Common,
+    /// That of the node where the guest starts. A seat on a node that lacks one of its features can't join and names it.
     Host,
 }
 

@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::spec::Mode;
+use crate::spec::{CpuBaseline, Mode};
 
 /// Observed state of a fault-tolerant VM. Written by the operator alone, always with the object's resourceVersion.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -46,18 +46,26 @@ pub struct FaultTolerantVMStatus {
     /// UID of the Lease with the arbiter's record, once it was made. Another Lease is never taken for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lease_uid: Option<String>,
+    /// The CPU that the guest sees, chosen before it starts (machine.cpuBaseline Common). It stays until the VM is halted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<ChosenCpu>,
     /// The last time that the guest moved to the other seat.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_failover: Option<Failover>,
     /// The last switchover that was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub switchover: Option<Switchover>,
-    /// Ready, Protected, Resyncing, StorageHealthy, ArbiterReachable. A reason and message say why, and what to do.
+    /// Ready, Protected, Resyncing, StorageHealthy, ArbiterReachable, CpuChosen. A reason and message say why, and what to do.
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
 impl FaultTolerantVMStatus {
+    /// The CPU that the guest's engines have; none while it is not chosen.
+    pub fn cpu_in_force(&self) -> Option<&ChosenCpu> {
+        self.cpu.as_ref().filter(|cpu| !cpu.former)
+    }
+
     /// The condition of this type.
     pub fn condition(&self, kind: &str) -> Option<&Condition> {
         self.conditions.iter().find(|condition| condition.type_ == kind)
@@ -122,6 +130,27 @@ pub struct SeatEntry {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
 }
+
+/// The CPU that was chosen for a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ChosenCpu {
+    /// Common, or Host where nothing could be chosen: then it is that of the node where the guest starts.
+    pub source: CpuBaseline,
+    /// Frequency of the time stamp counter in kHz and all leaves of CPUID, in hexadecimal. Missing with Host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16384))]
+    pub baseline: Option<String>,
+    /// How it came about.
+    #[schemars(length(max = CHOSEN_WHY_LENGTH_MAX))]
+    pub why: String,
+    /// The VM was halted: at the next start another one is chosen, of the same vendor if nodes have that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub former: bool,
+}
+
+/// Longest [`ChosenCpu::why`], in characters.
+pub const CHOSEN_WHY_LENGTH_MAX: usize = 1024;
 
 /// The guest moved to the other seat.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use ftvm_cpu::CpuBaseline;
 use ftvm_engine::control;
 use ftvm_protocol::identity::SeatId;
 use schemars::JsonSchema;
@@ -175,6 +176,10 @@ pub struct MachineConfig {
     pub memory_mib: u64,
     /// vCPUs, 1 to 16.
     pub vcpus: u8,
+    /// The CPU that the guest sees, as `status.cpu.baseline` of a FaultTolerantVM has it: both seats the same. All that the host
+    /// can give if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
 }
 
 /// What the guest boots.
@@ -441,6 +446,9 @@ impl SeatConfig {
                 format!("{} MiB", self.machine.memory_mib),
                 "16 MiB to 1 TiB",
             );
+        }
+        if let Some(Err(error)) = self.machine.cpu.as_deref().map(CpuBaseline::from_text) {
+            return refuse(at("machine.cpu"), error.to_string(), "leave it out, or copy it whole");
         }
         self.check_devices()?;
         for peer in &self.link.peers {

@@ -159,6 +159,12 @@ impl User<'_> {
         self.installed.cluster.patch_as(&self.kubeconfig, &path, patch)
     }
 
+    /// A merge patch of a node, or of what is below it.
+    pub fn patches_node(&self, path: &str, patch: &Value) -> anyhow::Result<String> {
+        let path = format!("/api/v1/nodes/{path}");
+        self.installed.cluster.patch_as(&self.kubeconfig, &path, patch)
+    }
+
     /// Waits until the API server enforces a policy: it reads new ones from a watch.
     pub fn waits_for_refusal(&self, words: &str, attempt: impl Fn(&Self) -> anyhow::Result<String>) {
         wait_for(&format!("the policy says {words:?}"), PATIENCE, || {
@@ -303,7 +309,7 @@ fn typecheck(installed: &Installed) {
         Ok(())
     })
     .unwrap();
-    assert_eq!(checked.len(), 6, "{checked:?}");
+    assert_eq!(checked.len(), 7, "{checked:?}");
     for policy in &checked {
         let warnings = &policy["status"]["typeChecking"]["expressionWarnings"];
         let expected = policy["metadata"]["name"] == wrong;

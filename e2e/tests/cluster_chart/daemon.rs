@@ -253,3 +253,82 @@ fn a_daemon_publishes_the_state_of_its_nodes_seats_alone() {
     installed.unbind("ftvm-node-daemon-pods");
     one.waits_for_success("without the policy the same patch passes", far);
 }
+
+/// (what a daemon may not do to its own node, and what it is told)
+const NODE_PATCHES: &[(&str, &str)] = &[
+    (
+        "may change no label",
+        r#"{"metadata": {"labels": {"node-role.kubernetes.io/control-plane": ""}}}"#,
+    ),
+    ("may change no label", r#"{"metadata": {"labels": {"kept": null}}}"#),
+    (
+        "may change no annotation",
+        r#"{"metadata": {"annotations": {"kept": "other"}}}"#,
+    ),
+    ("may not change a node's spec", r#"{"spec": {"unschedulable": true}}"#),
+    (
+        "may not change a node's spec",
+        r#"{"spec": {"taints": [{"key": "a", "effect": "NoSchedule"}]}}"#,
+    ),
+    (
+        "may not change owners or finalizers",
+        r#"{"metadata": {"finalizers": ["example.com/stay"]}}"#,
+    ),
+    (
+        "is 16 hexadecimal digits",
+        r#"{"metadata": {"labels": {"ftvm.dev/cpu": "much"}}}"#,
+    ),
+];
+
+#[test]
+fn a_daemon_publishes_the_cpu_of_its_own_node_alone() {
+    let installed = Installed::new();
+    let keep = json!({"metadata": {"labels": {"kept": "x"}, "annotations": {"kept": "x"}}}).to_string();
+    for node in ["n1", "n2"] {
+        let words = ["patch", "node", node, "--type=merge", "--patch", &keep];
+        installed.cluster.kubectl(&words).unwrap();
+    }
+    for (pod, node) in [("one", "n1"), ("two", "n2")] {
+        installed.bound_pod(pod, ACCOUNT, node);
+    }
+    let one = installed.account(ACCOUNT, Some("one"));
+    let homeless = installed.account(ACCOUNT, None);
+
+    let publish = json!({"metadata": {
+        "annotations": {"ftvm.dev/cpu": "{}"}, "labels": {"ftvm.dev/cpu": "0123456789abcdef"}
+    }});
+    let far = |user: &User<'_>| user.patches_node("n2", &publish);
+    one.waits_for_refusal("this token is of the node \"n1\"", far);
+    refused(homeless.patches_node("n1", &publish), "this token is of the node \"\"").unwrap();
+    one.patches_node("n1", &publish).unwrap();
+    // The same again is no write: nobody who watches nodes is told anything.
+    let version = || installed.cluster.get(&["node", "n1"]).unwrap()["metadata"]["resourceVersion"].clone();
+    let before = version();
+    one.patches_node("n1", &publish).unwrap();
+    assert_eq!(version(), before);
+    installed
+        .account(ACCOUNT, Some("two"))
+        .patches_node("n2", &publish)
+        .unwrap();
+    for (words, patch) in NODE_PATCHES {
+        let patch: Value = serde_json::from_str(patch).unwrap();
+        refused(one.patches_node("n1", &patch), words).unwrap();
+    }
+    let long = json!({"metadata": {"annotations": {"ftvm.dev/cpu": "x".repeat(16641)}}});
+    refused(one.patches_node("n1", &long), "at most 16640 bytes").unwrap();
+
+    // RBAC gives no other verb, and the policy would not either.
+    let ready = json!({"status": {"conditions": []}});
+    let status = |user: &User<'_>| user.patches_node("n1/status", &ready);
+    refused(status(&one), "cannot patch resource").unwrap();
+    let delete: &[&str] = &["delete", "node", "n1", "--wait=false"];
+    refused(one.does(delete), "cannot delete resource").unwrap();
+    refused(one.does(&["get", "node", "n1"]), "cannot get resource").unwrap();
+    give_everything(&installed, ACCOUNT);
+    one.waits_for_refusal("may neither create nor delete nodes", status);
+    refused(one.does(delete), "may neither create nor delete nodes").unwrap();
+
+    refused(far(&one), "may change no other").unwrap();
+    installed.unbind("ftvm-node-daemon-nodes");
+    one.waits_for_success("without the policy the same patch passes", far);
+}

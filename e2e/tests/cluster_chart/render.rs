@@ -177,7 +177,7 @@ fn switches_switch() {
     for set in value_sets() {
         let values = format!("--values={}", set.display());
         for kind in ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"] {
-            assert_eq!(count(&[&values], kind), 5, "{set:?}");
+            assert_eq!(count(&[&values], kind), 6, "{set:?}");
         }
     }
 }

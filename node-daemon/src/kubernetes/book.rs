@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use ftvm_crds::names::{
     FILE_DISK, FILE_HEADER, FILE_JOURNAL, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PORT_DAEMON, PORT_LINK,
 };
-use ftvm_crds::{Attachment, Contents, FaultTolerantVM, SeatEntry, mac, quantity};
+use ftvm_crds::{Attachment, Contents, CpuBaseline, FaultTolerantVM, SeatEntry, mac, quantity};
 use ftvm_protocol::identity::{SeatId, VmId};
 use k8s_openapi::api::core::v1::Pod;
 use serde::{Deserialize, Serialize};
@@ -174,6 +174,7 @@ fn config(
         machine: MachineConfig {
             memory_mib: bytes(&spec.machine.memory)? >> 20,
             vcpus: spec.machine.vcpus,
+            cpu: cpu(vm)?,
         },
         boot: BootConfig {
             kernel: inside(&spec.boot.kernel),
@@ -202,6 +203,17 @@ fn config(
     };
     config.check_contents().map_err(|error| crate::explain(&error))?;
     Ok(config)
+}
+
+/// The CPU that the operator chose for the guest, which all its seats have; none: that of the node where it starts.
+fn cpu(vm: &FaultTolerantVM) -> Result<Option<String>, String> {
+    if vm.spec.machine.cpu_baseline == CpuBaseline::Host {
+        return Ok(None);
+    }
+    let chosen = vm.status.as_ref().and_then(|status| status.cpu_in_force());
+    let chosen =
+        chosen.ok_or("the operator has not chosen the guest's CPU yet: the VM's condition CpuChosen says why")?;
+    Ok(chosen.baseline.clone())
 }
 
 fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicConfig>, String> {

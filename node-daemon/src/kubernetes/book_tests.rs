@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 const POD: &str = "00000000-0000-4000-8000-00000000000a";
 const PEER: &str = "00000000-0000-4000-8000-00000000000b";
 const VM: &str = "00000000-0000-4000-8000-000000000001";
+const CPU: &str = "tsc=2400000 0:d,756e6547,6c65746e,49656e69 1:806e8,800,80982201,781fbff 80000001:0,0,1,2c100800";
 
 fn vm(change: impl FnOnce(&mut Value)) -> FaultTolerantVM {
     let mut vm = json!({
@@ -21,7 +22,7 @@ fn vm(change: impl FnOnce(&mut Value)) -> FaultTolerantVM {
                 "detectionMs": 400, "interval": {"minMs": 3, "maxMs": 40}, "targetLatencyMs": 15, "whenUnprotected": "Pause",
             },
         },
-        "status": {"seats": [
+        "status": {"cpu": {"source": "Common", "baseline": CPU, "why": "common to 3 nodes"}, "seats": [
             {"name": "web-aaaaa", "podUid": POD, "node": "one", "podIP": "10.0.0.1", "hostIP": "192.0.2.1"},
             {"name": "web-bbbbb", "podUid": PEER, "node": "two", "podIP": "10.0.0.2", "hostIP": "192.0.2.2"},
             {"name": "web-ccccc"},
@@ -48,6 +49,7 @@ fn a_pod_of_the_book_is_a_seat() {
     let config = &seat.config;
     assert_eq!((config.vm.as_str(), config.seat.as_str()), ("shop/web", "web-aaaaa"));
     assert_eq!((config.machine.memory_mib, config.machine.vcpus), (512, 2));
+    assert_eq!(config.machine.cpu.as_deref(), Some(CPU));
     assert_eq!(config.link.listen.to_string(), "10.0.0.1:7000");
     // Whoever has no pod yet is no peer.
     let [peer] = config.link.peers.as_slice() else {
@@ -126,6 +128,28 @@ fn what_is_not_in_the_book_is_no_seat() {
         let refused = seat(&pod, &vm, node).unwrap_err();
         assert!(refused.contains(expected), "{refused}");
     }
+}
+
+/// No engine runs before the operator has chosen: two that chose for themselves might not get on.
+#[test]
+fn the_guests_cpu_is_the_one_that_was_chosen() {
+    let with = |cpu: Value, baseline: &str| {
+        let change = |vm: &mut Value| {
+            vm["status"]["cpu"] = cpu;
+            vm["spec"]["machine"]["cpuBaseline"] = json!(baseline);
+        };
+        seat(&pod(|_| {}), &vm(change), "one").map(|seat| seat.config.machine.cpu)
+    };
+    let host = json!({"source": "Host", "why": "no node has published its CPU"});
+    assert_eq!(with(host.clone(), "Common"), Ok(None));
+    assert_eq!(with(json!(null), "Host"), Ok(None));
+    let refused = with(json!(null), "Common").unwrap_err();
+    assert!(refused.contains("has not chosen the guest's CPU yet"), "{refused}");
+    let former = json!({"source": "Common", "baseline": CPU, "why": "", "former": true});
+    assert!(with(former, "Common").is_err());
+    let damaged = json!({"source": "Common", "baseline": "tsc=1", "why": ""});
+    let refused = with(damaged, "Common").unwrap_err();
+    assert!(refused.contains("machine.cpu: a CPU as text lacks fpu"), "{refused}");
 }
 
 #[test]

@@ -5,13 +5,14 @@
 //!   FaultTolerantVMs ──┴─► book ─► Node: seats ◄─► seat socket
 //!                                   │    └─► engines ─► Leases (arbiter)
 //!                                   └─► annotations and labels of the pods
-//!   kubelet ◄─► device plugin ◄─ KVM self-test
+//!   kubelet ◄─► device plugin ◄─ KVM self-test ─► CPU of the Node
 //! ```
 //!
 //! Without an API server the seats go on: what is genuine was remembered, and everything here is tried again. Two daemons may
 //! run beside each other during an update: the newer one waits for the state folder's lock, ready to take over.
 
 mod book;
+mod cpu;
 pub mod health;
 mod kvm_test;
 mod metrics;
@@ -168,7 +169,8 @@ pub fn run(options: &Options) -> Result<(), StartError> {
                 health: health.clone(),
             },
         ));
-        tokio::spawn(plugin::run(plugin::Options::new(options, folder), tested));
+        tokio::spawn(plugin::run(plugin::Options::new(options, folder), tested.clone()));
+        tokio::spawn(cpu::publish(config.clone(), options.node.clone(), tested));
         watch::run(config, node, health).await;
     });
     Ok(())

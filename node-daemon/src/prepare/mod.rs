@@ -21,6 +21,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ftvm_cpu::{CpuBaseline, TextError};
 use ftvm_engine::control::{
     Boot, Disk, Fd, Files, Identity, Launch, Link, Listener, Nic, Peer, SocketError, VERSION, exit_code,
 };
@@ -69,6 +70,9 @@ pub enum SeatError {
         /// Why, and what to do.
         why: String,
     },
+    /// The guest's CPU.
+    #[error("machine.cpu: {0}: leave it out, or copy it whole")]
+    Cpu(#[from] TextError),
     /// Memory.
     #[error(
         "seat {seat} needs {needed_mib} MiB of guest memory, but this host has {available_mib} MiB available: lower \
@@ -157,6 +161,7 @@ impl SeatError {
             SeatError::Identity(_) | SeatError::UnknownPeer { .. } => exit_code::IDENTITY,
             SeatError::Boot { .. } => exit_code::BOOT,
             SeatError::Kvm { .. } => exit_code::KVM,
+            SeatError::Cpu(_) => exit_code::CPU,
             SeatError::Memory { .. } => exit_code::MEMORY,
             SeatError::Disk { .. } | SeatError::Handed { .. } => exit_code::DISK,
             SeatError::NotYet { .. } => exit_code::ARBITER,
@@ -257,6 +262,7 @@ pub fn prepare(
     let materials = source.open(config, folder)?;
     check_boot(config, &materials)?;
     host::check_memory(config)?;
+    let cpu = config.machine.cpu.as_deref().map(CpuBaseline::from_text).transpose()?;
     let kvm = host::open_kvm("/dev/kvm")?;
     lock_own(config, folder, &materials)?;
     let (taps, listener) = network::open(config, place)?;
@@ -278,6 +284,7 @@ pub fn prepare(
         machine: serde_json::json!({
             "memory_bytes": config.machine.memory_mib << 20,
             "vcpus": config.machine.vcpus,
+            "cpu": cpu,
         }),
         boot: Boot {
             kernel: table.add(materials.kernel),
