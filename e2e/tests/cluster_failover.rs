@@ -3,6 +3,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use ftvm_crds::cpu::NodeCpu;
 use ftvm_e2e::cluster::install::{GUEST_IMAGE, NAMESPACE as SYSTEM, RELEASE};
 use ftvm_e2e::cluster::plan::CLIENT_BRIDGE;
 use ftvm_e2e::cluster::{Cluster, Component, NodeProgram, wait_for};
@@ -23,8 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(180);
 fn a_machine_lives_through_everything() -> anyhow::Result<()> {
     let options = Options {
         fault: Fault::None,
-        // Each replaced seat leaves a volume behind, each `helm test` two, and ten machines at once need twenty.
-        rounds: 18,
+        // Each replaced seat leaves a volume behind, each `helm test` and each small machine two, and ten machines at once need twenty.
+        rounds: 20,
         ..Options::default()
     };
     let progress = Progress::new();
@@ -251,7 +252,67 @@ fn deleted(cluster: &Cluster) -> anyhow::Result<()> {
     missing_image(cluster)?;
     strange_lease(cluster)?;
     helm_test(cluster)?;
-    ten_at_once(cluster)
+    ten_at_once(cluster)?;
+    common_cpu(cluster)
+}
+
+/// A node that has less than the others is away: nobody knows when it comes back, so no guest sees what it lacks.
+fn common_cpu(cluster: &Cluster) -> anyhow::Result<()> {
+    let real = cluster.get(&["node", &cluster.nodes()[0].name()])?;
+    let value = |of: &str| {
+        real["metadata"][of]["ftvm.dev/cpu"]
+            .as_str()
+            .context("nothing published")
+    };
+    let mut cpu = NodeCpu::read(value("annotations")?, Some(value("labels")?))?;
+    let leaf = cpu
+        .baseline
+        .leaves
+        .iter_mut()
+        .find(|leaf| (leaf.leaf, leaf.subleaf) == (7, 0));
+    let registers = &mut leaf.context("no leaf 7")?.registers;
+    let [_, all, ..] = *registers;
+    // adx, smap, erms, bmi2, bmi1: whichever this machine has.
+    let bit = [19, 20, 9, 8, 3].into_iter().find(|bit| all & (1 << bit) != 0);
+    let less = all & !(1 << bit.context("this machine has nothing to leave out")?);
+    registers[1] = less;
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": "away", "labels": {"ftvm.dev/cpu": cpu.label()}, "annotations": {"ftvm.dev/cpu": cpu.annotation()}},
+    });
+    cluster.apply(&node.to_string())?;
+    let offer =
+        json!({"status": {"allocatable": {"ftvm.dev/seat": "1"}, "capacity": {"ftvm.dev/seat": "1"}}}).to_string();
+    cluster.kubectl(&[
+        "patch",
+        "node",
+        "away",
+        "--subresource=status",
+        "--type=merge",
+        "--patch",
+        &offer,
+    ])?;
+    cluster.apply(&small("less", GUEST_IMAGE).to_string())?;
+    wait_condition(cluster, "less", "Protected", "True", "StandbyFollows")?;
+    let said = wait_condition(cluster, "less", "CpuChosen", "True", "Common")?;
+    ensure!(said.contains("common to 4 nodes"), "{said}");
+    let vm = cluster.get(&["ftvm", "--namespace", NAMESPACE, "less"])?;
+    ensure!(
+        vm["status"]["cpu"]["baseline"] == json!(cpu.baseline.to_text()),
+        "{}",
+        vm["status"]
+    );
+    // The guest itself says what it sees.
+    let label = "--selector=ftvm.dev/vm=less,ftvm.dev/role=active";
+    let told = format!("CPUID leaf 7: {less:x},");
+    wait_for("the guest has said what its CPU is", PATIENCE, || {
+        let log = cluster.kubectl(&["logs", "--namespace", NAMESPACE, label, "--tail=-1"])?;
+        ensure!(log.contains(&told), "no {told:?} in: {log}");
+        Ok(())
+    })?;
+    cluster.kubectl(&["delete", "ftvm", "less", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "node", "away"])?;
+    Ok(())
 }
 
 /// A small machine that nobody asks anything.

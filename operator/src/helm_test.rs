@@ -475,7 +475,7 @@ fn vm(options: &Options, run: &str) -> FaultTolerantVM {
         machine: Machine {
             vcpus: 1,
             memory: options.memory.clone(),
-            cpu_baseline: CpuBaseline::Host,
+            cpu_baseline: CpuBaseline::default(),
         },
         boot: Boot {
             image: Some(GuestImage {

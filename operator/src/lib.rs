@@ -6,6 +6,7 @@
 pub mod api;
 pub mod build;
 pub mod caches;
+pub mod cpu;
 pub mod decide;
 pub mod helm_test;
 pub mod metrics;

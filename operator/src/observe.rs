@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use ftvm_crds::lease::{self, LeaseError};
-use ftvm_crds::names::{ANNOTATION_NODES, LABEL_SEAT, LABEL_VM, RESOURCE_SEAT};
+use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_NODES, LABEL_SEAT, LABEL_VM, RESOURCE_SEAT};
 use ftvm_crds::seat::{AnnotationError, SeatPublished, SeatRequest};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus};
 use ftvm_protocol::identity::VmId;
 use ftvm_protocol::record::Snapshot;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod, Taint};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
@@ -124,8 +125,14 @@ pub struct NodeSeen {
     pub schedulable: bool,
     /// Seats that its device plugin offers.
     pub seats: i64,
+    /// The same, and those that are out of order now.
+    pub seats_in_all: i64,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
+    /// Its taints.
+    pub taints: Vec<Taint>,
+    /// What its daemon says of its CPU: the annotation as it is, read when a CPU is chosen.
+    pub cpu: Option<String>,
 }
 
 impl Observed {
@@ -256,14 +263,23 @@ pub fn node(node: &Node) -> (String, NodeSeen) {
     let ready = conditions
         .into_iter()
         .any(|condition| condition.type_ == "Ready" && condition.status == "True");
-    let allocatable = status.and_then(|status| status.allocatable.as_ref());
-    let seats = allocatable.and_then(|resources| resources.get(RESOURCE_SEAT)?.0.parse().ok());
+    let seats = |resources: Option<&BTreeMap<String, Quantity>>| {
+        let seats = resources.and_then(|resources| resources.get(RESOURCE_SEAT)?.0.parse().ok());
+        seats.unwrap_or(0)
+    };
     let unschedulable = node.spec.as_ref().and_then(|spec| spec.unschedulable);
     let seen = NodeSeen {
         ready,
         schedulable: !unschedulable.unwrap_or(false),
-        seats: seats.unwrap_or(0),
+        seats: seats(status.and_then(|status| status.allocatable.as_ref())),
+        seats_in_all: seats(status.and_then(|status| status.capacity.as_ref())),
         labels: node.labels().clone(),
+        taints: node
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.taints.clone())
+            .unwrap_or_default(),
+        cpu: node.annotations().get(ANNOTATION_CPU).cloned(),
     };
     (node.name_any(), seen)
 }

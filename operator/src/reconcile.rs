@@ -14,6 +14,7 @@ use kube::{Client, Resource, ResourceExt};
 use crate::api::{ApiError, Objects};
 use crate::build::{self, SeatImage};
 use crate::caches::Caches;
+use crate::cpu;
 use crate::decide::{self, Action, Want, decide, want};
 use crate::metrics::Metrics;
 use crate::observe::Observed;
@@ -160,7 +161,9 @@ async fn apply(
         }
         Action::CreatePod { seat } => {
             let Some(entry) = entry(seat) else { return Ok(vm) };
-            objects.create(&build::pod(&vm, &entry, &context.image)?).await?;
+            let unfit = cpu::chosen(&vm).map(|baseline| cpu::unfit_labels(seen, &baseline));
+            let pod = build::pod(&vm, &entry, &context.image, unfit.as_ref())?;
+            objects.create(&pod).await?;
         }
         Action::Admit { seat, uid } => {
             objects.issue_identity(&vm, seat, uid).await?;

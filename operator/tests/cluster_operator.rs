@@ -8,6 +8,7 @@ use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::{Cluster, Options, wait_for};
 use serde_json::{Value, json};
 
+mod cpus;
 mod refused;
 
 /// Long enough for a busy machine; nothing is judged by it.
@@ -389,5 +390,88 @@ fn halt_and_delete(cluster: &Cluster) -> anyhow::Result<()> {
         Ok(())
     })?;
     assert!(Path::new(&cluster.folder()).exists());
+    Ok(())
+}
+
+/// Waits until the VM's CPU is chosen, or not, for this reason; the nodes are alive meanwhile.
+fn wait_cpu(cluster: &Cluster, nodes: &[&str], reason: &str, words: &str) -> anyhow::Result<Value> {
+    wait_for(&format!("CpuChosen says {reason}: {words}"), PATIENCE, || {
+        for node in nodes {
+            cpus::beat(cluster, node)?;
+        }
+        let vm = cluster.get(&["ftvm", "web"])?;
+        let (found, message) = condition(&vm, "CpuChosen");
+        ensure!(found == reason && message.contains(words), "{found}: {message}");
+        Ok(vm)
+    })
+}
+
+/// Waits for pods of two seats, other ones than these; they keep away from the node of the other maker.
+fn wait_seats(cluster: &Cluster, before: &[String]) -> anyhow::Result<Vec<String>> {
+    wait_for("seats are made where they can be", PATIENCE, || {
+        let pods = cluster.get(&["pods", "--selector=ftvm.dev/vm=web"])?;
+        let pods = pods["items"].as_array().context("no list")?;
+        let uids: Vec<String> = pods.iter().map(|pod| pod["metadata"]["uid"].to_string()).collect();
+        ensure!(
+            uids.len() == 2 && !uids.iter().any(|uid| before.contains(uid)),
+            "{uids:?}"
+        );
+        for pod in pods {
+            let terms = &pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+            let expected = json!([
+                {"key": "ftvm.dev/cpu", "operator": "Exists"},
+                {"key": "ftvm.dev/cpu", "operator": "NotIn", "values": [cpus::amd().label()]},
+            ]);
+            assert_eq!(terms["nodeSelectorTerms"][0]["matchExpressions"], expected);
+        }
+        Ok(uids)
+    })
+}
+
+/// Nodes that are objects alone: what they publish decides what the guest sees, before anything is made for it.
+#[test]
+fn the_guests_cpu_is_what_the_nodes_have_in_common() -> anyhow::Result<()> {
+    let cluster = cluster()?;
+    cluster.kubectl(&["create", "namespace", "ftvm-system"])?;
+    let mut operator = Operator::start(&cluster, "one")?;
+    let names = ["rich", "amd", "late"];
+    for (name, cpu) in [("rich", cpus::rich()), ("amd", cpus::amd())] {
+        cpus::make(&cluster, name)?;
+        cpus::publish(&cluster, name, &cpu.annotation(), &cpu.label())?;
+    }
+    cluster.apply(&example("web", Some("local")).to_string())?;
+    let vm = wait_cpu(&cluster, &names[..2], "NoCommonCpu", "amd (AuthenticAMD")?;
+    assert_eq!(condition(&vm, "Protected").0, "NoCommonCpu");
+    let pods = || cluster.kubectl(&["get", "pods,pvc", "--selector=ftvm.dev/vm=web", "--output=name"]);
+    assert_eq!(pods()?, "", "nothing is made in vain");
+    wait_for("an event tells it, too", PATIENCE, || {
+        let events = cluster.kubectl(&["get", "events", "--field-selector", "involvedObject.name=web"])?;
+        ensure!(events.contains("NoCommonCpu"), "{events}");
+        Ok(())
+    })?;
+    // A damaged annotation is named, and no more believed than none.
+    let poor = cpus::poor();
+    cpus::make(&cluster, "late")?;
+    cpus::publish(&cluster, "late", &poor.annotation(), &cpus::rich().label())?;
+    wait_cpu(&cluster, &names, "NoCommonCpu", "late (its label ftvm.dev/cpu is not")?;
+    cpus::publish(&cluster, "late", &poor.annotation(), &poor.label())?;
+    let vm = wait_cpu(&cluster, &names, "Common", "common to 2 nodes: late, rich")?;
+    let chosen = vm["status"]["cpu"]["baseline"].clone();
+    assert_eq!(chosen, json!(poor.baseline.to_text()));
+    let first = wait_seats(&cluster, &[])?;
+    // Another operator finds other nodes, and keeps what was chosen.
+    operator.kill();
+    cpus::publish(&cluster, "late", &cpus::rich().annotation(), &cpus::rich().label())?;
+    let _operator = Operator::start(&cluster, "two")?;
+    cluster.kubectl(&["delete", "pods", "--selector=ftvm.dev/vm=web"])?;
+    wait_seats(&cluster, &first)?;
+    let vm = wait_cpu(&cluster, &names, "Common", "common to 2 nodes: late, rich")?;
+    assert_eq!(vm["status"]["cpu"]["baseline"], chosen);
+    // Halted and started it chooses anew.
+    run_strategy(&cluster, "Halted")?;
+    wait_cpu(&cluster, &names, "NotChosen", "")?;
+    run_strategy(&cluster, "Always")?;
+    let vm = wait_cpu(&cluster, &names, "Common", "common to 2 nodes: late, rich")?;
+    assert_eq!(vm["status"]["cpu"]["baseline"], json!(cpus::rich().baseline.to_text()));
     Ok(())
 }

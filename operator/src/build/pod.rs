@@ -1,17 +1,18 @@
 //! The pod of a seat.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ftvm_crds::names::{
-    CONTAINER, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PORT_LINK, RESOURCE_SEAT, claim_name,
+    CONTAINER, LABEL_CPU, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PORT_LINK, RESOURCE_SEAT, claim_name,
     identity_secret_name,
 };
 use ftvm_crds::quantity::{self, QuantityError};
 use ftvm_crds::{FaultTolerantVM, PullPolicy, SeatEntry};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, Container, ContainerPort, ExecAction, ImageVolumeSource, LocalObjectReference,
-    PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe,
-    ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+    NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod,
+    PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe, ResourceRequirements, SeccompProfile,
+    SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -27,11 +28,17 @@ const GRACE_SECONDS: i64 = 60;
 /// Of the engine itself, beside the guest's memory and what is in flight of it.
 const OVERHEAD_BYTES: u64 = 256 << 20;
 
-/// The pod of a seat. Its claims exist; its identity is made for its UID.
+/// The pod of a seat. Its claims exist; its identity is made for its UID. Where a CPU was chosen, `unfit` has the values of the
+/// label of nodes that can't give it.
 ///
 /// # Errors
 /// If the VM's memory is no size, which the API server's rules prevent.
-pub fn pod(vm: &FaultTolerantVM, entry: &SeatEntry, image: &SeatImage) -> Result<Pod, QuantityError> {
+pub fn pod(
+    vm: &FaultTolerantVM,
+    entry: &SeatEntry,
+    image: &SeatImage,
+    unfit: Option<&BTreeSet<String>>,
+) -> Result<Pod, QuantityError> {
     let placement = &vm.spec.placement;
     let wishes = placement.seats.get(usize::from(entry.slot));
     let selector = wishes
@@ -55,7 +62,10 @@ pub fn pod(vm: &FaultTolerantVM, entry: &SeatEntry, image: &SeatImage) -> Result
             enable_service_links: Some(false),
             termination_grace_period_seconds: Some(GRACE_SECONDS),
             node_selector: selector,
-            affinity: Some(apart(vm)),
+            affinity: Some(Affinity {
+                node_affinity: unfit.map(with_cpu),
+                ..apart(vm)
+            }),
             tolerations: Some(tolerations(vm)),
             priority_class_name: placement.priority_class_name.clone(),
             image_pull_secrets: (!secrets.is_empty())
@@ -223,6 +233,29 @@ fn apart(vm: &FaultTolerantVM) -> Affinity {
             preferred_during_scheduling_ignored_during_execution: None,
         }),
         ..Affinity::default()
+    }
+}
+
+/// On nodes that have published their CPU, but for those that are known not to have what the guest needs. So a node that comes later
+/// is tried; its engine says what it lacks.
+fn with_cpu(unfit: &BTreeSet<String>) -> NodeAffinity {
+    let requirement = |operator: &str, values: Option<Vec<String>>| NodeSelectorRequirement {
+        key: LABEL_CPU.to_owned(),
+        operator: operator.to_owned(),
+        values,
+    };
+    let mut expressions = vec![requirement("Exists", None)];
+    if !unfit.is_empty() {
+        expressions.push(requirement("NotIn", Some(unfit.iter().cloned().collect())));
+    }
+    NodeAffinity {
+        required_during_scheduling_ignored_during_execution: Some(NodeSelector {
+            node_selector_terms: vec![NodeSelectorTerm {
+                match_expressions: Some(expressions),
+                match_fields: None,
+            }],
+        }),
+        preferred_during_scheduling_ignored_during_execution: None,
     }
 }
 

@@ -46,7 +46,7 @@ fn snapshot<T: Serialize>(name: &str, object: &T) {
 
 #[test]
 fn pods() {
-    snapshot("pod.yaml", &pod(&vm(), &entry(), &image()).unwrap());
+    snapshot("pod.yaml", &pod(&vm(), &entry(), &image(), None).unwrap());
 }
 
 #[test]
@@ -65,7 +65,8 @@ boot: {volume: {claimName: guest}, kernel: /boot/linux}
     vm.spec.placement = serde_json::from_value(wishes["placement"].clone()).unwrap();
     vm.spec.resources = serde_json::from_value(wishes["resources"].clone()).unwrap();
     vm.spec.boot = serde_json::from_value(wishes["boot"].clone()).unwrap();
-    snapshot("pod-wishes.yaml", &pod(&vm, &entry(), &image()).unwrap());
+    let unfit = ["0123456789abcdef".to_owned()].into();
+    snapshot("pod-wishes.yaml", &pod(&vm, &entry(), &image(), Some(&unfit)).unwrap());
 }
 
 #[test]
@@ -86,7 +87,7 @@ fn sizes_that_are_none_are_errors() {
     let mut vm = vm();
     vm.spec.machine.memory = "lots".to_owned();
     vm.spec.disks[0].size = "1".to_owned();
-    assert!(pod(&vm, &entry(), &image()).is_err());
+    assert!(pod(&vm, &entry(), &image(), None).is_err());
     assert!(claim(&vm, &entry(), 0).is_err());
 }
 

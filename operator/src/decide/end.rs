@@ -33,6 +33,12 @@ pub(super) fn end(seen: &Observed, decision: &mut Decision) {
         release(seen, decision);
     }
     decision.at_rest = pods_gone;
+    if !goes && pods_gone && decision.book.iter().all(|entry| entry.pod_uid.is_none()) {
+        // The next start chooses anew. Where no guest ran there are no volumes to go back to.
+        let ran = found.as_ref().is_some_and(|record| !is_genesis(record));
+        decision.cpu = decision.cpu.take().filter(|cpu| ran && cpu.baseline.is_some());
+        decision.cpu.iter_mut().for_each(|cpu| cpu.former = true);
+    }
 }
 
 /// A VM whose guest never ran is halted by forgetting its seats: their disks hold nothing but the image.

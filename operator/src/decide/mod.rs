@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
 use ftvm_crds::seat::SeatRequest;
-use ftvm_crds::{RunStrategy, SeatEntry, Switchover};
+use ftvm_crds::{ChosenCpu, RunStrategy, SeatEntry, Switchover};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
@@ -128,6 +128,15 @@ impl Action {
     }
 }
 
+/// No CPU can be chosen for the guest: its seats' pods wait, so that none is placed in vain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// In one word.
+    pub reason: &'static str,
+    /// What, where, why, what to do.
+    pub message: String,
+}
+
 /// What was decided.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Decision {
@@ -141,6 +150,10 @@ pub struct Decision {
     pub switchover: Option<Switchover>,
     /// Seats that were replaced since the VM was last protected.
     pub replacements: u32,
+    /// The CPU that was chosen for the guest.
+    pub cpu: Option<ChosenCpu>,
+    /// Why no pods are made before a CPU is chosen.
+    pub held: Option<Held>,
     /// Look again after this time, even if nothing happens.
     pub recheck: Option<Duration>,
     /// A VM that is halted or goes has no pod any more.
@@ -192,6 +205,7 @@ pub fn decide(seen: &Observed) -> Decision {
         lease_uid: status.lease_uid.clone(),
         switchover: status.switchover.clone(),
         replacements: status.replacements,
+        cpu: status.cpu.clone(),
         ..Decision::default()
     };
     if want(seen) != Want::Delete && !seen.vm.finalizers().iter().any(|name| name == FINALIZER) {
@@ -208,7 +222,7 @@ pub fn decide(seen: &Observed) -> Decision {
         Want::Run => run::run(seen, &mut decision),
         Want::Halt | Want::Delete => end::end(seen, &mut decision),
     }
-    if decision.book != status.seats || decision.lease_uid != status.lease_uid {
+    if decision.book != status.seats || decision.lease_uid != status.lease_uid || decision.cpu != status.cpu {
         decision.actions.clear();
     }
     decision
@@ -322,6 +336,8 @@ fn forget_pod(entry: &mut SeatEntry, uid: String, record: Option<&Record>) {
     entry.host_ip = None;
 }
 
+#[cfg(test)]
+mod cpu_tests;
 #[cfg(test)]
 mod random_tests;
 #[cfg(test)]

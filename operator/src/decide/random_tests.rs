@@ -3,7 +3,7 @@
 
 use ftvm_crds::RunStrategy;
 
-use super::rig::World;
+use super::rig::{World, node, poor};
 use super::*;
 
 struct Seeded(u64);
@@ -77,6 +77,10 @@ fn disturb(world: &mut World, random: &mut Seeded) {
 fn walk(seed: u64) {
     let mut random = Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut world = World::new(2 + random.below(3) as usize);
+    if random.below(2) == 0 {
+        // One node has less than the others.
+        world.nodes.insert("node-0".to_owned(), node(&poor()));
+    }
     let mut old: Option<(crate::observe::Observed, u64)> = None;
     for step in 0..400 {
         for _ in 0..random.below(4) {

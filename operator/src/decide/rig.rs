@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use ftvm_crds::names::{FINALIZER, claim_name};
+use ftvm_cpu::CpuBaseline;
+use ftvm_crds::cpu::NodeCpu;
+use ftvm_crds::names::{FINALIZER, LABEL_CPU, claim_name};
 use ftvm_crds::seat::{DoneRequest, Order, SeatPublished, SeatRole};
 use ftvm_crds::{FaultTolerantVM, RunStrategy, SeatEntry, yaml};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Nonce, SeatId};
@@ -13,6 +15,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::{Action, Decision, decide, is_genesis, is_named};
+use crate::cpu;
 use crate::observe::{ClaimSeen, LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen, Record as Found};
 use crate::status;
 
@@ -29,6 +32,49 @@ spec:
 
 pub fn vm() -> FaultTolerantVM {
     yaml::read(VM).unwrap()
+}
+
+/// A CPU that nobody makes.
+pub const CPU: &str = "tsc=2400000 0:d,756e6547,6c65746e,49656e69 1:806e8,800,80982201,781fbff 7.0:1,1807ab,0,0 \
+    d.0:7,0,340,0 d.1:1,0,0,0 d.2:100,240,0,0 40000000:40000001,4b4d564b,564b4d56,4d 40000001:1000009,0,0,0 \
+    80000000:80000008,0,0,0 80000001:0,0,1,2c100800 80000008:3028,0,0,0";
+
+pub fn node_cpu() -> NodeCpu {
+    NodeCpu {
+        baseline: CpuBaseline::from_text(CPU).unwrap(),
+        tsc_scaling: true,
+    }
+}
+
+/// The rig's CPU with something else in its place.
+pub fn changed_cpu(from: &str, to: &str) -> NodeCpu {
+    assert!(CPU.contains(from), "{from}");
+    NodeCpu {
+        baseline: CpuBaseline::from_text(&CPU.replace(from, to)).unwrap(),
+        tsc_scaling: true,
+    }
+}
+
+/// Without AVX2.
+pub fn poor() -> NodeCpu {
+    changed_cpu("7.0:1,1807ab", "7.0:1,18078b")
+}
+
+/// Of the other maker.
+pub fn amd() -> NodeCpu {
+    changed_cpu("0:d,756e6547,6c65746e,49656e69", "0:d,68747541,444d4163,69746e65")
+}
+
+/// A good node that has published this.
+pub fn node(cpu: &NodeCpu) -> NodeSeen {
+    NodeSeen {
+        ready: true,
+        schedulable: true,
+        seats: 10,
+        labels: [(LABEL_CPU.to_owned(), cpu.label())].into(),
+        cpu: Some(cpu.annotation()),
+        ..NodeSeen::default()
+    }
 }
 
 pub struct World {
@@ -50,12 +96,7 @@ pub struct World {
 impl World {
     /// So many good nodes.
     pub fn new(nodes: usize) -> World {
-        let node = NodeSeen {
-            ready: true,
-            schedulable: true,
-            seats: 10,
-            labels: BTreeMap::new(),
-        };
+        let node = node(&node_cpu());
         World {
             vm: vm(),
             version: 1,
@@ -401,20 +442,20 @@ impl World {
 
     /// The scheduler: a free ready node, or the one that the claims are bound to.
     pub fn schedule(&mut self, seat: &str) {
+        let waits = |pod: &&PodSeen| pod.node.is_none() && !pod.deleting;
+        if self.pods.get(seat).filter(waits).is_none() {
+            return;
+        }
         let taken: Vec<String> = self.pods.values().filter_map(|pod| pod.node.clone()).collect();
         let bound = self.claims.values().any(|claim| claim.seat == seat && claim.bound);
+        let cpu = cpu::chosen(&self.vm);
+        let fits = |node: &NodeSeen| cpu.as_ref().is_none_or(|cpu| cpu::lacks(node, cpu).is_none());
         let free = self
             .nodes
             .iter()
-            .find(|(name, node)| node.ready && node.schedulable && !taken.contains(name));
+            .find(|(name, node)| node.ready && node.schedulable && fits(node) && !taken.contains(name));
         let free = free.map(|(name, _)| name.clone()).filter(|_| !bound);
-        let Some(pod) = self
-            .pods
-            .get_mut(seat)
-            .filter(|pod| pod.node.is_none() && !pod.deleting)
-        else {
-            return;
-        };
+        let Some(pod) = self.pods.get_mut(seat) else { return };
         match free {
             Some(node) => {
                 pod.unschedulable = None;
@@ -455,6 +496,21 @@ impl World {
         pod.phase == PodPhase::Running && pod.node.as_ref().is_some_and(|node| self.nodes[node].ready) && !pod.deleting
     }
 
+    /// Is the guest's CPU chosen, and does the seat's node have it, or did its engine find that before?
+    fn can_run(&self, seat: &str) -> bool {
+        let status = self.vm.status.as_ref();
+        if status.is_none_or(|status| status.cpu_in_force().is_none()) {
+            return false;
+        }
+        let pod = &self.pods[seat];
+        let runs = pod
+            .published
+            .as_ref()
+            .is_ok_and(|published| published.incarnation.is_some());
+        let node = pod.node.as_ref().map(|node| &self.nodes[node]);
+        runs || cpu::chosen(&self.vm).is_none_or(|cpu| node.is_some_and(|node| cpu::lacks(node, &cpu).is_none()))
+    }
+
     fn swap(&mut self, change: impl FnOnce(&mut Record)) {
         let next = self.next();
         if let Some((snapshot, _)) = &mut self.lease {
@@ -466,7 +522,7 @@ impl World {
 
     /// One step of a seat's daemon and engine, by the rules.
     pub fn engine(&mut self, seat: &str) {
-        if !self.alive(seat) {
+        if !self.alive(seat) || !self.can_run(seat) {
             return;
         }
         let Some(entry) = self.entry(seat) else { return };

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ftvm_crds::names::{ANNOTATION_SWITCHOVER, claim_name, nodes_text, seat_name};
 use ftvm_crds::seat::{Order, SeatRequest, SeatRole};
-use ftvm_crds::{SeatEntry, Switchover, SwitchoverOutcome, VmPhase};
+use ftvm_crds::{ChosenCpu, CpuBaseline, SeatEntry, Switchover, SwitchoverOutcome, VmPhase};
 use ftvm_protocol::record::{Phase, Record};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -12,13 +12,17 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, SEATS, Trouble, accepted_loss, holder, is_genesis, is_named, lease_is_strange, pod, record,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, holder, is_genesis, is_named, lease_is_strange, pod, record,
     seat_id, trouble,
 };
+use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
+use crate::status::CPU_CHOSEN;
 
 /// A guest that powered itself off is started again after this time.
 const RESTART_AFTER: Duration = Duration::from_secs(10);
+/// So long it is waited for nodes that offer seats to publish their CPU, and for a second node.
+const NODES_WAIT: Duration = Duration::from_secs(30);
 /// A pod that failed is made again after this time, doubled for each earlier one.
 const REMAKE_AFTER_SECONDS: i64 = 5;
 
@@ -33,6 +37,7 @@ pub(super) fn run(seen: &Observed, decision: &mut Decision) {
         remove_leaving(seen, record, decision);
     }
     enter_seats(seen, found.as_ref(), decision);
+    choose_cpu(seen, found.as_ref(), decision);
     make_seats(seen, decision);
     match &found {
         None => create_lease(decision),
@@ -56,6 +61,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     let runs = guest_runs(seen, record, &decision.book);
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
     let replacements = decision.replacements;
+    let cpu = cpu::chosen(&seen.vm).filter(|_| genesis);
     for entry in &mut decision.book {
         let named = is_named(entry, record) && !genesis;
         if entry.leaving && named {
@@ -64,8 +70,10 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         if entry.leaving {
             continue;
         }
-        if genesis && entry.pod_uid.is_none() && !entry.former_uids.is_empty() {
-            // No guest ever ran, and the record names a pod that is gone: begin anew instead of guessing what its disks hold.
+        let gone = entry.pod_uid.is_none() && !entry.former_uids.is_empty();
+        if genesis && (gone || cpu.as_ref().is_some_and(|cpu| is_unfit(seen, entry, cpu))) {
+            // No guest ever ran. The record names a pod that is gone: begin anew instead of guessing what its disks hold. Or the pod
+            // was placed before the CPU was chosen, where no engine can have it.
             entry.leaving = !leaving;
             leaving = true;
             continue;
@@ -87,6 +95,12 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
             leaving = true;
         }
     }
+}
+
+/// Is the seat's pod on a node that can't give this CPU?
+fn is_unfit(seen: &Observed, entry: &SeatEntry, cpu: &ftvm_cpu::CpuBaseline) -> bool {
+    let node = pod(seen, entry).and_then(|pod| seen.nodes.get(pod.node.as_deref()?));
+    node.is_some_and(|node| cpu::lacks(node, cpu).is_some())
 }
 
 /// Takes away what a leaving seat has, then the seat.
@@ -178,11 +192,55 @@ fn enter_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision
     }
 }
 
+/// What the guest's CPU is, before any of its seats' engines runs: daemons start none without it. Kept until the VM is halted.
+fn choose_cpu(seen: &Observed, record: Option<&Record>, decision: &mut Decision) {
+    if seen.vm.spec.machine.cpu_baseline == CpuBaseline::Host || decision.cpu.as_ref().is_some_and(|cpu| !cpu.former) {
+        return;
+    }
+    let ran = record.is_some_and(|record| !is_genesis(record));
+    if ran && decision.book.iter().any(|entry| entry.pod_uid.is_some()) {
+        let why = "that of the node where the guest started: no CPU had been chosen then; halt and start the VM to choose one";
+        decision.cpu = Some(ChosenCpu {
+            source: CpuBaseline::Host,
+            baseline: None,
+            why: why.to_owned(),
+            former: false,
+        });
+        return;
+    }
+    let hold = |reason, message| Some(Held { reason, message });
+    match cpu::choose(seen) {
+        Choice::Common(chosen) => decision.cpu = Some(chosen),
+        Choice::Early { why, then } => match NODES_WAIT.checked_sub(waited_for_nodes(seen)) {
+            Some(rest) if !rest.is_zero() => {
+                sooner(&mut decision.recheck, rest);
+                decision.held = hold("WaitsForNodes", why);
+            }
+            _ => decision.cpu = Some(then),
+        },
+        Choice::Unlike(why) => decision.held = hold("NoCommonCpu", why),
+        // As without a CPU to choose: the pods say what they wait for.
+        Choice::Nobody => {}
+    }
+}
+
+/// How long no CPU could be chosen.
+fn waited_for_nodes(seen: &Observed) -> Duration {
+    let status = seen.status();
+    let since = status
+        .condition(CPU_CHOSEN)
+        .filter(|condition| condition.status == "False");
+    since.map_or(Duration::ZERO, |condition| {
+        Duration::try_from(seen.now.duration_since(condition.last_transition_time.0)).unwrap_or_default()
+    })
+}
+
 /// Claims, pods, admission.
 fn make_seats(seen: &Observed, decision: &mut Decision) {
     for entry in decision.book.iter().filter(|entry| !entry.leaving) {
         let seat = entry.name.clone();
         match seen.pods.get(&entry.name) {
+            None if decision.held.is_some() => {}
             None => {
                 let disks = seen.vm.spec.disks.iter().map(|disk| disk.name.clone());
                 let missing: Vec<String> = disks

@@ -3,7 +3,7 @@
 use ftvm_crds::{FaultTolerantVMStatus, SwitchoverOutcome, VmPhase};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
-use super::{ARBITER_REACHABLE, PAUSED, PROTECTED, READY, STORAGE_HEALTHY};
+use super::{ARBITER_REACHABLE, CPU_CHOSEN, PAUSED, PROTECTED, READY, STORAGE_HEALTHY};
 
 /// One event.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +70,7 @@ pub fn changes(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<
             }
         }
     }
-    for kind in [READY, PROTECTED, STORAGE_HEALTHY, ARBITER_REACHABLE] {
+    for kind in [READY, PROTECTED, STORAGE_HEALTHY, ARBITER_REACHABLE, CPU_CHOSEN] {
         found.extend(condition(old.condition(kind), new.condition(kind)));
     }
     found.dedup_by(|a, b| a.note == b.note);
@@ -103,7 +103,15 @@ fn condition(old: Option<&Condition>, new: Option<&Condition>) -> Option<Change>
     if same || new.status == "Unknown" || (old.is_none() && ["Starting", "InStep"].contains(&new.reason.as_str())) {
         return None;
     }
-    let quiet = ["Starting", "Halted", "Stopping", "Deleting", "NotRunning", "Resyncing"];
+    let quiet = [
+        "Starting",
+        "Halted",
+        "Stopping",
+        "Deleting",
+        "NotRunning",
+        "Resyncing",
+        "WaitsForNodes",
+    ];
     let good = new.status == "True";
     // A guest that has not run yet has to wait for its standby.
     let begins = new.reason == PAUSED && old.is_some_and(|old| old.reason == "Starting");

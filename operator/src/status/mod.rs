@@ -4,7 +4,7 @@ mod changes;
 mod obstacles;
 
 use ftvm_crds::seat::{SeatPublished, SeatRole};
-use ftvm_crds::{Failover, FaultTolerantVMStatus, SeatEntry, VmPhase};
+use ftvm_crds::{CpuBaseline, Failover, FaultTolerantVMStatus, SeatEntry, VmPhase};
 use ftvm_protocol::record::Phase;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -26,6 +26,9 @@ pub const RESYNCING: &str = "Resyncing";
 pub const STORAGE_HEALTHY: &str = "StorageHealthy";
 /// The record can be read and written.
 pub const ARBITER_REACHABLE: &str = "ArbiterReachable";
+
+/// The guest's CPU was chosen.
+pub const CPU_CHOSEN: &str = "CpuChosen";
 
 /// Reason of a guest that stands still until a standby has joined.
 const PAUSED: &str = "Paused";
@@ -86,11 +89,12 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
     let phase = phase(seen, decision, &roles);
     let joining = book.iter().filter_map(|entry| resync(seen, entry)).next();
     let conditions = [
-        ready(seen, phase, &roles),
-        protection(seen, book, phase, &roles),
+        ready(seen, decision, phase, &roles),
+        protection(seen, decision, phase, &roles),
         resyncing(joining),
         storage(seen, book),
         arbiter(seen, book, decision.lease_uid.as_ref()),
+        cpu_chosen(seen, decision),
     ];
     let conditions = conditions.map(|said| condition(said, &old, seen));
     FaultTolerantVMStatus {
@@ -110,6 +114,7 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         seats: book.clone(),
         replacements: decision.replacements,
         lease_uid: decision.lease_uid.clone(),
+        cpu: decision.cpu.clone(),
         last_failover: failover(seen, book).or(old.last_failover.clone()),
         switchover: decision.switchover.clone(),
         conditions: conditions.to_vec(),
@@ -150,7 +155,16 @@ fn resync(seen: &Observed, entry: &SeatEntry) -> Option<u8> {
     percent.or((published.role == Some(SeatRole::Joining)).then_some(0))
 }
 
-fn ready(seen: &Observed, phase: VmPhase, roles: &Roles<'_>) -> Said {
+/// What a person has to mend first.
+fn obstacle(seen: &Observed, decision: &Decision) -> Option<Obstacle> {
+    let held = decision.held.as_ref().map(|held| Obstacle {
+        reason: held.reason,
+        message: held.message.clone(),
+    });
+    held.or_else(|| obstacles(seen).into_iter().next())
+}
+
+fn ready(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>) -> Said {
     match phase {
         VmPhase::Running => said(READY, true, "GuestRuns", "the guest runs"),
         VmPhase::Paused => said(
@@ -168,7 +182,7 @@ fn ready(seen: &Observed, phase: VmPhase, roles: &Roles<'_>) -> Said {
         ),
         VmPhase::Deleting => said(READY, false, "Deleting", "the VM is being deleted"),
         VmPhase::Stopping => said(READY, false, "Stopping", "the guest is being stopped"),
-        VmPhase::Starting => match obstacles(seen).into_iter().next() {
+        VmPhase::Starting => match obstacle(seen, decision) {
             Some(obstacle) => said(READY, false, obstacle.reason, obstacle.message),
             None => {
                 let why = roles.published.map_or("", |published| published.why.as_str());
@@ -183,7 +197,7 @@ fn ready(seen: &Observed, phase: VmPhase, roles: &Roles<'_>) -> Said {
     }
 }
 
-fn protection(seen: &Observed, book: &[SeatEntry], phase: VmPhase, roles: &Roles<'_>) -> Said {
+fn protection(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>) -> Said {
     if !matches!(phase, VmPhase::Running | VmPhase::Paused | VmPhase::Starting) {
         return said(
             PROTECTED,
@@ -203,10 +217,10 @@ fn protection(seen: &Observed, book: &[SeatEntry], phase: VmPhase, roles: &Roles
             format!("seat {} on node {node} would take over", standby.name),
         );
     }
-    if let Some(obstacle) = obstacles(seen).into_iter().next() {
+    if let Some(obstacle) = obstacle(seen, decision) {
         return said(PROTECTED, false, obstacle.reason, obstacle.message);
     }
-    if let Some(percent) = book.iter().filter_map(|entry| resync(seen, entry)).next() {
+    if let Some(percent) = decision.book.iter().filter_map(|entry| resync(seen, entry)).next() {
         return said(
             PROTECTED,
             false,
@@ -331,6 +345,32 @@ fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -
             true,
             "Reachable",
             "the VM's Lease can be read and written",
+        ),
+    }
+}
+
+fn cpu_chosen(seen: &Observed, decision: &Decision) -> Said {
+    let asked = seen.vm.spec.machine.cpu_baseline == CpuBaseline::Common;
+    match (decision.cpu.as_ref().filter(|cpu| !cpu.former), &decision.held) {
+        (Some(cpu), _) if cpu.source == CpuBaseline::Common => {
+            said(CPU_CHOSEN, true, "Common", format!("the guest's CPU is {}", cpu.why))
+        }
+        (Some(cpu), _) => said(CPU_CHOSEN, false, "HostCpu", format!("the guest's CPU is {}", cpu.why)),
+        (None, Some(held)) => said(CPU_CHOSEN, false, held.reason, held.message.clone()),
+        (None, None) if asked => Said {
+            holds: None,
+            ..said(
+                CPU_CHOSEN,
+                false,
+                "NotChosen",
+                "it is chosen when the guest is to start and nodes offer seats",
+            )
+        },
+        (None, None) => said(
+            CPU_CHOSEN,
+            true,
+            "Host",
+            "the guest's CPU is that of the node where it starts",
         ),
     }
 }

@@ -3,6 +3,7 @@
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::{RESOURCE_SEAT, claim_name};
 
+use crate::cpu;
 use crate::decide::{lease_is_strange, pod, recreation};
 use crate::observe::{LeaseSeen, Observed, PodPhase, PodSeen};
 
@@ -138,6 +139,7 @@ fn unbound(seen: &Observed, entry: &SeatEntry, seat: &PodSeen) -> Option<Obstacl
 }
 
 fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
+    let cpu = cpu::unfit(seen);
     let offers = seen.nodes.values().filter(|node| node.ready && node.seats > 0).count();
     let seat = &entry.name;
     if offers == 0 {
@@ -170,12 +172,12 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
         return obstacle(
             "TooFewNodes",
             format!(
-                "seat {seat} can't be placed: two seats need two ready nodes with KVM that differ in {key}, and one more to replace a lost one: add a node ({text})"
+                "seat {seat} can't be placed: two seats need two ready nodes with KVM that differ in {key}, and one more to replace a lost one: add a node ({text}){cpu}"
             ),
         );
     }
     obstacle(
         "Unschedulable",
-        format!("seat {seat} can't be placed: {text}: add a node, or relax spec.placement and spec.resources"),
+        format!("seat {seat} can't be placed: {text}: add a node, or relax spec.placement and spec.resources{cpu}"),
     )
 }

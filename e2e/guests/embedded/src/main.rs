@@ -73,6 +73,10 @@ extern "C" fn guest_main() -> ! {
         clock.tsc_hz / 1_000_000,
         clock.apic_hz / 1_000_000
     );
+    // SAFETY: every 64-bit CPU has the instruction. (Newer compilers know that.)
+    #[allow(unused_unsafe)]
+    let features = unsafe { core::arch::x86_64::__cpuid_count(7, 0) };
+    log!("CPUID leaf 7: {:x},{:x},{:x}", features.ebx, features.ecx, features.edx);
     let (net, disk) = open_devices();
     let (journal, past) = Journal::open(disk);
     let Some(net) = net else {
