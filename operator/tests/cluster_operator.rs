@@ -224,7 +224,14 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     cluster.apply(&example("web", Some("local")).to_string())?;
     let advice = wait_reason(&cluster, "web", "Protected", "NoKvmNode")?;
     assert!(advice.contains("/dev/kvm"), "{advice}");
-    let vm = cluster.get(&["ftvm", "web"])?;
+    // A pod can be called unschedulable before it is in the book.
+    let vm = wait_for("both seats have their pods", PATIENCE, || {
+        let vm = cluster.get(&["ftvm", "web"])?;
+        let seats = vm["status"]["seats"].as_array().context("no book")?;
+        let admitted = seats.iter().filter(|seat| seat["podUid"].is_string()).count();
+        ensure!(admitted == 2, "{}", vm["status"]);
+        Ok(vm)
+    })?;
     let seats = vm["status"]["seats"].as_array().context("no book")?.clone();
     assert_eq!(seats.len(), 2);
     for seat in &seats {
