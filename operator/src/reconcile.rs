@@ -148,6 +148,11 @@ async fn apply(
     match action {
         Action::AddFinalizer => return objects.set_finalizer(&vm, true).await,
         Action::RemoveFinalizer => {
+            if let Some(change) = status::kept(seen) {
+                context
+                    .publish(&vm, EventType::Normal, &change.reason, &change.note)
+                    .await;
+            }
             context.forget(&vm);
             return objects.set_finalizer(&vm, false).await;
         }

@@ -266,7 +266,9 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     assert_eq!(cluster.get(&["ftvm", "web"])?["status"]["seats"], Value::Array(seats));
     foreign_lease(&cluster)?;
     lease_made_anew(&cluster)?;
-    halt_and_delete(&cluster)
+    halt_and_delete(&cluster)?;
+    kept_volumes(&cluster)?;
+    absent_provisioner(&cluster)
 }
 
 /// After everything is made nothing is asked of the API server any more.
@@ -281,6 +283,16 @@ fn rests(cluster: &Cluster) -> anyhow::Result<()> {
     })
 }
 
+/// Waits for an event of a VM that says this.
+fn wait_event(cluster: &Cluster, vm: &str, reason: &str, words: &str) -> anyhow::Result<()> {
+    wait_for(&format!("an event of {vm} tells {reason}"), PATIENCE, || {
+        let of_vm = format!("--field-selector=involvedObject.name={vm},reason={reason}");
+        let events = cluster.kubectl(&["get", "events", &of_vm, "--output=jsonpath={.items[*].message}"])?;
+        ensure!(events.contains(words), "{events}");
+        Ok(())
+    })
+}
+
 fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
     let lease =
         json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "taken"}, "spec": {}});
@@ -288,11 +300,7 @@ fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(&example("taken", Some("local")).to_string())?;
     let advice = wait_reason(cluster, "taken", "ArbiterReachable", "LeaseUnusable")?;
     assert!(advice.contains("remove that Lease"), "{advice}");
-    wait_for("an event tells it, too", PATIENCE, || {
-        let events = cluster.kubectl(&["get", "events", "--field-selector", "involvedObject.name=taken"])?;
-        ensure!(events.contains("LeaseUnusable"), "{events}");
-        Ok(())
-    })?;
+    wait_event(cluster, "taken", "LeaseUnusable", "remove that Lease")?;
     cluster.kubectl(&["delete", "ftvm", "taken", "--timeout=60s"])?;
     Ok(())
 }
@@ -480,5 +488,97 @@ fn the_guests_cpu_is_what_the_nodes_have_in_common() -> anyhow::Result<()> {
     run_strategy(&cluster, "Always")?;
     let vm = wait_cpu(&cluster, &names, "Common", "common to 2 nodes: late, rich")?;
     assert_eq!(vm["status"]["cpu"]["baseline"], json!(cpus::rich().baseline.to_text()));
+    Ok(())
+}
+
+/// Names of what is left of a VM.
+fn left(cluster: &Cluster, kinds: &str, vm: &str) -> anyhow::Result<Vec<String>> {
+    let selector = format!("--selector=ftvm.dev/vm={vm}");
+    let names = cluster.kubectl(&["get", kinds, &selector, "--output=name"])?;
+    Ok(names.lines().map(str::to_owned).collect())
+}
+
+/// `volumePolicy: Retain`: claims stay, labelled, and an event names them.
+fn kept_volumes(cluster: &Cluster) -> anyhow::Result<()> {
+    let mut vm = example("kept", Some("local"));
+    vm["spec"]["volumePolicy"] = json!("Retain");
+    cluster.apply(&vm.to_string())?;
+    wait_reason(cluster, "kept", "Protected", "NoKvmNode")?;
+    let claims = left(cluster, "pvc", "kept")?;
+    assert_eq!(claims.len(), 2, "{claims:?}");
+    cluster.kubectl(&["delete", "ftvm", "kept", "--timeout=120s"])?;
+    wait_for("all but the claims is gone", PATIENCE, || {
+        let left = left(cluster, "pods,leases,secrets,pdb,networkpolicies", "kept")?;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })?;
+    assert_eq!(left(cluster, "pvc", "kept")?, claims);
+    for claim in &claims {
+        let found = cluster.get(&[claim])?;
+        assert!(found["metadata"]["deletionTimestamp"].is_null(), "{found}");
+        let (seat, name) = (
+            &found["metadata"]["labels"]["ftvm.dev/seat"],
+            &found["metadata"]["name"],
+        );
+        let (seat, name) = (seat.as_str().context("no seat")?, name.as_str().context("no name")?);
+        assert_eq!(name, format!("{seat}-root"));
+        wait_event(cluster, "kept", "VolumesRetained", name)?;
+    }
+    wait_event(cluster, "kept", "VolumesRetained", "--selector ftvm.dev/vm=kept")
+}
+
+/// Nobody serves the class, and the scheduler says nothing while it waits: the operator looks again by itself, says what to do, and
+/// doing that helps.
+fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
+    let offer =
+        json!({"status": {"capacity": {"ftvm.dev/seat": "4"}, "allocatable": {"ftvm.dev/seat": "4"}}}).to_string();
+    cluster.kubectl(&[
+        "patch",
+        "node",
+        "n1",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        &offer,
+    ])?;
+    let class = json!({
+        "apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "unserved"},
+        "provisioner": "nobody.example/volumes", "volumeBindingMode": "WaitForFirstConsumer",
+    });
+    cluster.apply(&class.to_string())?;
+    let mut vm = example("waiting", Some("unserved"));
+    vm["spec"]["machine"]["memory"] = json!("64Mi");
+    // Its only node is an object alone, and published no CPU.
+    vm["spec"]["machine"]["cpuBaseline"] = json!("Host");
+    cluster.apply(&vm.to_string())?;
+    let advice = wait_reason(cluster, "waiting", "Protected", "VolumeNotBound")?;
+    assert!(advice.contains("storage class: unserved"), "{advice}");
+    wait_event(cluster, "waiting", "VolumeNotBound", "mend what provisions")?;
+    rests(cluster)?;
+    // The first seat is the one that waits for a volume: the other one has no node.
+    let seats = cluster.get(&["ftvm", "waiting"])?["status"]["seats"].clone();
+    let seat = seats[0]["name"].as_str().context("no seat")?.to_owned();
+    let claim = format!("{seat}-root");
+    assert!(
+        advice.contains(&format!("delete claim {claim} and pod {seat}")),
+        "{advice}"
+    );
+    let local = json!([{"op": "replace", "path": "/spec/disks/0/storageClassName", "value": "local"}]).to_string();
+    cluster.kubectl(&["patch", "ftvm", "waiting", "--type=json", "-p", &local])?;
+    cluster.kubectl(&["delete", "pvc", &claim, "--timeout=60s"])?;
+    cluster.kubectl(&["delete", "pod", &seat, "--timeout=60s"])?;
+    wait_for("a seat has a volume of the other class", PATIENCE, || {
+        let claims = cluster.get(&["pvc", "--selector=ftvm.dev/vm=waiting"])?;
+        let bound = |claim: &Value| claim["spec"]["storageClassName"] == "local" && claim["status"]["phase"] == "Bound";
+        ensure!(
+            claims["items"]
+                .as_array()
+                .is_some_and(|claims| claims.iter().any(bound)),
+            "{}",
+            claims["items"]
+        );
+        Ok(())
+    })?;
+    cluster.kubectl(&["delete", "ftvm", "waiting", "--timeout=120s"])?;
     Ok(())
 }

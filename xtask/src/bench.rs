@@ -7,21 +7,27 @@ use clap::Args;
 use ftvm_e2e::bench::{Options, Part, command};
 use ftvm_e2e::demo::programs::Profile;
 
+use crate::packages;
+
 /// Options of `cargo xtask bench`.
 #[derive(Args)]
 pub struct Bench {
     /// Write every figure to this file, with stable keys
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Write the tables into the marked section of this Markdown page
+    /// Write the tables into the marked sections of this Markdown page; sections of other parts stay
     #[arg(long)]
     markdown: Option<PathBuf>,
-    /// Only this part (may be given several times): pause, latency, speed, memory, resync, gap, migration, colo
+    /// Only this part (may be given several times): pause, latency, speed, memory, resync, gap, migration, colo; or, as root and only when
+    /// named, cluster, operator, fleet
     #[arg(long, value_name = "NAME", value_parser = part)]
     only: Vec<Part>,
     /// Seconds instead of minutes: shows that everything can be measured; the figures mean nothing
     #[arg(long)]
     short: bool,
+    /// Seconds for which operator and daemons at rest are watched [default: 120, or 10 with --short]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    rest_s: Option<u64>,
     /// Memory of the guest in MiB [default: 1024, or 128 with --short]
     #[arg(long)]
     memory: Option<u32>,
@@ -34,7 +40,10 @@ pub struct Bench {
 }
 
 fn part(name: &str) -> Result<Part, String> {
-    Part::from_name(name).ok_or_else(|| format!("one of {}", Part::ALL.map(Part::name).join(", ")))
+    Part::from_name(name).ok_or_else(|| {
+        let names: Vec<_> = Part::all().map(Part::name).collect();
+        format!("one of {}", names.join(", "))
+    })
 }
 
 impl Bench {
@@ -43,6 +52,7 @@ impl Bench {
         let mut options = if self.short { Options::short() } else { Options::full() };
         options.json = self.json;
         options.markdown = self.markdown;
+        options.rest_s = self.rest_s;
         options.memory_mib = self.memory.unwrap_or(options.memory_mib);
         options.epoch_ms = self.epoch_ms.unwrap_or(options.epoch_ms);
         ensure!(options.memory_mib >= 64, "the guest needs 64 MiB for the largest load");
@@ -52,6 +62,9 @@ impl Bench {
         }
         if !self.only.is_empty() {
             options.parts = self.only;
+        }
+        if options.parts.iter().any(|part| part.is_of_kubernetes()) {
+            packages::ensure(packages::CLUSTER)?;
         }
         let arguments: Vec<_> = std::env::args_os().skip(1).collect();
         command::run(&options, &arguments)

@@ -12,7 +12,7 @@ use super::facts::{BusyTime, Facts, own_ticks};
 use super::pair::Pair;
 use super::qemu::{EMULATOR, Setup, colo, migration};
 use super::report::{Latency, Report, Speed};
-use super::{Load, Options, Part, gap, resync, tables};
+use super::{Load, Options, Part, gap, kubernetes, resync, tables};
 use crate::demo::place::{folder, new_folder, remove_disks, show_at_short_path};
 use crate::demo::prerequisites;
 use crate::demo::programs::{self, Profile, Programs};
@@ -44,13 +44,8 @@ impl Built {
     pub fn build(profile: Profile) -> anyhow::Result<Self> {
         let programs = programs::build(profile)?;
         let streams = binaries::build_example("ftvm-engine", "replication_rates", profile)?;
-        let profile = match profile {
-            Profile::Dev => "dev",
-            Profile::Fast => "fast",
-            Profile::Release => "release",
-        };
         Ok(Self {
-            profile: profile.to_owned(),
+            profile: profile.name().to_owned(),
             programs,
             streams,
         })
@@ -62,6 +57,10 @@ impl Built {
 /// # Errors
 /// If it can't even begin.
 pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    options.check()?;
+    if options.parts.iter().all(|part| part.is_of_kubernetes()) {
+        return kubernetes::run(options, command_line(arguments));
+    }
     if outer::inside() {
         // Its second half: the loopback comes up, which the plain stream and QEMU's monitors and guests need.
         outer::enter(arguments)?;
@@ -104,25 +103,14 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode
 fn run_inside(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
     let built: Built = serde_json::from_str(&std::env::var(BUILT).context("started by hand inside")?)?;
+    let place = folder(FOLDER);
+    let report = measure(options, &built, &place, command_line(arguments), &progress);
+    tables::conclude(&report, options, &place)
+}
+
+fn command_line(arguments: &[OsString]) -> String {
     let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
-    let command = format!("cargo xtask {}", words.join(" "));
-    let report = measure(options, &built, &folder(FOLDER), command, &progress);
-    print!("{}", tables::text(&report));
-    if let Some(path) = &options.json {
-        report
-            .write_json(path)
-            .with_context(|| format!("writing {}", path.display()))?;
-        println!("\n  written to {}", path.display());
-    }
-    if let Some(page) = &options.markdown {
-        tables::write_markdown(&report, page)?;
-        println!("\n  written to {}", page.display());
-    }
-    if report.complaints.is_empty() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!("\n  logs: {}\n", folder(FOLDER).display());
-    Ok(ExitCode::FAILURE)
+    format!("cargo xtask {}", words.join(" "))
 }
 
 /// Measures everything that was asked for, inside outer namespaces; disks and logs are in `folder`. What can't be measured
@@ -133,7 +121,7 @@ pub fn measure(options: &Options, built: &Built, folder: &Path, command: String,
     report.machine = Facts::read();
     let busy = BusyTime::read();
     let shown = show_at_short_path(folder);
-    let Some(short) = note(&mut report, progress, "folder", shown) else {
+    let Some(short) = report.note(progress, "folder", shown) else {
         return report;
     };
     let place = |name: &str| -> anyhow::Result<PathBuf> {
@@ -142,10 +130,10 @@ pub fn measure(options: &Options, built: &Built, folder: &Path, command: String,
         Ok(path)
     };
     let result = place("pair").and_then(|place| of_pair(options, built, &place, progress, &mut report));
-    note(&mut report, progress, "pair", result);
+    report.note(progress, "pair", result);
     if options.wants(Part::Gap) {
         let gap = place("gap").and_then(|place| gap::gaps(options, &built.programs, &place, progress));
-        report.gap = note(&mut report, progress, "gap", gap);
+        report.gap = report.note(progress, "gap", gap);
     }
     let setup = |name: &str| {
         place(name).map(|folder| Setup {
@@ -156,27 +144,17 @@ pub fn measure(options: &Options, built: &Built, folder: &Path, command: String,
     };
     if options.wants(Part::Migration) {
         let points = setup("migration").and_then(|setup| migration::downtimes(options, &setup, progress));
-        report.migration = note(&mut report, progress, "migration", points);
+        report.migration = report.note(progress, "migration", points);
     }
     if options.wants(Part::Colo) {
         let points = setup("colo").and_then(|setup| colo::checkpoints(options, &setup, progress));
-        report.colo = note(&mut report, progress, "colo", points);
+        report.colo = report.note(progress, "colo", points);
     }
     let others = |before: BusyTime| BusyTime::read()?.others_since(before, own_ticks());
     report.machine.others_share = busy.and_then(others);
     report.took_s = began.elapsed().as_secs_f64();
     report.sum_up();
     report
-}
-
-/// What could not be measured becomes a complaint.
-fn note<T>(report: &mut Report, progress: &Progress, part: &str, result: anyhow::Result<T>) -> Option<T> {
-    result
-        .map_err(|error| {
-            progress.bad(format!("{part}: {error:#}"));
-            report.complaints.push(format!("{part}: {error:#}"));
-        })
-        .ok()
 }
 
 /// All parts that one pair can show. First with a standby, then without, then standbys come back.

@@ -1,7 +1,7 @@
 //! The project's goals, and how far the figures of a run are from them.
 use serde::Serialize;
 
-use super::report::Report;
+use super::{kubernetes, report::Report};
 
 /// A goal beside its figure.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -25,7 +25,7 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    fn new(
+    pub(super) fn new(
         name: &'static str,
         what: impl Into<String>,
         (bound, goal, unit): (Bound, f64, &'static str),
@@ -46,16 +46,24 @@ impl Verdict {
     }
 }
 
+/// Which side of a goal is the right one.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Bound {
+pub(super) enum Bound {
     AtMost,
     AtLeast,
 }
 
 const MIB: f64 = (1u64 << 20) as f64;
 
-/// Every goal beside what the run found.
+/// Every goal of the parts that a run was to measure, beside what it found.
 pub fn verdicts(report: &Report) -> Vec<Verdict> {
+    if report.settings.kubernetes {
+        return kubernetes::shown::verdicts(report);
+    }
+    of_engine(report)
+}
+
+fn of_engine(report: &Report) -> Vec<Verdict> {
     use Bound::{AtLeast, AtMost};
     // The goal is for idle guests and for busy ones; whole pages are a harder load, shown without a goal.
     let points: Vec<_> = report

@@ -4,6 +4,7 @@
 //!   pair      a real pair on hosts made of namespaces (`demo::standalone`): pauses, latency, speed, memory, resync
 //!   gap       the demonstration itself, a few rounds of two faults
 //!   qemu      the same guest under QEMU: live migration, then COLO checkpoints
+//!   kubernetes  a VM on a cluster, the operator at rest, the operator with many VMs: runs of their own
 //!   report    every figure, as JSON with stable keys; `goals` and `tables` read it
 //! ```
 //!
@@ -14,6 +15,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::{bail, ensure};
+
 use crate::lab::binaries::Profile;
 
 pub mod client;
@@ -21,6 +24,7 @@ pub mod command;
 pub mod facts;
 pub mod gap;
 pub mod goals;
+pub mod kubernetes;
 pub mod pair;
 pub mod process;
 pub mod qemu;
@@ -48,11 +52,17 @@ pub enum Part {
     Migration,
     /// QEMU's COLO checkpoints.
     Colo,
+    /// A VM on a cluster: apply, killed nodes, drains.
+    Cluster,
+    /// Operator and daemons with one VM at rest.
+    Operator,
+    /// The operator with many VMs on hollow nodes.
+    Fleet,
 }
 
 impl Part {
-    /// All parts.
-    pub const ALL: [Self; 8] = [
+    /// Those of the engine, which need no root: one run measures several on one pair.
+    pub const OF_ENGINE: [Self; 8] = [
         Self::Pause,
         Self::Latency,
         Self::Speed,
@@ -62,6 +72,18 @@ impl Part {
         Self::Migration,
         Self::Colo,
     ];
+    /// Those that need a cluster.
+    pub const OF_KUBERNETES: [Self; 3] = [Self::Cluster, Self::Operator, Self::Fleet];
+
+    /// All parts.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Self::OF_ENGINE.into_iter().chain(Self::OF_KUBERNETES)
+    }
+
+    /// Whether it needs a cluster.
+    pub fn is_of_kubernetes(self) -> bool {
+        Self::OF_KUBERNETES.contains(&self)
+    }
 
     /// Its name on the command line and in the report.
     pub fn name(self) -> &'static str {
@@ -74,12 +96,15 @@ impl Part {
             Self::Gap => "gap",
             Self::Migration => "migration",
             Self::Colo => "colo",
+            Self::Cluster => "cluster",
+            Self::Operator => "operator",
+            Self::Fleet => "fleet",
         }
     }
 
     /// The part of this name.
     pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|part| part.name() == name)
+        Self::all().find(|part| part.name() == name)
     }
 }
 
@@ -98,25 +123,28 @@ pub struct Options {
     pub profile: Profile,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// How long a VM at rest is watched; none: as the plan says.
+    pub rest_s: Option<u64>,
     /// Length of an epoch when nobody waits for output, and QEMU's delay between checkpoints, in milliseconds.
     pub epoch_ms: u32,
 }
 
 impl Options {
-    /// Everything, at full length.
+    /// Every part of the engine, at full length.
     pub fn full() -> Self {
         Self {
-            parts: Part::ALL.to_vec(),
+            parts: Part::OF_ENGINE.to_vec(),
             short: false,
             json: None,
             markdown: None,
             profile: Profile::Fast,
             memory_mib: 1024,
+            rest_s: None,
             epoch_ms: 50,
         }
     }
 
-    /// Everything, in seconds.
+    /// The same, in seconds.
     pub fn short() -> Self {
         Self {
             short: true,
@@ -129,6 +157,38 @@ impl Options {
     /// Whether a part is to be run.
     pub fn wants(&self, part: Part) -> bool {
         self.parts.contains(&part)
+    }
+
+    /// Whether these parts can be run together, and their figures be written where they are to go.
+    ///
+    /// # Errors
+    /// If not, with what to do.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let of_kubernetes = self.parts.iter().filter(|part| part.is_of_kubernetes()).count();
+        if of_kubernetes == self.parts.len() {
+            return Ok(());
+        }
+        ensure!(
+            of_kubernetes == 0,
+            "cluster, operator and fleet are measured on clusters and the other parts in namespaces: give them in runs of their own"
+        );
+        let missing: Vec<&str> = Part::OF_ENGINE
+            .into_iter()
+            .filter(|part| !self.wants(*part))
+            .map(Part::name)
+            .collect();
+        if self.markdown.is_some() && !missing.is_empty() {
+            bail!(
+                "the engine's parts share one section of a page: without {} their figures would be wiped out of it; run all parts, or leave --markdown out",
+                missing.join(", ")
+            );
+        }
+        Ok(())
+    }
+
+    /// How long a VM at rest is watched.
+    pub fn rest_window(&self) -> Duration {
+        self.rest_s.map_or(self.plan().rest, Duration::from_secs)
     }
 
     /// How long and how often to measure.
@@ -154,6 +214,18 @@ pub struct Plan {
     pub migrations: u32,
     /// Length of the plain stream, in MiB.
     pub stream_mib: u32,
+    /// How often a VM is applied to a cluster.
+    pub applies: u32,
+    /// How often its node is killed, and how often it is drained.
+    pub nodes_lost: u32,
+    /// How long a VM at rest is watched.
+    pub rest: Duration,
+    /// VMs of the fleet.
+    pub vms: u32,
+    /// Nodes of the fleet.
+    pub hollow_nodes: u32,
+    /// A node of the fleet that was not heard of for so long is not ready.
+    pub hollow_grace: Duration,
 }
 
 impl Plan {
@@ -166,6 +238,13 @@ impl Plan {
         faults: 5,
         migrations: 5,
         stream_mib: 1024,
+        applies: 3,
+        nodes_lost: 3,
+        rest: Duration::from_secs(120),
+        vms: 500,
+        hollow_nodes: 20,
+        // As a cluster is by default.
+        hollow_grace: Duration::from_secs(40),
     };
     /// Enough for every figure to exist.
     const SHORT: Self = Self {
@@ -176,6 +255,12 @@ impl Plan {
         faults: 1,
         migrations: 1,
         stream_mib: 64,
+        applies: 1,
+        nodes_lost: 1,
+        rest: Duration::from_secs(10),
+        vms: 6,
+        hollow_nodes: 3,
+        hollow_grace: Duration::from_secs(10),
     };
 }
 
@@ -231,10 +316,32 @@ mod tests {
 
     #[test]
     fn every_part_has_a_name_of_its_own() {
-        for part in Part::ALL {
+        for part in Part::all() {
             assert_eq!(Part::from_name(part.name()), Some(part));
         }
         assert_eq!(Part::from_name("everything"), None);
+    }
+
+    #[test]
+    fn a_run_that_would_wipe_figures_is_refused_before_it_begins() {
+        let page = Some(PathBuf::from("page.md"));
+        let run = |parts: &[Part], markdown: &Option<PathBuf>| {
+            let options = Options {
+                parts: parts.to_vec(),
+                markdown: markdown.clone(),
+                ..Options::full()
+            };
+            options.check().map_err(|error| error.to_string())
+        };
+        assert_eq!(run(&Part::OF_ENGINE, &page), Ok(()));
+        assert_eq!(run(&[Part::Fleet], &page), Ok(()));
+        assert_eq!(run(&[Part::Pause], &None), Ok(()));
+        assert!(run(&[Part::Pause], &page).unwrap_err().contains("wiped out"));
+        assert!(
+            run(&[Part::Pause, Part::Fleet], &None)
+                .unwrap_err()
+                .contains("of their own")
+        );
     }
 
     #[test]

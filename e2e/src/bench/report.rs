@@ -7,9 +7,11 @@ use serde::Serialize;
 
 use super::facts::Facts;
 use super::goals::Verdict;
+use super::kubernetes::figures::{ClusterFigures, FleetFigures, OperatorFigures};
 use super::process::ProcessMemory;
 use super::window::Pauses;
 use super::{Load, Options};
+use crate::report::Progress;
 
 /// How everything was measured.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -18,6 +20,8 @@ pub struct Settings {
     pub command: String,
     /// True for a run of seconds whose figures mean nothing.
     pub short: bool,
+    /// True for a run of the parts that need a cluster.
+    pub kubernetes: bool,
     /// How the engine was built: `fast` or `release`; `dev` for tests of the harness.
     pub profile: String,
     /// Guest memory in MiB.
@@ -329,6 +333,12 @@ pub struct Report {
     pub migration: Option<Vec<MigrationPoint>>,
     /// QEMU's COLO.
     pub colo: Option<Vec<ColoPoint>>,
+    /// One VM on a cluster and what happens to its nodes.
+    pub cluster: Option<ClusterFigures>,
+    /// Operator and daemons at rest.
+    pub operator: Option<OperatorFigures>,
+    /// The operator with many VMs.
+    pub fleet: Option<FleetFigures>,
     /// QEMU against ours.
     pub ratios: Vec<Ratio>,
     /// Figures against goals.
@@ -346,6 +356,7 @@ impl Report {
             settings: Settings {
                 command,
                 short: options.short,
+                kubernetes: options.parts.iter().all(|part| part.is_of_kubernetes()),
                 profile: profile.to_owned(),
                 memory_mib: options.memory_mib,
                 vcpus: 1,
@@ -354,6 +365,16 @@ impl Report {
             },
             ..Self::default()
         }
+    }
+
+    /// What could not be measured becomes a complaint.
+    pub fn note<T>(&mut self, progress: &Progress, part: &str, result: anyhow::Result<T>) -> Option<T> {
+        result
+            .map_err(|error| {
+                progress.bad(format!("{part}: {error:#}"));
+                self.complaints.push(format!("{part}: {error:#}"));
+            })
+            .ok()
     }
 
     /// What follows from several parts: shares, ratios, goals.

@@ -2,31 +2,40 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 
 use super::goals::Verdict;
+use super::kubernetes::shown;
 use super::report::{ColoPoint, CostPoint, LoadKey, PauseFigures, PausePoint, Report};
+use super::{Options, Part};
 
-/// Where the section begins and ends in a Markdown page; everything between is replaced.
-const BEGIN: &str = "<!-- figures: begin, written by cargo xtask bench --markdown -->";
-const END: &str = "<!-- figures: end -->";
+/// Where the section of these figures begins and ends in a Markdown page; everything between is replaced. Those of a cluster have one for each
+/// part, so that each can be measured anew alone.
+fn marks(part: Option<Part>) -> [String; 2] {
+    let of = part.map_or_else(String::new, |part| format!(" of {}", part.name()));
+    [
+        format!("<!-- figures{of}: begin, written by cargo xtask bench --markdown -->"),
+        format!("<!-- figures{of}: end -->"),
+    ]
+}
 
 /// Rows under a title; the first row is the head.
-struct Table {
+pub(super) struct Table {
     title: &'static str,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    fn new(title: &'static str, head: &[&str]) -> Self {
+    pub(super) fn new(title: &'static str, head: &[&str]) -> Self {
         Self {
             title,
             rows: vec![head.iter().map(|cell| (*cell).to_owned()).collect()],
         }
     }
 
-    fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().collect());
     }
 
@@ -100,41 +109,89 @@ pub fn markdown(report: &Report) -> String {
     out.replace("  \n", "\\\n")
 }
 
-/// Writes the report into the marked section of a page.
+/// Prints a report and writes it where it was asked for; `logs` is told if something could not be measured.
+///
+/// # Errors
+/// If a file can't be written.
+pub fn conclude(report: &Report, options: &Options, logs: &Path) -> anyhow::Result<ExitCode> {
+    print!("{}", text(report));
+    if let Some(path) = &options.json {
+        report
+            .write_json(path)
+            .with_context(|| format!("writing {}", path.display()))?;
+        println!("\n  written to {}", path.display());
+    }
+    if let Some(page) = &options.markdown {
+        write_markdown(report, &options.parts, page)?;
+        println!("\n  written to {}", page.display());
+    }
+    if report.complaints.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("\n  logs: {}\n", logs.display());
+    Ok(ExitCode::FAILURE)
+}
+
+/// Writes the report of these parts into the marked sections of a page; other sections stay as they are.
 ///
 /// # Errors
 /// If the page can't be read or written, or has no such section.
-pub fn write_markdown(report: &Report, page: &Path) -> anyhow::Result<()> {
-    let old = std::fs::read_to_string(page).with_context(|| format!("reading {}", page.display()))?;
-    let new = with_section(&old, &markdown(report)).with_context(|| page.display().to_string())?;
-    std::fs::write(page, new).with_context(|| format!("writing {}", page.display()))
+pub fn write_markdown(report: &Report, parts: &[Part], page: &Path) -> anyhow::Result<()> {
+    let mut text = std::fs::read_to_string(page).with_context(|| format!("reading {}", page.display()))?;
+    let sections: Vec<_> = match report.settings.kubernetes {
+        true => parts
+            .iter()
+            .map(|part| (Some(*part), markdown(&of_part(report, *part))))
+            .collect(),
+        false => vec![(None, markdown(report))],
+    };
+    for (part, section) in sections {
+        text = with_section(&text, &marks(part), &section).with_context(|| page.display().to_string())?;
+    }
+    std::fs::write(page, text).with_context(|| format!("writing {}", page.display()))
 }
 
-fn with_section(page: &str, section: &str) -> anyhow::Result<String> {
+/// The report as if this part of Kubernetes had been measured alone.
+fn of_part(report: &Report, part: Part) -> Report {
+    let mut alone = report.clone();
+    alone.cluster = alone.cluster.filter(|_| part == Part::Cluster);
+    alone.operator = alone.operator.filter(|_| part == Part::Operator);
+    alone.fleet = alone.fleet.filter(|_| part == Part::Fleet);
+    alone.goals.retain(|verdict| verdict.name.starts_with(part.name()));
+    alone.complaints.retain(|complaint| complaint.starts_with(part.name()));
+    alone
+}
+
+fn with_section(page: &str, [begin, end]: &[String; 2], section: &str) -> anyhow::Result<String> {
     let (before, rest) = page
-        .split_once(BEGIN)
-        .with_context(|| format!("the page has no line {BEGIN:?} where the figures go"))?;
-    ensure!(rest.contains(END), "the page has no line {END:?} after the figures");
-    let (_, after) = rest.split_once(END).unwrap_or_default();
-    Ok(format!("{before}{BEGIN}\n\n{}\n\n{END}{after}", section.trim()))
+        .split_once(begin)
+        .with_context(|| format!("the page has no line {begin:?} where the figures go"))?;
+    ensure!(rest.contains(end), "the page has no line {end:?} after the figures");
+    let (_, after) = rest.split_once(end).unwrap_or_default();
+    Ok(format!("{before}{begin}\n\n{}\n\n{end}{after}", section.trim()))
 }
 
 fn preamble(report: &Report) -> Vec<String> {
     let (machine, settings) = (&report.machine, &report.settings);
+    let guest = format!(
+        "Guest: {} vCPU, {} MiB, epochs of {} ms. ",
+        settings.vcpus, settings.memory_mib, settings.epoch_ms
+    );
+    let (guest, qemu) = match settings.kubernetes {
+        true => (String::new(), String::new()),
+        false => (guest, format!("; {}", machine.qemu)),
+    };
     let mut lines = vec![
         format!(
-            "Command: `{}`, engine built as {}, {:.0} s.",
+            "Command: `{}`, programs built as {}, {:.0} s.",
             settings.command, settings.profile, report.took_s
         ),
         format!(
-            "Machine: {} CPUs ({}), {} MiB, Linux {}, {}; {}.",
-            machine.cpus, machine.cpu_model, machine.memory_mib, machine.kernel, machine.kvm, machine.qemu
+            "Machine: {} CPUs ({}), {} MiB, Linux {}, {}{qemu}.",
+            machine.cpus, machine.cpu_model, machine.memory_mib, machine.kernel, machine.kvm
         ),
         format!(
-            "Guest: {} vCPU, {} MiB, epochs of {} ms. Load average before: {}; others took {} of the processors meanwhile.",
-            settings.vcpus,
-            settings.memory_mib,
-            settings.epoch_ms,
+            "{guest}Load average before: {}; others took {} of the processors meanwhile.",
             machine.load_before,
             machine.others_share.map_or_else(|| "–".to_owned(), percent)
         ),
@@ -163,7 +220,8 @@ fn tables(report: &Report) -> Vec<Table> {
         resync(report),
         gaps(report),
     ];
-    made.into_iter().filter(|table| table.rows.len() > 1).collect()
+    let made = made.into_iter().chain(shown::tables(report));
+    made.filter(|table| table.rows.len() > 1).collect()
 }
 
 fn goals(report: &Report) -> Table {
@@ -467,7 +525,7 @@ fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)
 }
 
-fn optional(text: Option<String>) -> String {
+pub(super) fn optional(text: Option<String>) -> String {
     text.unwrap_or_else(|| "–".to_owned())
 }
 
@@ -481,7 +539,7 @@ fn plain(value: f64) -> String {
 }
 
 /// Whole, with a comma between thousands.
-fn thousands(value: f64) -> String {
+pub(super) fn thousands(value: f64) -> String {
     let digits = format!("{:.0}", value.max(0.0));
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {
@@ -530,12 +588,20 @@ mod tests {
 
     #[test]
     fn the_section_of_a_page_is_replaced_and_nothing_else() {
-        let page = format!("# Title\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n");
-        let once = with_section(&page, "new").unwrap();
-        assert_eq!(once, format!("# Title\n\nbefore\n\n{BEGIN}\n\nnew\n\n{END}\n\nafter\n"));
-        assert_eq!(with_section(&once, "new").unwrap(), once);
+        let (engine, fleet) = (marks(None), marks(Some(Part::Fleet)));
+        let page = |new: &str, old: &str| {
+            let [[begin, end], [other, last]] = [&engine, &fleet];
+            format!(
+                "# Title\n\nbefore\n\n{begin}\n\n{new}\n\n{end}\n\nbetween\n\n{other}\n\n{old}\n\n{last}\n\nafter\n"
+            )
+        };
+        let first = page("old", "old");
+        let once = with_section(&first, &engine, "new").unwrap();
+        assert_eq!(once, page("new", "old"));
+        assert_eq!(with_section(&once, &engine, "new").unwrap(), once);
+        assert_eq!(with_section(&once, &fleet, "newest").unwrap(), page("new", "newest"));
         assert!(
-            with_section("no section", "new")
+            with_section("no section", &engine, "new")
                 .unwrap_err()
                 .to_string()
                 .contains("has no line")

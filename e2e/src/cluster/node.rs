@@ -285,6 +285,16 @@ impl Node {
         Ok(processes::kill(init, program)?)
     }
 
+    /// Process ids, as this machine counts them, of a program in the node's containers.
+    ///
+    /// # Errors
+    /// If the node does not run.
+    pub fn processes_in_pods(&self, program: &str) -> anyhow::Result<Vec<i32>> {
+        let init = self.with_life(|life| Ok(life.init.pid()))?;
+        let found = processes::below(init, program)?;
+        Ok(found.into_iter().map(|process| process.pid).collect())
+    }
+
     /// Runs a program in the node's namespaces to its end; an exit code other than 0 is an error with everything that it printed.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
 //! Processes of a pid namespace, found by the process id of its init.
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
@@ -51,6 +52,24 @@ pub(crate) fn named(init: i32, program: &str) -> Result<Vec<ProcessInfo>, HostsE
     let mut found = all(init)?;
     found.retain(|process| process.program == program);
     Ok(found)
+}
+
+/// Those whose program has this file name, in namespaces below, too: in containers.
+pub(crate) fn below(init: i32, program: &str) -> Result<Vec<ProcessInfo>, HostsError> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir("/proc").map_err(failed("reading /proc"))? {
+        let name = entry.map_err(failed("reading /proc"))?.file_name();
+        let pid = name.to_str().and_then(|name| name.parse::<i32>().ok());
+        all.extend(pid.and_then(information).map(|found| (found.pid, found)));
+    }
+    let descends = |process: &ProcessInfo| {
+        let parents = std::iter::successors(Some(process), |child| all.get(&child.parent));
+        parents.take(all.len()).any(|ancestor| ancestor.parent == init)
+    };
+    let found = all
+        .values()
+        .filter(|process| process.program == program && descends(process));
+    Ok(found.cloned().collect())
 }
 
 /// Sends SIGKILL to every process of this program; returns how many and when.

@@ -17,6 +17,18 @@ pub enum Profile {
     Release,
 }
 
+impl Profile {
+    /// As Cargo names it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dev => "dev",
+            Self::Fast => "fast",
+            Self::Release => "release",
+        }
+    }
+}
+
 /// Builds programs, named as (package, binary), and returns where they are, in the same order. Cargo does nothing if they are fresh.
 ///
 /// # Errors

@@ -15,6 +15,7 @@
 //! Invariant: the book never has more than two seats.
 //! Invariant: when everything is as it should be, there is nothing to do.
 
+mod claims;
 mod end;
 mod recreate;
 mod run;
@@ -31,6 +32,7 @@ use kube::ResourceExt;
 
 use crate::observe::{LeaseSeen, Observed, PodSeen};
 
+pub use claims::{BINDING, unbound_for};
 pub use recreate::{all_go_by, recreation};
 pub use trouble::{Trouble, trouble};
 

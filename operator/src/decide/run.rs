@@ -12,8 +12,8 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, holder, is_genesis, is_named, lease_is_strange, pod, record,
-    seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, claims, holder, is_genesis, is_named, lease_is_strange, pod,
+    record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -39,6 +39,7 @@ pub(super) fn run(seen: &Observed, decision: &mut Decision) {
     enter_seats(seen, found.as_ref(), decision);
     choose_cpu(seen, found.as_ref(), decision);
     make_seats(seen, decision);
+    claims::look_again(seen, &decision.book, &mut decision.recheck);
     match &found {
         None => create_lease(decision),
         Some(record) => {

@@ -1,9 +1,13 @@
 //! Events: what changed between two statuses that a person would want to be told.
 
-use ftvm_crds::{FaultTolerantVMStatus, SwitchoverOutcome, VmPhase};
+use ftvm_crds::names::LABEL_VM;
+use ftvm_crds::{FaultTolerantVMStatus, SwitchoverOutcome, VmPhase, VolumePolicy};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::ResourceExt;
 
 use super::{ARBITER_REACHABLE, CPU_CHOSEN, PAUSED, PROTECTED, READY, STORAGE_HEALTHY};
+use crate::decide::{self, holder};
+use crate::observe::Observed;
 
 /// One event.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +79,23 @@ pub fn changes(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<
     }
     found.dedup_by(|a, b| a.note == b.note);
     found
+}
+
+/// What stays of a VM that goes, and how to find it: told last, for its status and its record go with it.
+pub fn kept(seen: &Observed) -> Option<Change> {
+    if seen.vm.spec.volume_policy != VolumePolicy::Retain || seen.claims.is_empty() {
+        return None;
+    }
+    let (namespace, vm) = (seen.vm.namespace().unwrap_or_default(), seen.vm.name_any());
+    let claims: Vec<&str> = seen.claims.keys().map(String::as_str).collect();
+    let book = seen.status().seats;
+    let last = decide::record(seen).and_then(|record| holder(&book, &record.snapshot.record));
+    let last = last.map_or_else(String::new, |entry| format!("; seat {} was active last", entry.name));
+    let note = format!(
+        "claims {} are kept (spec.volumePolicy: Retain): kubectl get pvc --namespace {namespace} --selector {LABEL_VM}={vm}{last}",
+        claims.join(", ")
+    );
+    Some(change(false, "VolumesRetained", note))
 }
 
 fn seats(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<Change> {

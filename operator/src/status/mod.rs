@@ -12,7 +12,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::decide::{self, Decision, Want, holder, is_genesis, is_named, lease_is_strange, pod, want};
 use crate::observe::{LeaseSeen, Observed};
 
-pub use changes::{Change, changes};
+pub use changes::{Change, changes, kept};
 use obstacles::lease_gone;
 pub use obstacles::{Obstacle, obstacles};
 

@@ -4,11 +4,8 @@ use ftvm_crds::SeatEntry;
 use ftvm_crds::names::{RESOURCE_SEAT, claim_name};
 
 use crate::cpu;
-use crate::decide::{lease_is_strange, pod, recreation};
+use crate::decide::{BINDING, lease_is_strange, pod, recreation, unbound_for};
 use crate::observe::{LeaseSeen, Observed, PodPhase, PodSeen};
-
-/// A claim may be without a volume for so long before that is told.
-const BINDING_SECONDS: i64 = 30;
 
 /// Something that a person has to mend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,14 +122,16 @@ fn unbound(seen: &Observed, entry: &SeatEntry, seat: &PodSeen) -> Option<Obstacl
     }
     seen.vm.spec.disks.iter().find_map(|disk| {
         let name = claim_name(&entry.name, &disk.name);
-        let claim = seen.claims.get(&name)?;
-        let age = claim.created.map_or(0, |created| seen.now.duration_since(created).as_secs());
+        let age = unbound_for(seen, seen.claims.get(&name)?)?;
         let told = seat.unschedulable.as_deref().is_some_and(|text| text.contains("PersistentVolumeClaim"));
-        (!claim.bound && (told || (seat.unschedulable.is_none() && age >= BINDING_SECONDS))).then(|| {
+        (told || (seat.unschedulable.is_none() && age >= BINDING)).then(|| {
             let class = disk.storage_class_name.as_deref().unwrap_or("the cluster's default");
+            let pod = &entry.name;
             obstacle(
                 "VolumeNotBound",
-                format!("claim {name} has no volume (storage class: {class}): see `kubectl describe pvc {name}`; name a class that provisions in spec.disks[].storageClassName"),
+                format!(
+                    "claim {name} has no volume (storage class: {class}), see `kubectl describe pvc {name}`: mend what provisions for the class; or name a class that provisions in spec.disks[].storageClassName and delete claim {name} and pod {pod}, which are then made anew"
+                ),
             )
         })
     })

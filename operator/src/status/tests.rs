@@ -130,6 +130,49 @@ fn a_volume_that_does_not_come_is_told_after_a_while() {
 }
 
 #[test]
+fn a_claim_that_stays_unbound_is_looked_at_again_later_and_later() {
+    let mut world = started();
+    while world.step() {}
+    let begin = world.now;
+    let mut looks = Vec::new();
+    while world.now.duration_since(begin).as_secs() < 7200 {
+        let decision = decide(&world.observe());
+        assert_eq!(decision.actions, []);
+        let wait = decision.recheck.unwrap().as_secs();
+        assert!((1..=600).contains(&wait), "{wait}");
+        looks.push(wait);
+        world.pass(wait as i64);
+    }
+    assert!(looks.is_sorted() && looks.len() < 20, "{looks:?}");
+    // The first of these looks is the one that tells it.
+    assert_eq!(looks[0], 30, "{looks:?}");
+    world.claims.values_mut().for_each(|claim| claim.bound = true);
+    assert_eq!(decide(&world.observe()).recheck, None);
+}
+
+#[test]
+fn volumes_that_are_kept_are_named_once_the_vm_goes() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let holder = world.record().unwrap().holder.seat.to_string();
+    let holder = world.book().into_iter().find(|entry| entry.had_uid(&holder)).unwrap();
+    assert_eq!(kept(&world.observe()), None, "by default they go");
+    world.vm.spec.volume_policy = ftvm_crds::VolumePolicy::Retain;
+    let note = kept(&world.observe()).unwrap().note;
+    for name in world.claims.keys() {
+        assert!(note.contains(name), "{name} in {note}");
+    }
+    assert!(
+        note.contains("kubectl get pvc --namespace shop --selector ftvm.dev/vm=web"),
+        "{note}"
+    );
+    assert!(
+        note.contains(&format!("seat {} was active last", holder.name)),
+        "{note}"
+    );
+}
+
+#[test]
 fn what_a_seat_needs_help_with_is_told_with_its_code() {
     let mut world = World::new(3);
     assert!(world.settle(60));
