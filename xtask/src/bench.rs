@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use anyhow::ensure;
 use clap::Args;
 use ftvm_e2e::bench::{Options, Part, command};
-use ftvm_e2e::demo::programs::Profile;
 
+use crate::demo::Build;
 use crate::packages;
 
 /// Options of `cargo xtask bench`.
@@ -34,9 +34,8 @@ pub struct Bench {
     /// Length of an idle epoch, and QEMU's delay between checkpoints, in milliseconds [default: 50, or 20 with --short]
     #[arg(long)]
     epoch_ms: Option<u32>,
-    /// Measure programs as users get them, which takes longer to build
-    #[arg(long)]
-    release: bool,
+    #[command(flatten)]
+    build: Build,
 }
 
 fn part(name: &str) -> Result<Part, String> {
@@ -57,9 +56,7 @@ impl Bench {
         options.epoch_ms = self.epoch_ms.unwrap_or(options.epoch_ms);
         ensure!(options.memory_mib >= 64, "the guest needs 64 MiB for the largest load");
         ensure!((1..=1000).contains(&options.epoch_ms), "an epoch lasts 1 to 1,000 ms");
-        if self.release {
-            options.profile = Profile::Release;
-        }
+        options.profile = self.build.profile();
         if !self.only.is_empty() {
             options.parts = self.only;
         }
