@@ -149,13 +149,9 @@ where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
     let (reader, writer) = reflector::store();
-    let slim = |mut object: K| {
-        object.managed_fields_mut().clear();
-        object
-    };
     let stream = watcher(api, config)
         .default_backoff()
-        .map_ok(move |event| event.modify(|object| *object = slim(object.clone())));
+        .map_ok(|event| event.modify(|object| object.managed_fields_mut().clear()));
     tokio::spawn(async move {
         let mut touched = stream.reflect(writer).touched_objects().boxed();
         while let Some(event) = touched.next().await {

@@ -283,11 +283,11 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
     let mut phases: HashMap<VmPhase, i64> = HashMap::new();
     let mut unprotected = 0;
     for vm in vms {
-        let status = vm.status.clone().unwrap_or_default();
-        let phase = status.phase.unwrap_or(VmPhase::Starting);
+        let status = vm.status.as_ref();
+        let phase = status.and_then(|status| status.phase).unwrap_or(VmPhase::Starting);
         *phases.entry(phase).or_default() += 1;
         let protected = status
-            .condition(status::PROTECTED)
+            .and_then(|status| status.condition(status::PROTECTED))
             .is_some_and(|condition| condition.status == "True");
         unprotected += i64::from(matches!(phase, VmPhase::Running | VmPhase::Paused) && !protected);
     }

@@ -24,6 +24,9 @@ const CONCURRENCY: u16 = 8;
 /// Seconds that an election lasts without renewal, and how long before its end it is renewed.
 const ELECTION_SECONDS: (u64, u64) = (8, 4);
 
+/// VMs are counted for the metrics so often.
+const COUNT_EVERY: Duration = Duration::from_secs(5);
+
 /// What the command line says.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -175,12 +178,17 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
         .reconcile_on(triggered)
         .run(reconcile, again, context)
         .boxed();
-    while let Some(result) = results.next().await {
-        if let Err(error) = result {
-            // Failures of reconciles are counted and logged where the next look is planned.
-            tracing::debug!(%error, "controller");
+    // Not after each look: with many VMs each look would cost as much as all of them.
+    let mut counts = tokio::time::interval(COUNT_EVERY);
+    loop {
+        tokio::select! {
+            result = results.next() => match result {
+                // Failures of reconciles are counted and logged where the next look is planned.
+                Some(Err(error)) => tracing::debug!(%error, "controller"),
+                Some(Ok(_)) => {}
+                None => return Ok(()),
+            },
+            _ = counts.tick() => count(vms.state().iter().map(|vm| &**vm), &metrics),
         }
-        count(vms.state().iter().map(|vm| &**vm), &metrics);
     }
-    Ok(())
 }
