@@ -298,7 +298,8 @@ impl HollowNodes {
         let seats = 2 * plan.vms;
         // Those of one node must find room elsewhere.
         let a_node = seats.div_ceil(plan.hollow_nodes - 1) + 1;
-        let volumes = seats + a_node;
+        // Each lost seat leaves its own behind, and on a busy machine a seat may be lost more than once.
+        let volumes = seats + 4 * a_node;
         let mut command = Command::new(program);
         let numbers = [
             ("--nodes", plan.hollow_nodes),
