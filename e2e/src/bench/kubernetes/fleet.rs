@@ -167,7 +167,12 @@ impl Fleet<'_> {
 
     fn apply(&self, vms: u32) -> anyhow::Result<()> {
         let items: Vec<Value> = (0..vms)
-            .map(|number| vm(&format!("vm-{number}"), "64Mi", CLASS))
+            .map(|number| {
+                let mut vm = vm(&format!("vm-{number}"), "64Mi", CLASS);
+                // Hollow nodes publish no CPU.
+                vm["spec"]["machine"]["cpuBaseline"] = json!("Host");
+                vm
+            })
             .collect();
         let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
         self.cluster.apply(&list.to_string()).map(drop)

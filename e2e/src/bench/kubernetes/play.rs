@@ -29,7 +29,11 @@ pub fn measure(options: &Options, folder: &Path, progress: &Progress) -> anyhow:
         rounds: 2 * plan.nodes_lost + 2 * plan.applies,
         ..DemoOptions::default()
     };
-    on_stage(&play, options.profile, folder, progress, |mut stage, cluster| {
+    let setting = stage::Setting {
+        profile: options.profile,
+        api_proxy: false,
+    };
+    on_stage(&play, setting, folder, progress, |mut stage, cluster| {
         let (mut killed, mut drained) = (Vec::new(), Vec::new());
         for _ in 0..plan.nodes_lost {
             killed.push(round(&mut stage, cluster, progress, kill).context("a killed node")?);
