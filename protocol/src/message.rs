@@ -110,6 +110,8 @@ pub enum Message {
         session: SessionId,
         /// The last epoch; the source is frozen at its end.
         epoch: Epoch,
+        /// Term of the claim for which it froze.
+        term: Term,
     },
     /// Target to source: will not (the reason is in the target's status). A frozen source goes on by a swap of its own.
     SwitchRefused {

@@ -6,7 +6,7 @@ use bench::{Arbiter, Bench};
 use ftvm_protocol::core::{Action, Command, EndReason, Event, Gate, Refusal, RoleName, Seal};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::message::Message;
-use ftvm_protocol::record::{Members, Phase};
+use ftvm_protocol::record::{Members, Phase, Snapshot};
 
 // ---- whole paths
 
@@ -192,6 +192,149 @@ fn a_claim_that_came_to_nothing_is_taken_back_and_a_later_switchover_works() {
     bench.pass(300);
     assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
     assert!(bench.record.as_ref().expect("a record").record.term > record.term);
+}
+
+/// What a target says of its claim is no record: a source that no record backs goes on all the same.
+#[test]
+fn a_source_frozen_for_a_claim_that_no_record_knows_goes_on() {
+    for lie in [1, u64::MAX] {
+        let mut bench = Bench::pair();
+        bench.seats[1].arbiter = Arbiter::Away;
+        bench.step(0, Event::Command(Command::Switchover));
+        let session = bench.seats[0].core.status().session.expect("a session");
+        let term = bench.record.as_ref().expect("a record").record.term;
+        let term = term.saturating_add(lie);
+        bench.say(1, Message::Claimed { session, term });
+        assert_eq!(bench.seats[0].core.status().role, RoleName::Frozen);
+        bench.pass(6_000);
+        assert_eq!(bench.seats[0].core.status().role, RoleName::Active);
+        let peer = bench.seats[1].me;
+        bench.step(0, Event::PeerGone { peer });
+        bench.pass(500);
+        assert_eq!(bench.gate(0), Gate::Open);
+    }
+}
+
+/// The record was re-created; the standby is the first to adopt it and claims it, and its word of that does not arrive.
+fn claimed_after_a_new_record() -> Bench {
+    let mut bench = Bench::pair();
+    let old = bench.record.clone().expect("a record");
+    let mut record = old.record;
+    record.term += 1;
+    record.predecessor = Some(old.uid);
+    bench.record = Some(Snapshot {
+        record,
+        uid: ArbiterUid(2),
+        version: 1,
+    });
+    bench.seats[1].mute = true;
+    bench.step(0, Event::Command(Command::Switchover));
+    let record = &bench.record.as_ref().expect("a record").record;
+    assert_eq!(record.holder, bench.seats[1].me);
+    bench.seats[1].mute = false;
+    bench
+}
+
+#[test]
+fn an_active_adopts_a_new_record_that_its_standby_has_claimed() {
+    let mut bench = claimed_after_a_new_record();
+    let session = bench.seats[0].core.status().session.expect("a session");
+    bench.say(1, Message::SwitchRefused { session });
+    bench.pass(1_000);
+    assert!(bench.seats[0].core.status().protected);
+    let record = &bench.record.as_ref().expect("a record").record;
+    assert_eq!(record.holder, bench.seats[0].me);
+    let peer = bench.seats[1].me;
+    bench.step(0, Event::PeerGone { peer });
+    bench.pass(500);
+    assert_eq!(bench.gate(0), Gate::Open);
+}
+
+#[test]
+fn a_frozen_source_adopts_a_new_record_that_its_lost_target_has_claimed() {
+    let mut bench = claimed_after_a_new_record();
+    let session = bench.seats[0].core.status().session.expect("a session");
+    let term = bench.record.as_ref().expect("a record").record.term;
+    bench.seats[1].mute = true;
+    bench.say(1, Message::Claimed { session, term });
+    let peer = bench.seats[1].me;
+    bench.step(0, Event::PeerGone { peer });
+    bench.pass(500);
+    assert_eq!(bench.gate(0), Gate::Open);
+}
+
+#[test]
+fn a_stop_works_over_a_claim_of_a_new_record() {
+    let mut bench = claimed_after_a_new_record();
+    bench.step(0, Event::Command(Command::Stop));
+    bench.pass(1_000);
+    assert_eq!(bench.seats[0].ended, Some(EndReason::Stopped));
+}
+
+/// An order to run belongs to one claim: that of a switchover which was taken back starts nothing in the next one.
+#[test]
+fn an_old_order_to_run_is_not_obeyed_in_the_next_switchover() {
+    let mut bench = Bench::pair();
+    bench.seats[0].manual_seals = true;
+    bench.step(0, Event::Command(Command::Switchover));
+    let session = bench.seats[0].core.status().session.expect("a session");
+    let freeze = |bench: &mut Bench| {
+        let event = bench.seal_event(0, Seal::Freeze);
+        let Event::EpochSealed { epoch, .. } = event else {
+            unreachable!("a seal")
+        };
+        bench.step(0, event);
+        Event::EpochStaged {
+            session,
+            epoch,
+            leader_acked: epoch - 1,
+        }
+    };
+    let staged = freeze(&mut bench);
+    assert!(bench.seats[1].core.status().switching);
+    // The source takes it back; its last epoch is still on its way.
+    bench.say(1, Message::SwitchRefused { session });
+    bench.pass(60);
+    assert_eq!(bench.seats[0].core.status().role, RoleName::Active);
+    bench.step(1, staged);
+    bench.step(0, Event::Command(Command::Switchover));
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Standby);
+    let staged = freeze(&mut bench);
+    bench.step(1, staged);
+    bench.pass(300);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+    assert!(bench.seats[1].core.status().protected);
+}
+
+#[test]
+fn a_claim_without_an_answer_does_not_delay_a_takeover() {
+    let mut bench = Bench::pair();
+    bench.seats[1].arbiter = Arbiter::SwallowsWrites;
+    bench.step(0, Event::Command(Command::Switchover));
+    bench.seats[1].arbiter = Arbiter::Works;
+    let peer = bench.seats[0].me;
+    bench.step(1, Event::PeerGone { peer });
+    bench.pass(500);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+}
+
+/// A backup older than a claim that the active never heard of: the pair is intact and writes above both.
+#[test]
+fn a_record_restored_below_an_unheard_claim_is_written_over_by_the_intact_pair() {
+    let mut bench = Bench::pair();
+    let old = bench.record.clone().expect("a record");
+    bench.seats[1].mute = true;
+    bench.step(0, Event::Command(Command::Switchover));
+    let version = bench.record.as_ref().expect("a record").version + 1;
+    bench.record = Some(Snapshot { version, ..old });
+    bench.seats[1].mute = false;
+    let session = bench.seats[0].core.status().session.expect("a session");
+    bench.say(1, Message::SwitchRefused { session });
+    bench.pass(2_000);
+    let peer = bench.seats[0].me;
+    bench.step(1, Event::PeerGone { peer });
+    bench.pass(500);
+    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
 }
 
 #[test]

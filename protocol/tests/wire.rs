@@ -59,7 +59,11 @@ fn messages() -> Vec<Message> {
             session,
             reason: SessionEnd::FollowerFailed,
         },
-        Message::Switch { session, epoch: 8 },
+        Message::Switch {
+            session,
+            epoch: 8,
+            term: 4,
+        },
         Message::SwitchRefused { session },
         Message::Follow {
             session,

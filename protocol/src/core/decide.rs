@@ -2,7 +2,7 @@
 
 use crate::header::{MAX_INCARNATIONS, SeatHeader};
 use crate::identity::SeatId;
-use crate::message::PeerRole;
+use crate::message::{PeerRole, View};
 use crate::record::{Members, Phase, Record, Snapshot};
 
 use super::attempt::Goal;
@@ -317,10 +317,12 @@ impl Core {
             (None, Confirmed::Pair) => Some(Goal::Eject),
             (Some(_), Confirmed::Pair) if !healthy => Some(Goal::Eject),
             (Some(lead), Confirmed::Pair) => {
-                let follower_unsettled = self
-                    .links
-                    .iter()
-                    .any(|link| link.id == lead.link && link.view.is_some_and(|view| view.unsettled));
+                // It has tried something, or has claimed a record that this seat knows nothing of.
+                let needs = |view: View| {
+                    view.unsettled
+                        || active.hand_over.is_none() && view.with == Some(self.me) && view.term > self.known_term
+                };
+                let follower_unsettled = self.link(lead.link).and_then(|link| link.view).is_some_and(needs);
                 match final_epoch {
                     Some(epoch) if lead.acked >= epoch => Some(Goal::Stop),
                     _ => (active.doubt || follower_unsettled).then_some(Goal::Settle),
@@ -342,13 +344,14 @@ impl Core {
         reports: Option<&[SeatReport]>,
     ) -> Result<Decision, Decision> {
         let holder = record.holder == self.me;
+        let claimed = active.is_claimed(record, self.me);
         let low = record.term < self.known_term;
         match lineage {
             Lineage::Same => {}
-            Lineage::Successor if holder => return Ok(Decision::Adopt),
+            // The follower may have been the first to adopt it.
+            Lineage::Successor if holder || claimed => return Ok(Decision::Adopt),
             Lineage::Successor | Lineage::Strange => return Err(Decision::Refuse(Refusal::RecordStrange)),
         }
-        let claimed = active.is_claimed(record, self.me);
         if !holder && !claimed {
             return Err(if low {
                 Decision::Refuse(Refusal::TermBelowKnown)
@@ -398,10 +401,11 @@ impl Core {
         reports: Option<&[SeatReport]>,
     ) -> Result<Decision, Decision> {
         let holder = record.holder == self.me;
+        let claimed = frozen.active.is_claimed(record, self.me);
         let named = record.members.contains(self.me);
         match lineage {
             Lineage::Same => {}
-            Lineage::Successor if holder => return Ok(Decision::Adopt),
+            Lineage::Successor if holder || claimed => return Ok(Decision::Adopt),
             Lineage::Successor | Lineage::Strange => return Err(Decision::Refuse(Refusal::RecordStrange)),
         }
         if record.term < self.known_term {
@@ -415,7 +419,6 @@ impl Core {
         }
         let healthy = self.is_lead_healthy();
         let lead = frozen.active.lead.as_ref();
-        let claimed = frozen.active.is_claimed(record, self.me);
         // A target that runs will ask this seat to follow.
         let runs = |lead: &Lead| {
             let view = self.link(lead.link).and_then(|link| link.view);

@@ -3,7 +3,7 @@
 use crate::message::{Message, SessionEnd};
 
 use super::attempt::Attempt;
-use super::role::{Confirmed, JoinStage, Lead, LeadStage, Role, Standby};
+use super::role::{Confirmed, JoinStage, Lead, LeadStage, Role, Standby, SwitchRequest};
 use super::{Action, ArbiterState, Core, EndReason, Refusal, Seal};
 
 impl Core {
@@ -24,12 +24,23 @@ impl Core {
             return;
         }
         self.write_header(actions);
+        self.drop_claim();
         if self.attempt.is_none()
             && self.now_ms >= self.next_attempt_ms
             && self.adopting.is_none()
             && (self.is_wanting() || self.is_observing())
         {
             self.begin_attempt(actions);
+        }
+    }
+
+    /// A claim on its way keeps nobody from taking over: whether it lands is all the same.
+    fn drop_claim(&mut self) {
+        if let Role::Standby(standby) = &self.role
+            && self.is_leader_lost(standby)
+        {
+            self.attempt
+                .take_if(|attempt| attempt.is_swapping() && !attempt.is_taking());
         }
     }
 
@@ -214,7 +225,8 @@ impl Core {
         let Some(term) = standby.claim.and_then(|claim| claim.term) else {
             return;
         };
-        let here = standby.switch.is_some_and(|switch| standby.staged == switch.epoch);
+        let ordered = |switch: SwitchRequest| standby.staged == switch.epoch && switch.term == term;
+        let here = standby.switch.is_some_and(ordered);
         // Whoever has read that the record is gone vouches for a new one that names the leader (rule 10).
         let gone = self.arbiter == ArbiterState::Gone;
         let free = !gone && !self.has_tried() && self.adopting.is_none() && self.header_is_current();
@@ -410,8 +422,8 @@ impl Core {
             && let Some(lead) = &frozen.active.lead
         {
             frozen.asked_ms = now_ms + timing.retry_ms;
-            let (link, session) = (lead.link, lead.session);
-            self.send(link, Message::Switch { session, epoch }, actions);
+            let (link, session, term) = (lead.link, lead.session, frozen.claimed);
+            self.send(link, Message::Switch { session, epoch, term }, actions);
         }
     }
 }

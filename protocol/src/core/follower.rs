@@ -105,7 +105,7 @@ impl Core {
             Message::End { session, reason } => self.on_end(link, session, reason, actions),
             Message::Claim { session } => self.on_claim(link, session, actions),
             Message::Claimed { session, term } => self.on_claimed(link, session, term, actions),
-            Message::Switch { session, epoch } => self.on_switch(link, session, epoch, actions),
+            Message::Switch { session, epoch, term } => self.on_switch(link, session, epoch, term, actions),
             Message::SwitchRefused { session } => self.on_switch_refused(link, session, actions),
             Message::Follow {
                 session,
@@ -324,6 +324,7 @@ impl Core {
         link: LinkId,
         session: SessionId,
         epoch: Epoch,
+        term: Term,
         actions: &mut Vec<Action>,
     ) -> Result<(), Refusal> {
         let now_ms = self.now_ms;
@@ -340,8 +341,11 @@ impl Core {
             self.send(link, Message::SwitchRefused { session }, actions);
             return Ok(());
         }
+        // A source freezes at a later epoch each time.
+        standby.switch.take_if(|switch| switch.epoch < epoch);
         standby.switch.get_or_insert(SwitchRequest {
             epoch,
+            term,
             since_ms: now_ms,
         });
         Ok(())
@@ -404,7 +408,7 @@ impl Core {
             return Err(Refusal::Unsettled);
         }
         // Not of a record that this seat has written over.
-        let stale = term <= frozen.active.term || term < self.known_term;
+        let stale = term < frozen.claimed || term < self.known_term;
         if stale || !self.header_is_current() || self.adopting.is_some() {
             return Err(Refusal::TermBelowKnown);
         }

@@ -221,10 +221,10 @@ impl Core {
         }
         let mut active = active.clone();
         active.hand_over = None;
-        self.known_term = term;
         self.cancel_attempt();
         self.role = Role::Frozen(Frozen {
             active,
+            claimed: term,
             sealed: None,
             since_ms: self.now_ms,
             asked_ms: 0,

@@ -151,6 +151,8 @@ impl Claim {
 pub(super) struct SwitchRequest {
     /// The source is frozen at the end of this epoch.
     pub(super) epoch: Epoch,
+    /// The claim for which it froze.
+    pub(super) term: Term,
     /// When it was asked for.
     pub(super) since_ms: u64,
 }
@@ -286,6 +288,9 @@ impl Active {
 #[derive(Debug, Clone)]
 pub(super) struct Frozen {
     pub(super) active: Active,
+    /// Term of the record that names the target, as the target says. Not confirmed: it only tells orders and answers of
+    /// this switchover from older ones.
+    pub(super) claimed: Term,
     /// The last epoch, once sealed.
     pub(super) sealed: Option<Epoch>,
     pub(super) since_ms: u64,

@@ -18,6 +18,8 @@ pub enum Arbiter {
     Away,
     /// Writes land, their answers say unknown; reads work.
     LosesWriteAnswers,
+    /// Reads work; writes neither land nor are answered.
+    SwallowsWrites,
 }
 
 pub struct Seat {
@@ -179,6 +181,9 @@ impl Bench {
                 record,
                 ..
             } => {
+                if self.seats[at].arbiter == Arbiter::SwallowsWrites {
+                    return;
+                }
                 let outcome = self.swap(at, uid, version, record);
                 todo.push((at, Event::RecordSwapped { request, outcome }));
             }
