@@ -212,11 +212,9 @@ impl Core {
                 self.conclude(0);
             }
             Decision::Adopt => {
-                // A term that a follower claimed is none that this seat has confirmed: it still comes with its Follow.
-                let claimed = self.role.active().is_some() && snapshot.record.holder != self.me;
                 self.adopting = Some(Adopting {
                     uid: snapshot.uid,
-                    term: if claimed { self.known_term } else { snapshot.record.term },
+                    term: snapshot.record.term,
                     with: snapshot.record.members.iter().find(|member| *member != self.me),
                 });
                 self.conclude(0);

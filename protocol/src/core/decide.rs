@@ -348,8 +348,7 @@ impl Core {
         let low = record.term < self.known_term;
         match lineage {
             Lineage::Same => {}
-            // The follower may have been the first to adopt it.
-            Lineage::Successor if holder || claimed => return Ok(Decision::Adopt),
+            Lineage::Successor if holder => return Ok(Decision::Adopt),
             Lineage::Successor | Lineage::Strange => return Err(Decision::Refuse(Refusal::RecordStrange)),
         }
         if !holder && !claimed {
@@ -405,7 +404,7 @@ impl Core {
         let named = record.members.contains(self.me);
         match lineage {
             Lineage::Same => {}
-            Lineage::Successor if holder || claimed => return Ok(Decision::Adopt),
+            Lineage::Successor if holder => return Ok(Decision::Adopt),
             Lineage::Successor | Lineage::Strange => return Err(Decision::Refuse(Refusal::RecordStrange)),
         }
         if record.term < self.known_term {
