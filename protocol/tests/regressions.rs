@@ -453,6 +453,9 @@ fn a_standby_whose_takeover_landed_unnoticed_does_not_acknowledge() {
     );
     bench.pass(400);
     assert_eq!(bench.seats[1].core.status().role, RoleName::Standby);
+    // It reads that it holds the record alone, and no further write gets through.
+    bench.seats[1].arbiter = Arbiter::RefusesWrites;
+    bench.pass(400);
     bench.epoch(0);
     bench.pass(100);
     assert_eq!(bench.gate(0), Gate::Through(acked));

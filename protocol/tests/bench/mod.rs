@@ -20,6 +20,8 @@ pub enum Arbiter {
     LosesWriteAnswers,
     /// Reads work; writes neither land nor are answered.
     SwallowsWrites,
+    /// Reads work; writes are refused.
+    RefusesWrites,
 }
 
 pub struct Seat {
@@ -212,7 +214,7 @@ impl Bench {
     }
 
     fn swap(&mut self, at: usize, uid: ArbiterUid, version: u64, record: Record) -> SwapOutcome {
-        if self.seats[at].arbiter == Arbiter::Away {
+        if matches!(self.seats[at].arbiter, Arbiter::Away | Arbiter::RefusesWrites) {
             return SwapOutcome::NotSent;
         }
         match &mut self.record {
