@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use ftvm_protocol_sim::{Coverage, Outcome, Report, run};
 
-const SEEDS: u64 = 24_000;
+const SEEDS: u64 = 60_000;
 
 /// Runs the seeds on all cores; the reports come in no particular order.
 fn run_all(seeds: u64, take: impl Fn(&mut Total, Report) + Sync) -> Total {
