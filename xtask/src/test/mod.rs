@@ -138,7 +138,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "native",
             about: "real processes and sockets, this machine's KVM, the protocol in its simulator",
-            budget: minutes(15),
+            budget: minutes(20),
             build: minutes(8),
             quick: false,
             // The tests start the programs of other packages.
@@ -150,7 +150,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "cluster",
             about: "a real Kubernetes, its nodes made of namespaces",
-            budget: minutes(20),
+            budget: minutes(32),
             // Kubernetes itself is built from source.
             build: minutes(25),
             quick: false,
