@@ -276,8 +276,8 @@ fn common_cpu(cluster: &Cluster) -> anyhow::Result<()> {
         .find(|leaf| (leaf.leaf, leaf.subleaf) == (7, 0));
     let registers = &mut leaf.context("no leaf 7")?.registers;
     let [_, all, ..] = *registers;
-    // adx, smap, erms, bmi2, bmi1: whichever this machine has.
-    let bit = [19, 20, 9, 8, 3].into_iter().find(|bit| all & (1 << bit) != 0);
+    // adx, smap, erms, bmi2, bmi1, clwb, clflushopt: whichever this machine's KVM gives.
+    let bit = [19, 20, 9, 8, 3, 24, 23].into_iter().find(|bit| all & (1 << bit) != 0);
     let less = all & !(1 << bit.context("this machine has nothing to leave out")?);
     registers[1] = less;
     let node = json!({
