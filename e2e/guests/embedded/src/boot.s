@@ -81,13 +81,6 @@ long_mode:
     cmp qword ptr [rdi + PERCPU_INDEX], 0
     jne 1f
     call build_idt
-    # Asked here: where a hypervisor lets ring 3 run by itself, ring 3 sees the host's answers.
-    mov eax, 7
-    xor ecx, ecx
-    cpuid
-    mov dword ptr [cpuid_leaf_7], ebx
-    mov dword ptr [cpuid_leaf_7 + 4], ecx
-    mov dword ptr [cpuid_leaf_7 + 8], edx
     mov al, 0xFF                    # firmware may have left the 8259s open, at the vectors of exceptions
     out 0x21, al
     out 0xA1, al
@@ -334,10 +327,6 @@ exception_info:
 .global start_info_address
 start_info_address:
     .skip 8
-.global cpuid_leaf_7
-cpuid_leaf_7:
-    .skip 12
-.balign 8
 .global application_percpu
 application_percpu:
     .skip 8

@@ -53,11 +53,6 @@ static PARTS: Published<(Region, usize)> = Published::new();
 const NETWORK: u32 = 1;
 const BLOCK: u32 = 2;
 
-// SAFETY: boot.s defines it: EBX, ECX and EDX of CPUID's leaf 7, subleaf 0.
-unsafe extern "C" {
-    static cpuid_leaf_7: [u32; 3];
-}
-
 /// Where boot.s sends the first vCPU.
 // SAFETY: no other symbol of the image has this name; boot.s jumps here with this ABI.
 #[unsafe(no_mangle)]
@@ -78,9 +73,6 @@ extern "C" fn guest_main() -> ! {
         clock.tsc_hz / 1_000_000,
         clock.apic_hz / 1_000_000
     );
-    // SAFETY: boot.s wrote it before any Rust ran, and nobody writes it again.
-    let [ebx, ecx, edx] = unsafe { cpuid_leaf_7 };
-    log!("CPUID leaf 7: {ebx:x},{ecx:x},{edx:x}");
     let (net, disk) = open_devices();
     let (journal, past) = Journal::open(disk);
     let Some(net) = net else {
