@@ -55,6 +55,11 @@ pub struct Pair {
     pub term: u64,
 }
 
+/// Whether a seat follows again, or is about to.
+fn came_back(seat: Seat) -> bool {
+    matches!(seat.role, Role::Joining | Role::Standby)
+}
+
 /// Answers that must come after a failover before the gap counts as over.
 const ANSWERS_AFTER: u64 = 20;
 
@@ -242,7 +247,6 @@ impl<'a, W: Witness> Stage<'a, W> {
             return self.await_protection(round, at);
         }
         let spare = (0..self.names.len()).find(|&host| host != after && host != lost && self.machines.is_running(host));
-        let came_back = |seat: Seat| matches!(seat.role, Role::Joining | Role::Standby);
         if self.seat(lost).is_some_and(came_back) {
             self.await_protection(round, at)
         } else if let Some(spare) = spare {
@@ -588,7 +592,11 @@ impl<'a, W: Witness> Stage<'a, W> {
                 "the client's connection ended while protection was awaited"
             );
             if let Some(trouble) = self.system.trouble() {
-                bail!("{trouble}; {}", self.describe());
+                // A lost seat may come back between the look at it and its replacement, which is refused then.
+                let hosts = 0..self.names.len();
+                let back = hosts.into_iter().any(|host| self.seat(host).is_some_and(came_back));
+                ensure!(back, "{trouble}; {}", self.describe());
+                self.progress.say(&trouble);
             }
             if Instant::now() > deadline {
                 bail!("not protected within {patience:?}; {}", self.describe());
