@@ -69,28 +69,14 @@ fn is_alone(vouched: &Vouched) -> bool {
 
 /// What a pair vouches for: both the same.
 fn pair<'a>(vouched: &[&'a Vouched]) -> Result<&'a Record, NoSuccessor> {
+    let essence = |of: &'a Vouched| (of.record.holder, &of.record.members, of.record.predecessor);
     let mut result = Err(NoSuccessor::NobodyVouches);
     for one in vouched {
-        let same = |other: &Vouched| {
-            (other.record.holder, &other.record.members, other.record.predecessor)
-                == (one.record.holder, &one.record.members, one.record.predecessor)
-        };
-        let missing = one
-            .record
-            .members
-            .iter()
-            .find(|member| !vouched.iter().any(|other| other.by == *member));
-        if missing.is_some() {
-            result = Err(NoSuccessor::OneOfTwo(one.by));
-        } else if one
-            .record
-            .members
-            .iter()
-            .all(|member| vouched.iter().any(|other| other.by == member && same(other)))
-        {
-            return Ok(&one.record);
-        } else {
-            return Err(NoSuccessor::Disagree);
+        let member = one.record.members.iter().find(|member| *member != one.by);
+        match vouched.iter().find(|other| Some(other.by) == member) {
+            None => result = Err(NoSuccessor::OneOfTwo(one.by)),
+            Some(other) if essence(other) == essence(one) => return Ok(&one.record),
+            Some(_) => return Err(NoSuccessor::Disagree),
         }
     }
     result

@@ -66,11 +66,7 @@ impl Driver {
 
     pub(super) fn set_gate(&mut self, gate: Gate) {
         self.gate = gate;
-        let gate = if self.holds(&self.core.status()) {
-            Gate::Closed
-        } else {
-            gate
-        };
+        let gate = if self.holds_now() { Gate::Closed } else { gate };
         match gate {
             Gate::Closed => self.seat.outbox.close(),
             Gate::Through(epoch) => self.seat.outbox.release_through(self.but_the_last(epoch)),
@@ -149,7 +145,7 @@ impl Driver {
     /// Runs the guest, unless it has to stand still for want of a standby.
     pub(super) fn resume_guest(&mut self) {
         self.limit_over();
-        if self.holds(&self.core.status()) {
+        if self.holds_now() {
             return self.hold_guest();
         }
         // Before: a vCPU may reach its limit at once.

@@ -92,7 +92,7 @@ impl Driver {
     /// Tells the network where the guest's addresses are now, as soon as the gate admits `epoch`; at once for a guest that stands
     /// still until a standby has joined.
     pub(super) fn announce(&mut self, epoch: Epoch) {
-        if self.holds(&self.core.status()) {
+        if self.holds_now() {
             return self.call_frames_here();
         }
         for (nic, mac) in self.seat.macs.clone().into_iter().enumerate() {

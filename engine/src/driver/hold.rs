@@ -74,6 +74,11 @@ impl Driver {
         }
     }
 
+    /// [`Driver::holds`] as the core is now; asked at the end of every pause, and most guests never hold.
+    pub(super) fn holds_now(&self) -> bool {
+        self.hold.when_unprotected == WhenUnprotected::Pause && self.holds(&self.core.status())
+    }
+
     fn source_follows_next(&self, status: &CoreStatus) -> bool {
         let source = self.hold.source.filter(|_| status.peer == self.hold.source);
         source.is_some_and(|source| self.links.values().any(|link| link.peer == source))

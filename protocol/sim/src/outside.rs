@@ -11,7 +11,7 @@ use crate::arbiter::Put;
 use crate::checks::Kind;
 use crate::coverage::Fault;
 use crate::mutation::Mutation;
-use crate::world::{Claimed, Input, Published, What, World};
+use crate::world::{Claimed, Engine, Input, Published, What, World};
 
 impl World {
     // ---- arbiter
@@ -146,10 +146,7 @@ impl World {
     /// A record was written: whoever holds it now may start from this moment on.
     fn landed(&mut self, before: Option<Record>, now: &Snapshot) {
         let holder = now.record.holder;
-        let role = self
-            .slot_of(holder)
-            .and_then(|slot| self.slots[slot].engine.as_ref())
-            .map(|engine| engine.core.status().role);
+        let role = self.engine_of(holder).map(|engine| engine.core.status().role);
         // A source that goes on after a switchover has come further than when it became active.
         let known = self.checks.active() == Some(holder) && role != Some(RoleName::Frozen);
         // A standby that becomes holder beside its leader runs nothing yet.
@@ -203,6 +200,11 @@ impl World {
             let result = self.checks.take_over(&self.history, holder, state);
             self.check(result);
         }
+    }
+
+    pub(crate) fn engine_of(&self, incarnation: Incarnation) -> Option<&Engine> {
+        self.slot_of(incarnation)
+            .and_then(|slot| self.slots[slot].engine.as_ref())
     }
 
     pub(crate) fn slot_of(&self, incarnation: Incarnation) -> Option<usize> {
@@ -308,9 +310,8 @@ impl World {
         let snapshot = self.arbiter.recreate(record);
         self.log(|| format!("operator: creates {snapshot:?}"));
         // A seat that goes by another record already never goes by this one.
-        let holder = self.slot_of(snapshot.record.holder);
-        let engine = holder.and_then(|slot| self.slots[slot].engine.as_ref());
-        if engine.is_some_and(|engine| engine.core.status().uid == snapshot.record.predecessor) {
+        let holder = self.engine_of(snapshot.record.holder);
+        if holder.is_some_and(|engine| engine.core.status().uid == snapshot.record.predecessor) {
             self.landed(None, &snapshot);
         }
     }

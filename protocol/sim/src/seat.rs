@@ -252,8 +252,8 @@ impl World {
         let peer = status
             .peer
             .filter(|_| status.protected)
-            .and_then(|peer| self.slot_of(peer));
-        if let Some(engine) = peer.and_then(|peer| self.slots[peer].engine.as_ref()) {
+            .and_then(|peer| self.engine_of(peer));
+        if let Some(engine) = peer {
             let state = engine.driver.state();
             let result = self.checks.covered(&self.history, status.incarnation, state);
             self.check(result);
@@ -262,8 +262,7 @@ impl World {
 
     fn creates(&mut self, by: Incarnation) {
         // In the term that the seat goes by: the arbiter's record may be another successor, which nobody goes by.
-        let slot = self.slot_of(by);
-        if let Some(engine) = slot.and_then(|slot| self.slots[slot].engine.as_ref()) {
+        if let Some(engine) = self.engine_of(by) {
             let (generation, known) = (self.arbiter.generation, engine.core.status().term);
             // A source knows its target's term before the target runs.
             let term = match self.claimed {

@@ -229,7 +229,7 @@ impl Core {
         let here = standby.switch.is_some_and(ordered);
         // Whoever has read that the record is gone vouches for a new one that names the leader (rule 10).
         let gone = self.arbiter == ArbiterState::Gone;
-        let free = !gone && !self.has_tried() && self.adopting.is_none() && self.header_is_current();
+        let free = !gone && self.is_free();
         if here && free && term == self.known_term && !self.is_leader_lost(standby) && !self.is_contact_too_old() {
             self.cancel_attempt();
             self.switch_over(term, actions);
@@ -364,9 +364,7 @@ impl Core {
             && !active.doubt
             && active.lead.is_none()
             && active.stop.is_none()
-            && !self.has_tried()
-            && self.adopting.is_none()
-            && self.header_is_current()
+            && self.is_free()
             && self.now_ms >= self.next_join_ms;
         let Some(uid) = self.known_uid.filter(|_| ready) else {
             return;

@@ -171,13 +171,7 @@ impl Core {
         let Role::Active(active) = &self.role else {
             return Err(Refusal::WrongRole);
         };
-        if active.confirmed != Confirmed::Pair || active.doubt || !self.is_lead_healthy() || self.is_contact_too_old() {
-            return Err(Refusal::NotProtected);
-        }
-        let live = active.lead.as_ref().is_some_and(|lead| lead.stage == LeadStage::Live);
-        if active.stop.is_some() || self.has_tried() || self.adopting.is_some() || !self.header_is_current() || !live {
-            return Err(Refusal::Busy);
-        }
+        self.may_hand_over(active)?;
         if active.hand_over.is_some() {
             return Err(Refusal::Busy);
         }
@@ -187,6 +181,18 @@ impl Core {
                 since_ms: now_ms,
                 ask_ms: now_ms,
             });
+        }
+        Ok(())
+    }
+
+    /// Rule 6: the pair is whole, and nothing else is under way. Asked when a switchover begins, and again before the guest stands still.
+    fn may_hand_over(&self, active: &Active) -> Result<(), Refusal> {
+        if active.confirmed != Confirmed::Pair || active.doubt || !self.is_lead_healthy() || self.is_contact_too_old() {
+            return Err(Refusal::NotProtected);
+        }
+        let live = active.lead.as_ref().is_some_and(|lead| lead.stage == LeadStage::Live);
+        if active.stop.is_some() || !self.is_free() || !live {
+            return Err(Refusal::Busy);
         }
         Ok(())
     }
@@ -213,10 +219,7 @@ impl Core {
         if active.hand_over.is_none() {
             return Err(Refusal::StaleAnswer);
         }
-        let settled = active.confirmed == Confirmed::Pair && !active.doubt && active.stop.is_none();
-        let gone = self.arbiter == ArbiterState::Gone;
-        let free = !gone && !self.has_tried() && self.adopting.is_none() && self.header_is_current();
-        if !settled || !free || lead.stage != LeadStage::Live || !self.is_lead_healthy() || self.is_contact_too_old() {
+        if self.arbiter == ArbiterState::Gone || self.may_hand_over(active).is_err() {
             return Err(Refusal::Busy);
         }
         let mut active = active.clone();

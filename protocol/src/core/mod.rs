@@ -274,6 +274,11 @@ impl Core {
         self.unsettled.is_some() || self.attempt.as_ref().is_some_and(Attempt::is_taking)
     }
 
+    /// Nothing of its own is under way: no write that takes something, no adoption, no header.
+    fn is_free(&self) -> bool {
+        !self.has_tried() && self.adopting.is_none() && self.header_is_current()
+    }
+
     fn contact_age_ms(&self) -> Option<u64> {
         self.role
             .session()
