@@ -9,7 +9,7 @@ use ftvm_e2e::cluster::plan::{API_PORT, api_front_address};
 use ftvm_e2e::cluster::{ApiProxy, Cluster, Dice, Fault, Options};
 use ftvm_node_daemon::arbiter::{Arbiter, LeaseArbiter, Leases, Server};
 use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
-use ftvm_protocol::identity::{Incarnation, Nonce, SeatId, VmId};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, Nonce, SeatId, VmId};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
 use serde_json::json;
 
@@ -188,8 +188,8 @@ fn admin(cluster: &Cluster) -> anyhow::Result<kube::Config> {
 /// What contenders saw and won.
 #[derive(Debug, Default)]
 struct Books {
-    /// Nonce by version: a version means one record.
-    seen: BTreeMap<u64, (u64, u128)>,
+    /// UID, term and nonce by version: a version means one record.
+    seen: BTreeMap<u64, (ArbiterUid, u64, u128)>,
     /// Versions that somebody won over: one winner each.
     over: BTreeSet<u64>,
     wins: usize,
@@ -200,7 +200,7 @@ struct Books {
 
 impl Books {
     fn saw(&mut self, snapshot: &Snapshot) {
-        let found = (snapshot.record.term, snapshot.record.nonce.0);
+        let found = (snapshot.uid, snapshot.record.term, snapshot.record.nonce.0);
         let known = *self.seen.entry(snapshot.version).or_insert(found);
         if known != found {
             self.complaints
@@ -216,14 +216,15 @@ impl Books {
         self.saw(won);
     }
 
-    /// Terms grow with versions, without exception.
+    /// Terms of one Lease grow with versions, without exception. (What is read first may be an old answer about one that is gone.)
     fn close(mut self) -> Books {
-        let terms: Vec<_> = self.seen.iter().map(|(version, (term, _))| (*version, *term)).collect();
-        for pair in terms.windows(2) {
-            if pair[0].1 >= pair[1].1 {
+        let mut newest: BTreeMap<ArbiterUid, (u64, u64)> = BTreeMap::new();
+        for (version, (uid, term, _)) in &self.seen {
+            if let Some((before, old)) = newest.insert(*uid, (*version, *term))
+                && old >= *term
+            {
                 self.complaints.push(format!(
-                    "term {} of version {} is followed by {} of {}",
-                    pair[0].1, pair[0].0, pair[1].1, pair[1].0
+                    "term {old} of version {before} is followed by {term} of {version}"
                 ));
             }
         }

@@ -3,6 +3,8 @@
 //! A guest that may not run alone (`when_unprotected: pause`): nothing is answered while there is no standby, whatever the reason, and
 //! everything goes on once there is one. The same blow to a guest that may run alone is the negative control.
 //!
+//! A standby that is to go costs no answer: it acknowledges until it is ejected. One that ends at once is the negative control.
+//!
 //! A target for the added latency (`target_latency_us`): epochs are longer, and fewer, than without.
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -41,6 +43,7 @@ fn built() -> Programs {
 
 /// Three hosts, seats on the first two, and a client that asks and asks.
 struct Scene {
+    folder: PathBuf,
     lab: Rc<Lab>,
     system: Standalone,
     judge: Judge,
@@ -71,7 +74,12 @@ impl Scene {
             ..JudgePlan::new(SocketAddr::from(GUEST))
         };
         let judge = Judge::start(plan, lab.client_entrance().unwrap()).unwrap();
-        Self { lab, system, judge }
+        Self {
+            folder,
+            lab,
+            system,
+            judge,
+        }
     }
 
     fn seat(&mut self, host: usize) -> Seat {
@@ -218,6 +226,77 @@ fn with_pause_the_first_start_waits_for_a_standby() {
         scene.wait_for_protection(0);
         scene.calm();
         assert!(scene.seat(0).counter("released_items").is_some_and(|items| items > 0.0));
+        scene.expect_clean();
+    });
+}
+
+/// While the arbiter is away: nobody can be ejected, so it shows who needs whom.
+fn without_arbiter(scene: &mut Scene, leave: impl FnOnce(&mut Scene)) {
+    let (folder, hidden) = (scene.folder.join("arbiter"), scene.folder.join("hidden"));
+    std::fs::rename(&folder, &hidden).unwrap();
+    leave(scene);
+    std::fs::rename(&hidden, &folder).unwrap();
+}
+
+#[test]
+fn a_standby_that_is_to_go_costs_no_answer_however_long_it_takes_to_eject_it() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = built();
+    let test = "a_standby_that_is_to_go_costs_no_answer_however_long_it_takes_to_eject_it";
+    test_inside(test, || {
+        let mut scene = Scene::new("leave", &programs, false, |system| system);
+        scene.wait_for_protection(0);
+        scene.calm();
+        let term = scene.seat(0).term;
+        without_arbiter(&mut scene, |scene| {
+            scene.system.leave(1, PATIENCE).unwrap();
+            scene.wait_for("farewell", |scene| {
+                let seat = scene.system.seat(1);
+                seat.is_some_and(|seat| seat.why.contains("nobody needs it"))
+            });
+            for _ in 0..5 {
+                scene.wait_for_answers();
+                std::thread::sleep(SILENCE / 5);
+            }
+            assert_eq!(scene.seat(1).role, Role::Standby);
+        });
+        // Its daemon starts it again, for it was not told that the seat goes: ejected and admitted are two terms.
+        scene.wait_for("new standby", |scene| {
+            let seat = scene.system.seat(0);
+            seat.is_some_and(|seat| seat.protected && seat.term >= term + 2)
+        });
+        // An active that is to go hands over first, and then follows until it is ejected.
+        let term = scene.seat(0).term;
+        scene.system.leave(0, PATIENCE).unwrap();
+        scene.wait_for("hand-over", |scene| {
+            let seat = scene.system.seat(1);
+            seat.is_some_and(|seat| seat.role == Role::Active && seat.protected && seat.term >= term + 3)
+        });
+        scene.wait_for_answers();
+        scene.expect_clean();
+    });
+}
+
+#[test]
+fn a_standby_that_ends_at_once_holds_the_guests_answers_up() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = built();
+    test_inside("a_standby_that_ends_at_once_holds_the_guests_answers_up", || {
+        let mut scene = Scene::new("leave-at-once", &programs, false, |system| system);
+        scene.wait_for_protection(0);
+        scene.calm();
+        without_arbiter(&mut scene, |scene| {
+            scene.system.leave(1, Duration::ZERO).unwrap();
+            scene.wait_for("loss", |scene| scene.system.seat(0).is_some_and(|seat| !seat.protected));
+            let before = scene.judge.answers();
+            std::thread::sleep(SILENCE);
+            assert_eq!(
+                scene.judge.answers(),
+                before,
+                "answered although nobody else has the state"
+            );
+        });
+        scene.wait_for_answers();
         scene.expect_clean();
     });
 }

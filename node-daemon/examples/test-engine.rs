@@ -138,7 +138,7 @@ impl Engine {
             Command::SetPeers { peers } => self.launch.link.peers = peers,
             Command::SetProtection { protection } => self.launch.protection = protection,
             Command::PeerGone { incarnation, .. } => self.said = format!("gone {incarnation}"),
-            Command::Quit => self.exit(0),
+            Command::Leave { .. } | Command::Quit => self.exit(0),
             _ => {
                 return self.handle.reply(
                     id,

@@ -152,6 +152,11 @@ pub enum Message {
         /// Term of that record.
         term: Term,
     },
+    /// Follower to leader: I am to go; let the record forget me. I acknowledge until then.
+    Leave {
+        /// Session of the pair.
+        session: SessionId,
+    },
 }
 
 /// Why a payload is no control message.

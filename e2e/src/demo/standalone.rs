@@ -236,6 +236,14 @@ impl Standalone {
         Ok(answer["reply"].clone())
     }
 
+    /// The seat of this host is to go: it hands over, or is ejected, and its engine ends.
+    pub fn leave(&self, host: usize, within: Duration) -> anyhow::Result<()> {
+        let within_ms = u64::try_from(within.as_millis())?;
+        let reply = self.ask_engine(host, json!({ "do": "leave", "within_ms": within_ms }))?;
+        ensure!(reply["reply"] == "ok", "asked to leave, the engine said {reply}");
+        Ok(())
+    }
+
     fn digest(&self, host: usize) -> anyhow::Result<Digest> {
         let reply = self.ask_engine(host, json!({ "do": "digest" }))?;
         ensure!(

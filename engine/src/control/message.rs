@@ -425,7 +425,13 @@ pub enum Command {
     },
     /// Digest of guest memory and disks at the next epoch, on both sides.
     Digest,
-    /// End this engine without touching the record: for the seat that lost, or after a hand-over.
+    /// This seat is to go: hand the guest over if it is protected here, be ejected by the leader, and end. Ends after this
+    /// time in any case.
+    Leave {
+        /// Time, ms.
+        within_ms: u64,
+    },
+    /// End this engine at once, without touching the record.
     Quit,
 }
 

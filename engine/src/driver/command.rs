@@ -1,5 +1,7 @@
 //! What the daemon says: commands, and answers to what the core asked.
 
+use std::time::Duration;
+
 use ftvm_protocol::core::{Command as CoreCommand, Event, ReadOutcome, SwapOutcome};
 use ftvm_protocol::identity::RequestId;
 
@@ -42,6 +44,10 @@ impl Driver {
                 machine.console_input(&bytes);
             }),
             Command::Digest => self.begin_digest(id),
+            Command::Leave { within_ms } => {
+                self.control.reply(id, Reply::Ok);
+                self.leave(Duration::from_millis(within_ms), "the daemon says that its pod goes");
+            }
             Command::Quit => {
                 self.control.reply(id, Reply::Ok);
                 self.ended = Some(Ended {

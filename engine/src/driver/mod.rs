@@ -23,6 +23,7 @@ mod guest;
 mod header;
 mod hold;
 mod lead;
+mod leave;
 mod limits;
 pub mod process;
 mod seat;
@@ -202,8 +203,7 @@ pub struct Driver {
     figures: status::Figures,
     troubles: status::Troubles,
     told: status::Told,
-    /// Since when the seat's program is taken for gone.
-    leaving: Option<Instant>,
+    leaving: Option<leave::Leaving>,
     ended: Option<Ended>,
 }
 
@@ -287,6 +287,7 @@ impl Driver {
                 self.hear();
                 self.step(Event::Tick);
             }
+            self.drive_leaving();
         }
     }
 

@@ -7,16 +7,15 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use ftvm_protocol::core::{Command, Event, RoleName};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::{Driver, Ended, Queue};
-use crate::control::exit_code;
+use super::{Driver, Queue};
 
 /// How often a FIFO without a reader is looked at.
 const LOOK: Duration = Duration::from_millis(200);
-/// A hand-over that is not done by then is given up: the standby takes over from the silence instead.
-const HAND_OVER_MAX: Duration = Duration::from_secs(5);
+/// A hand-over that is not done by then is given up: the standby takes over from the silence instead. Volumes are unmounted soon
+/// after a pod.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
 
 /// Tells the driver, again and again, while nobody has read the console for longer than `patience`. Returns never.
 pub fn watch(console: &File, patience: Duration, queue: &Queue) {
@@ -47,34 +46,8 @@ fn has_no_reader(console: &File, timeout: Option<Duration>) -> bool {
 }
 
 impl Driver {
-    /// Hands over if this seat runs a protected guest, and then ends.
     pub(super) fn seat_gone(&mut self) {
-        let status = self.core.status();
-        let begun = match self.leaving {
-            Some(begun) => begun,
-            None => {
-                tracing::warn!("the seat's program is gone and has not come back: this engine hands over and ends");
-                self.leaving = Some(Instant::now());
-                if status.role == RoleName::Active && status.protected {
-                    return self.step(Event::Command(Command::Switchover));
-                }
-                Instant::now()
-            }
-        };
-        let handing_over = match status.role {
-            RoleName::Active => status.protected,
-            RoleName::Frozen => true,
-            _ => false,
-        };
-        if handing_over && begun.elapsed() < HAND_OVER_MAX {
-            return;
-        }
-        self.ended = Some(Ended {
-            code: exit_code::OK,
-            message: "the seat's program (its pod) is gone and did not come back; the arbiter's record was not touched"
-                .to_owned(),
-            term: status.term,
-        });
+        self.leave(LEAVE_MAX, "the seat's program (its pod) is gone and did not come back");
     }
 }
 

@@ -193,6 +193,9 @@ impl Driver {
         if let Some(trouble) = self.troubles.first() {
             return trouble.to_owned();
         }
+        if let Some(why) = self.why_leaving() {
+            return why;
+        }
         match (status.refused, &self.troubles.connection) {
             (Some(refusal), _) => refusal.to_string(),
             (None, Some(trouble)) => trouble.clone(),

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ftvm_engine::control::{Answer, Ask, Command, Role};
+use ftvm_engine::control::{Answer, Ask, Role};
 use ftvm_protocol::core::ReadOutcome;
 use ftvm_protocol::identity::Incarnation;
 
@@ -18,8 +18,8 @@ use crate::seat::Seat;
 const RECORD_PATIENCE: Duration = Duration::from_secs(3);
 /// An engine answers a status within this time.
 const STATUS_PATIENCE: Duration = Duration::from_millis(500);
-/// A hand-over takes at most this long; then the engine ends all the same.
-const HAND_OVER_MAX: Duration = Duration::from_secs(20);
+/// A seat that is to go hands over, or waits to be ejected, at most this long; then its engine ends all the same.
+const LEAVE_MAX: Duration = Duration::from_secs(20);
 /// An engine that was told to end does so within this time, or is killed.
 const END_MAX: Duration = Duration::from_secs(5);
 
@@ -103,7 +103,7 @@ impl PodSeat {
         self.set_progress(|progress| progress.connected = false);
     }
 
-    /// Hands over if there is what to hand over, ends the engine, and starts none any more. Returns at once.
+    /// Has the engine hand over or be ejected, whichever there is to do, and end; starts none any more. Returns at once.
     pub fn end(self: &Arc<Self>) {
         self.handed.end();
         if self.ending.swap(true, Ordering::SeqCst) {
@@ -111,14 +111,12 @@ impl PodSeat {
         }
         let seat = self.seat.clone();
         let work = move || {
-            hand_over(&seat);
-            seat.end_engine();
-            let until = Instant::now() + END_MAX;
-            while seat.has_engine() && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            if seat.has_engine() {
-                seat.kill();
+            seat.leave_engine(LEAVE_MAX);
+            if !has_ended(&seat, LEAVE_MAX + END_MAX) {
+                seat.end_engine();
+                if !has_ended(&seat, END_MAX) {
+                    seat.kill();
+                }
             }
         };
         if let Err(error) = std::thread::Builder::new().name("end".to_owned()).spawn(work) {
@@ -135,6 +133,15 @@ impl PodSeat {
         }
         state_of(&self.seat.status(STATUS_PATIENCE))
     }
+}
+
+/// Waits until the seat has no engine.
+fn has_ended(seat: &Seat, patience: Duration) -> bool {
+    let until = Instant::now() + patience;
+    while seat.has_engine() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    !seat.has_engine()
 }
 
 fn state_of(status: &SeatStatus) -> ToSeat {
@@ -161,27 +168,5 @@ pub fn role_name(role: Role) -> &'static str {
         Role::Active => "active",
         Role::Frozen => "frozen",
         Role::Ended => "ended",
-    }
-}
-
-/// Planned switchover (rule 6), if this seat runs a protected guest; returns when it runs none any more.
-fn hand_over(seat: &Seat) {
-    let until = Instant::now() + HAND_OVER_MAX;
-    let mut asked = false;
-    while Instant::now() < until {
-        let Some(engine) = seat.status(STATUS_PATIENCE).engine else {
-            return;
-        };
-        match engine.role {
-            Role::Active if !engine.protected => return,
-            Role::Active if !asked => {
-                asked = true;
-                // A refusal shows in its role, which is looked at until the time is over.
-                let _ = seat.command(Command::Switchover, STATUS_PATIENCE);
-            }
-            Role::Active | Role::Frozen => {}
-            _ => return,
-        }
-        std::thread::sleep(Duration::from_millis(20));
     }
 }

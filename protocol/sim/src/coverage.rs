@@ -60,6 +60,8 @@ names! {
     UserStart,
     /// A switchover was asked for.
     UserSwitchover,
+    /// A seat is to go.
+    AskedToLeave,
     /// A person accepted the loss of the holder's data.
     UserOverride,
     /// Longer than T without contact.

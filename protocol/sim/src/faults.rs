@@ -46,6 +46,8 @@ pub enum Injection {
     PowerOff,
     /// A switchover is asked for.
     Switchover,
+    /// A seat is to go: if it follows, it asks to be ejected.
+    Leave,
     /// A person overrides a dead holder.
     Override,
     /// Staging or streaming fails.
@@ -81,6 +83,7 @@ impl Injection {
         Self::Start,
         Self::PowerOff,
         Self::Switchover,
+        Self::Leave,
         Self::Override,
         Self::SessionFails,
         Self::LongCut,
@@ -194,6 +197,10 @@ impl World {
             Injection::Start => self.user_starts(),
             Injection::PowerOff => self.power_off(slot),
             Injection::Switchover => self.switchover(slot),
+            Injection::Leave => {
+                self.meet(Fault::AskedToLeave, slot);
+                self.input_after(0, slot, Input::Core(Event::Command(Command::Leave)));
+            }
             Injection::Override => self.override_holder(),
             Injection::SessionFails => self.fail_session(slot),
         }

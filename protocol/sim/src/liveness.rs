@@ -69,7 +69,8 @@ impl World {
             return self.checks.stopped && !statuses().any(|status| status.holds_guest);
         }
         let protected = statuses().any(|status| status.role == RoleName::Active && status.protected);
-        protected && self.checks.releases > released + 5
+        let leaving = statuses().any(|status| status.leaving);
+        protected && !leaving && self.checks.releases > released + 5
     }
 
     fn person_needed(&self) -> Option<PersonNeeded> {

@@ -64,6 +64,8 @@ mutations! {
     AckUnbound = 5, "acknowledgment not bound to incarnation, session and epoch";
     NoFreeze = 6, "source of a switchover does not freeze";
     UnfreezeWithoutSwap = 6, "frozen source goes on without a swap";
+    LeaveUnheard = 6, "follower that leaves is not heard";
+    LeaveWithoutSwap = 6, "follower that leaves taken for ejected without the swap";
     StopWithoutSwap = 7, "stop reported without the swap";
     StopWithoutAck = 7, "stopped without an acknowledged epoch";
     StopIgnored = 7, "Stopped is read as Running";
@@ -140,6 +142,10 @@ impl World {
                 }
                 Event::SeatsReported { request, reports }
             }
+            Event::Received {
+                message: Message::Leave { .. },
+                ..
+            } if mutation == Mutation::LeaveUnheard => return None,
             Event::Received { link, message } => Event::Received {
                 link,
                 message: self.mutate_message(mutation, slot, &status, link, message),
@@ -286,7 +292,13 @@ impl World {
             self.last_put = Some((request, snapshot));
             return false;
         }
-        if !self.is(Mutation::StopWithoutSwap) || record.phase != Phase::Stopped {
+        let leaves = |follower: Status| follower.leaving && record.members.is_only(record.holder);
+        let unwritten = match self.mutation {
+            Some(Mutation::StopWithoutSwap) => record.phase == Phase::Stopped,
+            Some(Mutation::LeaveWithoutSwap) => self.status(1 - slot).is_some_and(leaves),
+            _ => false,
+        };
+        if !unwritten {
             return false;
         }
         let won = Event::RecordSwapped {

@@ -325,13 +325,16 @@ impl Core {
                 let follower_unsettled = self.link(lead.link).and_then(|link| link.view).is_some_and(needs);
                 match final_epoch {
                     Some(epoch) if lead.acked >= epoch => Some(Goal::Stop),
+                    _ if lead.leaving && active.stop.is_none() => Some(Goal::Eject),
                     _ => (active.doubt || follower_unsettled).then_some(Goal::Settle),
                 }
             }
-            (Some(_), Confirmed::Alone) if active.doubt && (!healthy || active.stop.is_some()) => Some(Goal::Eject),
+            (Some(lead), Confirmed::Alone) if active.doubt && (!healthy || lead.leaving || active.stop.is_some()) => {
+                Some(Goal::Eject)
+            }
             (Some(lead), Confirmed::Alone) => {
                 let covered = live(lead.stage) && lead.acked >= lead.cut && lead.acked > 0;
-                (covered && healthy).then_some(Goal::AdmitJoin)
+                (covered && healthy && !lead.leaving).then_some(Goal::AdmitJoin)
             }
         }
     }

@@ -156,6 +156,7 @@ impl Core {
                     claim: None,
                     switch: None,
                     switch_refused: 0,
+                    leave_ms: None,
                     contact_ms: joining.contact_ms,
                     unsettled_since_ms: None,
                 };
@@ -202,8 +203,19 @@ impl Core {
         if let Some(ack) = ack {
             self.send(link, ack, actions);
         }
+        self.ask_to_leave(actions);
         self.tell_claim(false, actions);
         self.take_switch(actions);
+    }
+
+    fn ask_to_leave(&mut self, actions: &mut Vec<Action>) {
+        let (now_ms, retry_ms) = (self.now_ms, self.timing.retry_ms);
+        let Role::Standby(standby) = &mut self.role else { return };
+        if let Some(leave_ms) = standby.leave_ms.as_mut().filter(|leave_ms| now_ms >= **leave_ms) {
+            *leave_ms = now_ms + retry_ms;
+            let (link, session) = (standby.link, standby.session);
+            self.send(link, Message::Leave { session }, actions);
+        }
     }
 
     /// Tells the leader that the record names this seat, once, or when it asks `again`.
@@ -294,7 +306,7 @@ impl Core {
         if active.confirmed == Confirmed::Alone
             && !active.doubt
             && !admitting
-            && let Some(lead) = active.lead.take_if(|_| !healthy || stopping)
+            && let Some(lead) = active.lead.take_if(|lead| !healthy || stopping || lead.leaving)
         {
             self.next_join_ms = self.now_ms + self.timing.retry_ms;
             self.end_lead(&lead, SessionEnd::JoinAborted, actions);
@@ -334,7 +346,7 @@ impl Core {
         };
         let (link, session, peer) = (lead.link, lead.session, lead.peer);
         let late = now_ms.saturating_sub(hand_over.since_ms) > timing.switch_ms;
-        if late || !healthy || active.stop.is_some() || active.doubt {
+        if late || !healthy || lead.leaving || active.stop.is_some() || active.doubt {
             active.hand_over = None;
             self.next_observe_ms = now_ms;
             self.refuse(Refusal::SwitchFailed(peer), actions);
@@ -391,6 +403,7 @@ impl Core {
             acked: 0,
             waiting_since_ms: None,
             broken: None,
+            leaving: false,
             contact_ms,
         };
         if let Role::Active(active) = &mut self.role {

@@ -98,6 +98,9 @@ pub enum Command {
     },
     /// Hand the guest over to the standby.
     Switchover,
+    /// To a standby that is to end (its pod goes, its node is drained): have the leader eject it, acknowledge until then, and
+    /// end as [`super::EndReason::Ejected`]. Ending at once would hold up the guest's output until the leader has ejected it.
+    Leave,
     /// Boot this seat's disk although the record names another that holds alone; everything that only the holder has
     /// is given up. Needs proof that every other seat is dead ([`GuestReport::None`]).
     AcceptDataLoss {

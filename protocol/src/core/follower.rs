@@ -117,6 +117,7 @@ impl Core {
                 self.on_following(link, session, actions);
                 Ok(())
             }
+            Message::Leave { session } => self.on_leave(link, session),
             Message::Stopped { .. } => {
                 if let Role::Standby(standby) = &mut self.role {
                     standby.verify = true;
@@ -300,6 +301,19 @@ impl Core {
         Ok(())
     }
 
+    /// This seat is to go.
+    pub(super) fn command_leave(&mut self) -> Result<(), Refusal> {
+        let now_ms = self.now_ms;
+        let Role::Standby(standby) = &mut self.role else {
+            return Err(Refusal::WrongRole);
+        };
+        if standby.claim.is_some() || standby.switch.is_some() {
+            return Err(Refusal::Busy);
+        }
+        standby.leave_ms.get_or_insert(now_ms);
+        Ok(())
+    }
+
     // ---- switchover
 
     fn on_claim(&mut self, link: LinkId, session: SessionId, actions: &mut Vec<Action>) -> Result<(), Refusal> {
@@ -310,7 +324,7 @@ impl Core {
         if standby.session != session || standby.link != link {
             return Err(Refusal::OtherSession);
         }
-        if standby.failed {
+        if standby.failed || standby.leave_ms.is_some() {
             self.send(link, Message::SwitchRefused { session }, actions);
             return Ok(());
         }
@@ -426,6 +440,7 @@ impl Core {
             claim: None,
             switch: None,
             switch_refused: 0,
+            leave_ms: None,
             contact_ms: lead.contact_ms,
             unsettled_since_ms: self.unsettled.is_some().then_some(self.now_ms),
         };

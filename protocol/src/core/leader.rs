@@ -87,6 +87,15 @@ impl Core {
         }
     }
 
+    pub(super) fn on_leave(&mut self, link: LinkId, session: SessionId) -> Result<(), Refusal> {
+        let lead = self.role.lead_mut().ok_or(Refusal::WrongRole)?;
+        if lead.session != session || lead.link != link {
+            return Err(Refusal::OtherSession);
+        }
+        lead.leaving = true;
+        Ok(())
+    }
+
     pub(super) fn break_lead(&mut self, refusal: Refusal, actions: &mut Vec<Action>) {
         if let Some(lead) = self.role.lead_mut()
             && lead.broken.is_none()
@@ -103,6 +112,7 @@ impl Core {
             Command::Stop => self.command_stop(false),
             Command::Start { over_stopped_term } => self.command_start(over_stopped_term, actions),
             Command::Switchover => self.command_switchover(),
+            Command::Leave => self.command_leave(),
             Command::AcceptDataLoss { holder } => match &mut self.role {
                 Role::Starting(starting) => {
                     starting.accept_loss = Some(holder);
@@ -190,7 +200,10 @@ impl Core {
         if active.confirmed != Confirmed::Pair || active.doubt || !self.is_lead_healthy() || self.is_contact_too_old() {
             return Err(Refusal::NotProtected);
         }
-        let live = active.lead.as_ref().is_some_and(|lead| lead.stage == LeadStage::Live);
+        let live = active
+            .lead
+            .as_ref()
+            .is_some_and(|lead| lead.stage == LeadStage::Live && !lead.leaving);
         if active.stop.is_some() || !self.is_free() || !live {
             return Err(Refusal::Busy);
         }
@@ -333,6 +346,7 @@ impl Core {
             acked: epoch,
             waiting_since_ms: None,
             broken: standby.lost.then_some(Refusal::PeerLost(standby.leader)),
+            leaving: false,
             contact_ms: standby.contact_ms,
         };
         self.role = Role::Active(Active {

@@ -179,6 +179,8 @@ pub(super) struct Standby {
     pub(super) switch: Option<SwitchRequest>,
     /// A switchover at this epoch was refused.
     pub(super) switch_refused: Epoch,
+    /// This seat is to go: when the leader is asked next to eject it.
+    pub(super) leave_ms: Option<u64>,
     pub(super) contact_ms: u64,
     /// Since when a write of ours is unsettled.
     pub(super) unsettled_since_ms: Option<u64>,
@@ -227,6 +229,8 @@ pub(super) struct Lead {
     pub(super) waiting_since_ms: Option<u64>,
     /// The session can't go on.
     pub(super) broken: Option<Refusal>,
+    /// The follower is to go. It acknowledges until it is ejected.
+    pub(super) leaving: bool,
     pub(super) contact_ms: u64,
 }
 

@@ -78,6 +78,8 @@ pub struct Status {
     pub leader_lost: bool,
     /// A standby whose leader stands still and asked it to take over (rule 6).
     pub switching: bool,
+    /// A standby that is to end: it waits until its leader has ejected it.
+    pub leaving: bool,
     /// A stop is under way.
     pub stopping: bool,
     /// Why the last attempt or command was refused; what a person sees when it waits.
@@ -123,6 +125,7 @@ impl Core {
             contact_age_ms: self.contact_age_ms(),
             leader_lost: matches!(&self.role, Role::Standby(standby) if self.is_leader_lost(standby)),
             switching: matches!(&self.role, Role::Standby(standby) if standby.switch.is_some()),
+            leaving: matches!(&self.role, Role::Standby(standby) if standby.leave_ms.is_some()),
             stopping: active.is_some_and(|active| active.stop.is_some()),
             refused: self.refused,
             recreate: self.recreate_consent(),
