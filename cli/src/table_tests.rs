@@ -16,6 +16,7 @@ fn seat(name: &str, role: Option<Role>, protected: bool, term: u64) -> SeatStatu
         holds_guest: true,
         protected,
         paused: false,
+        leaving: false,
         why: String::new(),
         term,
         holder: None,

@@ -242,6 +242,7 @@ impl Engine {
             holds_guest: true,
             protected: false,
             paused: false,
+            leaving: false,
             why: self.said.clone(),
             term: 0,
             holder: None,

@@ -57,7 +57,7 @@ pub struct Pair {
 
 /// Whether a seat follows again, or is about to.
 fn came_back(seat: Seat) -> bool {
-    matches!(seat.role, Role::Joining | Role::Standby)
+    matches!(seat.role, Role::Joining | Role::Standby) && !seat.leaving
 }
 
 /// Answers that must come after a failover before the gap counts as over.

@@ -39,6 +39,9 @@ pub struct Seat {
     /// The guest stands still until a standby has joined.
     #[serde(default)]
     pub paused: bool,
+    /// The seat is to go, and its engine ends once nobody needs it any more.
+    #[serde(default)]
+    pub leaving: bool,
     /// Why the role is what it is, or why the machine is not protected.
     #[serde(default)]
     pub why: String,

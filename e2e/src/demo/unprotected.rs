@@ -161,6 +161,7 @@ impl System for Unprotected {
             role: Role::Active,
             protected: false,
             paused: false,
+            leaving: false,
             why: "nobody protects this machine".to_owned(),
             term: 1,
             epoch: 0,

@@ -499,6 +499,9 @@ pub struct Status {
     /// The guest stands still because no standby would take over, see [`WhenUnprotected::Pause`].
     #[serde(default)]
     pub paused: bool,
+    /// This seat is to go, and ends once nobody needs it any more, see [`Command::Leave`].
+    #[serde(default)]
+    pub leaving: bool,
     /// Why the role is what it is, or why the machine is not protected.
     pub why: String,
     /// Exit code of what `why` says if a person has to mend it (the peer's identity, its wire version), else 0.

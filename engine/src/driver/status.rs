@@ -230,6 +230,7 @@ impl Driver {
             holds_guest: status.holds_guest,
             protected: status.protected,
             paused: self.guest == Guest::Held,
+            leaving: self.leaving.is_some(),
             why: self.why(&status),
             code: self.troubles.link.as_ref().map_or(0, |(code, _)| *code),
             term: status.term,

@@ -273,7 +273,7 @@ impl Core {
         self.repeat_follow(actions);
     }
 
-    fn repeat_follow(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn repeat_follow(&mut self, actions: &mut Vec<Action>) {
         let (now_ms, retry_ms) = (self.now_ms, self.timing.retry_ms);
         let Some(active) = self.role.active() else { return };
         let term = active.term;

@@ -360,6 +360,8 @@ impl Core {
             hand_over: None,
         });
         self.next_observe_ms = self.now_ms + self.timing.observe_ms;
+        // Now, and before the guest is loaded: what it says waits until the source follows.
+        self.repeat_follow(actions);
         actions.push(Action::LoadAndRun {
             epoch,
             resend_after,
