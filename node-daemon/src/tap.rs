@@ -10,13 +10,15 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use crate::bridges::{Admitted, BridgeError};
+
 /// A tap to make or to attach to.
 #[derive(Debug, Clone)]
 pub struct TapSpec<'a> {
     /// Its name, at most 15 bytes.
     pub name: &'a str,
     /// A bridge to put it into.
-    pub bridge: Option<&'a str>,
+    pub bridge: Option<Admitted<'a>>,
     /// Largest payload of a frame.
     pub mtu: u16,
     /// Attach to a tap that exists (made for this user by somebody else) instead of making one.
@@ -26,6 +28,9 @@ pub struct TapSpec<'a> {
 /// Errors of taps.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
+    /// Its bridge is not one for guests.
+    #[error(transparent)]
+    Bridge(#[from] BridgeError),
     /// The name is taken.
     #[error(
         "tap {name} exists already: another seat or program uses it, or somebody made it; choose another name, remove it \
@@ -122,7 +127,7 @@ fn configure(spec: &TapSpec<'_>) -> Result<(), (String, io::Error)> {
     request
         .ioctl(&socket, libc::SIOCSIFMTU)
         .map_err(|error| (format!("setting the MTU to {}", spec.mtu), error))?;
-    if let Some(bridge) = spec.bridge {
+    if let Some(bridge) = spec.bridge.map(Admitted::name) {
         let what = || format!("adding it to bridge {bridge}");
         let index = interface_index(spec.name).ok_or_else(|| (what(), io::ErrorKind::NotFound.into()))?;
         let mut request = Request::new(bridge);
