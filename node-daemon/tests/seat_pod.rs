@@ -184,7 +184,7 @@ fn a_guest_is_connected_to_no_bridge_but_those_for_guests() {
         let seat = pod.wait("it is refused", |pod| pod.status().filter(|seat| seat.code == 17));
         assert!(seat.why.contains(reason) && seat.engine.is_none(), "{}", seat.why);
         for bridge in ["mgmt", "vm-front", "mgmt-and-storag"] {
-            assert_eq!(pod.on_bridge(bridge), [""; 0], "on {bridge}");
+            assert_eq!(pod.taps_on(bridge), [], "on {bridge}");
         }
     }
     let mut pod = Pod::new();
@@ -192,5 +192,24 @@ fn a_guest_is_connected_to_no_bridge_but_those_for_guests() {
     pod.nics = nic("vm-front");
     pod.allowed_bridges = vec!["br0".into(), "vm-*".into()];
     pod.start();
-    assert_eq!(pod.on_bridge("vm-front"), ["ftvmtest0"]);
+    assert_eq!(pod.taps_on("vm-front"), [("ftvmtest0".to_owned(), 1500)]);
+}
+
+/// The tap gets the MTU of the bridge: with a smaller one the kernel would make the bridge's smaller. The guest is told as much, up to what is tested.
+#[test]
+fn the_mtu_of_the_bridge_is_the_guests() {
+    for (mtu, told) in [(1400, 1400), (9000, 9000), (20_000, 9216)] {
+        let mut pod = Pod::new();
+        // A bridge whose MTU was not set follows its ports.
+        pod.devices = format!(
+            "ip link add lan type bridge && ip link add up0 mtu {mtu} type veth peer name up1 mtu {mtu} && ip link set up0 master lan"
+        );
+        pod.nics = json!([{"name": "front", "mac": "02:00:00:00:00:01", "tap": "ftvmtest0", "bridge": "lan"}]);
+        pod.allowed_bridges = vec!["lan".into()];
+        let seat = pod.start();
+        assert_eq!(pod.taps_on("lan"), [("ftvmtest0".to_owned(), mtu)]);
+        assert_eq!(pod.links(&["dev", "lan"])[0]["mtu"], mtu, "the bridge's is as it was");
+        let counters = seat.engine.expect("an engine").counters;
+        assert_eq!(counters["nic_mtus"], json!([told]));
+    }
 }

@@ -297,8 +297,8 @@ pub fn prepare(
             .map(|(nic, tap)| Nic {
                 name: nic.name.clone(),
                 mac: nic.mac.clone(),
-                mtu: nic.mtu,
-                tap: table.add(tap),
+                mtu: tap.mtu,
+                tap: table.add(tap.device),
             })
             .collect(),
         disks: disks

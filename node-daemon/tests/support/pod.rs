@@ -141,20 +141,24 @@ impl Pod {
         self.wait("the daemon answers", |pod| pod.status().map(drop));
     }
 
-    /// Network devices of the node on this bridge.
-    pub fn on_bridge(&self, bridge: &str) -> Vec<String> {
+    /// What `ip` says of these devices of the node.
+    pub fn links(&self, of: &[&str]) -> Vec<serde_json::Value> {
         let pid = self.daemon.as_ref().expect("a daemon").id().to_string();
         let mut command = Command::new("nsenter");
-        command.args([
-            "--net", "--target", &pid, "ip", "--json", "link", "show", "master", bridge,
-        ]);
+        command
+            .args(["--net", "--target", &pid, "ip", "--json", "link", "show"])
+            .args(of);
         let output = command.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let links: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
-        links
-            .iter()
-            .map(|link| link["ifname"].as_str().unwrap().to_owned())
-            .collect()
+        // Nothing at all if there are none and a type is asked for.
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// Taps on this bridge of the node, with their MTUs.
+    pub fn taps_on(&self, bridge: &str) -> Vec<(String, u64)> {
+        let links = self.links(&["master", bridge, "type", "tun"]);
+        let of = |link: &serde_json::Value| Some((link["ifname"].as_str()?.to_owned(), link["mtu"].as_u64()?));
+        links.iter().filter_map(of).collect()
     }
 
     pub fn kill_daemon(&mut self) {
