@@ -12,3 +12,4 @@ pub mod interrupt;
 pub mod judge;
 pub mod lab;
 pub mod report;
+pub mod scene;

@@ -1,28 +1,19 @@
 //! Where the network believes the guest to be: frames for it must reach the seat that will answer.
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ftvm_e2e::demo::programs::{self, Profile, Programs};
-use ftvm_e2e::demo::standalone::Standalone;
-use ftvm_e2e::demo::system::{Role, System};
-use ftvm_e2e::demo::{GUEST_ADDRESS, GUEST_MAC, Options, place};
-use ftvm_e2e::guest_protocol::{ANSWER_BYTES, Answer, DEFAULT_PORT, Op, Request};
+use ftvm_e2e::demo::{GUEST_MAC, Options};
+use ftvm_e2e::guest_protocol::{ANSWER_BYTES, Answer, Op, Request};
 use ftvm_e2e::hosts::outer::{made_outside, test_inside};
-use ftvm_e2e::hosts::{Host, Lab, LabPlan, net};
+use ftvm_e2e::hosts::{Host, Lab, net};
 use ftvm_e2e::judge::sniffer::Sniffer;
 use ftvm_e2e::judge::timeline::Direction;
-
-/// Long enough for a busy machine; nothing is judged by it.
-const PATIENCE: Duration = Duration::from_secs(90);
-
-/// One at a time: each keeps both cores of a small machine busy.
-static TURN: Mutex<()> = Mutex::new(());
+use ftvm_e2e::scene::{self, PATIENCE, guest};
 
 /// The programs, built before the namespaces are entered: there is no network in them.
 fn built(test: &str) -> Programs {
@@ -43,10 +34,9 @@ impl Asker {
         let entrance = lab.client_entrance().expect("the client's namespace");
         std::thread::spawn(move || {
             entrance().expect("the client's namespace");
-            let guest = SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT));
             let deadline = Instant::now() + PATIENCE;
             let mut stream = loop {
-                match TcpStream::connect_timeout(&guest, Duration::from_secs(1)) {
+                match TcpStream::connect_timeout(&guest(), Duration::from_secs(1)) {
                     Ok(stream) => break stream,
                     Err(error) => assert!(Instant::now() < deadline, "no connection: {error}"),
                 }
@@ -73,63 +63,41 @@ impl Asker {
     }
 }
 
-struct Scene {
+/// Who looks from outside.
+struct Client {
     asker: Asker,
     sniffer: Sniffer,
-    system: Standalone,
-    lab: Rc<Lab>,
 }
 
-impl Scene {
-    /// A protected pair on the first two hosts, and a client that has had an answer and is silent.
-    fn new(test: &str, programs: &Programs) -> Self {
-        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(test);
-        std::fs::remove_dir_all(&folder).ok();
-        std::fs::create_dir_all(&folder).expect("the target folder is writable");
-        let folder = place::show_at_short_path(&folder).expect("a short path");
-        let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).expect("hosts"));
+type Scene = scene::Scene<Client>;
+
+/// A protected pair on the first two hosts, and a client that has had an answer and is silent.
+fn scene(test: &str, programs: &Programs) -> Scene {
+    let place = (env!("CARGO_TARGET_TMPDIR"), test);
+    let client = |lab: &Lab| {
         let ports = lab.hosts().iter().map(Host::client_port).collect();
-        let sniffer = Sniffer::start(GUEST_MAC, ports).expect("a sniffer");
-        let mut system = Standalone::new(Rc::clone(&lab), programs, &folder, &Options::default());
-        system.start().expect("the pair starts");
-        let asker = Asker::start(&lab);
-        asker.ask();
-        asker.wait();
-        let mut scene = Self {
-            asker,
-            sniffer,
-            system,
-            lab,
-        };
-        scene.wait_for("protection", |scene| {
-            let active = scene.system.seat(0).is_some_and(|seat| seat.protected);
-            active && scene.system.seat(1).is_some_and(|seat| seat.role == Role::Standby)
-        });
-        scene
-    }
-
-    fn wait_for(&mut self, what: &str, done: impl Fn(&mut Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !done(self) {
-            assert!(Instant::now() < deadline, "no {what} within {PATIENCE:?}");
-            std::thread::sleep(Duration::from_millis(2));
+        Client {
+            sniffer: Sniffer::start(GUEST_MAC, ports).expect("a sniffer"),
+            asker: Asker::start(lab),
         }
-    }
+    };
+    let mut scene = Scene::new(place, programs, &Options::default(), |_, system| system, client);
+    scene.client.asker.ask();
+    scene.client.asker.wait();
+    scene.wait_for_protection(0);
+    scene
+}
 
-    fn frames(&self, host: usize, direction: Direction, tcp: bool) -> usize {
-        self.sniffer.timeline().count(host, direction, tcp)
-    }
+fn frames(scene: &Scene, host: usize, direction: Direction, tcp: bool) -> usize {
+    scene.client.sniffer.timeline().count(host, direction, tcp)
+}
 
-    fn signal_daemon(&self, host: usize, signal: libc::c_int) {
-        let daemons = self
-            .lab
-            .host(host)
-            .processes_named("ftvm-node-daemon")
-            .expect("processes");
-        assert_eq!(daemons.len(), 1, "{daemons:?}");
-        // SAFETY: a signal to a process that this test started.
-        assert_eq!(unsafe { libc::kill(daemons[0].pid, signal) }, 0);
-    }
+fn signal_daemon(scene: &Scene, host: usize, signal: libc::c_int) {
+    let daemons = scene.lab.host(host).processes_named("ftvm-node-daemon");
+    let daemons = daemons.expect("processes");
+    assert_eq!(daemons.len(), 1, "{daemons:?}");
+    // SAFETY: a signal to a process that this test started.
+    assert_eq!(unsafe { libc::kill(daemons[0].pid, signal) }, 0);
 }
 
 /// Sends a broadcast out of a host's link to the client network, as the guest.
@@ -162,28 +130,28 @@ fn speak_as_the_guest(host: &Host) {
 #[test]
 fn a_request_that_is_sent_during_a_takeover_reaches_the_successor() {
     const TEST: &str = "a_request_that_is_sent_during_a_takeover_reaches_the_successor";
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = scene::turn();
     let programs = built(TEST);
     test_inside(TEST, || {
-        let mut scene = Scene::new(TEST, &programs);
-        scene.signal_daemon(1, libc::SIGSTOP);
-        let before = scene.frames(0, Direction::ToGuest, true);
+        let mut scene = scene(TEST, &programs);
+        signal_daemon(&scene, 1, libc::SIGSTOP);
+        let before = frames(&scene, 0, Direction::ToGuest, true);
         let (killed, _) = scene.lab.host(0).kill_program("ftvm-engine").expect("a kill");
         assert_eq!(killed, 1);
         scene.wait_for("call from the successor", |scene| {
-            scene.frames(1, Direction::FromGuest, false) > 0
+            frames(scene, 1, Direction::FromGuest, false) > 0
         });
         assert_eq!(
-            scene.frames(1, Direction::FromGuest, true),
+            frames(&scene, 1, Direction::FromGuest, true),
             0,
             "it is not active: nothing of the guest leaves"
         );
-        scene.asker.ask();
-        scene.wait_for("request", |scene| scene.frames(1, Direction::ToGuest, true) > 0);
-        scene.signal_daemon(1, libc::SIGCONT);
-        scene.asker.wait();
+        scene.client.asker.ask();
+        scene.wait_for("request", |scene| frames(scene, 1, Direction::ToGuest, true) > 0);
+        signal_daemon(&scene, 1, libc::SIGCONT);
+        scene.client.asker.wait();
         assert_eq!(
-            scene.frames(0, Direction::ToGuest, true),
+            frames(&scene, 0, Direction::ToGuest, true),
             before,
             "something was sent to the dead engine"
         );
@@ -194,21 +162,21 @@ fn a_request_that_is_sent_during_a_takeover_reaches_the_successor() {
 #[test]
 fn the_active_side_announces_the_guest_when_somebody_else_speaks_with_its_address() {
     const TEST: &str = "the_active_side_announces_the_guest_when_somebody_else_speaks_with_its_address";
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = scene::turn();
     let programs = built(TEST);
     test_inside(TEST, || {
-        let mut scene = Scene::new(TEST, &programs);
+        let mut scene = scene(TEST, &programs);
         for _ in 0..3 {
-            let before = scene.frames(0, Direction::FromGuest, false);
+            let before = frames(&scene, 0, Direction::FromGuest, false);
             speak_as_the_guest(scene.lab.host(2));
             scene.wait_for("announcement", |scene| {
-                scene.frames(0, Direction::FromGuest, false) > before
+                frames(scene, 0, Direction::FromGuest, false) > before
             });
-            scene.asker.ask();
-            scene.asker.wait();
+            scene.client.asker.ask();
+            scene.client.asker.wait();
         }
         assert_eq!(
-            scene.frames(2, Direction::ToGuest, true),
+            frames(&scene, 2, Direction::ToGuest, true),
             0,
             "the bridge looked for the guest where it is not"
         );

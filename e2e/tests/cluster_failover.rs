@@ -1,4 +1,5 @@
 //! A FaultTolerantVM on a real cluster, through everything that happens to one. One client's one TCP connection lives through all of it.
+use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ use serde_json::{Value, json};
 
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// Bridge of a node's pods (`e2e/cluster/cni.json`).
+const POD_BRIDGE: &str = "cni0";
 
 #[test]
 fn a_machine_lives_through_everything() -> anyhow::Result<()> {
@@ -254,6 +257,7 @@ fn deleted(cluster: &Cluster) -> anyhow::Result<()> {
         ensure!(engines == 0, "an engine ran on {}", node.name());
     }
     missing_image(cluster)?;
+    forbidden_bridge(cluster)?;
     strange_lease(cluster)?;
     helm_test(cluster)?;
     ten_at_once(cluster)?;
@@ -333,6 +337,41 @@ fn missing_image(cluster: &Cluster) -> anyhow::Result<()> {
     let said = wait_condition(cluster, "none", "Protected", "False", "ImagePullFailed")?;
     ensure!(said.contains("correct spec.boot.image"), "{said}");
     cluster.kubectl(&["delete", "ftvm", "none", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    Ok(())
+}
+
+/// A machine that names one of the nodes' other networks is told why it does not start, and none of its taps is there. The bridge of the pods is on
+/// every node that has one.
+fn forbidden_bridge(cluster: &Cluster) -> anyhow::Result<()> {
+    let mut vm = small("nosy", GUEST_IMAGE);
+    vm["spec"]["networks"][0]["bridge"]["name"] = json!(POD_BRIDGE);
+    cluster.apply(&vm.to_string())?;
+    let said = wait_condition(cluster, "nosy", "Ready", "False", "SeatNeedsHelp")?;
+    let words = format!("may not be connected to the bridge {POD_BRIDGE} (allowed: {CLIENT_BRIDGE})");
+    ensure!(
+        said.contains(&words) && said.contains("nodeDaemon.allowedBridges"),
+        "{said}"
+    );
+    wait_for("an event tells it", PATIENCE, || {
+        let events = cluster.get(&["events.events.k8s.io", "--namespace", NAMESPACE])?;
+        let mut notes = events["items"].as_array().context("no events")?.iter();
+        let told = notes.any(|event| event["note"].as_str().is_some_and(|note| note.contains(&words)));
+        ensure!(told, "{events}");
+        Ok(())
+    })?;
+    for node in cluster.nodes() {
+        // Pods may be on it, taps of guests may not.
+        let mut command = Command::new("ip");
+        command.args(["--json", "link", "show", "type", "tun", "master", POD_BRIDGE]);
+        let taps = node.run(command)?;
+        let taps = String::from_utf8_lossy(&taps.stdout).trim().to_owned();
+        ensure!(
+            ["", "[]"].contains(&taps.as_str()),
+            "on {POD_BRIDGE} of {}: {taps}",
+            node.name()
+        );
+    }
+    cluster.kubectl(&["delete", "ftvm", "nosy", "--namespace", NAMESPACE, "--timeout=120s"])?;
     Ok(())
 }
 

@@ -6,34 +6,23 @@
 //! A standby that is to go costs no answer: it acknowledges until it is ejected. One that ends at once is the negative control.
 //!
 //! A target for the added latency (`target_latency_us`): epochs are longer, and fewer, than without.
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::rc::Rc;
-use std::sync::{Mutex, PoisonError};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use ftvm_e2e::demo::Options;
 use ftvm_e2e::demo::programs::{self, Profile, Programs};
 use ftvm_e2e::demo::standalone::Standalone;
-use ftvm_e2e::demo::system::{Role, Seat, System};
-use ftvm_e2e::demo::{GUEST_ADDRESS, Options, place};
-use ftvm_e2e::guest_protocol::{DEFAULT_PORT, Op};
+use ftvm_e2e::demo::system::{Role, System};
 use ftvm_e2e::hosts::outer::{made_outside, test_inside};
-use ftvm_e2e::hosts::{CutDirection, Lab, LabPlan};
-use ftvm_e2e::judge::client::{self, Judge, JudgePlan};
+use ftvm_e2e::hosts::{CutDirection, Lab};
+use ftvm_e2e::judge::client::Judge;
+use ftvm_e2e::scene::{self, ANSWERS, PATIENCE};
 use serde_json::json;
 
-const GUEST: ([u8; 4], u16) = (GUEST_ADDRESS, DEFAULT_PORT);
-/// Long enough for a busy machine; nothing is judged by it.
-const PATIENCE: Duration = Duration::from_secs(90);
 /// A guest that runs answers within a fraction of this.
 const SILENCE: Duration = Duration::from_secs(2);
 /// For counting.
 const WINDOW: Duration = Duration::from_secs(5);
-/// Answers of a guest that runs.
-const ANSWERS: u64 = 100;
-
-/// One at a time: each keeps both cores of a small machine busy.
-static TURN: Mutex<()> = Mutex::new(());
 
 /// The programs, built before the namespaces are entered: there is no network in them.
 fn built() -> Programs {
@@ -41,128 +30,55 @@ fn built() -> Programs {
     made_outside(&file, || programs::build(Profile::Dev)).expect("the programs build")
 }
 
-/// Three hosts, seats on the first two, and a client that asks and asks.
-struct Scene {
-    folder: PathBuf,
-    lab: Rc<Lab>,
-    system: Standalone,
-    judge: Judge,
-}
+type Scene = scene::Scene<Judge>;
 
-impl Scene {
-    /// Cuts the seats off from each other first, if `apart`.
-    fn new(test: &str, programs: &Programs, apart: bool, change: impl FnOnce(Standalone) -> Standalone) -> Self {
-        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(test);
-        std::fs::remove_dir_all(&folder).ok();
-        std::fs::create_dir_all(&folder).expect("the target folder is writable");
-        let folder = place::show_at_short_path(&folder).unwrap();
-        let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
+/// Cuts the seats off from each other first, if `apart`.
+fn scene(test: &str, programs: &Programs, apart: bool, change: impl FnOnce(Standalone) -> Standalone) -> Scene {
+    let options = Options {
+        // Not what this is about, and a busy machine needs its time.
+        peer_lost_ms: Some(3_000),
+        memory_mib: 48,
+        ..Options::default()
+    };
+    let prepare = |lab: &Lab, system| {
         if apart {
             lab.cut_link(0, 1, CutDirection::Both).unwrap();
         }
-        let options = Options {
-            // Not what this is about, and a busy machine needs its time.
-            peer_lost_ms: Some(3_000),
-            memory_mib: 48,
-            ..Options::default()
-        };
-        let mut system = change(Standalone::new(Rc::clone(&lab), programs, &folder, &options));
-        system.start().unwrap();
-        let plan = JudgePlan {
-            connect_within: PATIENCE,
-            stalled_after: PATIENCE,
-            ..JudgePlan::new(SocketAddr::from(GUEST))
-        };
-        let judge = Judge::start(plan, lab.client_entrance().unwrap()).unwrap();
-        Self {
-            folder,
-            lab,
-            system,
-            judge,
-        }
-    }
+        change(system)
+    };
+    let place = (env!("CARGO_TARGET_TMPDIR"), test);
+    Scene::new(place, programs, &options, prepare, |lab| scene::judge(lab, PATIENCE))
+}
 
-    fn seat(&mut self, host: usize) -> Seat {
-        self.system.seat(host).expect("its daemon answers")
-    }
+/// The guest stands still on this host, and for long not a single answer comes to the client, which asks and asks.
+fn expect_silence(scene: &mut Scene, host: usize) {
+    scene.wait_for("pause", |scene| scene.system.seat(host).is_some_and(|seat| seat.paused));
+    let before = scene.client.answers();
+    std::thread::sleep(SILENCE);
+    let seat = scene.seat(host);
+    assert!(seat.paused && !seat.protected && seat.role == Role::Active, "{seat:?}");
+    assert_eq!(seat.counters["guest_running"], false);
+    assert!(seat.counters["paused_us"].as_u64().is_some_and(|us| us > 0));
+    assert!(seat.why.contains("until a standby has joined"), "{}", seat.why);
+    assert_eq!(
+        scene.client.answers(),
+        before,
+        "it was answered although nobody could take over"
+    );
+}
 
-    fn wait_for(&mut self, what: &str, done: impl Fn(&mut Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !done(self) {
-            if Instant::now() > deadline {
-                let seats: Vec<Option<Seat>> = (0..3).map(|host| self.system.seat(host)).collect();
-                panic!("no {what} within {PATIENCE:?}: {seats:?}");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn wait_for_protection(&mut self, active: usize) {
-        self.wait_for("protection", |scene| {
-            let seat = scene.system.seat(active);
-            seat.is_some_and(|seat| seat.role == Role::Active && seat.protected)
-        });
-    }
-
-    /// Waits until the guest answers, and lets it write no more memory than it needs: that is not what this is about, and with little
-    /// of it to copy a slow machine has short epochs, too.
-    fn calm(&mut self) {
-        self.judge.ask(Op::SetChurn, 0, 0).expect("the guest answers");
-        self.judge.go_on();
-        self.wait_for_answers();
-    }
-
-    /// Waits for answers to what is asked from now on.
-    fn wait_for_answers(&mut self) {
-        let goal = self.judge.answers() + ANSWERS;
-        self.wait_for("answers", |scene| {
-            scene.judge.answers() >= goal || scene.judge.has_ended()
-        });
-        assert!(self.judge.answers() >= goal, "the client gave up");
-    }
-
-    /// The guest stands still on this host, and for long not a single answer comes to the client, which asks and asks.
-    fn expect_silence(&mut self, host: usize) {
-        self.wait_for("pause", |scene| scene.system.seat(host).is_some_and(|seat| seat.paused));
-        let before = self.judge.answers();
-        std::thread::sleep(SILENCE);
-        let seat = self.seat(host);
-        assert!(seat.paused && !seat.protected && seat.role == Role::Active, "{seat:?}");
-        assert_eq!(seat.counters["guest_running"], false);
-        assert!(seat.counters["paused_us"].as_u64().is_some_and(|us| us > 0));
-        assert!(seat.why.contains("until a standby has joined"), "{}", seat.why);
-        assert_eq!(
-            self.judge.answers(),
-            before,
-            "it was answered although nobody could take over"
-        );
-    }
-
-    /// A host that lost everything becomes a spare one.
-    fn renew(&mut self, host: usize) {
-        self.lab.host(host).start().unwrap();
-        self.system.make_spare(host).unwrap();
-    }
-
-    /// Nothing may be lost or contradicted, also by what the guest says on another connection.
-    fn expect_clean(self) {
-        let entrance = self.lab.client_entrance().unwrap();
-        let mut outcome = self.judge.finish();
-        let asked = std::thread::spawn(move || {
-            entrance().unwrap();
-            client::inspect(SocketAddr::from(GUEST), PATIENCE).unwrap()
-        });
-        outcome.ledger.inspect(&asked.join().unwrap());
-        assert!(outcome.is_clean(), "{:?}: {:?}", outcome.end, outcome.complaints());
-    }
+/// A host that lost everything becomes a spare one.
+fn renew(scene: &mut Scene, host: usize) {
+    scene.lab.host(host).start().unwrap();
+    scene.system.make_spare(host).unwrap();
 }
 
 #[test]
 fn with_pause_nothing_is_answered_while_nobody_could_take_over() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = scene::turn();
     let programs = built();
     test_inside("with_pause_nothing_is_answered_while_nobody_could_take_over", || {
-        let mut scene = Scene::new("pause", &programs, false, Standalone::with_pause);
+        let mut scene = scene("pause", &programs, false, Standalone::with_pause);
         scene.wait_for_protection(0);
         scene.calm();
         // A planned hand-over leaves no time without protection.
@@ -171,23 +87,23 @@ fn with_pause_nothing_is_answered_while_nobody_could_take_over() {
         scene.wait_for_answers();
         // The active dies: its successor stands still until it has a standby of its own.
         scene.lab.host(1).kill().unwrap();
-        scene.expect_silence(0);
+        expect_silence(&mut scene, 0);
         scene.system.replace(1, 2).unwrap();
         scene.wait_for_protection(0);
         scene.wait_for_answers();
         // The standby dies: the active stands still, too.
         scene.lab.host(2).kill().unwrap();
-        scene.expect_silence(0);
-        scene.renew(1);
+        expect_silence(&mut scene, 0);
+        renew(&mut scene, 1);
         scene.system.replace(2, 1).unwrap();
         scene.wait_for_protection(0);
         scene.wait_for_answers();
         let seat = scene.seat(0);
         assert_eq!((seat.paused, &seat.counters["guest_running"]), (false, &true.into()));
         assert_eq!(scene.system.trouble(), None);
-        assert!(scene.judge.quiet());
+        assert!(scene.client.quiet());
         scene.system.compare_sides(0, 1).unwrap();
-        scene.judge.go_on();
+        scene.client.go_on();
         scene.wait_for_answers();
         scene.expect_clean();
     });
@@ -195,16 +111,14 @@ fn with_pause_nothing_is_answered_while_nobody_could_take_over() {
 
 #[test]
 fn without_pause_the_same_blow_is_answered_through() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = scene::turn();
     let programs = built();
     test_inside("without_pause_the_same_blow_is_answered_through", || {
-        let mut scene = Scene::new("continue", &programs, false, |system| system);
+        let mut scene = scene("continue", &programs, false, |system| system);
         scene.wait_for_protection(0);
         scene.calm();
         scene.lab.host(0).kill().unwrap();
-        scene.wait_for("successor", |scene| {
-            scene.system.seat(1).is_some_and(|seat| seat.role == Role::Active)
-        });
+        scene.wait_for_active(1);
         scene.wait_for_answers();
         let seat = scene.seat(1);
         assert!(!seat.paused && !seat.protected, "{seat:?}");
@@ -215,11 +129,11 @@ fn without_pause_the_same_blow_is_answered_through() {
 /// Nothing of the guest is heard before it is protected, not even on its console; then it boots.
 #[test]
 fn with_pause_the_first_start_waits_for_a_standby() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = scene::turn();
     let programs = built();
     test_inside("with_pause_the_first_start_waits_for_a_standby", || {
-        let mut scene = Scene::new("pause-first", &programs, true, Standalone::with_pause);
-        scene.expect_silence(0);
+        let mut scene = scene("pause-first", &programs, true, Standalone::with_pause);
+        expect_silence(&mut scene, 0);
         let seat = scene.seat(0);
         assert_eq!(seat.counters["released_items"], 0, "{seat:?}");
         scene.lab.mend_links().unwrap();
@@ -240,11 +154,11 @@ fn without_arbiter(scene: &mut Scene, leave: impl FnOnce(&mut Scene)) {
 
 #[test]
 fn a_standby_that_is_to_go_costs_no_answer_however_long_it_takes_to_eject_it() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = scene::turn();
     let programs = built();
     let test = "a_standby_that_is_to_go_costs_no_answer_however_long_it_takes_to_eject_it";
     test_inside(test, || {
-        let mut scene = Scene::new("leave", &programs, false, |system| system);
+        let mut scene = scene("leave", &programs, false, |system| system);
         scene.wait_for_protection(0);
         scene.calm();
         let term = scene.seat(0).term;
@@ -279,19 +193,19 @@ fn a_standby_that_is_to_go_costs_no_answer_however_long_it_takes_to_eject_it() {
 
 #[test]
 fn a_standby_that_ends_at_once_holds_the_guests_answers_up() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = scene::turn();
     let programs = built();
     test_inside("a_standby_that_ends_at_once_holds_the_guests_answers_up", || {
-        let mut scene = Scene::new("leave-at-once", &programs, false, |system| system);
+        let mut scene = scene("leave-at-once", &programs, false, |system| system);
         scene.wait_for_protection(0);
         scene.calm();
         without_arbiter(&mut scene, |scene| {
             scene.system.leave(1, Duration::ZERO).unwrap();
             scene.wait_for("loss", |scene| scene.system.seat(0).is_some_and(|seat| !seat.protected));
-            let before = scene.judge.answers();
+            let before = scene.client.answers();
             std::thread::sleep(SILENCE);
             assert_eq!(
-                scene.judge.answers(),
+                scene.client.answers(),
                 before,
                 "answered although nobody else has the state"
             );
@@ -314,13 +228,13 @@ struct Pace {
 /// Of a pair with this target, while the client asks and asks.
 fn pace(test: &str, programs: &Programs, target_us: Option<u32>) -> Pace {
     let checkpoint = json!({ "target_latency_us": target_us });
-    let mut scene = Scene::new(test, programs, false, |system| system.with_checkpoint(checkpoint));
+    let mut scene = scene(test, programs, false, |system| system.with_checkpoint(checkpoint));
     scene.wait_for_protection(0);
     scene.calm();
-    let looked = |scene: &mut Scene| (Instant::now(), scene.judge.answers(), scene.seat(0));
+    let looked = |scene: &mut Scene| (Instant::now(), scene.client.answers(), scene.seat(0));
     let (began, answers, before) = looked(&mut scene);
     scene.wait_for("a time", |scene| {
-        began.elapsed() > WINDOW && scene.judge.answers() > answers + ANSWERS
+        began.elapsed() > WINDOW && scene.client.answers() > answers + ANSWERS
     });
     let (ended, all_answers, after) = looked(&mut scene);
     let seconds = (ended - began).as_secs_f64();
@@ -347,7 +261,7 @@ fn pace(test: &str, programs: &Programs, target_us: Option<u32>) -> Pace {
 /// Judged by order alone: how long anything takes is a matter of the machine.
 #[test]
 fn with_a_target_for_the_latency_epochs_are_fewer_and_output_waits_longer() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = scene::turn();
     let programs = built();
     let test = "with_a_target_for_the_latency_epochs_are_fewer_and_output_waits_longer";
     test_inside(test, || {

@@ -24,7 +24,7 @@ use ftvm_engine::replication::memory::{PAGE_SIZE, Page, PageMemory};
 use ftvm_engine::replication::pages::{
     Compression, CopiedPages, EncoderConfig, PageChunk, PageEncoder, PageStats, SinkClosed,
 };
-use ftvm_engine::replication::resync::{ResyncSource, ResyncTarget, digest_memory};
+use ftvm_engine::replication::resync::{Offer, ResyncSource, ResyncTarget, digest_memory};
 use ftvm_engine::replication::standby_disks::StandbyDisks;
 use ftvm_engine::replication::storage::FileStorage;
 use ftvm_protocol::identity::{Incarnation, SeatId, SessionId, VmId, identity_name};
@@ -346,7 +346,7 @@ fn resync(compression: Compression, fill: u32) -> Result<f64> {
         compression,
     })?;
     let mut epochs = EpochSender::new(Arc::new(SessionSink::new(sender, SessionId(1))), encoder);
-    let source = ResyncSource::new(memory.clone(), offer().machine, vec![], Vec::new);
+    let source = ResyncSource::new(memory.clone(), offer().machine, vec![], vec![], Vec::new);
     let window = source.window();
     let credits = std::thread::spawn(move || {
         for event in events {
@@ -367,7 +367,11 @@ fn resync(compression: Compression, fill: u32) -> Result<f64> {
         nics: 0,
         max_epoch_bytes: 1 << 20,
     };
-    let mut target = ResyncTarget::new(&limits, offer());
+    let offer = Offer {
+        cpu: offer(),
+        nics: vec![],
+    };
+    let mut target = ResyncTarget::new(&limits, offer);
     let begun = Instant::now();
     let sending = std::thread::spawn(move || source.copy(&mut epochs)?.end(&mut epochs));
     while !target.is_complete() {

@@ -1,14 +1,15 @@
 //! A daemon whose seats are pods by the word of a file instead of an API server's, for this package's tests: the seat socket,
 //! the seat program, cgroups and namespaces are the real ones. Not part of the product.
 //!
-//! `pod-daemon FOLDER`: reads `FOLDER/pods.json`, keeps its state in `FOLDER/state`, listens on `FOLDER/run/seat.sock` and
-//! `FOLDER/daemon.sock`, and has its records in `FOLDER/arbiter`.
+//! `pod-daemon FOLDER ENGINE [BRIDGE]…`: reads `FOLDER/pods.json`, keeps its state in `FOLDER/state`, listens on `FOLDER/run/seat.sock` and
+//! `FOLDER/daemon.sock`, and has its records in `FOLDER/arbiter`. Guests may be connected to these bridges.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ftvm_node_daemon::arbiter::FileArbiter;
+use ftvm_node_daemon::bridges::{AllowedBridges, BridgePattern};
 use ftvm_node_daemon::config::{JailConfig, SeatConfig};
 use ftvm_node_daemon::daemon::{Daemon, Settings};
 use ftvm_node_daemon::seat_socket::message::Recipe;
@@ -48,6 +49,7 @@ fn main() {
         peer_listen: None,
         engine: engine.into(),
         jail: JailConfig::default(),
+        bridges: AllowedBridges::Listed(std::env::args().skip(3).map(pattern).collect()),
         arbiter_folder: None,
     };
     let daemon = Daemon::new(settings, state);
@@ -59,6 +61,11 @@ fn main() {
     ));
     serve(bind(&folder.join("run")).expect("the seat socket"), known).expect("a thread");
     daemon.serve().expect("the control socket");
+}
+
+#[allow(clippy::needless_pass_by_value)] // as it comes
+fn pattern(text: String) -> BridgePattern {
+    text.parse().expect("a bridge")
 }
 
 fn pods(folder: &Path) -> Vec<Pod> {

@@ -255,7 +255,9 @@ impl Engine {
             vouches: None,
             resync_percent: None,
             code: 0,
-            counters: serde_json::Map::new(),
+            counters: [("nic_mtus".to_owned(), launch.nics.iter().map(|nic| nic.mtu).collect())]
+                .into_iter()
+                .collect(),
         }
     }
 }

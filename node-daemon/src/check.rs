@@ -5,6 +5,7 @@ use std::path::Path;
 use ftvm_engine::control::exit_code;
 
 use crate::arbiter::FileArbiter;
+use crate::bridges::AllowedBridges;
 use crate::config::Config;
 use crate::daemon::engine_path;
 use crate::explain;
@@ -54,7 +55,7 @@ pub fn check(config: &Config) -> Vec<(u8, String)> {
         let folder = state.seat(&seat.vm, &seat.seat).map_err(Into::into);
         let prepared = folder.and_then(|folder| {
             let source = Paths::new(folder.clone(), &config.jail);
-            prepare(seat, &source, &source.place()?, &folder)
+            prepare(seat, &source, &source.place()?, &folder, &AllowedBridges::Any)
         });
         if let Err(error) = prepared {
             findings.push((error.exit_code(), explain(&error)));

@@ -13,6 +13,8 @@ use ftvm_protocol::identity::SeatId;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::tap::MTU_BYTES;
+
 /// Errors of the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -209,16 +211,13 @@ pub struct NicConfig {
     /// Bridge to put the tap into.
     #[serde(default)]
     pub bridge: Option<String>,
-    /// Largest payload of a frame.
-    #[serde(default = "default_mtu")]
-    pub mtu: u16,
+    /// Largest payload of a frame, 576 to 9216 bytes, for a guest that boots here. If missing: what the bridge, or the tap that exists,
+    /// carries; 1500 without one.
+    #[serde(default)]
+    pub mtu: Option<u16>,
     /// Use a tap that exists, as it is.
     #[serde(default)]
     pub existing: bool,
-}
-
-fn default_mtu() -> u16 {
-    1500
 }
 
 /// A disk.
@@ -510,8 +509,8 @@ impl SeatConfig {
                     "1 to 15 letters or digits",
                 );
             }
-            if !(576..=9216).contains(&nic.mtu) {
-                return refuse(at("nics.mtu"), format!("{} bytes", nic.mtu), "576 to 9216");
+            if let Some(mtu) = nic.mtu.filter(|mtu| !MTU_BYTES.contains(mtu)) {
+                return refuse(at("nics.mtu"), format!("{mtu} bytes"), "576 to 9216");
             }
             if !names.insert(&nic.name) {
                 return refuse(

@@ -13,6 +13,7 @@ use ftvm_protocol::record::{self, Snapshot};
 
 use crate::api::{DaemonStatus, Phase, Request, Response};
 use crate::arbiter::{Arbiter, Bounded};
+use crate::bridges::AllowedBridges;
 use crate::config::{JailConfig, PeerConfig, SeatConfig};
 use crate::explain;
 use crate::peer::{self, PeerError};
@@ -92,6 +93,8 @@ pub struct Settings {
     pub engine: PathBuf,
     /// The jail of the engines.
     pub jail: JailConfig,
+    /// Bridges that guests may be connected to.
+    pub bridges: AllowedBridges,
     /// Standalone: the folder of the file arbiter. Only then may clients of the socket add, set up and remove seats.
     pub arbiter_folder: Option<PathBuf>,
 }
@@ -114,6 +117,7 @@ impl Daemon {
                 engine: settings.engine.clone(),
                 jail_mount_point: state.jail(),
                 jail: settings.jail.clone(),
+                bridges: settings.bridges.clone(),
                 ask_seats: Box::new(move |seats, deadline| {
                     asking
                         .upgrade()

@@ -11,6 +11,7 @@
 
 pub mod api;
 pub mod arbiter;
+pub mod bridges;
 pub mod check;
 pub mod client;
 pub mod config;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ftvm_engine::control::exit_code;
+use ftvm_node_daemon::bridges::BridgePattern;
 use ftvm_node_daemon::check;
 use ftvm_node_daemon::config::Config;
 use ftvm_node_daemon::daemon::Daemon;
@@ -76,6 +77,9 @@ struct NodeArguments {
     /// Seats that may be placed here; by the node's memory if missing.
     #[arg(long)]
     seats: Option<u32>,
+    /// A bridge of the node that guests may be connected to, or its beginning followed by `*`; once for each. None: no bridge.
+    #[arg(long = "allowed-bridge", value_name = "PATTERN")]
+    allowed_bridges: Vec<BridgePattern>,
 }
 
 fn main() -> ExitCode {
@@ -139,6 +143,7 @@ fn run_node(arguments: NodeArguments) -> u8 {
         engine: arguments.engine,
         probe: arguments.probe,
         seats: arguments.seats,
+        allowed_bridges: arguments.allowed_bridges,
     };
     until_signalled(move || match kubernetes::run(&options) {
         Ok(()) => exit_code::OK,

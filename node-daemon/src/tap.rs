@@ -5,10 +5,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use crate::bridges::{Admitted, BridgeError};
 
 /// A tap to make or to attach to.
 #[derive(Debug, Clone)]
@@ -16,16 +19,33 @@ pub struct TapSpec<'a> {
     /// Its name, at most 15 bytes.
     pub name: &'a str,
     /// A bridge to put it into.
-    pub bridge: Option<&'a str>,
-    /// Largest payload of a frame.
-    pub mtu: u16,
+    pub bridge: Option<Admitted<'a>>,
+    /// Largest payload of a frame for the guest, in bytes; none: what its bridge, or the tap that exists, carries.
+    pub mtu: Option<u16>,
     /// Attach to a tap that exists (made for this user by somebody else) instead of making one.
     pub existing: bool,
 }
 
+/// A tap that was opened.
+#[derive(Debug)]
+pub struct Tap {
+    /// Its descriptor.
+    pub device: OwnedFd,
+    /// Largest payload of a frame for the guest, in bytes: all that is behind it carries as much.
+    pub mtu: u16,
+}
+
+/// Largest payloads that a guest may be told, in bytes: IPv4 needs the one (RFC 791), jumbo frames have the other.
+pub const MTU_BYTES: RangeInclusive<u16> = 576..=9216;
+/// Of a tap that is put on no bridge.
+const MTU_DEFAULT: u16 = 1500;
+
 /// Errors of taps.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
+    /// Its bridge is not one for guests.
+    #[error(transparent)]
+    Bridge(#[from] BridgeError),
     /// The name is taken.
     #[error(
         "tap {name} exists already: another seat or program uses it, or somebody made it; choose another name, remove it \
@@ -42,6 +62,21 @@ pub enum TapError {
     Missing {
         /// Its name.
         name: String,
+    },
+    /// What is behind it carries less than the guest shall be told.
+    #[error(
+        "tap {name}: {behind} carries {carried} bytes, and the card is to have an MTU of {wanted}: larger frames would be lost; \
+         raise the MTU of {behind}, or lower that of the card"
+    )]
+    Mtu {
+        /// Its name.
+        name: String,
+        /// The bridge, or the tap itself.
+        behind: String,
+        /// What that carries.
+        carried: u16,
+        /// What the card is to have.
+        wanted: u16,
     },
     /// The system refused.
     #[error("tap {name}: {what} failed ({source}); {advice}")]
@@ -64,7 +99,9 @@ const IFF_TUN_EXCL: u16 = 0x8000;
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 
 /// Opens a tap, non-blocking, without packet information, up, in its bridge. Called in the network namespace it is for.
-pub fn open(spec: &TapSpec<'_>) -> Result<OwnedFd, TapError> {
+///
+/// It gets the MTU of its bridge, whatever the guest is told: a port with a smaller one makes the bridge's own smaller, and with it everybody's.
+pub fn open(spec: &TapSpec<'_>) -> Result<Tap, TapError> {
     let fail = |what: &str, advice| {
         let (name, what) = (spec.name.to_owned(), what.to_owned());
         move |source| TapError::Io {
@@ -107,36 +144,83 @@ pub fn open(spec: &TapSpec<'_>) -> Result<OwnedFd, TapError> {
             return Err(fail("TUNSETIFF", advice)(error));
         }
     }
+    let failed = |(what, source): Failed| fail(&what, "check the bridge, the MTU and CAP_NET_ADMIN")(source);
+    let socket = socket().map_err(failed)?;
+    let carried = carried(spec, &socket).map_err(failed)?;
+    let mtu = guests(spec, carried)?;
     if !spec.existing {
-        configure(spec).map_err(|(what, source)| fail(&what, "check the bridge, the MTU and CAP_NET_ADMIN")(source))?;
+        configure(spec, &socket, carried).map_err(failed)?;
     }
-    Ok(device.into())
+    Ok(Tap {
+        device: device.into(),
+        mtu,
+    })
 }
 
-fn configure(spec: &TapSpec<'_>) -> Result<(), (String, io::Error)> {
-    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
-        .map_err(|errno| ("making a socket".to_owned(), errno.into()))?;
-    let socket = File::from(socket);
+/// What was tried, and why it failed.
+type Failed = (String, io::Error);
+
+fn socket() -> Result<File, Failed> {
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    socket
+        .map(File::from)
+        .map_err(|errno| ("making a socket".to_owned(), errno.into()))
+}
+
+/// What the tap and what is behind it carry.
+fn carried(spec: &TapSpec<'_>, socket: &File) -> Result<u16, Failed> {
+    let of = |name: &str, what: &str| -> Result<u16, Failed> {
+        let mut request = Request::new(name);
+        let asked = request.ioctl(socket, libc::SIOCGIFMTU);
+        asked.map_err(|error| (format!("reading the MTU of {what}"), error))?;
+        Ok(u16::try_from(request.number()).unwrap_or(u16::MAX))
+    };
+    match (spec.existing, spec.bridge) {
+        (true, _) => of(spec.name, "it"),
+        (false, Some(bridge)) => of(bridge.name(), &format!("bridge {}", bridge.name())),
+        (false, None) => Ok(spec.mtu.unwrap_or(MTU_DEFAULT)),
+    }
+}
+
+/// What the guest may be told.
+fn guests(spec: &TapSpec<'_>, carried: u16) -> Result<u16, TapError> {
+    let wanted = spec.mtu.unwrap_or(carried.clamp(*MTU_BYTES.start(), *MTU_BYTES.end()));
+    if wanted <= carried {
+        return Ok(wanted);
+    }
+    let behind = match spec.bridge.filter(|_| !spec.existing) {
+        Some(bridge) => format!("bridge {}", bridge.name()),
+        None => "that tap".to_owned(),
+    };
+    Err(TapError::Mtu {
+        name: spec.name.to_owned(),
+        behind,
+        carried,
+        wanted,
+    })
+}
+
+fn configure(spec: &TapSpec<'_>, socket: &File, mtu: u16) -> Result<(), Failed> {
     let mut request = Request::new(spec.name);
-    request.set_number(i32::from(spec.mtu));
+    request.set_number(i32::from(mtu));
     request
-        .ioctl(&socket, libc::SIOCSIFMTU)
-        .map_err(|error| (format!("setting the MTU to {}", spec.mtu), error))?;
-    if let Some(bridge) = spec.bridge {
+        .ioctl(socket, libc::SIOCSIFMTU)
+        .map_err(|error| (format!("setting the MTU to {mtu}"), error))?;
+    if let Some(bridge) = spec.bridge.map(Admitted::name) {
         let what = || format!("adding it to bridge {bridge}");
         let index = interface_index(spec.name).ok_or_else(|| (what(), io::ErrorKind::NotFound.into()))?;
         let mut request = Request::new(bridge);
         request.set_number(index);
-        request.ioctl(&socket, SIOCBRADDIF).map_err(|error| (what(), error))?;
+        request.ioctl(socket, SIOCBRADDIF).map_err(|error| (what(), error))?;
     }
     let mut request = Request::new(spec.name);
     request
-        .ioctl(&socket, libc::SIOCGIFFLAGS)
+        .ioctl(socket, libc::SIOCGIFFLAGS)
         .map_err(|error| ("reading its flags".to_owned(), error))?;
     let up = request.flags() | libc::IFF_UP as u16;
     request.set_flags(up);
     request
-        .ioctl(&socket, libc::SIOCSIFFLAGS)
+        .ioctl(socket, libc::SIOCSIFFLAGS)
         .map_err(|error| ("setting it up".to_owned(), error))
 }
 
@@ -169,6 +253,10 @@ impl Request {
 
     fn set_number(&mut self, number: i32) {
         self.0[16..20].copy_from_slice(&number.to_ne_bytes());
+    }
+
+    fn number(&self) -> i32 {
+        i32::from_ne_bytes([self.0[16], self.0[17], self.0[18], self.0[19]])
     }
 
     fn ioctl(&mut self, file: &File, number: libc::c_ulong) -> io::Result<()> {

@@ -249,7 +249,7 @@ fn with_nic(bridge: Option<&str>, existing: bool) -> Node {
             mac: "02:00:00:00:00:01".into(),
             tap: "ftvmtest0".into(),
             bridge: bridge.map(str::to_owned),
-            mtu: 1400,
+            mtu: Some(1400),
             existing,
         });
     })
@@ -269,8 +269,27 @@ fn taps() {
     assert_eq!(check_with_taps(&bridged, "ip link add br7 type bridge").0, Some(0));
     let (code, text) = check_with_taps(&bridged, "true");
     assert_eq!(code, Some(17), "{text}");
-    assert!(text.contains("adding it to bridge br7"), "{text}");
+    assert!(
+        text.contains("MTU of bridge br7") && text.contains("check the bridge"),
+        "{text}"
+    );
+    // A card with an MTU of 1400 on what carries less.
+    let (code, text) = check_with_taps(&bridged, "ip link add br7 mtu 1300 type bridge");
+    assert_eq!(code, Some(17), "{text}");
+    for words in [
+        "bridge br7 carries 1300 bytes",
+        "an MTU of 1400",
+        "raise the MTU of bridge br7",
+    ] {
+        assert!(text.contains(words), "{text}");
+    }
     let existing = with_nic(None, true);
+    let (code, text) = check_with_taps(
+        &existing,
+        "ip tuntap add ftvmtest0 mode tap && ip link set ftvmtest0 mtu 1399",
+    );
+    assert_eq!(code, Some(17), "{text}");
+    assert!(text.contains("that tap carries 1399 bytes"), "{text}");
     assert_eq!(
         check_with_taps(&existing, "ip tuntap add ftvmtest0 mode tap").0,
         Some(0)

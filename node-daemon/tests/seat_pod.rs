@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 use ftvm_engine::control::Command;
 use ftvm_node_daemon::api::{Request, Response};
+use serde_json::json;
 use support::pod::{CONTENTS, DISK_BYTES, Pod};
 
 #[test]
@@ -158,4 +159,57 @@ fn a_used_disk_is_never_made_anew() {
     });
     let disk = std::fs::read(pod.disk("disk.raw")).unwrap();
     assert_eq!(&disk[..CONTENTS.len()], CONTENTS);
+}
+
+/// Whoever may make a virtual machine names its bridge: only one for guests is joined, and the node's other networks stay apart.
+#[test]
+fn a_guest_is_connected_to_no_bridge_but_those_for_guests() {
+    let nic =
+        |bridge: &str| json!([{"name": "front", "mac": "02:00:00:00:00:01", "tap": "ftvmtest0", "bridge": bridge}]);
+    let devices = "for name in mgmt vm-front mgmt-and-storag; do ip link add $name type bridge || exit; done";
+    for (allowed, bridge, reason) in [
+        (vec!["vm-*"], "mgmt", "(allowed: vm-*)"),
+        (vec![], "vm-front", "(allowed: none)"),
+        // Cut at 15 bytes or at a zero, as the kernel reads it, these would be others.
+        (vec!["*"], "mgmt-and-storage", "can't be the name of a bridge"),
+        (vec!["*"], "mgmt\0", "can't be the name of a bridge"),
+    ] {
+        let mut pod = Pod::new();
+        pod.devices = devices.to_owned();
+        pod.nics = nic(bridge);
+        pod.allowed_bridges = allowed.into_iter().map(str::to_owned).collect();
+        pod.make_record();
+        pod.start_daemon();
+        pod.start_seat();
+        let seat = pod.wait("it is refused", |pod| pod.status().filter(|seat| seat.code == 17));
+        assert!(seat.why.contains(reason) && seat.engine.is_none(), "{}", seat.why);
+        for bridge in ["mgmt", "vm-front", "mgmt-and-storag"] {
+            assert_eq!(pod.taps_on(bridge), [], "on {bridge}");
+        }
+    }
+    let mut pod = Pod::new();
+    pod.devices = devices.to_owned();
+    pod.nics = nic("vm-front");
+    pod.allowed_bridges = vec!["br0".into(), "vm-*".into()];
+    pod.start();
+    assert_eq!(pod.taps_on("vm-front"), [("ftvmtest0".to_owned(), 1500)]);
+}
+
+/// The tap gets the MTU of the bridge: with a smaller one the kernel would make the bridge's smaller. The guest is told as much, up to what is tested.
+#[test]
+fn the_mtu_of_the_bridge_is_the_guests() {
+    for (mtu, told) in [(1400, 1400), (9000, 9000), (20_000, 9216)] {
+        let mut pod = Pod::new();
+        // A bridge whose MTU was not set follows its ports.
+        pod.devices = format!(
+            "ip link add lan type bridge && ip link add up0 mtu {mtu} type veth peer name up1 mtu {mtu} && ip link set up0 master lan"
+        );
+        pod.nics = json!([{"name": "front", "mac": "02:00:00:00:00:01", "tap": "ftvmtest0", "bridge": "lan"}]);
+        pod.allowed_bridges = vec!["lan".into()];
+        let seat = pod.start();
+        assert_eq!(pod.taps_on("lan"), [("ftvmtest0".to_owned(), mtu)]);
+        assert_eq!(pod.links(&["dev", "lan"])[0]["mtu"], mtu, "the bridge's is as it was");
+        let counters = seat.engine.expect("an engine").counters;
+        assert_eq!(counters["nic_mtus"], json!([told]));
+    }
 }

@@ -29,8 +29,8 @@ use k8s_openapi::api::core::v1::{Node, PersistentVolume, Pod};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::runtime::controller::{self, Action as Next};
-use kube::runtime::reflector::{ObjectRef, Store};
-use kube::runtime::{Controller, watcher};
+use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::{Controller, WatchStreamExt, watcher};
 use kube::{Api, Client, Config, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -88,8 +88,8 @@ async fn main() -> anyhow::Result<()> {
     make_nodes(&client, &options).await?;
     make_volumes(&client, &options).await?;
     let (triggers, mut triggered) = mpsc::unbounded_channel();
-    let store: Arc<Mutex<Option<Store<FaultTolerantVM>>>> = Arc::default();
-    let caches = Caches::watch(&client, &triggers, Arc::clone(&store));
+    let (vms, kept) = reflector::store();
+    let caches = Caches::watch(&client, &triggers, vms.clone());
     let fleet = Arc::new(Fleet {
         client: client.clone(),
         caches,
@@ -101,10 +101,10 @@ async fn main() -> anyhow::Result<()> {
     tokio::spawn(heartbeats(Arc::clone(&fleet), options.nodes));
     fleet.caches.ready().await?;
     let settings = controller::Config::default().concurrency(CONCURRENCY);
-    let controller = Controller::new(Api::<FaultTolerantVM>::all(client), watcher::Config::default())
-        .with_config(settings.debounce(Duration::from_millis(5)));
-    let vms = controller.store();
-    *lock(&store) = Some(vms.clone());
+    let watched = watcher(Api::<FaultTolerantVM>::all(client), watcher::Config::default());
+    let watched = watched.reflect(kept).applied_objects();
+    let controller =
+        Controller::for_stream(watched, vms.clone()).with_config(settings.debounce(Duration::from_millis(5)));
     listen(Arc::clone(&fleet), vms.clone(), triggers);
     say(&json!({"madeNodes": options.nodes}));
     let triggered = futures::stream::poll_fn(move |context| triggered.poll_recv(context));

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{LABEL_MANAGED_BY, LABEL_VM, MANAGED_BY, claim_name};
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::jiff::Timestamp;
@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use crate::api::{ApiError, Objects};
 use crate::observe::{self, NodeSeen, Observed};
-use crate::random;
+use crate::{random, trim};
 
 /// VMs that should be looked at again.
 pub type Triggers = mpsc::UnboundedSender<ObjectRef<FaultTolerantVM>>;
@@ -34,29 +34,24 @@ pub struct Caches {
 
 impl Caches {
     /// Begins to watch; `triggers` gets the VMs that a change is about. `vms` tells which VMs a node is of interest to.
-    pub fn watch(client: &Client, triggers: &Triggers, vms: Arc<Mutex<Option<Store<FaultTolerantVM>>>>) -> Caches {
+    pub fn watch(client: &Client, triggers: &Triggers, vms: Store<FaultTolerantVM>) -> Caches {
         let ours = watcher::Config::default().labels(&format!("{LABEL_MANAGED_BY}={MANAGED_BY}"));
-        let all = |kind| (kind, triggers.clone());
-        let (_, pods) = all("pods");
-        let (_, claims) = all("claims");
-        let (_, leases) = all("leases");
+        let (pods, claims, leases) = (triggers.clone(), triggers.clone(), triggers.clone());
+        let all = client.clone();
         Caches {
-            pods: follow(Api::all(client.clone()), ours.clone(), move |pod: &Pod| {
+            pods: follow(Api::all(all.clone()), ours.clone(), trim::pod, move |pod| {
                 of_label(&pods, pod)
             }),
-            claims: follow(
-                Api::all(client.clone()),
-                ours.clone(),
-                move |claim: &PersistentVolumeClaim| {
-                    of_label(&claims, claim);
-                },
-            ),
-            leases: follow(Api::all(client.clone()), ours, move |lease: &Lease| {
+            claims: follow(Api::all(all.clone()), ours.clone(), trim::claim, move |claim| {
+                of_label(&claims, claim);
+            }),
+            leases: follow(Api::all(all.clone()), ours, trim::lease, move |lease| {
                 of_label(&leases, lease)
             }),
             nodes: follow(
-                Api::all(client.clone()),
+                Api::all(all),
                 watcher::Config::default(),
+                trim::node,
                 of_node(triggers.clone(), vms),
             ),
         }
@@ -144,14 +139,13 @@ fn names(vm: &FaultTolerantVM) -> (BTreeSet<String>, BTreeSet<String>) {
     (pods, claims)
 }
 
-fn follow<K>(api: Api<K>, config: watcher::Config, told: impl Fn(&K) + Send + 'static) -> Store<K>
+/// Keeps what `trim` leaves of each object.
+fn follow<K>(api: Api<K>, config: watcher::Config, trim: fn(&mut K), told: impl Fn(&K) + Send + 'static) -> Store<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
     let (reader, writer) = reflector::store();
-    let stream = watcher(api, config)
-        .default_backoff()
-        .map_ok(|event| event.modify(|object| object.managed_fields_mut().clear()));
+    let stream = watcher(api, config).default_backoff().modify(trim);
     tokio::spawn(async move {
         let mut touched = stream.reflect(writer).touched_objects().boxed();
         while let Some(event) = touched.next().await {
@@ -175,7 +169,7 @@ fn of_label<K: Resource<DynamicType = ()>>(triggers: &Triggers, object: &K) {
 }
 
 /// A node matters when its readiness or what it offers changes: to VMs with a seat there, and to those that look for a place.
-fn of_node(triggers: Triggers, vms: Arc<Mutex<Option<Store<FaultTolerantVM>>>>) -> impl Fn(&Node) + Send + 'static {
+fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + Send + 'static {
     let known: Mutex<BTreeMap<String, (NodeSeen, bool)>> = Mutex::default();
     move |node| {
         let (name, seen) = observe::node(node);
@@ -186,8 +180,7 @@ fn of_node(triggers: Triggers, vms: Arc<Mutex<Option<Store<FaultTolerantVM>>>>) 
         }
         known.insert(name.clone(), (seen, gone));
         drop(known);
-        let vms = vms.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        for vm in vms.iter().flat_map(Store::state) {
+        for vm in vms.state() {
             let seats = vm.status.as_ref().map_or(&[][..], |status| &status.seats);
             if seats
                 .iter()

@@ -16,3 +16,4 @@ pub mod reconcile;
 pub mod run;
 mod serve;
 pub mod status;
+pub mod trim;

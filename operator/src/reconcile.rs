@@ -27,6 +27,9 @@ const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_se
 /// Wait after a conflict: the watch tells of the new version soon.
 const CONFLICT: Duration = Duration::from_millis(500);
 
+/// A watch tells of an own write within this time. Later, whatever it says counts: the API server may have been restored from a backup.
+const WATCH_TELLS: Duration = Duration::from_secs(10);
+
 /// What reconciles share.
 pub struct Context {
     /// The API server.
@@ -48,6 +51,8 @@ pub struct Context {
 pub struct Memory {
     failures: u32,
     shared: Option<(u64, Instant)>,
+    /// resourceVersion of the VM after what this process wrote last, and when that was.
+    written: Option<(u64, Instant)>,
 }
 
 /// One look.
@@ -56,11 +61,15 @@ pub struct Memory {
 /// What the API server refused; [`again`] says when to look again.
 pub async fn reconcile(vm: Arc<FaultTolerantVM>, context: Arc<Context>) -> Result<Next, ApiError> {
     context.metrics.reconciles.inc();
+    if context.is_old(&vm) {
+        // The watch is about to tell what this process wrote itself: whatever is decided of the object before that comes to nothing.
+        return Ok(Next::requeue(jittered(CONFLICT)));
+    }
     let timer = context.metrics.seconds.start_timer();
     let result = look(&vm, &context).await;
     timer.observe_duration();
     match &result {
-        Ok(_) => context.remember(&vm, |memory| memory.failures = 0),
+        Ok(_) => context.no_failure(&vm),
         Err(error) if !error.is_conflict() => {
             context
                 .publish(&vm, EventType::Warning, "ReconcileFailed", &error.to_string())
@@ -121,10 +130,15 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
     let mut vm = seen.vm.clone();
     if seen.vm.status.as_ref() != Some(&status) {
         vm = objects.write_status(&vm, status).await?;
+        context.wrote(&vm);
         tell(&seen.status(), &vm, context).await;
     }
     for action in &decision.actions {
         vm = apply(action, vm, &seen, &objects, context).await?;
+        context.wrote(&vm);
+    }
+    if decision.actions.contains(&Action::RemoveFinalizer) {
+        context.forget(&vm);
     }
     Ok(decision
         .recheck
@@ -153,7 +167,6 @@ async fn apply(
                     .publish(&vm, EventType::Normal, &change.reason, &change.note)
                     .await;
             }
-            context.forget(&vm);
             return objects.set_finalizer(&vm, false).await;
         }
         Action::CreateClaims { seat, disks } => {
@@ -272,10 +285,43 @@ impl Context {
         change(memory.entry(vm.uid().unwrap_or_default()).or_default())
     }
 
+    fn no_failure(&self, vm: &FaultTolerantVM) {
+        let mut memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(memory) = memory.get_mut(&vm.uid().unwrap_or_default()) {
+            memory.failures = 0;
+        }
+    }
+
+    /// The VM as it is after a write.
+    fn wrote(&self, vm: &FaultTolerantVM) {
+        let Some(version) = version(vm) else { return };
+        self.remember(vm, |memory| memory.written = Some((version, Instant::now())));
+    }
+
+    /// Does the cache lack what this process wrote itself?
+    fn is_old(&self, vm: &FaultTolerantVM) -> bool {
+        let memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let written = memory
+            .get(&vm.uid().unwrap_or_default())
+            .and_then(|memory| memory.written);
+        let recent = written.filter(|(_, when)| when.elapsed() < WATCH_TELLS);
+        precedes(version(vm), recent.map(|(version, _)| version))
+    }
+
     fn forget(&self, vm: &FaultTolerantVM) {
         let mut memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         memory.remove(&vm.uid().unwrap_or_default());
     }
+}
+
+/// resourceVersion as a number, which grows (Kubernetes API concepts, "Resource versions"); none: nothing is known of its order.
+fn version(vm: &FaultTolerantVM) -> Option<u64> {
+    vm.resource_version()?.parse().ok()
+}
+
+/// Is what was read older than what was written?
+fn precedes(read: Option<u64>, written: Option<u64>) -> bool {
+    read.zip(written).is_some_and(|(read, written)| read < written)
 }
 
 /// Counts VMs by phase.
@@ -312,6 +358,14 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cache_is_old_until_it_has_what_was_written() {
+        assert!(precedes(Some(9), Some(10)));
+        assert!(!precedes(Some(10), Some(10)) && !precedes(Some(11), Some(10)));
+        // Where nothing was written, or numbers are none, every look counts.
+        assert!(!precedes(Some(9), None) && !precedes(None, Some(10)));
+    }
 
     #[test]
     fn waits_grow_to_a_bound_and_differ() {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use ftvm_crds::FaultTolerantVM;
 use futures::StreamExt;
 use kube::runtime::events::{Recorder, Reporter};
-use kube::runtime::{Controller, controller, watcher};
+use kube::runtime::{Controller, WatchStreamExt, controller, reflector, watcher};
 use kube::{Api, Client, Config};
 use kube_lease_manager::LeaseManagerBuilder;
 use tokio::signal::unix::{SignalKind, signal};
@@ -17,7 +17,7 @@ use crate::build::SeatImage;
 use crate::caches::Caches;
 use crate::metrics::Metrics;
 use crate::reconcile::{Context, again, count, reconcile};
-use crate::serve;
+use crate::{serve, trim};
 
 /// Reconciles of different VMs at a time.
 const CONCURRENCY: u16 = 8;
@@ -148,8 +148,8 @@ async fn lost(leads: &mut tokio::sync::watch::Receiver<bool>) {
 /// If a watch ended for good.
 pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<(), RunError> {
     let (triggers, triggered) = mpsc::unbounded_channel();
-    let store = Arc::new(Mutex::new(None));
-    let caches = Caches::watch(&client, &triggers, store.clone());
+    let (vms, kept) = reflector::store();
+    let caches = Caches::watch(&client, &triggers, vms.clone());
     caches.ready().await?;
     let reporter = Reporter {
         controller: "ftvm-operator".to_owned(),
@@ -163,13 +163,13 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
         metrics: metrics.clone(),
         memory: Mutex::default(),
     });
-    let controller = Controller::new(Api::<FaultTolerantVM>::all(client), watcher::Config::default()).with_config(
+    let watched = watcher(Api::<FaultTolerantVM>::all(client), watcher::Config::default());
+    let watched = watched.modify(trim::vm).reflect(kept).applied_objects();
+    let controller = Controller::for_stream(watched, vms.clone()).with_config(
         controller::Config::default()
             .concurrency(CONCURRENCY)
             .debounce(Duration::from_millis(20)),
     );
-    let vms = controller.store();
-    *store.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(vms.clone());
     let triggered = futures::stream::unfold(triggered, |mut triggered| async move {
         let next = triggered.recv().await?;
         Some((next, triggered))

@@ -250,6 +250,10 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
         );
     }
     rests(&cluster)?;
+    // Not again from a cache that does not have it yet.
+    let asked = requests(&cluster)?.into_iter();
+    let finalizers = asked.filter(|asked| asked == "patch faulttolerantvms web");
+    assert_eq!(finalizers.count(), 1, "the finalizer is put on once");
     // Another replica takes over; nothing is made twice.
     let first = leader(&cluster)?;
     for (name, operator) in &mut replicas {

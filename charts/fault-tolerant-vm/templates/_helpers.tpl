@@ -46,6 +46,14 @@ app.kubernetes.io/instance: {{ $root.Release.Name }}
 {{ include "ftvm.name" . }}-test
 {{- end }}
 
+{{/* Not empty if guests may be connected to a bridge. Argument: a list of root and the bridge. */}}
+{{- define "ftvm.bridgeIsAllowed" -}}
+{{- $bridge := index . 1 -}}
+{{- range (index . 0).Values.nodeDaemon.allowedBridges -}}
+{{- if or (eq $bridge .) (and (hasSuffix "*" .) (hasPrefix (trimSuffix "*" .) $bridge)) }}yes{{ end -}}
+{{- end -}}
+{{- end }}
+
 {{/* Annotations of what the test's pod needs: made before it, taken away after it. */}}
 {{- define "ftvm.test.rights" -}}
 helm.sh/hook: test

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
+use super::plan::CLIENT_BRIDGE;
 use super::{Cluster, images};
 use crate::cargo::workspace;
 use crate::demo::programs::build_guest;
@@ -100,7 +101,9 @@ impl Cluster {
             "--timeout",
             "180s",
         ];
-        let values = ["--set", &repository, "--set", &tag, "--set", "image.pullPolicy=Never"];
+        let bridges = format!("nodeDaemon.allowedBridges={{{CLIENT_BRIDGE}}}");
+        let values = [&repository, &tag, "image.pullPolicy=Never", &bridges];
+        let values: Vec<&str> = values.into_iter().flat_map(|value| ["--set", value]).collect();
         self.helm(&[&arguments[..], &values, more].concat())
             .map(drop)
             .with_context(|| self.pods_story(NAMESPACE))

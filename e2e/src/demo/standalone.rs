@@ -99,6 +99,17 @@ impl Standalone {
         self
     }
 
+    /// What a host's daemon says of its seat; nothing if the daemon does not answer.
+    #[must_use]
+    pub fn why(&self, host: usize) -> String {
+        let status = daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).unwrap_or_default();
+        let mut seats = status["seats"].as_array().into_iter().flatten();
+        let seat = seats.find(|seat| seat["vm"] == VM);
+        seat.and_then(|seat| seat["why"].as_str())
+            .unwrap_or_default()
+            .to_owned()
+    }
+
     fn host_folder(&self, host: usize) -> PathBuf {
         self.folder.join(self.lab.host(host).name())
     }

@@ -24,6 +24,8 @@ struct Frame {
     host: usize,
     direction: Direction,
     tcp: bool,
+    /// Of TCP.
+    payload_bytes: usize,
     text: String,
 }
 
@@ -37,14 +39,17 @@ impl Timeline {
         if self.0.len() == FRAMES_MAX {
             self.0.pop_front();
         }
+        let payload_bytes = match packet {
+            Packet::Other => 0,
+            Packet::Tcp(segment) => segment.payload.len(),
+        };
         let text = match packet {
             Packet::Other => "no TCP".to_owned(),
             Packet::Tcp(segment) => {
                 let flags = [(segment.syn, " SYN"), (segment.fin, " FIN"), (segment.rst, " RST")];
                 let flags: String = flags.iter().filter(|(set, _)| *set).map(|(_, name)| *name).collect();
-                let bytes = segment.payload.len();
                 format!(
-                    "{} > {} seq {} ack {} {bytes} bytes{flags}",
+                    "{} > {} seq {} ack {} {payload_bytes} bytes{flags}",
                     segment.source, segment.destination, segment.seq, segment.ack
                 )
             }
@@ -54,6 +59,7 @@ impl Timeline {
             host,
             direction,
             tcp: matches!(packet, Packet::Tcp(_)),
+            payload_bytes,
             text,
         });
     }
@@ -62,6 +68,15 @@ impl Timeline {
     pub fn count(&self, host: usize, direction: Direction, tcp: bool) -> usize {
         let counts = |frame: &&Frame| (frame.host, frame.direction, frame.tcp) == (host, direction, tcp);
         self.0.iter().filter(counts).count()
+    }
+
+    /// Largest TCP payload of the frames kept that went this way at the port of `host`, in bytes.
+    pub fn largest_payload_bytes(&self, host: usize, direction: Direction) -> usize {
+        let of = self
+            .0
+            .iter()
+            .filter(|frame| (frame.host, frame.direction) == (host, direction));
+        of.map(|frame| frame.payload_bytes).max().unwrap_or(0)
     }
 
     /// One line a frame: UTC time of day, milliseconds since the frame before, the host's name, direction, contents.

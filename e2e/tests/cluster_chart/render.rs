@@ -106,6 +106,26 @@ const REFUSED: &[(&[&str], &[&str])] = &[
         &["nodeDaemon.kubeletPath=var/lib/kubelet"],
         &["/nodeDaemon/kubeletPath", "does not match pattern"],
     ),
+    (
+        &["nodeDaemon.allowedBridges[0]=a*b"],
+        &["/nodeDaemon/allowedBridges/0", "does not match pattern"],
+    ),
+    (
+        &["nodeDaemon.allowedBridges[0]=longer-than-a-name"],
+        &["/nodeDaemon/allowedBridges/0", "does not match pattern"],
+    ),
+    (
+        &["test.guestImage=a", "test.bridge=br0"],
+        &["guests may not be connected to br0", "nodeDaemon.allowedBridges"],
+    ),
+    (
+        &[
+            "test.guestImage=a",
+            "test.bridge=br0",
+            "nodeDaemon.allowedBridges={br1,br,vm*}",
+        ],
+        &["guests may not be connected to br0"],
+    ),
     (&["nodeDaemon.updateMaxSurge=0"], &["/nodeDaemon/updateMaxSurge"]),
     (&["nodeDaemon.updateMaxSurge=0%"], &["/nodeDaemon/updateMaxSurge"]),
     (
@@ -211,6 +231,29 @@ fn the_test_is_rendered_when_it_has_a_guest() {
             "verbs: [get, patch, delete]",
         ]
     );
+}
+
+/// What the daemons are told, and that the test's own bridge has to be among it.
+#[test]
+fn bridges_for_guests_reach_the_daemons() {
+    let told = |sets: &[&str]| {
+        let output = text(&template(
+            &[&["--show-only=templates/node-daemon/daemonset.yaml"], sets].concat(),
+        ));
+        let lines = output.lines().map(str::trim);
+        let found = lines.filter(|line| line.contains("allowed-bridge")).map(str::to_owned);
+        found.collect::<Vec<_>>()
+    };
+    assert_eq!(told(&[]), [""; 0], "none by default");
+    assert_eq!(
+        told(&["--set=nodeDaemon.allowedBridges={br0,vm-*}"]),
+        [r#"- "--allowed-bridge=br0""#, r#"- "--allowed-bridge=vm-*""#]
+    );
+    for allowed in ["br0", "br*", "*"] {
+        let allowed = format!("--set=nodeDaemon.allowedBridges={{{allowed}}}");
+        let output = template(&["--set=test.guestImage=a", "--set=test.bridge=br0", &allowed]);
+        assert!(output.status.success(), "{}", text(&output));
+    }
 }
 
 #[test]

@@ -165,7 +165,7 @@ pub struct Nic {
     pub name: String,
     /// MAC address, the same on both seats, as `02:00:00:00:00:01`.
     pub mac: String,
-    /// Largest payload of a frame, in bytes.
+    /// Largest payload of a frame that the tap and what is behind it carry, in bytes: the MTU of a guest that boots here.
     pub mtu: u16,
     /// A tap without packet information, non-blocking.
     pub tap: Fd,

@@ -15,7 +15,7 @@ use super::legacy::serial::{self, Serial};
 use super::pci::root::{CONFIG_PORTS, CONFIG_PORTS_LEN, PciFunction, PciRoot};
 use super::virtio::Frontend;
 use super::virtio::blk::{Blk, BlkCounts, BlkMetrics, BlkWorker, DiskConfig, Executing, SECTOR_BYTES};
-use super::virtio::net::{Net, NetConfig, NetCounts, NetMetrics, NetWorker};
+use super::virtio::net::{MTU_MIN, Net, NetConfig, NetCounts, NetMetrics, NetWorker};
 use super::virtio::pci_device::{Function, Mapped, Saveable, VirtioDevice};
 use super::virtio::rng::{Rng, RngWorker};
 use super::virtio::transport::BAR_BYTES;
@@ -28,8 +28,7 @@ use crate::state::{Section, StateError, StateReader, StateWriter};
 
 /// Slots for interfaces and disks: all but those of the host bridge and the random generator.
 const SLOTS: usize = 30;
-const MIN_MTU: u16 = 68;
-const MAX_MTU: u16 = 65_521;
+const MTU_MAX: u16 = 65_521;
 /// Version of the sections that this module writes itself.
 const VERSION: u16 = 1;
 
@@ -116,6 +115,7 @@ pub struct DeviceSet {
     serial: Arc<Mutex<Serial>>,
     rtc: Arc<Mutex<Rtc>>,
     pm: Arc<Mutex<AcpiPm>>,
+    nets: Vec<Arc<VirtioDevice<Net>>>,
     net_metrics: Vec<Arc<NetMetrics>>,
     blk_metrics: Vec<Arc<BlkMetrics>>,
     executing: Vec<Arc<Executing>>,
@@ -139,6 +139,7 @@ impl DeviceSet {
             serial: Arc::new(Mutex::new(serial)),
             rtc: Arc::new(Mutex::new(Rtc::new(config.rtc_unix_ns, platform.clock.clone()))),
             pm: Arc::new(Mutex::new(pm)),
+            nets: Vec::new(),
             net_metrics: config.nics.iter().map(|_| Arc::default()).collect(),
             blk_metrics: config.disks.iter().map(|_| Arc::default()).collect(),
             executing: Vec::new(),
@@ -180,6 +181,7 @@ impl DeviceSet {
     ) -> Result<(), DeviceError> {
         let name = format!("net{index}");
         let device = self.add_virtio(name.clone(), index as u32, Net::new(config), platform)?;
+        self.nets.push(device.clone());
         let metrics = self.net_metrics[index].clone();
         let worker = NetWorker::new(device.clone(), backend, platform.events.clone(), metrics, index);
         self.start(&name, DeviceThread::Net, &device, worker, platform)
@@ -325,6 +327,11 @@ impl DeviceSet {
         lock(&self.pm).press_power_button();
     }
 
+    /// The MTU that the guest was told, by interface.
+    pub fn mtus(&self) -> Vec<u16> {
+        self.nets.iter().map(|net| net.lock().frontend.mtu()).collect()
+    }
+
     /// What the devices have done.
     pub fn counts(&self) -> DeviceCounts {
         DeviceCounts {
@@ -406,7 +413,7 @@ fn check_config(config: &DeviceSetConfig, backends: &Backends) -> Result<(), Dev
         return Err(DeviceError::TooMany { devices, slots: SLOTS });
     }
     for (nic, NetConfig { mac, mtu }) in config.nics.iter().enumerate() {
-        if !(MIN_MTU..=MAX_MTU).contains(mtu) {
+        if !(MTU_MIN..=MTU_MAX).contains(mtu) {
             return Err(DeviceError::Mtu { nic, mtu: *mtu });
         }
         if mac[0] & 1 != 0 || *mac == [0; 6] {

@@ -15,13 +15,12 @@ use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
-use crate::kvm::CpuOffer;
 use crate::replication::epoch::{
     EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input,
 };
 use crate::replication::link::{Frame, LinkSender};
 use crate::replication::memory::PageMemory;
-use crate::replication::resync::{Digest, ResyncTarget, digest_memory};
+use crate::replication::resync::{Digest, Offer, ResyncTarget, digest_memory};
 use crate::replication::standby_disks::StandbyDisks;
 
 /// Most bytes of input kept for injection, and of output kept for sending again.
@@ -126,8 +125,8 @@ pub struct Place {
     pub disks: StandbyDisks,
     /// What is accepted.
     pub limits: StagingLimits,
-    /// The CPUs that a guest may have.
-    pub cpu: CpuOffer,
+    /// What a guest finds here.
+    pub offer: Offer,
     /// Where the leader learns how much of the resync was taken.
     pub credit: LinkSender,
     /// Bytes of frames that may wait for the receiving thread.
@@ -268,7 +267,7 @@ impl Follower {
         Self {
             session,
             receiver: EpochReceiver::new(place.limits.clone(), last_epoch),
-            resync: ResyncTarget::new(&place.limits, place.cpu.clone()),
+            resync: ResyncTarget::new(&place.limits, place.offer.clone()),
             place,
             staged: VecDeque::new(),
             applied,

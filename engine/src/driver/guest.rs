@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::boot::BootSource;
-use crate::devices::set::DeviceSet;
+use crate::devices::set::{DeviceCounts, DeviceSet};
 use crate::kvm::CpuOffer;
 use crate::machine::{Machine, MachineError};
 use crate::memory::{DirtyPages, GuestRam};
@@ -39,6 +39,16 @@ impl SeatMachine {
     /// What the machine has to offer to a guest that runs elsewhere.
     pub fn cpu_offer(&self) -> &CpuOffer {
         self.machine.cpu_offer()
+    }
+
+    /// The MTU that the guest was told, by network card.
+    pub fn mtus(&self) -> Vec<u16> {
+        self.devices.mtus()
+    }
+
+    /// What its devices have done.
+    pub fn device_counts(&self) -> DeviceCounts {
+        self.devices.counts()
     }
 
     /// The pause gate, whose epoch number is the running epoch.

@@ -32,7 +32,7 @@ use crate::replication::epoch::StagingLimits;
 use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsError, TlsIdentity};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::EncoderConfig;
-use crate::replication::resync::{ResyncProgress, ResyncSource};
+use crate::replication::resync::{Offer, ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::{SeatVolume, Settler, StandbyDisks};
 use crate::replication::storage::{FileStorage, Storage};
 use crate::seat_io::{DiskLog, HostSink, Inbox, NicPlace, SeatConsole, SeatDisk, SeatNic, discard_queued};
@@ -147,6 +147,8 @@ pub struct Seat {
     taps: Vec<File>,
     /// By NIC: the guest's addresses.
     pub macs: Vec<[u8; 6]>,
+    /// By NIC: its name, and the largest payload that its tap carries, in bytes.
+    nics: Vec<(String, u16)>,
     /// How pages are encoded.
     pub encoder: EncoderConfig,
     /// How epochs are paced.
@@ -236,6 +238,7 @@ pub fn prepare(
         limits,
         taps: parts.taps,
         macs: parts.macs,
+        nics: launch.nics.iter().map(|nic| (nic.name.clone(), nic.mtu)).collect(),
         encoder: EncoderConfig {
             workers: usize::from(launch.checkpoint.workers).max(1),
             cache_bytes: usize::try_from(launch.checkpoint.delta_cache_bytes).unwrap_or(usize::MAX),
@@ -651,7 +654,10 @@ impl Seat {
             memory: self.page_memory(),
             disks: self.open_disks()?,
             credit,
-            cpu: self.machine.cpu_offer().clone(),
+            offer: Offer {
+                cpu: self.machine.cpu_offer().clone(),
+                nics: self.nics.clone(),
+            },
             waiting_bytes: self.limits.waiting_bytes(),
             limits: StagingLimits {
                 page_count,
@@ -669,7 +675,8 @@ impl Seat {
         let changes = move || log.take_of(recording);
         let volumes = self.volumes.iter().map(|volume| volume.clone() as Arc<dyn Storage>);
         let cpu = self.machine.cpu_offer().machine.clone();
-        let source = ResyncSource::new(self.page_memory(), cpu, volumes.collect(), changes);
+        let mtus = self.machine.mtus();
+        let source = ResyncSource::new(self.page_memory(), cpu, mtus, volumes.collect(), changes);
         self.resync = source.progress();
         source
     }

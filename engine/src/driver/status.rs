@@ -250,6 +250,7 @@ impl Driver {
     fn counters(&self) -> Map<String, Value> {
         let figures = &self.figures;
         let released = self.seat.outbox.released();
+        let nics = self.seat.machine.device_counts().nics;
         let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let counters = json!({
             "pause_us_p50": figures.pause.quantile_us(0.5),
@@ -284,6 +285,9 @@ impl Driver {
             "held_us_p50": self.seat.outbox.waited_us(0.5),
             "held_us_p90": self.seat.outbox.waited_us(0.9),
             "output_dropped": self.seat.dropped(),
+            "nic_mtus": self.seat.machine.mtus(),
+            "nic_tx_dropped": nics.iter().map(|nic| nic.tx_dropped).sum::<u64>(),
+            "nic_rx_dropped": nics.iter().map(|nic| nic.rx_dropped).sum::<u64>(),
             "input_frames": self.seat.inbox.frames(),
             "guest_running": self.guest == Guest::Running,
         });

@@ -13,6 +13,7 @@ use ftvm_protocol::record::{self, Record};
 use super::{Daemon, DaemonError, Settings, refused};
 use crate::api::{Request, Response};
 use crate::arbiter::FileArbiter;
+use crate::bridges::AllowedBridges;
 use crate::config::{Config, SeatConfig};
 use crate::explain;
 use crate::identity;
@@ -41,6 +42,7 @@ impl Daemon {
             state_folder: config.state_folder,
             peer_listen: config.peer_listen,
             jail: config.jail,
+            bridges: AllowedBridges::Any,
             arbiter_folder: Some(config.arbiter.folder.clone()),
         };
         let records = config.arbiter.folder;

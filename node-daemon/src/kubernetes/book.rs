@@ -228,7 +228,7 @@ fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicCon
             // Ten digits of a random UUID: two seats of one node do not meet in them.
             tap: format!("ft{:010x}{index}", seat_id.0 & 0xff_ffff_ffff),
             bridge: Some(bridge.to_owned()),
-            mtu: 1500,
+            mtu: None,
             existing: false,
         })
     };

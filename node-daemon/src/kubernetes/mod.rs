@@ -31,6 +31,7 @@ use std::time::Duration;
 use ftvm_engine::control::exit_code;
 
 use crate::arbiter::{Leases, Server};
+use crate::bridges::{AllowedBridges, BridgePattern};
 use crate::config::JailConfig;
 use crate::daemon::{Daemon, DaemonError, Settings, engine_path};
 use crate::explain;
@@ -66,6 +67,8 @@ pub struct Options {
     pub probe: PathBuf,
     /// Seats that kubelet may place here; by the node's memory if missing.
     pub seats: Option<u32>,
+    /// Bridges of the node that guests may be connected to.
+    pub allowed_bridges: Vec<BridgePattern>,
 }
 
 /// Why the daemon can't run.
@@ -133,6 +136,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
         peer_listen: Some(SocketAddr::new(options.node_ip, options.listen_peers)),
         engine: engine_path(options.engine.as_deref())?,
         jail: JailConfig::default(),
+        bridges: AllowedBridges::Listed(options.allowed_bridges.clone()),
         arbiter_folder: None,
     };
     let daemon = Daemon::new(settings, state);

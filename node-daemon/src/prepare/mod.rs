@@ -31,6 +31,7 @@ use rustix::fs::FlockOperation;
 
 use crate::api::Phase;
 use crate::arbiter::Bounded;
+use crate::bridges::AllowedBridges;
 use crate::config::{PeerConfig, SeatConfig};
 use crate::identity::{IdentityError, SeatIdentity};
 use crate::jail::JailError;
@@ -256,6 +257,7 @@ pub fn prepare(
     source: &dyn Source,
     place: &Place,
     folder: &SeatFolder,
+    bridges: &AllowedBridges,
 ) -> Result<Prepared, SeatError> {
     folder.remove_control_socket()?;
     let control_listener = Listener::bind(&folder.control_socket())?;
@@ -265,7 +267,7 @@ pub fn prepare(
     let cpu = config.machine.cpu.as_deref().map(CpuBaseline::from_text).transpose()?;
     let kvm = host::open_kvm("/dev/kvm")?;
     lock_own(config, folder, &materials)?;
-    let (taps, listener) = network::open(config, place)?;
+    let (taps, listener) = network::open(config, place, bridges)?;
     let who = &materials.who;
     let peers = peers(config, who)?;
     let mut table = Table::default();
@@ -295,8 +297,8 @@ pub fn prepare(
             .map(|(nic, tap)| Nic {
                 name: nic.name.clone(),
                 mac: nic.mac.clone(),
-                mtu: nic.mtu,
-                tap: table.add(tap),
+                mtu: tap.mtu,
+                tap: table.add(tap.device),
             })
             .collect(),
         disks: disks

@@ -5,13 +5,18 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::{Place, SeatError};
+use crate::bridges::AllowedBridges;
 use crate::config::{NicConfig, SeatConfig};
-use crate::tap::{self, TapError, TapSpec};
+use crate::tap::{self, Tap, TapError, TapSpec};
 
 /// One tap a NIC of the configuration, and the listener.
-pub(super) fn open(config: &SeatConfig, place: &Place) -> Result<(Vec<OwnedFd>, TcpListener), SeatError> {
-    let open_taps = || -> Result<Vec<OwnedFd>, SeatError> {
-        let taps = config.nics.iter().map(open_tap);
+pub(super) fn open(
+    config: &SeatConfig,
+    place: &Place,
+    bridges: &AllowedBridges,
+) -> Result<(Vec<Tap>, TcpListener), SeatError> {
+    let open_taps = || -> Result<Vec<Tap>, SeatError> {
+        let taps = config.nics.iter().map(|nic| open_tap(nic, bridges));
         Ok(taps.collect::<Result<_, TapError>>()?)
     };
     let listen = || {
@@ -28,10 +33,10 @@ pub(super) fn open(config: &SeatConfig, place: &Place) -> Result<(Vec<OwnedFd>, 
     }
 }
 
-fn open_tap(nic: &NicConfig) -> Result<OwnedFd, TapError> {
+fn open_tap(nic: &NicConfig, bridges: &AllowedBridges) -> Result<Tap, TapError> {
     let spec = TapSpec {
         name: &nic.tap,
-        bridge: nic.bridge.as_deref(),
+        bridge: nic.bridge.as_deref().map(|bridge| bridges.admit(bridge)).transpose()?,
         mtu: nic.mtu,
         existing: nic.existing,
     };

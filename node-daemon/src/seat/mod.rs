@@ -31,6 +31,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use crate::api::{Phase, SeatStatus, TimedEvent};
 use crate::arbiter::Bounded;
+use crate::bridges::AllowedBridges;
 use crate::config::{JailConfig, PeerConfig, SeatConfig};
 use crate::prepare::Source;
 use crate::state::{SeatFolder, StateError};
@@ -56,6 +57,8 @@ pub struct Surroundings {
     pub jail_mount_point: PathBuf,
     /// The jail's settings.
     pub jail: JailConfig,
+    /// Bridges that guests may be connected to.
+    pub bridges: AllowedBridges,
     /// Asks about other seats.
     pub ask_seats: Box<AskSeats>,
     /// Tells of an engine's end.

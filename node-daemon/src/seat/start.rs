@@ -38,7 +38,7 @@ impl Seat {
         let config = self.config();
         self.source.settle(&config, &self.arbiter)?;
         let place = self.source.place()?;
-        let prepared = prepare(&config, &*self.source, &place, &self.folder)?;
+        let prepared = prepare(&config, &*self.source, &place, &self.folder, &self.surroundings.bridges)?;
         let incarnation = prepared.launch.incarnation;
         self.set_seat_id(incarnation.seat);
         let (ours, theirs) = Connection::pair()?;

@@ -30,6 +30,12 @@ pub struct Pod {
     pub cgroups: Vec<PathBuf>,
     pub daemon: Option<Child>,
     pub seat: Option<Child>,
+    /// The guest's network cards, as the daemon's configuration has them.
+    pub nics: serde_json::Value,
+    /// Bridges that guests may be connected to.
+    pub allowed_bridges: Vec<String>,
+    /// Makes the node's network devices, in a network namespace of the daemon's own.
+    pub devices: String,
     namespace: Child,
 }
 
@@ -50,10 +56,12 @@ impl Pod {
             vm_id: VmId(random::u128()),
             daemon: None,
             seat: None,
+            nics: json!([]),
+            allowed_bridges: Vec::new(),
+            devices: "ip link set lo up".into(),
             namespace,
         };
         pod.make_volumes();
-        pod.write_pods();
         pod
     }
 
@@ -99,6 +107,7 @@ impl Pod {
                 "machine": {"memory_mib": 64, "vcpus": 1},
                 "boot": {"kernel": "/guest/boot/vmlinuz"},
                 "disks": [{"name": "root", "path": "/disks/root/disk.raw", "size_mib": DISK_BYTES >> 20}],
+                "nics": self.nics,
                 "link": {"listen": "127.0.0.1:7000"},
             },
         }]);
@@ -117,15 +126,39 @@ impl Pod {
             .append(true)
             .open(self.folder.join("daemon.log"))
             .unwrap();
-        let program = test_engine().with_file_name("pod-daemon");
-        let mut command = Command::new(program);
+        self.write_pods();
+        let script = format!("{} && exec \"$@\"", self.devices);
+        let mut command = Command::new("unshare");
         command
+            .args(["--net", "sh", "-c", &script, "sh"])
+            .arg(test_engine().with_file_name("pod-daemon"))
             .arg(&self.folder)
             .arg(test_engine())
+            .args(&self.allowed_bridges)
             .stderr(log)
             .stdout(Stdio::null());
         self.daemon = Some(command.spawn().unwrap());
         self.wait("the daemon answers", |pod| pod.status().map(drop));
+    }
+
+    /// What `ip` says of these devices of the node.
+    pub fn links(&self, of: &[&str]) -> Vec<serde_json::Value> {
+        let pid = self.daemon.as_ref().expect("a daemon").id().to_string();
+        let mut command = Command::new("nsenter");
+        command
+            .args(["--net", "--target", &pid, "ip", "--json", "link", "show"])
+            .args(of);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        // Nothing at all if there are none and a type is asked for.
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// Taps on this bridge of the node, with their MTUs.
+    pub fn taps_on(&self, bridge: &str) -> Vec<(String, u64)> {
+        let links = self.links(&["master", bridge, "type", "tun"]);
+        let of = |link: &serde_json::Value| Some((link["ifname"].as_str()?.to_owned(), link["mtu"].as_u64()?));
+        links.iter().filter_map(of).collect()
     }
 
     pub fn kill_daemon(&mut self) {

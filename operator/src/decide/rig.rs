@@ -700,6 +700,13 @@ impl World {
 }
 
 impl World {
+    /// The node of a seat dies, and is called not ready at once; which one it was.
+    pub fn kill_node_of(&mut self, entry: &SeatEntry) -> String {
+        let node = entry.node.clone().unwrap();
+        self.nodes.get_mut(&node).unwrap().ready = false;
+        node
+    }
+
     /// The active ejects this seat, whose engine ends for good.
     pub fn swap_out(&mut self, seat: &str) {
         let own: Vec<String> = self.entry(seat).unwrap().pod_uid.into_iter().collect();

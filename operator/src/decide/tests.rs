@@ -62,7 +62,7 @@ fn a_new_vm_becomes_protected_and_then_nothing_is_left_to_do() {
 fn a_dead_standby_is_replaced_on_a_third_node_after_a_while() {
     let mut world = protected(3);
     let (active, standby) = seats(&world);
-    world.nodes.get_mut(standby.node.as_ref().unwrap()).unwrap().ready = false;
+    world.kill_node_of(&standby);
     world.engine(&active.name);
     let begin = world.now;
     world.settle(5);
@@ -78,7 +78,7 @@ fn a_dead_standby_is_replaced_on_a_third_node_after_a_while() {
 fn the_successor_of_a_dead_active_gets_a_new_partner() {
     let mut world = protected(3);
     let (active, standby) = seats(&world);
-    world.nodes.get_mut(active.node.as_ref().unwrap()).unwrap().ready = false;
+    world.kill_node_of(&active);
     world.engine(&standby.name);
     assert!(world.settle(80), "{:#?}", world.vm.status);
     assert!(world.is_protected());
@@ -91,8 +91,7 @@ fn what_a_dead_active_said_last_is_no_joining() {
     let mut world = protected(3);
     let (active, standby) = seats(&world);
     // Its node is silent and still taken for ready.
-    let node = active.node.clone().unwrap();
-    world.nodes.get_mut(&node).unwrap().ready = false;
+    let node = world.kill_node_of(&active);
     world.engine(&standby.name);
     world.nodes.get_mut(&node).unwrap().ready = true;
     let seen = world.observe();
@@ -128,7 +127,7 @@ fn with_both_nodes_dead_nothing_is_touched() {
 fn two_nodes_alone_say_so_and_do_not_churn() {
     let mut world = protected(2);
     let (active, standby) = seats(&world);
-    world.nodes.get_mut(standby.node.as_ref().unwrap()).unwrap().ready = false;
+    world.kill_node_of(&standby);
     world.engine(&active.name);
     world.settle(200);
     let conditions = &world.vm.status.as_ref().unwrap().conditions;
@@ -549,7 +548,7 @@ fn an_operator_that_dies_after_making_a_lease_anew_knows_it_again() {
 fn who_is_alone_gets_a_lease_again_by_itself() {
     let mut world = protected(2);
     let (active, standby) = seats(&world);
-    world.nodes.get_mut(standby.node.as_ref().unwrap()).unwrap().ready = false;
+    world.kill_node_of(&standby);
     world.engine(&active.name);
     world.settle(5);
     world.delete_lease();
@@ -567,7 +566,7 @@ fn who_is_alone_gets_a_lease_again_by_itself() {
 fn with_the_active_dead_a_lease_is_not_made_anew_and_a_copy_of_it_helps() {
     let mut world = protected(2);
     let (active, _) = seats(&world);
-    world.nodes.get_mut(active.node.as_ref().unwrap()).unwrap().ready = false;
+    world.kill_node_of(&active);
     world.delete_lease();
     world.settle(50);
     assert!(world.lease.is_none());

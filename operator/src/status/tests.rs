@@ -190,6 +190,35 @@ fn what_a_seat_needs_help_with_is_told_with_its_code() {
     expect(&said(&mut world, STORAGE_HEALTHY), "DiskFailed", "avx2");
 }
 
+/// What a daemon says of a bridge that is not for guests (`node-daemon/tests/seat_pod.rs`) reaches condition and event whole.
+#[test]
+fn a_bridge_that_is_not_for_guests_is_told_by_condition_and_event() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let before = world.vm.status.clone().unwrap_or_default();
+    let standby = world.book()[1].name.clone();
+    world.swap_out(&standby);
+    let why = "guests of this node may not be connected to the bridge mgmt (allowed: vm-*): name an allowed one in spec.networks[].bridge, or ask whoever \
+               installed the chart to add it to its value nodeDaemon.allowedBridges";
+    let pod = world.pods.get_mut(&standby).unwrap();
+    pod.published = Ok(SeatPublished {
+        code: 17,
+        why: why.to_owned(),
+        ..SeatPublished::default()
+    });
+    let condition = said(&mut world, PROTECTED);
+    expect(&condition, "SeatNeedsHelp", why);
+    assert!(condition.message.contains("(code 17"), "{}", condition.message);
+    let seen = world.observe();
+    let after = status(&seen, &decide(&seen));
+    let told = changes(&before, &after);
+    let event = told
+        .iter()
+        .find(|change| change.reason == "SeatNeedsHelp")
+        .expect("an event");
+    assert!(event.warning && event.note.contains(why), "{event:?}");
+}
+
 #[test]
 fn leases_that_are_not_ours_are_told() {
     let mut world = started();

@@ -11,12 +11,17 @@ const QUEUE_SIZE: usize = 64;
 const BUFFER_BYTES: usize = 2048;
 /// Flags, GSO, checksum fields and buffer count: all zero without offloads.
 const HEADER_BYTES: usize = 12;
-const FRAME_BYTES: usize = 1514;
+const ETHERNET_BYTES: usize = 14;
+/// Of a card that does not say.
+const MTU_DEFAULT: u16 = 1500;
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 const VERSION_1: u64 = 1 << 32;
+const MTU: u64 = 1 << 3;
 const MAC: u64 = 1 << 5;
 const PEERS: usize = 16;
+/// Of the MTU in the device's configuration.
+const MTU_OFFSET: usize = 10;
 
 type Buffers = [[u8; BUFFER_BYTES]; QUEUE_SIZE];
 type Queue = VirtQueue<GuestHal, QUEUE_SIZE>;
@@ -31,6 +36,8 @@ pub struct Net {
     transmitter: Transmitter,
     /// The card's address.
     pub mac: [u8; 6],
+    /// Largest payload of a frame, in bytes.
+    mtu: u16,
     peers: Peers,
 }
 
@@ -56,7 +63,14 @@ impl Net {
     /// Opens the card.
     pub fn open(mut transport: PciTransport) -> Result<Self, virtio_drivers::Error> {
         transport.set_status(virtio_drivers::transport::DeviceStatus::empty());
-        let features = begin(&mut transport, VERSION_1 | MAC);
+        // Whoever agrees on the MTU has buffers for it (5.1.4.2). The field is there before that is agreed, and another number if it is not.
+        let mtu = transport
+            .read_config_space(MTU_OFFSET)
+            .map_or(MTU_DEFAULT, u16::from_le);
+        let fits = HEADER_BYTES + ETHERNET_BYTES + usize::from(mtu) <= BUFFER_BYTES;
+        let wanted = VERSION_1 | MAC | if fits { MTU } else { 0 };
+        let features = begin(&mut transport, wanted);
+        let mtu = if features & MTU != 0 { mtu } else { MTU_DEFAULT };
         let mut mac = [0x02, 0x46, 0x54, 0x56, 0x4D, 0x01];
         if features & MAC != 0 {
             for (index, byte) in mac.iter_mut().enumerate() {
@@ -89,6 +103,7 @@ impl Net {
             receiver,
             transmitter,
             mac,
+            mtu,
             peers: Peers::default(),
         })
     }
@@ -258,7 +273,7 @@ impl Device for Net {
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
-        capabilities.max_transmission_unit = FRAME_BYTES;
+        capabilities.max_transmission_unit = ETHERNET_BYTES + usize::from(self.mtu);
         capabilities
     }
 }

@@ -1,4 +1,7 @@
 //! virtio-net (virtio 1.2, section 5.1): one pair of queues, no offloads, no control queue.
+//!
+//! The MTU is the guest's: what it was told where it booted. It travels with the state and never changes (5.1.4.1), so a seat takes the guest
+//! if its own end carries as much, and goes on telling, and holding to, the guest's.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,13 +34,15 @@ const TURN_FRAMES: usize = 16;
 /// How long to leave a backend alone that fails.
 const BACKOFF_MS: u32 = 200;
 const LINK_UP: u16 = 1;
+/// Smallest MTU that the device may have (5.1.4.1).
+pub const MTU_MIN: u16 = 68;
 
 /// Configuration of one interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetConfig {
     /// The guest's MAC address.
     pub mac: [u8; 6],
-    /// Largest payload of a frame in bytes.
+    /// Largest payload of a frame that the host's end carries, in bytes: the MTU of a guest that boots here.
     pub mtu: u16,
 }
 
@@ -59,7 +64,7 @@ pub struct NetCounts {
     pub rx_frames: u64,
     /// Bytes of these frames.
     pub rx_bytes: u64,
-    /// Frames that did not fit the guest's buffers.
+    /// Frames that did not fit the guest's buffers, or were longer than its MTU allows.
     pub rx_dropped: u64,
     /// Frames taken from the guest.
     pub tx_frames: u64,
@@ -91,6 +96,8 @@ fn add(counter: &AtomicU64, value: u64) {
 /// The frontend: nothing but configuration, for frames never stay in the device.
 pub struct Net {
     config: [u8; 12],
+    /// What the host's end carries.
+    mtu_max: u16,
 }
 
 /// What is saved of an interface beside the transport: what both sides must agree upon.
@@ -108,10 +115,14 @@ impl Net {
         bytes[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
         bytes[8..10].copy_from_slice(&1u16.to_le_bytes());
         bytes[10..12].copy_from_slice(&config.mtu.to_le_bytes());
-        Self { config: bytes }
+        Self {
+            config: bytes,
+            mtu_max: config.mtu,
+        }
     }
 
-    fn mtu(&self) -> u16 {
+    /// The guest's MTU, in bytes.
+    pub fn mtu(&self) -> u16 {
         u16::from_le_bytes([self.config[10], self.config[11]])
     }
 }
@@ -144,22 +155,45 @@ impl Frontend for Net {
     }
 
     fn check(&self, state: &NetState, queues: &[QueueState]) -> Result<(), String> {
-        if *state != self.save() {
+        if state.mac != self.config[..6] {
             return Err(format!(
-                "MAC address or MTU differ ({:02x?}, {} there and {:02x?}, {} here): configure both seats alike",
+                "MAC addresses differ ({:02x?} there and {:02x?} here): configure both seats alike",
                 state.mac,
-                state.mtu,
                 &self.config[..6],
-                self.mtu()
             ));
         }
+        if state.mtu < MTU_MIN {
+            return Err(format!("an MTU of {} bytes, which no Ethernet has", state.mtu));
+        }
+        check_mtu(state.mtu, self.mtu_max)?;
         if queues.iter().any(|queue| queue.next_avail != queue.next_used) {
             return Err("a buffer was taken from a queue and not given back".to_owned());
         }
         Ok(())
     }
 
-    fn load(&mut self, _: NetState) {}
+    fn load(&mut self, state: NetState) {
+        self.config[10..12].copy_from_slice(&state.mtu.to_le_bytes());
+    }
+}
+
+/// Whether a host's end that carries `mtu_max` bytes takes a guest that was told `mtu`.
+///
+/// # Errors
+/// Both, and what to do.
+pub fn check_mtu(mtu: u16, mtu_max: u16) -> Result<(), String> {
+    if mtu <= mtu_max {
+        return Ok(());
+    }
+    Err(format!(
+        "the guest was told an MTU of {mtu} bytes, and the bridge or tap of this seat carries {mtu_max}: larger frames would be lost here. Raise the MTU of this \
+         node's bridge and of what is on it to {mtu}, or halt the guest and start it where no more than {mtu_max} is carried"
+    ))
+}
+
+/// Longest frame of an interface with this MTU, with its header.
+fn packet_max(mtu: u16) -> usize {
+    HEADER_BYTES + usize::from(mtu) + ETHERNET_BYTES
 }
 
 /// The thread of one interface.
@@ -196,7 +230,8 @@ impl NetWorker {
         metrics: Arc<NetMetrics>,
         index: usize,
     ) -> Self {
-        let frame = usize::from(device.lock().frontend.mtu()) + ETHERNET_BYTES;
+        // Of the host's end: a guest that is taken over may have less, never more.
+        let packet = packet_max(device.lock().frontend.mtu());
         Self {
             device,
             backend,
@@ -205,13 +240,14 @@ impl NetWorker {
             index,
             chain: Chain::default(),
             // One byte more than allowed, so that a frame that is too long shows.
-            buffer: vec![0; HEADER_BYTES + frame + 1],
+            buffer: vec![0; packet + 1],
             failing: false,
         }
     }
 
     /// Takes up to [`TURN_FRAMES`] frames from the guest.
     fn transmit(&mut self, inner: &mut Inner<Net>, mem: &GuestMem) -> Result<Turn, QueueError> {
+        let packet_max = packet_max(inner.frontend.mtu());
         let queue = &mut inner.transport.queues[TX];
         queue.disable_notification(mem)?;
         let mut turn = Turn::More;
@@ -224,7 +260,7 @@ impl NetWorker {
                 };
                 break;
             }
-            self.chain_out(mem)?;
+            self.chain_out(mem, packet_max)?;
             queue.push_used(mem, self.chain.head, 0)?;
         }
         inner.transport.raise_if_wanted(TX, mem)?;
@@ -232,12 +268,12 @@ impl NetWorker {
     }
 
     /// Sends the frame in `self.chain`.
-    fn chain_out(&mut self, mem: &GuestMem) -> Result<(), QueueError> {
+    fn chain_out(&mut self, mem: &GuestMem, packet_max: usize) -> Result<(), QueueError> {
         let len = self.chain.read(mem, 0, &mut self.buffer)?;
         let frame = self.buffer.get(HEADER_BYTES..len).unwrap_or_default();
         // Without offloads flags and GSO type are zero (5.1.6.2).
         let plain = self.buffer[0] == 0 && self.buffer[1] == 0;
-        if frame.len() < LEAST_FRAME || len == self.buffer.len() || !plain {
+        if frame.len() < LEAST_FRAME || len > packet_max || !plain {
             add(&self.metrics.tx_dropped, 1);
             return Ok(());
         }
@@ -281,7 +317,7 @@ impl NetWorker {
     fn frame_in(&mut self, inner: &mut Inner<Net>, mem: &GuestMem, len: usize) -> Result<(), QueueError> {
         let queue = &mut inner.transport.queues[RX];
         let total = HEADER_BYTES + len;
-        if total >= self.buffer.len() || !queue.pop(mem, &mut self.chain)? {
+        if total > packet_max(inner.frontend.mtu()) || !queue.pop(mem, &mut self.chain)? {
             add(&self.metrics.rx_dropped, 1);
             return Ok(());
         }

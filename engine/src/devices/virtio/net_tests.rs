@@ -249,14 +249,21 @@ fn a_takeover_interrupts_every_queue_once() {
 }
 
 #[test]
-fn another_address_or_mtu_is_refused() {
+fn another_address_or_a_larger_mtu_is_refused() {
     let net = net(0);
     let frontend = |mac: [u8; 6], mtu| Net::new(&NetConfig { mac, mtu });
     let state = frontend([2, 0, 0, 0, 0, 1], 1500).save();
     let queues = [*net.rig_queue(); 2];
     assert_eq!(frontend([2, 0, 0, 0, 0, 1], 1500).check(&state, &queues), Ok(()));
     assert!(frontend([2, 0, 0, 0, 0, 2], 1500).check(&state, &queues).is_err());
-    assert!(frontend([2, 0, 0, 0, 0, 1], 1400).check(&state, &queues).is_err());
+    let told = frontend([2, 0, 0, 0, 0, 1], 1400).check(&state, &queues).unwrap_err();
+    for words in ["an MTU of 1500 bytes", "carries 1400:", "Raise the MTU"] {
+        assert!(told.contains(words), "{told}");
+    }
+    for mtu in [0, MTU_MIN - 1] {
+        let state = NetState { mac: state.mac, mtu };
+        assert!(frontend([2, 0, 0, 0, 0, 1], 1500).check(&state, &queues).is_err());
+    }
     let out = QueueState {
         next_avail: 1,
         ..queues[0]
@@ -266,6 +273,56 @@ fn another_address_or_mtu_is_refused() {
             .check(&state, &[out, queues[0]])
             .is_err()
     );
+}
+
+/// A guest keeps its MTU on a host whose bridge carries more, and on all that follow: what it is told, what is taken from it, what it gets.
+#[test]
+fn a_takeover_keeps_the_guests_mtu() {
+    let first = net(F_EVENT_IDX | F_MTU);
+    let second = first.rig.successor_with_mtu(9000);
+    second.take_over(&first.rig.save());
+    assert_eq!((first.rig.set.mtus(), second.set.mtus()), (vec![1500], vec![1500]));
+    let third = second.successor_with_mtu(1500);
+    third.take_over(&second.save());
+    assert_eq!(third.set.mtus(), [1500]);
+    third.close();
+    third.set.reset();
+    assert_eq!(third.set.mtus(), [1500], "a guest that resets finds the same device");
+
+    // On the second, whose tap carries more.
+    let second = first.rig.successor_with_mtu(9000);
+    second.take_over(&first.rig.save());
+    let driver = second.driver(NET_SLOT);
+    assert_eq!(driver.read(0x2008, 4), 1500 << 16 | 1);
+    let (mut rx, mut tx) = (first.rx.moved(&second), first.tx.moved(&second));
+    for (payload, passes) in [(1500, true), (1504, true), (1505, false), (3000, false), (9000, false)] {
+        let frame = vec![7; LEAST_FRAME + payload];
+        let packet = [&[0; HEADER_BYTES], &frame[..]].concat();
+        second.mem().write_slice(&packet, GuestAddress(TX_BUFFER)).unwrap();
+        tx.add(&[(TX_BUFFER, packet.len() as u32, false)]);
+        driver.notify(TX);
+        tx.wait_used();
+        let sent = std::mem::take(&mut *second.wire.sent.lock().unwrap());
+        assert_eq!(!sent.is_empty(), passes, "{payload} bytes out");
+        // Room for more than it may get.
+        second.wire.inject(Ok(frame));
+        second.wire.inject(Ok(vec![1; 60]));
+        rx.add(&[(BUFFERS, 12_000, true)]);
+        rx.add(&[(BUFFERS + 0x4000, 12_000, true)]);
+        driver.notify(RX);
+        let mut got = vec![rx.wait_used().1 as usize];
+        if got[0] != HEADER_BYTES + 60 {
+            got.push(rx.wait_used().1 as usize);
+        }
+        let first = if passes {
+            HEADER_BYTES + LEAST_FRAME + payload
+        } else {
+            HEADER_BYTES + 60
+        };
+        assert_eq!(got[0], first, "{payload} bytes in");
+    }
+    let counts = second.set.counts().nics[0];
+    assert_eq!((counts.tx_dropped, counts.rx_dropped), (3, 3));
 }
 
 impl Net2 {

@@ -60,6 +60,10 @@ impl Rig {
     }
 
     pub(crate) fn with(bench: Bench, disk: MemoryDisk) -> Self {
+        Self::of(&config(), bench, disk)
+    }
+
+    fn of(config: &DeviceSetConfig, bench: Bench, disk: MemoryDisk) -> Self {
         let (wire, console) = (Wire::new(), Console::default());
         *disk.gate.lock().unwrap() = Some(bench.platform.gate.clone());
         let backends = Backends {
@@ -67,7 +71,7 @@ impl Rig {
             disks: vec![Box::new(disk.clone())],
             console: Box::new(console.clone()),
         };
-        let set = DeviceSet::new(&config(), &bench.platform, backends).unwrap();
+        let set = DeviceSet::new(config, &bench.platform, backends).unwrap();
         Self {
             bench,
             set,
@@ -79,11 +83,18 @@ impl Rig {
 
     /// Another machine with the same memory content and disk content, closed: the successor.
     pub(crate) fn successor(&self) -> Self {
+        self.successor_with_mtu(config().nics[0].mtu)
+    }
+
+    /// The same on a host whose end of the interface carries `mtu` bytes.
+    pub(crate) fn successor_with_mtu(&self, mtu: u16) -> Self {
         let bench = Bench::new();
         copy_ram(&self.bench.platform.ram, &bench.platform.ram);
         let disk = MemoryDisk::new(DISK_BYTES);
         *disk.content.lock().unwrap() = self.disk.content.lock().unwrap().clone();
-        Self::with(bench, disk)
+        let mut config = config();
+        config.nics[0].mtu = mtu;
+        Self::of(&config, bench, disk)
     }
 
     pub(crate) fn mem(&self) -> &GuestMem {

@@ -33,7 +33,7 @@ use super::epoch::{PayloadError, SendError};
 use super::pages::{EncodeError, PagesError, SinkClosed};
 use super::standby_disks::StandbyDisksError;
 use crate::control::exit_code;
-use crate::kvm::{CpuBaseline, CpuError};
+use crate::kvm::{CpuBaseline, CpuError, CpuOffer};
 
 pub use digest::{Digest, PageDigests, digest_memory, digest_storage};
 pub use source::{Resync, ResyncProgress, ResyncSource, ResyncStats};
@@ -54,6 +54,17 @@ struct Begin {
     disk_bytes: Vec<u64>,
     /// The CPU that the guest sees.
     cpu: CpuBaseline,
+    /// The MTU that the guest was told, by network card.
+    mtus: Vec<u16>,
+}
+
+/// What a seat has to offer to the guest that it is to follow.
+#[derive(Debug, Clone)]
+pub struct Offer {
+    /// CPUs.
+    pub cpu: CpuOffer,
+    /// By network card: its name, and the largest payload that its end here carries, in bytes.
+    pub nics: Vec<(String, u16)>,
 }
 
 /// Payload of `ResyncEnd` behind the number (postcard).
@@ -112,6 +123,14 @@ pub enum ResyncError {
     /// The guest's CPU can't be given here.
     #[error("resync refused before anything was copied: {0}")]
     Cpu(#[from] CpuError),
+    /// A network card of the guest carries more than its end here.
+    #[error("resync refused before anything was copied: network card {nic}: {why}")]
+    Mtu {
+        /// Its name.
+        nic: String,
+        /// Both MTUs, and what to do.
+        why: String,
+    },
     /// A frame before the beginning, after the end, or a second beginning.
     #[error("resync frame out of place: {0}")]
     Unexpected(&'static str),
@@ -158,6 +177,7 @@ impl ResyncError {
     pub fn exit_code(&self) -> Option<u8> {
         match self {
             Self::Cpu(_) => Some(exit_code::CPU),
+            Self::Mtu { .. } => Some(exit_code::NETWORK),
             Self::OtherMachine { .. } => Some(exit_code::CONFIG),
             _ => None,
         }

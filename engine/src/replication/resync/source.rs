@@ -95,6 +95,7 @@ type Feed = Box<dyn FnMut() -> Vec<DiskChange> + Send>;
 pub struct ResyncSource {
     memory: Arc<dyn PageMemory>,
     cpu: CpuBaseline,
+    mtus: Vec<u16>,
     volumes: Vec<Arc<dyn Storage>>,
     changes: Feed,
     window: Arc<ResyncWindow>,
@@ -102,17 +103,19 @@ pub struct ResyncSource {
 }
 
 impl ResyncSource {
-    /// All of `memory` and `volumes` of a guest that sees `cpu`. `changes` gives the disk changes that completed since it was asked last, in
+    /// All of `memory` and `volumes` of a guest that sees `cpu` and was told `mtus`. `changes` gives the disk changes that completed since it was asked last, in
     /// order; recording began before this is made. Dirty tracking of memory began before, too.
     pub fn new(
         memory: Arc<dyn PageMemory>,
         cpu: CpuBaseline,
+        mtus: Vec<u16>,
         volumes: Vec<Arc<dyn Storage>>,
         changes: impl FnMut() -> Vec<DiskChange> + Send + 'static,
     ) -> Self {
         Self {
             memory,
             cpu,
+            mtus,
             volumes,
             changes: Box::new(changes),
             window: Arc::default(),
@@ -147,6 +150,7 @@ impl ResyncSource {
                 page_count,
                 disk_bytes: disk_bytes.clone(),
                 cpu: self.cpu.clone(),
+                mtus: self.mtus.clone(),
             },
             "ResyncBegin",
         )?;

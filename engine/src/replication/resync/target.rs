@@ -3,8 +3,8 @@
 use ftvm_protocol::wire::Kind;
 
 use super::window::{CREDIT_EVERY_BYTES, credit_payload};
-use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, ResyncError};
-use crate::kvm::CpuOffer;
+use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, Offer, ResyncError};
+use crate::devices::virtio::net::check_mtu;
 use crate::replication::buffers;
 use crate::replication::epoch::{DiskChange, PayloadError, StagingLimits, wire};
 use crate::replication::memory::PageMemory;
@@ -33,7 +33,7 @@ enum Phase {
 pub struct ResyncTarget {
     page_count: u32,
     disk_bytes: Vec<u64>,
-    cpu: CpuOffer,
+    offer: Offer,
     phase: Phase,
     next: u32,
     checksum: crc32fast::Hasher,
@@ -46,10 +46,10 @@ pub struct ResyncTarget {
 }
 
 impl ResyncTarget {
-    /// For the machine that `limits` and `cpu` describe.
-    pub fn new(limits: &StagingLimits, cpu: CpuOffer) -> Self {
+    /// For the machine that `limits` and `offer` describe.
+    pub fn new(limits: &StagingLimits, offer: Offer) -> Self {
         Self {
-            cpu,
+            offer,
             page_count: limits.page_count,
             disk_bytes: limits.disk_bytes.clone(),
             phase: Phase::Waiting,
@@ -125,7 +125,10 @@ impl ResyncTarget {
             });
         }
         // Before anything of this seat's is overwritten.
-        self.cpu.check(&begin.cpu)?;
+        self.offer.cpu.check(&begin.cpu)?;
+        for ((nic, mtu_max), mtu) in self.offer.nics.iter().zip(begin.mtus) {
+            check_mtu(mtu, *mtu_max).map_err(|why| ResyncError::Mtu { nic: nic.clone(), why })?;
+        }
         disks.begin_resync()?;
         self.pages = vec![0; self.page_count.div_ceil(64) as usize];
         self.phase = Phase::Running;

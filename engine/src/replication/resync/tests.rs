@@ -73,13 +73,19 @@ fn limits() -> StagingLimits {
     }
 }
 
+/// The guest's MTU in these tests.
+const MTU: u16 = 1400;
+
 /// What seats of this host offer. KVM is asked once.
-fn offer() -> CpuOffer {
+fn offer() -> Offer {
     static HOST: LazyLock<CpuBaseline> = LazyLock::new(|| cpu_of_host(&Kvm::open().expect("KVM")).expect("baseline"));
-    CpuOffer {
-        host: HOST.clone(),
-        machine: HOST.clone(),
-        tsc_scaling: true,
+    Offer {
+        cpu: CpuOffer {
+            host: HOST.clone(),
+            machine: HOST.clone(),
+            tsc_scaling: true,
+        },
+        nics: vec![("front".to_owned(), MTU)],
     }
 }
 
@@ -204,7 +210,7 @@ impl Active {
             .collect();
         let active = self.clone();
         let changes = move || std::mem::take(&mut *active.completed.lock().expect("no panic"));
-        ResyncSource::new(self.memory.clone(), offer().machine, volumes, changes)
+        ResyncSource::new(self.memory.clone(), offer().cpu.machine, vec![MTU], volumes, changes)
     }
 
     /// What was written since this was asked last; what is written from here on is found by the next call.
@@ -385,7 +391,7 @@ fn a_guest_of_another_cpu_is_refused_before_anything_is_overwritten() {
     let frames = frames_of(&Active::new());
     let mut standby = Standby::new();
     let mut less = offer();
-    let leaf = less.machine.leaves.iter_mut().find(|leaf| leaf.leaf == 1);
+    let leaf = less.cpu.machine.leaves.iter_mut().find(|leaf| leaf.leaf == 1);
     // Every host has it.
     leaf.expect("leaf 1").registers[3] &= !(1 << 4);
     standby.target = ResyncTarget::new(&limits(), less);
@@ -397,6 +403,36 @@ fn a_guest_of_another_cpu_is_refused_before_anything_is_overwritten() {
     );
     assert!(refused.to_string().contains("tsc"), "{refused}");
     assert!(standby.volumes[0].bytes() == before);
+}
+
+/// A seat whose bridge carries less than the guest was told would lose its frames in silence: it is refused by its first frame.
+#[test]
+fn a_guest_of_a_larger_mtu_is_refused_before_anything_is_overwritten() {
+    let frames = frames_of(&Active::new());
+    for (mtu_max, taken) in [(MTU - 1, false), (576, false), (MTU, true), (9000, true)] {
+        let mut standby = Standby::new();
+        let nics = vec![("front".to_owned(), mtu_max)];
+        standby.target = ResyncTarget::new(&limits(), Offer { nics, ..offer() });
+        let before = standby.volumes[0].bytes();
+        let accepted = standby.accept(frames[0].clone());
+        if taken {
+            assert!(accepted.is_ok(), "{accepted:?}");
+            continue;
+        }
+        let refused = accepted.expect_err("a larger MTU");
+        assert_eq!(refused.exit_code(), Some(exit_code::NETWORK));
+        let text = refused.to_string();
+        let words = [
+            "network card front",
+            "an MTU of 1400 bytes",
+            &format!("carries {mtu_max}:"),
+            "Raise the MTU",
+        ];
+        assert!(words.iter().all(|words| text.contains(words)), "{text}");
+        let next = standby.accept((frames[1].0, 0, frames[1].2.clone()));
+        assert!(next.is_err(), "nothing follows");
+        assert!(standby.volumes[0].bytes() == before);
+    }
 }
 
 #[test]
@@ -492,7 +528,8 @@ fn a_disk_that_cannot_be_read_ends_the_resync() {
     let (mut sender, frames) = wire();
     let source = ResyncSource::new(
         Arc::new(HeapMemory::new(1)),
-        offer().machine,
+        offer().cpu.machine,
+        vec![MTU],
         vec![Arc::new(Broken)],
         Vec::new,
     );
