@@ -22,6 +22,8 @@ pub(super) struct Leaving {
     why: String,
     /// What was asked for last, and when.
     asked: Option<(Command, Instant)>,
+    /// It waited to be ejected: if it is active all the same, it took over from a lost leader, and nobody else has the guest.
+    waited: bool,
 }
 
 /// What a seat that is to go does next.
@@ -35,11 +37,12 @@ enum Next {
     End,
 }
 
-fn next(status: &Status) -> Next {
+fn next(status: &Status, waited: bool) -> Next {
     match status.role {
         RoleName::Active if status.protected => Next::Ask(Command::Switchover),
-        // A resync, or the source of a switchover that is about to follow: it can hand over when that is done.
-        RoleName::Active if status.peer.is_some() => Next::Wait,
+        // A resync, or the source of a switchover that is about to follow: it can hand over when that is done. Whom it took
+        // over from may come back and join.
+        RoleName::Active if status.peer.is_some() || waited => Next::Wait,
         RoleName::Standby if !status.leaving => Next::Ask(Command::Leave),
         RoleName::Standby | RoleName::Frozen => Next::Wait,
         RoleName::Active | RoleName::Starting | RoleName::Joining | RoleName::Ended => Next::End,
@@ -58,6 +61,7 @@ impl Driver {
                     until,
                     why: why.to_owned(),
                     asked: None,
+                    waited: false,
                 });
             }
         }
@@ -73,7 +77,12 @@ impl Driver {
     pub(super) fn drive_leaving(&mut self) {
         let Some(leaving) = &mut self.leaving else { return };
         let (now, status) = (Instant::now(), self.core.status());
-        let next = if now >= leaving.until { Next::End } else { next(&status) };
+        leaving.waited |= status.leaving;
+        let next = if now >= leaving.until {
+            Next::End
+        } else {
+            next(&status, leaving.waited)
+        };
         match next {
             Next::Wait => {}
             Next::Ask(command) => {
@@ -93,5 +102,59 @@ impl Driver {
                 });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ftvm_protocol::core::{Config, Core, StoredHeader, Timing};
+    use ftvm_protocol::identity::{Incarnation, SeatId};
+
+    use super::*;
+
+    fn status(role: RoleName, protected: bool, peer: bool, leaving: bool) -> Status {
+        let incarnation = Incarnation {
+            seat: SeatId(1),
+            start: 1,
+        };
+        let core = Core::new(Config {
+            incarnation,
+            header: StoredHeader::Absent,
+            other_seats: Vec::new(),
+            timing: Timing::default(),
+            now_ms: 0,
+        });
+        Status {
+            role,
+            protected,
+            peer: peer.then_some(incarnation),
+            leaving,
+            ..core.status()
+        }
+    }
+
+    #[test]
+    fn a_seat_that_is_to_go_ends_only_where_nobody_needs_it() {
+        let of = |role, protected, peer, leaving| next(&status(role, protected, peer, leaving), false);
+        assert_eq!(of(RoleName::Active, true, true, false), Next::Ask(Command::Switchover));
+        assert_eq!(of(RoleName::Active, false, true, false), Next::Wait, "a standby joins");
+        assert_eq!(of(RoleName::Frozen, false, true, false), Next::Wait);
+        assert_eq!(of(RoleName::Standby, false, true, false), Next::Ask(Command::Leave));
+        assert_eq!(of(RoleName::Standby, false, true, true), Next::Wait);
+        assert_eq!(of(RoleName::Joining, false, true, false), Next::End);
+        assert_eq!(of(RoleName::Starting, false, false, false), Next::End);
+        assert_eq!(
+            of(RoleName::Active, false, false, false),
+            Next::End,
+            "alone, and asked to go"
+        );
+    }
+
+    #[test]
+    fn one_that_took_over_while_it_waited_keeps_the_guest_until_it_can_hand_it_over() {
+        let taken_over = status(RoleName::Active, false, false, false);
+        assert_eq!(next(&taken_over, true), Next::Wait);
+        let protected = status(RoleName::Active, true, true, false);
+        assert_eq!(next(&protected, true), Next::Ask(Command::Switchover));
     }
 }

@@ -359,16 +359,6 @@ impl Seat {
         inner.engine.is_some() || inner.doubt
     }
 
-    /// Tells the engine to hand over or to be ejected, whichever there is to do, and to end within this time.
-    pub fn leave_engine(&self, within: Duration) {
-        let within_ms = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
-        if self.send_command(Command::Leave { within_ms }).is_err() {
-            // It does not read, so it does nothing of that.
-            self.end_engine();
-        }
-        self.wake();
-    }
-
     /// Tells the engine to end, without touching the record.
     pub fn end_engine(&self) {
         let quit = self.send_command(Command::Quit);

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ftvm_engine::control::{Answer, Ask, Role};
+use ftvm_engine::control::{Answer, Ask, Command, Reply, Role};
 use ftvm_protocol::core::ReadOutcome;
 use ftvm_protocol::identity::Incarnation;
 
@@ -19,7 +19,7 @@ const RECORD_PATIENCE: Duration = Duration::from_secs(3);
 /// An engine answers a status within this time.
 const STATUS_PATIENCE: Duration = Duration::from_millis(500);
 /// A seat that is to go hands over, or waits to be ejected, at most this long; then its engine ends all the same.
-const LEAVE_MAX: Duration = Duration::from_secs(20);
+const LEAVE_MAX: Duration = Duration::from_secs(40);
 /// An engine that was told to end does so within this time, or is killed.
 const END_MAX: Duration = Duration::from_secs(5);
 
@@ -111,8 +111,7 @@ impl PodSeat {
         }
         let seat = self.seat.clone();
         let work = move || {
-            seat.leave_engine(LEAVE_MAX);
-            if !has_ended(&seat, LEAVE_MAX + END_MAX) {
+            if !told_to_leave(&seat) || !has_ended(&seat, LEAVE_MAX + END_MAX) {
                 seat.end_engine();
                 if !has_ended(&seat, END_MAX) {
                     seat.kill();
@@ -133,6 +132,20 @@ impl PodSeat {
         }
         state_of(&self.seat.status(STATUS_PATIENCE))
     }
+}
+
+/// Tells the engine to go, again and again for a while: it may be about to connect. False: it can't be told, or does not know
+/// the command, being older than this daemon; then it is ended, and its peer takes over.
+fn told_to_leave(seat: &Seat) -> bool {
+    let within_ms = u64::try_from(LEAVE_MAX.as_millis()).unwrap_or(u64::MAX);
+    let until = Instant::now() + END_MAX;
+    while seat.has_engine() && Instant::now() < until {
+        if let Ok(Reply::Ok) = seat.command(Command::Leave { within_ms }, STATUS_PATIENCE) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    !seat.has_engine()
 }
 
 /// Waits until the seat has no engine.
