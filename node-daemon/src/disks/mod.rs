@@ -223,6 +223,7 @@ pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
         // Whatever an earlier owner of the volume left behind, or another source.
         if !device {
             file.set_len(0).map_err(DiskError::io("emptying it"))?;
+            thick::write_in_place(&file)?;
         }
         mark = Mark {
             size_bytes: job.size_bytes,

@@ -21,6 +21,11 @@ const EXTENTS: usize = 128;
 /// `FS_IOC_FIEMAP` (linux/fiemap.h).
 const FIEMAP: libc::c_ulong = 0xC020_660B;
 
+/// Magic number of btrfs (linux/magic.h).
+const BTRFS: i64 = 0x9123_683e;
+/// `FS_NOCOW_FL` (linux/fs.h): changes are written in place.
+const IN_PLACE: libc::c_long = 0x0080_0000;
+
 // Flags of an extent (linux/fiemap.h).
 const LAST: u32 = 0x1;
 const UNKNOWN: u32 = 0x2;
@@ -75,6 +80,12 @@ pub fn verify(file: &File, size_bytes: u64) -> Result<(), DiskError> {
     if is_device(file).map_err(DiskError::io("looking at it"))? {
         return Ok(());
     }
+    if is_btrfs(file)? && flags(file).map_err(DiskError::io("reading its flags"))? & IN_PLACE == 0 {
+        return Err(DiskError::NotThick {
+            at_bytes: 0,
+            why: "is written elsewhere at every change (btrfs; without copy-on-write if the empty file is marked: chattr +C)",
+        });
+    }
     match first_gap(file, size_bytes).map_err(DiskError::io("asking for its extents"))? {
         Some(Ok(())) => Ok(()),
         Some(Err(gap)) => Err(DiskError::NotThick {
@@ -82,6 +93,35 @@ pub fn verify(file: &File, size_bytes: u64) -> Result<(), DiskError> {
             why: gap.why,
         }),
         None => count_blocks(file, size_bytes),
+    }
+}
+
+/// For a file that is empty yet: changes are to be written in place. btrfs writes them elsewhere unless it is told so.
+pub fn write_in_place(file: &File) -> Result<(), DiskError> {
+    if !is_btrfs(file)? {
+        return Ok(());
+    }
+    let flags = flags(file).map_err(DiskError::io("reading its flags"))? | IN_PLACE;
+    // SAFETY: the request reads an integer (linux/fs.h) that outlives the call.
+    match unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_SETFLAGS as _, &raw const flags) } {
+        0 => Ok(()),
+        _ => Err(DiskError::io("switching copy-on-write off (chattr +C)")(
+            io::Error::last_os_error(),
+        )),
+    }
+}
+
+fn is_btrfs(file: &File) -> Result<bool, DiskError> {
+    let system = rustix::fs::fstatfs(file).map_err(|errno| DiskError::io("asking for its file system")(errno.into()))?;
+    Ok(system.f_type == BTRFS)
+}
+
+fn flags(file: &File) -> io::Result<libc::c_long> {
+    let mut flags = 0;
+    // SAFETY: the request writes an integer (linux/fs.h) that outlives the call.
+    match unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS as _, &raw mut flags) } {
+        0 => Ok(flags),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -225,10 +225,33 @@ fn qcow2(file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(
     Ok(())
 }
 
+/// What the crate would not notice, or call by a number.
+fn check_header(file: &File) -> Result<(), Failure> {
+    use std::os::unix::fs::FileExt;
+    let number = |at: u64| {
+        let mut bytes = [0; 4];
+        file.read_exact_at(&mut bytes, at).map(|()| u32::from_be_bytes(bytes))
+    };
+    let short = |_| Failure::new("it can't be read as qcow2: it has no whole header");
+    let convert = "convert it (qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off)";
+    let (version, encryption) = (number(4).map_err(short)?, number(32).map_err(short)?);
+    if encryption != 0 {
+        return Err(Failure::new(format!("it is encrypted: {convert}")));
+    }
+    // Incompatible features are 64 bits at byte 72, from version 3 on; known ones are in the lower half.
+    let features = if version < 3 { 0 } else { number(76).map_err(short)? };
+    let cannot = [(1, "it is marked as damaged"), (3, "it is compressed with Zstandard"), (4, "it has extended L2 entries")];
+    match cannot.iter().find(|(bit, _)| features & (1 << bit) != 0) {
+        Some((_, what)) => Err(Failure::new(format!("{what}, which can't be read: {convert}"))),
+        None => Ok(()),
+    }
+}
+
 /// An image that is whole in one file. The crate would open others by name; it is not asked to, told not to, and in a sandbox
 /// where it can't.
 fn open_qcow2(file: File) -> Result<FormatAccess<imago::file::File>, Failure> {
     let no_image = |error: std::io::Error| Failure::new(format!("it can't be read as qcow2: {error}"));
+    check_header(&file)?;
     let storage = imago::file::File::try_from(file).map_err(no_image)?;
     let mut image = Qcow2::<imago::file::File>::open_image(storage, false).map_err(no_image)?;
     if let Some(backing) = image.implicit_backing_file() {

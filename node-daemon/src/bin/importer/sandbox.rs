@@ -86,9 +86,12 @@ fn filter() -> Result<BpfProgram, seccompiler::Error> {
         let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(executable), 0)?;
         rules.insert(call, vec![SeccompRule::new(vec![condition])?]);
     }
-    // Which access a descriptor has.
-    let condition = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::F_GETFL as u64)?;
-    rules.insert(libc::SYS_fcntl, vec![SeccompRule::new(vec![condition])?]);
+    // Which access a descriptor has, and (std in debug builds) whether it is one.
+    let asks = [libc::F_GETFL, libc::F_GETFD].map(|ask| {
+        let condition = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, ask as u64)?;
+        SeccompRule::new(vec![condition])
+    });
+    rules.insert(libc::SYS_fcntl, asks.into_iter().collect::<Result<_, _>>()?);
     // Metadata of a descriptor, not of a path: the path is empty.
     let flags = libc::AT_EMPTY_PATH as u64;
     let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(flags), flags)?;
