@@ -489,9 +489,7 @@ impl Disk {
     pub fn contents(&self) -> Contents {
         let source = &self.source;
         match (&source.image, &source.claim, &source.http) {
-            (Some(file), ..) => {
-                Contents::File(file.path.clone().unwrap_or_else(|| format!("/disk/{}.raw", self.name)))
-            }
+            (Some(file), ..) => Contents::File(file.path.clone().unwrap_or_else(|| format!("/disk/{}.raw", self.name))),
             (None, Some(file), _) => Contents::Claim(file.clone()),
             (None, None, Some(file)) => Contents::Http(file.clone()),
             (None, None, None) => Contents::Blank,

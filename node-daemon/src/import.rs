@@ -96,7 +96,11 @@ impl Import {
         };
         match disks::prepare(&job, &progress) {
             Ok(()) => {
-                eprintln!("ftvm-node-daemon: {} is complete: {} bytes, all allocated", job.path.display(), job.size_bytes);
+                eprintln!(
+                    "ftvm-node-daemon: {} is complete: {} bytes, all allocated",
+                    job.path.display(),
+                    job.size_bytes
+                );
                 exit_code::OK
             }
             Err(error) => {
@@ -131,10 +135,14 @@ impl Import {
 
     fn size_bytes(&self, device: bool) -> Result<u64, String> {
         if let Some(mib) = self.size_mib {
-            return mib.checked_mul(1 << 20).ok_or_else(|| "--size-mib: too large".to_owned());
+            return mib
+                .checked_mul(1 << 20)
+                .ok_or_else(|| "--size-mib: too large".to_owned());
         }
         if !device {
-            return Err("--size-mib: say how large the disk is to be; what the image does not fill is zeros".to_owned());
+            return Err(
+                "--size-mib: say how large the disk is to be; what the image does not fill is zeros".to_owned(),
+            );
         }
         let size = std::fs::File::open(&self.to).and_then(|file| disks::thick::length(&file));
         size.map_err(|error| format!("{}: {error}", self.to.display()))

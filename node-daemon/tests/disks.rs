@@ -19,14 +19,23 @@ fn every_source_becomes_a_thick_disk_with_its_contents() {
     let sources = [
         ("blank", None),
         ("raw", Some(raw.clone())),
-        ("sparse raw", Some(bench.run("cp", &["--sparse=always", "root.raw", "sparse.img"], "sparse.img"))),
+        (
+            "sparse raw",
+            Some(bench.run("cp", &["--sparse=always", "root.raw", "sparse.img"], "sparse.img")),
+        ),
         ("qcow2", Some(bench.convert("root.raw", "root.qcow2", &[]))),
-        ("qcow2, compressed", Some(bench.convert("root.raw", "packed.qcow2", &["-c"]))),
+        (
+            "qcow2, compressed",
+            Some(bench.convert("root.raw", "packed.qcow2", &["-c"])),
+        ),
         (
             "qcow2, small clusters",
             Some(bench.convert("root.raw", "small.qcow2", &["-o", "cluster_size=4096"])),
         ),
-        ("qcow2, version 2", Some(bench.convert("root.raw", "old.qcow2", &["-o", "compat=0.10"]))),
+        (
+            "qcow2, version 2",
+            Some(bench.convert("root.raw", "old.qcow2", &["-o", "compat=0.10"])),
+        ),
         ("gzip", Some(bench.run("gzip", &["-k", "root.raw"], "root.raw.gz"))),
         ("xz", Some(bench.run("xz", &["-k", "-0", "root.raw"], "root.raw.xz"))),
         ("zstd", Some(bench.run("zstd", &["-q", "root.raw"], "root.raw.zst"))),
@@ -38,7 +47,9 @@ fn every_source_becomes_a_thick_disk_with_its_contents() {
         let from: Vec<&str> = source.as_deref().map_or(vec!["--blank"], |path| vec!["--file", path]);
         let output = bench.import("disk.img", 40, &from);
         assert!(output.status.success(), "{name}: {}", imports::said(&output));
-        bench.judge("disk.img", &expected).unwrap_or_else(|why| panic!("{name}: {why}"));
+        bench
+            .judge("disk.img", &expected)
+            .unwrap_or_else(|why| panic!("{name}: {why}"));
         bench.remove("disk.img");
     }
 }
@@ -56,19 +67,34 @@ fn a_hostile_qcow2_reaches_no_other_file() {
     let absolute = make("absolute.qcow2", &["-b", &secret, "-F", "raw"]);
     // The same by a name that is relative to the image, and without saying what the other file is.
     let relative = make("relative.qcow2", &["-b", &secret, "-F", "raw"]);
-    bench.run("qemu-img", &["rebase", "-u", "-b", "secret.raw", "-F", "raw", "relative.qcow2"], "relative.qcow2");
+    bench.run(
+        "qemu-img",
+        &["rebase", "-u", "-b", "secret.raw", "-F", "raw", "relative.qcow2"],
+        "relative.qcow2",
+    );
     let json = make("json.qcow2", &["-b", &secret, "-F", "raw"]);
     let name = format!("json:{{\"driver\":\"raw\",\"file\":{{\"driver\":\"file\",\"filename\":\"{secret}\"}}}}");
-    bench.run("qemu-img", &["rebase", "-u", "-b", &name, "-F", "raw", "json.qcow2"], "json.qcow2");
+    bench.run(
+        "qemu-img",
+        &["rebase", "-u", "-b", &name, "-F", "raw", "json.qcow2"],
+        "json.qcow2",
+    );
     let chain = make("chain.qcow2", &["-b", &absolute.display().to_string(), "-F", "qcow2"]);
     let data = bench.path("data.raw").display().to_string();
     let external = make("external.qcow2", &["-o", &format!("data_file={data}")]);
     std::fs::write(bench.path("data.raw"), vec![b's'; MIB]).unwrap();
-    let external_raw = make("external-raw.qcow2", &["-o", &format!("data_file={data},data_file_raw=on")]);
+    let external_raw = make(
+        "external-raw.qcow2",
+        &["-o", &format!("data_file={data},data_file_raw=on")],
+    );
     std::fs::write(bench.path("data.raw"), vec![b's'; MIB]).unwrap();
     for path in [&absolute, &relative, &json, &chain, &external_raw] {
         // They are what they seem: a program that trusts them reads the other file.
-        bench.run("qemu-img", &["convert", "-O", "raw", &path.display().to_string(), "read.raw"], "read.raw");
+        bench.run(
+            "qemu-img",
+            &["convert", "-O", "raw", &path.display().to_string(), "read.raw"],
+            "read.raw",
+        );
         let read = std::fs::read(bench.path("read.raw")).unwrap();
         assert!(read.contains(&b's'), "{} is hostile", path.display());
     }
@@ -76,7 +102,10 @@ fn a_hostile_qcow2_reaches_no_other_file() {
         let output = bench.import("disk.img", 2, &["--file", &path.display().to_string()]);
         let said = imports::said(&output);
         assert_eq!(output.status.code(), Some(16), "{}: {said}", path.display());
-        assert!(said.contains("another file") && said.contains("qemu-img convert"), "{said}");
+        assert!(
+            said.contains("another file") && said.contains("qemu-img convert"),
+            "{said}"
+        );
         assert!(!bench.complete("disk.img"));
         let disk = std::fs::read(bench.path("disk.img")).unwrap();
         assert!(disk.iter().all(|byte| *byte == 0), "{}", path.display());
@@ -89,11 +118,27 @@ fn damaged_and_oversized_images_are_refused_and_leave_nothing_that_counts() {
     let bench = Bench::new();
     bench.write("root.raw", &contents(8));
     let good = std::fs::read(bench.convert("root.raw", "root.qcow2", &[])).unwrap();
-    bench.run("qemu-img", &["create", "-q", "-f", "qcow2", "huge.qcow2", "1T"], "huge.qcow2");
-    // A bomb: a gigabyte of zeros in a megabyte, and in a kilobyte.
-    bench.run("sh", &["-c", "head -c 1G /dev/zero | gzip -1 > bomb.raw.gz"], "bomb.raw.gz");
-    bench.run("sh", &["-c", "head -c 1G /dev/zero | zstd -q -1 > bomb.raw.zst"], "bomb.raw.zst");
-    bench.run("sh", &["-c", "head -c 1G /dev/zero | xz -0 > bomb.raw.xz"], "bomb.raw.xz");
+    bench.run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "huge.qcow2", "1T"],
+        "huge.qcow2",
+    );
+    // Bombs: many zeros in few bytes.
+    bench.run(
+        "sh",
+        &["-c", "head -c 256M /dev/zero | gzip -1 > bomb.raw.gz"],
+        "bomb.raw.gz",
+    );
+    bench.run(
+        "sh",
+        &["-c", "head -c 256M /dev/zero | zstd -q -1 > bomb.raw.zst"],
+        "bomb.raw.zst",
+    );
+    bench.run(
+        "sh",
+        &["-c", "head -c 256M /dev/zero | xz -0 > bomb.raw.xz"],
+        "bomb.raw.xz",
+    );
     bench.convert("root.raw", "packed.qcow2", &["-c", "-o", "compression_type=zstd"]);
     bench.convert("root.raw", "l2.qcow2", &["-o", "extended_l2=on,cluster_size=128k"]);
     bench.run("gzip", &["-k", "root.raw"], "root.raw.gz");
@@ -109,18 +154,40 @@ fn damaged_and_oversized_images_are_refused_and_leave_nothing_that_counts() {
         ("bomb.raw.zst", None, "more than the disk's"),
         ("bomb.raw.xz", None, "more than the disk's"),
         ("long.raw", Some(contents(17)), "more than the disk's"),
-        ("cut.raw.gz", Some(packed[..packed.len() / 2].to_vec()), "can't be unpacked"),
+        (
+            "cut.raw.gz",
+            Some(packed[..packed.len() / 2].to_vec()),
+            "can't be unpacked",
+        ),
         ("magic.qcow2", Some(patched(0, b"XXXX")), "as qcow2"),
         // Clusters of 2 to the 63, an L1 table of 4 billion entries, at the end of the address space.
         ("clusters.qcow2", Some(patched(20, &63u32.to_be_bytes())), "as qcow2"),
         ("l1.qcow2", Some(patched(36, &u32::MAX.to_be_bytes())), ""),
-        ("l1-offset.qcow2", Some(patched(40, &(u64::MAX - 511).to_be_bytes())), ""),
+        (
+            "l1-offset.qcow2",
+            Some(patched(40, &(u64::MAX - 511).to_be_bytes())),
+            "",
+        ),
         ("crypt.qcow2", Some(patched(32, &2u32.to_be_bytes())), "encrypted"),
         ("packed.qcow2", None, "compressed with Zstandard"),
         ("l2.qcow2", None, "extended L2"),
-        ("corrupt.qcow2", Some(patched(72, &2u64.to_be_bytes())), "marked as damaged"),
-        ("feature.qcow2", Some(patched(72, &(1u64 << 40).to_be_bytes())), "as qcow2"),
-        ("short.qcow2", Some(good[..70_000].to_vec()), ""),
+        (
+            "corrupt.qcow2",
+            Some(patched(72, &2u64.to_be_bytes())),
+            "marked as damaged",
+        ),
+        (
+            "feature.qcow2",
+            Some(patched(72, &(1u64 << 40).to_be_bytes())),
+            "as qcow2",
+        ),
+        ("short.qcow2", Some(good[..70_000].to_vec()), "cut short"),
+        ("half.qcow2", Some(good[..good.len() / 2].to_vec()), "cut short"),
+        (
+            "shorter.qcow2",
+            Some(good[..good.len() - (2 << 16)].to_vec()),
+            "cut short",
+        ),
         ("really-qcow2.img", Some(good.clone()), "say source.format Qcow2"),
         ("really-gzip.img", Some(packed.clone()), "say source.compression Gzip"),
         ("other.vmdk", Some(good.clone()), "convert it"),
@@ -134,10 +201,6 @@ fn damaged_and_oversized_images_are_refused_and_leave_nothing_that_counts() {
         let file = bench.path(name).display().to_string();
         let output = bench.import("disk.img", 16, &["--file", &file]);
         let said = imports::said(&output);
-        if output.status.success() {
-            // Only what was cut off behind its last cluster may still be whole.
-            panic!("{name} was taken: {said}");
-        }
         assert_eq!(output.status.code(), Some(16), "{name}: {said}");
         assert!(said.contains(word) && !said.contains("panicked"), "{name}: {said}");
         assert!(!bench.complete("disk.img"), "{name}");
@@ -181,7 +244,10 @@ fn the_digest_decides_before_anything_else() {
     let output = bench.import("disk.img", 8, &["--file", &file, "--sha256", &wrong]);
     let said = imports::said(&output);
     assert_eq!(output.status.code(), Some(16), "{said}");
-    assert!(said.contains(&right) && said.contains(&wrong) && said.contains("correct"), "{said}");
+    assert!(
+        said.contains(&right) && said.contains(&wrong) && said.contains("correct"),
+        "{said}"
+    );
     assert!(!bench.complete("disk.img"));
     let disk = std::fs::read(bench.path("disk.img")).unwrap();
     assert!(disk.iter().all(|byte| *byte == 0), "nothing of it was written");
@@ -200,7 +266,10 @@ fn a_full_volume_is_told_and_what_is_half_done_does_not_count() {
     let output = bench.import("disk.img", 100, &["--file", &file]);
     let said = imports::said(&output);
     assert_eq!(output.status.code(), Some(16), "{said}");
-    assert!(said.contains("bytes free") && said.contains("are missing") && said.contains("larger"), "{said}");
+    assert!(
+        said.contains("bytes free") && said.contains("are missing") && said.contains("larger"),
+        "{said}"
+    );
     assert!(!bench.complete("disk.img"));
     // It gave back what it had taken, and a disk that fits is made.
     assert_eq!(std::fs::metadata(bench.path("disk.img")).unwrap().blocks(), 0);
@@ -221,7 +290,9 @@ fn file_systems_of_every_kind() {
         let file = bench.write("root.raw", &image).display().to_string();
         let output = bench.import("disk.img", 32, &["--file", &file]);
         assert!(output.status.success(), "{system}: {}", imports::said(&output));
-        bench.judge("disk.img", &expected).unwrap_or_else(|why| panic!("{system}: {why}"));
+        bench
+            .judge("disk.img", &expected)
+            .unwrap_or_else(|why| panic!("{system}: {why}"));
     }
     // btrfs writes changes elsewhere and compresses, unless the file is marked before it has contents.
     let bench = Bench::on("btrfs,compress-force=zlib", 400);
@@ -254,7 +325,10 @@ fn a_block_device_is_written_whole() {
     assert!(output.status.success(), "{}", imports::said(&output));
     let mut expected = image;
     expected.resize(24 * MIB, 0);
-    assert!(std::fs::read(&path).unwrap() == expected, "contents, and zeros behind them");
+    assert!(
+        std::fs::read(&path).unwrap() == expected,
+        "contents, and zeros behind them"
+    );
     // Another size than the device's is refused.
     let other = bench.path("other.mark").display().to_string();
     let output = bench.import_to(&path, &["--size-mib", "23", "--file", &file, "--mark", &other]);
@@ -273,7 +347,10 @@ fn a_disk_in_use_and_one_that_is_complete_are_left_alone() {
     drop(disk);
     assert!(bench.import("disk.img", 8, &["--file", &file]).status.success());
     // A guest writes; nothing is imported over it, and blocks that it gave back are taken again.
-    let disk = std::fs::OpenOptions::new().write(true).open(bench.path("disk.img")).unwrap();
+    let disk = std::fs::OpenOptions::new()
+        .write(true)
+        .open(bench.path("disk.img"))
+        .unwrap();
     disk.write_all_at(b"of the guest", 0).unwrap();
     let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     rustix::fs::fallocate(&disk, flags, MIB as u64, MIB as u64).unwrap();

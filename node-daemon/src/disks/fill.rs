@@ -35,7 +35,12 @@ impl Target<'_> {
             };
             let mut helper = Helper::start(&job.importer, ("read", &order), Some(image), source)?;
             loop {
-                let outside = || of_source(source, "its contents are out of order or larger than the disk".to_owned());
+                let outside = || {
+                    of_source(
+                        source,
+                        "its contents are out of order or larger than the disk".to_owned(),
+                    )
+                };
                 let end = match helper.next()? {
                     Frame::Checked {
                         done_bytes,
@@ -46,7 +51,9 @@ impl Target<'_> {
                     }
                     Frame::Data { offset, bytes } => {
                         let end = offset.checked_add(bytes.len() as u64);
-                        let end = end.filter(|end| offset >= at && *end <= self.size_bytes).ok_or_else(outside)?;
+                        let end = end
+                            .filter(|end| offset >= at && *end <= self.size_bytes)
+                            .ok_or_else(outside)?;
                         self.zeros(at, offset)?;
                         self.file
                             .write_all_at(bytes, offset)
@@ -54,7 +61,9 @@ impl Target<'_> {
                         end
                     }
                     Frame::Zeros { end } => {
-                        let end = Some(end).filter(|end| (at..=self.size_bytes).contains(end)).ok_or_else(outside)?;
+                        let end = Some(end)
+                            .filter(|end| (at..=self.size_bytes).contains(end))
+                            .ok_or_else(outside)?;
                         self.zeros(at, end)?;
                         end
                     }
@@ -78,7 +87,11 @@ impl Target<'_> {
         if self.blank || from >= to {
             return Ok(());
         }
-        let write = if self.device { thick::zero_device } else { thick::write_zeros };
+        let write = if self.device {
+            thick::zero_device
+        } else {
+            thick::write_zeros
+        };
         write(self.file, from, to - from).map_err(DiskError::write("writing zeros"))
     }
 

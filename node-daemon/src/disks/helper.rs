@@ -106,10 +106,16 @@ impl Helper {
                 let how = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
                 Err(failed(
                     &self.program,
-                    format!("ended while it read {} ({how}): the file is damaged or hostile, or more than it may use", self.name),
+                    format!(
+                        "ended while it read {} ({how}): the file is damaged or hostile, or more than it may use",
+                        self.name
+                    ),
                 ))
             }
-            Err(error) => Err(failed(&self.program, format!("said nonsense about {}: {error}", self.name))),
+            Err(error) => Err(failed(
+                &self.program,
+                format!("said nonsense about {}: {error}", self.name),
+            )),
         }
     }
 }

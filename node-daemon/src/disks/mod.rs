@@ -64,7 +64,9 @@ pub enum DiskError {
         free_bytes: u64,
     },
     /// The volume ran full while it was written, or reported more than it has.
-    #[error("its volume ran full ({what}): make the volume (the claim) larger, or free some of it; it goes on from there")]
+    #[error(
+        "its volume ran full ({what}): make the volume (the claim) larger, or free some of it; it goes on from there"
+    )]
     Full {
         /// What was tried.
         what: &'static str,
@@ -366,7 +368,9 @@ fn image(job: &Job, mark: &mut Mark, marks: &MarkFile, progress: Progress<'_>) -
 fn unreadable(source: &Source, error: &io::Error) -> DiskError {
     let where_ = match source.place {
         Place::Image { .. } => "it must be a file of the guest image (or of the volume that is named there)",
-        Place::Claim { .. } => "it must be a file of the claim that source.claim names, and its group must be able to read it",
+        Place::Claim { .. } => {
+            "it must be a file of the claim that source.claim names, and its group must be able to read it"
+        }
         Place::Http { .. } => "its download is gone; it is begun anew",
     };
     of_source(source, format!("it can't be read ({error}): {where_}"))

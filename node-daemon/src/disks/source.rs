@@ -174,7 +174,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_refused_with_advice() {
-        for name in ["/disk/root.qcow2.gz", "/disk/root.vmdk", "/disk/root.vhd", "/disk/appliance.ova"] {
+        for name in [
+            "/disk/root.qcow2.gz",
+            "/disk/root.vmdk",
+            "/disk/root.vhd",
+            "/disk/appliance.ova",
+        ] {
             let why = source(name).reading().unwrap_err();
             assert!(why.contains(name) && why.contains("qemu-img"), "{why}");
         }

@@ -112,7 +112,8 @@ pub fn write_in_place(file: &File) -> Result<(), DiskError> {
 }
 
 fn is_btrfs(file: &File) -> Result<bool, DiskError> {
-    let system = rustix::fs::fstatfs(file).map_err(|errno| DiskError::io("asking for its file system")(errno.into()))?;
+    let system =
+        rustix::fs::fstatfs(file).map_err(|errno| DiskError::io("asking for its file system")(errno.into()))?;
     Ok(system.f_type == BTRFS)
 }
 
@@ -196,7 +197,9 @@ fn extents(file: &File, start: u64, length: u64) -> io::Result<Option<Vec<Extent
 }
 
 fn allocated_bytes(file: &File) -> Result<u64, DiskError> {
-    let data = file.metadata().map_err(DiskError::io("reading how much is allocated"))?;
+    let data = file
+        .metadata()
+        .map_err(DiskError::io("reading how much is allocated"))?;
     Ok(data.blocks().saturating_mul(512))
 }
 

@@ -58,7 +58,10 @@ fn another_size_and_too_little_room_are_told_before_any_of_it_is_taken() {
     assert!(matches!(error, DiskError::NoRoom { .. }), "{error}");
     assert_eq!(allocated_bytes(&file).unwrap(), 0);
     let text = error.to_string();
-    assert!(text.contains("bytes free") && text.contains("make the volume"), "{text}");
+    assert!(
+        text.contains("bytes free") && text.contains("make the volume"),
+        "{text}"
+    );
 }
 
 #[test]

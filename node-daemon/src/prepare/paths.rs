@@ -140,7 +140,8 @@ fn open_disk(disk: &DiskConfig) -> Result<File, SeatError> {
     let mark = MarkFile::new(import::mark_path(&disk.path));
     match mark.read() {
         Ok(Some(mark)) if !mark.complete => {
-            let why = "its import was interrupted: run `ftvm-node-daemon import` again, which goes on where it was".to_owned();
+            let why = "its import was interrupted: run `ftvm-node-daemon import` again, which goes on where it was"
+                .to_owned();
             Err(refuse(why))
         }
         Ok(_) => Ok(file),

@@ -26,7 +26,9 @@ pub fn contents(mib: u64) -> Vec<u8> {
     let mut found = Vec::with_capacity(bytes);
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     while found.len() < bytes {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         found.extend_from_slice(&(state >> 7).to_le_bytes());
     }
     found.truncate(bytes);
@@ -146,7 +148,10 @@ impl Bench {
         let file = std::fs::File::open(self.path(name)).map_err(|error| error.to_string())?;
         thick::verify(&file, expected.len() as u64).map_err(|error| error.to_string())?;
         let found = std::fs::read(self.path(name)).map_err(|error| error.to_string())?;
-        let wrong = found.iter().zip(expected).position(|(found, expected)| found != expected);
+        let wrong = found
+            .iter()
+            .zip(expected)
+            .position(|(found, expected)| found != expected);
         match wrong {
             Some(at) => Err(format!("byte {at} is wrong")),
             None if found.len() != expected.len() => Err("it has another length".to_owned()),

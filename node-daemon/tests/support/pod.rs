@@ -30,11 +30,18 @@ pub struct Pod {
     pub cgroups: Vec<PathBuf>,
     pub daemon: Option<Child>,
     pub seat: Option<Child>,
+    /// The file of the guest image with the first contents.
+    pub image: String,
     namespace: Child,
 }
 
 impl Pod {
     pub fn new() -> Pod {
+        Pod::with_image("/disk/root.raw")
+    }
+
+    /// With this file of the guest image as first contents.
+    pub fn with_image(image: &str) -> Pod {
         let folder = std::env::temp_dir().join(format!("ftvm-pod-{:x}", random::nonzero_u64()));
         // A UUID as kubelet would write it.
         let uid = SeatId(random::u128());
@@ -50,6 +57,7 @@ impl Pod {
             vm_id: VmId(random::u128()),
             daemon: None,
             seat: None,
+            image: image.to_owned(),
             namespace,
         };
         pod.make_volumes();
@@ -67,7 +75,7 @@ impl Pod {
     }
 
     fn make_volumes(&self) {
-        for folder in ["disks/root", "guest/boot", "guest/disk", "dev/shm", "run"] {
+        for folder in ["disks/root", "guest/boot", "guest/disk", "dev/shm", "run", "staging"] {
             std::fs::create_dir_all(self.root().join(folder)).unwrap();
         }
         std::fs::create_dir_all(self.folder.join("run")).unwrap();
@@ -92,7 +100,8 @@ impl Pod {
             "vm_id": self.vm_id,
             "recipe": {
                 "kernel": "/boot/vmlinuz",
-                "disks": [{"name": "root", "sizeBytes": DISK_BYTES, "original": false, "source": "/disk/root.raw"}],
+                "disks": [{"name": "root", "sizeBytes": DISK_BYTES, "original": false,
+                    "source": {"place": {"kind": "image", "path": self.image}}}],
             },
             "seat": {
                 "vm": "vm", "seat": "vm-a", "identity": "/identity",

@@ -34,9 +34,11 @@ pub fn run(order: &str, out: &mut impl Write) -> Result<(), Failure> {
             request = request.header("if-range", etag);
         }
     }
-    let response = request
-        .call()
-        .map_err(|error| Failure::new(format!("the server can't be reached ({error}): check the address and the network")))?;
+    let response = request.call().map_err(|error| {
+        Failure::new(format!(
+            "the server can't be reached ({error}): check the address and the network"
+        ))
+    })?;
     let Some((offset, total_bytes)) = part(&response, order.from_bytes)? else {
         return Ok(());
     };
@@ -110,9 +112,13 @@ fn part(response: &Response<Body>, from: u64) -> Result<Option<(u64, Option<u64>
             if total == Some(from) {
                 return Ok(None);
             }
-            Err(Failure::new("the file at the server is shorter than it was: it was replaced meanwhile"))
+            Err(Failure::new(
+                "the file at the server is shorter than it was: it was replaced meanwhile",
+            ))
         }
-        status => Err(Failure::new(format!("the server says {status}: check the address and who may read it"))),
+        status => Err(Failure::new(format!(
+            "the server says {status}: check the address and who may read it"
+        ))),
     }
 }
 
@@ -135,7 +141,9 @@ fn body(response: Response<Body>, offset: u64, limit: u64, out: &mut impl Write)
             Err(error) => return Err(Failure::new(format!("the download was cut at byte {at}: {error}"))),
         };
         if at + count as u64 > limit {
-            return Err(Failure::new("the server sends more than such a disk can take: make the disk larger"));
+            return Err(Failure::new(
+                "the server sends more than such a disk can take: make the disk larger",
+            ));
         }
         Frame::Data {
             offset: at,

@@ -31,10 +31,18 @@ const MAGICS: &[(&str, u64, &[u8])] = &[
     ("xz: say source.compression Xz", 0, &[0xfd, b'7', b'z', b'X', b'Z', 0]),
     ("Zstandard: say source.compression Zstd", 0, &[0x28, 0xb5, 0x2f, 0xfd]),
     ("VMDK: convert it (qemu-img convert -O qcow2)", 0, b"KDMV"),
-    ("VMDK: convert it (qemu-img convert -O qcow2)", 0, b"# Disk DescriptorFile"),
+    (
+        "VMDK: convert it (qemu-img convert -O qcow2)",
+        0,
+        b"# Disk DescriptorFile",
+    ),
     ("VHD: convert it (qemu-img convert -O qcow2)", 0, b"conectix"),
     ("VHDX: convert it (qemu-img convert -O qcow2)", 0, b"vhdxfile"),
-    ("VDI: convert it (qemu-img convert -O qcow2)", 0x40, &[0x7f, 0x10, 0xda, 0xbe]),
+    (
+        "VDI: convert it (qemu-img convert -O qcow2)",
+        0x40,
+        &[0x7f, 0x10, 0xda, 0xbe],
+    ),
 ];
 
 /// Says all contents of a file from this place on.
@@ -79,7 +87,9 @@ fn doubt(file: &File) -> Result<(), Failure> {
 }
 
 fn too_large(found: &str, limit: u64) -> Failure {
-    Failure::new(format!("it has {found}, more than the disk's {limit} bytes: make the disk larger"))
+    Failure::new(format!(
+        "it has {found}, more than the disk's {limit} bytes: make the disk larger"
+    ))
 }
 
 fn raw(mut file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(), Failure> {
@@ -103,15 +113,23 @@ fn raw(mut file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result
         }
         file.seek(SeekFrom::Start(at))?;
         let count = usize::try_from(length - at).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
-        file.read_exact(&mut buffer[..count])
-            .map_err(|error| Failure::new(format!("it ends at byte {at} or later ({error}): it was changed meanwhile")))?;
+        file.read_exact(&mut buffer[..count]).map_err(|error| {
+            Failure::new(format!(
+                "it ends at byte {at} or later ({error}): it was changed meanwhile"
+            ))
+        })?;
         sink.data(at, &buffer[..count])?;
         at += count as u64;
     }
     Ok(())
 }
 
-fn stream(from: &mut dyn Read, reading: Reading, (skip, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(), Failure> {
+fn stream(
+    from: &mut dyn Read,
+    reading: Reading,
+    (skip, limit): (u64, u64),
+    sink: &mut dyn Sink,
+) -> Result<(), Failure> {
     let mut buffer = vec![0u8; PIECE_BYTES];
     let mut at = 0u64;
     loop {
@@ -122,8 +140,13 @@ fn stream(from: &mut dyn Read, reading: Reading, (skip, limit): (u64, u64), sink
                 Ok(count) => filled += count,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    let what = format!("it can't be unpacked as {:?} at byte {at} of the contents", reading.compression);
-                    return Err(Failure::new(format!("{what} ({error}): it is damaged or something else")));
+                    let what = format!(
+                        "it can't be unpacked as {:?} at byte {at} of the contents",
+                        reading.compression
+                    );
+                    return Err(Failure::new(format!(
+                        "{what} ({error}): it is damaged or something else"
+                    )));
                 }
             }
         }
@@ -199,6 +222,7 @@ impl Read for Frames {
 }
 
 fn qcow2(file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(), Failure> {
+    let file_bytes = file.metadata()?.len();
     let image = open_qcow2(file)?;
     let size = image.size();
     if size > limit {
@@ -218,6 +242,11 @@ fn qcow2(file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(
             continue;
         }
         let count = usize::try_from(length).map_or(PIECE_BYTES, |length| length.min(PIECE_BYTES));
+        if let Mapping::Raw { offset, .. } = mapping
+            && offset >= file_bytes
+        {
+            return Err(cut_short(offset));
+        }
         image.read(&mut buffer[..count], at).map_err(damaged)?;
         sink.data(at, &buffer[..count])?;
         at += count as u64;
@@ -240,11 +269,58 @@ fn check_header(file: &File) -> Result<(), Failure> {
     }
     // Incompatible features are 64 bits at byte 72, from version 3 on; known ones are in the lower half.
     let features = if version < 3 { 0 } else { number(76).map_err(short)? };
-    let cannot = [(1, "it is marked as damaged"), (3, "it is compressed with Zstandard"), (4, "it has extended L2 entries")];
+    let cannot = [
+        (1, "it is marked as damaged"),
+        (3, "it is compressed with Zstandard"),
+        (4, "it has extended L2 entries"),
+    ];
     match cannot.iter().find(|(bit, _)| features & (1 << bit) != 0) {
         Some((_, what)) => Err(Failure::new(format!("{what}, which can't be read: {convert}"))),
-        None => Ok(()),
+        None => check_tables(file),
     }
+}
+
+/// The crate takes what is behind the end of a file for zeros: an image that was cut short would become an empty disk. (What is
+/// missing within the last cluster is not seen here: images may end there.)
+fn check_tables(file: &File) -> Result<(), Failure> {
+    use std::os::unix::fs::FileExt;
+    let length = file.metadata()?.len();
+    let mut header = [0; 48];
+    file.read_exact_at(&mut header, 0)?;
+    let word = |at: usize| u32::from_be_bytes(std::array::from_fn(|n| header[at + n]));
+    let (cluster_bits, entries) = (word(20), u64::from(word(36)));
+    let table = u64::from(word(40)) << 32 | u64::from(word(44));
+    // QEMU's documentation, interop/qcow2: 512 bytes at least, QEMU itself takes 2 MiB at most.
+    if !(9..=21).contains(&cluster_bits) {
+        return Err(Failure::new(format!(
+            "it can't be read as qcow2: clusters of 2^{cluster_bits} bytes"
+        )));
+    }
+    if table.checked_add(entries * 8).is_none_or(|end| end > length) {
+        return Err(cut_short(table));
+    }
+    let mut piece = vec![0; 64 << 10];
+    let mut at = table;
+    while at < table + entries * 8 {
+        let count = usize::try_from(table + entries * 8 - at).map_or(piece.len(), |left| left.min(piece.len()));
+        file.read_exact_at(&mut piece[..count], at)?;
+        for entry in piece[..count].chunks_exact(8) {
+            let entry = u64::from_be_bytes(std::array::from_fn(|n| entry[n]));
+            // Bits 9 to 55: where the L2 table is, a cluster long.
+            let second = entry & 0x00ff_ffff_ffff_fe00;
+            if second != 0 && second + (1 << cluster_bits) > length {
+                return Err(cut_short(second));
+            }
+        }
+        at += count as u64;
+    }
+    Ok(())
+}
+
+fn cut_short(at: u64) -> Failure {
+    Failure::new(format!(
+        "it is cut short or damaged: what it has at byte {at} is behind its end; fetch it again"
+    ))
 }
 
 /// An image that is whole in one file. The crate would open others by name; it is not asked to, told not to, and in a sandbox

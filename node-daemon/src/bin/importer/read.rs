@@ -8,11 +8,13 @@ use ftvm_node_daemon::disks::Read;
 use ftvm_node_daemon::disks::frame::Frame;
 use ring::digest::{Context, SHA256};
 
-use crate::formats::{self, PIECE_BYTES, Sink};
 use crate::Failure;
+use crate::formats::{self, PIECE_BYTES, Sink};
 
 /// Zeros are told of in blocks of this size; smaller ones are contents like others.
 const BLOCK_BYTES: usize = 64 << 10;
+/// To compare with.
+const ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 /// Bytes between two words about the digest.
 const CHECKED_BYTES: u64 = 16 << 20;
 
@@ -54,7 +56,12 @@ fn check(file: &mut File, digest: &str, out: &mut impl Write) -> Result<(), Fail
             out.flush()?;
         }
     }
-    let found: String = context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let found: String = context
+        .finish()
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     if found != digest.to_ascii_lowercase() {
         return Err(Failure {
             other: true,
@@ -75,7 +82,7 @@ impl<W: Write> Sink for Pieces<'_, W> {
         let mut at = offset;
         for block in bytes.chunks(BLOCK_BYTES) {
             let end = at + block.len() as u64;
-            if block.iter().all(|byte| *byte == 0) {
+            if *block == ZEROS[..block.len()] {
                 Frame::Zeros { end }.write(self.out)?;
             } else {
                 Frame::Data {

@@ -96,7 +96,12 @@ fn filter() -> Result<BpfProgram, seccompiler::Error> {
     let flags = libc::AT_EMPTY_PATH as u64;
     let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(flags), flags)?;
     rules.insert(libc::SYS_statx, vec![SeccompRule::new(vec![condition])?]);
-    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?;
     Ok(filter.try_into()?)
 }
 
@@ -126,13 +131,21 @@ mod tests {
         let path = c"/etc/passwd";
         // SAFETY: each is one system call with valid arguments, in a child that is to be killed by it.
         let acts: [(&str, Box<dyn FnOnce()>); 6] = [
-            ("open", Box::new(|| drop(unsafe { libc::open(path.as_ptr(), libc::O_RDONLY) }))),
-            ("socket", Box::new(|| drop(unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) }))),
+            (
+                "open",
+                Box::new(|| drop(unsafe { libc::open(path.as_ptr(), libc::O_RDONLY) })),
+            ),
+            (
+                "socket",
+                Box::new(|| drop(unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) })),
+            ),
             ("kill", Box::new(|| drop(unsafe { libc::kill(libc::getppid(), 0) }))),
             ("fork", Box::new(|| drop(unsafe { libc::fork() }))),
             (
                 "exec",
-                Box::new(|| drop(unsafe { libc::execl(path.as_ptr(), path.as_ptr(), std::ptr::null::<libc::c_char>()) })),
+                Box::new(|| {
+                    drop(unsafe { libc::execl(path.as_ptr(), path.as_ptr(), std::ptr::null::<libc::c_char>()) })
+                }),
             ),
             (
                 "executable memory",
