@@ -216,7 +216,7 @@ pub struct DiskSource {
     /// Zeros.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blank: Option<Blank>,
-    /// What the file is written in, within its compression. If missing: Qcow2 if its name ends in .qcow2, else Raw.
+    /// What the file is written in, within its compression. If missing: Qcow2 if its name ends in .qcow2, else Raw. A qcow2 file is whole: neither a backing file nor an external data file is ever opened.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<FileFormat>,
     /// What the file is compressed with. If missing, its name says so: .gz, .xz, .zst, else None. A compressed file has format Raw.
@@ -263,7 +263,7 @@ pub struct HttpFile {
 pub enum FileFormat {
     /// As the guest sees it.
     Raw,
-    /// QEMU's copy-on-write format, whole in one file: neither a backing file nor an external data file is ever opened.
+    /// QEMU's copy-on-write format, whole in one file.
     Qcow2,
 }
 

@@ -43,11 +43,11 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "name one of source.image, source.claim, source.http and source.blank",
     ),
     (
-        "spec: {disks: [{name: root, size: 2Gi, source: {image: null, format: Qcow2}}]}",
+        "spec: {disks: [{name: root, size: 2Gi, source: {format: Qcow2}}]}",
         "are about a file: name it with",
     ),
     (
-        "spec: {disks: [{name: root, size: 2Gi, source: {image: null, http: {url: 'https://images.example/root.qcow2'}}}]}",
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'https://images.example/root.qcow2'}}}]}",
         "write the SHA-256 of the file into source.sha256",
     ),
     (
@@ -63,19 +63,19 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "write a SHA-256 as 64 hexadecimal digits in lower case",
     ),
     (
-        "spec: {disks: [{name: root, size: 2Gi, source: {image: null, http: {url: 'https://me:secret@images.example/root.qcow2'}}}]}",
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'https://me:secret@images.example/root.qcow2'}}}]}",
         "without user and password",
     ),
     (
-        "spec: {disks: [{name: root, size: 2Gi, source: {image: null, http: {url: 'file:///etc/shadow'}}}]}",
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'file:///etc/shadow'}}}]}",
         "write an address of a file, http or https",
     ),
     (
-        "spec: {disks: [{name: root, size: 2Gi, source: {image: null, http: {url: 'https://images.example/a', authority: x}}}]}",
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'https://images.example/a', authority: x}}}]}",
         "write certificates as PEM",
     ),
     (
-        "spec: {disks: [{name: root, size: 2Gi, source: {image: null, claim: {claimName: a, path: ../b}}}]}",
+        "spec: {disks: [{name: root, size: 2Gi, source: {claim: {claimName: a, path: ../b}}}]}",
         "write an absolute path of letters",
     ),
     (

@@ -223,6 +223,7 @@ impl Read for Frames {
 
 fn qcow2(file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(), Failure> {
     let file_bytes = file.metadata()?.len();
+    let cluster_bytes = check_header(&file)?;
     let image = open_qcow2(file)?;
     let size = image.size();
     if size > limit {
@@ -243,9 +244,9 @@ fn qcow2(file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(
         }
         let count = usize::try_from(length).map_or(PIECE_BYTES, |length| length.min(PIECE_BYTES));
         if let Mapping::Raw { offset, .. } = mapping
-            && offset >= file_bytes
+            && offset.saturating_add(length) >= file_bytes.saturating_add(cluster_bytes)
         {
-            return Err(cut_short(offset));
+            return Err(cut_short(offset.max(file_bytes)));
         }
         image.read(&mut buffer[..count], at).map_err(damaged)?;
         sink.data(at, &buffer[..count])?;
@@ -254,8 +255,8 @@ fn qcow2(file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(
     Ok(())
 }
 
-/// What the crate would not notice, or call by a number.
-fn check_header(file: &File) -> Result<(), Failure> {
+/// What the crate would not notice, or call by a number. Gives the size of a cluster.
+fn check_header(file: &File) -> Result<u64, Failure> {
     use std::os::unix::fs::FileExt;
     let number = |at: u64| {
         let mut bytes = [0; 4];
@@ -282,7 +283,7 @@ fn check_header(file: &File) -> Result<(), Failure> {
 
 /// The crate takes what is behind the end of a file for zeros: an image that was cut short would become an empty disk. (What is
 /// missing within the last cluster is not seen here: images may end there.)
-fn check_tables(file: &File) -> Result<(), Failure> {
+fn check_tables(file: &File) -> Result<u64, Failure> {
     use std::os::unix::fs::FileExt;
     let length = file.metadata()?.len();
     let mut header = [0; 48];
@@ -314,7 +315,7 @@ fn check_tables(file: &File) -> Result<(), Failure> {
         }
         at += count as u64;
     }
-    Ok(())
+    Ok(1 << cluster_bits)
 }
 
 fn cut_short(at: u64) -> Failure {
@@ -327,7 +328,6 @@ fn cut_short(at: u64) -> Failure {
 /// where it can't.
 fn open_qcow2(file: File) -> Result<FormatAccess<imago::file::File>, Failure> {
     let no_image = |error: std::io::Error| Failure::new(format!("it can't be read as qcow2: {error}"));
-    check_header(&file)?;
     let storage = imago::file::File::try_from(file).map_err(no_image)?;
     let mut image = Qcow2::<imago::file::File>::open_image(storage, false).map_err(no_image)?;
     if let Some(backing) = image.implicit_backing_file() {
