@@ -307,7 +307,7 @@ fn serve(mut connection: TcpStream, state: &State) -> std::io::Result<()> {
     }
     if end == total {
         // Until the other side has it all.
-        drop(connection.read(&mut [0]));
+        drop(connection.read_exact(&mut [0]));
     }
     Ok(())
 }

@@ -109,7 +109,7 @@ fn filter() -> Result<BpfProgram, seccompiler::Error> {
 mod tests {
     use std::os::unix::process::ExitStatusExt;
 
-    /// In a child, as the filter ends a process.
+    /// How a child ends that enters the sandbox and then acts.
     fn end_of(act: impl FnOnce()) -> std::process::ExitStatus {
         // SAFETY: the child calls nothing but `act` and `_exit`; what the parent's other threads held is not touched.
         let child = unsafe { libc::fork() };
@@ -128,36 +128,33 @@ mod tests {
 
     #[test]
     fn nothing_but_descriptors_and_memory_is_left() {
-        let path = c"/etc/passwd";
-        // SAFETY: each is one system call with valid arguments, in a child that is to be killed by it.
-        let acts: [(&str, Box<dyn FnOnce()>); 6] = [
-            (
-                "open",
-                Box::new(|| drop(unsafe { libc::open(path.as_ptr(), libc::O_RDONLY) })),
-            ),
+        let path = c"/etc/passwd".as_ptr() as libc::c_long;
+        let executable = libc::c_long::from(libc::PROT_READ | libc::PROT_EXEC);
+        let unnamed = libc::c_long::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let calls: [(&str, libc::c_long, [libc::c_long; 6]); 8] = [
+            ("open", libc::SYS_open, [path, 0, 0, 0, 0, 0]),
+            ("openat", libc::SYS_openat, [libc::AT_FDCWD.into(), path, 0, 0, 0, 0]),
             (
                 "socket",
-                Box::new(|| drop(unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) })),
+                libc::SYS_socket,
+                [libc::AF_INET.into(), libc::SOCK_STREAM.into(), 0, 0, 0, 0],
             ),
-            ("kill", Box::new(|| drop(unsafe { libc::kill(libc::getppid(), 0) }))),
-            ("fork", Box::new(|| drop(unsafe { libc::fork() }))),
-            (
-                "exec",
-                Box::new(|| {
-                    drop(unsafe { libc::execl(path.as_ptr(), path.as_ptr(), std::ptr::null::<libc::c_char>()) })
-                }),
-            ),
+            ("kill", libc::SYS_kill, [1, 0, 0, 0, 0, 0]),
+            ("fork", libc::SYS_fork, [0; 6]),
+            ("exec", libc::SYS_execve, [path, 0, 0, 0, 0, 0]),
+            ("writing at a place", libc::SYS_pwrite64, [0, path, 1, 0, 0, 0]),
             (
                 "executable memory",
-                Box::new(|| {
-                    let rights = libc::PROT_READ | libc::PROT_EXEC;
-                    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-                    drop(unsafe { libc::mmap(std::ptr::null_mut(), 4096, rights, flags, -1, 0) });
-                }),
+                libc::SYS_mmap,
+                [0, 4096, executable, unnamed, -1, 0],
             ),
         ];
-        for (name, act) in acts {
-            assert_eq!(end_of(act).signal(), Some(libc::SIGSYS), "{name}");
+        for (name, call, [a, b, c, d, e, f]) in calls {
+            // SAFETY: one system call in a child that is to be ended by it; its arguments are valid.
+            let end = end_of(|| unsafe {
+                libc::syscall(call, a, b, c, d, e, f);
+            });
+            assert_eq!(end.signal(), Some(libc::SIGSYS), "{name}");
         }
         let allowed = end_of(|| drop(vec![1u8; 8 << 20]));
         assert_eq!(allowed.code(), Some(3), "memory is not refused: {allowed}");
