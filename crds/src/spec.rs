@@ -216,10 +216,10 @@ pub struct DiskSource {
     /// Zeros.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blank: Option<Blank>,
-    /// What the file is written in, within its compression. If missing: Qcow2 if its name ends in .qcow2, else Raw. A qcow2 file is whole: neither a backing file nor an external data file is ever opened.
+    /// What the file is written in.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<FileFormat>,
-    /// What the file is compressed with. If missing, its name says so: .gz, .xz, .zst, else None. A compressed file has format Raw.
+    /// What the file is compressed with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compression: Option<FileCompression>,
     /// SHA-256 of the file as it lies there, compared before anything in it is believed: 64 hexadecimal digits in lower case.
@@ -258,7 +258,7 @@ pub struct HttpFile {
     pub authority: Option<String>,
 }
 
-/// What a file is written in.
+/// What the file is written in, within its compression. If missing: Qcow2 if its name ends in .qcow2, else Raw. A qcow2 file is whole: neither a backing file nor an external data file is ever opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum FileFormat {
     /// As the guest sees it.
@@ -267,7 +267,7 @@ pub enum FileFormat {
     Qcow2,
 }
 
-/// What a file is compressed with.
+/// What the file is compressed with. If missing, its name says so: .gz, .xz, .zst, else None. A compressed file has format Raw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs)] // their own names
 pub enum FileCompression {

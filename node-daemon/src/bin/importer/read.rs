@@ -14,7 +14,7 @@ use crate::formats::{self, PIECE_BYTES, Sink};
 /// Zeros are told of in blocks of this size; smaller ones are contents like others.
 const BLOCK_BYTES: usize = 64 << 10;
 /// To compare with.
-const ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+static ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 /// Bytes between two words about the digest.
 const CHECKED_BYTES: u64 = 16 << 20;
 
