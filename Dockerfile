@@ -1,4 +1,4 @@
-# One image with all programs of the project: operator, node-daemon, engine and seat. Static programs and nothing else.
+# One image with all programs of the project: operator, node-daemon, engine, seat and importer. Static programs and nothing else.
 #
 #   docker build -t fault-tolerant-vm:VERSION .
 #
@@ -12,7 +12,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     cargo build --release --locked --package ftvm-operator --package ftvm-node-daemon --package ftvm-engine --bins \
     && mkdir /programs \
     && cd target/x86_64-unknown-linux-gnu/release \
-    && cp ftvm-operator ftvm-node-daemon ftvm-engine seat /programs/
+    && cp ftvm-operator ftvm-node-daemon ftvm-engine seat importer /programs/
 
 FROM scratch
 ARG VERSION=0.1.0

@@ -56,6 +56,10 @@ pub const PORT_OPERATOR: u16 = 8080;
 pub const PATH_DISKS: &str = "/disks";
 /// Folder in the seat's container with the guest image.
 pub const PATH_GUEST: &str = "/guest";
+/// Folder in the seat's container with one folder a disk whose first contents are in a claim.
+pub const PATH_SOURCES: &str = "/sources";
+/// Folder in the seat's container for downloads.
+pub const PATH_STAGING: &str = "/staging";
 /// Folder in the seat's container with its identity.
 pub const PATH_IDENTITY: &str = "/identity";
 /// Folder in the seat's container with the daemon's socket.

@@ -103,9 +103,45 @@ pub(crate) fn path() -> Value {
 }
 
 pub(crate) fn source() -> Value {
+    let file = "(has(self.image) || has(self.claim) || has(self.http))";
+    json!([
+        rule(
+            "[has(self.image), has(self.claim), has(self.http), has(self.blank)].filter(named, named).size() <= 1",
+            "name one of source.image, source.claim, source.http and source.blank, or none for a blank disk",
+        ),
+        rule(
+            format!("{file} || !(has(self.format) || has(self.compression) || has(self.sha256))"),
+            "source.format, source.compression and source.sha256 are about a file: name it with source.image, source.claim or source.http, or leave them out",
+        ),
+        rule(
+            "!has(self.http) || has(self.sha256)",
+            "write the SHA-256 of the file into source.sha256: without it nobody knows what a download brings",
+        ),
+        rule(
+            "!(has(self.format) && self.format == 'Qcow2' && has(self.compression) && self.compression != 'None')",
+            "a compressed qcow2 file can't be read: let qcow2 compress itself (qemu-img convert -c -O qcow2), and leave source.compression out",
+        ),
+    ])
+}
+
+pub(crate) fn sha256() -> Value {
     json!([rule(
-        "!(has(self.image) && has(self.blank))",
-        "name one of source.image and source.blank, or none for a blank disk",
+        "self.matches('^[0-9a-f]{64}$')",
+        "write a SHA-256 as 64 hexadecimal digits in lower case, as sha256sum prints it",
+    )])
+}
+
+pub(crate) fn url() -> Value {
+    json!([rule(
+        "self.matches('^https?://([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\\\\[[0-9A-Fa-f:.]+\\\\])(:[0-9]{1,5})?/[!-~]+$')",
+        "write an address of a file, http or https without user and password, such as https://images.example/root.qcow2",
+    )])
+}
+
+pub(crate) fn authority() -> Value {
+    json!([rule(
+        "self.startsWith('-----BEGIN CERTIFICATE-----')",
+        "write certificates as PEM: the text begins with -----BEGIN CERTIFICATE-----",
     )])
 }
 

@@ -199,17 +199,82 @@ pub struct Disk {
     pub source: DiskSource,
 }
 
-/// First contents of a disk. Blank if nothing is named.
+/// First contents of a disk, expanded to its whole size before the guest starts for the first time. Blank if nothing is named.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = rules::source()))]
 pub struct DiskSource {
-    /// A file of the guest image or volume, raw; the rest of the disk is zeros.
+    /// A file of the guest image or volume; what it does not fill is zeros.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageFile>,
+    /// A file of an existing claim.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimFile>,
+    /// A file of a web server. Needs sha256.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http: Option<HttpFile>,
     /// Zeros.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blank: Option<Blank>,
+    /// What the file is written in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<FileFormat>,
+    /// What the file is compressed with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compression: Option<FileCompression>,
+    /// SHA-256 of the file as it lies there, compared before anything in it is believed: 64 hexadecimal digits in lower case.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64), extend("x-kubernetes-validations" = rules::sha256()))]
+    pub sha256: Option<String>,
+}
+
+/// A file of an existing claim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClaimFile {
+    /// Name of a claim (volumeMode Filesystem) in the VM's namespace. Until the guest starts for the first time, both seats' nodes must be able to mount it for reading.
+    #[schemars(length(min = 1, max = 253))]
+    pub claim_name: String,
+    /// Path of the file in the volume; group 65532 must be able to read it.
+    #[serde(default = "default_claim_path")]
+    #[schemars(length(max = 255), extend("x-kubernetes-validations" = rules::path()))]
+    pub path: String,
+}
+
+fn default_claim_path() -> String {
+    "/disk.img".to_owned()
+}
+
+/// A file of a web server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HttpFile {
+    /// Where it is, without user and password. The seat's pod asks for it, from its own network.
+    #[schemars(length(max = 1024), extend("x-kubernetes-validations" = rules::url()))]
+    pub url: String,
+    /// Certificates (PEM) that vouch for an https server instead of the public authorities.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16384), extend("x-kubernetes-validations" = rules::authority()))]
+    pub authority: Option<String>,
+}
+
+/// What the file is written in, within its compression. If missing: Qcow2 if its name ends in .qcow2, else Raw. A qcow2 file is whole: neither a backing file nor an external data file is ever opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum FileFormat {
+    /// As the guest sees it.
+    Raw,
+    /// QEMU's copy-on-write format, whole in one file.
+    Qcow2,
+}
+
+/// What the file is compressed with. If missing, its name says so: .gz, .xz, .zst, else None. A compressed file has format Raw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[allow(missing_docs)] // their own names
+pub enum FileCompression {
+    None,
+    Gzip,
+    Xz,
+    Zstd,
 }
 
 /// A file of the guest image or volume.
@@ -406,6 +471,10 @@ pub enum Contents {
     Blank,
     /// A file of the guest image or volume, by its path there.
     File(String),
+    /// A file of a claim.
+    Claim(ClaimFile),
+    /// A file of a web server.
+    Http(HttpFile),
 }
 
 impl Network {
@@ -418,9 +487,12 @@ impl Network {
 impl Disk {
     /// Where the first contents are.
     pub fn contents(&self) -> Contents {
-        match &self.source.image {
-            None => Contents::Blank,
-            Some(file) => Contents::File(file.path.clone().unwrap_or_else(|| format!("/disk/{}.raw", self.name))),
+        let source = &self.source;
+        match (&source.image, &source.claim, &source.http) {
+            (Some(file), ..) => Contents::File(file.path.clone().unwrap_or_else(|| format!("/disk/{}.raw", self.name))),
+            (None, Some(file), _) => Contents::Claim(file.clone()),
+            (None, None, Some(file)) => Contents::Http(file.clone()),
+            (None, None, None) => Contents::Blank,
         }
     }
 }

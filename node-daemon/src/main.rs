@@ -10,6 +10,7 @@ use ftvm_node_daemon::bridges::BridgePattern;
 use ftvm_node_daemon::check;
 use ftvm_node_daemon::config::Config;
 use ftvm_node_daemon::daemon::Daemon;
+use ftvm_node_daemon::import::Import;
 use ftvm_node_daemon::kubernetes::{self, Options, health};
 
 /// Starts, jails and supervises the engines of this node.
@@ -42,6 +43,8 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
     },
+    /// Make a thick disk out of an image (docs/disks.md). It goes on where an earlier call was interrupted.
+    Import(Import),
     /// Print the JSON schema of the configuration.
     Schema,
 }
@@ -89,6 +92,7 @@ fn main() -> ExitCode {
         Command::Kubernetes(arguments) => run_node(arguments),
         Command::Probe { folder } => health::probe(&folder),
         Command::Check { config } => check::report(&config),
+        Command::Import(import) => import.run(),
         Command::Schema => {
             println!("{:#}", Config::schema());
             exit_code::OK

@@ -2,6 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+/// A file without a name, on a real disk.
+pub fn unnamed_file() -> std::fs::File {
+    let folder = Folder::new("file");
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    options.open(folder.path().join("file")).unwrap()
+}
+
 /// A fresh folder, removed at the end.
 pub struct Folder(PathBuf);
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ftvm_engine::control::{Connection, SocketError};
+use ftvm_node_daemon::disks::Step;
 use ftvm_node_daemon::seat_socket::message::{FromSeat, ToSeat, VERSION};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{CWD, Mode, OFlags};
@@ -154,6 +155,7 @@ fn the_case() {
         "strange progress" => {
             let connection = greeted(&folder);
             let progress = FromSeat::Progress {
+                step: Step::Writing,
                 disk: "another".into(),
                 done_bytes: 1,
                 total_bytes: 2,

@@ -3,9 +3,11 @@
 mod support;
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use ftvm_engine::control::Command;
 use ftvm_node_daemon::api::{Request, Response};
+use ftvm_node_daemon::disks::mark::{Mark, MarkFile};
 use serde_json::json;
 use support::pod::{CONTENTS, DISK_BYTES, Pod};
 
@@ -127,14 +129,20 @@ fn a_copy_that_was_interrupted_goes_on_where_it_was() {
     let mut pod = Pod::new();
     // An image that fills the disk, and a mark that says that half of it is done: that half is not written again.
     let image: Vec<u8> = (0..DISK_BYTES).map(|n| (n >> 12) as u8 | 1).collect();
-    std::fs::write(pod.root().join("guest/disk/root.raw"), &image).unwrap();
+    let path = pod.root().join("guest/disk/root.raw");
+    std::fs::write(&path, &image).unwrap();
     let mut half = vec![0xaa; DISK_BYTES as usize / 2];
     std::fs::write(pod.disk("disk.raw"), &half).unwrap();
-    let mark = format!(
-        r#"{{"size_bytes":{DISK_BYTES},"done_bytes":{},"complete":false}}"#,
-        DISK_BYTES / 2
-    );
-    std::fs::write(pod.disk("ftvm-disk"), mark).unwrap();
+    let data = std::fs::metadata(&path).unwrap();
+    let changed = format!("{}.{:09}", data.mtime(), data.mtime_nsec());
+    let marks = MarkFile::new(pod.disk("ftvm-disk"));
+    let mark = Mark {
+        size_bytes: DISK_BYTES,
+        done_bytes: DISK_BYTES / 2,
+        source: Some(format!("/disk/root.raw {DISK_BYTES} bytes of {changed} as Raw None")),
+        ..Mark::default()
+    };
+    marks.write(&mark).unwrap();
     pod.start();
     let disk = std::fs::read(pod.disk("disk.raw")).unwrap();
     half.extend_from_slice(&image[half.len()..]);
@@ -142,8 +150,77 @@ fn a_copy_that_was_interrupted_goes_on_where_it_was() {
         disk == half,
         "the second half is the image's, the first is what the mark vouched for"
     );
-    let mark = std::fs::read_to_string(pod.disk("ftvm-disk")).unwrap();
-    assert!(mark.contains(r#""complete":true"#), "{mark}");
+    assert!(marks.read().unwrap().unwrap().complete);
+}
+
+#[test]
+fn what_is_half_done_of_another_source_does_not_count() {
+    let mut pod = Pod::new();
+    let marks = MarkFile::new(pod.disk("ftvm-disk"));
+    std::fs::write(pod.disk("disk.raw"), vec![0xaa; DISK_BYTES as usize]).unwrap();
+    let mark = Mark {
+        size_bytes: DISK_BYTES,
+        done_bytes: DISK_BYTES / 2,
+        source: Some("/disk/root.raw 4 bytes of 1.000000000 as Raw None".to_owned()),
+        ..Mark::default()
+    };
+    marks.write(&mark).unwrap();
+    pod.start();
+    let disk = std::fs::read(pod.disk("disk.raw")).unwrap();
+    assert_eq!(&disk[..CONTENTS.len()], CONTENTS);
+    assert!(disk[CONTENTS.len()..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_qcow2_image_becomes_the_disk_of_a_running_engine() {
+    let mut pod = Pod::with_image("/disk/root.qcow2");
+    let image = pod.root().join("guest/disk/root.qcow2");
+    qemu_img(
+        &["convert", "-f", "raw", "-O", "qcow2"],
+        &pod.root().join("guest/disk/root.raw"),
+        &image,
+    );
+    pod.start();
+    let disk = std::fs::read(pod.disk("disk.raw")).unwrap();
+    assert_eq!(disk.len() as u64, DISK_BYTES);
+    assert_eq!(&disk[..CONTENTS.len()], CONTENTS);
+    assert!(disk[CONTENTS.len()..].iter().all(|byte| *byte == 0));
+    assert!(MarkFile::new(pod.disk("ftvm-disk")).read().unwrap().unwrap().complete);
+}
+
+#[test]
+fn a_hostile_image_starts_no_engine_and_is_told() {
+    let mut pod = Pod::with_image("/disk/root.qcow2");
+    let raw = pod.root().join("guest/disk/root.raw");
+    std::fs::write(&raw, vec![7; 1 << 20]).unwrap();
+    let image = pod.root().join("guest/disk/root.qcow2");
+    let secret = raw.display().to_string();
+    qemu_img(
+        &["create", "-q", "-f", "qcow2", "-F", "raw", "-b"],
+        secret.as_ref(),
+        &image,
+    );
+    pod.make_record();
+    pod.start_daemon();
+    pod.start_seat();
+    pod.wait("the seat says so", |pod| {
+        let said = std::fs::read_to_string(pod.folder.join("seat.err")).unwrap();
+        said.contains("disk root")
+            .then_some(())
+            .filter(|()| said.contains("another file"))
+    });
+    assert!(pod.status().unwrap().pid.is_none(), "no engine");
+    assert!(!MarkFile::new(pod.disk("ftvm-disk")).read().unwrap().unwrap().complete);
+}
+
+fn qemu_img(words: &[&str], from: &Path, to: &Path) {
+    let status = std::process::Command::new("qemu-img")
+        .args(words)
+        .arg(from)
+        .arg(to)
+        .status()
+        .unwrap();
+    assert!(status.success());
 }
 
 #[test]

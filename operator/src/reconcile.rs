@@ -124,7 +124,7 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
         decision = decide(&seen);
     }
     if want(&seen) == Want::Run {
-        shared(&seen.vm, &objects, context).await?;
+        shared(&seen, &objects, context).await?;
     }
     let status = status::status(&seen, &decision);
     let mut vm = seen.vm.clone();
@@ -180,7 +180,7 @@ async fn apply(
         Action::CreatePod { seat } => {
             let Some(entry) = entry(seat) else { return Ok(vm) };
             let unfit = cpu::chosen(&vm).map(|baseline| cpu::unfit_labels(seen, &baseline));
-            let pod = build::pod(&vm, &entry, &context.image, unfit.as_ref())?;
+            let pod = build::pod(&vm, &entry, &context.image, unfit.as_ref(), ran(seen))?;
             objects.create(&pod).await?;
         }
         Action::Admit { seat, uid } => {
@@ -234,10 +234,16 @@ async fn admit(
     objects.write_status(&vm, status).await
 }
 
+/// Whether a guest may have run: its disks have their first contents.
+fn ran(seen: &Observed) -> bool {
+    decide::record(seen).is_some_and(|record| !decide::is_genesis(&record.snapshot.record))
+}
+
 /// What a VM has once. Applied by each process once, when it changes, and from time to time.
-async fn shared(vm: &FaultTolerantVM, objects: &Objects, context: &Context) -> Result<(), ApiError> {
+async fn shared(seen: &Observed, objects: &Objects, context: &Context) -> Result<(), ApiError> {
+    let vm = &seen.vm;
     let budget = build::budget(vm);
-    let policy = build::network_policy(vm);
+    let policy = build::network_policy(vm, ran(seen));
     let mut hasher = DefaultHasher::new();
     for object in [serde_json::to_string(&budget), serde_json::to_string(&policy)] {
         object.unwrap_or_default().hash(&mut hasher);

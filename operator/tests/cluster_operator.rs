@@ -15,6 +15,7 @@ mod refused;
 const PATIENCE: Duration = Duration::from_secs(180);
 const DEFINITION: &str = include_str!("../../crds/ftvm.dev_faulttolerantvms.yaml");
 const EXAMPLE: &str = include_str!("../../docs/examples/web.yaml");
+const IMPORT: &str = include_str!("../../docs/examples/import.yaml");
 
 fn yaml(text: &str) -> Value {
     ftvm_crds::yaml::read(text).expect("YAML")
@@ -100,6 +101,7 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
         ));
     }
     cluster.apply(EXAMPLE)?;
+    cluster.apply(IMPORT)?;
     let patch = |change: &str| {
         let text = yaml(change).to_string();
         cluster.kubectl(&["patch", "ftvm", "web", "--type=merge", "--dry-run=server", "-p", &text])
@@ -137,6 +139,11 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
     assert!(patch("spec: {machine: {memory: 1Gi}, disks: [{name: other, size: 1Gi}]}").is_err());
     let explained = cluster.kubectl(&["explain", "ftvm.spec.faultTolerance.replaceAfterSeconds"])?;
     assert!(explained.contains("is replaced on another node"), "{explained}");
+    let explained = cluster.kubectl(&["explain", "ftvm.spec.disks.source.format"])?;
+    assert!(
+        explained.contains("neither a backing file nor an external data file"),
+        "{explained}"
+    );
     Ok(())
 }
 

@@ -14,6 +14,13 @@ pub const NATIVE: &[Package] = &[
     ("unshare", "util-linux"),
     ("gcc", "gcc"),
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("strace", "strace"),
+    ("xz", "xz-utils"),
+    ("zstd", "zstd"),
 ];
 
 /// For emulated nodes.

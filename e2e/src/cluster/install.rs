@@ -22,11 +22,12 @@ pub const NAMESPACE: &str = "ftvm-system";
 /// Name of the release.
 pub const RELEASE: &str = "ftvm";
 /// What the Dockerfile's first stage compiles.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 5] = [
     ("ftvm-operator", "ftvm-operator"),
     ("ftvm-node-daemon", "ftvm-node-daemon"),
     ("ftvm-engine", "ftvm-engine"),
     ("ftvm-node-daemon", "seat"),
+    ("ftvm-node-daemon", "importer"),
 ];
 
 /// Images as OCI archives, ready for a cluster.

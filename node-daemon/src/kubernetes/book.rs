@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use ftvm_crds::names::{
     FILE_DISK, FILE_HEADER, FILE_JOURNAL, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PORT_DAEMON, PORT_LINK,
 };
-use ftvm_crds::{Attachment, Contents, CpuBaseline, FaultTolerantVM, SeatEntry, mac, quantity};
+use ftvm_crds::{
+    Attachment, Contents, CpuBaseline, FaultTolerantVM, FileCompression, FileFormat, SeatEntry, mac, quantity,
+};
 use ftvm_protocol::identity::{SeatId, VmId};
 use k8s_openapi::api::core::v1::Pod;
 use serde::{Deserialize, Serialize};
@@ -15,6 +17,7 @@ use crate::config::{
     BootConfig, CheckpointConfig, DiskConfig, LinkConfig, MachineConfig, NicConfig, PeerConfig, SeatConfig,
     TimingConfig, WhenUnprotected,
 };
+use crate::disks::source::{Compression, Format, Place, Source};
 use crate::seat_socket::Expected;
 use crate::seat_socket::message::{DiskToPrepare, Recipe};
 
@@ -241,16 +244,39 @@ fn recipe(vm: &FaultTolerantVM) -> Result<Recipe, String> {
             name: disk.name.clone(),
             size_bytes: bytes(&disk.size)?,
             original: false,
-            source: match disk.contents() {
-                Contents::Blank => None,
-                Contents::File(path) => Some(path),
-            },
+            source: source(disk),
         })
     });
     Ok(Recipe {
         kernel: vm.spec.boot.kernel.clone(),
         initrd: vm.spec.boot.initrd.clone(),
         disks: disks.collect::<Result<_, String>>()?,
+    })
+}
+
+fn source(disk: &ftvm_crds::Disk) -> Option<Source> {
+    let place = match disk.contents() {
+        Contents::Blank => return None,
+        Contents::File(path) => Place::Image { path },
+        Contents::Claim(file) => Place::Claim { path: file.path },
+        Contents::Http(file) => Place::Http {
+            url: file.url,
+            authority: file.authority,
+        },
+    };
+    Some(Source {
+        place,
+        format: disk.source.format.map(|format| match format {
+            FileFormat::Raw => Format::Raw,
+            FileFormat::Qcow2 => Format::Qcow2,
+        }),
+        compression: disk.source.compression.map(|compression| match compression {
+            FileCompression::None => Compression::None,
+            FileCompression::Gzip => Compression::Gzip,
+            FileCompression::Xz => Compression::Xz,
+            FileCompression::Zstd => Compression::Zstd,
+        }),
+        sha256: disk.source.sha256.clone(),
     })
 }
 

@@ -71,7 +71,8 @@ fn a_pod_of_the_book_is_a_seat() {
     assert_eq!(taps, ["ft000000000a0", "ft000000000a1"]);
     assert_eq!(config.nics[1].mac, "02:00:00:00:00:09");
     assert_eq!(seat.recipe.kernel, "/boot/vmlinuz");
-    assert_eq!(seat.recipe.disks[0].source.as_deref(), Some("/disk/root.raw"));
+    let root = seat.recipe.disks[0].source.clone().unwrap();
+    assert_eq!(root.name(), "/disk/root.raw");
     assert_eq!(
         (seat.recipe.disks[1].size_bytes, seat.recipe.disks[1].source.clone()),
         (64 << 20, None)

@@ -14,6 +14,7 @@ use super::node::NodeSeat;
 use super::pace::Pace;
 use crate::api::SeatStatus;
 use crate::random;
+use crate::seat_socket::DiskProgress;
 
 /// An engine answers a status within this time.
 const STATUS_PATIENCE: Duration = Duration::from_millis(500);
@@ -148,7 +149,7 @@ impl Publisher {
             incarnation,
             why: clip(&status.why),
             code: status.code,
-            resync_percent: progress.disk.as_ref().map(|(_, done, total)| percent(*done, *total)),
+            resync_percent: progress.disk.as_ref().map(DiskProgress::percent),
             last_takeover: state.last_takeover.clone(),
             last_exit: state.last_exit.clone(),
             done_request: seat.requests.done(),
@@ -181,8 +182,8 @@ impl Publisher {
             "the engine does not answer".clone_into(&mut published.why);
         } else if let Some(trouble) = progress.trouble {
             published.why = clip(&trouble);
-        } else if let Some((disk, done, total)) = progress.disk {
-            published.why = format!("disk {disk} is being prepared: {} %", percent(done, total));
+        } else if let Some(disk) = &progress.disk {
+            published.why = clip(&disk.to_string());
         } else if !progress.connected {
             "its program is not connected to the node daemon".clone_into(&mut published.why);
         }
@@ -198,10 +199,6 @@ fn same(one: &SeatPublished, other: &SeatPublished) -> bool {
         ..published.clone()
     };
     worth(one) == worth(other)
-}
-
-fn percent(done: u64, total: u64) -> u8 {
-    u8::try_from(done.saturating_mul(100).checked_div(total).unwrap_or(100)).unwrap_or(100)
 }
 
 fn clip(text: &str) -> String {

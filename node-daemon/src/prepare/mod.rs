@@ -33,6 +33,7 @@ use crate::api::Phase;
 use crate::arbiter::Bounded;
 use crate::bridges::AllowedBridges;
 use crate::config::{PeerConfig, SeatConfig};
+use crate::disks::{DiskError, thick};
 use crate::identity::{IdentityError, SeatIdentity};
 use crate::jail::JailError;
 use crate::random;
@@ -216,6 +217,8 @@ pub struct Materials {
     pub journal: File,
     /// Takes the guest's console.
     pub console: File,
+    /// Whether the daemon makes the disks thick itself; else it only counts their blocks.
+    pub allocate: bool,
     /// With a FIFO as console: how long the engine goes on without anybody at its other end.
     pub seat_patience_ms: Option<u32>,
 }
@@ -418,6 +421,7 @@ fn lock_own(config: &SeatConfig, folder: &SeatFolder, materials: &Materials) -> 
         check_size(disk.size_mib, &what, &disk.path, file)?;
         if !disk.read_only {
             lock(file, &what, &disk.path)?;
+            check_blocks(file, materials.allocate, &what, &disk.path)?;
         }
     }
     lock(&materials.header, "header", &header_path(config, folder))?;
@@ -443,6 +447,21 @@ fn check_size(size_mib: Option<u64>, what: &str, path: &Path, file: &File) -> Re
         ))),
         _ => Ok(()),
     }
+}
+
+/// Every block of a disk is allocated before its guest starts: it never runs full under it.
+fn check_blocks(file: &File, allocate: bool, what: &str, path: &Path) -> Result<(), SeatError> {
+    let make = if allocate { thick::make } else { thick::verify };
+    let size = thick::length(file).map_err(|source| DiskError::Io {
+        what: "reading its size",
+        source,
+    });
+    size.and_then(|size_bytes| make(file, size_bytes))
+        .map_err(|error| SeatError::Disk {
+            what: what.to_owned(),
+            path: path.to_owned(),
+            why: crate::explain(&error),
+        })
 }
 
 fn lock(file: &File, what: &str, path: &Path) -> Result<(), SeatError> {

@@ -14,7 +14,9 @@ use super::{Materials, Place, SeatError, Source};
 use crate::api::Phase;
 use crate::arbiter::Bounded;
 use crate::config::{DiskConfig, JailConfig, SeatConfig};
+use crate::disks::mark::MarkFile;
 use crate::identity::{self, SeatIdentity};
+use crate::import;
 use crate::state::SeatFolder;
 
 /// A console log is renamed at the start of an engine once it is larger.
@@ -88,6 +90,7 @@ impl Source for Paths {
             header: open_own("header", &header_path(config, folder))?,
             journal: open_own("journal", &journal_path(config, folder))?,
             console: folder.open_log("console.log", CONSOLE_LOG_BYTES_MAX)?,
+            allocate: true,
             seat_patience_ms: None,
         })
     }
@@ -134,7 +137,16 @@ fn open_disk(disk: &DiskConfig) -> Result<File, SeatError> {
     if !kind.is_file() && !kind.is_block_device() {
         return Err(refuse("neither a file nor a block device".to_owned()));
     }
-    Ok(file)
+    let mark = MarkFile::new(import::mark_path(&disk.path));
+    match mark.read() {
+        Ok(Some(mark)) if !mark.complete => {
+            let why = "its import was interrupted: run `ftvm-node-daemon import` again, which goes on where it was"
+                .to_owned();
+            Err(refuse(why))
+        }
+        Ok(_) => Ok(file),
+        Err(error) => Err(refuse(crate::explain(&error))),
+    }
 }
 
 fn open_advice(error: &io::Error) -> String {

@@ -398,6 +398,7 @@ impl Source for Handed {
             header: self.copy("header", &held.header)?,
             journal: self.copy("journal", &held.journal)?,
             console: self.copy("console", &held.console)?,
+            allocate: false,
             seat_patience_ms: Some(SEAT_PATIENCE_MS),
         })
     }

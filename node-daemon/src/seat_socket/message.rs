@@ -2,8 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::disks::Step;
+use crate::disks::source::Source;
+
 /// Version of these messages.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Name of the socket in its folder.
 pub const SOCKET: &str = "seat.sock";
 /// Most disks of a seat.
@@ -22,7 +25,9 @@ pub enum FromSeat {
     Progress {
         /// Its name.
         disk: String,
-        /// Bytes that are done.
+        /// What is being done to it.
+        step: Step,
+        /// Bytes of that step that are done.
         done_bytes: u64,
         /// Of so many.
         total_bytes: u64,
@@ -97,9 +102,9 @@ pub struct DiskToPrepare {
     pub size_bytes: u64,
     /// True while no guest ever ran: it gets its first contents. Otherwise it is filled by replication, or holds what it held.
     pub original: bool,
-    /// First contents: a file of the guest image. Zeros if missing.
+    /// First contents. Zeros if missing.
     #[serde(default)]
-    pub source: Option<String>,
+    pub source: Option<Source>,
 }
 
 /// Names under which descriptors are spoken of, in the order of [`FromSeat::Ready`].
@@ -115,6 +120,7 @@ pub fn descriptor_names(disks: &[String], initrd: bool) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disks::source::{Format, Place};
 
     #[test]
     fn the_wire_form_is_the_documented_one() {
@@ -125,15 +131,22 @@ mod tests {
                 name: "root".into(),
                 size_bytes: 7,
                 original: true,
-                source: None,
+                source: Some(Source {
+                    place: Place::Image {
+                        path: "/disk/root.qcow2".into(),
+                    },
+                    format: Some(Format::Qcow2),
+                    compression: None,
+                    sha256: None,
+                }),
             }],
         });
         let text = serde_json::to_string(&prepare).unwrap();
         assert_eq!(
             text,
-            r#"{"type":"prepare","kernel":"/boot/vmlinuz","initrd":null,"disks":[{"name":"root","sizeBytes":7,"original":true,"source":null}]}"#
+            r#"{"type":"prepare","kernel":"/boot/vmlinuz","initrd":null,"disks":[{"name":"root","sizeBytes":7,"original":true,"source":{"place":{"kind":"image","path":"/disk/root.qcow2"},"format":"qcow2","compression":null,"sha256":null}}]}"#
         );
-        let progress = r#"{"type":"progress","disk":"root","doneBytes":1,"totalBytes":2}"#;
+        let progress = r#"{"type":"progress","disk":"root","step":"downloading","doneBytes":1,"totalBytes":2}"#;
         let progress: FromSeat = serde_json::from_str(progress).unwrap();
         assert!(matches!(progress, FromSeat::Progress { done_bytes: 1, .. }));
         let terminate: FromSeat = serde_json::from_str(r#"{"type":"terminate"}"#).unwrap();

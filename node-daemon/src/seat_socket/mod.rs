@@ -16,5 +16,5 @@ mod seat;
 
 pub use handed::{Expected, Handed, Held};
 pub use pod::{Hierarchies, Peer, PodError};
-pub use seat::{PodSeat, Progress, role_name};
+pub use seat::{DiskProgress, PodSeat, Progress, role_name};
 pub use server::{Pods, bind, serve};

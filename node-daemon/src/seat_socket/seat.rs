@@ -12,6 +12,7 @@ use super::handed::{Handed, Held};
 use super::message::{Recipe, ToSeat};
 use super::pod::Peer;
 use crate::api::SeatStatus;
+use crate::disks::Step;
 use crate::seat::Seat;
 
 /// Deadline of the question which seat is the original.
@@ -26,12 +27,41 @@ const END_MAX: Duration = Duration::from_secs(5);
 /// How far a seat's program is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Disk, bytes done, size; while disks are prepared.
-    pub disk: Option<(String, u64, u64)>,
+    /// While disks are prepared.
+    pub disk: Option<DiskProgress>,
     /// What the program can't do.
     pub trouble: Option<String>,
     /// Whether a program is connected.
     pub connected: bool,
+}
+
+/// How far a disk is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskProgress {
+    /// Its name.
+    pub disk: String,
+    /// What is being done to it.
+    pub step: Step,
+    /// Bytes of that step that are done.
+    pub done_bytes: u64,
+    /// Of so many.
+    pub total_bytes: u64,
+}
+
+impl DiskProgress {
+    /// In percent.
+    pub fn percent(&self) -> u8 {
+        let percent = self.done_bytes.saturating_mul(100).checked_div(self.total_bytes);
+        u8::try_from(percent.unwrap_or(100)).unwrap_or(100)
+    }
+}
+
+impl std::fmt::Display for DiskProgress {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (disk, words, percent) = (&self.disk, self.step.words(), self.percent());
+        let mib = self.total_bytes.div_ceil(1 << 20);
+        write!(out, "disk {disk} is being {words}: {percent} % of {mib} MiB")
+    }
 }
 
 /// A seat that is a pod.

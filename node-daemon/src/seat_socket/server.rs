@@ -14,7 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use super::handed::Held;
 use super::message::{DiskToPrepare, FromSeat, SOCKET, ToSeat, VERSION};
 use super::pod::Peer;
-use super::seat::PodSeat;
+use super::seat::{DiskProgress, PodSeat};
+use crate::disks::Step;
 use crate::explain;
 use crate::state::{StateError, remove_if_there};
 
@@ -240,11 +241,14 @@ impl Talk<'_> {
             FromSeat::Hello { .. } => Err("a second hello".to_owned()),
             FromSeat::Progress {
                 disk,
+                step,
                 done_bytes,
                 total_bytes,
             } => {
                 let asked = self.disks.iter().flatten().find(|asked| asked.name == disk);
-                let known = asked.is_some_and(|asked| asked.size_bytes == total_bytes && done_bytes <= total_bytes);
+                // A file to download has a size of its own.
+                let whole = |size_bytes| step != Step::Writing || size_bytes == total_bytes;
+                let known = asked.is_some_and(|asked| whole(asked.size_bytes) && done_bytes <= total_bytes);
                 if !known {
                     return Err("progress of something that it was not asked for".to_owned());
                 }
@@ -252,7 +256,12 @@ impl Talk<'_> {
                     progress.trouble = None;
                     // The one that is being prepared: those before it are done.
                     if done_bytes < total_bytes || progress.disk.is_none() {
-                        progress.disk = Some((disk, done_bytes, total_bytes));
+                        progress.disk = Some(DiskProgress {
+                            disk,
+                            step,
+                            done_bytes,
+                            total_bytes,
+                        });
                     }
                 });
                 Ok(())

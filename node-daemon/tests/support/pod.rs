@@ -36,11 +36,18 @@ pub struct Pod {
     pub allowed_bridges: Vec<String>,
     /// Makes the node's network devices, in a network namespace of the daemon's own.
     pub devices: String,
+    /// The file of the guest image with the first contents.
+    pub image: String,
     namespace: Child,
 }
 
 impl Pod {
     pub fn new() -> Pod {
+        Pod::with_image("/disk/root.raw")
+    }
+
+    /// With this file of the guest image as first contents.
+    pub fn with_image(image: &str) -> Pod {
         let folder = std::env::temp_dir().join(format!("ftvm-pod-{:x}", random::nonzero_u64()));
         // A UUID as kubelet would write it.
         let uid = SeatId(random::u128());
@@ -59,6 +66,7 @@ impl Pod {
             nics: json!([]),
             allowed_bridges: Vec::new(),
             devices: "ip link set lo up".into(),
+            image: image.to_owned(),
             namespace,
         };
         pod.make_volumes();
@@ -75,7 +83,7 @@ impl Pod {
     }
 
     fn make_volumes(&self) {
-        for folder in ["disks/root", "guest/boot", "guest/disk", "dev/shm", "run"] {
+        for folder in ["disks/root", "guest/boot", "guest/disk", "dev/shm", "run", "staging"] {
             std::fs::create_dir_all(self.root().join(folder)).unwrap();
         }
         std::fs::create_dir_all(self.folder.join("run")).unwrap();
@@ -100,7 +108,8 @@ impl Pod {
             "vm_id": self.vm_id,
             "recipe": {
                 "kernel": "/boot/vmlinuz",
-                "disks": [{"name": "root", "sizeBytes": DISK_BYTES, "original": false, "source": "/disk/root.raw"}],
+                "disks": [{"name": "root", "sizeBytes": DISK_BYTES, "original": false,
+                    "source": {"place": {"kind": "image", "path": self.image}}}],
             },
             "seat": {
                 "vm": "vm", "seat": "vm-a", "identity": "/identity",

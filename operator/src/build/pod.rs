@@ -3,16 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ftvm_crds::names::{
-    CONTAINER, LABEL_CPU, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PORT_LINK, RESOURCE_SEAT, claim_name,
-    identity_secret_name,
+    CONTAINER, LABEL_CPU, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PATH_SOURCES, PATH_STAGING, PORT_LINK,
+    RESOURCE_SEAT, claim_name, identity_secret_name,
 };
 use ftvm_crds::quantity::{self, QuantityError};
-use ftvm_crds::{FaultTolerantVM, PullPolicy, SeatEntry};
+use ftvm_crds::{ClaimFile, Contents, FaultTolerantVM, PullPolicy, SeatEntry};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, Container, ContainerPort, ExecAction, ImageVolumeSource, LocalObjectReference,
-    NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod,
-    PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe, ResourceRequirements, SeccompProfile,
-    SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+    Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, ExecAction, ImageVolumeSource,
+    LocalObjectReference, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
+    PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe,
+    ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -29,7 +29,7 @@ const GRACE_SECONDS: i64 = 60;
 const OVERHEAD_BYTES: u64 = 256 << 20;
 
 /// The pod of a seat. Its claims exist; its identity is made for its UID. Where a CPU was chosen, `unfit` has the values of the
-/// label of nodes that can't give it.
+/// label of nodes that can't give it. Once the guest `ran`, nothing is imported any more.
 ///
 /// # Errors
 /// If the VM's memory is no size, which the API server's rules prevent.
@@ -38,6 +38,7 @@ pub fn pod(
     entry: &SeatEntry,
     image: &SeatImage,
     unfit: Option<&BTreeSet<String>>,
+    ran: bool,
 ) -> Result<Pod, QuantityError> {
     let placement = &vm.spec.placement;
     let wishes = placement.seats.get(usize::from(entry.slot));
@@ -55,8 +56,8 @@ pub fn pod(
             ..ObjectMeta::default()
         },
         spec: Some(PodSpec {
-            containers: vec![container(vm, image)?],
-            volumes: Some(volumes(vm, entry)),
+            containers: vec![container(vm, image, ran)?],
+            volumes: Some(volumes(vm, entry, ran)),
             restart_policy: Some("Always".to_owned()),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
@@ -88,7 +89,7 @@ pub fn pod(
     })
 }
 
-fn container(vm: &FaultTolerantVM, image: &SeatImage) -> Result<Container, QuantityError> {
+fn container(vm: &FaultTolerantVM, image: &SeatImage, ran: bool) -> Result<Container, QuantityError> {
     let mount = |name: String, path: String, read_only: bool| VolumeMount {
         name,
         mount_path: path,
@@ -105,6 +106,13 @@ fn container(vm: &FaultTolerantVM, image: &SeatImage) -> Result<Container, Quant
             )
         })
         .collect();
+    if !ran {
+        let sources = claims_of_sources(vm);
+        mounts.extend(sources.map(|(disk, _)| mount(format!("source-{disk}"), format!("{PATH_SOURCES}/{disk}"), true)));
+        if downloads(vm) {
+            mounts.push(mount("staging".to_owned(), PATH_STAGING.to_owned(), false));
+        }
+    }
     mounts.push(mount("guest".to_owned(), PATH_GUEST.to_owned(), true));
     mounts.push(mount("identity".to_owned(), PATH_IDENTITY.to_owned(), true));
     Ok(Container {
@@ -174,7 +182,38 @@ fn resources(vm: &FaultTolerantVM) -> Result<ResourceRequirements, QuantityError
     })
 }
 
-fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry) -> Vec<Volume> {
+/// Disks whose first contents are in a claim.
+fn claims_of_sources(vm: &FaultTolerantVM) -> impl Iterator<Item = (&str, ClaimFile)> {
+    vm.spec.disks.iter().filter_map(|disk| match disk.contents() {
+        Contents::Claim(file) => Some((disk.name.as_str(), file)),
+        Contents::Blank | Contents::File(_) | Contents::Http(_) => None,
+    })
+}
+
+/// Whether first contents are downloaded.
+fn downloads(vm: &FaultTolerantVM) -> bool {
+    let mut disks = vm.spec.disks.iter();
+    disks.any(|disk| matches!(disk.contents(), Contents::Http(_)))
+}
+
+fn volumes_of_sources(vm: &FaultTolerantVM) -> Vec<Volume> {
+    let claims = claims_of_sources(vm).map(|(disk, file)| Volume {
+        name: format!("source-{disk}"),
+        persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+            claim_name: file.claim_name,
+            read_only: Some(true),
+        }),
+        ..Volume::default()
+    });
+    let staging = downloads(vm).then(|| Volume {
+        name: "staging".to_owned(),
+        empty_dir: Some(EmptyDirVolumeSource::default()),
+        ..Volume::default()
+    });
+    claims.chain(staging).collect()
+}
+
+fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry, ran: bool) -> Vec<Volume> {
     let disks = vm.spec.disks.iter();
     let mut volumes: Vec<_> = disks
         .map(|disk| Volume {
@@ -186,6 +225,9 @@ fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry) -> Vec<Volume> {
             ..Volume::default()
         })
         .collect();
+    if !ran {
+        volumes.extend(volumes_of_sources(vm));
+    }
     let boot = &vm.spec.boot;
     volumes.push(Volume {
         name: "guest".to_owned(),

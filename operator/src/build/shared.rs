@@ -1,7 +1,10 @@
 //! What a VM has once: disruption budget and network policy.
 
-use ftvm_crds::FaultTolerantVM;
+use std::collections::BTreeSet;
+use std::iter;
+
 use ftvm_crds::names::PORT_LINK;
+use ftvm_crds::{Contents, FaultTolerantVM};
 use k8s_openapi::api::networking::v1::{
     NetworkPolicy, NetworkPolicyEgressRule, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort,
     NetworkPolicySpec,
@@ -33,8 +36,9 @@ pub fn budget(vm: &FaultTolerantVM) -> PodDisruptionBudget {
     }
 }
 
-/// Seats of a VM talk to each other, and to nobody else: the guest's own traffic does not pass through the pod.
-pub fn network_policy(vm: &FaultTolerantVM) -> NetworkPolicy {
+/// Seats of a VM talk to each other, and to nobody else: the guest's own traffic does not pass through the pod. Until the guest
+/// `ran`, they may also ask for what they download.
+pub fn network_policy(vm: &FaultTolerantVM, ran: bool) -> NetworkPolicy {
     let peer = NetworkPolicyPeer {
         pod_selector: Some(seats(vm)),
         ..NetworkPolicyPeer::default()
@@ -53,10 +57,48 @@ pub fn network_policy(vm: &FaultTolerantVM) -> NetworkPolicy {
                 from: Some(vec![peer.clone()]),
                 ports: Some(vec![port.clone()]),
             }]),
-            egress: Some(vec![NetworkPolicyEgressRule {
-                to: Some(vec![peer]),
-                ports: Some(vec![port]),
-            }]),
+            egress: Some(
+                iter::once(NetworkPolicyEgressRule {
+                    to: Some(vec![peer]),
+                    ports: Some(vec![port]),
+                })
+                .chain((!ran).then(|| downloads(vm)).flatten())
+                .collect(),
+            ),
         }),
     }
+}
+
+/// Names, and the ports of web servers, wherever those are: a network policy knows no names. Redirections may lead to the usual ports.
+fn downloads(vm: &FaultTolerantVM) -> Option<NetworkPolicyEgressRule> {
+    let urls = vm.spec.disks.iter().filter_map(|disk| match disk.contents() {
+        Contents::Http(file) => Some(file.url),
+        Contents::Blank | Contents::File(_) | Contents::Claim(_) => None,
+    });
+    let mut ports: BTreeSet<i32> = urls.map(|url| port_of(&url)).collect();
+    if ports.is_empty() {
+        return None;
+    }
+    ports.extend([80, 443]);
+    let port = |(protocol, port): (&str, i32)| NetworkPolicyPort {
+        port: Some(IntOrString::Int(port)),
+        protocol: Some(protocol.to_owned()),
+        end_port: None,
+    };
+    let names = [("UDP", 53), ("TCP", 53)].into_iter();
+    let all = names.chain(ports.into_iter().map(|port| ("TCP", port)));
+    Some(NetworkPolicyEgressRule {
+        to: None,
+        ports: Some(all.map(port).collect()),
+    })
+}
+
+/// Port of an address, as the API server's rules let it be written.
+pub(super) fn port_of(url: &str) -> i32 {
+    let usual = if url.starts_with("https:") { 443 } else { 80 };
+    let host = url.split('/').nth(2).unwrap_or_default();
+    let port = host.rsplit_once(':').filter(|(_, port)| !port.contains(']'));
+    port.and_then(|(_, port)| port.parse().ok())
+        .filter(|port| (1..=65535).contains(port))
+        .unwrap_or(usual)
 }

@@ -46,7 +46,7 @@ fn snapshot<T: Serialize>(name: &str, object: &T) {
 
 #[test]
 fn pods() {
-    snapshot("pod.yaml", &pod(&vm(), &entry(), &image(), None).unwrap());
+    snapshot("pod.yaml", &pod(&vm(), &entry(), &image(), None, false).unwrap());
 }
 
 #[test]
@@ -66,7 +66,36 @@ boot: {volume: {claimName: guest}, kernel: /boot/linux}
     vm.spec.resources = serde_json::from_value(wishes["resources"].clone()).unwrap();
     vm.spec.boot = serde_json::from_value(wishes["boot"].clone()).unwrap();
     let unfit = ["0123456789abcdef".to_owned()].into();
-    snapshot("pod-wishes.yaml", &pod(&vm, &entry(), &image(), Some(&unfit)).unwrap());
+    snapshot(
+        "pod-wishes.yaml",
+        &pod(&vm, &entry(), &image(), Some(&unfit), false).unwrap(),
+    );
+}
+
+#[test]
+fn first_contents_are_mounted_until_the_guest_ran() {
+    let before = network_policy(&vm(), false);
+    let mut vm = vm();
+    let digest = "0".repeat(64);
+    let disks = serde_json::json!([
+        {"name": "root", "size": "1Gi", "source": {"http": {"url": "http://[2001:db8::1]:8080/root.qcow2"}, "sha256": digest}},
+        {"name": "data", "size": "1Gi", "source": {"claim": {"claimName": "golden"}}},
+    ]);
+    vm.spec.disks = serde_json::from_value(disks).unwrap();
+    snapshot("pod-import.yaml", &pod(&vm, &entry(), &image(), None, false).unwrap());
+    snapshot("network-policy-import.yaml", &network_policy(&vm, false));
+    let later = serde_json::to_string(&pod(&vm, &entry(), &image(), None, true).unwrap()).unwrap();
+    assert!(!later.contains("golden") && !later.contains("staging"), "{later}");
+    assert_eq!(network_policy(&vm, true).spec, before.spec);
+    for (url, port) in [
+        ("https://images.example/a", 443),
+        ("http://images.example/a:8", 80),
+        ("https://images.example:8443/a", 8443),
+        ("http://[2001:db8::1]/a", 80),
+        ("http://images.example:99999/a", 80),
+    ] {
+        assert_eq!(super::shared::port_of(url), port, "{url}");
+    }
 }
 
 #[test]
@@ -79,7 +108,7 @@ fn claims() {
 #[test]
 fn shared_objects() {
     snapshot("budget.yaml", &budget(&vm()));
-    snapshot("network-policy.yaml", &network_policy(&vm()));
+    snapshot("network-policy.yaml", &network_policy(&vm(), false));
 }
 
 #[test]
@@ -87,7 +116,7 @@ fn sizes_that_are_none_are_errors() {
     let mut vm = vm();
     vm.spec.machine.memory = "lots".to_owned();
     vm.spec.disks[0].size = "1".to_owned();
-    assert!(pod(&vm, &entry(), &image(), None).is_err());
+    assert!(pod(&vm, &entry(), &image(), None, false).is_err());
     assert!(claim(&vm, &entry(), 0).is_err());
 }
 

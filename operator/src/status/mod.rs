@@ -155,6 +155,13 @@ fn resync(seen: &Observed, entry: &SeatEntry) -> Option<u8> {
     percent.or((published.role == Some(SeatRole::Joining)).then_some(0))
 }
 
+/// What a seat without an engine says of its disks.
+fn preparing<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a str> {
+    let published = pod(seen, entry)?.published.as_ref().ok()?;
+    let engine = published.incarnation.is_some() || published.role.is_some();
+    Some(published.why.as_str()).filter(|why| !engine && !why.is_empty())
+}
+
 /// What a person has to mend first.
 fn obstacle(seen: &Observed, decision: &Decision) -> Option<Obstacle> {
     let held = decision.held.as_ref().map(|held| Obstacle {
@@ -220,13 +227,26 @@ fn protection(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Role
     if let Some(obstacle) = obstacle(seen, decision) {
         return said(PROTECTED, false, obstacle.reason, obstacle.message);
     }
-    if let Some(percent) = decision.book.iter().filter_map(|entry| resync(seen, entry)).next() {
-        return said(
-            PROTECTED,
-            false,
-            "Resyncing",
-            format!("a seat is being brought up to date: {percent} %"),
-        );
+    if let Some((entry, percent)) = decision
+        .book
+        .iter()
+        .filter_map(|entry| Some((entry, resync(seen, entry)?)))
+        .next()
+    {
+        return match preparing(seen, entry) {
+            Some(why) => said(
+                PROTECTED,
+                false,
+                "PreparingDisks",
+                format!("seat {}: {why}", entry.name),
+            ),
+            None => said(
+                PROTECTED,
+                false,
+                "Resyncing",
+                format!("a seat is being brought up to date: {percent} %"),
+            ),
+        };
     }
     let why = roles
         .published

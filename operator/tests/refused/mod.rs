@@ -36,7 +36,47 @@ pub const AT_CREATION: &[(&str, &str)] = &[
     ),
     (
         "spec: {disks: [{name: root, size: 2Gi, source: {image: {}, blank: {}}}]}",
-        "name one of source.image and source.blank",
+        "name one of source.image, source.claim, source.http and source.blank",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {claim: {claimName: a}, http: {url: 'http://a/b'}}}]}",
+        "name one of source.image, source.claim, source.http and source.blank",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {format: Qcow2}}]}",
+        "are about a file: name it with",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'https://images.example/root.qcow2'}}}]}",
+        "write the SHA-256 of the file into source.sha256",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {}, format: Qcow2, compression: Gzip}}]}",
+        "a compressed qcow2 file can't be read",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {}, format: Vmdk}}]}",
+        "supported values: \"Raw\", \"Qcow2\"",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {}, sha256: ABCDEF}}]}",
+        "write a SHA-256 as 64 hexadecimal digits in lower case",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'https://me:secret@images.example/root.qcow2'}}}]}",
+        "without user and password",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'file:///etc/shadow'}}}]}",
+        "write an address of a file, http or https",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'https://images.example/a', authority: x}}}]}",
+        "write certificates as PEM",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {claim: {claimName: a, path: ../b}}}]}",
+        "write an absolute path of letters",
     ),
     (
         "spec: {disks: [{name: root, size: 2Gi, source: {image: {path: ../../etc/shadow}}}]}",

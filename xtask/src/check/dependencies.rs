@@ -33,6 +33,7 @@ const DUPLICATES: &[(&str, &str)] = &[
         "ring, kube-runtime (ahash) and kube-lease-manager (rand) have a version each",
     ),
     ("hashbrown", "kube-runtime has version 0.16, indexmap 0.17"),
+    ("miniz_oxide", "imago has version 0.8, flate2 0.9"),
     ("embedded-io", "postcard names two versions; neither is built"),
     ("syn", "at build time only: derive macros move to version 3 one by one"),
 ];

@@ -41,9 +41,14 @@ impl Layout {
 
     /// A file of the guest image, by its path there.
     fn guest(&self, path: &str) -> PathBuf {
+        self.inside("guest", path)
+    }
+
+    /// A file of a volume, by its path there.
+    fn inside(&self, volume: &str, path: &str) -> PathBuf {
         let parts = Path::new(path).components();
         let inside = parts.filter(|part| matches!(part, Component::Normal(_)));
-        self.path("guest").join(inside.collect::<PathBuf>())
+        self.path(volume).join(inside.collect::<PathBuf>())
     }
 }
 
@@ -242,11 +247,12 @@ impl Seat {
         let Some(work) = &self.work else { return Ok(false) };
         match work.outcome() {
             None => {
-                for (disk, done_bytes, total_bytes) in work.progress() {
+                for (disk, progress) in work.progress() {
                     let progress = FromSeat::Progress {
                         disk,
-                        done_bytes,
-                        total_bytes,
+                        step: progress.step,
+                        done_bytes: progress.done_bytes,
+                        total_bytes: progress.total_bytes,
                     };
                     match connection.send(&progress, &[]) {
                         // A daemon that does not read now is told more later.

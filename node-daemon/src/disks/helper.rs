@@ -1,0 +1,129 @@
+//! The importer as a child, and what it is asked for.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+
+use super::DiskError;
+use super::frame::{self, Frame};
+use super::source::{Reading, Source};
+
+/// Longest word of the importer about what went wrong.
+const WHY_CHARS_MAX: usize = 400;
+
+/// `importer read`: say what the file on standard input contains.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Read {
+    /// What to read it as.
+    pub reading: Reading,
+    /// Its digest, which is compared before anything else is done with it.
+    pub sha256: Option<String>,
+    /// What comes before is known.
+    pub from_bytes: u64,
+    /// Longest contents.
+    pub limit_bytes: u64,
+}
+
+/// `importer fetch`: download.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Fetch {
+    /// What.
+    pub url: String,
+    /// Certificates (PEM) that vouch for the server instead of the public authorities.
+    pub authority: Option<String>,
+    /// What comes before is there.
+    pub from_bytes: u64,
+    /// Of this version.
+    pub etag: Option<String>,
+    /// Longest file.
+    pub limit_bytes: u64,
+}
+
+/// An importer that runs.
+pub(super) struct Helper {
+    program: PathBuf,
+    child: Child,
+    output: BufReader<ChildStdout>,
+    buffer: Vec<u8>,
+    name: String,
+}
+
+impl Helper {
+    /// Starts it with this order and, as standard input, this file.
+    pub(super) fn start<T: Serialize>(
+        program: &Path,
+        (word, order): (&str, &T),
+        input: Option<File>,
+        source: &Source,
+    ) -> Result<Helper, DiskError> {
+        let failed = |why: String| DiskError::Importer {
+            program: program.to_owned(),
+            why,
+        };
+        let order = serde_json::to_string(order).map_err(|error| failed(error.to_string()))?;
+        let mut child = Command::new(program)
+            .args([word, &order])
+            .env_clear()
+            .stdin(input.map_or_else(Stdio::null, Stdio::from))
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|error| failed(format!("can't be started ({error}): it is part of the release")))?;
+        let output = child.stdout.take().ok_or_else(|| failed("has no output".to_owned()))?;
+        Ok(Helper {
+            program: program.to_owned(),
+            child,
+            output: BufReader::with_capacity(64 << 10, output),
+            buffer: Vec::new(),
+            name: source.name().to_owned(),
+        })
+    }
+
+    /// What it says next. After [`Frame::End`] there is nothing more.
+    pub(super) fn next(&mut self) -> Result<Frame<'_>, DiskError> {
+        let failed = |program: &Path, why: String| DiskError::Importer {
+            program: program.to_owned(),
+            why,
+        };
+        // The borrow checker does not see that a frame that is returned ends this function.
+        let read = frame::read(&mut self.output, &mut self.buffer);
+        match read {
+            Ok(Some(Frame::Failed { other, why })) => {
+                let text = String::from_utf8_lossy(why);
+                let why: String = text.chars().filter(|c| !c.is_control()).take(WHY_CHARS_MAX).collect();
+                let name = self.name.clone();
+                Err(if other {
+                    DiskError::OtherDigest { name, why }
+                } else {
+                    DiskError::Source { name, why }
+                })
+            }
+            Ok(Some(frame)) => Ok(frame),
+            Ok(None) => {
+                let ended = self.child.wait();
+                let how = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
+                Err(failed(
+                    &self.program,
+                    format!(
+                        "ended while it read {} ({how}): the file is damaged or hostile, or more than it may use",
+                        self.name
+                    ),
+                ))
+            }
+            Err(error) => Err(failed(
+                &self.program,
+                format!("said nonsense about {}: {error}", self.name),
+            )),
+        }
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        // It has ended by itself, or is of no use any more.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

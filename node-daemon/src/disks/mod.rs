@@ -1,0 +1,398 @@
+//! Disks before their guest starts: every block allocated, first contents expanded, and a durable mark that says so.
+//!
+//! ```text
+//!   web server ──► importer fetch ──pipe──► staging file ─┐  (network, no file)
+//!   guest image, claim ───────────────────────────────────┴─► importer read ──pipe──► disk   (one descriptor, no network)
+//!                                                              digest, format, decompression
+//! ```
+//!
+//! What others wrote is touched by a program of its own, the importer. It holds nothing but the file that it reads (or the
+//! network, never both) and says what it finds through a pipe; whoever prepares the disk, this module, writes it, within the
+//! bounds of the disk. `docs/disks.md` has the reasons.
+//!
+//! Invariant: a disk counts only if its mark says complete, and that is written after contents and blocks are durable and
+//! counted ([`mark`]).
+
+pub mod frame;
+pub mod mark;
+pub mod source;
+pub mod thick;
+
+mod download;
+mod fill;
+mod helper;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use crate::explain;
+use fill::Target;
+pub use helper::{Fetch, Read};
+use mark::{Mark, MarkFile};
+use source::{Place, Source};
+
+/// Contents after which the mark is moved.
+const MARK_BYTES: u64 = 32 << 20;
+/// A file to download may be so much larger than the disk: what its format adds.
+const DOWNLOAD_EXTRA_BYTES: u64 = 64 << 20;
+
+/// Why a disk can't be prepared. The path is said by whoever asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The operating system refused something.
+    #[error("{what} failed: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// There is no room.
+    #[error(
+        "its volume has {free_bytes} bytes free and {missing_bytes} are missing until every block is allocated: make the volume \
+         (the claim) larger, or free some of it"
+    )]
+    NoRoom {
+        /// What is needed.
+        missing_bytes: u64,
+        /// What there is.
+        free_bytes: u64,
+    },
+    /// The volume ran full while it was written, or reported more than it has.
+    #[error(
+        "its volume ran full ({what}): make the volume (the claim) larger, or free some of it; it goes on from there"
+    )]
+    Full {
+        /// What was tried.
+        what: &'static str,
+    },
+    /// Another size.
+    #[error("it has {found_bytes} bytes and should have {size_bytes}: the size of a disk can't be changed")]
+    Size {
+        /// What it has.
+        found_bytes: u64,
+        /// What it should have.
+        size_bytes: u64,
+    },
+    /// Blocks are missing, and would be allocated when the guest writes.
+    #[error(
+        "its block at byte {at_bytes} {why}: choose a volume (a storage class) whose file system allocates at once and neither \
+         compresses nor shares blocks; for a copy by reference, copy the bytes (cp --reflink=never --sparse=never)"
+    )]
+    NotThick {
+        /// The first such block.
+        at_bytes: u64,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The mark is no mark.
+    #[error("{path} is damaged ({why}): a person decides whether the disk counts")]
+    DamagedMark {
+        /// The mark.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// There was a guest, and no mark.
+    #[error("it was used by a guest and its mark {path} is gone: a person decides whether the disk counts")]
+    MarkGone {
+        /// The mark.
+        path: PathBuf,
+    },
+    /// Another program has it.
+    #[error("it is in use by another program (flock): two writers would destroy it")]
+    InUse,
+    /// The first contents.
+    #[error("{name}: {why}")]
+    Source {
+        /// What they come from.
+        name: String,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// The first contents are other ones.
+    #[error("{name}: {why}")]
+    OtherDigest {
+        /// What they come from.
+        name: String,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// The program that reads first contents.
+    #[error("{program} {why}")]
+    Importer {
+        /// Which program.
+        program: PathBuf,
+        /// Why, and what to do.
+        why: String,
+    },
+}
+
+impl DiskError {
+    fn io(what: &'static str) -> impl FnOnce(io::Error) -> DiskError {
+        move |source| DiskError::Io { what, source }
+    }
+
+    /// Of something that takes room.
+    fn write(what: &'static str) -> impl FnOnce(io::Error) -> DiskError {
+        move |source| match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => DiskError::Full { what },
+            _ => DiskError::Io { what, source },
+        }
+    }
+}
+
+/// What is being done to a disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Its first contents are downloaded.
+    Downloading,
+    /// They are compared with their digest.
+    Checking,
+    /// It is written.
+    #[default]
+    Writing,
+}
+
+impl Step {
+    /// In words, for people: `disk root is being …`.
+    pub fn words(self) -> &'static str {
+        match self {
+            Step::Downloading => "downloaded",
+            Step::Checking => "compared with its digest",
+            Step::Writing => "prepared",
+        }
+    }
+}
+
+/// Told how far it is: the step, bytes done, of so many.
+pub type Progress<'a> = &'a dyn Fn(Step, u64, u64);
+
+/// A disk to prepare.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The disk: a file, made if it is missing, or a block device of exactly this size.
+    pub path: PathBuf,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Its mark.
+    pub mark: PathBuf,
+    /// Its first contents; zeros if missing.
+    pub source: Option<Source>,
+    /// Where a source that is a file is.
+    pub file: Option<PathBuf>,
+    /// Where a download is put until the disk is complete.
+    pub staging: PathBuf,
+    /// The importer.
+    pub importer: PathBuf,
+    /// Whether a guest ever used it.
+    pub used: bool,
+}
+
+/// Prepares a disk: does what is left of it. Returns once it is complete, durably.
+///
+/// # Errors
+/// What is missing. Nothing that was done counts then; the next call goes on where the mark says.
+pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
+    let marks = MarkFile::new(job.mark.clone());
+    let mark = marks.read()?;
+    if mark.is_none() && job.used {
+        return Err(DiskError::MarkGone { path: job.mark.clone() });
+    }
+    let mut mark = mark.unwrap_or_default();
+    if mark.complete {
+        return complete(job, &mark, progress);
+    }
+    let file = open(&job.path)?;
+    lock(&file)?;
+    let device = thick::is_device(&file).map_err(DiskError::io("looking at it"))?;
+    let origin = origin(job)?;
+    let size = thick::length(&file).map_err(DiskError::io("reading its size"))?;
+    if device && size != job.size_bytes {
+        return Err(DiskError::Size {
+            found_bytes: size,
+            size_bytes: job.size_bytes,
+        });
+    }
+    let known = mark.size_bytes == job.size_bytes && mark.source.as_deref() == Some(origin.as_str());
+    if !known || size < mark.done_bytes {
+        // Whatever an earlier owner of the volume left behind, or another source.
+        if !device {
+            file.set_len(0).map_err(DiskError::io("emptying it"))?;
+            thick::write_in_place(&file)?;
+        }
+        mark = Mark {
+            size_bytes: job.size_bytes,
+            source: Some(origin),
+            ..Mark::default()
+        };
+        marks.write(&mark)?;
+    }
+    let allocated = !device && allocate(&file, job.size_bytes, mark.done_bytes == 0)?;
+    let image = image(job, &mut mark, &marks, progress)?;
+    let target = Target {
+        file: &file,
+        device,
+        blank: allocated,
+        size_bytes: job.size_bytes,
+        marks: &marks,
+        progress,
+    };
+    let filled = target.fill(job, image, &mut mark);
+    if matches!(filled, Err(DiskError::OtherDigest { .. })) {
+        // It would be the wrong one the next time, too.
+        mark.download = None;
+        marks.write(&mark)?;
+        forget(&job.staging)?;
+    }
+    filled?;
+    file.sync_all().map_err(DiskError::write("making it durable"))?;
+    thick::verify(&file, job.size_bytes)?;
+    mark = Mark {
+        size_bytes: job.size_bytes,
+        done_bytes: job.size_bytes,
+        complete: true,
+        source: mark.source,
+        download: None,
+    };
+    marks.write(&mark)?;
+    forget(&job.staging)?;
+    progress(Step::Writing, job.size_bytes, job.size_bytes);
+    Ok(())
+}
+
+/// A disk that was completed before, perhaps with a guest on it: its contents are not touched.
+fn complete(job: &Job, mark: &Mark, progress: Progress<'_>) -> Result<(), DiskError> {
+    let file = open(&job.path)?;
+    let found_bytes = thick::length(&file).map_err(DiskError::io("reading its size"))?;
+    if mark.size_bytes != job.size_bytes || found_bytes != job.size_bytes {
+        return Err(DiskError::Size {
+            found_bytes,
+            size_bytes: job.size_bytes,
+        });
+    }
+    // Blocks that were given back since are taken again; contents stay.
+    if thick::verify(&file, job.size_bytes).is_err() {
+        thick::allocate(&file, job.size_bytes)?;
+        thick::verify(&file, job.size_bytes)?;
+    }
+    forget(&job.staging)?;
+    progress(Step::Writing, job.size_bytes, job.size_bytes);
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<File, DiskError> {
+    let device = std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_block_device());
+    let flags = libc::O_NOFOLLOW | if device { libc::O_EXCL } else { 0 };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(!device)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(flags)
+        .open(path)
+        .map_err(DiskError::io("opening it"))?;
+    let kind = file.metadata().map_err(DiskError::io("looking at it"))?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(file);
+    }
+    Err(DiskError::io("opening it")(io::Error::other(
+        "it is neither a file nor a block device",
+    )))
+}
+
+fn lock(file: &File) -> Result<(), DiskError> {
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(DiskError::InUse),
+        Err(errno) => Err(DiskError::io("locking it")(errno.into())),
+    }
+}
+
+/// Allocates; a disk that was just begun gives its blocks back if there are too few of them.
+fn allocate(file: &File, size_bytes: u64, fresh: bool) -> Result<bool, DiskError> {
+    thick::allocate(file, size_bytes).inspect_err(|error| {
+        if fresh && matches!(error, DiskError::NoRoom { .. }) {
+            // What can't be given back is taken again by the next attempt.
+            let _ = file.set_len(0);
+        }
+    })
+}
+
+/// What the contents come from, so that two sources are never mixed.
+fn origin(job: &Job) -> Result<String, DiskError> {
+    let Some(source) = &job.source else {
+        return Ok("blank".to_owned());
+    };
+    let reading = source.reading().map_err(|why| of_source(source, why))?;
+    let what = match (&source.sha256, &job.file) {
+        (Some(digest), _) => format!("sha256 {digest}"),
+        (None, Some(path)) => {
+            let data = std::fs::metadata(path).map_err(|error| unreadable(source, &error))?;
+            let (seconds, nanoseconds) = (data.mtime(), data.mtime_nsec());
+            format!("{} {} bytes of {seconds}.{nanoseconds:09}", source.name(), data.len())
+        }
+        (None, None) => {
+            let why = "a download needs sha256: name the digest of the file";
+            return Err(of_source(source, why.to_owned()));
+        }
+    };
+    Ok(format!("{what} as {:?} {:?}", reading.format, reading.compression))
+}
+
+/// The file with the first contents, downloaded if need be; none: zeros.
+fn image(job: &Job, mark: &mut Mark, marks: &MarkFile, progress: Progress<'_>) -> Result<Option<File>, DiskError> {
+    let Some(source) = &job.source else { return Ok(None) };
+    if let Place::Http { url, authority } = &source.place {
+        download::complete(job, (url, authority.as_deref()), mark, marks, progress)?;
+    }
+    let path = match &source.place {
+        Place::Http { .. } => &job.staging,
+        Place::Image { .. } | Place::Claim { .. } => job.file.as_ref().unwrap_or(&job.staging),
+    };
+    let file = File::open(path).map_err(|error| unreadable(source, &error))?;
+    let data = file.metadata().map_err(|error| unreadable(source, &error))?;
+    if !data.is_file() {
+        return Err(of_source(source, "it is no regular file: name a file".to_owned()));
+    }
+    Ok(Some(file))
+}
+
+fn unreadable(source: &Source, error: &io::Error) -> DiskError {
+    let where_ = match source.place {
+        Place::Image { .. } => "it must be a file of the guest image (or of the volume that is named there)",
+        Place::Claim { .. } => {
+            "it must be a file of the claim that source.claim names, and its group must be able to read it"
+        }
+        Place::Http { .. } => "its download is gone; it is begun anew",
+    };
+    of_source(source, format!("it can't be read ({error}): {where_}"))
+}
+
+fn of_source(source: &Source, why: String) -> DiskError {
+    DiskError::Source {
+        name: source.name().to_owned(),
+        why,
+    }
+}
+
+fn forget(staging: &Path) -> Result<(), DiskError> {
+    match std::fs::remove_file(staging) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(DiskError::io("removing the downloaded file")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An error with its causes, about this disk.
+pub fn told(name: &str, path: &Path, error: &DiskError) -> String {
+    format!("disk {name} ({}): {}", path.display(), explain(error))
+}
