@@ -360,13 +360,14 @@ impl Core {
             hand_over: None,
         });
         self.next_observe_ms = self.now_ms + self.timing.observe_ms;
-        // Now, and before the guest is loaded: what it says waits until the source follows.
-        self.repeat_follow(actions);
         actions.push(Action::LoadAndRun {
             epoch,
             resend_after,
             term,
         });
+        // Now, for what the guest says waits until the source follows. Not before the guest is loaded: until it follows the source
+        // passes on what still arrives at its ports.
+        self.repeat_follow(actions);
     }
 
     fn won_cold_start(&mut self, record: &Record, actions: &mut Vec<Action>) {
