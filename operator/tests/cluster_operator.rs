@@ -140,6 +140,8 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
     let explained = cluster.kubectl(&["explain", "ftvm.spec.faultTolerance.replaceAfterSeconds"])?;
     assert!(explained.contains("is replaced on another node"), "{explained}");
     let explained = cluster.kubectl(&["explain", "ftvm.spec.disks.source.format"])?;
+    // kubectl breaks lines.
+    let explained = explained.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(
         explained.contains("neither a backing file nor an external data file"),
         "{explained}"
