@@ -1,5 +1,5 @@
 //! What tests of a pair begin with, wait for and judge: three hosts, seats on the first two, a client.
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -28,6 +28,21 @@ pub fn turn() -> MutexGuard<'static, ()> {
 #[must_use]
 pub fn guest() -> SocketAddr {
     SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT))
+}
+
+/// A connection to the guest, once it takes one; from within the client's network.
+///
+/// # Panics
+/// If it never does.
+#[must_use]
+pub fn connect() -> TcpStream {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match TcpStream::connect_timeout(&guest(), Duration::from_secs(1)) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(Instant::now() < deadline, "no connection: {error}"),
+        }
+    }
 }
 
 /// A client that asks and asks. `patience`: without an answer for this long it gives up.

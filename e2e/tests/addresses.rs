@@ -1,10 +1,8 @@
 //! Where the network believes the guest to be: frames for it must reach the seat that will answer.
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::{Duration, Instant};
 
 use ftvm_e2e::demo::programs::{self, Profile, Programs};
 use ftvm_e2e::demo::{GUEST_MAC, Options};
@@ -13,7 +11,7 @@ use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::hosts::{Host, Lab, net};
 use ftvm_e2e::judge::sniffer::Sniffer;
 use ftvm_e2e::judge::timeline::Direction;
-use ftvm_e2e::scene::{self, PATIENCE, guest};
+use ftvm_e2e::scene::{self, PATIENCE};
 
 /// The programs, built before the namespaces are entered: there is no network in them.
 fn built(test: &str) -> Programs {
@@ -34,13 +32,7 @@ impl Asker {
         let entrance = lab.client_entrance().expect("the client's namespace");
         std::thread::spawn(move || {
             entrance().expect("the client's namespace");
-            let deadline = Instant::now() + PATIENCE;
-            let mut stream = loop {
-                match TcpStream::connect_timeout(&guest(), Duration::from_secs(1)) {
-                    Ok(stream) => break stream,
-                    Err(error) => assert!(Instant::now() < deadline, "no connection: {error}"),
-                }
-            };
+            let mut stream = scene::connect();
             while asked.recv().is_ok() {
                 let request = Request::new(Op::Status, 0, 0, 0).encode();
                 stream.write_all(&request).expect("the connection stands");

@@ -1,9 +1,7 @@
 //! The guest's MTU is that of the bridge where it boots, and its own from then on: it goes with it, and a host that carries less does not take it.
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use ftvm_e2e::demo::programs::{self, Profile, Programs};
 use ftvm_e2e::demo::system::{Seat, System};
@@ -13,7 +11,7 @@ use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::hosts::{Host, Lab};
 use ftvm_e2e::judge::sniffer::Sniffer;
 use ftvm_e2e::judge::timeline::Direction;
-use ftvm_e2e::scene::{self, PATIENCE, guest};
+use ftvm_e2e::scene::{self, PATIENCE};
 use serde_json::json;
 
 /// IPv4 and TCP without options.
@@ -64,13 +62,7 @@ fn fetch(scene: &Scene) {
     let entrance = scene.lab.client_entrance().expect("the client's namespace");
     let work = move || {
         entrance().expect("the client's namespace");
-        let deadline = Instant::now() + PATIENCE;
-        let mut stream = loop {
-            match TcpStream::connect_timeout(&guest(), Duration::from_secs(1)) {
-                Ok(stream) => break stream,
-                Err(error) => assert!(Instant::now() < deadline, "no connection: {error}"),
-            }
-        };
+        let mut stream = scene::connect();
         stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
         let request = Request::new(Op::Bulk, 1, BULK_BYTES as u64, 0).encode();
         stream.write_all(&request).expect("the connection stands");

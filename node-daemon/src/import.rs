@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use clap::{ArgGroup, Args, ValueEnum};
+use clap::{ArgGroup, Args};
 use ftvm_engine::control::exit_code;
 
 use crate::disks::source::{Compression, Format, Place, Source};
@@ -36,10 +36,10 @@ pub struct Import {
     blank: bool,
     /// What the file is written in; by the ending of its name if missing.
     #[arg(long)]
-    format: Option<FormatName>,
+    format: Option<Format>,
     /// What it is compressed with; by the ending of its name if missing.
     #[arg(long)]
-    compression: Option<CompressionName>,
+    compression: Option<Compression>,
     /// SHA-256 of the file, as sha256sum prints it.
     #[arg(long)]
     sha256: Option<String>,
@@ -49,20 +49,6 @@ pub struct Import {
     /// Where to keep how far it is; needed for a block device. Beside a file if missing.
     #[arg(long)]
     mark: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum FormatName {
-    Raw,
-    Qcow2,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum CompressionName {
-    None,
-    Gzip,
-    Xz,
-    Zstd,
 }
 
 /// Where it is kept how far the import of this file is.
@@ -161,16 +147,8 @@ impl Import {
         };
         Some(Source {
             place,
-            format: self.format.map(|format| match format {
-                FormatName::Raw => Format::Raw,
-                FormatName::Qcow2 => Format::Qcow2,
-            }),
-            compression: self.compression.map(|compression| match compression {
-                CompressionName::None => Compression::None,
-                CompressionName::Gzip => Compression::Gzip,
-                CompressionName::Xz => Compression::Xz,
-                CompressionName::Zstd => Compression::Zstd,
-            }),
+            format: self.format,
+            compression: self.compression,
             sha256: self.sha256.clone(),
         })
     }

@@ -17,6 +17,7 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 pub mod disks;
+mod durable;
 pub mod identity;
 pub mod import;
 pub mod jail;

@@ -22,6 +22,8 @@ use rustix::fs::FlockOperation;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::durable;
+
 /// Errors of the state folder.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -232,17 +234,10 @@ impl SeatFolder {
 
     /// Replaces a JSON file of this folder, durably and in one step.
     pub fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
-        let (path, temporary) = (self.file(name), self.file(&format!("{name}.new")));
+        let path = self.file(name);
         // Plain data always encodes.
         let text = serde_json::to_vec_pretty(value).unwrap_or_default();
-        let write = || -> io::Result<()> {
-            let mut file = File::create(&temporary)?;
-            file.write_all(&text)?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, &path)?;
-            File::open(&self.path)?.sync_all()
-        };
-        write().map_err(io_error("writing", &path))
+        durable::replace(&path, &text).map_err(io_error("writing", &path))
     }
 
     /// Forgets the engine: it is known to have ended.

@@ -35,6 +35,15 @@ fn killed_at(bench: &Bench, call: u32, words: &[&str]) -> bool {
     !status.success()
 }
 
+/// Runs an import and kills it after this time.
+fn killed_after(bench: &Bench, time: Duration, words: &[&str]) {
+    let mut import = bench.command("disk.img", DISK_MIB, words);
+    let mut child = import.stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(time);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 fn expected() -> Vec<u8> {
     let mut expected = contents(IMAGE_MIB);
     expected.resize(DISK_MIB as usize * MIB, 0);
@@ -91,15 +100,8 @@ fn killed_by_the_clock_it_goes_on_too() {
     let mut marks = Vec::new();
     for life in 0.. {
         assert!(life < 200, "it never becomes complete: {marks:?}");
-        let mut child = bench
-            .command("disk.img", DISK_MIB, &words)
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
         // Longer and longer, for a busy machine.
-        std::thread::sleep(Duration::from_millis(40 + 25 * life));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        killed_after(&bench, Duration::from_millis(40 + 25 * life), &words);
         marks.push(bench.done_bytes("disk.img"));
         if bench.complete("disk.img") {
             break;
@@ -325,14 +327,7 @@ fn a_download_goes_on_after_cuts_and_kills() {
             server.state.cut_bytes.store(40 << 20, Ordering::SeqCst);
         }
         for life in 0..6 {
-            let mut child = bench
-                .command("disk.img", DISK_MIB, &words)
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap();
-            std::thread::sleep(Duration::from_millis(60 + 60 * life));
-            child.kill().unwrap();
-            child.wait().unwrap();
+            killed_after(&bench, Duration::from_millis(60 + 60 * life), &words);
         }
         let output = bench.import("disk.img", DISK_MIB, &words);
         assert!(output.status.success(), "{}", imports::said(&output));

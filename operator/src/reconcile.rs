@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, VmPhase};
@@ -286,13 +286,17 @@ impl Context {
         }
     }
 
+    fn memories(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn remember<T>(&self, vm: &FaultTolerantVM, change: impl FnOnce(&mut Memory) -> T) -> T {
-        let mut memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut memory = self.memories();
         change(memory.entry(vm.uid().unwrap_or_default()).or_default())
     }
 
     fn no_failure(&self, vm: &FaultTolerantVM) {
-        let mut memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut memory = self.memories();
         if let Some(memory) = memory.get_mut(&vm.uid().unwrap_or_default()) {
             memory.failures = 0;
         }
@@ -306,7 +310,7 @@ impl Context {
 
     /// Does the cache lack what this process wrote itself?
     fn is_old(&self, vm: &FaultTolerantVM) -> bool {
-        let memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let memory = self.memories();
         let written = memory
             .get(&vm.uid().unwrap_or_default())
             .and_then(|memory| memory.written);
@@ -315,7 +319,7 @@ impl Context {
     }
 
     fn forget(&self, vm: &FaultTolerantVM) {
-        let mut memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut memory = self.memories();
         memory.remove(&vm.uid().unwrap_or_default());
     }
 }

@@ -102,12 +102,15 @@ impl Standalone {
     /// What a host's daemon says of its seat; nothing if the daemon does not answer.
     #[must_use]
     pub fn why(&self, host: usize) -> String {
-        let status = daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).unwrap_or_default();
-        let mut seats = status["seats"].as_array().into_iter().flatten();
-        let seat = seats.find(|seat| seat["vm"] == VM);
-        seat.and_then(|seat| seat["why"].as_str())
-            .unwrap_or_default()
-            .to_owned()
+        let seat = self.seat_status(host).unwrap_or_default();
+        seat["why"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// What a host's daemon says of its seat.
+    fn seat_status(&self, host: usize) -> Option<Value> {
+        let mut status = daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).ok()?;
+        let seats = status["seats"].as_array_mut()?;
+        seats.iter_mut().find(|seat| seat["vm"] == VM).map(Value::take)
     }
 
     fn host_folder(&self, host: usize) -> PathBuf {
@@ -333,12 +336,7 @@ impl System for Standalone {
     }
 
     fn seat(&mut self, host: usize) -> Option<Seat> {
-        let status = daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).ok()?;
-        let seats = status["seats"].as_array()?;
-        let seat = seats
-            .iter()
-            .find(|seat| seat["vm"] == VM && seat["engine"].is_object())?;
-        serde_json::from_value(seat["engine"].clone()).ok()
+        serde_json::from_value(self.seat_status(host)?["engine"].take()).ok()
     }
 
     fn hand_over(&mut self, host: usize) -> anyhow::Result<()> {

@@ -59,19 +59,23 @@ impl Helper {
         input: Option<File>,
         source: &Source,
     ) -> Result<Helper, DiskError> {
-        let failed = |why: String| DiskError::Importer {
-            program: program.to_owned(),
-            why,
-        };
-        let order = serde_json::to_string(order).map_err(|error| failed(error.to_string()))?;
+        let order = serde_json::to_string(order).map_err(|error| failed(program, error.to_string()))?;
         let mut child = Command::new(program)
             .args([word, &order])
             .env_clear()
             .stdin(input.map_or_else(Stdio::null, Stdio::from))
             .stdout(Stdio::piped())
             .spawn()
-            .map_err(|error| failed(format!("can't be started ({error}): it is part of the release")))?;
-        let output = child.stdout.take().ok_or_else(|| failed("has no output".to_owned()))?;
+            .map_err(|error| {
+                failed(
+                    program,
+                    format!("can't be started ({error}): it is part of the release"),
+                )
+            })?;
+        let output = child
+            .stdout
+            .take()
+            .ok_or_else(|| failed(program, "has no output".to_owned()))?;
         Ok(Helper {
             program: program.to_owned(),
             child,
@@ -83,10 +87,6 @@ impl Helper {
 
     /// What it says next. After [`Frame::End`] there is nothing more.
     pub(super) fn next(&mut self) -> Result<Frame<'_>, DiskError> {
-        let failed = |program: &Path, why: String| DiskError::Importer {
-            program: program.to_owned(),
-            why,
-        };
         // The borrow checker does not see that a frame that is returned ends this function.
         let read = frame::read(&mut self.output, &mut self.buffer);
         match read {
@@ -117,6 +117,13 @@ impl Helper {
                 format!("said nonsense about {}: {error}", self.name),
             )),
         }
+    }
+}
+
+fn failed(program: &Path, why: String) -> DiskError {
+    DiskError::Importer {
+        program: program.to_owned(),
+        why,
     }
 }
 

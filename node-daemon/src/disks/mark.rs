@@ -4,12 +4,12 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::DiskError;
+use crate::durable;
 
 /// Longest mark that is read.
 const BYTES_MAX: u64 = 64 << 10;
@@ -84,19 +84,8 @@ impl MarkFile {
 
     /// Puts this mark in the place of the one before.
     pub fn write(&self, mark: &Mark) -> Result<(), DiskError> {
-        self.try_write(mark).map_err(DiskError::write("writing its mark"))
-    }
-
-    fn try_write(&self, mark: &Mark) -> io::Result<()> {
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let mut new = self.path.clone().into_os_string();
-        new.push(".new");
-        let new = PathBuf::from(new);
-        let text = serde_json::to_vec(mark)?;
-        let file = File::create(&new)?;
-        file.write_all_at(&text, 0)?;
-        file.sync_all()?;
-        std::fs::rename(&new, &self.path)?;
-        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+        let text = serde_json::to_vec(mark).map_err(io::Error::from);
+        text.and_then(|text| durable::replace(&self.path, &text))
+            .map_err(DiskError::write("writing its mark"))
     }
 }

@@ -278,10 +278,7 @@ fn complete(job: &Job, mark: &Mark, progress: Progress<'_>) -> Result<(), DiskEr
         });
     }
     // Blocks that were given back since are taken again; contents stay.
-    if thick::verify(&file, job.size_bytes).is_err() {
-        thick::allocate(&file, job.size_bytes)?;
-        thick::verify(&file, job.size_bytes)?;
-    }
+    thick::make(&file, job.size_bytes)?;
     forget(&job.staging)?;
     progress(Step::Writing, job.size_bytes, job.size_bytes);
     Ok(())

@@ -19,6 +19,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::ResourceExt;
 use kube::api::ObjectMeta;
 
+use super::shared::urls;
 use super::{SeatImage, owner, seat_labels};
 
 /// User and group of the seat program, as in the image.
@@ -192,8 +193,7 @@ fn claims_of_sources(vm: &FaultTolerantVM) -> impl Iterator<Item = (&str, ClaimF
 
 /// Whether first contents are downloaded.
 fn downloads(vm: &FaultTolerantVM) -> bool {
-    let mut disks = vm.spec.disks.iter();
-    disks.any(|disk| matches!(disk.contents(), Contents::Http(_)))
+    urls(vm).next().is_some()
 }
 
 fn volumes_of_sources(vm: &FaultTolerantVM) -> Vec<Volume> {

@@ -71,11 +71,7 @@ pub fn network_policy(vm: &FaultTolerantVM, ran: bool) -> NetworkPolicy {
 
 /// Names, and the ports of web servers, wherever those are: a network policy knows no names. Redirections may lead to the usual ports.
 fn downloads(vm: &FaultTolerantVM) -> Option<NetworkPolicyEgressRule> {
-    let urls = vm.spec.disks.iter().filter_map(|disk| match disk.contents() {
-        Contents::Http(file) => Some(file.url),
-        Contents::Blank | Contents::File(_) | Contents::Claim(_) => None,
-    });
-    let mut ports: BTreeSet<i32> = urls.map(|url| port_of(&url)).collect();
+    let mut ports: BTreeSet<i32> = urls(vm).map(|url| port_of(&url)).collect();
     if ports.is_empty() {
         return None;
     }
@@ -90,6 +86,14 @@ fn downloads(vm: &FaultTolerantVM) -> Option<NetworkPolicyEgressRule> {
     Some(NetworkPolicyEgressRule {
         to: None,
         ports: Some(all.map(port).collect()),
+    })
+}
+
+/// Addresses of first contents that are downloaded.
+pub(super) fn urls(vm: &FaultTolerantVM) -> impl Iterator<Item = String> {
+    vm.spec.disks.iter().filter_map(|disk| match disk.contents() {
+        Contents::Http(file) => Some(file.url),
+        Contents::Blank | Contents::File(_) | Contents::Claim(_) => None,
     })
 }
 

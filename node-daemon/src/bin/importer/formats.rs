@@ -124,6 +124,20 @@ fn raw(mut file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result
     Ok(())
 }
 
+/// Reads until the buffer is full or nothing is left; how much it read.
+pub fn fill(from: &mut (impl Read + ?Sized), buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match from.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
 fn stream(
     from: &mut dyn Read,
     reading: Reading,
@@ -133,23 +147,12 @@ fn stream(
     let mut buffer = vec![0u8; PIECE_BYTES];
     let mut at = 0u64;
     loop {
-        let mut filled = 0;
-        while filled < buffer.len() {
-            match from.read(&mut buffer[filled..]) {
-                Ok(0) => break,
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    let what = format!(
-                        "it can't be unpacked as {:?} at byte {at} of the contents",
-                        reading.compression
-                    );
-                    return Err(Failure::new(format!(
-                        "{what} ({error}): it is damaged or something else"
-                    )));
-                }
-            }
-        }
+        let filled = fill(from, &mut buffer).map_err(|error| {
+            let compression = reading.compression;
+            Failure::new(format!(
+                "it can't be unpacked as {compression:?} at byte {at} of the contents ({error}): it is damaged or something else"
+            ))
+        })?;
         let piece = &buffer[..filled];
         if at == 0 && piece.starts_with(b"QFI\xfb") && !reading.certain {
             return Err(Failure::new(

@@ -1,7 +1,7 @@
 //! `importer read`: the digest of standard input, then its contents.
 
 use std::fs::File;
-use std::io::{Read as _, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use ftvm_node_daemon::disks::Read;
@@ -38,12 +38,10 @@ fn check(file: &mut File, digest: &str, out: &mut impl Write) -> Result<(), Fail
     let mut buffer = vec![0u8; PIECE_BYTES];
     let (mut done_bytes, mut told) = (0u64, 0u64);
     loop {
-        let count = match file.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error.into()),
-        };
+        let count = formats::fill(file, &mut buffer)?;
+        if count == 0 {
+            break;
+        }
         context.update(&buffer[..count]);
         done_bytes += count as u64;
         if done_bytes - told >= CHECKED_BYTES {
