@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
-use super::standalone::DISK;
+use super::standalone::{DISK, JOURNAL};
 
 /// Where the inner program sees its folder.
 const SHORT_FOLDER: &str = "/mnt";
@@ -30,15 +30,17 @@ pub fn new_folder(name: &str) -> anyhow::Result<PathBuf> {
         .with_context(|| format!("looking at {}", path.display()))
 }
 
-/// Disks are large and of no use afterwards; logs are small and may be.
+/// Hosts' disks and journals are large and of no use afterwards; logs are small and may be.
 ///
 /// # Errors
-/// If the folder can't be read or a disk not be removed.
+/// If the folder can't be read or a file not be removed.
 pub fn remove_disks(folder: &Path) -> anyhow::Result<()> {
     for entry in fs::read_dir(folder)?.filter_map(Result::ok) {
-        let disk = entry.path().join(DISK);
-        if disk.exists() {
-            fs::remove_file(&disk).with_context(|| format!("removing {}", disk.display()))?;
+        for name in [DISK, JOURNAL] {
+            let file = entry.path().join(name);
+            if file.exists() {
+                fs::remove_file(&file).with_context(|| format!("removing {}", file.display()))?;
+            }
         }
     }
     Ok(())

@@ -4,7 +4,8 @@
 //!   FOLDER/arbiter/            the record, which all hosts reach
 //!   FOLDER/hN/config.yaml      the daemon's configuration
 //!   FOLDER/hN/disk.raw         the seat's disk
-//!   FOLDER/hN/state/           the daemon's state folder: sockets, logs, header, journal
+//!   FOLDER/hN/journal          the seat's journal
+//!   FOLDER/hN/state/           the daemon's state folder: sockets, logs
 //!   FOLDER/hN/daemon.log
 //! ```
 use std::fs::{self, File};
@@ -17,6 +18,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
 use super::background::Background;
+use super::place::remove_disks;
 use super::programs::Programs;
 use super::system::{Digest, Seat, System};
 use super::{GUEST_ADDRESS, GUEST_MAC, Options, compare, daemon, guest_command_line, mac_text};
@@ -24,6 +26,8 @@ use crate::hosts::{HostProcess, Lab};
 
 /// File name of a seat's disk in its host's folder.
 pub const DISK: &str = "disk.raw";
+/// File name of a seat's journal, likewise.
+pub const JOURNAL: &str = "journal";
 /// Name of the virtual machine.
 const VM: &str = "demo";
 /// Where replication links listen.
@@ -163,7 +167,7 @@ impl Standalone {
             "nics": [{ "name": "net0", "mac": mac_text(GUEST_MAC), "tap": "guest0", "bridge": Lab::GUEST_BRIDGE }],
             "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
             "header": folder.join("header"),
-            "journal": folder.join("journal"),
+            "journal": folder.join(JOURNAL),
             "link": { "listen": self.link_address(host), "peers": peers },
             "timing": self.timing,
             "checkpoint": self.checkpoint,
@@ -391,6 +395,16 @@ impl System for Standalone {
         (0..self.lab.hosts().len())
             .map(|host| self.host_folder(host).join("daemon.log"))
             .collect()
+    }
+}
+
+impl Drop for Standalone {
+    /// Engines that still have them open keep them until they end.
+    fn drop(&mut self) {
+        self.daemons.clear();
+        if let Err(error) = remove_disks(&self.folder) {
+            eprintln!("disks of the hosts stay where they are: {error:#}");
+        }
     }
 }
 

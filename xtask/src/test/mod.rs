@@ -12,6 +12,7 @@ use ftvm_e2e::cargo::cargo;
 
 use crate::packages;
 
+mod room;
 mod runner;
 mod tally;
 
@@ -200,7 +201,8 @@ fn integration_tests(root: &Path) -> anyhow::Result<Vec<String>> {
 }
 
 fn run_tier(tier: &Tier, root: &Path) -> anyhow::Result<Outcome> {
-    println!("\n== {}: {} ==", tier.name, tier.about);
+    let free_gib = room::ensure_for_a_tier(root)?;
+    println!("\n== {}: {} == ({free_gib} GiB free)", tier.name, tier.about);
     let begin = Instant::now();
     let deadline = begin + tier.budget + tier.build;
     let mut tally = Tally::default();
