@@ -2,20 +2,28 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::json;
 
+use super::plan::{KIND_LABEL, NodeKind};
 use super::{Cluster, images};
 use crate::cargo::workspace;
+use crate::demo::Guest;
 use crate::demo::programs::build_guest;
 use crate::lab::binaries::{self, Profile};
+use crate::lab::image::Image;
 
 /// The image of all programs.
 const REPOSITORY: &str = "lab.ftvm.dev/fault-tolerant-vm";
 const TAG: &str = "lab";
 /// The image of the embedded guest.
 pub const GUEST_IMAGE: &str = "lab.ftvm.dev/embedded-guest:lab";
+/// The image of the Debian guest.
+pub const DEBIAN_IMAGE: &str = "lab.ftvm.dev/debian-guest:lab";
+/// Its root disk in it.
+pub const DEBIAN_DISK: &str = "/disk/root.raw";
 /// Namespace of operator and node-daemons.
 pub const NAMESPACE: &str = "ftvm-system";
 /// Name of the release.
@@ -28,6 +36,9 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("ftvm-node-daemon", "seat"),
 ];
 
+/// For operator and node-daemons to be ready.
+const PATIENCE: Duration = Duration::from_secs(180);
+
 /// Images as OCI archives, ready for a cluster.
 #[derive(Debug, Clone)]
 pub struct Images {
@@ -36,11 +47,11 @@ pub struct Images {
 }
 
 impl Images {
-    /// Builds what is not fresh and makes the archives in `folder`.
+    /// Builds what is not fresh and makes the archives in `folder`: the product's, and a guest's.
     ///
     /// # Errors
     /// If something does not compile, or buildah fails.
-    pub fn make(folder: &Path, profile: Profile) -> anyhow::Result<Self> {
+    pub fn make(folder: &Path, profile: Profile, guest: Guest) -> anyhow::Result<Self> {
         let binaries = folder.join("image");
         fs::create_dir_all(binaries.join("programs"))?;
         for program in binaries::build(&PROGRAMS, profile)? {
@@ -49,13 +60,26 @@ impl Images {
         }
         let made = Self {
             product: folder.join("fault-tolerant-vm.tar"),
-            guest: folder.join("embedded-guest.tar"),
+            guest: folder.join("guest.tar"),
         };
         let dockerfile = workspace()?.join("Dockerfile");
         images::build(&dockerfile, &format!("{REPOSITORY}:{TAG}"), &binaries, &made.product)?;
-        images::pack_guest(GUEST_IMAGE, &build_guest()?, None, &[], &made.guest)?;
+        match guest {
+            Guest::Embedded => images::pack_guest(GUEST_IMAGE, &build_guest()?, None, &[], &made.guest)?,
+            Guest::Linux => {
+                let debian = Image::guest()?;
+                let disks = [(DEBIAN_DISK.trim_start_matches("/disk/"), debian.disk.as_path())];
+                images::pack_guest(DEBIAN_IMAGE, &debian.kernel, Some(&debian.initrd), &disks, &made.guest)?;
+            }
+        }
         fs::remove_dir_all(&binaries).with_context(|| format!("cannot remove {}", binaries.display()))?;
         Ok(made)
+    }
+
+    /// The archives, for [`Options::images`](super::Options::images).
+    #[must_use]
+    pub fn archives(&self) -> Vec<PathBuf> {
+        vec![self.product.clone(), self.guest.clone()]
     }
 }
 
@@ -71,13 +95,16 @@ fn strip(program: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 impl Cluster {
-    /// Gives both images to all nodes and installs the chart; returns once operator and node-daemons are ready.
+    /// Gives both images to the nodes if they lack them, and installs the chart; returns once operator and node-daemons are ready.
     ///
     /// # Errors
     /// What Helm says, with what the pods say.
     pub fn install(&self, images: &Images) -> anyhow::Result<()> {
-        self.import_image(&images.product)?;
-        self.import_image(&images.guest)?;
+        for archive in images.archives() {
+            if !self.shared.options.images.contains(&archive) {
+                self.import_image(&archive)?;
+            }
+        }
         self.make_namespace(NAMESPACE, &json!({"pod-security.kubernetes.io/enforce": "privileged"}))?;
         self.helm_install("install", &[])
     }
@@ -90,6 +117,7 @@ impl Cluster {
         let chart = workspace()?.join("charts/fault-tolerant-vm");
         let chart = chart.to_str().context("the chart's path is no UTF-8")?;
         let (repository, tag) = (format!("image.repository={REPOSITORY}"), format!("image.tag={TAG}"));
+        let timeout = format!("{}s", self.kind().patience(PATIENCE).as_secs());
         let arguments = [
             verb,
             RELEASE,
@@ -98,10 +126,17 @@ impl Cluster {
             NAMESPACE,
             "--wait",
             "--timeout",
-            "180s",
+            &timeout,
         ];
         let values = ["--set", &repository, "--set", &tag, "--set", "image.pullPolicy=Never"];
-        self.helm(&[&arguments[..], &values, more].concat())
+        let on = |part: &str, kind: NodeKind| format!("{part}.nodeSelector.{KIND_LABEL}={}", kind.name());
+        // Emulated nodes have enough to do.
+        let places = [on("operator", NodeKind::Native), on("nodeDaemon", NodeKind::Emulated)];
+        let places: Vec<&str> = match self.kind() {
+            NodeKind::Native => Vec::new(),
+            NodeKind::Emulated => places.iter().flat_map(|place| ["--set", place]).collect(),
+        };
+        self.helm(&[&arguments[..], &values, &places, more].concat())
             .map(drop)
             .with_context(|| self.pods_story(NAMESPACE))
     }
