@@ -36,6 +36,8 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("ftvm-node-daemon", "seat"),
 ];
 
+/// A program that only asks the daemon is started so slowly on an emulated node, at worst.
+const SLOW_PROBE_S: u32 = 60;
 /// For operator and node-daemons to be ready.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -129,14 +131,20 @@ impl Cluster {
             &timeout,
         ];
         let values = ["--set", &repository, "--set", &tag, "--set", "image.pullPolicy=Never"];
+        let probe = |name: &str| format!("nodeDaemon.{name}Probe.timeoutSeconds={SLOW_PROBE_S}");
+        let probes = ["startup", "readiness", "liveness"].map(probe);
         let on = |part: &str, kind: NodeKind| format!("{part}.nodeSelector.{KIND_LABEL}={}", kind.name());
         // Emulated nodes have enough to do.
         let places = [on("operator", NodeKind::Native), on("nodeDaemon", NodeKind::Emulated)];
-        let places: Vec<&str> = match self.kind() {
+        let slow: Vec<&str> = match self.kind() {
             NodeKind::Native => Vec::new(),
-            NodeKind::Emulated => places.iter().flat_map(|place| ["--set", place]).collect(),
+            NodeKind::Emulated => places
+                .iter()
+                .chain(&probes)
+                .flat_map(|value| ["--set", value])
+                .collect(),
         };
-        self.helm(&[&arguments[..], &values, &places, more].concat())
+        self.helm(&[&arguments[..], &values, &slow, more].concat())
             .map(drop)
             .with_context(|| self.pods_story(NAMESPACE))
     }
