@@ -195,6 +195,11 @@ impl Cluster {
             .context("the cluster has no proxy: set Options::api_proxy")
     }
 
+    /// Tells whoever looks on.
+    pub(crate) fn say(&self, text: &str) {
+        (self.shared.options.say)(text);
+    }
+
     /// The nodes, `n1` first.
     #[must_use]
     pub fn nodes(&self) -> &[Node] {

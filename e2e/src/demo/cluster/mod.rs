@@ -3,6 +3,7 @@
 //! Nothing here mends anything: the operator finds the third node, kubelet starts what it started before. The embedded guest runs on three
 //! native nodes, Debian on two emulated ones (the operator has a native one): there the killed node comes back, and with it protection.
 pub mod acts;
+mod groups;
 mod machines;
 mod system;
 

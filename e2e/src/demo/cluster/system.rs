@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
+use super::groups::EngineGroup;
 use super::{GUEST_ADDRESS, NAMESPACE, VM};
 use crate::cluster::install::{DEBIAN_IMAGE, GUEST_IMAGE};
 use crate::cluster::plan::CLIENT_BRIDGE;
@@ -141,6 +142,21 @@ impl Kubernetes {
         self.cluster.workers()[machine].file(&Path::new(path).join(DISK), self.cluster.folder())
     }
 
+    /// Where the node's kernel has the engine, and what it charges its pod with.
+    fn examine_group(&self, machine: usize) -> anyhow::Result<()> {
+        let seat = self.named(machine)?;
+        let pod = self.cluster.get(&["pod", "--namespace", NAMESPACE, &seat])?;
+        let uid = pod["metadata"]["uid"].as_str().context("the pod has no UID")?;
+        let limit = &pod["spec"]["containers"][0]["resources"]["limits"]["memory"];
+        let limit_mib = limit
+            .as_str()
+            .and_then(|limit| limit.strip_suffix("Mi")?.parse::<u64>().ok());
+        let limit_mib = limit_mib.with_context(|| format!("the pod's limit of memory is {limit}, no number of Mi"))?;
+        let group = EngineGroup::read(&self.cluster.workers()[machine])?;
+        self.cluster.say(&format!("the engine of {seat}: {group}"));
+        group.judge(uid, limit_mib << 20, u64::from(self.options.memory_mib) << 20)
+    }
+
     /// Copies of both disks become equal once the guest is still and the journal applied. What they are then is examined: file system and
     /// Redis' log must be in order, as after a power cut.
     fn compare_copies(&self, active: usize, standby: usize) -> anyhow::Result<()> {
@@ -227,7 +243,11 @@ impl System for Kubernetes {
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
         match self.options.guest {
             Guest::Embedded => compare::disks(&self.disk(active)?, &self.disk(standby)?, SETTLE)?,
-            Guest::Linux => self.compare_copies(active, standby)?,
+            Guest::Linux => {
+                self.examine_group(active)?;
+                self.examine_group(standby)?;
+                self.compare_copies(active, standby)?;
+            }
         }
         compare::memory(|machine| self.digest(machine), active, standby, self.patience(SETTLE))
     }
