@@ -82,9 +82,10 @@ impl Kubernetes {
     fn tolerance(&self) -> Value {
         let mut tolerance = match self.options.guest {
             Guest::Embedded => json!({"replaceAfterSeconds": 10}),
-            // An emulated machine may stand still for a while when its host is busy: that is not its death.
+            // An emulated machine may stand still for a while when its host is busy: that is not its death. An engine takes half a minute to
+            // start there, and there is no other node that a seat could be placed on.
             Guest::Linux => {
-                json!({"replaceAfterSeconds": 30, "detectionMs": 10_000, "interval": {"minMs": 20, "maxMs": 200}})
+                json!({"replaceAfterSeconds": 600, "detectionMs": 10_000, "interval": {"minMs": 20, "maxMs": 200}})
             }
         };
         if let Some(ms) = self.options.peer_lost_ms {
