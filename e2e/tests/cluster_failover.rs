@@ -1,5 +1,4 @@
 //! A FaultTolerantVM on a real cluster, through everything that happens to one. One client's one TCP connection lives through all of it.
-use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -361,10 +360,8 @@ fn forbidden_bridge(cluster: &Cluster) -> anyhow::Result<()> {
     })?;
     for node in cluster.nodes() {
         // Pods may be on it, taps of guests may not.
-        let mut command = Command::new("ip");
-        command.args(["--json", "link", "show", "type", "tun", "master", POD_BRIDGE]);
-        let taps = node.run(command)?;
-        let taps = String::from_utf8_lossy(&taps.stdout).trim().to_owned();
+        let taps = node.exec(&["ip", "--json", "link", "show", "type", "tun", "master", POD_BRIDGE])?;
+        let taps = String::from_utf8_lossy(&taps).trim().to_owned();
         ensure!(
             ["", "[]"].contains(&taps.as_str()),
             "on {POD_BRIDGE} of {}: {taps}",

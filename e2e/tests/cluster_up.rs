@@ -2,7 +2,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::TcpListener;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -137,16 +136,10 @@ fn a_service_reaches_all_of_them(cluster: &Cluster) -> anyhow::Result<()> {
 fn guests_on_the_client_bridge_are_reached_from_outside(cluster: &Cluster) -> anyhow::Result<()> {
     let node = cluster.node("n1")?;
     let guest = Network::Client.address(100);
-    let mut ip = Command::new("ip");
-    ip.args([
-        "address",
-        "add",
-        &format!("{guest}/24"),
-        "dev",
-        ftvm_e2e::cluster::plan::CLIENT_BRIDGE,
-    ]);
-    node.run(ip)?;
-    let enter = node.entrance()?;
+    let address = format!("{guest}/24");
+    let bridge = ftvm_e2e::cluster::plan::CLIENT_BRIDGE;
+    node.exec(&["ip", "address", "add", &address, "dev", bridge])?;
+    let enter = node.native()?.entrance()?;
     let listener = std::thread::spawn(move || -> anyhow::Result<TcpListener> {
         enter()?;
         Ok(TcpListener::bind((guest, 7))?)
@@ -172,7 +165,7 @@ fn a_claim_gets_a_volume_of_its_pods_node(cluster: &Cluster) -> anyhow::Result<(
     cluster.apply(&claim.to_string())?;
     let node = cluster.node("n3")?;
     for number in 1..=Options::default().volumes_per_node {
-        fs::write(node.volume_folder(number).join("owner"), node.name())?;
+        fs::write(node.native()?.volume_folder(number).join("owner"), node.name())?;
     }
     let volumes = json!([{"name": "disk", "persistentVolumeClaim": {"claimName": "disk"}}]);
     let mounts = json!({"volumeMounts": [{"name": "disk", "mountPath": "/disk"}]});

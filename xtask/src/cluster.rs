@@ -59,9 +59,12 @@ struct Up {
 
 #[derive(Args)]
 struct Size {
-    /// How many nodes
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=9))]
-    nodes: u8,
+    /// How many nodes [default: 3, or 2 emulated ones]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=9))]
+    nodes: Option<u8>,
+    /// Emulated machines as nodes, with kernels and a KVM of their own, and a native one for the operator: for Linux guests, and slow
+    #[arg(long)]
+    emulated: bool,
     /// Let the API server write down who asks for what, in log/audit.log of the cluster's folder
     #[arg(long)]
     audit: bool,
@@ -98,10 +101,16 @@ impl Cluster {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Hold(size) => {
+                let kind = match size.emulated {
+                    true => Options::emulated(size.nodes.unwrap_or(2)),
+                    false => Options {
+                        nodes: size.nodes.unwrap_or(3),
+                        ..Options::default()
+                    },
+                };
                 let options = Options {
-                    nodes: size.nodes,
                     audit: size.audit,
-                    ..Options::default()
+                    ..kind
                 };
                 let chart = (!size.bare).then(|| size.build.profile());
                 holder::hold(&self.name, options, chart)?;
@@ -114,17 +123,20 @@ impl Cluster {
 impl Up {
     fn run(self, name: &str) -> anyhow::Result<ExitCode> {
         packages::ensure(packages::CLUSTER)?;
+        if self.size.emulated {
+            packages::ensure(packages::EMULATED)?;
+        }
         let this = std::env::current_exe().context("cannot find this program")?;
         let mut command = process::Command::new(this);
-        command.args([
-            "cluster",
-            "--name",
-            name,
-            "hold",
-            "--nodes",
-            &self.size.nodes.to_string(),
-        ]);
-        let flags = [(self.size.audit, "--audit"), (self.size.bare, "--bare")];
+        command.args(["cluster", "--name", name, "hold"]);
+        if let Some(nodes) = self.size.nodes {
+            command.args(["--nodes", &nodes.to_string()]);
+        }
+        let flags = [
+            (self.size.audit, "--audit"),
+            (self.size.bare, "--bare"),
+            (self.size.emulated, "--emulated"),
+        ];
         command.args(flags.iter().filter_map(|(given, word)| given.then_some(word)));
         command.args(self.size.build.words());
         let (status, already) = holder::up(name, command, &progress(self.json))?;

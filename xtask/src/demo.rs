@@ -27,6 +27,9 @@ pub struct ClusterDemo {
     /// What happens to the active's node: kill-engine, kill-node, pause-node, cut-link, cut-link-one-way, drain or none
     #[arg(long, default_value = "kill-node", value_parser = fault_of_nodes)]
     fault: Fault,
+    /// What runs in the machine: embedded (native nodes, on this machine's KVM), or linux (Debian on emulated nodes)
+    #[arg(long, default_value = "embedded", value_parser = guest)]
+    guest: Guest,
     #[command(flatten)]
     play: Play,
 }
@@ -133,7 +136,10 @@ impl ClusterDemo {
     /// Runs the demonstration on a cluster of its own.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         packages::ensure(packages::CLUSTER)?;
-        let (options, profile) = self.play.options(self.fault, Guest::Embedded);
+        if self.guest == Guest::Linux {
+            packages::ensure(packages::EMULATED)?;
+        }
+        let (options, profile) = self.play.options(self.fault, self.guest);
         cluster::run(&options, profile)
     }
 }

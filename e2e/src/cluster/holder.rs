@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::install::Images;
 use super::{Cluster, Options, Say, log_end, plan, wait_for};
+use crate::demo::Guest;
 use crate::interrupt;
 use crate::lab::binaries::Profile;
 use crate::lab::{Network, cache, sweep};
@@ -133,7 +134,7 @@ pub fn hold(name: &str, mut options: Options, chart: Option<Profile>) -> anyhow:
     result
 }
 
-fn hold_inner(name: &str, options: Options, chart: Option<Profile>) -> anyhow::Result<()> {
+fn hold_inner(name: &str, mut options: Options, chart: Option<Profile>) -> anyhow::Result<()> {
     let place = place(name)?;
     let lock = File::create(place.join("lock"))?;
     // Who asks for the status holds the lock for a moment.
@@ -145,12 +146,23 @@ fn hold_inner(name: &str, options: Options, chart: Option<Profile>) -> anyhow::R
         fs::remove_file(&socket)?;
     }
     let say = Arc::clone(&options.say);
-    let cluster = Cluster::start(options)?;
-    if let Some(profile) = chart {
+    let archives = place.join("images");
+    let images = chart.map(|profile| {
         say("building the project's image (the first time takes many minutes)");
-        let images = Images::make(cluster.folder(), profile)?;
+        let guest = match options.emulated {
+            0 => Guest::Embedded,
+            _ => Guest::Linux,
+        };
+        fs::create_dir_all(&archives)?;
+        Images::make(&archives, profile, guest)
+    });
+    let images = images.transpose()?;
+    options.images = images.as_ref().map(Images::archives).unwrap_or_default();
+    let cluster = Cluster::start(options)?;
+    if let Some(images) = images {
         say("installing the chart");
         cluster.install(&images)?;
+        fs::remove_dir_all(&archives)?;
     }
     let listener = UnixListener::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
     tell(&News::Ready(describe(name, &cluster)));

@@ -2,21 +2,28 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::plan::CLIENT_BRIDGE;
+use super::plan::{CLIENT_BRIDGE, KIND_LABEL, NodeKind};
 use super::{Cluster, images};
 use crate::cargo::workspace;
+use crate::demo::Guest;
 use crate::demo::programs::build_guest;
 use crate::lab::binaries::{self, Profile};
+use crate::lab::image::Image;
 
 /// The image of all programs.
 const REPOSITORY: &str = "lab.ftvm.dev/fault-tolerant-vm";
 const TAG: &str = "lab";
 /// The image of the embedded guest.
 pub const GUEST_IMAGE: &str = "lab.ftvm.dev/embedded-guest:lab";
+/// The image of the Debian guest.
+pub const DEBIAN_IMAGE: &str = "lab.ftvm.dev/debian-guest:lab";
+/// Its root disk in it.
+pub const DEBIAN_DISK: &str = "/disk/root.raw";
 /// Namespace of operator and node-daemons.
 pub const NAMESPACE: &str = "ftvm-system";
 /// Name of the release.
@@ -30,6 +37,11 @@ const PROGRAMS: [(&str, &str); 5] = [
     ("ftvm-node-daemon", "importer"),
 ];
 
+/// A program that only asks the daemon is started so slowly on an emulated node, at worst.
+const SLOW_PROBE_S: u32 = 60;
+/// For operator and node-daemons to be ready.
+const PATIENCE: Duration = Duration::from_secs(180);
+
 /// Images as OCI archives, ready for a cluster.
 #[derive(Debug, Clone)]
 pub struct Images {
@@ -38,11 +50,11 @@ pub struct Images {
 }
 
 impl Images {
-    /// Builds what is not fresh and makes the archives in `folder`.
+    /// Builds what is not fresh and makes the archives in `folder`: the product's, and a guest's.
     ///
     /// # Errors
     /// If something does not compile, or buildah fails.
-    pub fn make(folder: &Path, profile: Profile) -> anyhow::Result<Self> {
+    pub fn make(folder: &Path, profile: Profile, guest: Guest) -> anyhow::Result<Self> {
         let binaries = folder.join("image");
         fs::create_dir_all(binaries.join("programs"))?;
         for program in binaries::build(&PROGRAMS, profile)? {
@@ -51,13 +63,26 @@ impl Images {
         }
         let made = Self {
             product: folder.join("fault-tolerant-vm.tar"),
-            guest: folder.join("embedded-guest.tar"),
+            guest: folder.join("guest.tar"),
         };
         let dockerfile = workspace()?.join("Dockerfile");
         images::build(&dockerfile, &format!("{REPOSITORY}:{TAG}"), &binaries, &made.product)?;
-        images::pack_guest(GUEST_IMAGE, &build_guest()?, None, &[], &made.guest)?;
+        match guest {
+            Guest::Embedded => images::pack_guest(GUEST_IMAGE, &build_guest()?, None, &[], &made.guest)?,
+            Guest::Linux => {
+                let debian = Image::guest()?;
+                let disks = [(DEBIAN_DISK.trim_start_matches("/disk/"), debian.disk.as_path())];
+                images::pack_guest(DEBIAN_IMAGE, &debian.kernel, Some(&debian.initrd), &disks, &made.guest)?;
+            }
+        }
         fs::remove_dir_all(&binaries).with_context(|| format!("cannot remove {}", binaries.display()))?;
         Ok(made)
+    }
+
+    /// The archives, for [`Options::images`](super::Options::images).
+    #[must_use]
+    pub fn archives(&self) -> Vec<PathBuf> {
+        vec![self.product.clone(), self.guest.clone()]
     }
 }
 
@@ -73,13 +98,16 @@ fn strip(program: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 impl Cluster {
-    /// Gives both images to all nodes and installs the chart; returns once operator and node-daemons are ready.
+    /// Gives both images to the nodes if they lack them, and installs the chart; returns once operator and node-daemons are ready.
     ///
     /// # Errors
     /// What Helm says, with what the pods say.
     pub fn install(&self, images: &Images) -> anyhow::Result<()> {
-        self.import_image(&images.product)?;
-        self.import_image(&images.guest)?;
+        for archive in images.archives() {
+            if !self.shared.options.images.contains(&archive) {
+                self.import_image(&archive)?;
+            }
+        }
         self.make_namespace(NAMESPACE, &json!({"pod-security.kubernetes.io/enforce": "privileged"}))?;
         self.helm_install("install", &[])
     }
@@ -92,6 +120,7 @@ impl Cluster {
         let chart = workspace()?.join("charts/fault-tolerant-vm");
         let chart = chart.to_str().context("the chart's path is no UTF-8")?;
         let (repository, tag) = (format!("image.repository={REPOSITORY}"), format!("image.tag={TAG}"));
+        let timeout = format!("{}s", self.kind().patience(PATIENCE).as_secs());
         let arguments = [
             verb,
             RELEASE,
@@ -100,11 +129,19 @@ impl Cluster {
             NAMESPACE,
             "--wait",
             "--timeout",
-            "180s",
+            &timeout,
         ];
         let bridges = format!("nodeDaemon.allowedBridges={{{CLIENT_BRIDGE}}}");
-        let values = [&repository, &tag, "image.pullPolicy=Never", &bridges];
-        let values: Vec<&str> = values.into_iter().flat_map(|value| ["--set", value]).collect();
+        let probe = |name: &str| format!("nodeDaemon.{name}Probe.timeoutSeconds={SLOW_PROBE_S}");
+        let probes = ["startup", "readiness", "liveness"].map(probe);
+        let on = |part: &str, kind: NodeKind| format!("{part}.nodeSelector.{KIND_LABEL}={}", kind.name());
+        // Emulated nodes have enough to do.
+        let places = [on("operator", NodeKind::Native), on("nodeDaemon", NodeKind::Emulated)];
+        let mut values = vec![repository, tag, "image.pullPolicy=Never".to_owned(), bridges];
+        if self.kind() == NodeKind::Emulated {
+            values.extend(places.into_iter().chain(probes));
+        }
+        let values: Vec<&str> = values.iter().flat_map(|value| ["--set", value]).collect();
         self.helm(&[&arguments[..], &values, more].concat())
             .map(drop)
             .with_context(|| self.pods_story(NAMESPACE))

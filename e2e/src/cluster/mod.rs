@@ -1,4 +1,4 @@
-//! A real Kubernetes on one machine: control plane and *native nodes*, made of namespaces. [`plan`] has the picture.
+//! A real Kubernetes on one machine: control plane, and *native nodes* made of namespaces or emulated ones. [`plan`] has the picture.
 //!
 //! Entry points: [`Cluster::start`] for tests, [`holder`] for `cargo xtask cluster`.
 //!
@@ -19,12 +19,15 @@ mod api_proxy;
 pub mod audit;
 pub(crate) mod cgroup;
 mod control_plane;
+mod emulated;
 pub mod holder;
 pub mod images;
 pub mod install;
+mod native;
 mod node;
 mod pki;
 pub mod plan;
+mod preload;
 pub mod programs;
 mod raw;
 pub mod wait;
@@ -32,16 +35,18 @@ pub mod wait;
 pub use api_proxy::{ApiProxy, Asked, Asker, Deeds, Dice, Fault};
 pub use audit::AuditEvent;
 pub use control_plane::Component;
+pub use native::Native;
 pub use node::{Node, NodeProgram};
-pub use plan::{NodePlan, Options, Say};
+pub use plan::{NodeKind, NodePlan, Options, Say};
 pub use wait::wait_for;
 
 use cgroup::Groups;
 use control_plane::ControlPlane;
-use node::Shared;
+use node::{Material, Shared};
 use pki::{Authority, Subject};
 
 use crate::hosts::{CutDirection, net};
+use crate::lab::image::Image;
 use crate::lab::{Folder, Network, Sandbox, make_networks};
 
 /// Long enough for a busy machine; nothing is judged by it.
@@ -96,10 +101,7 @@ impl Cluster {
             .api_proxy
             .then(|| ApiProxy::start(&sandbox, folder.0.path(), &authority))
             .transpose()?;
-        let name = folder.0.path().file_name().and_then(|name| name.to_str());
-        let group = format!("ftvm-{}", name.context("the lab's folder has no name")?);
         let shared = Arc::new(Shared {
-            groups: Groups::new(folder.0.path(), &group)?,
             sandbox,
             programs,
             options,
@@ -122,9 +124,11 @@ impl Cluster {
     fn add_nodes(&mut self) -> anyhow::Result<()> {
         images::pack_pause(&self.shared.pause)?;
         let say = Arc::clone(&self.shared.options.say);
+        let material = self.material()?;
         for plan in self.shared.options.plans() {
             let folder = self.folder().join("nodes").join(plan.name());
-            self.nodes.push(Node::new(plan, folder, &self.shared, &self.authority)?);
+            let node = Node::new(plan, folder, &self.shared, &material, &self.authority)?;
+            self.nodes.push(node);
         }
         say(&format!("starting {} nodes", self.nodes.len()));
         std::thread::scope(|scope| {
@@ -139,8 +143,28 @@ impl Cluster {
         for node in &self.nodes {
             self.wait_node_ready(&node.name())?;
         }
+        for node in self.nodes.iter().filter(|node| node.plan().kind == NodeKind::Native) {
+            let archives = &self.shared.options.images;
+            archives.iter().try_for_each(|archive| node.import_image(archive))?;
+        }
         say("all nodes are ready");
         Ok(())
+    }
+
+    fn material(&self) -> anyhow::Result<Material> {
+        let name = self.folder().file_name().and_then(|name| name.to_str());
+        let group = format!("ftvm-{}", name.context("the lab's folder has no name")?);
+        let emulated = || {
+            let mut archives = vec![self.shared.pause.clone()];
+            archives.extend(self.shared.options.images.iter().cloned());
+            let (programs, folder) = (&self.shared.programs, self.folder());
+            let data = preload::disk(self.sandbox(), programs, &archives, folder, emulated::DATA_MIB)?;
+            Ok::<_, anyhow::Error>((Image::cluster_node(programs)?, data))
+        };
+        Ok(Material {
+            groups: Arc::new(Groups::new(self.folder(), &group)?),
+            emulated: (self.kind() == NodeKind::Emulated).then(emulated).transpose()?,
+        })
     }
 
     /// Its folder: the administrator's kubeconfig, `log`, `nodes`.
@@ -169,6 +193,11 @@ impl Cluster {
         self.api_proxy
             .as_ref()
             .context("the cluster has no proxy: set Options::api_proxy")
+    }
+
+    /// Tells whoever looks on.
+    pub(crate) fn say(&self, text: &str) {
+        (self.shared.options.say)(text);
     }
 
     /// The nodes, `n1` first.
@@ -331,7 +360,7 @@ impl Cluster {
     /// # Errors
     /// If it does not, with the reason; at once if a program of the node has ended.
     pub fn wait_node_ready(&self, name: &str) -> anyhow::Result<()> {
-        wait_for(&format!("node {name} is ready"), PATIENCE, || {
+        wait_for(&format!("node {name} is ready"), self.patience(), || {
             self.node(name)?.ensure_programs_run()?;
             let (status, reason) = self.node_condition(name)?;
             ensure!(status == "True", "{status}: {reason}");
@@ -344,7 +373,7 @@ impl Cluster {
     /// # Errors
     /// If it does not.
     pub fn wait_node_not_ready(&self, name: &str) -> anyhow::Result<()> {
-        wait_for(&format!("node {name} is not ready"), PATIENCE, || {
+        wait_for(&format!("node {name} is not ready"), self.patience(), || {
             let (status, reason) = self.node_condition(name)?;
             ensure!(status != "True", "it is ready: {reason}");
             Ok(())
@@ -356,11 +385,33 @@ impl Cluster {
     /// # Errors
     /// If they are not, with the state of the pod and its last events.
     pub fn wait_pod_ready(&self, namespace: &str, name: &str) -> anyhow::Result<()> {
-        wait_for(&format!("pod {namespace}/{name} is ready"), PATIENCE, || {
+        wait_for(&format!("pod {namespace}/{name} is ready"), self.patience(), || {
             let pod = self.get(&["pod", "--namespace", namespace, name])?;
             ensure!(condition(&pod, "Ready").0 == "True", "{}", self.pod_story(&pod));
             Ok(())
         })
+    }
+
+    /// What the nodes run on that have seats.
+    #[must_use]
+    pub fn kind(&self) -> NodeKind {
+        match self.shared.options.emulated {
+            0 => NodeKind::Native,
+            _ => NodeKind::Emulated,
+        }
+    }
+
+    /// The nodes that have seats, `n1` first.
+    #[must_use]
+    pub fn workers(&self) -> &[Node] {
+        match self.kind() {
+            NodeKind::Native => &self.nodes,
+            NodeKind::Emulated => &self.nodes[..usize::from(self.shared.options.emulated)],
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        self.kind().patience(PATIENCE)
     }
 
     /// What the API server wrote down so far; [`Options::audit`] must be on.

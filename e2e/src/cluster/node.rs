@@ -1,36 +1,47 @@
-//! A native node: containerd, kubelet and kube-proxy in namespaces and control groups of their own.
-use std::collections::BTreeMap;
+//! A node: a machine of one of two kinds with containerd, kubelet and kube-proxy on it.
 use std::fs::{self, File};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use serde_json::Value;
 
 use super::cgroup::Groups;
+use super::emulated::Emulated;
+use super::images;
+use super::native::Native;
 use super::pki::{Authority, Subject};
-use super::plan::{CLIENT_BRIDGE, NodePlan, Options, VOLUMES_FOLDER, api_url};
+use super::plan::{KIND_LABEL, NodeKind, NodePlan, Options, api_url};
 use super::wait::{Hopeless, wait_for};
-use super::{images, log_end};
-use crate::hosts::namespace::{self, Init};
-use crate::hosts::{HostProcess, ip_inside, net, new_boot_id, processes};
-use crate::lab::{NETWORKS, Network, Sandbox};
+use crate::lab::image::Image;
+use crate::lab::{Network, Sandbox};
 
 /// Long enough for a busy machine; nothing is judged by it.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
+/// Of the node-daemon of every node.
+pub(super) const DAEMON_SOCKET: &str = "/var/lib/ftvm/daemon.sock";
 /// `f_type` of overlayfs, on which containerd cannot put another.
 const OVERLAYFS: i64 = 0x794c_7630;
+
+/// File in a node's folder: its containerd has the image of every pod's sandbox.
+const HAS_PAUSE_IMAGE: &str = "has-pause-image";
 
 /// What all nodes of a cluster share.
 pub(super) struct Shared {
     pub(super) sandbox: Arc<Sandbox>,
     pub(super) programs: PathBuf,
-    pub(super) groups: Groups,
     pub(super) options: Options,
     /// Archive of the image of every pod's sandbox.
     pub(super) pause: PathBuf,
+}
+
+/// What the machines of a cluster's nodes are made of.
+pub(super) struct Material {
+    /// Control groups of this machine, for native nodes.
+    pub(super) groups: Arc<Groups>,
+    /// Emulated machines' system, and the disk that each one's own begins as: it has the images in its containerd.
+    pub(super) emulated: Option<(Image, PathBuf)>,
 }
 
 /// A program that makes a machine a node.
@@ -45,7 +56,7 @@ pub enum NodeProgram {
 }
 
 impl NodeProgram {
-    const ALL: [Self; 3] = [Self::Containerd, Self::Kubelet, Self::KubeProxy];
+    pub(super) const ALL: [Self; 3] = [Self::Containerd, Self::Kubelet, Self::KubeProxy];
 
     /// Its file's name.
     #[must_use]
@@ -58,33 +69,93 @@ impl NodeProgram {
     }
 }
 
+/// What a node runs on. Where it is on, /run/node has the files of the node's folder, /run/programs the cluster's programs; /var/lib and
+/// /var/log are what they were when it was killed.
+pub(super) trait Machine {
+    /// Makes the control group that kubelet gets, without the remains of an earlier life; returns kubelet's name of it.
+    fn control_group(&self) -> anyhow::Result<String>;
+
+    /// True from [`Machine::switch_on`] to [`Machine::kill`].
+    fn is_running(&self) -> bool;
+
+    /// Switches it on: a new boot id, empty /run; networks, bridge and routes.
+    fn switch_on(&self) -> anyhow::Result<()>;
+
+    /// First its links go down, then everything dies. Returns when the links were down.
+    fn kill(&self) -> anyhow::Result<Instant>;
+
+    /// Stops everything in time. Returns when it stood.
+    fn pause(&self) -> anyhow::Result<Instant>;
+
+    /// Lets it go on.
+    fn resume(&self) -> anyhow::Result<()>;
+
+    /// Plugs in or pulls a cable.
+    fn set_link(&self, network: Network, up: bool) -> anyhow::Result<()>;
+
+    /// Starts a program, which must not run.
+    fn start_program(&self, program: NodeProgram, arguments: &[String]) -> anyhow::Result<()>;
+
+    /// Kills a program and waits for its end.
+    fn kill_program(&self, program: NodeProgram) -> anyhow::Result<()>;
+
+    /// A program that has ended by itself, how, and the end of its log.
+    fn ended_program(&self) -> anyhow::Result<Option<String>>;
+
+    /// Succeeds once containerd takes requests.
+    fn containerd_answers(&self) -> anyhow::Result<()>;
+
+    /// Sends SIGKILL to every process of this program; returns how many and when.
+    fn kill_processes(&self, program: &str) -> anyhow::Result<(usize, Instant)>;
+
+    /// Runs a program to its end and returns what it printed; it must succeed.
+    fn exec(&self, words: &[&str], input: Option<File>) -> anyhow::Result<Vec<u8>>;
+
+    /// Asks the node-daemon.
+    fn ask_daemon(&self, request: &Value, patience: Duration) -> anyhow::Result<Value>;
+
+    /// A file below /var as it is now, on this machine; a copy in `scratch` where it can't be reached otherwise.
+    fn file(&self, path: &Path, scratch: &Path) -> anyhow::Result<PathBuf>;
+
+    /// Sees to it that the node's logs are in its folder.
+    fn save_logs(&self) -> anyhow::Result<()>;
+}
+
 /// A node. Dropping it kills it.
 pub struct Node {
     plan: NodePlan,
     folder: PathBuf,
     shared: Arc<Shared>,
-    life: Mutex<Option<Life>>,
+    kind: Kind,
 }
 
-/// What there is from a start to a kill.
-struct Life {
-    programs: BTreeMap<NodeProgram, HostProcess>,
-    init: Init,
+enum Kind {
+    Native(Native),
+    Emulated(Box<Emulated>),
 }
 
 impl Node {
-    /// Prepares a node's folder; it starts with [`Node::start`].
+    /// Prepares a node's folder and machine; it starts with [`Node::start`].
     pub(super) fn new(
         plan: NodePlan,
         folder: PathBuf,
         shared: &Arc<Shared>,
+        material: &Material,
         authority: &Authority,
     ) -> anyhow::Result<Self> {
+        fs::create_dir_all(&folder)?;
+        let kind = match (&material.emulated, plan.kind) {
+            (Some((system, data)), NodeKind::Emulated) => {
+                File::create(folder.join(HAS_PAUSE_IMAGE))?;
+                Kind::Emulated(Box::new(Emulated::new(plan, &folder, shared, (system, data))?))
+            }
+            _ => Kind::Native(Native::new(plan, &folder, shared, &material.groups)?),
+        };
         let node = Self {
             plan,
             folder,
             shared: Arc::clone(shared),
-            life: Mutex::new(None),
+            kind,
         };
         node.write_files(authority)
             .with_context(|| format!("cannot prepare node {}", node.name()))?;
@@ -103,16 +174,31 @@ impl Node {
         self.plan
     }
 
-    /// Its folder on this machine: its /run/node, with `lib` (its /var/lib) and `log` (its /var/log).
-    #[must_use]
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    /// What only a native node has.
+    ///
+    /// # Errors
+    /// If it is emulated.
+    pub fn native(&self) -> anyhow::Result<&Native> {
+        match &self.kind {
+            Kind::Native(native) => Ok(native),
+            Kind::Emulated(_) => bail!(
+                "node {} is emulated: nothing of it is on this machine's kernel",
+                self.name()
+            ),
+        }
+    }
+
+    fn machine(&self) -> &dyn Machine {
+        match &self.kind {
+            Kind::Native(native) => native,
+            Kind::Emulated(emulated) => &**emulated,
+        }
     }
 
     /// True from [`Node::start`] to [`Node::kill`].
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.lock().is_some()
+        self.machine().is_running()
     }
 
     /// Switches it on: a new boot id, empty /run; disks as they were. Returns once its programs run; the API server knows a little later.
@@ -120,31 +206,12 @@ impl Node {
     /// # Errors
     /// If it runs, or a program does not start: then with the end of its log.
     pub fn start(&self) -> anyhow::Result<()> {
-        let name = self.name();
-        ensure!(!self.is_running(), "node {name} runs already");
-        let group = self.shared.groups.renew_node(&name)?;
+        ensure!(!self.is_running(), "node {} runs already", self.name());
+        let group = self.machine().control_group()?;
         self.write_kubelet_config(&group)?;
-        let boot_id = new_boot_id(&self.folder, &name)?;
-        let born = {
-            let name = name.clone();
-            // Below the lab's process ids, so that it ends with the lab.
-            self.shared.sandbox.launch(move || Init::bear(&name, &boot_id))??
-        };
-        let init = born.settle()?;
-        self.plug_in(&init)?;
-        *self.lock() = Some(Life {
-            programs: BTreeMap::new(),
-            init,
-        });
-        let mut set_up = Command::new("sh");
-        set_up
-            .args(["-c", include_str!("../../cluster/node.sh")])
-            .env("FOLDER", &self.folder)
-            .env("PROGRAMS", &self.shared.programs)
-            .env("CGROUPS", self.shared.groups.mount_script());
-        self.run(set_up)?;
+        self.machine().switch_on()?;
         self.start_program(NodeProgram::Containerd)?;
-        let marker = self.folder.join("has-pause-image");
+        let marker = self.folder.join(HAS_PAUSE_IMAGE);
         if !marker.exists() {
             self.import_image(&self.shared.pause)?;
             File::create(marker)?;
@@ -153,45 +220,21 @@ impl Node {
         self.start_program(NodeProgram::KubeProxy)
     }
 
-    /// Pulls its plug: first its links lose their carrier, so that no FIN or RST gets out, then every process dies at once. Returns when
+    /// Pulls its plug: first its links lose their carrier, so that no FIN or RST gets out, then everything on it dies at once. Returns when
     /// the links were down.
     ///
     /// # Errors
     /// If it does not run.
     pub fn kill(&self) -> anyhow::Result<Instant> {
-        let mut life = self
-            .lock()
-            .take()
-            .with_context(|| format!("node {} does not run", self.name()))?;
-        NETWORKS.iter().try_for_each(|network| self.set_link(*network, false))?;
-        let down = Instant::now();
-        life.init.kill();
-        // The links of a dead node go when the kernel tears its namespace down, which is later.
-        for network in NETWORKS {
-            let port = self.plan.port(network);
-            self.shared.sandbox.in_network(|| {
-                net::ip(&format!("link delete {port}\n")).or_else(|error| match net::link_index(&port) {
-                    Ok(_) => Err(error),
-                    Err(_) => Ok(()),
-                })
-            })??;
-        }
-        Ok(down)
+        self.machine().kill()
     }
 
-    /// Stops every process of the node in time, containers too, and waits until they stand. Its kernel, so also its TCP, goes on.
+    /// Stops it in time, containers too, and returns when it stood.
     ///
     /// # Errors
     /// If it does not run, or a process does not stop.
     pub fn pause(&self) -> anyhow::Result<Instant> {
-        self.signal_all("STOP")?;
-        let at = Instant::now();
-        wait_for(&format!("node {} stands still", self.name()), PATIENCE, || {
-            let moving = self.moving_processes()?;
-            ensure!(moving.is_empty(), "{moving:?} go on");
-            Ok(())
-        })?;
-        Ok(at)
+        self.machine().pause()
     }
 
     /// Lets a paused node go on.
@@ -199,7 +242,7 @@ impl Node {
     /// # Errors
     /// If it does not run.
     pub fn resume(&self) -> anyhow::Result<()> {
-        self.signal_all("CONT")
+        self.machine().resume()
     }
 
     /// Plugs in or pulls one of its cables.
@@ -207,9 +250,7 @@ impl Node {
     /// # Errors
     /// If it does not run.
     pub fn set_link(&self, network: Network, up: bool) -> anyhow::Result<()> {
-        let port = self.plan.port(network);
-        self.shared.sandbox.in_network(|| net::set_link(&port, up))??;
-        Ok(())
+        self.machine().set_link(network, up)
     }
 
     /// Starts one of its programs, which must not run.
@@ -217,27 +258,14 @@ impl Node {
     /// # Errors
     /// If it ends at once, with the end of its log.
     pub fn start_program(&self, program: NodeProgram) -> anyhow::Result<()> {
-        let name = program.name();
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.program_log(program))?;
-        let mut command = Command::new("/run/programs".to_owned() + "/" + name);
-        command
-            .args(self.program_arguments(program))
-            .env("PATH", search_path())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        self.with_life(|life| {
-            ensure!(!life.programs.contains_key(&program), "{name} runs already");
-            let started = namespace::start_inside(&life.init, command)?;
-            let process = HostProcess::new(format!("{name} on {}", self.name()), started);
-            life.programs.insert(program, process);
-            Ok(())
-        })?;
+        self.machine()
+            .start_program(program, &self.program_arguments(program))?;
         if program == NodeProgram::Containerd {
-            self.wait_for_containerd()?;
+            let patience = self.plan.kind.patience(PATIENCE);
+            wait_for(&format!("containerd of node {} answers", self.name()), patience, || {
+                self.ensure_programs_run()?;
+                self.machine().containerd_answers()
+            })?;
         }
         Ok(())
     }
@@ -247,14 +275,7 @@ impl Node {
     /// # Errors
     /// If it does not run.
     pub fn kill_program(&self, program: NodeProgram) -> anyhow::Result<()> {
-        let mut process = self.with_life(|life| {
-            life.programs
-                .remove(&program)
-                .with_context(|| format!("{} does not run on {}", program.name(), self.name()))
-        })?;
-        process.signal(libc::SIGKILL)?;
-        process.wait()?;
-        Ok(())
+        self.machine().kill_program(program)
     }
 
     /// Programs that have ended by themselves, with the ends of their logs.
@@ -262,18 +283,10 @@ impl Node {
     /// # Errors
     /// If it does not run, or one did.
     pub fn ensure_programs_run(&self) -> anyhow::Result<()> {
-        for program in NodeProgram::ALL {
-            let ended = self.with_life(|life| match life.programs.get_mut(&program) {
-                Some(process) => Ok(process.try_wait()?),
-                None => Ok(None),
-            })?;
-            if let Some(status) = ended {
-                let end = log_end(&self.program_log(program));
-                let (program, node) = (program.name(), self.name());
-                return Err(Hopeless(format!("{program} of node {node} ended ({status}):\n{end}")).into());
-            }
+        match self.machine().ended_program()? {
+            Some(how) => Err(Hopeless(format!("node {}: {how}", self.name())).into()),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Sends SIGKILL to every process of this program on the node; returns how many and when.
@@ -281,45 +294,41 @@ impl Node {
     /// # Errors
     /// If the node does not run.
     pub fn kill_processes(&self, program: &str) -> anyhow::Result<(usize, Instant)> {
-        let init = self.with_life(|life| Ok(life.init.pid()))?;
-        Ok(processes::kill(init, program)?)
+        self.machine().kill_processes(program)
     }
 
-    /// Process ids, as this machine counts them, of a program in the node's containers.
+    /// Runs a program on the node to its end and returns what it printed.
     ///
     /// # Errors
-    /// If the node does not run.
-    pub fn processes_in_pods(&self, program: &str) -> anyhow::Result<Vec<i32>> {
-        let init = self.with_life(|life| Ok(life.init.pid()))?;
-        let found = processes::below(init, program)?;
-        Ok(found.into_iter().map(|process| process.pid).collect())
+    /// If the node does not run, or the program fails: with everything that it printed.
+    pub fn exec(&self, words: &[&str]) -> anyhow::Result<Vec<u8>> {
+        self.machine().exec(words, None)
     }
 
-    /// Runs a program in the node's namespaces to its end; an exit code other than 0 is an error with everything that it printed.
+    /// Asks its node-daemon.
     ///
     /// # Errors
-    /// If the node does not run, or the program fails.
-    pub fn run(&self, command: Command) -> anyhow::Result<Output> {
-        self.run_with_input(command, Stdio::null())
+    /// If the node does not run, or its daemon does not answer in time.
+    pub fn ask_daemon(&self, request: &Value, patience: Duration) -> anyhow::Result<Value> {
+        self.machine()
+            .ask_daemon(request, patience)
+            .with_context(|| format!("asking the daemon of {}", self.name()))
     }
 
-    /// Starts a program in the node's namespaces; dropping the handle kills it.
+    /// A file below the node's /var/lib or /var/log as this machine can read it: in its place, or a copy in `scratch`.
     ///
     /// # Errors
-    /// If the node does not run, or the program cannot be started.
-    pub fn spawn(&self, command: Command) -> anyhow::Result<HostProcess> {
-        let name = format!("{} on {}", command.get_program().to_string_lossy(), self.name());
-        let started = self.with_life(|life| Ok(namespace::start_inside(&life.init, command)?))?;
-        Ok(HostProcess::new(name, started))
+    /// If the node has to be asked for it and does not run.
+    pub fn file(&self, path: &Path, scratch: &Path) -> anyhow::Result<PathBuf> {
+        self.machine().file(path, scratch)
     }
 
-    /// A function that moves the thread that calls it into the node's network namespace, for good.
+    /// Sees to it that the node's logs are in its folder of the cluster.
     ///
     /// # Errors
-    /// If the node does not run.
-    pub fn entrance(&self) -> anyhow::Result<impl FnOnce() -> anyhow::Result<()> + Send + use<>> {
-        let network = self.with_life(|life| Ok(File::open(format!("/proc/{}/ns/net", life.init.pid()))?))?;
-        Ok(move || Ok(namespace::enter_network(&network)?))
+    /// If the node has to be asked for them and does not run.
+    pub fn save_logs(&self) -> anyhow::Result<()> {
+        self.machine().save_logs()
     }
 
     /// Gives an OCI archive's images to its containerd.
@@ -327,81 +336,16 @@ impl Node {
     /// # Errors
     /// If it is no such archive.
     pub fn import_image(&self, archive: &Path) -> anyhow::Result<()> {
-        let mut ctr = Command::new("/run/programs/ctr");
-        ctr.args(["--namespace", "k8s.io", "images", "import", "-"])
-            .env("PATH", search_path());
         let file = File::open(archive).with_context(|| format!("cannot read {}", archive.display()))?;
-        self.run_with_input(ctr, file.into())
+        let words = ["/run/programs/ctr", "--namespace", "k8s.io", "images", "import", "-"];
+        self.machine()
+            .exec(&words, Some(file))
             .with_context(|| format!("node {} cannot import {}", self.name(), archive.display()))?;
         Ok(())
     }
 
-    /// The folder of one of its local volumes, on this machine.
-    #[must_use]
-    pub fn volume_folder(&self, number: u8) -> PathBuf {
-        self.kept(&Path::new(VOLUMES_FOLDER).join(format!("volume-{number}")))
-    }
-
-    /// A path below the node's /var/lib or /var/log, as this machine reaches it, whether the node runs or not.
-    #[must_use]
-    pub fn kept(&self, path: &Path) -> PathBuf {
-        self.folder.join(path.strip_prefix("/var").unwrap_or(path))
-    }
-
-    fn run_with_input(&self, mut command: Command, input: Stdio) -> anyhow::Result<Output> {
-        let name = command.get_program().to_string_lossy().into_owned();
-        command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let started = self.with_life(|life| Ok(namespace::start_inside(&life.init, command)?))?;
-        let output = started.keeper.wait_with_output()?;
-        if !output.status.success() {
-            let text = [output.stdout, output.stderr].concat();
-            let text = String::from_utf8_lossy(&text).trim().to_owned();
-            bail!("{name} on node {}: {}: {text}", self.name(), output.status);
-        }
-        Ok(output)
-    }
-
-    /// Cables, addresses and routes.
-    fn plug_in(&self, init: &Init) -> anyhow::Result<()> {
-        let pid = init.pid();
-        for network in NETWORKS {
-            let (port, card, bridge) = (self.plan.port(network), network.card(), network.bridge());
-            let hardware = self.plan.hardware_address(network);
-            self.shared.sandbox.in_network(|| {
-                net::ip(&format!(
-                    "link add {port} type veth peer name {card} address {hardware} netns {pid}\n\
-                     link set {port} master {bridge} up\n"
-                ))
-            })??;
-        }
-        let mut lines = format!(
-            "link set lo up\n\
-             link add {CLIENT_BRIDGE} type bridge forward_delay 0 mcast_snooping 0\n\
-             link set {CLIENT_BRIDGE} up\n\
-             link set {client} master {CLIENT_BRIDGE} up\n",
-            client = Network::Client.card()
-        );
-        for network in [Network::Management, Network::Replication] {
-            let (card, address) = (network.card(), self.plan.address(network));
-            lines += &format!("address add {address}/24 dev {card}\nlink set {card} up\n");
-        }
-        lines += &format!("route add default via {}\n", Network::Management.address(1));
-        for other in self.shared.options.plans() {
-            if other != self.plan {
-                let gateway = other.address(Network::Management);
-                lines += &format!("route add {} via {gateway}\n", other.pods());
-            }
-        }
-        Ok(ip_inside(init, &lines)?)
-    }
-
     fn write_files(&self, authority: &Authority) -> anyhow::Result<()> {
-        for folder in ["lib/kubelet", "log", "cni"] {
-            fs::create_dir_all(self.folder.join(folder))?;
-        }
-        for number in 1..=self.shared.options.volumes_per_node {
-            fs::create_dir_all(self.volume_folder(number))?;
-        }
+        fs::create_dir_all(self.folder.join("cni"))?;
         let file = |name: &str| self.folder.join(name);
         let (name, address) = (self.name(), self.plan.address(Network::Management));
         let url = api_url(self.shared.options.api_advertised());
@@ -418,7 +362,8 @@ impl Node {
             group: None,
         };
         authority.kubeconfig(&file("kube-proxy.kubeconfig"), &url, &proxy)?;
-        let snapshotter = if rustix::fs::statfs(&self.folder)?.f_type == OVERLAYFS {
+        let native = matches!(self.kind, Kind::Native(_));
+        let snapshotter = if native && rustix::fs::statfs(&self.folder)?.f_type == OVERLAYFS {
             "native"
         } else {
             "overlayfs"
@@ -453,90 +398,19 @@ impl Node {
                 "--kubeconfig=/run/node/kubelet.kubeconfig".to_owned(),
                 format!("--hostname-override={}", self.name()),
                 format!("--node-ip={}", self.plan.address(Network::Management)),
-                format!("--node-labels=topology.kubernetes.io/zone={}", self.plan.zone()),
+                format!(
+                    "--node-labels=topology.kubernetes.io/zone={},{KIND_LABEL}={}",
+                    self.plan.zone(),
+                    self.plan.kind.name()
+                ),
             ],
             NodeProgram::KubeProxy => vec!["--config=/run/node/kube-proxy.yaml".to_owned()],
         };
         words
     }
-
-    fn program_log(&self, program: NodeProgram) -> PathBuf {
-        self.folder.join("log").join(program.name()).with_extension("log")
-    }
-
-    fn wait_for_containerd(&self) -> anyhow::Result<()> {
-        let socket = self.in_node("run/containerd/containerd.sock")?;
-        wait_for(&format!("containerd of node {} answers", self.name()), PATIENCE, || {
-            self.ensure_programs_run()?;
-            UnixStream::connect(&socket).with_context(|| format!("{}", socket.display()))?;
-            Ok(())
-        })
-    }
-
-    /// A file of the node, as this process reaches it.
-    ///
-    /// # Errors
-    /// If the node does not run.
-    pub fn in_node(&self, path: &str) -> anyhow::Result<PathBuf> {
-        self.with_life(|life| {
-            Ok(Path::new("/proc")
-                .join(life.init.pid().to_string())
-                .join("root")
-                .join(path))
-        })
-    }
-
-    /// `kill -1` in a process-id namespace reaches all its processes, also those in namespaces below, but its init and the sender.
-    fn signal_all(&self, signal: &str) -> anyhow::Result<()> {
-        let mut command = Command::new("/bin/sh");
-        // It fails where there is nobody to signal; who asked looks at the processes himself.
-        command.args(["-c", &format!("kill -{signal} -1 2>/dev/null; exit 0")]);
-        self.run(command).map(drop)
-    }
-
-    /// Numbers and names of processes that neither stand nor have ended.
-    fn moving_processes(&self) -> anyhow::Result<Vec<String>> {
-        let mut moving = Vec::new();
-        // The node's own /proc has its processes, and those in namespaces below.
-        for entry in fs::read_dir(self.in_node("proc")?)? {
-            let entry = entry?;
-            let pid = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
-            // One that ends while it is looked at does not go on.
-            let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
-                continue;
-            };
-            let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-            if pid.is_some_and(|pid| pid != 1) && !matches!(state, Some('T' | 't' | 'Z' | 'X')) {
-                moving.push(stat.split(") ").next().unwrap_or_default().to_owned());
-            }
-        }
-        Ok(moving)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Life>> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn with_life<T>(&self, work: impl FnOnce(&mut Life) -> anyhow::Result<T>) -> anyhow::Result<T> {
-        let mut life = self.lock();
-        let life = life
-            .as_mut()
-            .with_context(|| format!("node {} does not run", self.name()))?;
-        work(life)
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        if self.is_running()
-            && let Err(error) = self.kill()
-        {
-            eprintln!("cluster: cannot take node {} down: {error:#}", self.name());
-        }
-    }
 }
 
 /// Where the node's programs look for others: the cluster's own before the machine's.
-fn search_path() -> &'static str {
+pub(super) fn exec_path() -> &'static str {
     "/run/programs:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 }

@@ -1,5 +1,7 @@
 //! Addresses, names and times of a cluster.
 //!
+//! With nodes of either kind:
+//!
 //! ```text
 //!   outer namespaces of the lab (kept by one process)
 //!   ┌────────────────────────────────────────────────────────────────────────────────┐
@@ -13,6 +15,7 @@
 //!      └───────────────────────────────────────────────────┘
 //! ```
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +32,8 @@ pub const SERVICES: &str = "10.96.0.0/16";
 pub const CLIENT_BRIDGE: &str = "ftvm-client";
 /// Where a node has its local volumes.
 pub const VOLUMES_FOLDER: &str = "/var/lib/volumes";
+/// Label of nodes that says what they run on.
+pub const KIND_LABEL: &str = "machine-kind";
 /// More nodes than this have no names and addresses.
 pub const NODES_MAX: u8 = 9;
 
@@ -50,11 +55,45 @@ pub fn api_front_address() -> Ipv4Addr {
     Network::Management.address(2)
 }
 
+/// What nodes run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NodeKind {
+    /// Namespaces on this machine's kernel, with its KVM: fast, and no Linux guests where that KVM can't run them.
+    #[default]
+    Native,
+    /// Emulated machines with a Debian kernel and a KVM of their own: any guest, on any machine, and slow.
+    Emulated,
+}
+
+impl NodeKind {
+    /// The value of the label [`KIND_LABEL`] of such nodes.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Emulated => "emulated",
+        }
+    }
+
+    /// How long to wait for what takes at most so long natively.
+    #[must_use]
+    pub fn patience(self, native: Duration) -> Duration {
+        match self {
+            Self::Native => native,
+            Self::Emulated => 4 * native,
+        }
+    }
+}
+
 /// What a cluster consists of.
 #[derive(Clone)]
 pub struct Options {
     /// How many nodes, `n1` onwards; none: only the control plane.
     pub nodes: u8,
+    /// How many of them are emulated, the first ones. Then seats are on these alone, and the operator on the others.
+    pub emulated: u8,
+    /// OCI archives of images that the nodes have from the start.
+    pub images: Vec<PathBuf>,
     /// Local volumes of each node.
     pub volumes_per_node: u8,
     /// A node that was not heard of for so long is not ready. Its kubelet reports four times as often.
@@ -71,6 +110,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             nodes: 3,
+            emulated: 0,
+            images: Vec::new(),
             volumes_per_node: 4,
             node_grace: Duration::from_secs(10),
             audit: false,
@@ -81,6 +122,18 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Emulated nodes, a native one beside them, and times for them: they stand still for seconds when their host is busy, which is not
+    /// their death.
+    #[must_use]
+    pub fn emulated(nodes: u8) -> Self {
+        Self {
+            nodes: nodes + 1,
+            emulated: nodes,
+            node_grace: Duration::from_secs(40),
+            ..Self::default()
+        }
+    }
+
     /// The address at which nodes and pods reach the API server; people and the control plane use [`api_address`].
     #[must_use]
     pub(super) fn api_advertised(&self) -> Ipv4Addr {
@@ -92,7 +145,15 @@ impl Options {
     }
 
     pub(super) fn plans(&self) -> Vec<NodePlan> {
-        (1..=self.nodes).map(|index| NodePlan { index }).collect()
+        let kind = |index| match index <= self.emulated {
+            true => NodeKind::Emulated,
+            false => NodeKind::Native,
+        };
+        let plan = |index| NodePlan {
+            index,
+            kind: kind(index),
+        };
+        (1..=self.nodes).map(plan).collect()
     }
 }
 
@@ -101,6 +162,8 @@ impl Options {
 pub struct NodePlan {
     /// 1 to [`NODES_MAX`].
     pub index: u8,
+    /// What it runs on.
+    pub kind: NodeKind,
 }
 
 impl NodePlan {
@@ -138,5 +201,18 @@ impl NodePlan {
     pub(super) fn hardware_address(self, network: Network) -> String {
         let [_, second, _, host] = self.address(network).octets();
         format!("02:00:0a:{second:02x}:00:{host:02x}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_nodes_are_emulated_and_one_beside_them_is_not() {
+        let kinds = |options: Options| options.plans().iter().map(|plan| plan.kind).collect::<Vec<_>>();
+        let (native, emulated) = (NodeKind::Native, NodeKind::Emulated);
+        assert_eq!(kinds(Options::default()), [native; 3]);
+        assert_eq!(kinds(Options::emulated(2)), [emulated, emulated, native]);
     }
 }

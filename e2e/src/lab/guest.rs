@@ -24,7 +24,12 @@ pub const READY: &str = "guest ready, up for";
 /// # Errors
 /// If it cannot be copied.
 pub fn make_disk(image: &Image, to: &Path) -> anyhow::Result<()> {
-    tool(Command::new("cp").arg("--sparse=always").arg(&image.disk).arg(to), &[0])?;
+    copy_sparse(&image.disk, to)
+}
+
+/// Copies what is not zero.
+pub(super) fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
+    tool(Command::new("cp").arg("--sparse=always").arg(from).arg(to), &[0])?;
     Ok(())
 }
 
@@ -44,7 +49,7 @@ pub fn examine_disk(disk: &Path, scratch: &Path) -> anyhow::Result<()> {
 /// If it cannot be copied.
 pub fn copy_disk(disk: &Path, scratch: &Path) -> anyhow::Result<PathBuf> {
     let copy = scratch.join("examined.img");
-    tool(Command::new("cp").arg("--sparse=always").arg(disk).arg(&copy), &[0])?;
+    copy_sparse(disk, &copy)?;
     Ok(copy)
 }
 

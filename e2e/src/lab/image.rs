@@ -1,7 +1,7 @@
 //! Disk images for nodes and guests, made from Debian packages and cached by what they are made of.
 //!
 //! A root file system comes from mmdebstrap and the mirror that this machine's own apt uses, the image from `mke2fs -d`. Kernel and initrd are
-//! the distribution's own, as its packages leave them in /boot.
+//! the distribution's own, as its packages leave them in /boot. Programs that are built here lie beside Debian's in /usr/local/bin.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -20,29 +20,46 @@ struct Recipe {
     kind: &'static str,
     /// Debian packages beside the minimal base.
     packages: &'static [&'static str],
+    /// Further packages.
+    more_packages: &'static [&'static str],
+    /// Programs of the folder that [`Recipe::image`] gets.
+    programs: &'static [&'static str],
     /// A shell script run with the root folder as its first argument.
     customize: &'static str,
     /// Size of the file system in MiB.
     size_mib: u32,
 }
 
+const NODE_PACKAGES: &[&str] = &[
+    "e2fsprogs",
+    "ethtool",
+    "initramfs-tools",
+    "iproute2",
+    "iputils-ping",
+    "kmod",
+    "linux-image-cloud-amd64",
+    "mount",
+    "nftables",
+    "procps",
+    "zstd",
+];
+
 const NODE: Recipe = Recipe {
     kind: "node",
-    packages: &[
-        "e2fsprogs",
-        "ethtool",
-        "initramfs-tools",
-        "iproute2",
-        "iputils-ping",
-        "kmod",
-        "linux-image-cloud-amd64",
-        "mount",
-        "nftables",
-        "procps",
-        "zstd",
-    ],
+    packages: NODE_PACKAGES,
+    more_packages: &[],
+    programs: &[],
     customize: include_str!("../../nodes/node-image.sh"),
     size_mib: 1200,
+};
+
+const CLUSTER_NODE: Recipe = Recipe {
+    kind: "cluster-node",
+    packages: NODE_PACKAGES,
+    more_packages: &["ca-certificates", "containernetworking-plugins", "iptables", "runc"],
+    programs: &["containerd", "containerd-shim-runc-v2", "ctr", "kubelet", "kube-proxy"],
+    customize: include_str!("../../nodes/node-image.sh"),
+    size_mib: 1600,
 };
 
 const GUEST: Recipe = Recipe {
@@ -59,8 +76,10 @@ const GUEST: Recipe = Recipe {
         "sysvinit-core",
         "zstd",
     ],
+    more_packages: &[],
+    programs: &[],
     customize: include_str!("../../nodes/guest-image.sh"),
-    size_mib: 768,
+    size_mib: 320,
 };
 
 /// A bootable system.
@@ -82,7 +101,16 @@ impl Image {
     /// # Errors
     /// If mmdebstrap or mke2fs fail: both say why.
     pub fn node() -> anyhow::Result<Self> {
-        NODE.image()
+        NODE.image(None)
+    }
+
+    /// The system of an emulated machine that is a node of a cluster, with those of `programs` that nodes run. That folder is known by its
+    /// name, so the name must change with what is in it. Built in about a minute, then cached.
+    ///
+    /// # Errors
+    /// If mmdebstrap or mke2fs fail: both say why.
+    pub fn cluster_node(programs: &Path) -> anyhow::Result<Self> {
+        CLUSTER_NODE.image(Some(programs))
     }
 
     /// The Debian guest: Redis (append-only, fsync at every write), an HTTP server, an SSH server. Built in about a minute, then cached.
@@ -90,22 +118,15 @@ impl Image {
     /// # Errors
     /// If mmdebstrap or mke2fs fail: both say why.
     pub fn guest() -> anyhow::Result<Self> {
-        GUEST.image()
+        GUEST.image(None)
     }
 }
 
 impl Recipe {
-    fn image(&self) -> anyhow::Result<Image> {
+    fn image(&self, programs: Option<&Path>) -> anyhow::Result<Image> {
         let sources = apt_sources()?;
-        let packages = self.packages.join(",");
-        let key = cache::key(&[
-            packages.as_bytes(),
-            self.customize.as_bytes(),
-            &self.size_mib.to_le_bytes(),
-            SUITE.as_bytes(),
-            sources.as_bytes(),
-        ]);
-        let folder = cache::entry(self.kind, &key, |folder| self.build(folder, &sources))?;
+        let key = self.key(&sources, programs);
+        let folder = cache::entry(self.kind, &key, |folder| self.build(folder, &sources, programs))?;
         Ok(Image {
             kernel: folder.join("vmlinuz"),
             initrd: folder.join("initrd.img"),
@@ -114,7 +135,29 @@ impl Recipe {
         })
     }
 
-    fn build(&self, folder: &Path, sources: &str) -> anyhow::Result<()> {
+    /// Changes with everything that the image is made of.
+    fn key(&self, sources: &str, programs: Option<&Path>) -> String {
+        let packages = self.all_packages();
+        let size = self.size_mib.to_le_bytes();
+        let mut parts = vec![
+            packages.as_bytes(),
+            self.customize.as_bytes(),
+            &size,
+            SUITE.as_bytes(),
+            sources.as_bytes(),
+        ];
+        if let Some(name) = programs.and_then(Path::file_name) {
+            parts.push(name.as_encoded_bytes());
+            parts.extend(self.programs.iter().map(|program| program.as_bytes()));
+        }
+        cache::key(&parts)
+    }
+
+    fn all_packages(&self) -> String {
+        [self.packages, self.more_packages].concat().join(",")
+    }
+
+    fn build(&self, folder: &Path, sources: &str, programs: Option<&Path>) -> anyhow::Result<()> {
         eprintln!(
             "lab: building the {} image from Debian packages (about a minute, then cached)",
             self.kind
@@ -128,7 +171,7 @@ impl Recipe {
         let mut mmdebstrap = Command::new("mmdebstrap");
         mmdebstrap
             .args(["--quiet", "--variant=minbase", "--format=directory"])
-            .arg(format!("--include={}", self.packages.join(",")))
+            .arg(format!("--include={}", self.all_packages()))
             // Nobody reads these on a test machine.
             .arg("--dpkgopt=path-exclude=/usr/share/man/*")
             .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
@@ -146,6 +189,13 @@ impl Recipe {
             // Machines are started with these; a copy on their disks would only be carried about.
             fs::copy(found.path(), folder.join(name))?;
             fs::remove_file(found.path())?;
+        }
+        for (programs, name) in programs
+            .iter()
+            .flat_map(|programs| self.programs.iter().map(move |name| (programs, name)))
+        {
+            let (from, to) = (programs.join(name), root.join("usr/local/bin").join(name));
+            fs::copy(&from, to).with_context(|| format!("cannot copy {}", from.display()))?;
         }
         let mut mke2fs = Command::new("mke2fs");
         mke2fs
@@ -233,6 +283,15 @@ fn debian_mirror(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clusters_node_is_known_by_its_programs() {
+        let key = |folder: &str| CLUSTER_NODE.key("deb", Some(Path::new(folder)));
+        assert_eq!(key("/a/kubernetes-1"), key("/b/kubernetes-1"));
+        assert_ne!(key("/a/kubernetes-1"), key("/a/kubernetes-2"));
+        assert_ne!(key("/a/kubernetes-1"), CLUSTER_NODE.key("deb", None));
+        assert_ne!(NODE.key("deb", None), NODE.key("deb other", None));
+    }
 
     #[test]
     fn the_mirror_is_read_from_both_formats() {

@@ -27,6 +27,7 @@ mod folder;
 pub mod guest;
 pub mod image;
 pub mod node;
+pub mod relay;
 pub mod sandbox;
 pub mod session;
 pub mod share;
@@ -36,6 +37,8 @@ pub(crate) use folder::{Folder, sweep};
 pub use node::{Node, NodeConfig};
 pub use sandbox::Sandbox;
 pub use share::Share;
+
+use image::Image;
 
 /// A network of the lab; every node has a card in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,9 +101,8 @@ impl Lab {
         let folder = Folder::new()?;
         let sandbox = Arc::new(Sandbox::new()?);
         make_networks(&sandbox)?;
-        let lab = Self { sandbox, folder };
-        lab.make_payload(programs)?;
-        Ok(lab)
+        make_payload(folder.path(), programs)?;
+        Ok(Self { sandbox, folder })
     }
 
     /// Boots a node; `index` (1 to 89) must be its own.
@@ -112,7 +114,15 @@ impl Lab {
             (1..90).contains(&index),
             "node {name}: {index} is no index of a node (1 to 89)"
         );
-        Node::boot(&self.sandbox, self.folder.path(), (name, index), config)
+        let node = Node::new(
+            &self.sandbox,
+            self.folder.path(),
+            &Image::node()?,
+            (name, index),
+            config,
+        )?;
+        node.power_on()?;
+        Ok(node)
     }
 
     /// Exports a folder that the nodes can share; at most once a lab.
@@ -134,40 +144,47 @@ impl Lab {
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
+}
 
-    /// The disk that carries agent and programs into the nodes.
-    fn make_payload(&self, programs: &[PathBuf]) -> anyhow::Result<()> {
-        let root = self.folder.path().join("payload");
-        fs::create_dir(&root)?;
-        let mut bytes = 0;
-        let agent = binaries::build(&[("ftvm-e2e", "ftvm-node-agent")], binaries::Profile::Dev)?;
-        for program in agent.iter().chain(programs) {
-            let name = program
-                .file_name()
-                .with_context(|| format!("{} names no file", program.display()))?;
-            bytes +=
-                fs::copy(program, root.join(name)).with_context(|| format!("cannot read {}", program.display()))?;
-        }
-        let init = root.join("init.sh");
-        fs::write(&init, include_str!("../../nodes/init.sh"))?;
-        fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-        let size_mib = (bytes >> 20) + (bytes >> 24) + 8;
-        let image = self.folder.path().join("payload.img");
-        let output = Command::new("mke2fs")
-            .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
-            .args([root.as_os_str(), image.as_os_str()])
-            .arg(format!("{size_mib}M"))
-            .stdin(Stdio::null())
-            .output()
-            .context("cannot start mke2fs")?;
-        ensure!(
-            output.status.success(),
-            "mke2fs: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        fs::remove_dir_all(&root)?;
-        Ok(())
+/// Makes the disk, in `folder`, that carries agent and programs into the nodes.
+pub(crate) fn make_payload(folder: &Path, programs: &[PathBuf]) -> anyhow::Result<()> {
+    let root = folder.join("payload");
+    fs::create_dir(&root)?;
+    let mut bytes = 0;
+    let agent = binaries::build(&[("ftvm-e2e", "ftvm-node-agent")], binaries::Profile::Dev)?;
+    for program in agent.iter().chain(programs) {
+        let name = program
+            .file_name()
+            .with_context(|| format!("{} names no file", program.display()))?;
+        bytes += fs::copy(program, root.join(name)).with_context(|| format!("cannot read {}", program.display()))?;
     }
+    let init = root.join("init.sh");
+    fs::write(&init, include_str!("../../nodes/init.sh"))?;
+    fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let size_mib = (bytes >> 20) + (bytes >> 24) + 8;
+    let image = folder.join(node::PAYLOAD);
+    make_ext4(&root, &image, size_mib, &["-O", "^has_journal"])?;
+    fs::remove_dir_all(&root)?;
+    Ok(())
+}
+
+/// Makes a file system that has the content of a folder.
+pub(crate) fn make_ext4(content: &Path, image: &Path, size_mib: u64, options: &[&str]) -> anyhow::Result<()> {
+    let output = Command::new("mke2fs")
+        .args(["-q", "-t", "ext4"])
+        .args(options)
+        .arg("-d")
+        .args([content, image])
+        .arg(format!("{size_mib}M"))
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot start mke2fs")?;
+    ensure!(
+        output.status.success(),
+        "mke2fs: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
 }
 
 /// Makes the bridges of all networks, on which the lab itself has address 1.

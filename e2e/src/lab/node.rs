@@ -1,5 +1,6 @@
 //! An emulated machine: QEMU with emulated SVM, a Debian kernel of its own, three network cards, a disk that survives its death.
 use std::fs::{self, File};
+use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -13,12 +14,15 @@ use super::image::Image;
 use super::sandbox::Sandbox;
 use super::session::{Finished, Session};
 use super::wire::{self, Start};
-use super::{NETWORKS, Network};
+use super::{NETWORKS, Network, guest};
 
 /// How long a command in a node may take unless told otherwise. Generous: emulation is slow, and slower beside other work.
 const COMMAND: Duration = Duration::from_secs(120);
 /// How long a node may take to boot: 4 s on an idle machine.
 const BOOT: Duration = Duration::from_secs(180);
+
+/// File in the folder of nodes that is the disk with the agent and programs: /lab in each of them.
+pub(super) const PAYLOAD: &str = "payload.img";
 
 /// What a node is given.
 #[derive(Debug, Clone)]
@@ -27,6 +31,8 @@ pub struct NodeConfig {
     pub memory_mib: u32,
     /// Size of the disk that is mounted on /data and survives the node's death, in MiB (sparse).
     pub data_mib: u64,
+    /// An ext4 image that this disk begins as; then `data_mib` is not looked at.
+    pub data_from: Option<PathBuf>,
     /// Raw images that the node sees as further disks, /dev/vdd and on; they survive its death. For seats.
     pub disks: Vec<PathBuf>,
 }
@@ -36,6 +42,7 @@ impl Default for NodeConfig {
         Self {
             memory_mib: 1200,
             data_mib: 4096,
+            data_from: None,
             disks: Vec::new(),
         }
     }
@@ -54,30 +61,34 @@ pub struct Node {
 }
 
 impl Node {
-    /// Boots a node; `index` (1 to 99) decides its addresses. Its taps are made here and live as long as the lab.
-    pub(super) fn boot(
+    /// A machine that is off, with this system; `index` (1 to 99) decides its addresses. Its disks and logs are in `folder`, which has the
+    /// payload. Its taps are made here and live as long as the lab.
+    pub(crate) fn new(
         sandbox: &Arc<Sandbox>,
         folder: &std::path::Path,
+        image: &Image,
         (name, index): (&str, u8),
         config: NodeConfig,
     ) -> anyhow::Result<Self> {
         let node = Self {
             sandbox: Arc::clone(sandbox),
-            image: Image::node()?,
+            image: image.clone(),
             folder: folder.to_path_buf(),
-            payload: folder.join("payload.img"),
+            payload: folder.join(PAYLOAD),
             name: name.to_owned(),
             index,
             config,
             qemu: Mutex::new(None),
         };
-        File::create(node.data_disk())?.set_len(node.config.data_mib << 20)?;
+        match &node.config.data_from {
+            Some(image) => guest::copy_sparse(image, &node.data_disk())?,
+            None => File::create(node.data_disk())?.set_len(node.config.data_mib << 20)?,
+        }
         for network in NETWORKS {
             let tap = node.tap(network);
             sandbox.run("ip", &["tuntap", "add", &tap, "mode", "tap"])?;
             sandbox.run("ip", &["link", "set", &tap, "master", network.bridge(), "up"])?;
         }
-        node.power_on()?;
         Ok(node)
     }
 
@@ -207,6 +218,25 @@ impl Node {
             self.sh(&format!("tc qdisc replace dev {card} root netem {netem}"))?;
         }
         Ok(())
+    }
+
+    /// Runs a command to its end with standard input, whatever its exit code; what it prints meanwhile must be short.
+    ///
+    /// # Errors
+    /// If it cannot be started, or does not end in time.
+    pub fn feed(&self, start: &Start, input: &mut dyn Read, timeout: Duration) -> anyhow::Result<Finished> {
+        let deadline = Instant::now() + timeout;
+        let mut session = self.start(start)?;
+        let mut buffer = vec![0; wire::MAX_FRAME];
+        loop {
+            let count = input.read(&mut buffer)?;
+            if count == 0 {
+                break;
+            }
+            session.feed(&buffer[..count])?;
+        }
+        session.end_input()?;
+        session.finish(deadline)
     }
 
     /// Joins the client network's card to a bridge `br0` inside the node, where guests' taps go.
@@ -356,7 +386,7 @@ impl Node {
     /// The node's end of a network in the lab's namespace.
     #[must_use]
     pub fn tap(&self, network: Network) -> String {
-        format!("{}{}", network.bridge(), self.index)
+        format!("{}-{}", self.name, network.bridge())
     }
 
     fn console_path(&self) -> PathBuf {
@@ -364,8 +394,9 @@ impl Node {
     }
 
     fn command(&self) -> anyhow::Result<Command> {
+        // The kernel's look at its timer counts ticks in a busy loop, and panics where the host gave it no time for one.
         let mut words = format!(
-            "root=/dev/vda ro init=/usr/sbin/lab-init console=ttyS0 net.ifnames=0 quiet panic=-1 ftvm.node={}",
+            "root=/dev/vda ro init=/usr/sbin/lab-init console=ttyS0 net.ifnames=0 quiet panic=-1 no_timer_check ftvm.node={}",
             self.name
         );
         let mut qemu = Command::new("qemu-system-x86_64");

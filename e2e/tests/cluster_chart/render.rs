@@ -129,6 +129,14 @@ const REFUSED: &[(&[&str], &[&str])] = &[
     (&["nodeDaemon.updateMaxSurge=0"], &["/nodeDaemon/updateMaxSurge"]),
     (&["nodeDaemon.updateMaxSurge=0%"], &["/nodeDaemon/updateMaxSurge"]),
     (
+        &["nodeDaemon.livenessProbe.timeoutSeconds=0"],
+        &["/nodeDaemon/livenessProbe/timeoutSeconds", "minimum"],
+    ),
+    (
+        &["nodeDaemon.startupProbe.successThreshold=2"],
+        &["/nodeDaemon/startupProbe", "'successThreshold' not allowed"],
+    ),
+    (
         &["networkPolicy.apiServerPorts[0]=70000"],
         &["/networkPolicy/apiServerPorts/0", "maximum"],
     ),
@@ -200,6 +208,41 @@ fn switches_switch() {
             assert_eq!(count(&[&values], kind), 6, "{set:?}");
         }
     }
+}
+
+/// Slow nodes need other times; those of a probe that are not set stay as they are.
+#[test]
+fn the_daemons_probes_are_those_of_the_values() {
+    let shown = "--show-only=templates/node-daemon/daemonset.yaml";
+    let probe = |more: &[&str], name: &str| {
+        let output = template(&[&[shown], more].concat());
+        let text = text(&output);
+        assert!(output.status.success(), "{text}");
+        let lines = text.lines().map(str::trim);
+        let mut found: Vec<String> = lines
+            .skip_while(|line| *line != format!("{name}:"))
+            .skip(1)
+            .take(4)
+            .map(str::to_owned)
+            .collect();
+        found.sort();
+        found
+    };
+    let command = "exec: {command: [/ftvm-node-daemon, probe]}";
+    let expected = |failures: u32, period: u32, timeout: u32| {
+        [
+            command.to_owned(),
+            format!("failureThreshold: {failures}"),
+            format!("periodSeconds: {period}"),
+            format!("timeoutSeconds: {timeout}"),
+        ]
+    };
+    assert_eq!(probe(&[], "startupProbe"), expected(60, 1, 5));
+    assert_eq!(probe(&[], "readinessProbe"), expected(3, 10, 5));
+    assert_eq!(probe(&[], "livenessProbe"), expected(6, 10, 5));
+    let slow = ["--set=nodeDaemon.livenessProbe.timeoutSeconds=60"];
+    assert_eq!(probe(&slow, "livenessProbe"), expected(6, 10, 60));
+    assert_eq!(probe(&slow, "readinessProbe"), expected(3, 10, 5));
 }
 
 /// The test's pod is no part of the release, and has rights to its own VM alone.

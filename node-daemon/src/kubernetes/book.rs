@@ -15,9 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{
     BootConfig, CheckpointConfig, DiskConfig, LinkConfig, MachineConfig, NicConfig, PeerConfig, SeatConfig,
-    TimingConfig, WhenUnprotected,
+    WhenUnprotected,
 };
 use crate::disks::source::{Compression, Format, Place, Source};
+use crate::kubernetes::timing::timing;
 use crate::seat_socket::Expected;
 use crate::seat_socket::message::{DiskToPrepare, Recipe};
 
@@ -189,10 +190,7 @@ fn config(
         header: beside(FILE_HEADER),
         journal: beside(FILE_JOURNAL),
         link: LinkConfig { listen, peers },
-        timing: TimingConfig {
-            peer_lost_ms: Some(tolerance.detection_ms),
-            ..TimingConfig::default()
-        },
+        timing: timing(tolerance.detection_ms),
         checkpoint: CheckpointConfig {
             interval_min_us: microseconds(tolerance.interval.min_ms),
             interval_max_us: microseconds(tolerance.interval.max_ms),

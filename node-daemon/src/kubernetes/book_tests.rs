@@ -63,7 +63,7 @@ fn a_pod_of_the_book_is_a_seat() {
         config.header.as_ref().unwrap().to_str(),
         Some("/disks/root/ftvm-header")
     );
-    assert_eq!(config.timing.peer_lost_ms, Some(400));
+    assert_eq!(config.timing, timing(400));
     assert_eq!(config.checkpoint.interval_max_us, Some(40_000));
     assert_eq!(config.checkpoint.target_latency_us, Some(15_000));
     assert_eq!(config.when_unprotected, WhenUnprotected::Pause);

@@ -14,8 +14,8 @@ use crate::state::{StateError, remove_if_there};
 const SOCKET: &str = "probe.sock";
 /// Whatever turns, turns at least this often.
 const BEAT_MAX: Duration = Duration::from_secs(60);
-/// A probe waits this long.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// A probe that is asked by hand waits this long; kubelet ends its own after the `timeoutSeconds` of the chart's values.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The answer to a probe.
 #[derive(Debug, Serialize, Deserialize)]

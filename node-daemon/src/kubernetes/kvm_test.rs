@@ -1,9 +1,7 @@
 //! Whether KVM works here: a guest of a few instructions is run and must do exactly what it should.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit};
@@ -11,8 +9,12 @@ use tokio::sync::watch;
 
 /// How often it is tested.
 const INTERVAL: Duration = Duration::from_secs(60);
-/// A test that takes longer has failed.
+/// A test that takes longer counts as failed until it ends, unless this machine has been slow before.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// So many times as long as the last good test may one take, where that is more.
+const SLOWER: u32 = 4;
+/// But not longer than this.
+const PATIENCE_MAX: Duration = Duration::from_secs(300);
 
 /// `mov dx, 0x3f8; mov al, 'k'; out dx, al; add al, 1; out dx, al; hlt` in real mode.
 const CODE: [u8; 10] = [0xba, 0xf8, 0x03, 0xb0, b'k', 0xee, 0x04, 0x01, 0xee, 0xf4];
@@ -31,17 +33,11 @@ impl Tested {
     pub fn start() -> Tested {
         let (sender, trouble) = watch::channel(Some("not tested yet".to_owned()));
         let work = move || {
-            let hanging = Arc::new(AtomicBool::new(false));
+            let mut patience = PATIENCE;
+            let say = |said: Option<String>| tell(&sender, said);
             loop {
-                let said = test_in_time(&hanging).err();
-                if *sender.borrow() != said {
-                    match &said {
-                        None => tracing::info!("KVM works"),
-                        Some(why) => tracing::error!("KVM: {why}; no new seats are placed here"),
-                    }
-                    // The receivers live as long as the process.
-                    let _ = sender.send(said);
-                }
+                let took = examine(test, patience, &say);
+                patience = took.map_or(patience, patience_after);
                 std::thread::sleep(INTERVAL);
             }
         };
@@ -65,31 +61,52 @@ impl Tested {
     }
 }
 
-/// On a thread of its own: a broken KVM may never answer. No second one is sent after it.
-fn test_in_time(hanging: &Arc<AtomicBool>) -> Result<(), String> {
-    if hanging.swap(true, Ordering::SeqCst) {
-        return Err("an earlier test still hangs in the kernel".to_owned());
+fn tell(sender: &watch::Sender<Option<String>>, said: Option<String>) {
+    if *sender.borrow() == said {
+        return;
     }
+    match &said {
+        None => tracing::info!("KVM works"),
+        Some(why) => tracing::error!("KVM: {why}; no new seats are placed here"),
+    }
+    // The receivers live as long as the process.
+    let _ = sender.send(said);
+}
+
+/// How long a test may take on a machine on which a good one took so long: a fast machine's failure is seen soon, a slow one is no failure.
+fn patience_after(took: Duration) -> Duration {
+    (SLOWER * took).clamp(PATIENCE, PATIENCE_MAX)
+}
+
+/// Runs the test on a thread of its own, as a broken KVM may never answer, and says what it said, or meanwhile that it is late. Returns how long it
+/// took if all is well. A test that hangs is waited for without end: no second one is sent after it into the kernel.
+fn examine(
+    test: impl FnOnce() -> Result<(), String> + Send + 'static,
+    patience: Duration,
+    say: &impl Fn(Option<String>),
+) -> Option<Duration> {
+    let begin = Instant::now();
     let (sender, receiver) = channel();
-    let done = hanging.clone();
-    let work = move || {
-        let said = test();
-        done.store(false, Ordering::SeqCst);
-        // Nobody waits any more after the patience.
-        let _ = sender.send(said);
-    };
-    let spawned = std::thread::Builder::new().name("kvm-guest".to_owned()).spawn(work);
-    if let Err(error) = spawned {
-        hanging.store(false, Ordering::SeqCst);
-        return Err(format!("no thread: {error}"));
+    // Whoever waits does not go away.
+    let work = move || drop(sender.send(test()));
+    if let Err(error) = std::thread::Builder::new().name("kvm-guest".to_owned()).spawn(work) {
+        say(Some(format!("no thread: {error}")));
+        return None;
     }
-    let late = |_| {
-        format!(
-            "a guest of six instructions did not end within {} s",
-            PATIENCE.as_secs()
-        )
-    };
-    receiver.recv_timeout(PATIENCE).map_err(late)?
+    let in_time = receiver.recv_timeout(patience);
+    let said = in_time.or_else(|error| {
+        if error == RecvTimeoutError::Timeout {
+            let seconds = patience.as_secs();
+            say(Some(format!(
+                "a guest of six instructions did not end within {seconds} s"
+            )));
+        }
+        receiver.recv()
+    });
+    let said = said.unwrap_or_else(|_| Err("the test itself failed".to_owned()));
+    let took = said.is_ok().then(|| begin.elapsed());
+    say(said.err());
+    took
 }
 
 /// A page of memory for the guest.
@@ -164,9 +181,55 @@ mod tests {
         assert_eq!(test(), Ok(()));
     }
 
+    /// What is said of a test, in order, and how long it took if all was well.
+    fn examined(
+        test: impl FnOnce() -> Result<(), String> + Send + 'static,
+        patience: Duration,
+    ) -> (Vec<Option<String>>, Option<Duration>) {
+        let said = std::cell::RefCell::new(Vec::new());
+        let took = examine(test, patience, &|word| said.borrow_mut().push(word));
+        (said.into_inner(), took)
+    }
+
     #[test]
-    fn a_test_that_hangs_is_not_joined_by_others() {
-        let hanging = Arc::new(AtomicBool::new(true));
-        assert!(test_in_time(&hanging).is_err_and(|why| why.contains("still hangs")));
+    fn a_test_that_ends_late_is_told_as_late_and_then_believed() {
+        let (sender, receiver) = channel::<()>();
+        let late = std::cell::Cell::new(false);
+        let said = std::cell::RefCell::new(Vec::new());
+        let sender = std::cell::Cell::new(Some(sender));
+        let took = examine(
+            move || receiver.recv().map_err(|error| error.to_string()),
+            Duration::from_millis(20),
+            &|word: Option<String>| {
+                // It ends only after it was told to be late.
+                late.set(late.get() || word.as_ref().is_some_and(|why| why.contains("did not end within")));
+                said.borrow_mut().push(word);
+                if let Some(sender) = sender.take() {
+                    sender.send(()).unwrap();
+                }
+            },
+        );
+        assert!(late.get());
+        assert_eq!(said.borrow().last(), Some(&None));
+        assert!(took.unwrap() >= Duration::from_millis(20));
+    }
+
+    #[test]
+    fn a_test_that_fails_or_dies_is_told_and_gives_no_measure() {
+        let patience = Duration::from_secs(20);
+        let (said, took) = examined(|| Err("it said k".to_owned()), patience);
+        assert_eq!((said, took), (vec![Some("it said k".to_owned())], None));
+        let (said, took) = examined(|| std::panic::resume_unwind(Box::new(())), patience);
+        assert_eq!((said, took), (vec![Some("the test itself failed".to_owned())], None));
+        let (said, took) = examined(|| Ok(()), patience);
+        assert_eq!((said, took.is_some()), (vec![None], true));
+    }
+
+    #[test]
+    fn a_fast_machines_failure_is_seen_soon_and_a_slow_machine_is_waited_for() {
+        assert_eq!(patience_after(Duration::from_millis(3)), PATIENCE);
+        assert_eq!(patience_after(Duration::from_secs(5)), PATIENCE);
+        assert_eq!(patience_after(Duration::from_secs(30)), Duration::from_secs(120));
+        assert_eq!(patience_after(Duration::from_secs(3600)), PATIENCE_MAX);
     }
 }

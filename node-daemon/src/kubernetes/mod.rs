@@ -21,6 +21,7 @@ mod pace;
 mod plugin;
 mod publish;
 mod request;
+mod timing;
 mod watch;
 
 use std::net::{IpAddr, SocketAddr};

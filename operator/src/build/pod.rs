@@ -90,6 +90,12 @@ pub fn pod(
     })
 }
 
+/// Between two looks at a seat's readiness, in seconds. A role changes no sooner than a silent side is taken for dead, and a look starts a
+/// program on the node: where that takes long, so does the detection that the VM asks for.
+fn probe_period_s(vm: &FaultTolerantVM) -> i32 {
+    (vm.spec.fault_tolerance.detection_ms / 1000).clamp(2, 10).cast_signed()
+}
+
 fn container(vm: &FaultTolerantVM, image: &SeatImage, ran: bool) -> Result<Container, QuantityError> {
     let mount = |name: String, path: String, read_only: bool| VolumeMount {
         name,
@@ -131,8 +137,8 @@ fn container(vm: &FaultTolerantVM, image: &SeatImage, ran: bool) -> Result<Conta
             exec: Some(ExecAction {
                 command: Some(vec!["/seat".to_owned(), "ready".to_owned()]),
             }),
-            period_seconds: Some(2),
-            timeout_seconds: Some(2),
+            period_seconds: Some(probe_period_s(vm)),
+            timeout_seconds: Some(probe_period_s(vm)),
             failure_threshold: Some(2),
             ..Probe::default()
         }),

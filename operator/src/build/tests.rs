@@ -99,6 +99,18 @@ fn first_contents_are_mounted_until_the_guest_ran() {
 }
 
 #[test]
+fn a_seat_is_looked_at_as_often_as_its_silence_would_be_noticed() {
+    let mut vm = vm();
+    for (detection_ms, period_s) in [(100, 2), (300, 2), (5_000, 5), (10_000, 10)] {
+        vm.spec.fault_tolerance.detection_ms = detection_ms;
+        let pod = pod(&vm, &entry(), &image(), None, false).unwrap();
+        let probe = pod.spec.unwrap().containers[0].readiness_probe.clone().unwrap();
+        let seconds = Some(period_s);
+        assert_eq!((probe.period_seconds, probe.timeout_seconds), (seconds, seconds));
+    }
+}
+
+#[test]
 fn claims() {
     snapshot("claim-first.yaml", &claim(&vm(), &entry(), 0).unwrap());
     snapshot("claim-second.yaml", &claim(&vm(), &entry(), 1).unwrap());

@@ -11,6 +11,7 @@ use super::requests::Requests;
 use super::{NAMESPACE, Options, say, vm, wait_protected};
 use crate::cluster::install::Images;
 use crate::cluster::{self, Cluster};
+use crate::demo::Guest;
 use crate::report::Progress;
 
 /// A daemon writes interval and lag of an active seat so often (`docs/kubernetes.md`), and the operator copies them into the status.
@@ -30,7 +31,7 @@ const REPLICAS: usize = 2;
 /// # Errors
 /// If it is not protected in the end, or the operator does not run as the chart says.
 pub fn measure(options: &Options, folder: &Path, progress: &Progress) -> anyhow::Result<OperatorFigures> {
-    let images = Images::make(folder, options.profile)?;
+    let images = Images::make(folder, options.profile, Guest::Embedded)?;
     let cluster = Cluster::start(cluster::Options {
         audit: true,
         say: say(progress),
@@ -61,7 +62,7 @@ pub fn measure(options: &Options, folder: &Path, progress: &Progress) -> anyhow:
 fn replicas(cluster: &Cluster) -> anyhow::Result<Vec<ProcessMemory>> {
     let mut found = Vec::new();
     for node in cluster.nodes() {
-        for pid in node.processes_in_pods("ftvm-operator")? {
+        for pid in node.native()?.processes_in_pods("ftvm-operator")? {
             found.push(ProcessMemory::of(pid)?);
         }
     }

@@ -9,18 +9,18 @@ use crate::judge::packet::Mac;
 use crate::judge::sniffer::Sniffer;
 use crate::lab::Network;
 
-/// The nodes.
+/// The nodes that have seats.
 pub struct Nodes(pub Rc<Cluster>);
 
 impl Nodes {
     fn node(&self, machine: usize) -> &Node {
-        &self.0.nodes()[machine]
+        &self.0.workers()[machine]
     }
 }
 
 impl Machines for Nodes {
     fn names(&self) -> Vec<String> {
-        self.0.nodes().iter().map(Node::name).collect()
+        self.0.workers().iter().map(Node::name).collect()
     }
 
     fn is_running(&self, machine: usize) -> bool {
@@ -58,7 +58,7 @@ impl Machines for Nodes {
     }
 
     fn sniff(&self, guest: Mac) -> anyhow::Result<Sniffer> {
-        let ports = self.0.nodes().iter().map(|node| node.plan().port(Network::Client));
+        let ports = self.0.workers().iter().map(|node| node.plan().port(Network::Client));
         let ports = ports.collect();
         Ok(self.0.sandbox().in_network(|| Sniffer::start(guest, ports))??)
     }

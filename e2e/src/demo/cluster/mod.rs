@@ -1,7 +1,9 @@
 //! The demonstration on a real Kubernetes: the chart is installed, a VM applied, and then a node dies.
 //!
-//! Nothing here mends anything: the operator finds the third node, kubelet starts what it started before.
+//! Nothing here mends anything: the operator finds the third node, kubelet starts what it started before. The embedded guest runs on three
+//! native nodes, Debian on two emulated ones (the operator has a native one): there the killed node comes back, and with it protection.
 pub mod acts;
+mod groups;
 mod machines;
 mod system;
 
@@ -15,14 +17,16 @@ use serde_json::json;
 
 use self::machines::Nodes;
 use self::system::Kubernetes;
+use super::linux::witness::RedisWitness;
 use super::prerequisites;
 use super::rounds::{Patience, Stage};
-use super::witness::EmbeddedWitness;
-use super::{GUEST_MAC, Options, place};
+use super::witness::{EmbeddedWitness, Witness};
+use super::{GUEST_MAC, Guest, Options, place};
 use crate::cluster::install::Images;
 use crate::cluster::{self, Cluster};
 use crate::hosts::namespace;
 use crate::lab::binaries::Profile;
+use crate::lab::guest;
 use crate::report::{Progress, Report};
 
 /// Of the VM.
@@ -31,18 +35,27 @@ pub const NAMESPACE: &str = "demo";
 pub const VM: &str = "demo";
 /// The guest's address on the client network.
 pub const GUEST_ADDRESS: [u8; 4] = [10, 79, 0, 100];
-/// A lost seat is replaced after so many seconds.
-const REPLACE_AFTER_S: u32 = 10;
 /// Where the logs of a play that failed are kept, below `target`.
 const FOLDER: &str = "cluster-demo";
 
-const PATIENCE: Patience = Patience {
+const NATIVE: Patience = Patience {
     protected: Duration::from_secs(180),
     failover: Duration::from_secs(20),
     calm: Duration::from_secs(1),
     stalled: Duration::from_secs(45),
     hold: Duration::from_secs(1),
     look: Duration::from_millis(20),
+};
+/// There is no room on two processors for a third one.
+const EMULATED_NODES: u8 = 2;
+/// Everything is slower by a factor of ten to a hundred in emulated nodes.
+const EMULATED: Patience = Patience {
+    protected: Duration::from_secs(1200),
+    failover: Duration::from_secs(180),
+    calm: Duration::from_secs(5),
+    stalled: Duration::from_secs(240),
+    hold: Duration::from_secs(10),
+    look: Duration::from_millis(500),
 };
 
 /// What the play is set on.
@@ -60,7 +73,7 @@ pub struct Setting {
 /// If the report can't be written; what goes wrong in the play itself is in the report.
 pub fn run(options: &Options, profile: Profile) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
-    if !prerequisites::native_hosts_can_be_made(&progress) {
+    if options.guest == Guest::Embedded && !prerequisites::native_hosts_can_be_made(&progress) {
         return Ok(ExitCode::from(2));
     }
     let folder = place::new_folder(FOLDER)?;
@@ -83,18 +96,32 @@ fn play_on_stage(options: &Options, profile: Profile, folder: &Path, progress: &
         profile,
         api_proxy: false,
     };
-    on_stage(options, setting, folder, progress, |stage, cluster| {
-        let (report, _) = stage.keep_frames(folder).play();
-        if !report.passed() {
-            progress.say(system::story(cluster));
-            keep_logs(cluster, folder);
+    match options.guest {
+        Guest::Embedded => on_stage(options, setting, folder, progress, |stage, cluster| {
+            Ok(act(stage, cluster, folder, progress))
+        }),
+        Guest::Linux => {
+            let client =
+                |cluster: &Cluster| RedisWitness::start(cluster.sandbox(), EMULATED.protected, EMULATED.stalled);
+            prepare(options, setting, folder, progress, client, |stage, cluster| {
+                Ok(act(stage, cluster, folder, progress))
+            })
         }
-        Ok(report)
-    })
+    }
 }
 
-/// Installs the chart on a new cluster, applies the machine, waits until it is protected, and calls `acts`. After an error logs are in
-/// `folder`.
+/// All rounds; logs of a play that fails are kept.
+fn act<W: Witness>(stage: Stage<'_, W>, cluster: &Cluster, folder: &Path, progress: &Progress) -> Report {
+    let (report, _) = stage.keep_frames(folder).play();
+    if !report.passed() {
+        progress.say(system::story(cluster));
+        keep_logs(cluster, folder);
+    }
+    report
+}
+
+/// Installs the chart on a new cluster, applies the machine with the embedded guest, waits until it is protected, and calls `acts`. After an
+/// error logs are in `folder`.
 ///
 /// # Errors
 /// What went wrong, with what the machine's objects and pods say; those of `acts`.
@@ -105,35 +132,57 @@ pub fn on_stage<T>(
     progress: &Progress,
     acts: impl FnOnce(Stage<'_, EmbeddedWitness>, &Rc<Cluster>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
+    let client = |cluster: &Cluster| {
+        let network = cluster.sandbox().network().try_clone()?;
+        let entrance = move || namespace::enter_network(&network);
+        EmbeddedWitness::start(GUEST_ADDRESS, options, NATIVE, entrance)
+    };
+    prepare(options, setting, folder, progress, client, acts)
+}
+
+fn prepare<W: Witness, T>(
+    options: &Options,
+    setting: Setting,
+    folder: &Path,
+    progress: &Progress,
+    client: impl FnOnce(&Cluster) -> anyhow::Result<W>,
+    acts: impl FnOnce(Stage<'_, W>, &Rc<Cluster>) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let cluster = Rc::new(start(options, setting, folder, progress)?);
     cluster.make_namespace(NAMESPACE, &json!({}))?;
     let nodes = Nodes(Rc::clone(&cluster));
-    let mut system = Kubernetes::new(Rc::clone(&cluster), options);
-    let witness = || {
-        let network = cluster.sandbox().network().try_clone()?;
-        let entrance = move || namespace::enter_network(&network);
-        EmbeddedWitness::start(GUEST_ADDRESS, options, PATIENCE, entrance)
+    let (patience, mac) = match options.guest {
+        Guest::Embedded => (NATIVE, GUEST_MAC),
+        Guest::Linux => (EMULATED, guest::MAC),
     };
-    Stage::prepare(options, PATIENCE, progress, (&nodes, GUEST_MAC), &mut system, witness)
-        .and_then(|stage| acts(stage, &cluster))
-        .map_err(|error| {
-            keep_logs(&cluster, folder);
-            error.context(system::story(&cluster))
-        })
+    let mut system = Kubernetes::new(Rc::clone(&cluster), options);
+    Stage::prepare(options, patience, progress, (&nodes, mac), &mut system, || {
+        client(&cluster)
+    })
+    .and_then(|stage| acts(stage, &cluster))
+    .map_err(|error| {
+        keep_logs(&cluster, folder);
+        error.context(system::story(&cluster))
+    })
 }
 
 /// A cluster with the chart.
 fn start(options: &Options, setting: Setting, folder: &Path, progress: &Progress) -> anyhow::Result<Cluster> {
     progress.say("building what is not fresh (the first time takes many minutes)");
-    let images = Images::make(folder, setting.profile)?;
+    let images = Images::make(folder, setting.profile, options.guest)?;
     let lines = progress.clone();
     // A seat that is replaced leaves its volume behind; nobody makes it fresh.
     let volumes = u8::try_from(options.rounds).unwrap_or(u8::MAX).saturating_add(2);
+    let kind = match options.guest {
+        Guest::Embedded => cluster::Options::default(),
+        Guest::Linux => cluster::Options::emulated(EMULATED_NODES),
+    };
     let cluster = Cluster::start(cluster::Options {
+        images: images.archives(),
         volumes_per_node: volumes,
         api_proxy: setting.api_proxy,
         say: Arc::new(move |text| lines.say(text)),
-        ..cluster::Options::default()
+        ..kind
     })?;
     cluster.install(&images)?;
     progress.say("the chart is installed: operator and node-daemons are ready");
@@ -142,6 +191,11 @@ fn start(options: &Options, setting: Setting, folder: &Path, progress: &Progress
 
 /// Logs of nodes and engines outlive the cluster.
 fn keep_logs(cluster: &Cluster, folder: &Path) {
+    for node in cluster.nodes().iter().filter(|node| node.is_running()) {
+        if let Err(error) = node.save_logs() {
+            eprintln!("the logs of node {} were not kept: {error:#}", node.name());
+        }
+    }
     let script = "cp -r \"$0/log\" \"$1/\"; cd \"$0/nodes\" && find . -type f -name '*.log' -size -4M -exec cp --parents {} \"$1/\" ';'";
     let mut copy = std::process::Command::new("sh");
     copy.args(["-c", script]).arg(cluster.folder()).arg(folder);

@@ -1,22 +1,22 @@
 //! The seats of a FaultTolerantVM, as the daemons of their nodes show them. Nobody but the operator replaces one.
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
+use super::groups::EngineGroup;
 use super::{GUEST_ADDRESS, NAMESPACE, VM};
-use crate::cluster::install::GUEST_IMAGE;
+use crate::cluster::install::{DEBIAN_IMAGE, GUEST_IMAGE};
 use crate::cluster::plan::CLIENT_BRIDGE;
 use crate::cluster::{Cluster, wait_for};
 use crate::demo::background::Background;
 use crate::demo::standalone::DISK;
 use crate::demo::system::{Digest, Seat, System};
-use crate::demo::{GUEST_MAC, Options, compare, daemon, guest_command_line, mac_text};
+use crate::demo::{GUEST_MAC, Guest, Options, compare, guest_command_line, mac_text};
+use crate::lab::guest;
 
-/// Of every node.
-const DAEMON_SOCKET: &str = "var/lib/ftvm/daemon.sock";
 /// Name of the guest's disk.
 const DISK_NAME: &str = "root";
 /// How long a daemon may take to answer.
@@ -49,33 +49,57 @@ impl Kubernetes {
 
     /// What `kubectl apply` gets.
     fn manifest(&self) -> Value {
-        let mut tolerance = json!({"replaceAfterSeconds": super::REPLACE_AFTER_S});
-        if let Some(ms) = self.options.peer_lost_ms {
-            tolerance["detectionMs"] = json!(ms);
-        }
+        let (image, cmdline, mac, disk) = match self.options.guest {
+            Guest::Embedded => (
+                GUEST_IMAGE,
+                guest_command_line(GUEST_ADDRESS),
+                GUEST_MAC,
+                json!({"name": DISK_NAME, "size": "64Mi", "storageClassName": "local"}),
+            ),
+            Guest::Linux => (
+                DEBIAN_IMAGE,
+                guest::CMDLINE.to_owned(),
+                guest::MAC,
+                json!({"name": DISK_NAME, "size": "320Mi", "storageClassName": "local", "source": {"image": {}}}),
+            ),
+        };
         json!({
             "apiVersion": "ftvm.dev/v1alpha1",
             "kind": "FaultTolerantVM",
             "metadata": {"name": VM, "namespace": NAMESPACE},
             "spec": {
                 "machine": {"vcpus": self.options.vcpus, "memory": format!("{}Mi", self.options.memory_mib)},
-                "boot": {
-                    "image": {"reference": GUEST_IMAGE, "pullPolicy": "Never"},
-                    "cmdline": guest_command_line(GUEST_ADDRESS),
-                },
-                "disks": [{"name": DISK_NAME, "size": "64Mi", "storageClassName": "local"}],
-                "networks": [{"name": "front", "mac": mac_text(GUEST_MAC), "bridge": {"name": CLIENT_BRIDGE}}],
-                "faultTolerance": tolerance,
-                // Three nodes share this machine's two processors.
+                "boot": {"image": {"reference": image, "pullPolicy": "Never"}, "cmdline": cmdline},
+                "disks": [disk],
+                "networks": [{"name": "front", "mac": mac_text(mac), "bridge": {"name": CLIENT_BRIDGE}}],
+                "faultTolerance": self.tolerance(),
+                // The nodes share this machine's two processors.
                 "resources": {"cpuRequest": "100m"},
             },
         })
     }
 
+    fn tolerance(&self) -> Value {
+        let mut tolerance = match self.options.guest {
+            Guest::Embedded => json!({"replaceAfterSeconds": 10}),
+            // An emulated machine may stand still for a while when its host is busy: that is not its death. An engine takes half a minute to
+            // start there, and there is no other node that a seat could be placed on.
+            Guest::Linux => {
+                json!({"replaceAfterSeconds": 600, "detectionMs": 10_000, "interval": {"minMs": 20, "maxMs": 200}})
+            }
+        };
+        if let Some(ms) = self.options.peer_lost_ms {
+            tolerance["detectionMs"] = json!(ms);
+        }
+        tolerance
+    }
+
     fn ask(&self, machine: usize, request: &Value, patience: Duration) -> anyhow::Result<Value> {
-        let node = &self.cluster.nodes()[machine];
-        let socket = node.in_node(DAEMON_SOCKET)?;
-        daemon::ask(&socket, request, patience).with_context(|| format!("asking the daemon of {}", node.name()))
+        self.cluster.workers()[machine].ask_daemon(request, patience)
+    }
+
+    fn patience(&self, native: Duration) -> Duration {
+        self.cluster.kind().patience(native)
     }
 
     /// The seat with an engine on a node: its name and the engine's status.
@@ -92,7 +116,7 @@ impl Kubernetes {
     fn named(&self, machine: usize) -> anyhow::Result<String> {
         let found = self.engine(machine)?;
         let name = found.map(|(name, _)| name);
-        name.with_context(|| format!("no engine runs on {}", self.cluster.nodes()[machine].name()))
+        name.with_context(|| format!("no engine runs on {}", self.cluster.workers()[machine].name()))
     }
 
     fn digest(&self, machine: usize) -> anyhow::Result<Digest> {
@@ -105,7 +129,7 @@ impl Kubernetes {
         Ok(serde_json::from_value(reply.clone())?)
     }
 
-    /// The file of a seat's disk, on this machine: that of its claim's volume on its node.
+    /// The file of a seat's disk, as this machine can read it: that of its claim's volume on its node.
     fn disk(&self, machine: usize) -> anyhow::Result<PathBuf> {
         let claim = format!("{}-{DISK_NAME}", self.named(machine)?);
         let claim = self.cluster.get(&["pvc", "--namespace", NAMESPACE, &claim])?;
@@ -116,7 +140,35 @@ impl Kubernetes {
         let path = volume["spec"]["local"]["path"]
             .as_str()
             .context("the volume has no path")?;
-        Ok(self.cluster.nodes()[machine].kept(Path::new(path)).join(DISK))
+        self.cluster.workers()[machine].file(&Path::new(path).join(DISK), self.cluster.folder())
+    }
+
+    /// Where the node's kernel has the engine, and what it charges its pod with.
+    fn examine_group(&self, machine: usize) -> anyhow::Result<()> {
+        let seat = self.named(machine)?;
+        let pod = self.cluster.get(&["pod", "--namespace", NAMESPACE, &seat])?;
+        let uid = pod["metadata"]["uid"].as_str().context("the pod has no UID")?;
+        let limit = &pod["spec"]["containers"][0]["resources"]["limits"]["memory"];
+        let limit_mib = limit
+            .as_str()
+            .and_then(|limit| limit.strip_suffix("Mi")?.parse::<u64>().ok());
+        let limit_mib = limit_mib.with_context(|| format!("the pod's limit of memory is {limit}, no number of Mi"))?;
+        let group = EngineGroup::read(&self.cluster.workers()[machine])?;
+        self.cluster.say(&format!("the engine of {seat}: {group}"));
+        group.judge(uid, limit_mib << 20, u64::from(self.options.memory_mib) << 20)
+    }
+
+    /// Copies of both disks become equal once the guest is still and the journal applied. What they are then is examined: file system and
+    /// Redis' log must be in order, as after a power cut.
+    fn compare_copies(&self, active: usize, standby: usize) -> anyhow::Result<()> {
+        let deadline = Instant::now() + self.patience(SETTLE);
+        loop {
+            let (ours, theirs) = (self.disk(active)?, self.disk(standby)?);
+            let Some(at) = compare::first_difference(&ours, &theirs)? else {
+                return guest::examine_copy(&ours, self.cluster.folder()).context("the disks are equal, and damaged");
+            };
+            ensure!(Instant::now() < deadline, "the disks differ at byte {at} and stay so");
+        }
     }
 }
 
@@ -149,7 +201,7 @@ impl System for Kubernetes {
 
     /// By a drain of its node, as administrators do before they work on one.
     fn hand_over(&mut self, machine: usize) -> anyhow::Result<()> {
-        let node = self.cluster.nodes()[machine].name();
+        let node = self.cluster.workers()[machine].name();
         let words = [
             "drain",
             &node,
@@ -173,7 +225,7 @@ impl System for Kubernetes {
 
     /// A node that was started again, or drained, takes seats once it is ready and offers them.
     fn make_spare(&mut self, machine: usize) -> anyhow::Result<()> {
-        let name = self.cluster.nodes()[machine].name();
+        let name = self.cluster.workers()[machine].name();
         if let Some(trouble) = self.drain.finish()? {
             bail!("{trouble}");
         }
@@ -181,7 +233,7 @@ impl System for Kubernetes {
             self.cluster.kubectl(&["uncordon", &drained])?;
         }
         self.cluster.wait_node_ready(&name)?;
-        wait_for(&format!("node {name} offers seats"), PATIENCE, || {
+        wait_for(&format!("node {name} offers seats"), self.patience(PATIENCE), || {
             let node = self.cluster.get(&["node", &name])?;
             let seats = &node["status"]["allocatable"]["ftvm.dev/seat"];
             ensure!(seats.as_str().is_some_and(|seats| seats != "0"), "{seats}");
@@ -190,8 +242,15 @@ impl System for Kubernetes {
     }
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
-        compare::disks(&self.disk(active)?, &self.disk(standby)?, SETTLE)?;
-        compare::memory(|machine| self.digest(machine), active, standby, SETTLE)
+        match self.options.guest {
+            Guest::Embedded => compare::disks(&self.disk(active)?, &self.disk(standby)?, SETTLE)?,
+            Guest::Linux => {
+                self.examine_group(active)?;
+                self.examine_group(standby)?;
+                self.compare_copies(active, standby)?;
+            }
+        }
+        compare::memory(|machine| self.digest(machine), active, standby, self.patience(SETTLE))
     }
 
     fn logs(&self) -> Vec<PathBuf> {

@@ -3,7 +3,7 @@
 //! When a machine's plug is pulled it is started again and takes its own place: there is no third one.
 mod machines;
 mod system;
-mod witness;
+pub(super) mod witness;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

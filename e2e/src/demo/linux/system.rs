@@ -14,8 +14,7 @@ use serde_json::{Value, json};
 use super::machines::Emulated;
 use crate::demo::system::{Digest, Seat, System};
 use crate::demo::{Options, compare, mac_text};
-use crate::lab::session::{Event, Session};
-use crate::lab::wire::Start;
+use crate::lab::relay::Relay;
 use crate::lab::{Network, guest};
 
 const VM: &str = "demo";
@@ -140,9 +139,9 @@ impl EmulatedSystem {
         let node = &self.machines.nodes[machine];
         let relay = match &mut self.relays[machine] {
             Some(relay) => relay,
-            none => none.insert(Relay::start(node.start(&Relay::command())?)),
+            none => none.insert(Relay::start(node, SOCKET)?),
         };
-        let answer = relay.ask(request);
+        let answer = relay.ask(request, ANSWER);
         if answer.is_err() {
             self.relays[machine] = None;
         }
@@ -261,44 +260,5 @@ impl System for EmulatedSystem {
 
     fn logs(&self) -> Vec<PathBuf> {
         Vec::new()
-    }
-}
-
-/// A program in a machine that passes questions to its daemon, one a line.
-struct Relay {
-    session: Session,
-    rest: Vec<u8>,
-}
-
-impl Relay {
-    fn command() -> Start {
-        let argv = ["/lab/ftvm-node-agent", "ask", SOCKET].map(str::to_owned).to_vec();
-        Start {
-            argv,
-            ..Start::default()
-        }
-    }
-
-    fn start(session: Session) -> Self {
-        Self {
-            session,
-            rest: Vec::new(),
-        }
-    }
-
-    fn ask(&mut self, request: &Value) -> anyhow::Result<Value> {
-        self.session.feed(format!("{request}\n").as_bytes())?;
-        let deadline = Instant::now() + ANSWER;
-        loop {
-            if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.rest.drain(..=end).collect();
-                return serde_json::from_slice(&line).context("the answer is no JSON");
-            }
-            match self.session.next(deadline)? {
-                Event::Stdout(bytes) => self.rest.extend(bytes),
-                Event::Stderr(bytes) => bail!("{}", String::from_utf8_lossy(&bytes).trim()),
-                Event::Exit(code) => bail!("the relay ended with code {code}"),
-            }
-        }
     }
 }
