@@ -89,6 +89,8 @@ pub struct PodSeen {
     pub deleting: bool,
     /// What the scheduler says of it.
     pub unschedulable: Option<String>,
+    /// When its container started, if it never had to be started again. By its node's clock.
+    pub first_start: Option<Timestamp>,
     /// What its container waits for: (reason, message).
     pub waiting: Option<(String, String)>,
     /// Why it failed.
@@ -206,6 +208,10 @@ pub fn pod(vm: &FaultTolerantVM, pod: &Pod) -> Option<(String, PodSeen)> {
     let waiting = container
         .and_then(|container| container.state.as_ref()?.waiting.clone())
         .map(|waiting| (waiting.reason.unwrap_or_default(), waiting.message.unwrap_or_default()));
+    let first_start = container
+        .filter(|container| container.restart_count == 0)
+        .and_then(|container| container.state.as_ref()?.running.as_ref()?.started_at.as_ref())
+        .map(|time| time.0);
     let phase = match status.phase.as_deref() {
         Some("Running") => PodPhase::Running,
         Some("Failed" | "Succeeded") => PodPhase::Finished,
@@ -231,6 +237,7 @@ pub fn pod(vm: &FaultTolerantVM, pod: &Pod) -> Option<(String, PodSeen)> {
         ready,
         deleting: pod.metadata.deletion_timestamp.is_some(),
         unschedulable: unschedulable.map(|condition| condition.message.unwrap_or_default()),
+        first_start,
         waiting,
         failed,
         published: SeatPublished::of(pod.annotations()),

@@ -57,7 +57,9 @@ fn pod_status(status: PodStatus) -> PodStatus {
     });
     let first = status.container_statuses.into_iter().flatten().next();
     let first = first.map(|container| ContainerStatus {
+        restart_count: container.restart_count,
         state: container.state.map(|state| ContainerState {
+            running: state.running,
             waiting: state.waiting,
             ..ContainerState::default()
         }),
@@ -172,10 +174,12 @@ mod tests {
     #[test]
     fn a_pod_looks_the_same() {
         let state = |kind: &str| json!({kind: {"reason": "ErrImagePull", "message": "no such image"}});
-        for (phase, state) in [
-            ("Pending", state("waiting")),
-            ("Running", json!({"running": {}})),
-            ("Failed", json!({"terminated": {"exitCode": 1}})),
+        let running = json!({"running": {"startedAt": "2026-01-02T03:04:05Z"}});
+        for (phase, restarts, state) in [
+            ("Pending", 0, state("waiting")),
+            ("Running", 0, running.clone()),
+            ("Running", 3, running),
+            ("Failed", 3, json!({"terminated": {"exitCode": 1}})),
         ] {
             let object = json!({
                 "metadata": metadata("web-x"),
@@ -190,7 +194,7 @@ mod tests {
                         {"type": "PodScheduled", "status": "False", "message": "0/3 nodes", "reason": "Unschedulable"},
                         {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-02T03:04:05Z"},
                     ],
-                    "containerStatuses": [{"name": "seat", "image": "z", "imageID": "q".repeat(300), "ready": true, "restartCount": 3, "state": state}],
+                    "containerStatuses": [{"name": "seat", "image": "z", "imageID": "q".repeat(300), "ready": true, "restartCount": restarts, "state": state}],
                 },
             });
             let (whole, trimmed) = both(object, pod);
@@ -198,6 +202,7 @@ mod tests {
             let (name, seen) = observe::pod(&vm, &whole).expect("its pod");
             let (name_trimmed, seen_trimmed) = observe::pod(&vm, &trimmed).expect("its pod");
             assert_eq!((name, format!("{seen:?}")), (name_trimmed, format!("{seen_trimmed:?}")));
+            assert_eq!(seen.first_start.is_some(), phase == "Running" && restarts == 0);
             assert!(seen.request.is_some() && seen.published.is_ok_and(|published| published.term == 7));
         }
     }

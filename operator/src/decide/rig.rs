@@ -433,6 +433,7 @@ impl World {
             ready: false,
             deleting: false,
             unschedulable: None,
+            first_start: None,
             waiting: None,
             failed: None,
             published: Ok(SeatPublished::default()),
@@ -480,6 +481,7 @@ impl World {
             self.pods.remove(seat);
         } else if pod.node.is_some() && pod.phase == PodPhase::Pending {
             pod.phase = PodPhase::Running;
+            pod.first_start = Some(self.now);
             pod.pod_ip = Some("10.1.2.3".to_owned());
         }
     }

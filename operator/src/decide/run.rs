@@ -82,12 +82,15 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         let trouble = (alone && !named).then(|| super::trouble(seen, entry)).flatten();
         // While no guest runs there is nothing to join.
         let trouble = trouble.filter(|trouble| runs || !matches!(trouble, Trouble::NoEngine | Trouble::Slow));
-        let patience = trouble.and_then(|trouble| trouble::patience(seen, &trouble, replacements));
+        let patience = trouble
+            .as_ref()
+            .and_then(|trouble| trouble::patience(seen, trouble, replacements));
         let Some(patience) = patience else {
             entry.lost_since = None;
             continue;
         };
-        let since = entry.lost_since.get_or_insert_with(|| whole_seconds(seen.now)).0;
+        let since = lost_since(seen, entry, trouble.as_ref());
+        entry.lost_since = Some(Time(since));
         let lost = Duration::try_from(seen.now.duration_since(since)).unwrap_or_default();
         if lost < patience {
             sooner(&mut decision.recheck, patience - lost);
@@ -96,6 +99,17 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
             leaving = true;
         }
     }
+}
+
+/// Since when the seat has been in trouble. One that runs without an engine could not have had any before its container started: images
+/// and volumes have their own, longer, time.
+fn lost_since(seen: &Observed, entry: &SeatEntry, trouble: Option<&Trouble>) -> Timestamp {
+    let now = whole_seconds(seen.now).0;
+    let since = entry.lost_since.as_ref().map_or(now, |since| since.0);
+    let started = pod(seen, entry).and_then(|pod| pod.first_start);
+    // By the node's clock: one that is ahead says nothing.
+    let started = started.filter(|started| *started <= now && trouble == Some(&Trouble::NoEngine));
+    started.map_or(since, |started| since.max(started))
 }
 
 /// Is the seat's pod on a node that can't give this CPU?

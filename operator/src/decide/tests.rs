@@ -182,6 +182,42 @@ fn what_does_not_help_is_tried_less_and_less_often() {
 }
 
 #[test]
+fn a_seat_that_starts_slowly_has_its_time_to_join_from_its_start() {
+    let mut world = protected(3);
+    let (active, standby) = seats(&world);
+    world.swap_out(&standby.name);
+    let successor = loop {
+        world.step();
+        world.kubelet(&standby.name);
+        world.volumes();
+        world.pass(2);
+        let old = [&active.name, &standby.name];
+        if let Some(name) = world.pods.keys().find(|name| !old.contains(name)) {
+            break name.clone();
+        }
+    };
+    world.schedule(&successor);
+    let least = world.vm.spec.fault_tolerance.replace_after_seconds;
+    // Replaced once: twice as long.
+    let patience = i64::from(2 * least);
+    for _ in 0..patience + 60 {
+        world.step();
+        world.pass(1);
+    }
+    world.kubelet(&successor);
+    let leaves = |world: &mut World| {
+        world.step();
+        world.entry(&successor).is_none_or(|entry| entry.leaving)
+    };
+    for _ in 0..patience - 5 {
+        assert!(!leaves(&mut world), "given up for the time before it started");
+        world.pass(1);
+    }
+    world.pass(10);
+    assert!(leaves(&mut world), "it never joins");
+}
+
+#[test]
 fn a_pod_that_was_deleted_is_made_again_with_its_claims() {
     let mut world = protected(3);
     let (_, standby) = seats(&world);
