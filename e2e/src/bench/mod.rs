@@ -164,6 +164,9 @@ impl Options {
     /// # Errors
     /// If not, with what to do.
     pub fn check(&self) -> anyhow::Result<()> {
+        if let Some(page) = &self.markdown {
+            tables::check_page(&self.parts, page)?;
+        }
         let of_kubernetes = self.parts.iter().filter(|part| part.is_of_kubernetes()).count();
         if of_kubernetes == self.parts.len() {
             return Ok(());
@@ -312,6 +315,8 @@ impl Load {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -324,19 +329,24 @@ mod tests {
 
     #[test]
     fn a_run_that_would_wipe_figures_is_refused_before_it_begins() {
-        let page = Some(PathBuf::from("page.md"));
+        let page = Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/benchmarks.md"));
         let run = |parts: &[Part], markdown: &Option<PathBuf>| {
             let options = Options {
                 parts: parts.to_vec(),
                 markdown: markdown.clone(),
                 ..Options::full()
             };
-            options.check().map_err(|error| error.to_string())
+            options.check().map_err(|error| format!("{error:#}"))
         };
         assert_eq!(run(&Part::OF_ENGINE, &page), Ok(()));
         assert_eq!(run(&[Part::Fleet], &page), Ok(()));
         assert_eq!(run(&[Part::Pause], &None), Ok(()));
         assert!(run(&[Part::Pause], &page).unwrap_err().contains("wiped out"));
+        let missing = run(&[Part::Fleet], &Some(PathBuf::from("/nowhere/page.md"))).unwrap_err();
+        assert!(missing.contains("/nowhere/page.md"), "{missing}");
+        let other = Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md"));
+        let no_section = run(&[Part::Fleet], &other).unwrap_err();
+        assert!(no_section.contains("figures of fleet: begin"), "{no_section}");
         assert!(
             run(&[Part::Pause, Part::Fleet], &None)
                 .unwrap_err()

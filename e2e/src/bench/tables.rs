@@ -137,18 +137,33 @@ pub fn conclude(report: &Report, options: &Options, logs: &Path) -> anyhow::Resu
 /// # Errors
 /// If the page can't be read or written, or has no such section.
 pub fn write_markdown(report: &Report, parts: &[Part], page: &Path) -> anyhow::Result<()> {
+    let written = with_sections(page, parts, |part| match part {
+        Some(part) => markdown(&of_part(report, part)),
+        None => markdown(report),
+    })?;
+    std::fs::write(page, written).with_context(|| format!("writing {}", page.display()))
+}
+
+/// Whether the page is there and has the sections of these parts.
+///
+/// # Errors
+/// If not.
+pub fn check_page(parts: &[Part], page: &Path) -> anyhow::Result<()> {
+    with_sections(page, parts, |_| String::new()).map(drop)
+}
+
+/// The page with these parts' sections anew. Parts of Kubernetes have one each, those of the engine one together.
+fn with_sections(page: &Path, parts: &[Part], section: impl Fn(Option<Part>) -> String) -> anyhow::Result<String> {
     let mut text = std::fs::read_to_string(page).with_context(|| format!("reading {}", page.display()))?;
-    let sections: Vec<_> = match report.settings.kubernetes {
-        true => parts
-            .iter()
-            .map(|part| (Some(*part), markdown(&of_part(report, *part))))
-            .collect(),
-        false => vec![(None, markdown(report))],
-    };
-    for (part, section) in sections {
-        text = with_section(&text, &marks(part), &section).with_context(|| page.display().to_string())?;
+    let mut sections: Vec<Option<Part>> = parts
+        .iter()
+        .map(|part| Some(*part).filter(|part| part.is_of_kubernetes()))
+        .collect();
+    sections.dedup();
+    for part in sections {
+        text = with_section(&text, &marks(part), &section(part)).with_context(|| page.display().to_string())?;
     }
-    std::fs::write(page, text).with_context(|| format!("writing {}", page.display()))
+    Ok(text)
 }
 
 /// The report as if this part of Kubernetes had been measured alone.
