@@ -540,7 +540,8 @@ fn link(
     )?;
     let listener = fds.take(launch.link.listener, "the link's listening socket")?;
     let hello = Hello::new(launch.vm_id, launch.incarnation);
-    let mut config = LinkConfig::new(hello, tls);
+    let peer_lost = Duration::from_millis(launch.timing.peer_lost_ms.into());
+    let mut config = LinkConfig::new(hello, tls).with_detection(peer_lost);
     config.filters = filters;
     Ok((config, TcpListener::from(listener)))
 }

@@ -27,6 +27,7 @@ mod tls;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use ftvm_protocol::core::Timing;
 use ftvm_protocol::identity::{Incarnation, LinkId};
 use ftvm_protocol::wire::{Hello, Kind, NegotiateError, WireError};
 
@@ -72,6 +73,18 @@ impl LinkConfig {
             queue: QueueLimits::default(),
             filters: None,
         }
+    }
+
+    /// Between machines of which one counts as lost after a silence of `peer_lost`. Where that is longer than usual a machine may stand still for
+    /// that much longer without being dead, and its link must not end before: both sides may while they shake hands, the reader
+    /// while bytes wait for it.
+    #[must_use]
+    pub fn with_detection(mut self, peer_lost: Duration) -> Self {
+        let usual = Duration::from_millis(Timing::default().peer_lost_ms);
+        let stop = peer_lost.saturating_sub(usual);
+        self.handshake_deadline += 2 * stop;
+        self.stall_deadline += stop;
+        self
     }
 }
 

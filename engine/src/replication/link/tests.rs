@@ -566,6 +566,20 @@ fn who_connects_and_says_nothing_is_cut_off_in_time() {
 }
 
 #[test]
+fn no_link_ends_before_its_machine_counts_as_dead() {
+    let authority = Authority::new();
+    let with = |peer_lost_ms: u64| {
+        let hello = Hello::new(VM, Incarnation { seat: A, start: 1 });
+        let config = LinkConfig::new(hello, authority.identity(A)).with_detection(Duration::from_millis(peer_lost_ms));
+        (config.handshake_deadline.as_millis(), config.stall_deadline.as_millis())
+    };
+    assert_eq!(with(300), (2000, 5000));
+    assert_eq!(with(10_000), (21_400, 14_700));
+    // The least that the resource admits: what a link waits for takes as long as ever.
+    assert_eq!(with(100), with(300));
+}
+
+#[test]
 fn a_peer_that_takes_nothing_is_down_in_time_and_producers_are_told() {
     let authority = Authority::new();
     let a = Node::start(LinkConfig {
