@@ -108,15 +108,27 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// Connects from the lab's client network, trying again until `deadline` while the server is not up.
+    /// Connects from the lab's client network, trying again until `deadline` while the server is not up, and asks there until it has read its
+    /// append-only file: the guest's console calls it started before.
     ///
     /// # Errors
-    /// If it does not answer until then.
+    /// If it has no data to answer from until then.
     pub fn connect(sandbox: &Sandbox, deadline: Instant) -> anyhow::Result<Self> {
         let stream = connect(sandbox, 6379, deadline)?;
-        Ok(Self {
+        let mut redis = Self {
             stream: BufReader::new(stream),
-        })
+        };
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // A time-out of zero would be none.
+            match redis.command(&["DBSIZE"], left.max(Duration::from_millis(1))) {
+                Ok(_) => return Ok(redis),
+                Err(error) if error.to_string().contains("-LOADING") && !left.is_zero() => {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Increments a counter; Redis answers after the increment is on its disk.
