@@ -85,6 +85,7 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode
     let built = Built::build(options.profile)?;
     let folder = new_folder(FOLDER)?;
     let ended = outer::enter_with(arguments, &[(BUILT, serde_json::to_string(&built)?)])?;
+    // An interrupted pair has left its own.
     for part in ["pair", "gap/kill-engine", "gap/kill-host"] {
         let part = folder.join(part);
         if part.exists() {

@@ -39,6 +39,7 @@ pub fn run(options: &Options, profile: Profile, arguments: &[OsString]) -> anyho
     let programs = programs::build(profile)?;
     let folder = new_folder(FOLDER)?;
     let ended = outer::enter_with(arguments, &[(PROGRAMS, serde_json::to_string(&programs)?)])?;
+    // An interrupted pair has left its own.
     remove_disks(&folder)?;
     match ended {
         Outer::Ended(status) => Ok(status

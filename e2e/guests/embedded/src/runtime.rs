@@ -9,6 +9,7 @@ use core::panic::PanicInfo;
 ///
 /// # Safety
 /// As in C.
+// SAFETY: no other symbol of the image has this name; it is what the compiler calls by it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, size: usize) -> *mut u8 {
     // SAFETY: the caller vouches for both ranges; the direction flag is clear by the ABI.
@@ -29,6 +30,7 @@ pub unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, size: usize) -> *m
 ///
 /// # Safety
 /// As in C.
+// SAFETY: no other symbol of the image has this name; it is what the compiler calls by it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, size: usize) -> *mut u8 {
     if (to as usize).wrapping_sub(from as usize) >= size {
@@ -51,6 +53,7 @@ pub unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, size: usize) -> *
 ///
 /// # Safety
 /// As in C.
+// SAFETY: no other symbol of the image has this name; it is what the compiler calls by it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn memset(to: *mut u8, value: i32, size: usize) -> *mut u8 {
     let word = u64::from(value as u8) * 0x0101_0101_0101_0101;
@@ -73,6 +76,7 @@ pub unsafe extern "C" fn memset(to: *mut u8, value: i32, size: usize) -> *mut u8
 ///
 /// # Safety
 /// As in C.
+// SAFETY: no other symbol of the image has this name; it is what the compiler calls by it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, size: usize) -> i32 {
     let mut at = 0;
@@ -91,6 +95,7 @@ pub unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, size: usize) 
 ///
 /// # Safety
 /// As in C.
+// SAFETY: no other symbol of the image has this name; it is what the compiler calls by it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bcmp(left: *const u8, right: *const u8, size: usize) -> i32 {
     // SAFETY: the caller's promise is the same.
