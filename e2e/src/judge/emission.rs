@@ -81,7 +81,7 @@ impl Emissions {
         *self.report.frames.entry(host).or_default() += 1;
         let effect = match packet {
             Packet::Tcp(segment) => self.stream_effect(segment),
-            Packet::Other => Effect::default(),
+            Packet::ReverseArp | Packet::Other => Effect::default(),
         };
         self.report.rewritten += u64::from(effect.rewritten);
         match (effect.new, self.deposed.contains(&host)) {

@@ -9,6 +9,8 @@ pub type Mac = [u8; 6];
 pub enum Packet<'a> {
     /// A TCP segment over IPv4, not a fragment.
     Tcp(Segment<'a>),
+    /// Reverse ARP (RFC 903): how an active side announces the guest's address.
+    ReverseArp,
     /// Anything else that is Ethernet.
     Other,
 }
@@ -39,6 +41,7 @@ pub fn parse(frame: &[u8]) -> Option<(Mac, Packet<'_>)> {
     let source = frame.get(6..12)?.try_into().ok()?;
     let packet = match be16(frame, 12)? {
         0x0800 => ipv4(&frame[14..]).map_or(Packet::Other, Packet::Tcp),
+        0x8035 => Packet::ReverseArp,
         _ => Packet::Other,
     };
     Some((source, packet))

@@ -17,13 +17,34 @@ pub enum Direction {
     ToGuest,
 }
 
+/// What a frame carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A TCP segment.
+    Tcp,
+    /// Where the guest's address is.
+    Announcement,
+    /// Anything else.
+    Other,
+}
+
+impl Kind {
+    fn of(packet: &Packet<'_>) -> Self {
+        match packet {
+            Packet::Tcp(_) => Self::Tcp,
+            Packet::ReverseArp => Self::Announcement,
+            Packet::Other => Self::Other,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Frame {
     /// Since 1970.
     at: Duration,
     host: usize,
     direction: Direction,
-    tcp: bool,
+    kind: Kind,
     /// Of TCP.
     payload_bytes: usize,
     text: String,
@@ -40,10 +61,11 @@ impl Timeline {
             self.0.pop_front();
         }
         let payload_bytes = match packet {
-            Packet::Other => 0,
             Packet::Tcp(segment) => segment.payload.len(),
+            Packet::ReverseArp | Packet::Other => 0,
         };
         let text = match packet {
+            Packet::ReverseArp => "announcement".to_owned(),
             Packet::Other => "no TCP".to_owned(),
             Packet::Tcp(segment) => {
                 let flags = [(segment.syn, " SYN"), (segment.fin, " FIN"), (segment.rst, " RST")];
@@ -58,16 +80,22 @@ impl Timeline {
             at,
             host,
             direction,
-            tcp: matches!(packet, Packet::Tcp(_)),
+            kind: Kind::of(packet),
             payload_bytes,
             text,
         });
     }
 
-    /// How many of the frames kept went this way at the port of `host`, those with TCP or the others.
-    pub fn count(&self, host: usize, direction: Direction, tcp: bool) -> usize {
-        let counts = |frame: &&Frame| (frame.host, frame.direction, frame.tcp) == (host, direction, tcp);
+    /// How many of the frames kept of this kind went this way at the port of `host`.
+    pub fn count(&self, host: usize, direction: Direction, kind: Kind) -> usize {
+        let counts = |frame: &&Frame| (frame.host, frame.direction, frame.kind) == (host, direction, kind);
         self.0.iter().filter(counts).count()
+    }
+
+    /// When the last of the frames kept went this way at the port of `host`, since 1970, of those of this kind.
+    pub fn last_at(&self, host: usize, direction: Direction, kind: Kind) -> Option<Duration> {
+        let matches = |frame: &&Frame| (frame.host, frame.direction, frame.kind) == (host, direction, kind);
+        self.0.iter().rev().find(matches).map(|frame| frame.at)
     }
 
     /// Largest TCP payload of the frames kept that went this way at the port of `host`, in bytes.
@@ -120,14 +148,15 @@ mod tests {
             noon + Duration::from_micros(1500),
             1,
             Direction::ToGuest,
-            &Packet::Other,
+            &Packet::ReverseArp,
         );
-        assert_eq!(timeline.count(1, Direction::ToGuest, false), 1);
-        assert_eq!(timeline.count(1, Direction::ToGuest, true), 0);
+        assert_eq!(timeline.count(1, Direction::ToGuest, Kind::Announcement), 1);
+        assert_eq!(timeline.count(1, Direction::ToGuest, Kind::Other), 0);
+        assert_eq!(timeline.last_at(0, Direction::FromGuest, Kind::Other), Some(noon));
         let text = timeline.text(&["h1".to_owned(), "h2".to_owned()]);
         assert_eq!(
             text,
-            "12:00:00.000000 +0.000 h1 -> no TCP\n12:00:00.001500 +1.500 h2 <- no TCP\n"
+            "12:00:00.000000 +0.000 h1 -> no TCP\n12:00:00.001500 +1.500 h2 <- announcement\n"
         );
     }
 
