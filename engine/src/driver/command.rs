@@ -6,7 +6,7 @@ use ftvm_protocol::core::{Command as CoreCommand, Event, ReadOutcome, SwapOutcom
 use ftvm_protocol::identity::RequestId;
 
 use super::guest::SeatMachine;
-use super::takeover::Step;
+use super::trace::Step;
 use super::{Driver, Ended, Guest, hold};
 use crate::clock::Moment;
 use crate::control::{Answer, Command, CommandId, Peer, Protection, Reply, exit_code};

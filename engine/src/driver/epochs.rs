@@ -9,7 +9,7 @@ use super::follow::Base;
 use super::lead::{Done, Job, Leading, Stage};
 use super::seat::Seat;
 use super::status::Figures;
-use super::{Driver, Guest, follow, lead};
+use super::{Driver, Guest, follow, lead, trace};
 use crate::checkpoint::{Decision, Observation};
 use crate::control::{CommandId, Digest, Reply};
 use crate::outbox::Output;
@@ -283,6 +283,7 @@ impl Driver {
         leading.base = Some(epoch);
         leading.stage = Stage::Streaming;
         leading.in_flight.push_back((epoch, Instant::now()));
+        self.takeover.reached_first(trace::Step::Sealed);
         self.seat.gate().set_epoch(epoch + 1);
         self.seat.machine.limit_writes(self.seat.pacer.first_room());
         let digest = self.digest.as_ref().is_some_and(|pending| pending.taken);
@@ -290,7 +291,8 @@ impl Driver {
             self.sealed_state = Some(Base {
                 epoch,
                 state: sealed.state.clone(),
-                outputs: outputs.iter().cloned().map(port_data).collect(),
+                released_through: sealed.released_through,
+                outputs: self.seat.outbox.all_held().into_iter().map(port_data).collect(),
             });
         }
         clock.done(Step::Copy);
@@ -372,6 +374,7 @@ impl Driver {
                 digest,
             } => {
                 tracing::trace!("epoch {epoch} queued");
+                self.takeover.reached_first(trace::Step::Sent);
                 self.figures.sent(&stats);
                 self.figures.cache_bytes = cache_bytes;
                 if let Some((digest, pending)) = digest.and_then(|digest| Some((digest, self.digest.take()?))) {

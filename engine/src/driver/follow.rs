@@ -237,7 +237,9 @@ pub struct Base {
     pub epoch: Epoch,
     /// The machine's state but its memory.
     pub state: Vec<u8>,
-    /// What the guest said in that epoch.
+    /// Output of epochs up to here had left by then.
+    pub released_through: Epoch,
+    /// What the guest said since.
     pub outputs: Vec<PortData>,
 }
 
@@ -260,7 +262,7 @@ impl Follower {
         let last_epoch = last.as_ref().map(|last| last.epoch);
         let mut outputs = OutputLog::new(LOG_BYTES);
         let applied = last.map(|last| {
-            // The new leader sends it again; should it die first, this seat does.
+            // The new leader sends it; should it die first, this seat does.
             outputs.add(last.epoch, last.outputs, last.epoch.saturating_sub(1));
             (last.epoch, last.state)
         });

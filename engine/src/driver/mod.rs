@@ -22,6 +22,7 @@ mod follow;
 mod guest;
 mod header;
 mod hold;
+mod late_input;
 mod lead;
 mod leave;
 mod limits;
@@ -30,6 +31,7 @@ mod seat;
 mod seat_watch;
 mod status;
 mod takeover;
+mod trace;
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -64,6 +66,8 @@ enum Input {
     SeatGone,
     /// A frame with the guest's own address came from outside.
     AddressElsewhere,
+    /// The source of a switchover passed frames on that are for the guest, which runs here.
+    PassedOn,
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -105,6 +109,10 @@ impl Queue {
 
     fn address_elsewhere(&self) {
         self.put(Input::AddressElsewhere);
+    }
+
+    fn late_input(&self) {
+        self.put(Input::PassedOn);
     }
 
     fn warn(&self, text: String) {
@@ -382,7 +390,7 @@ impl Driver {
             Input::Follow(report) => self.follow_report(report),
             Input::Header { request, written } => match written {
                 Ok(()) => {
-                    self.takeover.reached(takeover::Step::Header);
+                    self.takeover.reached(trace::Step::Header);
                     self.step(Event::HeaderWritten { request });
                 }
                 Err(why) => {
@@ -397,6 +405,10 @@ impl Driver {
             Input::AddressElsewhere => {
                 self.seat.inbox.elsewhere_taken();
                 self.ask_to_announce();
+            }
+            Input::PassedOn => {
+                self.seat.late_input.taken();
+                self.seat.machine.wake_nets();
             }
         }
     }

@@ -8,66 +8,18 @@
 //! What is done ahead gives no right to anything: pages of acknowledged epochs go where they belong, and the virtual
 //! machine is loaded as at the join. Whether it runs is the core's decision alone.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ftvm_protocol::core::{Event, Gate, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::{Epoch, Term};
-use serde_json::{Map, Value};
 
+use super::trace::{Change, Step, Trace};
 use super::{Driver, Guest};
 use crate::control::Ask;
 use crate::machine::VmEvent;
 use crate::outbox::Output;
 use crate::replication::epoch::{Port, PortData};
-
-/// What a takeover consists of; the order is the usual one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Memory is at the last acknowledged epoch.
-    Applied,
-    /// The machine has that epoch's state.
-    Loaded,
-    /// The arbiter gave the record.
-    Read,
-    /// The arbiter took the new record.
-    Swapped,
-    /// The guest runs.
-    Running,
-    /// The header is durable.
-    Header,
-    /// Output may leave.
-    Released,
-    /// The first output left that the guest produced here.
-    Answered,
-}
-
-impl Step {
-    const ALL: [Step; 8] = [
-        Step::Applied,
-        Step::Loaded,
-        Step::Read,
-        Step::Swapped,
-        Step::Running,
-        Step::Header,
-        Step::Released,
-        Step::Answered,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Step::Applied => "applied",
-            Step::Loaded => "loaded",
-            Step::Read => "read",
-            Step::Swapped => "swapped",
-            Step::Running => "running",
-            Step::Header => "header",
-            Step::Released => "released",
-            Step::Answered => "answered",
-        }
-    }
-}
 
 const SILENCE: &str = "its silence";
 
@@ -78,86 +30,6 @@ pub fn cause(event: &Event) -> &'static str {
         Event::PeerGone { .. } => "its daemon's word",
         Event::Received { .. } => "its own word",
         _ => SILENCE,
-    }
-}
-
-/// When a takeover reached its steps.
-#[derive(Debug, Clone)]
-pub struct Trace {
-    noticed: Instant,
-    by: &'static str,
-    /// Without contact when it was noticed.
-    silence: Duration,
-    epoch: Epoch,
-    term: Term,
-    reached: [Option<Duration>; Step::ALL.len()],
-    told: bool,
-}
-
-impl Trace {
-    fn new(noticed: Instant, by: &'static str, silence: Duration) -> Self {
-        Self {
-            noticed,
-            by,
-            silence,
-            epoch: 0,
-            term: 0,
-            reached: [None; Step::ALL.len()],
-            told: false,
-        }
-    }
-
-    /// A step that is reached again counts from its last time, up to the moment at which output may leave.
-    fn reached(&mut self, step: Step, at: Instant) {
-        if self.at(Step::Released).is_none() || self.at(step).is_none() {
-            self.reached[step as usize] = Some(at.saturating_duration_since(self.noticed));
-        }
-    }
-
-    fn at(&self, step: Step) -> Option<Duration> {
-        self.reached[step as usize]
-    }
-
-    /// For the status: `takeover_us` from the loss being noticed until output may leave, and each step, counted from there; how it was
-    /// noticed.
-    pub fn counters(&self, into: &mut Map<String, Value>) {
-        let us = |duration: Duration| Value::from(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX));
-        into.insert(
-            "takeover_us".to_owned(),
-            self.at(Step::Released).map_or(Value::Null, us),
-        );
-        into.insert("takeover_silence_us".to_owned(), us(self.silence));
-        into.insert("takeover_noticed_by".to_owned(), self.by.into());
-        for step in Step::ALL {
-            let at = self.at(step).map_or(Value::Null, us);
-            into.insert(format!("takeover_{}_us", step.name()), at);
-        }
-    }
-}
-
-impl fmt::Display for Trace {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
-        let took = self.at(Step::Released).unwrap_or_default();
-        write!(
-            f,
-            "takeover at epoch {}, term {}, took {:.1} ms: leader lost by {}, {:.0} ms after the last contact; then",
-            self.epoch,
-            self.term,
-            ms(took),
-            self.by,
-            ms(self.silence)
-        )?;
-        let mut steps: Vec<_> = Step::ALL
-            .into_iter()
-            .filter_map(|step| Some((self.at(step)?, step.name())))
-            .collect();
-        steps.sort();
-        let texts: Vec<String> = steps
-            .into_iter()
-            .map(|(at, name)| format!("{name} {:.1}", ms(at)))
-            .collect();
-        write!(f, " {} ms", texts.join(", "))
     }
 }
 
@@ -181,12 +53,27 @@ impl Takeover {
         }
     }
 
+    /// A step was reached just now, of which only the first time counts.
+    pub fn reached_first(&mut self, step: Step) {
+        if let Some(trace) = &mut self.trace {
+            trace.reached_first(step, Instant::now());
+        }
+    }
+
     /// The gate was set.
     pub fn gate_set(&mut self, gate: Gate) {
-        let runs = |trace: &Trace| trace.at(Step::Running).is_some() && trace.at(Step::Released).is_none();
-        if gate != Gate::Closed && self.trace.as_ref().is_some_and(runs) {
-            self.reached(Step::Released);
+        if let Some(trace) = &mut self.trace {
+            trace.gate_set(gate, Instant::now());
         }
+    }
+
+    /// The trace of this kind of change; a new one if there is none yet. Whether it is new.
+    fn trace_of(&mut self, change: Change, noticed: Instant) -> (&mut Trace, bool) {
+        let planned = change == Change::Switchover;
+        let known = self.trace.take_if(|trace| trace.is_planned() == planned);
+        let new = known.is_none();
+        let trace = self.trace.insert(known.unwrap_or_else(|| Trace::new(change, noticed)));
+        (trace, new)
     }
 
     /// The guest stood still for want of a standby, and runs now.
@@ -229,17 +116,18 @@ impl Driver {
             return self.tell_takeover();
         }
         if !status.leader_lost {
-            self.takeover.trace = None;
+            if status.switching {
+                self.takeover.trace_of(Change::Switchover, stepped);
+            } else {
+                self.takeover.trace = None;
+            }
             self.takeover.prepared = None;
             return self.show_record(status.term);
         }
         let silence = Duration::from_millis(status.contact_age_ms.unwrap_or_default());
-        let noticed = self.takeover.trace.is_none();
-        let trace = self
-            .takeover
-            .trace
-            .get_or_insert_with(|| Trace::new(stepped, cause, silence));
-        (trace.epoch, trace.term) = (status.epoch, status.term);
+        let change = Change::Takeover { by: cause, silence };
+        let (trace, noticed) = self.takeover.trace_of(change, stepped);
+        trace.stands_at(status.epoch, status.term);
         if noticed && cause != SILENCE {
             self.call_frames_here();
         }
@@ -282,6 +170,17 @@ impl Driver {
             self.seat.gate().set_epoch(epoch + 1);
             return self.go_on();
         };
+        let status = self.core.status();
+        // After a switchover somebody follows from this very epoch.
+        let planned = status.peer.is_some();
+        if planned {
+            let (trace, _) = self.takeover.trace_of(Change::Switchover, Instant::now());
+            trace.stands_at(epoch, status.term);
+            // What comes meanwhile is for the guest; the taps keep it.
+            self.call_frames_here();
+            self.seat.late_input.begins(Instant::now());
+        }
+        self.set_route(None);
         let taken = match following.receiving.take_over(epoch) {
             Ok(taken) => taken,
             Err(why) => return self.queue.machine(VmEvent::Fatal(why)),
@@ -297,7 +196,7 @@ impl Driver {
             return self.guest_failed(&error);
         }
         self.seat.gate().set_epoch(epoch + 1);
-        self.hold.took_over_from(self.core.status().peer);
+        self.hold.took_over_from(status.peer);
         tracing::info!(
             "{} frames go to the guest again; output of epochs after {resend_after} is sent once more, {} items",
             taken.inputs.len(),
@@ -313,8 +212,7 @@ impl Driver {
         for output in taken.outputs {
             self.seat.outbox.put(epoch, output_of(output));
         }
-        // After a switchover somebody follows from this very epoch.
-        if self.core.status().peer.is_some() {
+        if planned {
             self.start_recording();
         }
         self.seat.machine.after_takeover();
@@ -342,15 +240,8 @@ impl Driver {
     /// One line for a takeover, once it is over.
     fn tell_takeover(&mut self) {
         let Some(trace) = &mut self.takeover.trace else { return };
-        if trace.told || trace.at(Step::Released).is_none() {
-            return;
-        }
         let answered = self.seat.outbox.first_watched();
-        if let Some(at) = answered {
-            trace.reached(Step::Answered, at);
-        }
-        if answered.is_some() || self.guest != Guest::Running || trace.noticed.elapsed() > TELL_AFTER {
-            trace.told = true;
+        if trace.tells(answered, self.guest == Guest::Running, TELL_AFTER) {
             tracing::info!("{trace}");
         }
     }

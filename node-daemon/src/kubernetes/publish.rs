@@ -227,7 +227,7 @@ fn note_exit(state: &mut State, status: &SeatStatus) {
     });
 }
 
-/// A takeover from a leader that was lost. A boot and a planned switchover are none: their engines measure nothing.
+/// A takeover from a leader that was lost. A boot and a planned switchover are none: their engines measure no takeover.
 fn note_takeover(state: &mut State, status: &SeatStatus) {
     let Some(engine) = &status.engine else { return };
     let microseconds = engine.counters.get("takeover_us").and_then(Value::as_u64);

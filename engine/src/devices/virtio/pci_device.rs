@@ -112,6 +112,11 @@ impl<F: Frontend> VirtioDevice<F> {
         &self.wakes
     }
 
+    /// Has the worker look at every queue.
+    pub(crate) fn wake(&self) {
+        self.wakes.iter().for_each(Wake::signal);
+    }
+
     fn bar_read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         let (area, at) = (offset / AREA_BYTES * AREA_BYTES, offset % AREA_BYTES);
@@ -221,7 +226,7 @@ impl<F: Frontend> Saveable for VirtioDevice<F> {
 
     fn kick(&self) {
         self.lock().transport.raise_all();
-        self.wakes.iter().for_each(Wake::signal);
+        self.wake();
     }
 
     fn reset(&self) {
