@@ -80,16 +80,6 @@ pub enum DiskError {
         /// The disk.
         path: PathBuf,
     },
-    /// No room for all of its blocks.
-    #[error(
-        "disk {}: its file system has no room for all {size_bytes} bytes, which are allocated before a guest runs: free some space", path.display()
-    )]
-    NoSpace {
-        /// The disk.
-        path: PathBuf,
-        /// Its size in bytes.
-        size_bytes: u64,
-    },
     /// Something else went wrong.
     #[error("disk {}: {what} failed", path.display())]
     Io {
@@ -169,47 +159,6 @@ impl FileDisk {
             size_bytes: self.size_bytes,
             expected_bytes,
         })
-    }
-
-    /// Allocates every block that is not allocated yet; content stays. Takes long for a large sparse file on a file
-    /// system that can't preallocate, where zeroes can't be told from holes and the holes are filled one by one.
-    pub fn allocate(&self) -> Result<(), DiskError> {
-        if self.block_device || self.read_only {
-            return Ok(());
-        }
-        let result = match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, self.size_bytes) {
-            Err(rustix::io::Errno::OPNOTSUPP) => self.fill_holes(),
-            other => other.map_err(io::Error::from),
-        };
-        result.map_err(|source| match source.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => DiskError::NoSpace {
-                path: self.path.clone(),
-                size_bytes: self.size_bytes,
-            },
-            _ => DiskError::Io {
-                path: self.path.clone(),
-                what: "allocating its blocks",
-                source,
-            },
-        })
-    }
-
-    fn fill_holes(&self) -> io::Result<()> {
-        let mut at = 0;
-        while at < self.size_bytes {
-            let hole = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Hole(at))?;
-            if hole >= self.size_bytes {
-                break;
-            }
-            let end = match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(hole)) {
-                Ok(end) => end.min(self.size_bytes),
-                Err(rustix::io::Errno::NXIO) => self.size_bytes,
-                Err(errno) => return Err(errno.into()),
-            };
-            write_zeroes(&self.file, hole, end - hole)?;
-            at = end;
-        }
-        self.file.sync_all()
     }
 
     /// Where it is, for messages.

@@ -45,10 +45,9 @@ fn discarded_blocks_read_as_zeroes_and_stay_allocated() {
     let dir = Dir::new("thick");
     let path = dir.file("disk", 4 << 20);
     let mut disk = FileDisk::open(&path, false).unwrap();
-    disk.allocate().unwrap();
+    disk.write_at(0, &vec![1; 4 << 20]).unwrap();
     let allocated = std::fs::metadata(&path).unwrap().blocks();
     assert!(allocated * 512 >= 4 << 20, "only {allocated} blocks");
-    disk.write_at(0, &vec![1; 4 << 20]).unwrap();
     disk.discard(4096, 1 << 20).unwrap();
     disk.write_zeroes(2 << 20, 1 << 20).unwrap();
     // Where the file system can't zero ranges, zeroes are written.
@@ -68,19 +67,6 @@ fn discarded_blocks_read_as_zeroes_and_stay_allocated() {
         std::fs::metadata(&path).unwrap().blocks() * 512 >= 4 << 20,
         "blocks were given back"
     );
-}
-
-#[test]
-fn holes_are_filled_where_preallocation_is_not_supported() {
-    let dir = Dir::new("holes");
-    let path = dir.file("disk", 1 << 20);
-    let mut disk = FileDisk::open(&path, false).unwrap();
-    disk.write_at(512 << 10, &[5; 4096]).unwrap();
-    disk.fill_holes().unwrap();
-    assert!(std::fs::metadata(&path).unwrap().blocks() * 512 >= 1 << 20);
-    let mut data = [0; 4096];
-    disk.read_at(512 << 10, &mut data).unwrap();
-    assert_eq!(data, [5; 4096]);
 }
 
 #[test]
@@ -164,12 +150,11 @@ fn in_small_file_system(test: impl FnOnce(&Path)) {
 }
 
 #[test]
-fn a_file_system_without_room_is_named_before_a_guest_runs() {
+fn a_file_system_without_room_fails_the_write() {
     in_small_file_system(|dir| {
         let path = dir.join("disk");
         File::create(&path).unwrap().set_len(4 << 20).unwrap();
         let mut disk = FileDisk::open(&path, false).unwrap();
-        assert!(matches!(disk.allocate(), Err(DiskError::NoSpace { size_bytes, .. }) if size_bytes == 4 << 20));
         let error = disk.write_at(0, &vec![1; 4 << 20]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
     });

@@ -112,7 +112,7 @@ pub enum ResyncError {
     },
     /// Machines differ.
     #[error(
-        "resync of a machine with {theirs}, this seat's has {ours}: both seats need the same memory and disk sizes"
+        "resync of a machine with {theirs}, this seat's has {ours}: both seats need the same memory, disk sizes and network cards"
     )]
     OtherMachine {
         /// The active's.

@@ -117,11 +117,18 @@ impl ResyncTarget {
 
     fn begin(&mut self, payload: &[u8], disks: &mut StandbyDisks) -> Result<(), ResyncError> {
         let begin: Begin = wire::decode(payload, "ResyncBegin")?;
-        if begin.page_count != self.page_count || begin.disk_bytes != self.disk_bytes {
-            let describe = |pages: u32, disks: &[u64]| format!("{pages} pages and disks of {disks:?} bytes");
+        let (theirs, ours) = (begin.mtus.len(), self.offer.nics.len());
+        if begin.page_count != self.page_count || begin.disk_bytes != self.disk_bytes || theirs != ours {
+            let describe = |pages: u32, disks: &[u64], nics: usize| {
+                format!("{pages} pages, disks of {disks:?} bytes and {nics} network cards")
+            };
             return Err(ResyncError::OtherMachine {
-                theirs: describe(begin.page_count, &begin.disk_bytes[..begin.disk_bytes.len().min(64)]),
-                ours: describe(self.page_count, &self.disk_bytes),
+                theirs: describe(
+                    begin.page_count,
+                    &begin.disk_bytes[..begin.disk_bytes.len().min(64)],
+                    theirs,
+                ),
+                ours: describe(self.page_count, &self.disk_bytes, ours),
             });
         }
         // Before anything of this seat's is overwritten.

@@ -436,6 +436,24 @@ fn a_guest_of_a_larger_mtu_is_refused_before_anything_is_overwritten() {
 }
 
 #[test]
+fn a_machine_with_more_or_fewer_network_cards_is_refused_before_anything_is_overwritten() {
+    let frames = frames_of(&Active::new());
+    for cards in [0, 2] {
+        let mut standby = Standby::new();
+        let nics = vec![("front".to_owned(), MTU); cards];
+        standby.target = ResyncTarget::new(&limits(), Offer { nics, ..offer() });
+        let before = standby.volumes[0].bytes();
+        let refused = standby.accept(frames[0].clone()).expect_err("another machine");
+        let text = refused.to_string();
+        assert!(
+            text.contains("1 network cards") && text.contains(&format!("{cards} network cards")),
+            "{text}"
+        );
+        assert!(standby.volumes[0].bytes() == before);
+    }
+}
+
+#[test]
 fn damaged_frames_are_refused_without_a_panic() {
     let frames = frames_of(&Active::new());
     let mut seeded = Seeded::new(4);
