@@ -586,7 +586,7 @@ fn a_seat_that_cant_take_the_guest_is_told_by_both_sides() {
         status["daemons"].as_array().is_some_and(|daemons| daemons.len() == 2)
     });
     pair.control(&["up", "--unprotected", "--wait-s", "60"]);
-    let reason = "both seats need the same memory and disk sizes";
+    let reason = "both seats need the same memory, disk sizes and network cards";
     let mut told = [false, false];
     // The joiner's engine ends and comes again, so that not every look finds both.
     pair.wait("told", |status| {
