@@ -397,6 +397,15 @@ fn switchover_stop_and_start() {
     let pair = protected_pair("stop");
     pair.control(&["switchover", "--vm", "demo"]);
     pair.wait_protected(Some(1));
+    let counter = |name: &str| pair.seat(1)["engine"]["counters"][name].as_u64();
+    pair.wait("measured switchover", |_| counter("switchover_us").is_some());
+    let steps = ["loaded", "running", "followed", "sealed", "sent", "released"];
+    let steps: Vec<_> = steps
+        .iter()
+        .map(|step| counter(&format!("switchover_{step}_us")))
+        .collect();
+    assert!(steps.iter().all(Option::is_some) && steps.is_sorted(), "{steps:?}");
+    assert_eq!(counter("takeover_us"), None, "nobody was lost");
     pair.control(&["switchover", "--vm", "demo"]);
     pair.wait_protected(Some(0));
     // The embedded guest does not listen to it, but it is there to be pressed.

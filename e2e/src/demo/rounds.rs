@@ -184,6 +184,9 @@ impl<'a, W: Witness> Stage<'a, W> {
         if !self.system.protects() {
             return Ok(());
         }
+        if after != before {
+            round.change_us = self.seat(after).map(Seat::change_us).unwrap_or_default();
+        }
         // After a cut it may be the standby that lost.
         let lost = if before == after {
             standby.unwrap_or(before)

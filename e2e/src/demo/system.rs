@@ -64,6 +64,12 @@ impl Seat {
     pub fn counter(&self, name: &str) -> Option<f64> {
         self.counters.get(name)?.as_f64()
     }
+
+    /// What its last change of sides took, if it measured one.
+    pub fn change_us(self) -> serde_json::Map<String, serde_json::Value> {
+        let of_change = |name: &str| name.starts_with("takeover_") || name.starts_with("switchover_");
+        self.counters.into_iter().filter(|(name, _)| of_change(name)).collect()
+    }
 }
 
 /// A digest of guest memory at an epoch.

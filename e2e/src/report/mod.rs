@@ -49,6 +49,9 @@ pub struct Round {
     pub epochs: u64,
     /// Bytes sent over the replication link by the host that was active before the fault, since it was started.
     pub sent_bytes: u64,
+    /// When the change of sides reached its steps where the guest runs now, in microseconds: `takeover_*` or `switchover_*` of that seat's
+    /// status.
+    pub change_us: serde_json::Map<String, serde_json::Value>,
     /// The guest's self-check passed, and both sides had the same memory and the same disks.
     pub examined: bool,
 }
