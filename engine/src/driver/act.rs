@@ -405,7 +405,10 @@ impl Driver {
                 if let Some(code) = reason.exit_code() {
                     self.link_trouble(code, &text);
                 }
-                self.troubles.connection = Some(text);
+                // Beside a link that stands it is none.
+                if self.links.is_empty() {
+                    self.troubles.connection = Some(text);
+                }
             }
             LinkEvent::Frame { link, frame } => match frame.kind {
                 Kind::Control => match Message::decode(&frame.payload) {

@@ -106,8 +106,15 @@ impl Connection {
         })
     }
 
-    /// TLS and hellos, before the deadline.
-    pub fn shake_hands(&mut self, own: &Hello, identity: &TlsIdentity, limit: Duration) -> Result<Peer, DownReason> {
+    /// TLS and hellos, before the deadline. `wanted` is asked once, before this side says its hello: from there on the other side may
+    /// count the connection as a link.
+    pub fn shake_hands(
+        &mut self,
+        own: &Hello,
+        identity: &TlsIdentity,
+        limit: Duration,
+        wanted: impl Fn() -> bool,
+    ) -> Result<Peer, DownReason> {
         let deadline = Instant::now() + limit;
         let mut hello_queued = false;
         let mut theirs = None;
@@ -119,6 +126,9 @@ impl Connection {
                 theirs = self.next_frame()?;
             }
             if !hello_queued && !self.tls.is_handshaking() {
+                if !wanted() {
+                    return Err(DownReason::Superseded);
+                }
                 let hello = own.to_frame()?;
                 self.tls.writer().write_all(&hello).map_err(DownReason::Broken)?;
                 hello_queued = true;

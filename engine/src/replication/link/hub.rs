@@ -316,7 +316,7 @@ impl Shared {
             if state.stopping || !wanted {
                 return false;
             }
-            let linked = state.links.values().any(|link| link.peer.seat == seat);
+            let linked = state.is_linked(seat);
             let left = until.saturating_duration_since(Instant::now());
             state = match (linked, left.is_zero()) {
                 (false, true) => return true,
@@ -370,7 +370,13 @@ impl Shared {
             number
         };
         let result = Connection::new(stream, side, config, queue.clone()).and_then(|mut connection| {
-            match connection.shake_hands(&config.hello, &config.identity, config.handshake_deadline) {
+            // Meanwhile the other side may have dialled: a connection that comes about late, for a packet was lost or a machine
+            // stood still, must not end the link that a session may use by now.
+            let wanted = || match side {
+                Side::Dialled(seat) => !self.state().is_linked(*seat),
+                Side::Accepted => true,
+            };
+            match connection.shake_hands(&config.hello, &config.identity, config.handshake_deadline, wanted) {
                 Ok(peer) => Ok((connection, peer)),
                 Err(reason) => {
                     connection.refuse();
@@ -410,6 +416,11 @@ impl Shared {
 }
 
 impl State {
+    /// Whether there is a link to some incarnation of a seat.
+    fn is_linked(&self, seat: SeatId) -> bool {
+        self.links.values().any(|link| link.peer.seat == seat)
+    }
+
     /// Whether a new link to `peer` may stand. Of two between the same incarnations the one that the smaller seat
     /// dialled stays; of two that the same side dialled the newer: nobody dials who knows of a link.
     fn admit(&mut self, peer: Incarnation, dialled_here: bool, own: SeatId) -> Result<(), DownReason> {

@@ -223,6 +223,35 @@ fn when_both_dial_one_link_stays_and_it_is_the_same_one() {
     }
 }
 
+/// A network that lost a packet, or a machine that stood still: what one side dialled becomes a connection when the other
+/// side's link stands already, and a session uses it.
+#[test]
+fn a_connection_that_comes_about_late_does_not_end_the_link_that_stands() {
+    let authority = Authority::new();
+    let relay = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let (a, b) = (Node::start(config(&authority, A)), Node::start(config(&authority, B)));
+    a.hub.add_peer(B, Some(relay.local_addr().expect("address")));
+    let (mut dialled, _) = relay.accept().expect("the smaller seat dials at once");
+    b.hub.add_peer(A, Some(a.address));
+    let (to_b, to_a) = (a.up().1, b.up().1);
+    // Now what was dialled first goes on.
+    let mut late = TcpStream::connect(b.address).expect("listens");
+    let (mut from_b, mut to_dialler) = (late.try_clone().expect("clone"), dialled.try_clone().expect("clone"));
+    let answers = std::thread::spawn(move || drop(std::io::copy(&mut from_b, &mut to_dialler)));
+    std::io::copy(&mut dialled, &mut late).expect("until the dialler gives it up");
+    late.shutdown(std::net::Shutdown::Both).expect("open");
+    answers.join().expect("no panic");
+    // Its refusal is the last that could have happened to the link.
+    assert!(matches!(a.refused(), DownReason::Superseded));
+    b.refused();
+    for n in 0..3 {
+        to_b.send(Kind::Control, n, 0, vec![1]).expect("the link stands");
+        assert_eq!(b.frame().epoch, n);
+        to_a.send(Kind::Control, n, 0, vec![1]).expect("the link stands");
+        assert_eq!(a.frame().epoch, n);
+    }
+}
+
 #[test]
 fn a_restarted_peer_is_another_incarnation_on_a_new_link() {
     let authority = Authority::new();
