@@ -100,12 +100,19 @@ impl<C> Scene<C> {
         }
     }
 
-    /// The seat of a host.
+    /// The seat of a host whose engine runs. One that has no time for an answer is asked again.
     ///
     /// # Panics
-    /// If its daemon does not answer.
+    /// If it never answers.
     pub fn seat(&mut self, host: usize) -> Seat {
-        self.system.seat(host).expect("its daemon answers")
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(seat) = self.system.seat(host) {
+                return seat;
+            }
+            assert!(Instant::now() < deadline, "the engine of host {host} does not answer");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Waits until it is so.

@@ -28,6 +28,8 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         fault: Fault::None,
         // Each replaced seat leaves a volume behind, each `helm test` and each small machine two, and ten machines at once need twenty.
         rounds: 20,
+        // A machine that is busy for a while must not count as dead: it is judged who takes over when.
+        peer_lost_ms: Some(1_500),
         ..Options::default()
     };
     let progress = Progress::new();

@@ -53,6 +53,8 @@ fn scene(test: &str, programs: &Programs, apart: bool, change: impl FnOnce(Stand
 /// The guest stands still on this host, and for long not a single answer comes to the client, which asks and asks.
 fn expect_silence(scene: &mut Scene, host: usize) {
     scene.wait_for("pause", |scene| scene.system.seat(host).is_some_and(|seat| seat.paused));
+    // What had left before may still come.
+    scene.wait_for("silence", |scene| scene.client.waiting() > SILENCE);
     let before = scene.client.answers();
     std::thread::sleep(SILENCE);
     let seat = scene.seat(host);
@@ -202,6 +204,8 @@ fn a_standby_that_ends_at_once_holds_the_guests_answers_up() {
         without_arbiter(&mut scene, |scene| {
             scene.system.leave(1, Duration::ZERO).unwrap();
             scene.wait_for("loss", |scene| scene.system.seat(0).is_some_and(|seat| !seat.protected));
+            // What had left before may still come.
+            scene.wait_for("silence", |scene| scene.client.waiting() > SILENCE);
             let before = scene.client.answers();
             std::thread::sleep(SILENCE);
             assert_eq!(

@@ -40,7 +40,12 @@ fn scene(test: &str, programs: &Programs, mtus: [u16; 3]) -> Scene {
         let ports = lab.hosts().iter().map(Host::client_port).collect();
         Sniffer::start(GUEST_MAC, ports).expect("a sniffer")
     };
-    Scene::new(place, programs, &Options::default(), prepare, client)
+    // A machine that is busy for a while must not count as dead: which host takes over is judged.
+    let options = Options {
+        peer_lost_ms: Some(3_000),
+        ..Options::default()
+    };
+    Scene::new(place, programs, &options, prepare, client)
 }
 
 /// Of the host's link to the client network: a bridge whose MTU was not set follows its ports.

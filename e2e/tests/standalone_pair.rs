@@ -71,6 +71,8 @@ impl Pair {
             "seat": SEATS[n],
             "identity": self.identities().join(SEATS[n]),
             "original_disk": n == 0,
+            // A host that is busy for a while must not count as dead: it is judged who is active.
+            "timing": { "peer_lost_ms": 3000 },
             "machine": { "memory_mib": 32, "vcpus": 1 },
             "boot": { "kernel": programs().guest },
             "disks": [{ "name": "disk0", "path": self.folder.join(format!("{}.img", SEATS[n])) }],

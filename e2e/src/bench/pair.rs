@@ -12,6 +12,7 @@ use super::process::{ProcessMemory, ThreadTimes, thread_times, times_since};
 use super::report::{CostPoint, LatencyPoint, PauseFigures, PausePoint, SpeedPoint};
 use super::window::{Look, Window};
 use super::{Load, Options, Plan};
+use crate::cluster::wait::wait_for;
 use crate::demo::programs::Programs;
 use crate::demo::standalone::Standalone;
 use crate::demo::system::{Role, Seat, System};
@@ -107,7 +108,9 @@ impl<'a> Pair<'a> {
     /// If it says nothing, or is not active any more.
     pub fn active_seat(&mut self) -> anyhow::Result<Seat> {
         let active = self.active;
-        let seat = self.seat(active).context("the active seat's daemon does not answer")?;
+        let seat = wait_for("the active seat's answer", PATIENCE, || {
+            self.seat(active).context("its daemon does not answer")
+        })?;
         ensure!(
             seat.role == Role::Active,
             "the seat that was active is {:?} now: {}",

@@ -19,8 +19,6 @@ use crate::report::{Progress, Report, Round};
 pub struct Patience {
     /// For the machine to become protected, boot or resync included.
     pub protected: Duration,
-    /// For another host to take over.
-    pub failover: Duration,
     /// Undisturbed time before each fault.
     pub calm: Duration,
     /// Without an answer for this long the client gives its connection up.
@@ -35,7 +33,6 @@ impl Default for Patience {
     fn default() -> Self {
         Self {
             protected: Duration::from_secs(120),
-            failover: Duration::from_secs(20),
             calm: Duration::from_secs(1),
             stalled: Duration::from_secs(30),
             hold: Duration::from_secs(1),
@@ -112,9 +109,9 @@ impl<'a, W: Witness> Stage<'a, W> {
         answered.with_context(|| format!("waiting for the guest's first answer; {}", stage.describe()))?;
         stage.progress.say("the guest answers its client");
         if stage.system.protects() {
-            let (active, standby) = stage.wait_protected(patience.protected)?;
+            let pair = stage.pair()?;
             stage.report.protected_ms = Some(begin.elapsed().as_secs_f64() * 1e3);
-            let (active, standby) = (&stage.names[active], &stage.names[standby]);
+            let (active, standby) = (&stage.names[pair.active], &stage.names[pair.standby]);
             stage
                 .progress
                 .good(format!("protected: {active} active, {standby} standby"));
@@ -159,19 +156,17 @@ impl<'a, W: Witness> Stage<'a, W> {
     }
 
     fn round(&mut self, round: &mut Round) -> anyhow::Result<()> {
-        let (before, seat) = self.calm(round)?;
+        let (before, seat, standby) = self.calm(round)?;
         // The counters of an engine that is about to die are read while it lives.
-        let seat = self.seat(before).unwrap_or(seat);
         round.pause_us_p50 = seat.counter("pause_us_p50");
         round.pause_us_p99 = seat.counter("pause_us_p99");
         round.sent_bytes = seat.counter("link_sent_bytes").map_or(0, |bytes| bytes as u64);
 
-        let standby = self.standby_beside(before);
         let at = self.strike(before, standby)?;
         let after = self.wait_failover(before, seat.term)?;
         round.active_after.clone_from(&self.names[after]);
         let goal = self.witness.answers() + ANSWERS_AFTER;
-        let resumed = self.wait_for_answers(goal, self.patience.failover);
+        let resumed = self.wait_for_answers(goal, self.patience.protected);
         round.gap_ms = self.witness.phase().gap_ms;
         self.write_frames(round.round);
         resumed.context("after the fault")?;
@@ -197,12 +192,12 @@ impl<'a, W: Witness> Stage<'a, W> {
     }
 
     /// An undisturbed while. A pair that lost its protection in it, as a machine without time for its heartbeats may, is
-    /// waited for: killing the only seat of an unprotected guest would prove nothing.
-    fn calm(&mut self, round: &mut Round) -> anyhow::Result<(usize, Seat)> {
+    /// waited for: killing the only seat of an unprotected guest would prove nothing. Gives the active, what it says, and its standby.
+    fn calm(&mut self, round: &mut Round) -> anyhow::Result<(usize, Seat, Option<usize>)> {
         let deadline = Instant::now() + self.patience.protected;
         loop {
             if self.system.protects() {
-                self.wait_protected(self.patience.protected)?;
+                self.pair()?;
             }
             self.witness.phase();
             std::thread::sleep(self.patience.calm);
@@ -211,13 +206,18 @@ impl<'a, W: Witness> Stage<'a, W> {
                 "the client's connection ended before anything was done"
             );
             round.calm_gap_ms = self.witness.phase().gap_ms;
-            let (active, seat) = self.active().context("no host says that it is active")?;
-            if !self.system.protects() || (seat.protected && self.standby_beside(active).is_some()) {
-                round.active_before.clone_from(&self.names[active]);
-                return Ok((active, seat));
+            // An engine whose machine is busy may have no time for an answer.
+            if let Some((active, seat)) = self.active() {
+                let standby = self.standby_beside(active);
+                if !self.system.protects() || (seat.protected && standby.is_some()) {
+                    round.active_before.clone_from(&self.names[active]);
+                    return Ok((active, seat, standby));
+                }
+                if !seat.protected {
+                    self.progress
+                        .bad(format!("protection was lost without a fault: {}", seat.why));
+                }
             }
-            self.progress
-                .bad(format!("protection was lost without a fault: {}", seat.why));
             ensure!(
                 Instant::now() < deadline,
                 "the machine does not stay protected: {}",
@@ -230,7 +230,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     fn compare(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + self.patience.protected;
         loop {
-            let (active, standby) = self.wait_protected(self.patience.protected)?;
+            let Pair { active, standby, .. } = self.pair()?;
             let Err(error) = self.system.compare_sides(active, standby) else {
                 return Ok(());
             };
@@ -267,13 +267,11 @@ impl<'a, W: Witness> Stage<'a, W> {
     }
 
     fn await_protection(&mut self, round: &mut Round, struck_at: Instant) -> anyhow::Result<()> {
-        let (active, standby) = self.wait_protected(self.patience.protected)?;
+        let Pair { active, standby, .. } = self.pair()?;
         let seconds = struck_at.elapsed().as_secs_f64();
         round.rebuild_gap_ms = self.witness.phase().gap_ms;
         round.active_after.clone_from(&self.names[active]);
         round.standby_after.clone_from(&self.names[standby]);
-        // Its engine is a new incarnation, built from the winner's state.
-        self.sniffer.emissions().rebuilt(standby);
         let roles = format!("{} active, {} standby", self.names[active], self.names[standby]);
         if self.options.fault == Fault::None {
             self.progress.good(format!("still protected: {roles}"));
@@ -353,7 +351,7 @@ impl<'a, W: Witness> Stage<'a, W> {
             std::thread::sleep(self.patience.hold);
             return Ok(before);
         }
-        self.wait_successor(term, self.patience.failover)
+        self.wait_successor(term, self.patience.protected)
     }
 
     /// Waits until a host is active in a later term.
@@ -429,14 +427,10 @@ impl<'a, W: Witness> Stage<'a, W> {
     /// # Errors
     /// If that does not come about, with what every host says.
     pub fn pair(&mut self) -> anyhow::Result<Pair> {
-        let (active, standby) = self.wait_protected(self.patience.protected)?;
-        let term = self.seat(active).map(|seat| seat.term);
-        self.sniffer.emissions().rebuilt(standby);
-        Ok(Pair {
-            active,
-            standby,
-            term: term.context("the active does not answer")?,
-        })
+        let pair = self.wait_protected(self.patience.protected)?;
+        // Its engine is a new incarnation, built from the active's state.
+        self.sniffer.emissions().rebuilt(pair.standby);
+        Ok(pair)
     }
 
     /// Waits until a host is active in a later term than the pair's; returns it, and how long the client was without an answer
@@ -445,7 +439,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     /// # Errors
     /// If nobody takes over, or the guest does not answer.
     pub fn taken_over(&mut self, before: Pair) -> anyhow::Result<(usize, f64)> {
-        let after = self.wait_successor(before.term, self.patience.failover)?;
+        let after = self.wait_successor(before.term, self.patience.protected)?;
         Ok((after, self.answers_go_on()?))
     }
 
@@ -462,7 +456,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     /// # Errors
     /// If they don't come.
     pub fn answers_go_on(&self) -> anyhow::Result<f64> {
-        self.wait_for_answers(self.witness.answers() + ANSWERS_AFTER, self.patience.failover)?;
+        self.wait_for_answers(self.witness.answers() + ANSWERS_AFTER, self.patience.protected)?;
         Ok(self.witness.phase().gap_ms)
     }
 
@@ -574,7 +568,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     }
 
     /// Waits until the active says that it is protected and another host says that it is its standby.
-    fn wait_protected(&mut self, patience: Duration) -> anyhow::Result<(usize, usize)> {
+    fn wait_protected(&mut self, patience: Duration) -> anyhow::Result<Pair> {
         let deadline = Instant::now() + patience;
         let mut told = None;
         loop {
@@ -582,7 +576,8 @@ impl<'a, W: Witness> Stage<'a, W> {
                 if seat.protected
                     && let Some(standby) = self.standby_beside(active)
                 {
-                    return Ok((active, standby));
+                    let term = seat.term;
+                    return Ok(Pair { active, standby, term });
                 }
                 let quarter = seat.resync_percent.map(|percent| percent / 25 * 25);
                 if let Some(percent) = quarter.filter(|_| quarter != told) {

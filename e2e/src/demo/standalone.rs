@@ -34,8 +34,8 @@ const VM: &str = "demo";
 const LINK_PORT: u16 = 7100;
 /// Size of the guest's disk.
 const DISK_MIB: u64 = 64;
-/// How long a daemon may take to answer. A frozen one is not asked.
-const ANSWER: Duration = Duration::from_millis(500);
+/// How long a daemon may take to answer, longer than it waits for its engine. A frozen one is not asked.
+const ANSWER: Duration = Duration::from_secs(2);
 /// How long both sides may take to become equal once nothing happens any more.
 const SETTLE: Duration = Duration::from_secs(20);
 

@@ -98,6 +98,12 @@ impl Timeline {
         self.0.iter().rev().find(matches).map(|frame| frame.at)
     }
 
+    /// How many of the frames kept went this way at the port of `host` with something in them for TCP's user, not acknowledgements alone.
+    pub fn segments_with_payload(&self, host: usize, direction: Direction) -> usize {
+        let counts = |frame: &&Frame| (frame.host, frame.direction) == (host, direction) && frame.payload_bytes > 0;
+        self.0.iter().filter(counts).count()
+    }
+
     /// Largest TCP payload of the frames kept that went this way at the port of `host`, in bytes.
     pub fn largest_payload_bytes(&self, host: usize, direction: Direction) -> usize {
         let of = self

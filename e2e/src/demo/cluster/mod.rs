@@ -40,7 +40,6 @@ const FOLDER: &str = "cluster-demo";
 
 const NATIVE: Patience = Patience {
     protected: Duration::from_secs(180),
-    failover: Duration::from_secs(20),
     calm: Duration::from_secs(1),
     stalled: Duration::from_secs(45),
     hold: Duration::from_secs(1),
@@ -51,7 +50,6 @@ const EMULATED_NODES: u8 = 2;
 /// Everything is slower by a factor of ten to a hundred in emulated nodes.
 const EMULATED: Patience = Patience {
     protected: Duration::from_secs(1200),
-    failover: Duration::from_secs(180),
     calm: Duration::from_secs(5),
     stalled: Duration::from_secs(240),
     hold: Duration::from_secs(10),

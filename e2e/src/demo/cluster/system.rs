@@ -19,8 +19,8 @@ use crate::lab::guest;
 
 /// Name of the guest's disk.
 const DISK_NAME: &str = "root";
-/// How long a daemon may take to answer.
-const ANSWER: Duration = Duration::from_millis(500);
+/// How long a daemon may take to answer, longer than it waits for its engine.
+const ANSWER: Duration = Duration::from_secs(2);
 /// How long both sides may take to become equal once nothing happens any more.
 const SETTLE: Duration = Duration::from_secs(20);
 /// For a node that was started to be of use again.

@@ -26,7 +26,6 @@ use crate::report::{Progress, Report};
 /// Everything is slower by a factor of ten to a hundred in here.
 const PATIENCE: Patience = Patience {
     protected: Duration::from_secs(420),
-    failover: Duration::from_secs(120),
     calm: Duration::from_secs(5),
     stalled: Duration::from_secs(180),
     hold: Duration::from_secs(10),
