@@ -232,13 +232,15 @@ fn a_connection_that_comes_about_late_does_not_end_the_link_that_stands() {
     let (a, b) = (Node::start(config(&authority, A)), Node::start(config(&authority, B)));
     a.hub.add_peer(B, Some(relay.local_addr().expect("address")));
     let (mut dialled, _) = relay.accept().expect("the smaller seat dials at once");
+    // A dialler that keeps it says no more on it.
+    dialled.set_read_timeout(Some(PATIENCE)).expect("open");
     b.hub.add_peer(A, Some(a.address));
     let (to_b, to_a) = (a.up().1, b.up().1);
     // Now what was dialled first goes on.
     let mut late = TcpStream::connect(b.address).expect("listens");
     let (mut from_b, mut to_dialler) = (late.try_clone().expect("clone"), dialled.try_clone().expect("clone"));
     let answers = std::thread::spawn(move || drop(std::io::copy(&mut from_b, &mut to_dialler)));
-    std::io::copy(&mut dialled, &mut late).expect("until the dialler gives it up");
+    std::io::copy(&mut dialled, &mut late).expect("the dialler gives it up");
     late.shutdown(std::net::Shutdown::Both).expect("open");
     answers.join().expect("no panic");
     // Its refusal is the last that could have happened to the link.
