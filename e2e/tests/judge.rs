@@ -1,11 +1,15 @@
 //! Negative controls of the judge: servers that lie in every way it promises to notice, and one that does not.
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use ftvm_e2e::guest_protocol::{Answer, Checksum, Op, REQUEST_BYTES, Request, fill_bulk, next_chain};
 use ftvm_e2e::judge::client::End;
 use ftvm_e2e::judge::{Judge, JudgePlan, Outcome};
+
+/// An answer is held for so long.
+const HELD: Duration = Duration::from_millis(400);
 
 /// The guest's state as the protocol describes it.
 #[derive(Clone, Default)]
@@ -139,10 +143,10 @@ fn judge(lie: Lie) -> Outcome {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address: SocketAddr = listener.local_addr().unwrap();
     let server = std::thread::spawn(move || serve(listener.accept().unwrap().0, lie));
-    let plan = JudgePlan {
-        stalled_after: Duration::from_millis(500),
-        ..JudgePlan::new(address)
-    };
+    let mut plan = JudgePlan::new(address);
+    if lie == Lie::FallsSilent {
+        plan.stalled_after = Duration::from_millis(500);
+    }
     let judge = Judge::start(plan, || Ok::<(), String>(())).unwrap();
     let deadline = Instant::now() + Duration::from_secs(30);
     while judge.answers() < 600 && !judge.has_ended() {
@@ -207,64 +211,95 @@ fn silence_is_a_stall_with_its_gap() {
     assert!(!outcome.is_clean());
 }
 
+/// A server that counts, and holds an answer until it is told to send it.
+fn hold_answers(listener: &TcpListener, held: &Receiver<Receiver<()>>) {
+    let (mut stream, mut state) = (listener.accept().unwrap().0, State::default());
+    let mut head = [0; REQUEST_BYTES];
+    while stream.read_exact(&mut head).is_ok() {
+        for word in held.try_iter() {
+            word.recv().ok();
+        }
+        let request = Request::decode(&head).unwrap();
+        if request.op == Op::Increment as u32 {
+            state.count += 1;
+            state.chain = next_chain(state.chain, request.seq, state.count);
+        }
+        let (seq, op) = (request.seq, request.op);
+        let answer = Answer {
+            op,
+            seq,
+            count: state.count,
+            chain: state.chain,
+            ..Answer::default()
+        };
+        stream.write_all(&answer.encode()).ok();
+    }
+}
+
+fn milliseconds_since(begin: Instant) -> f64 {
+    begin.elapsed().as_secs_f64() * 1e3
+}
+
+/// However slow the machine is, a gap that began after an answer is no longer than the time since that answer was waited for.
 #[test]
 fn gaps_are_measured_where_they_end() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let (pause, paused) = std::sync::mpsc::channel::<Duration>();
-    let server = std::thread::spawn(move || {
-        let (mut stream, mut state) = (listener.accept().unwrap().0, State::default());
-        let mut head = [0; REQUEST_BYTES];
-        while stream.read_exact(&mut head).is_ok() {
-            paused.try_iter().for_each(std::thread::sleep);
-            let request = Request::decode(&head).unwrap();
-            if request.op == Op::Increment as u32 {
-                state.count += 1;
-                state.chain = next_chain(state.chain, request.seq, state.count);
-            }
-            let (seq, op) = (request.seq, request.op);
-            let answer = Answer {
-                op,
-                seq,
-                count: state.count,
-                chain: state.chain,
-                ..Answer::default()
-            };
-            stream.write_all(&answer.encode()).ok();
-        }
-    });
+    let (hold, held) = channel();
+    let server = std::thread::spawn(move || hold_answers(&listener, &held));
     let plan = JudgePlan {
         payload_bytes: 0,
         journal: false,
         ..JudgePlan::new(address)
     };
     let judge = Judge::start(plan, || Ok::<(), String>(())).unwrap();
-    let more = |count: u64| {
-        let goal = judge.answers() + count;
-        while judge.answers() < goal {
+    let wait_until = |done: &dyn Fn() -> bool| {
+        while !done() {
             assert!(!judge.has_ended());
             std::thread::sleep(Duration::from_millis(1));
         }
     };
+    let more = |count: u64| {
+        let goal = judge.answers() + count;
+        wait_until(&|| judge.answers() >= goal);
+    };
+    let begin = Instant::now();
     more(100);
     judge.phase();
     more(100);
     let calm = judge.phase();
-    pause.send(Duration::from_millis(400)).unwrap();
+    assert!(calm.gap_ms <= milliseconds_since(begin), "{calm:?}");
+
+    let begin = Instant::now();
+    more(100);
+    judge.phase();
+    let (let_go, word) = channel();
+    hold.send(word).unwrap();
+    wait_until(&|| judge.waiting() >= HELD);
+    let_go.send(()).unwrap();
+    let after_it = Instant::now();
     more(100);
     let disturbed = judge.phase();
-    assert!((390.0..2000.0).contains(&disturbed.gap_ms), "{disturbed:?}");
-    assert!(calm.gap_ms < disturbed.gap_ms, "{calm:?}");
+    let held_ms = HELD.as_secs_f64() * 1e3;
+    assert!(
+        (held_ms..=milliseconds_since(begin)).contains(&disturbed.gap_ms),
+        "{disturbed:?}"
+    );
+    more(100);
+    let after = judge.phase();
+    assert!(after.gap_ms <= milliseconds_since(after_it), "{after:?}");
 
     // A quiet client waits for nothing, so silence is no gap; a request of the owner's is answered in between.
     assert!(judge.quiet());
     judge.phase();
+    let begin = Instant::now();
     let answer = judge.ask(Op::Status, 0, 0).unwrap();
+    let took_ms = milliseconds_since(begin);
     assert_eq!(answer.op, Op::Status as u32);
-    std::thread::sleep(Duration::from_millis(300));
+    std::thread::sleep(begin.elapsed() + Duration::from_millis(300));
     let quiet = judge.phase();
     assert_eq!(quiet.answers, 1);
-    assert!(quiet.gap_ms < 290.0, "{quiet:?}");
+    assert!(quiet.gap_ms <= took_ms, "{quiet:?}, where the answer took {took_ms} ms");
     judge.go_on();
     more(100);
     let outcome = judge.finish();

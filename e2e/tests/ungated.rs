@@ -57,9 +57,11 @@ fn scene(test: &str, programs: &Programs, engine: &Path, patience: Duration) -> 
     scene
 }
 
-/// From here on nothing that the active says reaches the standby.
+/// From here on nothing that the active says reaches the standby. Everything that the client waits for then was asked afterwards.
 fn deafen_standby(scene: &Scene) {
+    assert!(scene.client.quiet(), "the client gave up");
     scene.lab.cut_link(0, 1, CutDirection::FirstToSecond).unwrap();
+    scene.client.go_on();
 }
 
 /// The active's host dies; the standby takes over.

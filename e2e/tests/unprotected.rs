@@ -71,10 +71,11 @@ fn play(test: &str, fault: Fault, monitor: Monitor, kernel: PathBuf) -> Aftermat
         ..Options::default()
     };
     let mut system = Unprotected::new(Rc::clone(&lab), monitor, kernel, folder, options.memory_mib);
-    let patience = Patience {
-        stalled: Duration::from_secs(4),
-        ..Patience::default()
-    };
+    let mut patience = Patience::default();
+    if fault != Fault::None {
+        // Nobody takes over: its silence is for good.
+        patience.stalled = Duration::from_secs(4);
+    }
     let progress = Progress::new();
     let client = || {
         let plan = JudgePlan {
@@ -170,11 +171,7 @@ fn an_answer_that_only_memory_knew_is_lost() {
         let lab = Rc::new(Lab::new(&LabPlan::three_hosts(&folder)).unwrap());
         let mut system = Unprotected::new(Rc::clone(&lab), Monitor::Qemu, built.kernel, folder, 128);
         System::start(&mut system).unwrap();
-        let plan = JudgePlan {
-            stalled_after: Duration::from_secs(2),
-            ..JudgePlan::new(SocketAddr::from(GUEST))
-        };
-        let judge = Judge::start(plan, lab.client_entrance().unwrap()).unwrap();
+        let judge = Judge::start(JudgePlan::new(SocketAddr::from(GUEST)), lab.client_entrance().unwrap()).unwrap();
         assert!(judge.quiet());
         // Durable, durable, and then three that are in memory alone.
         for op in [Op::Journal, Op::Journal, Op::Increment, Op::Increment, Op::Increment] {

@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 
 use super::{HostsError, ProcessInfo, io as failed, namespace, net, outer, processes};
 
+/// A process stands still at the end of the system call that it is in, such as a flush of a busy disk.
+const STANDSTILL: Duration = Duration::from_secs(120);
+
 /// What a lab consists of.
 #[derive(Clone, Debug)]
 pub struct LabPlan {
@@ -282,7 +285,7 @@ impl Host {
     pub fn freeze(&self) -> Result<Instant, HostsError> {
         self.signal_all("STOP")?;
         let at = Instant::now();
-        let deadline = at + Duration::from_secs(5);
+        let deadline = at + STANDSTILL;
         loop {
             let all = self.processes()?;
             let running: Vec<_> = all.iter().filter(|process| !process.stands_still(&all)).collect();
@@ -290,7 +293,7 @@ impl Host {
                 return Ok(at);
             }
             if Instant::now() > deadline {
-                return Err(self.state_error(format!("{running:?} did not stop within 5 s of SIGSTOP")));
+                return Err(self.state_error(format!("{running:?} did not stop within {STANDSTILL:?} of SIGSTOP")));
             }
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -123,10 +123,7 @@ impl Fleet<'_> {
             "fleet: {all} VMs are protected after {:.1} s",
             protected_ms / 1e3
         ));
-        self.come_to_rest(patience)?;
-        let before = self.look()?;
-        std::thread::sleep(self.options.rest_window());
-        let rest = self.since(&before)?;
+        let rest = self.rest(patience)?;
         let memory = ProcessMemory::of(self.operator.process.pid()?)?;
         self.progress.say(format!(
             "fleet: at rest {} reads and {} writes",
@@ -209,6 +206,21 @@ impl Fleet<'_> {
             reconciles,
             reconcile_ms: (reconciles > 0).then(|| seconds * 1e3 / reconciles as f64),
         })
+    }
+
+    /// What it does in a window at rest. An event's series may be told once more in any window; where seconds are to show no more than that
+    /// it comes to rest, there is another one.
+    fn rest(&self, patience: Duration) -> anyhow::Result<Work> {
+        let deadline = Instant::now() + patience;
+        loop {
+            self.come_to_rest(patience)?;
+            let before = self.look()?;
+            std::thread::sleep(self.options.rest_window());
+            let rest = self.since(&before)?;
+            if !self.options.short || rest.reads + rest.writes == 0 || Instant::now() > deadline {
+                return Ok(rest);
+            }
+        }
     }
 
     /// Waits until the operator asks for nothing any more: an operator that never does is told, not measured.
