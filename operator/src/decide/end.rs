@@ -1,7 +1,7 @@
 //! The guest shall not run, or the VM shall go: stop it, prove it, take the pods away.
 
 use ftvm_crds::names::FINALIZER;
-use ftvm_crds::seat::Order;
+use ftvm_crds::seat::{Order, SeatRole};
 use ftvm_crds::{SeatEntry, VolumePolicy};
 use ftvm_protocol::record::{Phase, Record};
 use kube::ResourceExt;
@@ -9,7 +9,7 @@ use kube::ResourceExt;
 use super::recreate::recreate;
 use super::run::{ask, delete_pod, remove_seat};
 use super::{Action, Decision, Want, has_engine, holder, is_genesis, is_named, pod, record, want};
-use crate::observe::Observed;
+use crate::observe::{Observed, PodSeen};
 
 pub(super) fn end(seen: &Observed, decision: &mut Decision) {
     let goes = want(seen) == Want::Delete;
@@ -82,9 +82,15 @@ fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
     }
 }
 
-/// The record says Stopped: has this seat's engine ended, too, or never been of interest?
+/// The record says Stopped: has this seat's engine ended, too, or never been of interest? One that has no guest and waits to be asked for a
+/// start was begun after the stop, by a daemon that could not read the record then: nobody asks it any more, and it ends with its pod.
 fn ended(seen: &Observed, entry: &SeatEntry, record: &Record) -> bool {
-    !is_named(entry, record) || pod(seen, entry).is_none_or(|pod| !has_engine(pod))
+    let waits = |pod: &PodSeen| {
+        pod.published
+            .as_ref()
+            .is_ok_and(|published| published.role == Some(SeatRole::Starting))
+    };
+    !is_named(entry, record) || pod(seen, entry).is_none_or(|pod| !has_engine(pod) || waits(pod))
 }
 
 /// The pods are gone: claims by policy, then the object.

@@ -280,6 +280,31 @@ fn pods_stay_until_their_engines_are_proven_to_have_ended() {
     assert_eq!(decide(&world.observe()).actions.len(), 2);
 }
 
+/// Its daemon could not read after the stop that it was one, and began an engine, which waits to be asked for a start.
+#[test]
+fn an_engine_that_was_begun_after_the_stop_keeps_nobody_waiting() {
+    let mut world = protected(3);
+    let (active, standby) = seats(&world);
+    world.delete();
+    world.step();
+    let pod = world.pods.get_mut(&standby.name).unwrap();
+    let mut begun = pod.published.clone().unwrap();
+    begun.incarnation.as_mut().unwrap().start += 1;
+    begun.role = Some(SeatRole::Starting);
+    world.engine(&active.name);
+    world.engine(&standby.name);
+    world.pods.get_mut(&standby.name).unwrap().published = Ok(begun);
+    assert!(has_engine(&world.pods[&standby.name]));
+    let actions = decide(&world.observe()).actions;
+    assert_eq!(actions.len(), 2, "{actions:?}");
+    assert!(
+        actions
+            .iter()
+            .all(|action| matches!(action, Action::DeletePod { force: false, .. })),
+        "{actions:?}"
+    );
+}
+
 #[test]
 fn a_guest_that_powers_itself_off_is_started_again() {
     let mut world = protected(3);
