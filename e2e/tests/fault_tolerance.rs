@@ -53,8 +53,10 @@ fn scene(test: &str, programs: &Programs, apart: bool, change: impl FnOnce(Stand
 /// The guest stands still on this host, and for long not a single answer comes to the client, which asks and asks.
 fn expect_silence(scene: &mut Scene, host: usize) {
     scene.wait_for("pause", |scene| scene.system.seat(host).is_some_and(|seat| seat.paused));
-    // What had left before may still come.
-    scene.wait_for("silence", |scene| scene.client.waiting() > SILENCE);
+    // What had left before may still come. A guest that never ran has not even taken the connection on which one waits.
+    scene.wait_for("silence", |scene| {
+        scene.client.answers() == 0 || scene.client.waiting() > SILENCE
+    });
     let before = scene.client.answers();
     std::thread::sleep(SILENCE);
     let seat = scene.seat(host);

@@ -1,6 +1,6 @@
 //! A raw disk in a file or on a block device.
 //!
-//! Disks are thick: every block is allocated before a guest runs ([`FileDisk::allocate`]) and stays so, therefore
+//! Disks are thick: every block is allocated before a guest runs, by whoever starts the engine, and stays so, therefore
 //! discarding and zeroing write zeroes without giving blocks back.
 
 use std::fs::{File, OpenOptions};

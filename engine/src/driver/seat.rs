@@ -248,14 +248,7 @@ pub fn prepare(
             cache_bytes: usize::try_from(launch.checkpoint.delta_cache_bytes).unwrap_or(usize::MAX),
             ..EncoderConfig::default()
         },
-        pacer: paced(
-            PacerConfig {
-                recorded_bytes_max: limits.recorded_bytes,
-                pages_max: limits.pages,
-                ..PacerConfig::default()
-            },
-            &launch.protection,
-        ),
+        pacer: pacer_config(limits, &launch.protection),
         when_unprotected: launch.protection.when_unprotected,
         route: Arc::default(),
         late_input: Arc::new(late_input),
@@ -274,6 +267,15 @@ pub fn prepare(
         link,
         listener,
     })
+}
+
+fn pacer_config(limits: EpochLimits, protection: &Protection) -> PacerConfig {
+    let config = PacerConfig {
+        recorded_bytes_max: limits.recorded_bytes,
+        pages_max: limits.pages,
+        ..PacerConfig::default()
+    };
+    paced(config, protection)
 }
 
 fn paced(config: PacerConfig, protection: &Protection) -> PacerConfig {
