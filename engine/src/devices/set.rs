@@ -315,11 +315,6 @@ impl DeviceSet {
         self.executing.iter().for_each(|executing| executing.wait_end());
     }
 
-    /// Has the network interfaces look for frames that arrived by another way than their taps.
-    pub fn wake_nets(&self) {
-        self.nets.iter().for_each(|net| net.wake());
-    }
-
     /// Characters typed into the console; returns how many had room. Waits while the gate is closed.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         let _entry = self.gate.enter();

@@ -69,21 +69,17 @@ impl Driver {
         let gate = if self.holds_now() { Gate::Closed } else { gate };
         match gate {
             Gate::Closed => self.seat.outbox.close(),
-            Gate::Through(epoch) => self
-                .seat
-                .outbox
-                .release_through(self.but_what_is_left_to_the_target(epoch)),
+            Gate::Through(epoch) => self.seat.outbox.release_through(self.but_the_last(epoch)),
             Gate::Open => self.seat.outbox.open(),
         }
         self.takeover.gate_set(gate);
     }
 
-    /// What had not left when a source stood still for a switchover is left to its target, which says it in any case. A client that
-    /// got it from here would answer at once, to a seat that listens no more; and whatever leaves here has bridges look for the guest here,
-    /// after the target called.
-    fn but_what_is_left_to_the_target(&self, epoch: Epoch) -> Epoch {
+    /// What a source that stands still for a switchover said last is left to its target, which says it once more in any case. A client
+    /// that got it from here would answer at once, to a seat that listens no more, and wait for its retransmission timer.
+    fn but_the_last(&self, epoch: Epoch) -> Epoch {
         match &self.sealed_state {
-            Some(last) if self.stands_for_switchover() => epoch.min(last.released_through),
+            Some(last) if last.epoch == epoch && self.stands_for_switchover() => epoch.saturating_sub(1),
             _ => epoch,
         }
     }
@@ -343,12 +339,7 @@ impl Driver {
 
     fn follow_from(&mut self, session: SessionId, link: LinkId, leader: Incarnation, base: Epoch) {
         let began = Instant::now();
-        // What the taps got since they were looked at last. From here on nobody looks.
-        self.seat.pass_input_on();
-        self.seat.late_input.ends();
-        let mut stood_still = None;
         if let Some(leading) = self.leading.take() {
-            stood_still = leading.in_flight.back().map(|(_, sealed)| *sealed);
             leading.abandon();
         }
         self.seat.inbox.set_copy(None);
@@ -358,7 +349,9 @@ impl Driver {
         // A write that is under way would land behind what the new leader sends.
         self.seat.machine.wait_disks_idle();
         self.guest = Guest::None;
-        match self.sealed_state.take().filter(|last| last.epoch == base) {
+        let last = self.sealed_state.take();
+        let stood_still = last.as_ref().map_or(began, |last| last.since);
+        match last.filter(|last| last.epoch == base) {
             Some(last) => self.begin_following(session, link, leader, Some(last)),
             None => self.session_failed(session, "this seat's last sealed epoch is not the one to follow from"),
         }
@@ -366,11 +359,11 @@ impl Driver {
         tracing::info!(
             "followed from epoch {base} on within {:.1} ms, {:.1} ms after the guest stood still here",
             ms(began),
-            ms(stood_still.unwrap_or(began))
+            ms(stood_still)
         );
     }
 
-    pub(super) fn set_route(&self, receiving: Option<follow::Receiving>) {
+    fn set_route(&self, receiving: Option<follow::Receiving>) {
         *self
             .seat
             .route

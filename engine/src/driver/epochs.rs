@@ -291,8 +291,8 @@ impl Driver {
             self.sealed_state = Some(Base {
                 epoch,
                 state: sealed.state.clone(),
-                released_through: sealed.released_through,
-                outputs: self.seat.outbox.all_held().into_iter().map(port_data).collect(),
+                since: Instant::now(),
+                outputs: outputs.iter().cloned().map(port_data).collect(),
             });
         }
         clock.done(Step::Copy);

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
 
 use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
@@ -237,9 +238,9 @@ pub struct Base {
     pub epoch: Epoch,
     /// The machine's state but its memory.
     pub state: Vec<u8>,
-    /// Output of epochs up to here had left by then.
-    pub released_through: Epoch,
-    /// What the guest said since.
+    /// When the guest stood still.
+    pub since: Instant,
+    /// What the guest said in that epoch.
     pub outputs: Vec<PortData>,
 }
 
@@ -262,7 +263,7 @@ impl Follower {
         let last_epoch = last.as_ref().map(|last| last.epoch);
         let mut outputs = OutputLog::new(LOG_BYTES);
         let applied = last.map(|last| {
-            // The new leader sends it; should it die first, this seat does.
+            // The new leader sends it again; should it die first, this seat does.
             outputs.add(last.epoch, last.outputs, last.epoch.saturating_sub(1));
             (last.epoch, last.state)
         });

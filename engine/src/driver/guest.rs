@@ -143,11 +143,6 @@ impl SeatMachine {
         self.machine.after_takeover();
     }
 
-    /// Frames wait that came by another way than the taps.
-    pub fn wake_nets(&self) {
-        self.devices.wake_nets();
-    }
-
     /// Waits until no request of a paused guest is using a disk.
     pub fn wait_disks_idle(&self) {
         self.devices.wait_disks_idle();

@@ -22,7 +22,6 @@ mod follow;
 mod guest;
 mod header;
 mod hold;
-mod late_input;
 mod lead;
 mod leave;
 mod limits;
@@ -66,8 +65,6 @@ enum Input {
     SeatGone,
     /// A frame with the guest's own address came from outside.
     AddressElsewhere,
-    /// The source of a switchover passed frames on that are for the guest, which runs here.
-    PassedOn,
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -109,10 +106,6 @@ impl Queue {
 
     fn address_elsewhere(&self) {
         self.put(Input::AddressElsewhere);
-    }
-
-    fn late_input(&self) {
-        self.put(Input::PassedOn);
     }
 
     fn warn(&self, text: String) {
@@ -405,10 +398,6 @@ impl Driver {
             Input::AddressElsewhere => {
                 self.seat.inbox.elsewhere_taken();
                 self.ask_to_announce();
-            }
-            Input::PassedOn => {
-                self.seat.late_input.taken();
-                self.seat.machine.wake_nets();
             }
         }
     }

@@ -5,14 +5,13 @@ use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ftvm_protocol::core::{Config, StoredHeader};
 use ftvm_protocol::wire::{Hello, Kind};
 
 use super::follow::{Place, Receiving};
 use super::guest::SeatMachine;
-use super::late_input::LateInput;
 use super::limits::EpochLimits;
 use super::{Queue, seat_watch};
 use crate::backends::{DiskBackend, NetBackend};
@@ -158,8 +157,6 @@ pub struct Seat {
     pub when_unprotected: WhenUnprotected,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Option<Receiving>>>,
-    /// Where input goes that no session of a follower takes.
-    pub(super) late_input: Arc<LateInput>,
     volumes: Vec<Arc<SeatVolume>>,
     /// Brings the volumes in order after a takeover.
     settler: Option<Settler>,
@@ -230,7 +227,6 @@ pub fn prepare(
         queue,
         filters.clone(),
     )?;
-    let late_input = LateInput::new(parts.inbox.clone(), parts.macs.len() as u16, queue.clone());
     let seat = Seat {
         vm: launch.vm.clone(),
         seat: launch.seat.clone(),
@@ -251,7 +247,6 @@ pub fn prepare(
         pacer: pacer_config(limits, &launch.protection),
         when_unprotected: launch.protection.when_unprotected,
         route: Arc::default(),
-        late_input: Arc::new(late_input),
         volumes,
         settler: None,
         journal,
@@ -556,13 +551,12 @@ fn link(
 /// Starts the links of a seat: frames of sessions go straight to the thread that receives them, everything else to the
 /// driver.
 pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, queue: Queue) -> std::io::Result<LinkHub> {
-    let (route, late_input) = (seat.route.clone(), seat.late_input.clone());
+    let route = seat.route.clone();
     let hub = LinkHub::start(prepared, Some(listener), move |event| match event {
         LinkEvent::Frame { frame, .. } if is_of_session(frame.kind) => {
             let route = route.lock().unwrap_or_else(PoisonError::into_inner);
-            match &*route {
-                Some(receiving) => receiving.frame(frame),
-                None => late_input.frame(&frame, Instant::now()),
+            if let Some(receiving) = &*route {
+                receiving.frame(frame);
             }
         }
         event => queue.link(event),

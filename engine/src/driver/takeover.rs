@@ -176,11 +176,7 @@ impl Driver {
         if planned {
             let (trace, _) = self.takeover.trace_of(Change::Switchover, Instant::now());
             trace.stands_at(epoch, status.term);
-            // What comes meanwhile is for the guest; the taps keep it.
-            self.call_frames_here();
-            self.seat.late_input.begins(Instant::now());
         }
-        self.set_route(None);
         let taken = match following.receiving.take_over(epoch) {
             Ok(taken) => taken,
             Err(why) => return self.queue.machine(VmEvent::Fatal(why)),

@@ -150,9 +150,9 @@ impl Trace {
         }
     }
 
-    /// A step that only its first time counts of.
+    /// A step of which only its first time counts, and none after the end: a join much later seals and sends epochs, too.
     pub fn reached_first(&mut self, step: Step, at: Instant) {
-        if self.at(step).is_none() {
+        if !self.told && self.at(step).is_none() {
             self.reached(step, at);
         }
     }

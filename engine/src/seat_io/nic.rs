@@ -95,13 +95,6 @@ impl Inbox {
         }
     }
 
-    /// The same for a frame that somebody else decides to send: dropped, as by a network, if too much waits already.
-    pub fn inject_if_room(&self, nic: u16, frame: Vec<u8>) {
-        if u8::try_from(nic).is_ok_and(|nic| self.kept_bytes(nic) <= KEPT_BYTES_MAX) {
-            self.inject(nic, frame);
-        }
-    }
-
     /// Reads what a tap has queued for a guest that stands still for a switchover: copied as what it gets in `epoch`, and kept for it,
     /// should it go on here. (Then it is copied a second time, as a network may do, too.)
     pub fn pass_on(&self, place: NicPlace, tap: &File, epoch: u64) {
@@ -131,13 +124,6 @@ impl Inbox {
         let injected = self.injected.lock().unwrap_or_else(PoisonError::into_inner);
         let frames = injected.get(usize::from(nic)).into_iter().flatten();
         frames.map(|frame| size_of::<Vec<u8>>() + frame.len()).sum()
-    }
-
-    /// Injected frames that the guest has not got yet.
-    #[cfg(test)]
-    pub fn waiting(&self, nic: u8) -> usize {
-        let injected = self.injected.lock().unwrap_or_else(PoisonError::into_inner);
-        injected.get(usize::from(nic)).map_or(0, VecDeque::len)
     }
 
     /// Frames given to the guest so far.

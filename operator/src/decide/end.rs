@@ -1,7 +1,7 @@
 //! The guest shall not run, or the VM shall go: stop it, prove it, take the pods away.
 
 use ftvm_crds::names::FINALIZER;
-use ftvm_crds::seat::{Order, SeatRole};
+use ftvm_crds::seat::{Order, SeatPublished, SeatRole};
 use ftvm_crds::{SeatEntry, VolumePolicy};
 use ftvm_protocol::record::{Phase, Record};
 use kube::ResourceExt;
@@ -83,12 +83,16 @@ fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
 }
 
 /// The record says Stopped: has this seat's engine ended, too, or never been of interest? One that has no guest and waits to be asked for a
-/// start was begun after the stop, by a daemon that could not read the record then: nobody asks it any more, and it ends with its pod.
+/// start was begun after the stop, by a daemon that could not read the record then, and ends with its pod. Unless it was asked: a
+/// daemon goes on with that whatever is wanted since.
 fn ended(seen: &Observed, entry: &SeatEntry, record: &Record) -> bool {
+    let order = Order::Start {
+        over_stopped_term: record.term,
+    };
+    let starting = |published: &SeatPublished| published.role == Some(SeatRole::Starting);
     let waits = |pod: &PodSeen| {
-        pod.published
-            .as_ref()
-            .is_ok_and(|published| published.role == Some(SeatRole::Starting))
+        let asked = pod.request.as_ref().is_some_and(|request| request.order == order);
+        !asked && pod.published.as_ref().is_ok_and(starting)
     };
     !is_named(entry, record) || pod(seen, entry).is_none_or(|pod| !has_engine(pod) || waits(pod))
 }

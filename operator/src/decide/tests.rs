@@ -1,5 +1,5 @@
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, ANNOTATION_SWITCHOVER};
-use ftvm_crds::seat::{Order, SeatRole};
+use ftvm_crds::seat::{Order, SeatRequest, SeatRole};
 use ftvm_crds::{RunStrategy, SwitchoverOutcome, VmPhase};
 use ftvm_protocol::record::Phase;
 
@@ -301,6 +301,18 @@ fn an_engine_that_was_begun_after_the_stop_keeps_nobody_waiting() {
         actions
             .iter()
             .all(|action| matches!(action, Action::DeletePod { force: false, .. })),
+        "{actions:?}"
+    );
+    // A daemon that was asked for a start before goes on with it.
+    world.pods.get_mut(&standby.name).unwrap().request = Some(SeatRequest {
+        id: "start".to_owned(),
+        order: Order::Start {
+            over_stopped_term: world.record().unwrap().term,
+        },
+    });
+    let actions = decide(&world.observe()).actions;
+    assert!(
+        matches!(&actions[..], [Action::DeletePod { seat, .. }] if *seat == active.name),
         "{actions:?}"
     );
 }

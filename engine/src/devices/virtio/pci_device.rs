@@ -112,11 +112,6 @@ impl<F: Frontend> VirtioDevice<F> {
         &self.wakes
     }
 
-    /// Has the worker look at every queue.
-    pub(crate) fn wake(&self) {
-        self.wakes.iter().for_each(Wake::signal);
-    }
-
     fn bar_read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         let (area, at) = (offset / AREA_BYTES * AREA_BYTES, offset % AREA_BYTES);
@@ -226,7 +221,7 @@ impl<F: Frontend> Saveable for VirtioDevice<F> {
 
     fn kick(&self) {
         self.lock().transport.raise_all();
-        self.wake();
+        self.wakes.iter().for_each(Wake::signal);
     }
 
     fn reset(&self) {
