@@ -195,7 +195,9 @@ impl Wire {
     }
 
     pub(crate) fn inject(&self, frame: io::Result<Vec<u8>>) {
-        lock(&self.incoming).push_back(frame);
+        // As with a tap, a frame that can be read and the descriptor that says so are one.
+        let mut incoming = lock(&self.incoming);
+        incoming.push_back(frame);
         rustix::io::write(&self.wake, &1u64.to_ne_bytes()).unwrap();
     }
 
@@ -210,10 +212,12 @@ impl NetBackend for Wire {
     }
 
     fn receive(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
-        let Some(frame) = lock(&self.incoming).pop_front() else {
+        let mut incoming = lock(&self.incoming);
+        let Some(frame) = incoming.pop_front() else {
             return Ok(None);
         };
         rustix::io::read(&self.wake, &mut [0; 8]).unwrap();
+        drop(incoming);
         let frame = frame?;
         let len = frame.len().min(buf.len());
         buf[..len].copy_from_slice(&frame[..len]);
