@@ -324,7 +324,7 @@ fn dropping_ends_the_threads_whether_the_gate_is_open_or_closed() {
     }
 }
 
-/// What a pause waits for when network and disk are as busy as they can be. How long that takes is only printed.
+/// What a pause waits for when network and disk are as busy as they can be: at most a turn of each.
 #[test]
 fn the_gate_closes_while_all_is_busy_and_then_nothing_moves() {
     use crate::devices::virtio::rig::BUFFERS;
@@ -384,5 +384,10 @@ fn the_gate_closes_while_all_is_busy_and_then_nothing_moves() {
     println!(
         "closing the gate: p50 {} us, p99 {} us; {counts:?}",
         waits_us[150], waits_us[297]
+    );
+    assert!(
+        waits_us[150] < 50_000,
+        "half of all pauses wait {} us for devices",
+        waits_us[150]
     );
 }
