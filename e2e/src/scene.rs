@@ -105,21 +105,19 @@ impl<C> Scene<C> {
     /// # Panics
     /// If it never answers.
     pub fn seat(&mut self, host: usize) -> Seat {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(seat) = self.system.seat(host) {
-                return seat;
-            }
-            assert!(Instant::now() < deadline, "the engine of host {host} does not answer");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let mut seat = None;
+        self.wait_for(&format!("answer of the engine of host {host}"), |scene| {
+            seat = scene.system.seat(host);
+            seat.is_some()
+        });
+        seat.expect("it was waited for")
     }
 
     /// Waits until it is so.
     ///
     /// # Panics
     /// If it never is, with what the seats say.
-    pub fn wait_for(&mut self, what: &str, done: impl Fn(&mut Self) -> bool) {
+    pub fn wait_for(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self) {
             if Instant::now() > deadline {

@@ -105,7 +105,7 @@ impl<'a, W: Witness> Stage<'a, W> {
             frozen: None,
             frames: None,
         };
-        let answered = stage.wait_for_answers(1, patience.protected);
+        let answered = stage.wait_for_answers(1);
         answered.with_context(|| format!("waiting for the guest's first answer; {}", stage.describe()))?;
         stage.progress.say("the guest answers its client");
         if stage.system.protects() {
@@ -166,7 +166,7 @@ impl<'a, W: Witness> Stage<'a, W> {
         let after = self.wait_failover(before, seat.term)?;
         round.active_after.clone_from(&self.names[after]);
         let goal = self.witness.answers() + ANSWERS_AFTER;
-        let resumed = self.wait_for_answers(goal, self.patience.protected);
+        let resumed = self.wait_for_answers(goal);
         round.gap_ms = self.witness.phase().gap_ms;
         self.write_frames(round.round);
         resumed.context("after the fault")?;
@@ -427,7 +427,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     /// # Errors
     /// If that does not come about, with what every host says.
     pub fn pair(&mut self) -> anyhow::Result<Pair> {
-        let pair = self.wait_protected(self.patience.protected)?;
+        let pair = self.wait_protected()?;
         // Its engine is a new incarnation, built from the active's state.
         self.sniffer.emissions().rebuilt(pair.standby);
         Ok(pair)
@@ -456,7 +456,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     /// # Errors
     /// If they don't come.
     pub fn answers_go_on(&self) -> anyhow::Result<f64> {
-        self.wait_for_answers(self.witness.answers() + ANSWERS_AFTER, self.patience.protected)?;
+        self.wait_for_answers(self.witness.answers() + ANSWERS_AFTER)?;
         Ok(self.witness.phase().gap_ms)
     }
 
@@ -568,7 +568,8 @@ impl<'a, W: Witness> Stage<'a, W> {
     }
 
     /// Waits until the active says that it is protected and another host says that it is its standby.
-    fn wait_protected(&mut self, patience: Duration) -> anyhow::Result<Pair> {
+    fn wait_protected(&mut self) -> anyhow::Result<Pair> {
+        let patience = self.patience.protected;
         let deadline = Instant::now() + patience;
         let mut told = None;
         loop {
@@ -603,7 +604,8 @@ impl<'a, W: Witness> Stage<'a, W> {
         }
     }
 
-    fn wait_for_answers(&self, count: u64, patience: Duration) -> anyhow::Result<()> {
+    fn wait_for_answers(&self, count: u64) -> anyhow::Result<()> {
+        let patience = self.patience.protected;
         let deadline = Instant::now() + patience;
         while self.witness.answers() < count {
             ensure!(!self.witness.has_ended(), "the client's connection ended");
