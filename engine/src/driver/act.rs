@@ -8,6 +8,7 @@ use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::wire::Kind;
 
+use super::late::Route;
 use super::seat::Work;
 use super::{Driver, Ended, Following, Guest, Link, follow, lead};
 use crate::checkpoint::Pacer;
@@ -298,7 +299,7 @@ impl Driver {
             .as_ref()
             .is_some_and(|following| following.session == session)
         {
-            self.set_route(None);
+            self.set_route(Route::Nowhere);
             self.following = None;
         }
     }
@@ -325,7 +326,7 @@ impl Driver {
         });
         match started {
             Ok(receiving) => {
-                self.set_route(Some(receiving.clone()));
+                self.set_route(Route::Follower(receiving.clone()));
                 self.following = Some(Following {
                     session,
                     leader: leader_link,
@@ -339,9 +340,11 @@ impl Driver {
 
     fn follow_from(&mut self, session: SessionId, link: LinkId, leader: Incarnation, base: Epoch) {
         let began = Instant::now();
-        if let Some(leading) = self.leading.take() {
+        let led = self.leading.take().map(|leading| {
+            let session = leading.session;
             leading.abandon();
-        }
+            session
+        });
         self.seat.inbox.set_copy(None);
         self.seat.inbox.forget();
         self.seat.outbox.discard();
@@ -355,6 +358,9 @@ impl Driver {
             Some(last) => self.begin_following(session, link, leader, Some(last)),
             None => self.session_failed(session, "this seat's last sealed epoch is not the one to follow from"),
         }
+        if let Some(led) = led {
+            self.pass_late_input_on(led, base);
+        }
         let ms = |since: Instant| since.elapsed().as_secs_f64() * 1e3;
         tracing::info!(
             "followed from epoch {base} on within {:.1} ms, {:.1} ms after the guest stood still here",
@@ -363,12 +369,12 @@ impl Driver {
         );
     }
 
-    fn set_route(&self, receiving: Option<follow::Receiving>) {
+    pub(super) fn set_route(&self, route: Route) {
         *self
             .seat
             .route
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = receiving;
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = route;
     }
 
     // ---- links

@@ -22,6 +22,7 @@ mod follow;
 mod guest;
 mod header;
 mod hold;
+mod late;
 mod lead;
 mod leave;
 mod limits;
@@ -65,6 +66,8 @@ enum Input {
     SeatGone,
     /// A frame with the guest's own address came from outside.
     AddressElsewhere,
+    /// The inbox was offered what the source of a switchover passes on.
+    LateInput,
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -108,6 +111,10 @@ impl Queue {
         self.put(Input::AddressElsewhere);
     }
 
+    fn late_input(&self) {
+        self.put(Input::LateInput);
+    }
+
     fn warn(&self, text: String) {
         self.put(Input::Warning(text));
     }
@@ -123,7 +130,7 @@ pub fn queue() -> (Queue, Inputs) {
     (Queue(sender), Inputs(receiver))
 }
 
-/// How often the taps of a guest that stands still for a switchover are looked at.
+/// How often the taps of a guest that stands still for a switchover, or has just moved by one, are looked at.
 const LOOK_FOR_INPUT: Duration = Duration::from_millis(1);
 
 /// The driver's end of its queue.
@@ -189,6 +196,8 @@ pub struct Driver {
     following: Option<Following>,
     /// The end of the last sealed epoch: what a frozen source follows from.
     sealed_state: Option<follow::Base>,
+    /// Where frames for the guest go that has just moved by a switchover.
+    passed_on: Option<late::PassedOn>,
     /// As the core decided last.
     gate: Gate,
     hold: hold::Hold,
@@ -238,6 +247,7 @@ impl Driver {
             leading: None,
             following: None,
             sealed_state: None,
+            passed_on: None,
             gate: Gate::Closed,
             hold,
             header,
@@ -268,9 +278,7 @@ impl Driver {
             }
             self.announce_if_due();
             self.drive_epochs();
-            if self.stands_for_switchover() {
-                self.seat.pass_input_on();
-            }
+            self.drive_late_input();
             let wait = self.next_wake();
             match inputs.0.recv_timeout(wait) {
                 Ok(input) => self.take(input),
@@ -301,7 +309,8 @@ impl Driver {
     fn next_wake(&mut self) -> Duration {
         let tick = Duration::from_millis(self.core.next_wake_ms()).saturating_sub(self.began.elapsed());
         let announcement = self.announcer.due().filter(|_| self.guest.is_here());
-        let look = self.stands_for_switchover().then(|| Instant::now() + LOOK_FOR_INPUT);
+        let looks = self.stands_for_switchover() || self.passes_late_input_on();
+        let look = looks.then(|| Instant::now() + LOOK_FOR_INPUT);
         let due = [self.epoch_due(), announcement, look].into_iter().flatten().min();
         due.map_or(tick, |due| tick.min(due.saturating_duration_since(Instant::now())))
     }
@@ -395,6 +404,7 @@ impl Driver {
             // The loop decides anew when the epoch ends.
             Input::OutputWaits => {}
             Input::SeatGone => self.seat_gone(),
+            Input::LateInput => self.seat.inbox.take_offered(),
             Input::AddressElsewhere => {
                 self.seat.inbox.elsewhere_taken();
                 self.ask_to_announce();

@@ -10,8 +10,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ftvm_protocol::core::{Config, StoredHeader};
 use ftvm_protocol::wire::{Hello, Kind};
 
-use super::follow::{Place, Receiving};
+use super::follow::Place;
 use super::guest::SeatMachine;
+use super::late::Route;
 use super::limits::EpochLimits;
 use super::{Queue, seat_watch};
 use crate::backends::{DiskBackend, NetBackend};
@@ -35,7 +36,7 @@ use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{Offer, ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::{SeatVolume, Settler, StandbyDisks};
 use crate::replication::storage::{FileStorage, Storage};
-use crate::seat_io::{DiskLog, HostSink, Inbox, NicPlace, SeatConsole, SeatDisk, SeatNic, discard_queued};
+use crate::seat_io::{DiskLog, HostSink, Inbox, NicPlace, SeatConsole, SeatDisk, SeatNic, discard_queued, queued_for};
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Why a seat can't be prepared.
@@ -156,7 +157,7 @@ pub struct Seat {
     /// What the guest does while no standby would take over, at first.
     pub when_unprotected: WhenUnprotected,
     /// Where frames of a followed session go.
-    pub(super) route: Arc<Mutex<Option<Receiving>>>,
+    pub(super) route: Arc<Mutex<Route>>,
     volumes: Vec<Arc<SeatVolume>>,
     /// Brings the volumes in order after a takeover.
     settler: Option<Settler>,
@@ -417,7 +418,8 @@ fn build(
 ) -> Result<Parts, SeatError> {
     let taps = duplicate_taps(&nics)?;
     let elsewhere = queue.clone();
-    let inbox = Arc::new(Inbox::new(nics.len(), move || elsewhere.address_elsewhere()));
+    let inbox = Inbox::new(nics.len(), move || elsewhere.address_elsewhere());
+    let inbox = Arc::new(inbox.map_err(system("an event counter for each network card"))?);
     let macs = nics.iter().map(|nic| nic.mac).collect();
     let set_config = DeviceSetConfig {
         nics: nics
@@ -440,7 +442,7 @@ fn build(
         filters.clone(),
         |platform| {
             let backends = Backends {
-                nics: net_backends(nics, &platform.gate, outbox, &inbox),
+                nics: net_backends(nics, &platform.gate, outbox, &inbox)?,
                 disks: disk_backends(launch, volumes, disk_log),
                 console: Box::new(SeatConsole::new(platform.gate.clone(), outbox.clone())),
             };
@@ -478,7 +480,7 @@ fn net_backends(
     gate: &Arc<PauseGate>,
     outbox: &Arc<Outbox>,
     inbox: &Arc<Inbox>,
-) -> Vec<Box<dyn NetBackend>> {
+) -> Result<Vec<Box<dyn NetBackend>>, DeviceError> {
     let mut backends: Vec<Box<dyn NetBackend>> = Vec::new();
     for (index, nic) in nics.into_iter().enumerate() {
         let (gate, outbox, inbox) = (gate.clone(), outbox.clone(), inbox.clone());
@@ -486,9 +488,13 @@ fn net_backends(
             nic: index as u8,
             mac: nic.mac,
         };
-        backends.push(Box::new(SeatNic::new(place, nic.tap, gate, outbox, inbox)));
+        let backend = SeatNic::new(place, nic.tap, gate, outbox, inbox).map_err(|source| DeviceError::Wake {
+            device: format!("network interface {index}"),
+            source,
+        });
+        backends.push(Box::new(backend?));
     }
-    backends
+    Ok(backends)
 }
 
 fn disk_backends(launch: &Launch, volumes: &[Arc<SeatVolume>], log: &Arc<DiskLog>) -> Vec<Box<dyn DiskBackend>> {
@@ -554,10 +560,7 @@ pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, que
     let route = seat.route.clone();
     let hub = LinkHub::start(prepared, Some(listener), move |event| match event {
         LinkEvent::Frame { frame, .. } if is_of_session(frame.kind) => {
-            let route = route.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(receiving) = &*route {
-                receiving.frame(frame);
-            }
+            route.lock().unwrap_or_else(PoisonError::into_inner).frame(frame);
         }
         event => queue.link(event),
     })?;
@@ -703,6 +706,13 @@ impl Seat {
                 mac: *mac,
             };
             self.inbox.pass_on(place, tap, epoch);
+        }
+    }
+
+    /// Gives what the taps have queued for the guest's own addresses.
+    pub fn late_input(&self, mut take: impl FnMut(u16, &[u8])) {
+        for (nic, (tap, mac)) in self.taps.iter().zip(&self.macs).enumerate() {
+            queued_for(*mac, tap, |frame| take(nic as u16, frame));
         }
     }
 

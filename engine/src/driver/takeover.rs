@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use ftvm_protocol::core::{Event, Gate, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::{Epoch, Term};
 
+use super::late::Route;
 use super::trace::{Change, Step, Trace};
 use super::{Driver, Guest};
 use crate::control::Ask;
@@ -176,6 +177,9 @@ impl Driver {
         if planned {
             let (trace, _) = self.takeover.trace_of(Change::Switchover, Instant::now());
             trace.stands_at(epoch, status.term);
+            self.take_late_input(following.session, epoch);
+        } else {
+            self.set_route(Route::Nowhere);
         }
         let taken = match following.receiving.take_over(epoch) {
             Ok(taken) => taken,
@@ -198,11 +202,14 @@ impl Driver {
             taken.inputs.len(),
             taken.outputs.len()
         );
-        for PortData { port, bytes } in taken.inputs {
-            if let Port::Nic(nic) = port {
-                self.seat.inbox.inject(nic, bytes);
-            }
-        }
+        let frames = taken
+            .inputs
+            .into_iter()
+            .filter_map(|PortData { port, bytes }| match port {
+                Port::Nic(nic) => Some((nic, bytes)),
+                Port::Console => None,
+            });
+        self.seat.inbox.inject(frames.collect());
         self.announce(epoch);
         self.seat.outbox.watch_after(epoch);
         for output in taken.outputs {
@@ -228,7 +235,7 @@ impl Driver {
         };
         let keeps =
             status.role == RoleName::Standby && status.contact_age_ms.is_some_and(|age_ms| kept.contains(&age_ms));
-        if self.guest == Guest::None && !keeps {
+        if self.guest == Guest::None && !keeps && self.passed_on.is_none() {
             self.seat.discard_input();
         }
     }

@@ -11,4 +11,4 @@ mod disk;
 mod nic;
 
 pub use disk::{DiskLog, EpochChanges, SeatDisk};
-pub use nic::{HostSink, Inbox, InputCopy, NicPlace, SeatConsole, SeatNic, discard_queued};
+pub use nic::{HostSink, Inbox, InputCopy, NicPlace, SeatConsole, SeatNic, discard_queued, queued_for};
