@@ -87,6 +87,8 @@ enum Standalone {
     },
     /// Hand the guest over to the standby.
     Switchover(One),
+    /// Kill the active's engine as a crash would, to see that the standby takes over; refused if it would not.
+    Failover(One),
     /// Stop the virtual machine; durable on every seat.
     Stop(One),
     /// Start a stopped virtual machine.
@@ -205,6 +207,7 @@ fn run(command: Standalone) -> Result<(), Failure> {
             view.failure().map_or(Ok(()), Err)
         }
         Standalone::Switchover(one) => Pair::new(one.daemons.sockets).switchover(&one.vm),
+        Standalone::Failover(one) => Pair::new(one.daemons.sockets).failover(&one.vm),
         Standalone::Stop(one) => Pair::new(one.daemons.sockets).stop(&one.vm),
         Standalone::Start(one) => Pair::new(one.daemons.sockets).start(&one.vm),
         Standalone::PowerButton(one) => Pair::new(one.daemons.sockets).power_button(&one.vm),

@@ -352,6 +352,15 @@ impl Pair {
     }
 
     fn to_active(&self, vm: &str, command: Command) -> Result<(), Failure> {
+        self.ask_active(vm, |seat| Request::Command {
+            vm: vm.to_owned(),
+            seat,
+            command,
+        })
+    }
+
+    /// Asks the daemon of the active seat.
+    fn ask_active(&self, vm: &str, request: impl FnOnce(String) -> Request) -> Result<(), Failure> {
         let view = self.view();
         let Some((socket, _, seat)) = view.active(vm) else {
             let state = progress(&view, vm);
@@ -360,21 +369,28 @@ impl Pair {
                 format!("no seat of {vm} runs the guest ({state})"),
             ));
         };
-        self.ask(
-            socket,
-            &Request::Command {
-                vm: vm.to_owned(),
-                seat: seat.seat.clone(),
-                command,
-            },
-        )
-        .map(drop)
+        self.ask(socket, &request(seat.seat.clone())).map(drop)
     }
 
     /// Planned switchover; returns when the other seat runs the guest.
     pub fn switchover(&self, vm: &str) -> Result<(), Failure> {
+        self.moves(vm, || self.to_active(vm, Command::Switchover))
+    }
+
+    /// Kills the active's engine if its standby would take over; returns when the other seat runs the guest.
+    pub fn failover(&self, vm: &str) -> Result<(), Failure> {
+        self.moves(vm, || {
+            self.ask_active(vm, |seat| Request::Failover {
+                vm: vm.to_owned(),
+                seat,
+            })
+        })
+    }
+
+    /// Does something after which another seat runs the guest, and waits for that.
+    fn moves(&self, vm: &str, act: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
         let before = self.view().active(vm).map(|(_, _, seat)| seat.seat.clone());
-        self.to_active(vm, Command::Switchover)?;
+        act()?;
         let until = Instant::now() + PATIENCE;
         while Instant::now() < until {
             let view = self.view();
@@ -388,7 +404,7 @@ impl Pair {
         }
         Err(Failure::new(
             exit_code::TIMEOUT,
-            format!("{vm} did not switch over within {PATIENCE:?}: see `status`"),
+            format!("no other seat runs {vm} within {PATIENCE:?}: see `status`"),
         ))
     }
 

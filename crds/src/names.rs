@@ -34,6 +34,8 @@ pub const ANNOTATION_CPU: &str = "ftvm.dev/cpu";
 pub const LABEL_CPU: &str = "ftvm.dev/cpu";
 /// Annotation on a VM, for people: each new value (a time, a word) asks for one switchover.
 pub const ANNOTATION_SWITCHOVER: &str = "ftvm.dev/switchover";
+/// Annotation on a VM, for people: each new value asks for one failure of the active, if the standby would take over.
+pub const ANNOTATION_FAILOVER: &str = "ftvm.dev/failover";
 /// Annotation on a VM, for people: the holder (`SEAT-UUID/16 hex digits`) that is dead and shall be overridden.
 pub const ANNOTATION_ACCEPT_DATA_LOSS: &str = "ftvm.dev/accept-data-loss";
 /// Finalizer of a VM: removed once both engines are proven to have stopped.

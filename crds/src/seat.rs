@@ -145,12 +145,15 @@ pub struct SeatRequest {
     pub order: Order,
 }
 
-/// What to do, in the words of the engine's commands.
+/// What to do, in the words of the engine's commands where it is one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum Order {
     /// Planned switchover (rule 6).
     Switchover,
+    /// Kill the engine as a crash would end it, if it is active and its standby would take over. Not a command of the engine:
+    /// its daemon does it.
+    Failover,
     /// Stop the virtual machine (rule 7).
     Stop,
     /// Start over a record that says Stopped at exactly this term (rule 7).
@@ -216,6 +219,7 @@ mod tests {
         let holder = "0123abcd-0000-4000-8000-0000000000ff/000000000000beef";
         for (order, text) in [
             (Order::Switchover, r#"{"id":"1","do":"switchover"}"#.to_owned()),
+            (Order::Failover, r#"{"id":"1","do":"failover"}"#.to_owned()),
             (Order::Stop, r#"{"id":"1","do":"stop"}"#.to_owned()),
             (
                 Order::Start { over_stopped_term: 7 },

@@ -54,7 +54,10 @@ pub struct FaultTolerantVMStatus {
     pub last_failover: Option<Failover>,
     /// The last switchover that was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub switchover: Option<Switchover>,
+    pub switchover: Option<AskedFor>,
+    /// The last failure of the active that was asked for, to see that the standby takes over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failover: Option<AskedFor>,
     /// Ready, Protected, Resyncing, StorageHealthy, ArbiterReachable, CpuChosen. A reason and message say why, and what to do.
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -169,22 +172,37 @@ pub struct Failover {
     pub gap_microseconds: u64,
 }
 
-/// A switchover that was asked for by the annotation `ftvm.dev/switchover`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// What was asked for by an annotation (ftvm.dev/switchover, ftvm.dev/failover), and what came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct Switchover {
-    /// Value of the annotation.
+pub struct AskedFor {
+    /// Value of the annotation, its first 64 characters.
     pub request: String,
     /// Pending, Done or Refused.
-    pub outcome: SwitchoverOutcome,
+    pub outcome: Outcome,
     /// Why it was refused, or what it waits for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+    /// The pod whose daemon was told: no other one is, whatever becomes of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub told: Option<Told>,
 }
 
-/// What came of a switchover.
+/// Whose daemon was told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Told {
+    /// UID of the pod.
+    #[schemars(length(max = 36))]
+    pub pod_uid: String,
+    /// Id of the request that the pod had until then: as long as it has that one, this one is still to be written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
+}
+
+/// What came of something that was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum SwitchoverOutcome {
+pub enum Outcome {
     /// It was told to the active seat, or waits for protection.
     Pending,
     /// It was done.

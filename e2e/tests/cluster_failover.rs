@@ -41,6 +41,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
     on_stage(&options, setting, &folder, &progress, |stage, cluster| {
         let mut acts = Acts::new(stage, cluster, &progress);
         acts.act("kill -9 of the engine", killed_engine)?;
+        acts.act("a failure is asked for", asked_failure)?;
         acts.act("a node's plug is pulled", killed_node)?;
         acts.act("only kubelet dies", killed_kubelet)?;
         acts.act("the node-daemons are replaced one by one", restarted_daemons)?;
@@ -82,6 +83,52 @@ fn killed_engine(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     ensure!(now.standby == before.active, "the engine came back elsewhere: {now:?}");
     ensure!(pods(acts)? == pods_before, "its pods were replaced");
     Ok(())
+}
+
+/// Asks for a failure of the active by annotation and waits for its outcome and the event; why it was refused, if it was.
+fn ask_failure(acts: &Acts<'_>, text: &str, outcome: &str) -> anyhow::Result<String> {
+    let annotation = format!("ftvm.dev/failover={text}");
+    acts.cluster.kubectl(&[
+        "annotate",
+        "ftvm",
+        VM,
+        "--namespace",
+        NAMESPACE,
+        "--overwrite",
+        &annotation,
+    ])?;
+    wait_for("the status tells what came of it", PATIENCE, || {
+        let asked = acts.vm()?["status"]["failover"].clone();
+        ensure!(asked["request"] == text && asked["outcome"] != "Pending", "{asked}");
+        Ok(())
+    })?;
+    let asked = acts.vm()?["status"]["failover"].clone();
+    ensure!(asked["outcome"] == outcome, "{asked}");
+    let object = format!("involvedObject.name={VM},reason=Failover{outcome}");
+    wait_for("an event tells it", PATIENCE, || {
+        let told = acts
+            .cluster
+            .kubectl(&["get", "events", "--namespace", NAMESPACE, "--field-selector", &object])?;
+        ensure!(told.contains(text), "{told}");
+        Ok(())
+    })?;
+    Ok(asked["why"].as_str().unwrap_or_default().to_owned())
+}
+
+/// It is a crash like any other, and one text is one crash.
+fn asked_failure(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let text = format!("on-{}", acts.node(before.active));
+    ask_failure(acts, &text, "Done")?;
+    acts.standby_takes_over(before)?;
+    let now = acts.stage.pair()?;
+    ensure!(now.standby == before.active, "the engine came back elsewhere: {now:?}");
+    wait_for("the status tells of the failover", PATIENCE, || {
+        let failover = acts.vm()?["status"]["lastFailover"].clone();
+        ensure!(failover["node"] == acts.node(before.standby), "{failover}");
+        Ok(())
+    })?;
+    // Who has the guest now was not asked to die.
+    acts.holds_for(now, Duration::from_secs(5))
 }
 
 fn killed_node(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
@@ -228,6 +275,9 @@ fn two_nodes(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     acts.standby_takes_over(before)?;
     let said = acts.wait_condition("Protected", "False", "TooFewNodes")?;
     ensure!(said.contains("add a node"), "{said}");
+    let why = ask_failure(acts, "alone", "Refused")?;
+    ensure!(why.contains("not protected"), "{why}");
+    acts.stage.answers_go_on()?;
     // Who is alone needs nobody's word for another Lease.
     lease_comes_back(&acts.cluster, VM)?;
     acts.stage.answers_go_on()?;
@@ -444,7 +494,7 @@ fn lease_goes_with_its_holder(cluster: &Cluster) -> anyhow::Result<()> {
     wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows").map(drop)
 }
 
-/// `helm test` fails a machine over; with a guest that nobody can pull it fails itself and says so. Either way nothing is left behind.
+/// `helm test` fails a machine over, by a failure and as planned; with a guest that nobody can pull it fails itself and says so. Either way nothing is left behind.
 fn helm_test(cluster: &Cluster) -> anyhow::Result<()> {
     let test = |guest: &str, seconds: u32| -> anyhow::Result<String> {
         let bridge = format!("test.bridge={CLIENT_BRIDGE},test.timeoutSeconds={seconds}");
@@ -461,6 +511,7 @@ fn helm_test(cluster: &Cluster) -> anyhow::Result<()> {
     let told = test(GUEST_IMAGE, 180)?;
     for words in [
         "] protected: active on node",
+        "] failed over and protected again: active on node",
         "] switched over and protected again: active on node",
         "] passed",
     ] {

@@ -394,6 +394,40 @@ fn an_engine_that_is_killed_is_taken_over_from_and_comes_back_as_standby() {
     pair.wait_protected(Some(1));
 }
 
+/// A failure that is asked for is a crash like any other; it comes only if the standby would take over.
+#[test]
+fn a_failure_on_request_is_taken_over_from_and_refused_without_a_standby() {
+    let mut pair = protected_pair("failover");
+    for active in [0, 1] {
+        pair.wait_protected(Some(active));
+        let before = pair.pid(active);
+        pair.control(&["failover", "--vm", "demo"]);
+        pair.wait_protected(Some(1 - active));
+        assert_ne!(pair.pid(active), before, "another engine came");
+        let engine = pair.seat(1 - active)["engine"].clone();
+        assert!(
+            engine["counters"]["takeover_us"].is_u64(),
+            "the active was lost: {engine}"
+        );
+        let exit = pair.seat(active)["last_exit"].clone();
+        assert!(
+            exit["message"]
+                .as_str()
+                .is_some_and(|text| text.contains("by signal 9")),
+            "{exit}"
+        );
+    }
+    // The standby's engine stays away: its daemon is gone.
+    pair.kill_daemon(1);
+    pair.kill_engine_of(1);
+    pair.wait_alone(0, false);
+    let before = pair.pid(0);
+    let (done, text) = pair.ftvm(&["failover", "--vm", "demo", "--daemon", &pair.sockets()], None);
+    assert!(!done && text.contains("not protected"), "{text}");
+    assert_eq!(pair.pid(0), before);
+    pair.wait_alone(0, false);
+}
+
 #[test]
 fn switchover_stop_and_start() {
     let pair = protected_pair("stop");
@@ -444,6 +478,7 @@ fn a_guest_that_may_not_run_alone_is_stopped_and_started_while_it_stands_still()
     };
     assert!(refused(&pair, "power-button").contains("stands still"));
     refused(&pair, "switchover");
+    assert!(refused(&pair, "failover").contains("stands still"));
     pair.control(&["stop", "--vm", "demo"]);
     pair.wait("stopped", |status| status["vms"][0]["stopped"] == true);
     // A cold start gives the guest back, and it runs once the other seat has joined.

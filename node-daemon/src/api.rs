@@ -47,6 +47,13 @@ pub enum Request {
         /// The command.
         command: Command,
     },
+    /// Kill a seat's engine as a crash would, if it is active and its standby would take over.
+    Failover {
+        /// Name of the virtual machine.
+        vm: String,
+        /// Name of the seat.
+        seat: String,
+    },
     /// Start a stopped virtual machine: reads the record's term now, and starts the engine over it.
     Start {
         /// Name of the virtual machine.

@@ -242,6 +242,10 @@ impl Daemon {
                 self.change_seats(request)
             }
             Request::Command { vm, seat, command } => self.with_seat(&vm, &seat, |seat| command_seat(seat, command)),
+            Request::Failover { vm, seat } => self.with_seat(&vm, &seat, |seat| match seat.fail() {
+                Ok(_) => Response::Done,
+                Err(error) => refused(exit_code::REFUSED, explain(&error)),
+            }),
             Request::Start { vm, seat } => self.with_seat(&vm, &seat, start_stopped),
             Request::SetPeers { vm, seat, peers } => self.with_seat(&vm, &seat, |seat| set_peers(seat, peers)),
             Request::Record { vm } => match self.seats().values().find(|seat| seat.config().vm == vm).cloned() {

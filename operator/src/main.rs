@@ -27,7 +27,7 @@ struct Cli {
 enum Command {
     /// Run the operator; one replica leads, the others wait.
     Run(Run),
-    /// Make a VM, fail it over as planned, judge it, delete it: what `helm test` runs. Ends with 0 only if everything held.
+    /// Make a VM, have its active killed, hand it over as planned, judge both, delete it: what `helm test` runs. Ends with 0 only if everything held.
     HelmTest(HelmTest),
 }
 

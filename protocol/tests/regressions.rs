@@ -156,6 +156,34 @@ fn a_joiner_that_is_not_yet_a_member_leaves_without_a_write() {
 
 // ---- switchovers
 
+/// What whoever wants to kill the active goes by: a switchover that would be refused has a reason, and epochs that nobody acknowledges
+/// have an age.
+#[test]
+fn an_active_says_whether_its_standby_would_take_the_guest() {
+    let mut bench = Bench::pair();
+    let told = |bench: &Bench, at: usize| {
+        let status = bench.seats[at].core.status();
+        (status.switchover, status.unacknowledged_ms)
+    };
+    bench.epoch(0);
+    assert_eq!(told(&bench, 0), (None, None));
+    assert_eq!(told(&bench, 1).0, Some(Refusal::WrongRole));
+    let sealed = bench.seal_event(0, Seal::Ordinary);
+    bench.step(0, sealed);
+    bench.pass(70);
+    assert_eq!(told(&bench, 0), (None, Some(70)));
+    // Its word to claim the record does not arrive.
+    let under_way = claimed();
+    assert_eq!(told(&under_way, 0).0, Some(Refusal::Busy));
+    bench.cut();
+    bench.pass(200);
+    assert_eq!(told(&bench, 0), (Some(Refusal::NotProtected), None));
+    let mut stopping = Bench::pair();
+    stopping.seats[0].arbiter = Arbiter::Away;
+    stopping.step(0, Event::Command(Command::Stop));
+    assert_eq!(told(&stopping, 0).0, Some(Refusal::Busy));
+}
+
 /// A pair whose record names the standby, which was asked to claim it; its word of that does not arrive.
 fn claimed() -> Bench {
     let mut bench = Bench::pair();

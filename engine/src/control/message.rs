@@ -519,6 +519,10 @@ pub struct Status {
     pub acknowledged: u64,
     /// The peer as this engine knows it.
     pub peer: Option<PeerStatus>,
+    /// As an active: what its standby would be worth if this engine died now. None without a session, and from an engine of
+    /// an earlier version.
+    #[serde(default)]
+    pub standby: Option<StandbyStatus>,
     /// False after the last request to the arbiter failed.
     pub arbiter_reachable: bool,
     /// UID of the arbiter's record that this engine goes by.
@@ -544,6 +548,17 @@ pub struct PeerStatus {
     pub address: SocketAddr,
     /// True while the link is up.
     pub connected: bool,
+}
+
+/// The standby in the [`Status`] of an active. Ages are as of the core's last step, at most one heartbeat ago.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandbyStatus {
+    /// Age of the last sign that it lives, in milliseconds: an answer to an own probe counts from when the probe was sent.
+    pub contact_age_ms: u64,
+    /// How long sealed epochs have waited without any acknowledgment, in milliseconds; 0 if none waits.
+    pub unacknowledged_ms: u64,
+    /// Why a switchover to it would be refused now: not whole, or something else is under way. None: it would be taken up.
+    pub not_ready: Option<String>,
 }
 
 /// What happened.

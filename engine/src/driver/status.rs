@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
-use crate::control::{Digest, Event, PeerStatus, Role, Status};
+use crate::control::{Digest, Event, PeerStatus, Role, StandbyStatus, Status};
 use crate::pause::clock::{PauseClock, SlowestPauses};
 use crate::replication::epoch::EpochStats;
 use crate::replication::pages::PageStats;
@@ -222,6 +222,12 @@ impl Driver {
             address: peer.address,
             connected: self.links.values().any(|link| link.peer.seat == peer.seat_id),
         });
+        let standby = |contact_age_ms| StandbyStatus {
+            contact_age_ms,
+            unacknowledged_ms: status.unacknowledged_ms.unwrap_or_default(),
+            not_ready: status.switchover.map(|refusal| refusal.to_string()),
+        };
+        let leads = status.role == RoleName::Active;
         Status {
             vm: self.seat.vm.clone(),
             seat: self.seat.seat.clone(),
@@ -239,6 +245,7 @@ impl Driver {
             epoch: status.epoch,
             acknowledged: status.acked,
             peer,
+            standby: status.contact_age_ms.filter(|_| leads).map(standby),
             arbiter_reachable: matches!(status.arbiter, ArbiterState::Reachable),
             arbiter_uid: status.uid,
             vouches: status.recreate.clone(),

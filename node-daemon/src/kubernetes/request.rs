@@ -49,7 +49,7 @@ impl Requests {
             None
         });
         if let Some(last) = &mut last {
-            let unknown = "the daemon ended while it was under way: whether it was done is not known".to_owned();
+            let unknown = "the daemon ended while it was under way: whether it was done is not known; see the seats' status, then ask again".to_owned();
             last.outcome.get_or_insert(Outcome { refused: Some(unknown) });
         }
         Requests {
@@ -131,6 +131,7 @@ fn execute(seat: &PodSeat, order: &Order) -> Result<(), String> {
         Order::Stop => Command::Stop,
         Order::AcceptDataLoss { holder } => Command::AcceptDataLoss { holder: *holder },
         Order::Start { over_stopped_term } => return start(seat, *over_stopped_term),
+        Order::Failover => return seat.seat.fail().map(drop).map_err(|error| explain(&error)),
     };
     tell(seat, command)
 }
@@ -157,3 +158,7 @@ fn start(seat: &PodSeat, over_stopped_term: u64) -> Result<(), String> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

@@ -13,6 +13,7 @@
 //! Invariant: nothing here ends an engine because the daemon ends.
 
 mod attend;
+pub mod failover;
 mod informed;
 mod peers;
 mod start;
@@ -506,3 +507,6 @@ fn timespec(duration: Option<Duration>) -> Option<Timespec> {
         tv_nsec: i64::from(duration.subsec_nanos()),
     })
 }
+
+#[cfg(test)]
+pub(crate) mod testing;

@@ -15,6 +15,7 @@
 //! Invariant: the book never has more than two seats.
 //! Invariant: when everything is as it should be, there is nothing to do.
 
+mod asked;
 mod claims;
 mod end;
 mod recreate;
@@ -25,7 +26,7 @@ use std::time::Duration;
 
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
 use ftvm_crds::seat::SeatRequest;
-use ftvm_crds::{ChosenCpu, RunStrategy, SeatEntry, Switchover};
+use ftvm_crds::{AskedFor, ChosenCpu, RunStrategy, SeatEntry};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
@@ -149,7 +150,11 @@ pub struct Decision {
     /// The Lease's UID, to be kept for good.
     pub lease_uid: Option<String>,
     /// The switchover that was asked for last.
-    pub switchover: Option<Switchover>,
+    pub switchover: Option<AskedFor>,
+    /// The failure that was asked for last.
+    pub failover: Option<AskedFor>,
+    /// Says of something that was asked for that it won't be done, or that nobody knows.
+    pub settles: bool,
     /// Seats that were replaced since the VM was last protected.
     pub replacements: u32,
     /// The CPU that was chosen for the guest.
@@ -163,7 +168,7 @@ pub struct Decision {
 }
 
 impl Decision {
-    /// Makes or takes away something, asks for something, or forgets or gives up a pod: decided a second time, from reads past
+    /// Makes or takes away something, asks for something or refuses it, or forgets or gives up a pod: decided a second time, from reads past
     /// every cache, before it is done.
     pub fn needs_certainty(&self, seen: &Observed) -> bool {
         let old = seen.vm.status.as_ref().map_or(&[][..], |status| &status.seats);
@@ -173,7 +178,7 @@ impl Decision {
                 after.leaving != before.leaving || (before.pod_uid.is_some() && after.pod_uid.is_none())
             })
         });
-        lost || self.actions.iter().any(Action::needs_certainty)
+        lost || self.settles || self.actions.iter().any(Action::needs_certainty)
     }
 }
 
@@ -206,6 +211,7 @@ pub fn decide(seen: &Observed) -> Decision {
         book: status.seats.clone(),
         lease_uid: status.lease_uid.clone(),
         switchover: status.switchover.clone(),
+        failover: status.failover.clone(),
         replacements: status.replacements,
         cpu: status.cpu.clone(),
         ..Decision::default()

@@ -1,7 +1,10 @@
 //! Random walks of the world in [`super::rig`]: the operator looks at what may be old, other things happen between its looks
 //! and its deeds, nodes come and go, people change their minds.
 
-use ftvm_crds::RunStrategy;
+use std::collections::BTreeSet;
+
+use ftvm_crds::names::{ANNOTATION_FAILOVER, ANNOTATION_SWITCHOVER};
+use ftvm_crds::{Outcome, RunStrategy};
 
 use super::rig::{World, node, poor};
 use super::*;
@@ -33,6 +36,13 @@ fn check(world: &World, seed: u64, step: u32) {
     assert!(
         book.iter().filter(|entry| entry.leaving).count() <= 2,
         "seed {seed}, step {step}"
+    );
+    let once: BTreeSet<_> = world.kills.iter().collect();
+    assert_eq!(
+        once.len(),
+        world.kills.len(),
+        "seed {seed}, step {step}: one text killed twice: {:?}",
+        world.kills
     );
     let mut slots: Vec<_> = book.iter().map(|entry| entry.slot).collect();
     slots.dedup();
@@ -74,7 +84,27 @@ fn disturb(world: &mut World, random: &mut Seeded) {
     }
 }
 
-fn walk(seed: u64) {
+/// A person asks for a failure or a switchover.
+fn ask(world: &mut World, random: &mut Seeded, step: u32) {
+    let annotation = if random.below(3) == 0 {
+        ANNOTATION_SWITCHOVER
+    } else {
+        ANNOTATION_FAILOVER
+    };
+    let annotations = world.vm.metadata.annotations.get_or_insert_default();
+    annotations.insert(annotation.to_owned(), step.to_string());
+    world.version += 1;
+}
+
+/// Has everything that was asked for come to its end?
+fn nothing_pends(world: &World) -> bool {
+    let status = world.vm.status.clone().unwrap_or_default();
+    let mut asked = [status.switchover, status.failover].into_iter().flatten();
+    asked.all(|asked| asked.outcome != Outcome::Pending)
+}
+
+/// So many engines were killed as it was asked for.
+fn walk(seed: u64) -> usize {
     let mut random = Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut world = World::new(2 + random.below(3) as usize);
     if random.below(2) == 0 {
@@ -93,6 +123,9 @@ fn walk(seed: u64) {
                 RunStrategy::Always
             };
             world.want(strategy);
+        }
+        if random.below(8) == 0 {
+            ask(&mut world, &mut random, step);
         }
         match random.below(8) {
             // Keeps what it saw for later.
@@ -122,7 +155,7 @@ fn walk(seed: u64) {
     world.settle(200);
     if world.is_split() {
         // Deleted twice in a row: told as gone, and a person's to mend.
-        return;
+        return world.kills.len();
     }
     let known = world
         .vm
@@ -158,11 +191,14 @@ fn walk(seed: u64) {
     );
     assert!(world.has_finalizer());
     assert!(!world.step(), "seed {seed}");
+    assert!(nothing_pends(&world), "seed {seed}: {:#?}", world.vm.status);
+    world.kills.len()
 }
 
 #[test]
 fn random_walks_break_nothing_and_end_protected() {
-    (0..150).for_each(walk);
+    let kills: usize = (0..150).map(walk).sum();
+    assert!(kills > 30, "only {kills} failures were brought about");
 }
 
 /// The checks bite: a mutation of the rules is found.

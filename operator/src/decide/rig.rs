@@ -91,6 +91,10 @@ pub struct World {
     pub known: BTreeMap<String, ArbiterUid>,
     /// What a Lease said when it was deleted.
     pub ended: BTreeMap<ArbiterUid, Record>,
+    /// Engines that were killed as it was asked for: ids of requests, in order.
+    pub kills: Vec<String>,
+    /// The last request that the daemon of a pod executed, by the pod's UID: its `request.json`.
+    pub executed: BTreeMap<String, DoneRequest>,
 }
 
 impl World {
@@ -111,6 +115,8 @@ impl World {
             gone: false,
             known: BTreeMap::new(),
             ended: BTreeMap::new(),
+            kills: Vec::new(),
+            executed: BTreeMap::new(),
         }
     }
 
@@ -539,6 +545,9 @@ impl World {
         if !self.goes_by_lease(seat, is_named(&entry, &record)) {
             return;
         }
+        if self.execute(seat, me) {
+            return;
+        }
         let others: Vec<SeatEntry> = self.book().into_iter().filter(|other| other.name != seat).collect();
         let peer = others
             .iter()
@@ -611,6 +620,47 @@ impl World {
         }
     }
 
+    /// The daemon's part of a request that it has not executed. True if the engine was killed: its peer takes over.
+    fn execute(&mut self, seat: &str, me: Incarnation) -> bool {
+        let pod = &self.pods[seat];
+        let Some(request) = pod.request.clone() else {
+            return false;
+        };
+        if self.executed.get(&pod.uid).is_some_and(|done| done.id == request.id) {
+            return false;
+        }
+        let uid = pod.uid.clone();
+        let refused = (request.order == Order::Failover)
+            .then(|| self.fail(me, &request.id))
+            .and_then(Result::err);
+        let killed = request.order == Order::Failover && refused.is_none();
+        let id = request.id;
+        self.executed.insert(uid, DoneRequest { id, refused });
+        if killed {
+            self.publish(seat, SeatRole::Starting, me);
+        }
+        killed
+    }
+
+    fn fail(&mut self, me: Incarnation, id: &str) -> Result<(), String> {
+        let record = self.record().cloned().ok_or("no record")?;
+        let peer = record.members.iter().find(|member| *member != me);
+        let entry = peer.and_then(|peer| {
+            self.book()
+                .into_iter()
+                .find(|entry| entry.had_uid(&peer.seat.to_string()))
+        });
+        let lives = entry.is_some_and(|entry| {
+            self.alive(&entry.name) && self.known.get(&entry.name) == self.lease.as_ref().map(|(lease, _)| &lease.uid)
+        });
+        let (Some(peer), true, true) = (peer, lives, record.holder == me && record.phase == Phase::Running) else {
+            return Err("nobody would take over".to_owned());
+        };
+        self.kills.push(id.to_owned());
+        self.swap(|record| (record.holder, record.members) = (peer, Members::one(peer)));
+        Ok(())
+    }
+
     fn publish(&mut self, seat: &str, role: SeatRole, me: Incarnation) {
         let known = self.known.get(seat).copied();
         let last = known.and_then(|uid| self.ended.get(&uid));
@@ -627,10 +677,7 @@ impl World {
             peer_connected: protected || role == SeatRole::Joining,
             arbiter_reachable: true,
             lease_uid: known,
-            done_request: pod.request.as_ref().map(|request| DoneRequest {
-                id: request.id.clone(),
-                refused: None,
-            }),
+            done_request: self.executed.get(&pod.uid).cloned(),
             ..SeatPublished::default()
         };
         if pod.published.as_ref() != Ok(&published) {

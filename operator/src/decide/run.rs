@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use ftvm_crds::names::{ANNOTATION_SWITCHOVER, claim_name, nodes_text, seat_name};
+use ftvm_crds::names::{claim_name, nodes_text, seat_name};
 use ftvm_crds::seat::{Order, SeatRequest, SeatRole};
-use ftvm_crds::{ChosenCpu, CpuBaseline, SeatEntry, Switchover, SwitchoverOutcome, VmPhase};
+use ftvm_crds::{ChosenCpu, CpuBaseline, SeatEntry, VmPhase};
 use ftvm_protocol::record::{Phase, Record};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -12,8 +12,8 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, claims, holder, is_genesis, is_named, lease_is_strange, pod,
-    record, seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, asked, claims, holder, is_genesis, is_named,
+    lease_is_strange, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -29,6 +29,7 @@ const REMAKE_AFTER_SECONDS: i64 = 5;
 pub(super) fn run(seen: &Observed, decision: &mut Decision) {
     if lease_is_strange(seen) {
         // An intact pair goes on by itself. Beyond making anew what is gone, it is a person's to decide.
+        asked::refuse_failover(seen, decision);
         return recreate(seen, decision);
     }
     let found = record(seen).map(|record| record.snapshot.record.clone());
@@ -346,7 +347,7 @@ fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
             }
         }
     }
-    switch_over(seen, record, decision);
+    asked::follow(seen, record, decision);
 }
 
 /// Starts over a Stopped record: at once if the user wants it, after a while if the guest powered itself off.
@@ -370,57 +371,6 @@ fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
     for entry in decision.book.iter().filter(|entry| is_named(entry, record)) {
         ask(seen, entry, &id, &order, &mut decision.actions);
     }
-}
-
-/// A switchover that a person asked for: told to the active once there is a standby.
-fn switch_over(seen: &Observed, record: &Record, decision: &mut Decision) {
-    let Some(text) = seen.vm.annotations().get(ANNOTATION_SWITCHOVER) else {
-        return;
-    };
-    let request: String = text.chars().take(64).collect();
-    let known = decision.switchover.as_ref().filter(|known| known.request == request);
-    if known.is_some_and(|known| known.outcome != SwitchoverOutcome::Pending) {
-        return;
-    }
-    let id = format!("switchover-{request}");
-    let outcome = |outcome, why| {
-        Some(Switchover {
-            request: request.clone(),
-            outcome,
-            why,
-        })
-    };
-    // Whoever was asked answers, whether or not it is active any more.
-    let answers = decision
-        .book
-        .iter()
-        .filter_map(|entry| pod(seen, entry)?.published.as_ref().ok());
-    let mut answers = answers.filter_map(|published| published.done_request.as_ref());
-    if let Some(done) = answers.find(|done| done.id == id) {
-        let refused = done.refused.clone();
-        let ended = if refused.is_some() {
-            SwitchoverOutcome::Refused
-        } else {
-            SwitchoverOutcome::Done
-        };
-        decision.switchover = outcome(ended, refused);
-        return;
-    }
-    let active = holder(&decision.book, record).cloned();
-    let ready = record.members.iter().count() > 1 && active.as_ref().is_some_and(|entry| is_protected(seen, entry));
-    if let Some(entry) = active
-        && ready
-    {
-        decision.switchover = outcome(SwitchoverOutcome::Pending, None);
-        ask(seen, &entry, &id, &Order::Switchover, &mut decision.actions);
-    } else if !decision.book.iter().any(|entry| was_asked(seen, entry, &id)) {
-        let why = "waits until the VM is protected: a switchover needs a standby".to_owned();
-        decision.switchover = outcome(SwitchoverOutcome::Pending, Some(why));
-    }
-}
-
-fn is_protected(seen: &Observed, entry: &SeatEntry) -> bool {
-    pod(seen, entry).is_some_and(|pod| pod.published.as_ref().is_ok_and(|published| published.protected))
 }
 
 fn was_asked(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {

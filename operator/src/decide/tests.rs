@@ -1,6 +1,6 @@
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, ANNOTATION_SWITCHOVER};
 use ftvm_crds::seat::{Order, SeatRequest, SeatRole};
-use ftvm_crds::{RunStrategy, SwitchoverOutcome, VmPhase};
+use ftvm_crds::{Outcome, RunStrategy, VmPhase};
 use ftvm_protocol::record::Phase;
 
 use super::rig::World;
@@ -390,10 +390,7 @@ fn a_switchover_is_asked_for_once_and_its_outcome_is_kept() {
     world.engine(&active.name);
     world.step();
     let outcome = world.vm.status.as_ref().unwrap().switchover.clone().unwrap();
-    assert_eq!(
-        (outcome.request.as_str(), outcome.outcome),
-        ("today", SwitchoverOutcome::Done)
-    );
+    assert_eq!((outcome.request.as_str(), outcome.outcome), ("today", Outcome::Done));
     assert!(!world.step());
 }
 

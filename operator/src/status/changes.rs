@@ -1,7 +1,7 @@
 //! Events: what changed between two statuses that a person would want to be told.
 
 use ftvm_crds::names::LABEL_VM;
-use ftvm_crds::{FaultTolerantVMStatus, SwitchoverOutcome, VmPhase, VolumePolicy};
+use ftvm_crds::{AskedFor, FaultTolerantVMStatus, Outcome, VmPhase, VolumePolicy};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt;
 
@@ -56,24 +56,8 @@ pub fn changes(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<
         found.push(change(false, "TookOver", note));
     }
     found.extend(seats(old, new));
-    if old.switchover != new.switchover
-        && let Some(asked) = &new.switchover
-    {
-        let why = asked.why.as_deref().unwrap_or("");
-        match asked.outcome {
-            SwitchoverOutcome::Pending => {}
-            SwitchoverOutcome::Done => {
-                found.push(change(false, "SwitchoverDone", format!("switchover {}", asked.request)))
-            }
-            SwitchoverOutcome::Refused => {
-                found.push(change(
-                    true,
-                    "SwitchoverRefused",
-                    format!("switchover {}: {why}", asked.request),
-                ));
-            }
-        }
-    }
+    found.extend(asked("Switchover", old.switchover.as_ref(), new.switchover.as_ref()));
+    found.extend(asked("Failover", old.failover.as_ref(), new.failover.as_ref()));
     for kind in [READY, PROTECTED, STORAGE_HEALTHY, ARBITER_REACHABLE, CPU_CHOSEN] {
         found.extend(condition(old.condition(kind), new.condition(kind)));
     }
@@ -96,6 +80,20 @@ pub fn kept(seen: &Observed) -> Option<Change> {
         claims.join(", ")
     );
     Some(change(false, "VolumesRetained", note))
+}
+
+/// What came of something that was asked for.
+fn asked(what: &str, old: Option<&AskedFor>, new: Option<&AskedFor>) -> Option<Change> {
+    let asked = new.filter(|_| old != new)?;
+    let what_of = format!("{} {}", what.to_lowercase(), asked.request);
+    match asked.outcome {
+        Outcome::Pending => None,
+        Outcome::Done => Some(change(false, &format!("{what}Done"), what_of)),
+        Outcome::Refused => {
+            let why = asked.why.as_deref().unwrap_or("");
+            Some(change(true, &format!("{what}Refused"), format!("{what_of}: {why}")))
+        }
+    }
 }
 
 fn seats(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<Change> {

@@ -117,6 +117,7 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         cpu: decision.cpu.clone(),
         last_failover: failover(seen, book).or(old.last_failover.clone()),
         switchover: decision.switchover.clone(),
+        failover: decision.failover.clone(),
         conditions: conditions.to_vec(),
     }
 }

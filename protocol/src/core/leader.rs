@@ -178,19 +178,25 @@ impl Core {
     }
 
     fn command_switchover(&mut self) -> Result<(), Refusal> {
-        let Role::Active(active) = &self.role else {
-            return Err(Refusal::WrongRole);
-        };
-        self.may_hand_over(active)?;
-        if active.hand_over.is_some() {
-            return Err(Refusal::Busy);
-        }
+        self.may_switch_over()?;
         let now_ms = self.now_ms;
         if let Role::Active(active) = &mut self.role {
             active.hand_over = Some(HandOver {
                 since_ms: now_ms,
                 ask_ms: now_ms,
             });
+        }
+        Ok(())
+    }
+
+    /// Would a switchover be taken up now?
+    pub(super) fn may_switch_over(&self) -> Result<(), Refusal> {
+        let Role::Active(active) = &self.role else {
+            return Err(Refusal::WrongRole);
+        };
+        self.may_hand_over(active)?;
+        if active.hand_over.is_some() {
+            return Err(Refusal::Busy);
         }
         Ok(())
     }

@@ -74,6 +74,10 @@ pub struct Status {
     pub unsettled: bool,
     /// Since when there was no contact with the session's peer, in ms; `None` without a session.
     pub contact_age_ms: Option<u64>,
+    /// How long sealed epochs have waited without any acknowledgment, in ms; `None` while none waits.
+    pub unacknowledged_ms: Option<u64>,
+    /// Why a switchover would be refused now; `None`: the pair is whole and nothing is under way (rule 6).
+    pub switchover: Option<Refusal>,
     /// A standby whose leader is gone or silent: it tries to take over.
     pub leader_lost: bool,
     /// A standby whose leader stands still and asked it to take over (rule 6).
@@ -123,6 +127,12 @@ impl Core {
             arbiter: self.arbiter,
             unsettled: self.unsettled.is_some() || active.is_some_and(|active| active.doubt),
             contact_age_ms: self.contact_age_ms(),
+            unacknowledged_ms: self
+                .role
+                .lead()
+                .and_then(|lead| lead.waiting_since_ms)
+                .map(|since_ms| self.now_ms.saturating_sub(since_ms)),
+            switchover: self.may_switch_over().err(),
             leader_lost: matches!(&self.role, Role::Standby(standby) if self.is_leader_lost(standby)),
             switching: matches!(&self.role, Role::Standby(standby) if standby.switch.is_some()),
             leaving: matches!(&self.role, Role::Standby(standby) if standby.leave_ms.is_some()),

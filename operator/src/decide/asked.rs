@@ -1,0 +1,246 @@
+//! What a person asks for by an annotation of the VM: told to the daemon of one seat, and what came of it.
+//!
+//! ```text
+//!   new text ─┬─► not now ──► switchover: Pending until it can be;  failover: Refused
+//!             └─► Pending, with the pod that is told ──► request on that pod ─┬─► its daemon's answer: Done, Refused
+//!                                                                             └─► none will come: Refused, not known
+//! ```
+//!
+//! Invariant: for one text no second pod is told, and none is told twice, whatever becomes of the first: a failure that was brought about
+//! and not answered must not hit the successor.
+
+use ftvm_crds::names::{ANNOTATION_FAILOVER, ANNOTATION_SWITCHOVER};
+use ftvm_crds::seat::{DoneRequest, Order};
+use ftvm_crds::{AskedFor, Outcome, SeatEntry, Told};
+use ftvm_protocol::record::Record;
+use kube::ResourceExt;
+
+use super::run::ask;
+use super::{Decision, holder, pod};
+use crate::observe::Observed;
+
+/// Longest text that is kept of an annotation, in characters.
+const REQUEST_LENGTH_MAX: usize = 64;
+
+/// Something that can be asked for.
+struct Kind {
+    /// In ids and messages.
+    name: &'static str,
+    annotation: &'static str,
+    order: Order,
+}
+
+const SWITCHOVER: Kind = Kind {
+    name: "switchover",
+    annotation: ANNOTATION_SWITCHOVER,
+    order: Order::Switchover,
+};
+
+const FAILOVER: Kind = Kind {
+    name: "failover",
+    annotation: ANNOTATION_FAILOVER,
+    order: Order::Failover,
+};
+
+/// Why something can't be told to anybody now, and what that makes of it.
+struct Obstacle {
+    outcome: Outcome,
+    why: String,
+}
+
+/// Looks at both annotations. A pod has room for one request, so one of them is under way at a time.
+pub(super) fn follow(seen: &Observed, record: &Record, decision: &mut Decision) {
+    let obstacle = before_switchover(seen, record, decision);
+    decision.switchover = SWITCHOVER.follow(seen, record, decision.switchover.clone(), obstacle, decision);
+    let obstacle = before_failover(seen, record, decision);
+    decision.failover = FAILOVER.follow(seen, record, decision.failover.clone(), obstacle, decision);
+}
+
+/// Nothing can be told while the record is not to be gone by. A failure that comes once somebody has mended it would be a surprise.
+pub(super) fn refuse_failover(seen: &Observed, decision: &mut Decision) {
+    let Some(request) = FAILOVER.request(seen) else { return };
+    let known = decision.failover.as_ref();
+    if !is_under_way(known) && known.is_none_or(|known| known.request != request) {
+        let why = "the VM's Lease is not to be gone by, so that nobody could take over: the condition ArbiterReachable says what to do; \
+                   then ask again with another text";
+        decision.settles = true;
+        decision.failover = Some(AskedFor {
+            request,
+            outcome: Outcome::Refused,
+            why: Some(why.to_owned()),
+            told: None,
+        });
+    }
+}
+
+fn before_switchover(seen: &Observed, record: &Record, decision: &Decision) -> Option<Obstacle> {
+    let waits = |why: &str| {
+        Some(Obstacle {
+            outcome: Outcome::Pending,
+            why: why.to_owned(),
+        })
+    };
+    if is_under_way(decision.failover.as_ref()) {
+        return waits("waits until status.failover says what came of the failover");
+    }
+    if !is_protected(seen, record, &decision.book) {
+        return waits("waits until the VM is protected: a switchover needs a standby");
+    }
+    None
+}
+
+/// A failure is brought about at once or not at all.
+fn before_failover(seen: &Observed, record: &Record, decision: &Decision) -> Option<Obstacle> {
+    let refused = |why: &str| {
+        Some(Obstacle {
+            outcome: Outcome::Refused,
+            why: format!("{why}, then ask again with another text"),
+        })
+    };
+    if is_under_way(decision.switchover.as_ref()) {
+        return refused("a switchover is under way: wait until status.switchover says what came of it");
+    }
+    if !is_protected(seen, record, &decision.book) {
+        return refused(
+            "the VM is not protected, a failure now would stop the guest: wait until its condition Protected is True",
+        );
+    }
+    let uid = super::record(seen).map(|record| record.snapshot.uid.to_string());
+    if decision.lease_uid != uid {
+        return refused(
+            "the VM's Lease was made anew, a failover may be refused: wait until its condition ArbiterReachable is True",
+        );
+    }
+    None
+}
+
+/// Was a pod told, and has it not answered?
+fn is_under_way(asked: Option<&AskedFor>) -> bool {
+    asked.is_some_and(|asked| asked.outcome == Outcome::Pending && asked.told.is_some())
+}
+
+fn is_protected(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    let active = holder(book, record).and_then(|entry| pod(seen, entry));
+    let published = active.and_then(|pod| pod.published.as_ref().ok());
+    record.members.iter().count() > 1 && published.is_some_and(|published| published.protected)
+}
+
+impl Kind {
+    /// The annotation's text.
+    fn request(&self, seen: &Observed) -> Option<String> {
+        let text = seen.vm.annotations().get(self.annotation)?;
+        Some(text.chars().take(REQUEST_LENGTH_MAX).collect())
+    }
+
+    fn follow(
+        &self,
+        seen: &Observed,
+        record: &Record,
+        known: Option<AskedFor>,
+        obstacle: Option<Obstacle>,
+        decision: &mut Decision,
+    ) -> Option<AskedFor> {
+        // What a pod was told comes to its end first, whatever the annotation says since.
+        let told = known.as_ref().filter(|known| is_under_way(Some(known)));
+        let request = told.map(|told| told.request.clone()).or_else(|| self.request(seen));
+        let Some(request) = request else { return known };
+        let known = known.filter(|known| known.request == request);
+        if known.as_ref().is_some_and(|known| known.outcome != Outcome::Pending) {
+            return known;
+        }
+        let asked = |outcome, why, told| {
+            Some(AskedFor {
+                request: request.clone(),
+                outcome,
+                why,
+                told,
+            })
+        };
+        let id = format!("{}-{request}", self.name);
+        let book = decision.book.clone();
+        let has_it = |entry: &&SeatEntry| request_of(seen, entry) == Some(&id);
+        let answer = answer(seen, &book, &id);
+        if known.is_none() && (answer.is_some() || book.iter().any(|entry| has_it(&entry))) {
+            // What is told is in the status first. A daemon that had this id would do nothing, and its answer is about another time.
+            decision.settles = true;
+            let why = format!(
+                "a {} was asked for with this text before: ask with another text",
+                self.name
+            );
+            return asked(Outcome::Refused, Some(why), None);
+        }
+        // A request on a pod is as good as the status of an operator that did not keep whom it told.
+        let told = known.and_then(|known| known.told);
+        let told = told.or_else(|| book.iter().find(has_it).and_then(|entry| telling(seen, entry)));
+        // Whoever was told answers, whether or not it is active any more.
+        if let Some(DoneRequest { refused, .. }) = answer {
+            let outcome = refused.as_ref().map_or(Outcome::Done, |_| Outcome::Refused);
+            return asked(outcome, refused, told);
+        }
+        if let Some(told) = told {
+            let (outcome, why) = self.await_answer(seen, &told, &id, decision);
+            return asked(outcome, why, Some(told));
+        }
+        if let Some(Obstacle { outcome, why }) = obstacle {
+            decision.settles |= outcome == Outcome::Refused;
+            return asked(outcome, Some(why), None);
+        }
+        let active = holder(&book, record)?;
+        let told = telling(seen, active)?;
+        ask(seen, active, &id, &self.order, &mut decision.actions);
+        asked(Outcome::Pending, None, Some(told))
+    }
+
+    /// A pod was told, or is about to be: an operator may have died in between.
+    fn await_answer(
+        &self,
+        seen: &Observed,
+        told: &Told,
+        id: &str,
+        decision: &mut Decision,
+    ) -> (Outcome, Option<String>) {
+        let is_told = |entry: &&SeatEntry| entry.pod_uid.as_ref() == Some(&told.pod_uid) && pod(seen, entry).is_some();
+        // Another request that came later takes the place of the answer.
+        let stays = |entry: &&SeatEntry| {
+            let request = request_of(seen, entry);
+            request.is_some_and(|request| request == id) || request == told.after.as_ref()
+        };
+        if let Some(entry) = decision.book.iter().find(is_told).filter(stays) {
+            ask(seen, entry, id, &self.order, &mut decision.actions);
+            return (Outcome::Pending, None);
+        }
+        decision.settles = true;
+        let why = format!(
+            "not known whether it was done, the seat that was told won't answer any more: see status.active and status.lastFailover; \
+             for another {} ask with another text",
+            self.name
+        );
+        (Outcome::Refused, Some(why))
+    }
+}
+
+/// What is kept of a seat that is told now.
+fn telling(seen: &Observed, entry: &SeatEntry) -> Option<Told> {
+    let pod = pod(seen, entry)?;
+    Some(Told {
+        pod_uid: pod.uid.clone(),
+        after: request_of(seen, entry).cloned(),
+    })
+}
+
+/// Id of the request that the seat's pod has.
+fn request_of<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a String> {
+    Some(&pod(seen, entry)?.request.as_ref()?.id)
+}
+
+/// What a daemon says of a request that it was told.
+fn answer(seen: &Observed, book: &[SeatEntry], id: &str) -> Option<DoneRequest> {
+    let answers = book
+        .iter()
+        .filter_map(|entry| pod(seen, entry)?.published.as_ref().ok()?.done_request.as_ref());
+    answers.into_iter().find(|done| done.id == id).cloned()
+}
+
+#[cfg(test)]
+#[path = "asked_tests.rs"]
+mod tests;
