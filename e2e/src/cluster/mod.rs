@@ -32,7 +32,7 @@ pub mod programs;
 mod raw;
 pub mod wait;
 
-pub use api_proxy::{ApiProxy, Asked, Asker, Deeds, Dice, Fault};
+pub use api_proxy::{ApiProxy, Asked, Asker, Deeds, Dice, Fault, PodWrite};
 pub use audit::AuditEvent;
 pub use control_plane::Component;
 pub use native::Native;
