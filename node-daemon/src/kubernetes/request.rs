@@ -22,12 +22,38 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A start waits this long for the seat's program and for the engine.
 const START_PATIENCE: Duration = Duration::from_secs(120);
 
+/// Ids of earlier requests that are remembered. A pod gets one at each stop, start and switchover.
+const FORMER_MAX: usize = 256;
+
 /// The last request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Last {
     id: String,
     /// None while it is under way.
     outcome: Option<Outcome>,
+    /// Those before it, oldest first: a watch may tell of an old state of the pod once more, which asks for what was done long ago.
+    #[serde(default)]
+    former: Vec<String>,
+}
+
+impl Last {
+    /// The request that begins now, if none is under way and it was not begun before.
+    fn next(last: Option<&Last>, id: &str) -> Option<Last> {
+        let mut former = Vec::new();
+        if let Some(last) = last {
+            if last.outcome.is_none() || last.id == id || last.former.iter().any(|former| former == id) {
+                return None;
+            }
+            former.clone_from(&last.former);
+            former.push(last.id.clone());
+            former.drain(..former.len().saturating_sub(FORMER_MAX));
+        }
+        Some(Last {
+            id: id.to_owned(),
+            outcome: None,
+            former,
+        })
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -78,19 +104,14 @@ impl Requests {
             Err(error) => return tracing::warn!(seat = seat.seat.config().label(), "{error}"),
         };
         let mut last = lock(&self.last);
-        match &*last {
-            Some(last) if last.id == request.id || last.outcome.is_none() => return,
-            _ => {}
-        }
-        let begun = Last {
-            id: request.id.clone(),
-            outcome: None,
+        let Some(begun) = Last::next(last.as_ref(), &request.id) else {
+            return;
         };
         if let Err(error) = self.folder.write_json(FILE, &begun) {
             // Not begun; tried again when the pod is looked at next.
             return tracing::error!("{}", explain(&error));
         }
-        *last = Some(begun);
+        *last = Some(begun.clone());
         drop(last);
         let (folder, shared, seat) = (self.folder.clone(), self.last.clone(), seat.clone());
         let work = move || {
@@ -102,8 +123,8 @@ impl Requests {
             );
             let refused = execute(&seat, &request.order).err();
             let ended = Last {
-                id: request.id,
                 outcome: Some(Outcome { refused }),
+                ..begun
             };
             if let Err(error) = folder.write_json(FILE, &ended) {
                 // The next daemon says that it does not know.
@@ -155,5 +176,44 @@ fn start(seat: &PodSeat, over_stopped_term: u64) -> Result<(), String> {
             // Its program is not there yet, or its engine only just starts.
             Err(_) => std::thread::sleep(Duration::from_millis(100)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn done(last: Option<&Last>, id: &str) -> Last {
+        let mut next = Last::next(last, id).expect("a new one");
+        assert!(Last::next(Some(&next), "another").is_none(), "one at a time");
+        next.outcome = Some(Outcome { refused: None });
+        next
+    }
+
+    /// A watch tells an old state of the pod once more: what that asks for was done.
+    #[test]
+    fn what_was_begun_once_is_not_begun_again() {
+        let first = done(None, "stop-1-7");
+        let second = done(Some(&first), "start-8");
+        let third = done(Some(&second), "switchover-a");
+        for id in ["stop-1-7", "start-8", "switchover-a"] {
+            assert!(Last::next(Some(&third), id).is_none(), "{id}");
+        }
+        assert!(Last::next(Some(&third), "stop-2-9").is_some());
+        // Nor by the next daemon, which reads it from its file; the file of an older release has the last one alone.
+        let read: Last = serde_json::from_value(serde_json::to_value(&third).unwrap()).unwrap();
+        assert!(Last::next(Some(&read), "stop-1-7").is_none());
+        let older: Last = serde_json::from_str(r#"{"id": "a", "outcome": {"refused": null}}"#).unwrap();
+        assert!(Last::next(Some(&older), "a").is_none() && Last::next(Some(&older), "b").is_some());
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut last = done(None, "0");
+        for number in 1..2 * FORMER_MAX {
+            last = done(Some(&last), &number.to_string());
+        }
+        assert_eq!(last.former.len(), FORMER_MAX);
+        assert_eq!(last.former[0], (FORMER_MAX - 1).to_string());
     }
 }
