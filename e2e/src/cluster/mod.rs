@@ -23,6 +23,7 @@ mod emulated;
 pub mod holder;
 pub mod images;
 pub mod install;
+pub mod leadership;
 mod native;
 mod node;
 mod pki;

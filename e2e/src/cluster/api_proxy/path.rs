@@ -38,7 +38,7 @@ pub struct Asked {
 
 impl Asked {
     /// From method, URI and who asks.
-    pub(super) fn new(asker: Asker, method: &str, uri: &Uri) -> Self {
+    pub(in crate::cluster) fn new(asker: Asker, method: &str, uri: &Uri) -> Self {
         let query = uri.query().unwrap_or_default();
         let watch = query.split('&').any(|word| word == "watch=true" || word == "watch=1");
         let mut words = uri.path().split('/').filter(|word| !word.is_empty()).map(str::to_owned);
