@@ -26,9 +26,12 @@ fn version(object: &Value) -> Option<u64> {
     object["metadata"]["resourceVersion"].as_str()?.parse().ok()
 }
 
+/// Whether it is about the election's Lease, taken or not: what candidates may write. It is in the replicas' own namespace, as their user says.
 fn is_election(write: &PodWrite) -> bool {
-    let made = write.made.as_ref().and_then(|made| made["metadata"]["name"].as_str());
-    write.asked.resource == "leases" && [made, write.asked.name.as_deref()].contains(&Some(ELECTION))
+    let asked = &write.asked;
+    let own = asked.asker.user.split(':').nth(2);
+    let named = asked.name.as_deref().is_none_or(|name| name == ELECTION);
+    asked.resource == "leases" && named && own.is_some() && asked.namespace.as_deref() == own
 }
 
 /// Judges writes that replicas of the operator sent. A replica that sends one must hold the Lease then: from when the API server was given
@@ -94,16 +97,15 @@ pub fn harm(writes: &[PodWrite], namespace: &str, vm: &str) -> Vec<String> {
                     harm.push(format!("the book has {book:?}"));
                 }
             }
-            ("pods" | "persistentvolumeclaims", "POST") => {
+            ("pods" | "persistentvolumeclaims", "POST")
                 if !book
                     .iter()
-                    .any(|seat| name == seat || name.starts_with(&format!("{seat}-")))
-                {
-                    harm.push(format!(
-                        "{} {name} was made while the book had {book:?}",
-                        asked.resource
-                    ));
-                }
+                    .any(|seat| name == seat || name.starts_with(&format!("{seat}-"))) =>
+            {
+                harm.push(format!(
+                    "{} {name} was made while the book had {book:?}",
+                    asked.resource
+                ));
             }
             ("leases", "POST") if name == vm => leases += 1,
             _ => {}
@@ -124,6 +126,8 @@ mod tests {
     use super::super::api_proxy::{Asked, Asker};
     use super::*;
 
+    const OPERATOR: &str = "system:serviceaccount:system:ftvm-operator";
+
     struct Play {
         begin: Instant,
         writes: Vec<PodWrite>,
@@ -142,7 +146,7 @@ mod tests {
             let words: Vec<&str> = line.split(' ').collect();
             let at = |ms: u64| self.begin + Duration::from_millis(ms);
             let asker = Asker {
-                user: "operator".to_owned(),
+                user: OPERATOR.to_owned(),
                 pod: Some(pod.to_owned()),
                 ..Asker::default()
             };
@@ -181,7 +185,7 @@ mod tests {
         }
 
         fn judged(&self) -> Leadership {
-            judge(&self.writes, |user| user == "operator")
+            judge(&self.writes, |user| user == OPERATOR)
         }
     }
 
