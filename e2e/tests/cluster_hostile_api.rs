@@ -1,6 +1,7 @@
-//! A whole cluster behind a proxy that delays, falsifies and cuts what node-daemons and operator ask the API server, while engines and
-//! nodes die and links are cut. During that a failover may be refused or wait. What is judged is that nothing is lost and never two are
-//! active; and that the machine is protected again once the proxy is calm, without anyone doing anything.
+//! A whole cluster behind a proxy that delays, falsifies and cuts what node-daemons and operator ask the API server and what its watches tell
+//! them, while engines and nodes die and links are cut. During that a failover may be refused or wait. What is judged is that nothing is lost
+//! and never two are active; that never two replicas of the operator lead, and nothing is made that is not in the book; and that the machine
+//! is protected again once the proxy is calm, without anyone doing anything.
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -8,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::install::NAMESPACE as SYSTEM;
-use ftvm_e2e::cluster::{Asked, Asker, Deeds, Dice, Fault};
+use ftvm_e2e::cluster::leadership::{self, ELECTION};
+use ftvm_e2e::cluster::{Asked, Asker, Deeds, Dice, Fault, wait_for};
 use ftvm_e2e::demo::cluster::acts::Acts;
 use ftvm_e2e::demo::cluster::{GUEST_ADDRESS, NAMESPACE, Setting, VM, on_stage};
 use ftvm_e2e::demo::rounds::Pair;
@@ -84,8 +86,68 @@ const OTHERS: [Fault; 18] = [
     Fault::AppliedThenReset,
     Fault::Reset,
 ];
+/// For lists.
+const LISTS: [Fault; 6] = [
+    Fault::None,
+    RECENT,
+    BEFORE_ALL,
+    Fault::Refused(503),
+    Fault::AppliedThenCut,
+    Fault::Reset,
+];
+/// For watches that begin.
+const BEGINNINGS: [Fault; 6] = [
+    Fault::None,
+    Fault::None,
+    Fault::None,
+    Fault::Refused(410),
+    Fault::Refused(500),
+    Fault::Reset,
+];
+/// For watches that run.
+const WATCHES: [Fault; 12] = [
+    Fault::None,
+    Fault::None,
+    TOLD_LATE,
+    SILENT,
+    Fault::WatchCut,
+    Fault::WatchCutInEvent,
+    Fault::WatchGone,
+    Fault::WatchGone,
+    Fault::WatchReplayed,
+    Fault::WatchReplayed,
+    Fault::WatchTwice,
+    Fault::WatchWithoutBookmarks,
+];
+/// For the operators' election: of the leader of the moment, and of all others.
+const OF_LEADER: [Fault; 5] = [
+    BEYOND,
+    BEYOND,
+    Fault::Refused(409),
+    Fault::Refused(500),
+    Fault::AppliedThen(409),
+];
+const OF_OTHERS: [Fault; 8] = [
+    Fault::None,
+    Fault::None,
+    Fault::None,
+    Fault::None,
+    Fault::AppliedThen(500),
+    Fault::AppliedThen(409),
+    Fault::Refused(500),
+    Fault::Reset,
+];
 /// On a card; how late is drawn.
 const LATE: Fault = Fault::Late(Duration::ZERO);
+/// Beyond the election's lease time.
+const BEYOND: Fault = Fault::Late(Duration::from_secs(9));
+const TOLD_LATE: Fault = Fault::WatchLate(Duration::from_millis(1_500));
+const SILENT: Fault = Fault::WatchSilent(Duration::from_secs(4));
+/// A list from before the blow, and one from before the machine was protected, or made.
+const RECENT: Fault = Fault::ListOld(Duration::from_secs(8), Duration::from_secs(3));
+const BEFORE_ALL: Fault = Fault::ListOld(Duration::from_secs(100), Duration::from_secs(2));
+/// An election is lost within this time if no renewal succeeds, and another one is won.
+const ELECTION_TIME: Duration = Duration::from_secs(20);
 
 /// Cards that come in any order, and all of them before one comes again.
 struct Deck {
@@ -126,31 +188,70 @@ fn is_operator(user: &str) -> bool {
     user == format!("system:serviceaccount:{SYSTEM}:ftvm-operator")
 }
 
+/// Whether it is about the operators' election among themselves.
+fn is_election(asked: &Asked) -> bool {
+    let named = asked.name.as_deref().is_none_or(|name| name == ELECTION);
+    asked.resource == "leases" && asked.namespace.as_deref() == Some(SYSTEM) && named
+}
+
 /// Whether it is about the record of who is active.
 fn is_record(asked: &Asked) -> bool {
     asked.resource == "leases" && asked.namespace.as_deref() == Some(NAMESPACE)
 }
 
-/// Falsehoods drawn from a seed for all that daemons and operator ask, except the operators' election among themselves: who is told that
-/// he is no longer elected ends, as he should, and is started again.
+/// Falsehoods drawn from a seed for all that daemons and operator ask, and for what their watches tell.
 fn mischief(seed: u64) -> impl FnMut(&Asked) -> Fault + Send {
     let mut dice = Dice::new(seed);
-    let [mut reads, mut of_daemons, mut of_operator] =
-        [&READS[..], &OTHERS, &OTHERS].map(|cards| Deck::new(cards, LATE_MS));
+    let [
+        mut reads,
+        mut of_daemons,
+        mut of_operator,
+        mut lists,
+        mut beginnings,
+        mut watches,
+        mut election,
+    ] = [&READS[..], &OTHERS, &OTHERS, &LISTS, &BEGINNINGS, &WATCHES, &OF_OTHERS]
+        .map(|cards| Deck::new(cards, LATE_MS));
     let mut updates = Deck::new(&UPDATES, LATE_RECORD_MS);
     move |asked| {
         let user = &asked.asker.user;
-        let election = asked.resource == "leases" && !is_record(asked);
+        if !is_daemon(user) && !is_operator(user) {
+            return Fault::None;
+        }
+        let list = asked.method == "GET" && asked.name.is_none();
         let deck = match (is_record(asked), asked.method.as_str()) {
-            _ if election => return Fault::None,
+            _ if asked.running => &mut watches,
+            _ if asked.watch => &mut beginnings,
+            _ if list => &mut lists,
+            _ if is_election(asked) => &mut election,
             (true, "GET") if is_daemon(user) => &mut reads,
             (true, _) if is_daemon(user) => &mut updates,
             _ if is_daemon(user) => &mut of_daemons,
-            _ if is_operator(user) => &mut of_operator,
-            _ => return Fault::None,
+            _ => &mut of_operator,
         };
         deck.draw(&mut dice)
     }
+}
+
+/// The same, and whoever leads can't renew in time.
+fn mischief_of_elections(seed: u64, leader: String) -> impl FnMut(&Asked) -> Fault + Send {
+    let (mut dice, mut others) = (Dice::new(seed + 1), mischief(seed));
+    let mut deck = Deck::new(&OF_LEADER, LATE_MS);
+    move |asked| {
+        let renews = is_election(asked) && asked.method != "GET";
+        if renews && asked.asker.pod.as_ref() == Some(&leader) {
+            deck.draw(&mut dice)
+        } else {
+            others(asked)
+        }
+    }
+}
+
+/// The replica that holds the election's Lease.
+fn leader(acts: &Acts<'_>) -> anyhow::Result<String> {
+    let lease = acts.cluster.get(&["lease", ELECTION, "--namespace", SYSTEM])?;
+    let holder = lease["spec"]["holderIdentity"].as_str();
+    Ok(holder.context("nobody leads")?.to_owned())
 }
 
 /// Restarts of containers of operator and daemons, by pod, where the node did not die.
@@ -172,13 +273,23 @@ fn hostile_act(
     acts: &mut Acts<'_>,
     name: &str,
     seed: u64,
-    blow: impl FnOnce(&Acts<'_>, Pair) -> anyhow::Result<Option<usize>>,
+    blow: impl FnOnce(&mut Acts<'_>, Pair) -> anyhow::Result<Option<usize>>,
+) -> anyhow::Result<()> {
+    act_under(acts, name, mischief(seed), blow)
+}
+
+/// An act under such a chooser.
+fn act_under(
+    acts: &mut Acts<'_>,
+    name: &str,
+    chooser: impl FnMut(&Asked) -> Fault + Send + 'static,
+    blow: impl FnOnce(&mut Acts<'_>, Pair) -> anyhow::Result<Option<usize>>,
 ) -> anyhow::Result<()> {
     acts.act(name, |acts, before| {
         let cluster = Rc::clone(&acts.cluster);
         let proxy = cluster.api_proxy()?;
         let (begin, deeds, restarted) = (Instant::now(), proxy.deeds(), restarts(acts, None)?);
-        proxy.falsify(mischief(seed));
+        proxy.falsify(chooser);
         acts.stage.let_pass(BEFORE);
         // The blow is for whoever is active by now: what the API server says moves nobody whose peer lives.
         let killed = blow(acts, before)?;
@@ -223,7 +334,7 @@ fn no_hot_loop(before: &Deeds, after: &Deeds, time: Duration) -> anyhow::Result<
 /// the operator.
 fn every_kind_was_told(deeds: &Deeds) -> anyhow::Result<()> {
     println!("falsehoods: {:#?}", deeds.falsehoods);
-    for fault in [&READS[..], &UPDATES, &OTHERS].concat() {
+    for fault in [&READS[..], &UPDATES, &OTHERS, &LISTS, &BEGINNINGS, &WATCHES, &OF_LEADER].concat() {
         let count = deeds.told(fault, |_, _| true);
         ensure!(count > 0 || fault == Fault::None, "{fault:?} did not come about");
     }
@@ -252,7 +363,101 @@ fn every_kind_was_told(deeds: &Deeds) -> anyhow::Result<()> {
         }
     }
     ensure!(deeds.told(Fault::Stale, record) > 0, "no old record was read");
+    for fault in [TOLD_LATE, SILENT, Fault::WatchGone, Fault::WatchReplayed, RECENT] {
+        for (who, is_it) in [("daemons", is_daemon as fn(&str) -> bool), ("operator", is_operator)] {
+            ensure!(
+                deeds.told(fault, |user, _| is_it(user)) > 0,
+                "{who}: {fault:?} did not come about"
+            );
+        }
+    }
     Ok(())
+}
+
+/// Who leads can't renew: another replica does, before that never two, and afterwards one goes on with its work.
+fn election(acts: &mut Acts<'_>) -> anyhow::Result<()> {
+    let cluster = Rc::clone(&acts.cluster);
+    let first = leader(acts)?;
+    let mischief = mischief_of_elections(0x44, first.clone());
+    act_under(acts, "the operators' leader can't renew", mischief, |acts, before| {
+        acts.kill_engine(before.active)?;
+        acts.stage.let_pass(ELECTION_TIME);
+        let second = leader(acts)?;
+        ensure!(second != first, "{first} leads on");
+        acts.say(format_args!("{second} leads after {first}"));
+        Ok(None)
+    })?;
+    let mut last = None;
+    wait_for("one replica leads, and renews", PATIENCE, || {
+        let lease = cluster.get(&["lease", ELECTION, "--namespace", SYSTEM])?;
+        let now = (
+            lease["spec"]["holderIdentity"].clone(),
+            lease["spec"]["renewTime"].clone(),
+        );
+        let before = last.replace(now.clone()).unwrap_or_else(|| now.clone());
+        ensure!(before.0 == now.0 && before.1 != now.1, "{before:?}, then {now:?}");
+        Ok(())
+    })
+}
+
+/// Never two led, nothing was made that is not in the book, and nothing is left of what was not.
+fn one_led(acts: &Acts<'_>) -> anyhow::Result<()> {
+    let writes = acts.cluster.api_proxy()?.writes();
+    let found = leadership::judge(&writes, is_operator);
+    println!("leaders: {:?}, writes: {:?}", found.leaders, found.writes);
+    ensure!(
+        found.leaders.len() > 1,
+        "the election changed nothing: {:?}",
+        found.leaders
+    );
+    ensure!(found.complaints.is_empty(), "{:#?}", found.complaints);
+    let harm = leadership::harm(&writes, NAMESPACE, VM);
+    ensure!(harm.is_empty(), "{harm:#?}");
+    // The negative control: had the first one led all the time, what the others wrote would be found.
+    let mut alone = writes;
+    let first = found.leaders[0].clone();
+    for write in &mut alone {
+        if let Some(made) = write.made.as_mut().filter(|made| made["metadata"]["name"] == ELECTION) {
+            made["spec"]["holderIdentity"] = first.clone().into();
+        }
+    }
+    let expected: usize = found
+        .writes
+        .iter()
+        .filter(|(pod, _)| **pod != first)
+        .map(|(_, count)| count)
+        .sum();
+    let complaints = leadership::judge(&alone, is_operator).complaints.len();
+    ensure!(
+        expected > 0 && complaints == expected,
+        "{complaints} complaints, {expected} expected"
+    );
+    wait_for("nothing is left that is not in the book", PATIENCE, || {
+        let vm = acts.vm()?;
+        let seats = vm["status"]["seats"].as_array().context("no book")?;
+        let names: Vec<&str> = seats.iter().filter_map(|seat| seat["name"].as_str()).collect();
+        ensure!(names.len() == 2, "{names:?}");
+        for kind in ["pods", "persistentvolumeclaims"] {
+            let made = acts.cluster.get(&[
+                kind,
+                "--namespace",
+                NAMESPACE,
+                "--selector",
+                &format!("ftvm.dev/vm={VM}"),
+            ])?;
+            for object in made["items"].as_array().context("no items")? {
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                ensure!(
+                    names.iter().any(|seat| name.starts_with(seat)),
+                    "{kind} {name}, and the book has {names:?}"
+                );
+            }
+        }
+        let leases = acts.cluster.get(&["leases", "--namespace", NAMESPACE])?;
+        let count = leases["items"].as_array().map_or(0, Vec::len);
+        ensure!(count == 1, "{count} Leases");
+        Ok(())
+    })
 }
 
 #[test]
@@ -283,7 +488,9 @@ fn a_falsifying_api_server_costs_no_answer() -> anyhow::Result<()> {
         hostile_act(&mut acts, "the sides' link is cut", 0x33, |acts, before| {
             cut_sides(acts, before).map(|()| None)
         })?;
+        election(&mut acts)?;
         every_kind_was_told(&cluster.api_proxy()?.deeds())?;
+        one_led(&acts)?;
         nothing_compared(acts)
     })
 }
@@ -307,7 +514,7 @@ fn nothing_compared(mut acts: Acts<'_>) -> anyhow::Result<()> {
     let version = version.context("no version")?.parse()?;
     let successor = acts.node(before.standby);
     proxy.falsify(move |asked| {
-        let Asker { user, node } = &asked.asker;
+        let Asker { user, node, .. } = &asked.asker;
         let behind = is_daemon(user) && is_record(asked) && node.as_ref() == Some(&successor);
         // Nobody builds another standby either.
         if behind || is_operator(user) {

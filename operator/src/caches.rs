@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{LABEL_MANAGED_BY, LABEL_VM, MANAGED_BY, claim_name};
-use futures::StreamExt;
+use futures::{Stream, StreamExt};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::jiff::Timestamp;
@@ -15,6 +15,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::api::{ApiError, Objects};
 use crate::observe::{self, NodeSeen, Observed};
@@ -30,6 +31,8 @@ pub struct Caches {
     claims: Store<PersistentVolumeClaim>,
     leases: Store<Lease>,
     nodes: Store<Node>,
+    /// The watches end with whoever reads what they told.
+    _watches: Arc<JoinSet<()>>,
 }
 
 impl Caches {
@@ -38,22 +41,35 @@ impl Caches {
         let ours = watcher::Config::default().labels(&format!("{LABEL_MANAGED_BY}={MANAGED_BY}"));
         let (pods, claims, leases) = (triggers.clone(), triggers.clone(), triggers.clone());
         let all = client.clone();
+        let mut watches = JoinSet::new();
         Caches {
-            pods: follow(Api::all(all.clone()), ours.clone(), trim::pod, move |pod| {
-                of_label(&pods, pod)
-            }),
-            claims: follow(Api::all(all.clone()), ours.clone(), trim::claim, move |claim| {
-                of_label(&claims, claim);
-            }),
-            leases: follow(Api::all(all.clone()), ours, trim::lease, move |lease| {
+            pods: follow(
+                &mut watches,
+                Api::all(all.clone()),
+                ours.clone(),
+                trim::pod,
+                move |pod| of_label(&pods, pod),
+            ),
+            claims: follow(
+                &mut watches,
+                Api::all(all.clone()),
+                ours.clone(),
+                trim::claim,
+                move |claim| {
+                    of_label(&claims, claim);
+                },
+            ),
+            leases: follow(&mut watches, Api::all(all.clone()), ours, trim::lease, move |lease| {
                 of_label(&leases, lease)
             }),
             nodes: follow(
+                &mut watches,
                 Api::all(all),
                 watcher::Config::default(),
                 trim::node,
                 of_node(triggers.clone(), vms),
             ),
+            _watches: Arc::new(watches),
         }
     }
 
@@ -140,13 +156,19 @@ fn names(vm: &FaultTolerantVM) -> (BTreeSet<String>, BTreeSet<String>) {
 }
 
 /// Keeps what `trim` leaves of each object.
-fn follow<K>(api: Api<K>, config: watcher::Config, trim: fn(&mut K), told: impl Fn(&K) + Send + 'static) -> Store<K>
+fn follow<K>(
+    watches: &mut JoinSet<()>,
+    api: Api<K>,
+    config: watcher::Config,
+    trim: fn(&mut K),
+    told: impl Fn(&K) + Send + 'static,
+) -> Store<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
     let (reader, writer) = reflector::store();
-    let stream = watcher(api, config).default_backoff().modify(trim);
-    tokio::spawn(async move {
+    let stream = lasting(api, config).default_backoff().modify(trim);
+    watches.spawn(async move {
         let mut touched = stream.reflect(writer).touched_objects().boxed();
         while let Some(event) = touched.next().await {
             match event {
@@ -157,6 +179,24 @@ where
         }
     });
     reader
+}
+
+/// A watch for ever. kube-rs asks for a watch that is refused with 410 again and again from the same state, which never comes back; this one
+/// begins anew with a list, as it does itself when it is told so by an event.
+pub fn lasting<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let begin = move || watcher(api.clone(), config.clone()).boxed();
+    futures::stream::unfold((begin(), begin), |(mut watch, begin)| async move {
+        let event = watch.next().await?;
+        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &event
+            && status.code == 410
+        {
+            watch = begin();
+        }
+        Some((event, (watch, begin)))
+    })
 }
 
 fn of_label<K: Resource<DynamicType = ()>>(triggers: &Triggers, object: &K) {
@@ -189,5 +229,71 @@ fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + 
                 let _ = triggers.send(ObjectRef::from_obj(&vm));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::time::Duration;
+
+    use http_body_util::Full;
+    use hyper::body::{Bytes, Incoming};
+    use hyper::service::service_fn;
+    use hyper::{Request, Response};
+    use hyper_util::rt::TokioIo;
+    use serde_json::json;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// A server whose pods are first in a state from which nobody can watch any more, whoever asks how often.
+    fn answer(request: &Request<Incoming>, lists: &Mutex<u64>) -> Response<Full<Bytes>> {
+        let query = request.uri().query().unwrap_or_default();
+        let mut lists = lists.lock().unwrap();
+        let (code, body) = if !query.contains("watch=true") {
+            *lists += 1;
+            let pods = (*lists > 1).then(|| json!({"metadata": {"name": "new", "namespace": "a"}}));
+            let items: Vec<_> = pods.into_iter().collect();
+            (
+                200,
+                json!({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": lists.to_string()}, "items": items}),
+            )
+        } else {
+            let gone = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Expired", "message": "", "code": 410});
+            (410, gone)
+        };
+        let answer = Response::builder()
+            .status(code)
+            .header("content-type", "application/json");
+        answer.body(Full::new(Bytes::from(body.to_string()))).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_watch_whose_state_is_gone_begins_with_a_list() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let lists = Arc::new(Mutex::new(0));
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let lists = lists.clone();
+                tokio::spawn(async move {
+                    let service = service_fn(|request| {
+                        let answer = answer(&request, &lists);
+                        async { Ok::<_, Infallible>(answer) }
+                    });
+                    let http = hyper::server::conn::http1::Builder::new();
+                    // The client leaves as it likes.
+                    let _ = http.serve_connection(TokioIo::new(stream), service).await;
+                });
+            }
+        });
+        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+        let watch = lasting(Api::<Pod>::all(client), watcher::Config::default()).default_backoff();
+        let told = watch.filter_map(|event| async { event.ok() });
+        let found = told.filter(|event| std::future::ready(matches!(event, watcher::Event::InitApply(_))));
+        let found = tokio::time::timeout(Duration::from_secs(30), std::pin::pin!(found).next()).await;
+        assert!(matches!(found, Ok(Some(watcher::Event::InitApply(pod))) if pod.name_any() == "new"));
     }
 }

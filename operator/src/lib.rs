@@ -8,6 +8,7 @@ pub mod build;
 pub mod caches;
 pub mod cpu;
 pub mod decide;
+pub mod election;
 pub mod helm_test;
 pub mod metrics;
 pub mod observe;

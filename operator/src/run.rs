@@ -9,21 +9,18 @@ use futures::StreamExt;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::{Controller, WatchStreamExt, controller, reflector, watcher};
 use kube::{Api, Client, Config};
-use kube_lease_manager::LeaseManagerBuilder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::build::SeatImage;
-use crate::caches::Caches;
+use crate::caches::{Caches, lasting};
+use crate::election::{Election, TIMES};
 use crate::metrics::Metrics;
 use crate::reconcile::{Context, again, count, reconcile};
 use crate::{serve, trim};
 
 /// Reconciles of different VMs at a time.
 const CONCURRENCY: u16 = 8;
-/// Seconds that an election lasts without renewal, and how long before its end it is renewed.
-const ELECTION_SECONDS: (u64, u64) = (8, 4);
-
 /// VMs are counted for the metrics so often.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
@@ -49,17 +46,6 @@ pub enum RunError {
     /// The client.
     #[error("API server: {0}")]
     Client(#[from] kube::Error),
-    /// The election.
-    #[error("election (Lease {namespace}/ftvm-operator): {source}")]
-    Election {
-        /// Where the Lease is.
-        namespace: String,
-        /// The cause.
-        source: kube_lease_manager::LeaseManagerError,
-    },
-    /// Another replica is the leader now.
-    #[error("this replica is no longer the leader: it ends, so that it does nothing more, and is started again")]
-    NotLeader,
     /// The probes' port.
     #[error("probes and metrics on {listen}: {source}: choose another address with --listen")]
     Listen {
@@ -79,7 +65,7 @@ pub enum RunError {
     Signals(std::io::Error),
 }
 
-/// Runs until SIGTERM or until another replica is the leader.
+/// Runs until SIGTERM.
 ///
 /// # Errors
 /// [`RunError`] says why it ended.
@@ -104,41 +90,21 @@ pub async fn run(options: Options) -> Result<(), RunError> {
     }
 }
 
-/// Waits to be elected, then leads until the election is lost.
+/// Leads whenever it is elected. What led before is dropped, with all that it was doing, before it is waited for the next time.
 async fn elected(client: Client, options: Options, metrics: Metrics) -> Result<(), RunError> {
-    let failed = |source| RunError::Election {
-        namespace: options.pod_namespace.clone(),
-        source,
-    };
-    let (duration, grace) = ELECTION_SECONDS;
-    let manager = LeaseManagerBuilder::new(client.clone(), "ftvm-operator")
-        .with_namespace(&options.pod_namespace)
-        .with_identity(&options.pod_name)
-        .with_duration(duration)
-        .with_grace(grace)
-        .build()
-        .await
-        .map_err(failed)?;
-    let (mut leads, _task) = manager.watch().await;
-    tracing::info!(replica = %options.pod_name, "waits for the election");
-    while !*leads.borrow_and_update() {
-        if leads.changed().await.is_err() {
-            return Err(RunError::NotLeader);
+    let mut election = Election::new(client.clone(), &options.pod_namespace, &options.pod_name, TIMES);
+    loop {
+        tracing::info!(replica = %options.pod_name, "waits for the election");
+        election.won().await;
+        tracing::info!(replica = %options.pod_name, "leads");
+        metrics.leader.set(1);
+        tokio::select! {
+            // Whoever was stopped for a while first finds out whether it leads at all.
+            biased;
+            () = election.lost() => tracing::warn!(replica = %options.pod_name, "leads no longer"),
+            ended = lead(client.clone(), options.clone(), metrics.clone()) => return ended,
         }
-    }
-    tracing::info!(replica = %options.pod_name, "leads");
-    metrics.leader.set(1);
-    tokio::select! {
-        ended = lead(client, options, metrics) => ended,
-        () = lost(&mut leads) => Err(RunError::NotLeader),
-    }
-}
-
-async fn lost(leads: &mut tokio::sync::watch::Receiver<bool>) {
-    while leads.changed().await.is_ok() {
-        if !*leads.borrow_and_update() {
-            return;
-        }
+        metrics.leader.set(0);
     }
 }
 
@@ -163,7 +129,7 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
         metrics: metrics.clone(),
         memory: Mutex::default(),
     });
-    let watched = watcher(Api::<FaultTolerantVM>::all(client), watcher::Config::default());
+    let watched = lasting(Api::<FaultTolerantVM>::all(client), watcher::Config::default());
     let watched = watched.modify(trim::vm).reflect(kept).applied_objects();
     let controller = Controller::for_stream(watched, vms.clone()).with_config(
         controller::Config::default()

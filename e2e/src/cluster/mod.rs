@@ -23,6 +23,7 @@ mod emulated;
 pub mod holder;
 pub mod images;
 pub mod install;
+pub mod leadership;
 mod native;
 mod node;
 mod pki;
@@ -32,7 +33,7 @@ pub mod programs;
 mod raw;
 pub mod wait;
 
-pub use api_proxy::{ApiProxy, Asked, Asker, Deeds, Dice, Fault};
+pub use api_proxy::{ApiProxy, Asked, Asker, Deeds, Dice, Fault, PodWrite};
 pub use audit::AuditEvent;
 pub use control_plane::Component;
 pub use native::Native;

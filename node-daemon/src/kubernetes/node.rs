@@ -1,6 +1,7 @@
 //! The seats of this node, as the API server's objects and the remembered ones have it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ftvm_crds::FaultTolerantVM;
@@ -27,9 +28,16 @@ pub struct NodeSeat {
     /// What it was asked to do.
     pub requests: Requests,
     known: Mutex<book::Seat>,
+    /// The API server itself said that its pod is gone.
+    gone: AtomicBool,
 }
 
 impl NodeSeat {
+    /// The API server was asked past every cache: there is no such pod any more.
+    pub fn is_gone(&self) {
+        self.gone.store(true, Ordering::SeqCst);
+    }
+
     /// As the book had it last.
     pub fn known(&self) -> book::Seat {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -84,7 +92,18 @@ impl Node {
         self.lock().values().cloned().collect()
     }
 
-    /// Brings the seats in line with all pods of this node and all virtual machines, both known completely.
+    /// Seats whose pods a watch does not have. They may be there all the same: a list, and the watch that goes on from it, may be old. So
+    /// each is asked for, until the answer is that it is gone.
+    pub fn missing(&self, pods: &[Arc<Pod>]) -> Vec<Arc<NodeSeat>> {
+        let seen: Vec<_> = pods.iter().filter_map(|pod| book::seat_id(pod)).collect();
+        let seats = self.lock();
+        let missing = seats.iter().filter(|(id, _)| !seen.contains(id));
+        let missing = missing.filter(|(_, seat)| !seat.gone.load(Ordering::SeqCst));
+        missing.map(|(_, seat)| seat.clone()).collect()
+    }
+
+    /// Brings the seats in line with the pods of this node and the virtual machines, as the watches told them. A seat whose pod is not among
+    /// them stays until [`NodeSeat::is_gone`].
     pub fn reconcile(&self, pods: &[Arc<Pod>], vms: &[Arc<FaultTolerantVM>]) {
         let mut seen = Vec::new();
         for pod in pods {
@@ -96,7 +115,7 @@ impl Node {
         let gone: Vec<_> = self
             .lock()
             .iter()
-            .filter(|(id, _)| !seen.contains(id))
+            .filter(|(_, seat)| seat.gone.load(Ordering::SeqCst))
             .map(|(id, seat)| (*id, seat.clone()))
             .collect();
         for (id, seat) in gone {
@@ -156,9 +175,9 @@ impl Node {
             let other = other.known();
             (other.namespace, other.config.seat) == (seat.namespace.clone(), seat.config.seat.clone())
         });
-        if let Some(former) = same_name {
-            // A pod that was made anew under its name: the former one goes first.
-            former.pod.end();
+        if same_name.is_some() {
+            // A pod that was made anew under its name: the former one goes first, once it is proven to be gone. Or what is told of
+            // this one is old, and the one that runs is its successor.
             return Ok(());
         }
         let folder = self.daemon.state().pod(seat.seat_id)?;
@@ -175,6 +194,7 @@ impl Node {
             requests,
             pod: pod_seat,
             known: Mutex::new(seat.clone()),
+            gone: AtomicBool::new(false),
         };
         self.lock().insert(seat.seat_id, Arc::new(node_seat));
         tracing::info!(seat = seat.config.label(), pod = %seat.seat_id, "is a seat of this node");
@@ -224,3 +244,7 @@ impl Pods for Node {
         Err(why.unwrap_or_else(|| format!("pod {pod} is not known as a seat of this node yet")))
     }
 }
+
+#[cfg(test)]
+#[path = "node_tests.rs"]
+mod tests;

@@ -22,12 +22,38 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A start waits this long for the seat's program and for the engine.
 const START_PATIENCE: Duration = Duration::from_secs(120);
 
+/// Ids of earlier requests that are remembered. A pod gets one at each stop, start and switchover.
+const FORMER_MAX: usize = 256;
+
 /// The last request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Last {
     id: String,
     /// None while it is under way.
     outcome: Option<Outcome>,
+    /// Those before it, oldest first: a watch may tell of an old state of the pod once more, which asks for what was done long ago.
+    #[serde(default)]
+    former: Vec<String>,
+}
+
+impl Last {
+    /// The request that begins now, if none is under way and it was not begun before.
+    fn next(last: Option<&Last>, id: &str) -> Option<Last> {
+        let mut former = Vec::new();
+        if let Some(last) = last {
+            if last.outcome.is_none() || last.id == id || last.former.iter().any(|former| former == id) {
+                return None;
+            }
+            former.clone_from(&last.former);
+            former.push(last.id.clone());
+            former.drain(..former.len().saturating_sub(FORMER_MAX));
+        }
+        Some(Last {
+            id: id.to_owned(),
+            outcome: None,
+            former,
+        })
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -78,19 +104,14 @@ impl Requests {
             Err(error) => return tracing::warn!(seat = seat.seat.config().label(), "{error}"),
         };
         let mut last = lock(&self.last);
-        match &*last {
-            Some(last) if last.id == request.id || last.outcome.is_none() => return,
-            _ => {}
-        }
-        let begun = Last {
-            id: request.id.clone(),
-            outcome: None,
+        let Some(begun) = Last::next(last.as_ref(), &request.id) else {
+            return;
         };
         if let Err(error) = self.folder.write_json(FILE, &begun) {
             // Not begun; tried again when the pod is looked at next.
             return tracing::error!("{}", explain(&error));
         }
-        *last = Some(begun);
+        *last = Some(begun.clone());
         drop(last);
         let (folder, shared, seat) = (self.folder.clone(), self.last.clone(), seat.clone());
         let work = move || {
@@ -102,8 +123,8 @@ impl Requests {
             );
             let refused = execute(&seat, &request.order).err();
             let ended = Last {
-                id: request.id,
                 outcome: Some(Outcome { refused }),
+                ..begun
             };
             if let Err(error) = folder.write_json(FILE, &ended) {
                 // The next daemon says that it does not know.

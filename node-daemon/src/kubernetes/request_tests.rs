@@ -73,6 +73,7 @@ fn a_daemon_that_died_in_between_is_succeeded_by_one_that_kills_nothing() {
     let begun = Last {
         id: "failover-x".to_owned(),
         outcome: None,
+        former: Vec::new(),
     };
     rig.wait("the first daemon is done with it", |_| requests.done().is_some());
     folder.write_json(FILE, &begun).unwrap();
@@ -97,4 +98,38 @@ fn what_cant_be_remembered_is_not_begun() {
     }
     assert_eq!(requests.done(), None);
     rig.assert_alive();
+}
+
+fn done(last: Option<&Last>, id: &str) -> Last {
+    let mut next = Last::next(last, id).expect("a new one");
+    assert!(Last::next(Some(&next), "another").is_none(), "one at a time");
+    next.outcome = Some(Outcome { refused: None });
+    next
+}
+
+/// A watch tells an old state of the pod once more: what that asks for was done.
+#[test]
+fn what_was_begun_once_is_not_begun_again() {
+    let first = done(None, "stop-1-7");
+    let second = done(Some(&first), "start-8");
+    let third = done(Some(&second), "switchover-a");
+    for id in ["stop-1-7", "start-8", "switchover-a"] {
+        assert!(Last::next(Some(&third), id).is_none(), "{id}");
+    }
+    assert!(Last::next(Some(&third), "stop-2-9").is_some());
+    // Nor by the next daemon, which reads it from its file; the file of an older release has the last one alone.
+    let read: Last = serde_json::from_value(serde_json::to_value(&third).unwrap()).unwrap();
+    assert!(Last::next(Some(&read), "stop-1-7").is_none());
+    let older: Last = serde_json::from_str(r#"{"id": "a", "outcome": {"refused": null}}"#).unwrap();
+    assert!(Last::next(Some(&older), "a").is_none() && Last::next(Some(&older), "b").is_some());
+}
+
+#[test]
+fn what_is_remembered_is_bounded() {
+    let mut last = done(None, "0");
+    for number in 1..2 * FORMER_MAX {
+        last = done(Some(&last), &number.to_string());
+    }
+    assert_eq!(last.former.len(), FORMER_MAX);
+    assert_eq!(last.former[0], (FORMER_MAX - 1).to_string());
 }

@@ -1,11 +1,11 @@
 //! The loop: objects of the API server in, seats and their annotations out.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{LABEL_MANAGED_BY, MANAGED_BY};
-use futures::StreamExt;
+use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, Patch, PatchParams};
 use kube::runtime::reflector::{self, Store};
@@ -21,6 +21,8 @@ use crate::explain;
 const LOOK: Duration = Duration::from_millis(250);
 /// A write that takes longer is taken for failed.
 const WRITE_MAX: Duration = Duration::from_secs(5);
+/// An answer to a question takes no longer, and is asked for again after this time.
+const ASK_MAX: Duration = Duration::from_secs(2);
 
 /// Runs for ever.
 pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
@@ -41,7 +43,7 @@ pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
         .labels(&format!("{LABEL_MANAGED_BY}={MANAGED_BY}"));
     let pods = follow::<Pod>(Api::all(client.clone()), pods, changed.clone());
     let vms = follow::<FaultTolerantVM>(Api::all(client.clone()), watcher::Config::default(), changed.clone());
-    let mut ready = false;
+    let (mut ready, mut asked) = (false, None::<Instant>);
     loop {
         // Whichever comes first; both are looked at.
         let _ = tokio::time::timeout(LOOK, changed.notified()).await;
@@ -53,6 +55,11 @@ pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
             health.synced(ready);
         }
         let (node, pods, vms) = (node.clone(), pods.state(), vms.state());
+        if ready && asked.is_none_or(|asked| asked.elapsed() >= ASK_MAX) {
+            let missing = node.missing(&pods);
+            asked = (!missing.is_empty()).then(Instant::now);
+            futures::future::join_all(missing.iter().map(|seat| ask_for(&client, seat))).await;
+        }
         let work = tokio::task::spawn_blocking(move || {
             if ready {
                 node.reconcile(&pods, &vms);
@@ -73,7 +80,7 @@ where
 {
     let (store, writer) = reflector::store();
     // The back-off is the one that client-go has, with jitter.
-    let events = watcher(api, config).default_backoff().reflect(writer);
+    let events = lasting(api, config).default_backoff().reflect(writer);
     tokio::spawn(async move {
         let mut events = std::pin::pin!(events);
         while let Some(event) = events.next().await {
@@ -84,6 +91,47 @@ where
         }
     });
     store
+}
+
+/// Whether a pod that the watch does not have is gone: a list may be old, and then its watch is, too. Past every cache.
+async fn ask_for(client: &Client, seat: &NodeSeat) {
+    let known = seat.known();
+    let api: Api<Pod> = Api::namespaced(client.clone(), &known.namespace);
+    let asking = api.get_metadata_opt(&known.config.seat);
+    match tokio::time::timeout(ASK_MAX, asking).await {
+        Ok(Ok(pod)) => {
+            let uid = pod.and_then(|pod| pod.metadata.uid);
+            if uid.as_deref() == Some(&known.seat_id.to_string()) {
+                tracing::warn!(
+                    seat = known.config.label(),
+                    "the watch lacks a pod that is there: it is old"
+                );
+            } else {
+                seat.is_gone();
+            }
+        }
+        // It is asked again.
+        Ok(Err(error)) => tracing::debug!(seat = known.config.label(), "its pod: {}", explain(&error)),
+        Err(_) => {}
+    }
+}
+
+/// A watch for ever. kube-rs asks for a watch that is refused with 410 again and again from the same state, which never comes back; this one
+/// begins anew with a list, as it does itself when it is told so by an event.
+fn lasting<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send
+where
+    K: Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
+{
+    let begin = move || watcher(api.clone(), config.clone()).boxed();
+    futures::stream::unfold((begin(), begin), |(mut watch, begin)| async move {
+        let event = watch.next().await?;
+        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &event
+            && status.code == 410
+        {
+            watch = begin();
+        }
+        Some((event, (watch, begin)))
+    })
 }
 
 /// A write that is due.

@@ -133,6 +133,12 @@ impl PodSeat {
         self.set_progress(|progress| progress.connected = false);
     }
 
+    /// Whether it was told to.
+    #[cfg(test)]
+    pub(crate) fn ends(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+    }
+
     /// Has the engine hand over or be ejected, whichever there is to do, and end; starts none any more. Returns at once.
     pub fn end(self: &Arc<Self>) {
         self.handed.end();

@@ -28,10 +28,7 @@ const ALLOWED: &[&str] = &[
 const DUPLICATES: &[(&str, &str)] = &[
     ("base64", "k8s-openapi has version 0.22, the newest pem (of rcgen) 0.23"),
     ("bitflags", "vmm-sys-util has version 1, all others 2"),
-    (
-        "getrandom",
-        "ring, kube-runtime (ahash) and kube-lease-manager (rand) have a version each",
-    ),
+    ("getrandom", "ring and kube-runtime (ahash) have a version each"),
     ("hashbrown", "kube-runtime has version 0.16, indexmap 0.17"),
     ("miniz_oxide", "imago has version 0.8, flate2 0.9"),
     ("embedded-io", "postcard names two versions; neither is built"),

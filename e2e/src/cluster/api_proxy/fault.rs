@@ -30,6 +30,25 @@ pub enum Fault {
     WithoutVersion,
     /// Puts the newest version into an update, as a client does that repeats refused writes: nothing is compared any more.
     OverNewest,
+    /// Answers a list as it was this long ago, as a server does whose store lags behind. A watch that begins at that state stays silent for
+    /// the second time: to such a server nothing happened since.
+    ListOld(Duration, Duration),
+    /// Tells events of a watch so much later, in their order.
+    WatchLate(Duration),
+    /// Leaves a watch open for this time and says nothing; then everything comes.
+    WatchSilent(Duration),
+    /// Cuts a watch between two events.
+    WatchCut,
+    /// Cuts a watch in the middle of an event.
+    WatchCutInEvent,
+    /// Says within a watch that its state is gone, and ends it: 410 as an event, after the answer began with 200.
+    WatchGone,
+    /// Tells all that a watch told so far once more, in its order, as what stands between does if it asks again as it was asked first.
+    WatchReplayed,
+    /// Tells an event twice, as what stands between does if it goes on one event too early.
+    WatchTwice,
+    /// Tells no bookmarks any more in this watch: servers need not.
+    WatchWithoutBookmarks,
 }
 
 impl Fault {
@@ -43,12 +62,23 @@ impl Fault {
             Self::Twice => "twice",
             Self::AppliedThenCut => "applied then cut",
             Self::AppliedThenReset => "applied then reset",
+            // Of a watch: the state that it asks for is gone. kube-rs and client-go have a way of their own for that.
+            Self::Refused(410) => "refused as gone",
             Self::Refused(_) => "refused",
             Self::Reset => "reset",
             Self::Stale | Self::StaleAt(_) => "stale",
             Self::OtherUid => "other uid",
             Self::WithoutVersion => "without version",
             Self::OverNewest => "over newest",
+            Self::ListOld(..) => "list: old",
+            Self::WatchLate(_) => "watch: late",
+            Self::WatchSilent(_) => "watch: silent",
+            Self::WatchCut => "watch: cut",
+            Self::WatchCutInEvent => "watch: cut in an event",
+            Self::WatchGone => "watch: gone",
+            Self::WatchReplayed => "watch: replayed",
+            Self::WatchTwice => "watch: twice",
+            Self::WatchWithoutBookmarks => "watch: without bookmarks",
         }
     }
 }

@@ -1,13 +1,11 @@
 //! Connections, and what is done under each fault.
-use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
@@ -24,36 +22,23 @@ use tokio::sync::oneshot;
 use tokio::time::{Sleep, sleep};
 use tokio_rustls::TlsAcceptor;
 
-use super::super::plan::{API_PORT, api_front_address};
 use super::upstream::Caller;
-use super::{Asked, Asker, Dice, Fault, Shared, path};
+use super::{Asked, Asker, Fault, Shared, path, watch};
 
-/// States of one object that are kept for stale answers.
-const KEPT_MAX: usize = 32;
 /// Between the first half of an answer and the end of its connection: the first half gets there.
-const BEFORE_CUT: Duration = Duration::from_millis(20);
+pub(super) const BEFORE_CUT: Duration = Duration::from_millis(20);
 /// The uid of no object.
 const NOBODYS_UID: &str = "00000000-0000-4000-8000-0000000000ff";
 
-type Answer = Response<UnsyncBoxBody<Bytes, anyhow::Error>>;
+pub(super) type Answer = Response<UnsyncBoxBody<Bytes, anyhow::Error>>;
 
-/// Serves until `ended` says so; `tell` gets to know whether it listens.
+/// Serves until `ended` says so.
 pub(super) async fn serve(
     shared: Arc<Shared>,
     acceptor: TlsAcceptor,
+    listener: TcpListener,
     ended: oneshot::Receiver<()>,
-    tell: &mpsc::Sender<anyhow::Result<()>>,
 ) {
-    let address = SocketAddr::from((api_front_address(), API_PORT));
-    let listener = TcpListener::bind(address).await;
-    let listener = listener.with_context(|| format!("cannot listen at {address}"));
-    let (listener, listens) = match listener {
-        Ok(listener) => (Some(listener), Ok(())),
-        Err(error) => (None, Err(error)),
-    };
-    // Who started this waits for it.
-    let _ = tell.send(listens);
-    let Some(listener) = listener else { return };
     tokio::spawn(async move {
         loop {
             // A client that left before it was accepted is nobody's business.
@@ -97,6 +82,8 @@ struct Conversation {
 struct Question {
     head: http::request::Parts,
     body: Bytes,
+    /// Where it is written down.
+    written: Option<usize>,
 }
 
 impl Question {
@@ -112,15 +99,15 @@ impl Question {
     fn changed(self, change: impl FnOnce(&mut Value)) -> anyhow::Result<Self> {
         let mut object: Value = serde_json::from_slice(&self.body)?;
         change(&mut object["metadata"]);
-        let (mut head, body) = (self.head, Bytes::from(object.to_string()));
+        let (mut head, body) = (self.head.clone(), Bytes::from(object.to_string()));
         head.headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
-        Ok(Self { head, body })
+        Ok(Self { head, body, ..self })
     }
 }
 
 /// An answer of the API server that was read whole.
 #[derive(Clone)]
-struct Passed {
+pub(super) struct Passed {
     head: http::response::Parts,
     body: Bytes,
 }
@@ -146,56 +133,29 @@ impl Passed {
     /// The object's version, if it is an object in JSON.
     fn version(&self) -> Option<u64> {
         let object: Value = serde_json::from_slice(&self.body).ok()?;
-        object["metadata"]["resourceVersion"].as_str()?.parse().ok()
-    }
-}
-
-/// What objects were, as the API server itself told: by path and version.
-pub(super) struct History {
-    states: HashMap<String, BTreeMap<u64, Passed>>,
-    dice: Dice,
-}
-
-impl Default for History {
-    fn default() -> Self {
-        Self {
-            states: HashMap::new(),
-            dice: Dice::new(0x5eed),
-        }
-    }
-}
-
-impl History {
-    fn remember(&mut self, path: &str, version: u64, state: &Passed) {
-        let states = self.states.entry(path.to_owned()).or_default();
-        states.insert(version, state.clone());
-        if states.len() > KEPT_MAX {
-            states.pop_first();
-        }
+        version_of(&object)
     }
 
-    /// One of the states before this version.
-    fn before(&mut self, path: &str, version: u64) -> Option<Passed> {
-        let older: Vec<&Passed> = self
-            .states
-            .get(path)?
-            .range(..version)
-            .map(|(_, state)| state)
-            .collect();
-        (!older.is_empty()).then(|| self.dice.pick(&older).clone())
-    }
-
-    fn at(&self, path: &str, version: u64) -> Option<Passed> {
-        self.states.get(path)?.get(&version).cloned()
+    /// Which objects a list has, and in which versions.
+    fn items(&self) -> Option<BTreeSet<(String, String)>> {
+        let list: Value = serde_json::from_slice(&self.body).ok()?;
+        let text = |item: &Value, name: &str| item["metadata"][name].as_str().unwrap_or_default().to_owned();
+        let items = list["items"].as_array()?.iter();
+        Some(
+            items
+                .map(|item| (text(item, "uid"), text(item, "resourceVersion")))
+                .collect(),
+        )
     }
 }
 
 impl Conversation {
     async fn answer(&self, request: Request<Incoming>) -> anyhow::Result<Answer> {
         let (head, body) = request.into_parts();
-        let question = Question {
+        let mut question = Question {
             head,
             body: body.collect().await?.to_bytes(),
+            written: None,
         };
         let token = question
             .head
@@ -204,10 +164,14 @@ impl Conversation {
             .and_then(|value| value.to_str().ok());
         let asker = token.and_then(path::asker_of_token).unwrap_or_else(|| Asker {
             user: self.caller.user.clone().unwrap_or_default(),
-            node: None,
+            ..Asker::default()
         });
         let asked = Asked::new(asker, question.head.method.as_str(), &question.head.uri);
         let fault = self.shared.choose(&asked);
+        question.written = self.shared.arrived(&asked);
+        if asked.watch {
+            return self.watch(fault, asked, question).await;
+        }
         if asked.passes_always() {
             let answer = self.caller.ask(question.request()).await?;
             return Ok(answer.map(|body| body.map_err(Into::into).boxed_unsync()));
@@ -250,11 +214,81 @@ impl Conversation {
                 Ok(pass(&shared, &caller, &asked, question).await?.answer())
             }
             Fault::Stale | Fault::StaleAt(_) => Ok(self.stale(fault, &asked, question).await?.answer()),
+            Fault::ListOld(age, lag) => {
+                let old = self.old_list(fault, (age, lag), &asked, question).await?;
+                Ok(old.answer())
+            }
+            // Watches are answered elsewhere: of this there is nothing to falsify.
+            Fault::WatchLate(_)
+            | Fault::WatchSilent(_)
+            | Fault::WatchCut
+            | Fault::WatchCutInEvent
+            | Fault::WatchGone
+            | Fault::WatchReplayed
+            | Fault::WatchTwice
+            | Fault::WatchWithoutBookmarks => Ok(pass(&shared, &caller, &asked, question).await?.answer()),
             Fault::OtherUid | Fault::WithoutVersion | Fault::OverNewest => {
                 let question = self.changed(fault, &asked, question).await?;
                 Ok(applied(&shared, &caller, &asked, question, fault).await?.answer())
             }
         }
+    }
+
+    /// An answer that goes on. What becomes of it after its head is decided as long as it does.
+    async fn watch(&self, fault: Fault, asked: Asked, question: Question) -> anyhow::Result<Answer> {
+        match fault {
+            Fault::Refused(status) => {
+                self.shared.told(&asked, fault);
+                return Ok(refusal(status)?.answer());
+            }
+            Fault::Reset => {
+                self.shared.told(&asked, fault);
+                return self.reset();
+            }
+            _ => {}
+        }
+        let silent = path::parameter(&question.head.uri, "resourceVersion")
+            .and_then(|version| version.parse().ok())
+            .and_then(|version| self.shared.history().lags(question.head.uri.path(), version));
+        let (mut head, body) = self.caller.ask(question.request()).await?.into_parts();
+        for header in [CONNECTION, TRANSFER_ENCODING] {
+            head.headers.remove(header);
+        }
+        let format = head.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let json = format.is_some_and(|format| format.starts_with("application/json"));
+        if head.status != StatusCode::OK || !json {
+            let body = body.map_err(Into::into).boxed_unsync();
+            return Ok(Response::from_parts(head, body));
+        }
+        let body = watch::relay(Arc::clone(&self.shared), asked, fault, silent, body);
+        Ok(Response::from_parts(head, body.boxed_unsync()))
+    }
+
+    /// The list as it was a while ago, if it was another one.
+    async fn old_list(
+        &self,
+        fault: Fault,
+        (age, lag): (Duration, Duration),
+        asked: &Asked,
+        question: Question,
+    ) -> anyhow::Result<Passed> {
+        let mut then = question.clone();
+        let newest = pass(&self.shared, &self.caller, asked, question).await?;
+        let before = self.shared.history().version_at(Instant::now().checked_sub(age));
+        let older = before.zip(newest.version()).filter(|(before, newest)| before < newest);
+        let Some((before, _)) = older.filter(|_| asked.lists()) else {
+            return Ok(newest);
+        };
+        let path = then.head.uri.path().to_owned();
+        then.head.uri = path::as_of(&then.head.uri, before)?;
+        let old = pass(&self.shared, &self.caller, asked, then).await?;
+        // The API server's store may have forgotten it.
+        if old.head.status != StatusCode::OK || old.items() == newest.items() {
+            return Ok(newest);
+        }
+        self.shared.history().lag(path, before, Instant::now() + lag);
+        self.shared.told(asked, fault);
+        Ok(old)
     }
 
     /// The newest state, or an older one if the fault wants one that is known.
@@ -304,21 +338,36 @@ impl Conversation {
     }
 }
 
-/// Passes a request on, once, and remembers the state of an object that is in its answer.
+/// The version of an object, or of a list.
+pub(super) fn version_of(object: &Value) -> Option<u64> {
+    object["metadata"]["resourceVersion"].as_str()?.parse().ok()
+}
+
+/// Passes a request on, once, and remembers the state of an object that is in its answer, and what a pod wrote.
 async fn pass(shared: &Shared, caller: &Caller, asked: &Asked, question: Question) -> anyhow::Result<Passed> {
-    let path = question.head.uri.path().to_owned();
+    let (path, written) = (question.head.uri.path().to_owned(), question.written);
+    if let Some(at) = written {
+        shared.writes()[at].sent.get_or_insert_with(Instant::now);
+    }
     let (mut head, body) = caller.ask(question.request()).await?.into_parts();
     for header in [CONNECTION, TRANSFER_ENCODING] {
         head.headers.remove(header);
     }
     let body = body.collect().await?.to_bytes();
     let passed = Passed { head, body };
+    if let Some(at) = written.filter(|_| passed.head.status.is_success()) {
+        let made = serde_json::from_slice(&passed.body).ok();
+        let mut writes = shared.writes();
+        writes[at].made = writes[at].made.take().or(made);
+    }
     if passed.head.status == StatusCode::OK
-        && asked.name.is_some()
-        && asked.subresource.is_none()
         && let Some(version) = passed.version()
     {
-        shared.history().remember(&path, version, &passed);
+        let mut history = shared.history();
+        history.note(version);
+        if asked.name.is_some() && asked.subresource.is_none() {
+            history.remember(&path, version, &passed);
+        }
     }
     Ok(passed)
 }
@@ -338,19 +387,25 @@ async fn applied(
     Ok(passed)
 }
 
+/// A `Status` that tells of a failure.
+pub(super) fn failure(code: u16, reason: &str) -> Value {
+    json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+        "message": "the proxy says so", "reason": reason, "code": code,
+    })
+}
+
 /// As the API server words it.
 fn refusal(code: u16) -> anyhow::Result<Passed> {
     let reason = match code {
         409 => "Conflict",
+        410 => "Expired",
         429 => "TooManyRequests",
         500 => "InternalError",
         503 => "ServiceUnavailable",
         _ => anyhow::bail!("no refusal is known for status {code}"),
     };
-    let status = json!({
-        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-        "message": "the proxy says so", "reason": reason, "code": code,
-    });
+    let status = failure(code, reason);
     let mut answer = Response::builder()
         .status(code)
         .header(CONTENT_TYPE, "application/json");

@@ -20,13 +20,13 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::super::control_plane::SERVING;
 use super::super::pki::{Authority, Clients};
-use super::super::plan::{API_PORT, api_address};
 
 /// The only version that is spoken.
 const ALPN: &[u8] = b"http/1.1";
 
 /// The API server, and everyone in whose name it can be asked.
 pub(super) struct Upstream {
+    address: SocketAddr,
     roots: Arc<RootCertStore>,
     clients: Clients,
 }
@@ -36,6 +36,7 @@ pub(super) struct Upstream {
 pub(super) struct Caller {
     /// Whose certificate it presented.
     pub(super) user: Option<String>,
+    address: SocketAddr,
     tls: TlsConnector,
 }
 
@@ -66,8 +67,9 @@ pub(super) fn acceptor(folder: &Path, authority: &Authority) -> anyhow::Result<T
 }
 
 impl Upstream {
-    pub(super) fn new(authority: &Authority) -> anyhow::Result<Self> {
+    pub(super) fn new(address: SocketAddr, authority: &Authority) -> anyhow::Result<Self> {
         Ok(Self {
+            address,
             roots: roots(authority)?,
             clients: authority.clients(),
         })
@@ -94,6 +96,7 @@ impl Upstream {
         config.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Caller {
             user,
+            address: self.address,
             tls: TlsConnector::from(Arc::new(config)),
         })
     }
@@ -102,10 +105,9 @@ impl Upstream {
 impl Caller {
     /// Sends one request on a connection of its own, once: what the API server did is what it was asked to.
     pub(super) async fn ask(&self, request: Request<Full<Bytes>>) -> anyhow::Result<Response<Incoming>> {
-        let address = SocketAddr::from((api_address(), API_PORT));
-        let stream = TcpStream::connect(address).await?;
+        let stream = TcpStream::connect(self.address).await?;
         stream.set_nodelay(true)?;
-        let name = ServerName::IpAddress(address.ip().into());
+        let name = ServerName::IpAddress(self.address.ip().into());
         let stream = self.tls.connect(name, stream).await?;
         let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
         // Ends when the answer's body is read, or dropped.

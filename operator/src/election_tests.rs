@@ -1,0 +1,273 @@
+//! Replicas at a small server that keeps the Lease as the API server does, and answers as badly as it is told.
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use kube::Config;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::*;
+
+/// A fifth of the operator's times.
+const SHORT: Times = Times {
+    lease: Duration::from_millis(1600),
+    renew: Duration::from_millis(400),
+    lead_max: Duration::from_millis(1200),
+    again: Duration::from_millis(60),
+    look: Duration::from_millis(400),
+    answer_max: Duration::from_millis(300),
+};
+/// Long enough for a busy machine; nothing is judged by it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What becomes of a request.
+#[derive(Clone, Copy, PartialEq)]
+enum Does {
+    /// What it should.
+    Right,
+    /// Nothing, and says this.
+    Says(u16),
+    /// What it should, and says this.
+    RightAndSays(u16),
+    /// What it should, after this time; nobody hears of it.
+    Later(Duration),
+}
+
+#[derive(Default)]
+struct Server {
+    lease: Mutex<Option<Value>>,
+    version: Mutex<u64>,
+    /// By method and replica; without the replica where it is not in the request.
+    does: Mutex<Option<Box<dyn FnMut(&Method, &str) -> Does + Send>>>,
+}
+
+impl Server {
+    async fn start() -> (Arc<Server>, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = Arc::new(Server::default());
+        let serving = server.clone();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let server = serving.clone();
+                tokio::spawn(async move {
+                    let service = service_fn(|request| server.clone().answer(request));
+                    // Replicas leave as they like.
+                    let http = hyper::server::conn::http1::Builder::new();
+                    let _ = http.serve_connection(TokioIo::new(stream), service).await;
+                });
+            }
+        });
+        (server, address)
+    }
+
+    fn misbehaves(&self, does: impl FnMut(&Method, &str) -> Does + Send + 'static) {
+        *self.does.lock().unwrap() = Some(Box::new(does));
+    }
+
+    fn holder(&self) -> String {
+        let lease = self.lease.lock().unwrap();
+        lease
+            .as_ref()
+            .map_or("", |lease| lease["spec"]["holderIdentity"].as_str().unwrap())
+            .to_owned()
+    }
+
+    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+        let method = request.method().clone();
+        let body = request.into_body().collect().await.unwrap().to_bytes();
+        let object: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let replica = object["spec"]["holderIdentity"].as_str().unwrap_or_default().to_owned();
+        let does = match &mut *self.does.lock().unwrap() {
+            Some(does) => does(&method, &replica),
+            None => Does::Right,
+        };
+        let (code, body) = match does {
+            Does::Right => self.right(&method, object),
+            Does::Says(code) => (code, failure(code)),
+            Does::RightAndSays(code) => {
+                self.right(&method, object);
+                (code, failure(code))
+            }
+            Does::Later(time) => {
+                let later = tokio::spawn(async move {
+                    sleep(time).await;
+                    self.right(&method, object);
+                });
+                // Whoever asked has left by then.
+                later.await.unwrap();
+                (500, failure(500))
+            }
+        };
+        let answer = Response::builder()
+            .status(code)
+            .header("content-type", "application/json");
+        Ok(answer.body(Full::new(Bytes::from(body.to_string()))).unwrap())
+    }
+
+    fn right(&self, method: &Method, mut object: Value) -> (u16, Value) {
+        let (mut lease, mut version) = (self.lease.lock().unwrap(), self.version.lock().unwrap());
+        let known = lease.as_ref().map(|lease| lease["metadata"]["resourceVersion"].clone());
+        match (method, known) {
+            (&Method::GET, Some(_)) => return (200, lease.clone().unwrap()),
+            (&Method::GET | &Method::PUT, None) => return (404, failure(404)),
+            (&Method::POST, None) => {}
+            (&Method::PUT, Some(known)) if known == object["metadata"]["resourceVersion"] => {}
+            _ => return (409, failure(409)),
+        }
+        *version += 1;
+        object["metadata"]["resourceVersion"] = json!(version.to_string());
+        *lease = Some(object.clone());
+        (200, object)
+    }
+}
+
+fn failure(code: u16) -> Value {
+    let reason = match code {
+        404 => "NotFound",
+        409 => "Conflict",
+        _ => "InternalError",
+    };
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": "", "code": code})
+}
+
+fn replica(address: SocketAddr, name: &str) -> Election {
+    let config = Config::new(format!("http://{address}").parse().unwrap());
+    Election::new(Client::try_from(config).unwrap(), "system", name, SHORT)
+}
+
+async fn soon<T>(event: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, event).await.expect("in time")
+}
+
+/// Two replicas; the first leads.
+async fn two() -> (Arc<Server>, Election, Election) {
+    let (server, address) = Server::start().await;
+    let (mut first, second) = (replica(address, "first"), replica(address, "second"));
+    soon(first.won()).await;
+    (server, first, second)
+}
+
+/// When each of these came about.
+async fn times(first: impl Future<Output = ()>, second: impl Future<Output = ()>) -> (Instant, Instant) {
+    let first = async {
+        first.await;
+        Instant::now()
+    };
+    let second = async {
+        second.await;
+        Instant::now()
+    };
+    soon(async { tokio::join!(first, second) }).await
+}
+
+#[tokio::test]
+async fn one_leads_and_another_one_waits() {
+    let (server, mut first, mut second) = two().await;
+    let nothing = async {
+        tokio::select! {
+            () = first.lost() => panic!("lost"),
+            () = second.won() => panic!("two lead"),
+        }
+    };
+    assert!(timeout(2 * SHORT.lease, nothing).await.is_err());
+    assert_eq!(server.holder(), "first");
+    // It ends without a word.
+    drop(first);
+    soon(second.won()).await;
+    assert_eq!(server.holder(), "second");
+    assert_eq!(
+        server.lease.lock().unwrap().as_ref().unwrap()["spec"]["leaseTransitions"],
+        2
+    );
+}
+
+/// Whatever becomes of its renewals, a leader has ended before another one leads.
+#[tokio::test]
+async fn who_cannot_renew_leads_no_longer_before_another_one_does() {
+    for does in [
+        Does::Says(500),
+        Does::Says(409),
+        Does::Later(2 * SHORT.lease),
+        Does::Later(PATIENCE),
+    ] {
+        let (server, mut first, mut second) = two().await;
+        server.misbehaves(move |method, replica| match replica {
+            "first" if method == Method::PUT => does,
+            _ => Does::Right,
+        });
+        let (lost, won) = times(first.lost(), second.won()).await;
+        assert!(lost < won, "both led for {:?}", lost - won);
+        assert_eq!(server.holder(), "second");
+    }
+}
+
+/// What the old leader sent arrives when another one leads: it is refused, and changes nothing.
+#[tokio::test]
+async fn a_late_renewal_takes_nothing_from_the_next_leader() {
+    let (server, mut first, mut second) = two().await;
+    server.misbehaves(|method, replica| match replica {
+        "first" if method == Method::PUT => Does::Later(2 * SHORT.lease),
+        _ => Does::Right,
+    });
+    times(first.lost(), second.won()).await;
+    assert!(timeout(2 * SHORT.lease, second.lost()).await.is_err());
+    assert_eq!(server.holder(), "second");
+}
+
+/// One that says that it failed when it did not, or the other way round, now and then.
+#[tokio::test]
+async fn a_leader_stays_one_through_single_failures() {
+    for does in [
+        Does::Says(500),
+        Does::Says(409),
+        Does::RightAndSays(500),
+        Does::RightAndSays(409),
+        Does::Says(404),
+    ] {
+        let (server, mut first, _) = two().await;
+        let mut count = 0;
+        server.misbehaves(move |method, _| {
+            count += u32::from(method == Method::PUT);
+            if method == Method::PUT && count % 3 == 0 {
+                does
+            } else {
+                Does::Right
+            }
+        });
+        assert!(timeout(2 * SHORT.lease, first.lost()).await.is_err());
+    }
+}
+
+/// A candidate whose answer is lost leads once it reads that it was taken.
+#[tokio::test]
+async fn a_candidate_bears_an_api_server_that_fails() {
+    let (server, address) = Server::start().await;
+    let mut failures = [
+        Does::Says(500),
+        Does::RightAndSays(500),
+        Does::Says(503),
+        Does::Says(409),
+    ]
+    .into_iter();
+    server.misbehaves(move |_, _| failures.next().unwrap_or(Does::Right));
+    let mut first = replica(address, "first");
+    soon(first.won()).await;
+    assert_eq!(server.holder(), "first");
+}
+
+/// Somebody deletes the Lease: its leader ends as soon as it sees that.
+#[tokio::test]
+async fn a_lease_that_is_gone_is_nobodys() {
+    let (server, mut first, mut second) = two().await;
+    *server.lease.lock().unwrap() = None;
+    times(first.lost(), second.won()).await;
+    assert_eq!(server.holder(), "second");
+}
