@@ -34,11 +34,17 @@ struct Last {
     /// Those before it, oldest first: a watch may tell of an old state of the pod once more, which asks for what was done long ago.
     #[serde(default)]
     former: Vec<String>,
+    /// resourceVersion of the pod that asked for it, as a number, which grows (Kubernetes API concepts, "Resource versions").
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    version: Option<u64>,
+    /// A former one that the pod asks for once more, after the last one: it is refused. Found again by the next daemon.
+    #[serde(skip)]
+    again: Option<String>,
 }
 
 impl Last {
     /// The request that begins now, if none is under way and it was not begun before.
-    fn next(last: Option<&Last>, id: &str) -> Option<Last> {
+    fn next(last: Option<&Last>, id: &str, version: Option<u64>) -> Option<Last> {
         let mut former = Vec::new();
         if let Some(last) = last {
             if last.outcome.is_none() || last.id == id || last.former.iter().any(|former| former == id) {
@@ -52,6 +58,39 @@ impl Last {
             id: id.to_owned(),
             outcome: None,
             former,
+            version,
+            again: None,
+        })
+    }
+
+    /// What the pod asks for was begun before. Whoever asks for it anew is to be told so; an old state of the pod is not answered, because
+    /// the operator waits for the answer to what it asked for since.
+    fn noticed_again(&mut self, id: &str, version: Option<u64>) {
+        if self.outcome.is_none() || version.zip(self.version).is_some_and(|(now, known)| now < known) {
+            return;
+        }
+        if self.id == id {
+            self.again = None;
+        } else if self.former.iter().any(|former| former == id) {
+            self.again = Some(id.to_owned());
+        } else {
+            return;
+        }
+        self.version = version.or(self.version);
+    }
+
+    /// What is published.
+    fn done(&self) -> Option<DoneRequest> {
+        let refused = self.outcome.clone()?.refused;
+        Some(match &self.again {
+            Some(id) => DoneRequest {
+                id: id.clone(),
+                refused: Some("asked for before under this id: use another text".to_owned()),
+            },
+            None => DoneRequest {
+                id: self.id.clone(),
+                refused,
+            },
         })
     }
 }
@@ -84,13 +123,9 @@ impl Requests {
         }
     }
 
-    /// The last one that came to its end.
+    /// The last one that came to its end, or was refused because it was begun before.
     pub fn done(&self) -> Option<DoneRequest> {
-        let last = lock(&self.last).clone()?;
-        Some(DoneRequest {
-            id: last.id,
-            refused: last.outcome?.refused,
-        })
+        lock(&self.last).as_ref()?.done()
     }
 
     /// Looks at the pod's annotation and begins what is new there.
@@ -104,7 +139,12 @@ impl Requests {
             Err(error) => return tracing::warn!(seat = seat.seat.config().label(), "{error}"),
         };
         let mut last = lock(&self.last);
-        let Some(begun) = Last::next(last.as_ref(), &request.id) else {
+        let version = pod.metadata.resource_version.as_deref();
+        let version = version.and_then(|version| version.parse().ok());
+        let Some(begun) = Last::next(last.as_ref(), &request.id, version) else {
+            if let Some(last) = &mut *last {
+                last.noticed_again(&request.id, version);
+            }
             return;
         };
         if let Err(error) = self.folder.write_json(FILE, &begun) {
@@ -184,8 +224,12 @@ mod tests {
     use super::*;
 
     fn done(last: Option<&Last>, id: &str) -> Last {
-        let mut next = Last::next(last, id).expect("a new one");
-        assert!(Last::next(Some(&next), "another").is_none(), "one at a time");
+        done_at(last, id, None)
+    }
+
+    fn done_at(last: Option<&Last>, id: &str, version: Option<u64>) -> Last {
+        let mut next = Last::next(last, id, version).expect("a new one");
+        assert!(Last::next(Some(&next), "another", None).is_none(), "one at a time");
         next.outcome = Some(Outcome { refused: None });
         next
     }
@@ -197,14 +241,14 @@ mod tests {
         let second = done(Some(&first), "start-8");
         let third = done(Some(&second), "switchover-a");
         for id in ["stop-1-7", "start-8", "switchover-a"] {
-            assert!(Last::next(Some(&third), id).is_none(), "{id}");
+            assert!(Last::next(Some(&third), id, None).is_none(), "{id}");
         }
-        assert!(Last::next(Some(&third), "stop-2-9").is_some());
+        assert!(Last::next(Some(&third), "stop-2-9", None).is_some());
         // Nor by the next daemon, which reads it from its file; the file of an older release has the last one alone.
         let read: Last = serde_json::from_value(serde_json::to_value(&third).unwrap()).unwrap();
-        assert!(Last::next(Some(&read), "stop-1-7").is_none());
+        assert!(Last::next(Some(&read), "stop-1-7", None).is_none());
         let older: Last = serde_json::from_str(r#"{"id": "a", "outcome": {"refused": null}}"#).unwrap();
-        assert!(Last::next(Some(&older), "a").is_none() && Last::next(Some(&older), "b").is_some());
+        assert!(Last::next(Some(&older), "a", None).is_none() && Last::next(Some(&older), "b", None).is_some());
     }
 
     #[test]
@@ -215,5 +259,38 @@ mod tests {
         }
         assert_eq!(last.former.len(), FORMER_MAX);
         assert_eq!(last.former[0], (FORMER_MAX - 1).to_string());
+    }
+
+    /// Texts of switchovers A, B, C, D and A once more: each seat was asked for every other one.
+    #[test]
+    fn a_text_that_is_used_again_is_refused() {
+        let first = done_at(None, "switchover-a", Some(10));
+        let mut last = done_at(Some(&first), "switchover-c", Some(20));
+        let published = |last: &Last| last.done().map(|done| (done.id, done.refused.is_some()));
+        let of_c = Some(("switchover-c".to_owned(), false));
+        let of_a = Some(("switchover-a".to_owned(), true));
+        // An old state of the pod that is told once more hides no answer that is waited for.
+        last.noticed_again("switchover-a", Some(10));
+        assert_eq!(published(&last), of_c);
+        last.noticed_again("switchover-a", Some(21));
+        assert_eq!(published(&last), of_a);
+        last.noticed_again("switchover-c", Some(20));
+        assert_eq!(published(&last), of_a, "old");
+        // The next daemon finds it in the pod; so does one whose file is of an older release.
+        for text in [
+            serde_json::to_string(&last).unwrap(),
+            r#"{"id": "switchover-c", "outcome": {"refused": null}, "former": ["switchover-a"]}"#.to_owned(),
+        ] {
+            let mut read: Last = serde_json::from_str(&text).unwrap();
+            assert_eq!(published(&read), of_c);
+            read.noticed_again("switchover-a", Some(21));
+            assert_eq!(published(&read), of_a);
+        }
+        // What is new goes on as ever.
+        let mut last = done_at(Some(&last), "switchover-e", Some(22));
+        assert_eq!(published(&last), Some(("switchover-e".to_owned(), false)));
+        last.outcome = None;
+        last.noticed_again("switchover-a", Some(23));
+        assert_eq!(published(&last), None, "under way");
     }
 }
