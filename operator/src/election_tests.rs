@@ -42,12 +42,14 @@ enum Does {
     Later(Duration),
 }
 
+type Misbehaviour = Box<dyn FnMut(&Method, &str) -> Does + Send>;
+
 #[derive(Default)]
 struct Server {
     lease: Mutex<Option<Value>>,
     version: Mutex<u64>,
     /// By method and replica; without the replica where it is not in the request.
-    does: Mutex<Option<Box<dyn FnMut(&Method, &str) -> Does + Send>>>,
+    does: Mutex<Option<Misbehaviour>>,
 }
 
 impl Server {
