@@ -251,7 +251,7 @@ fn mischief_of_elections(seed: u64, leader: String) -> impl FnMut(&Asked) -> Fau
 fn leader(acts: &Acts<'_>) -> anyhow::Result<String> {
     let lease = acts.cluster.get(&["lease", ELECTION, "--namespace", SYSTEM])?;
     let holder = lease["spec"]["holderIdentity"].as_str();
-    Ok(holder.context("nobody leads")?.to_owned())
+    Ok(leadership::pod_of(holder.context("nobody leads")?).to_owned())
 }
 
 /// Restarts of containers of operator and daemons, by pod, where the node did not die.

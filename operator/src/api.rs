@@ -260,25 +260,26 @@ impl Objects {
         replaced.map(|_| ()).map_err(failed::<Lease>("update", name))
     }
 
-    /// Says which nodes' daemons may write the record, over exactly the Lease that has this UID.
+    /// Says which nodes' daemons may write the record, over exactly the Lease that was observed.
     ///
     /// # Errors
-    /// If the API server refuses.
-    pub async fn set_lease_nodes(&self, name: &str, uid: &str, nodes: &str) -> Result<(), ApiError> {
-        let metadata = json!({ "uid": uid, "annotations": { ANNOTATION_NODES: nodes } });
+    /// A conflict if it was changed meanwhile.
+    pub async fn set_lease_nodes(&self, name: &str, uid: &str, version: &str, nodes: &str) -> Result<(), ApiError> {
+        let metadata = json!({ "uid": uid, "resourceVersion": version, "annotations": { ANNOTATION_NODES: nodes } });
         self.merge::<Lease>(name, json!({ "metadata": metadata }))
             .await
             .map(|_| ())
     }
 
-    /// Asks a seat's daemon for something, on exactly this pod.
+    /// Asks a seat's daemon for something, over exactly the pod that was observed: what a former leader sent takes the place of nothing that
+    /// was asked for since.
     ///
     /// # Errors
-    /// If the API server refuses.
-    pub async fn request(&self, pod: &str, uid: &str, request: &SeatRequest) -> Result<(), ApiError> {
+    /// A conflict if it was changed meanwhile.
+    pub async fn request(&self, pod: &str, uid: &str, version: &str, request: &SeatRequest) -> Result<(), ApiError> {
         // Plain data with text keys always encodes.
         let text = serde_json::to_string(request).unwrap_or_default();
-        let metadata = json!({ "uid": uid, "annotations": { ANNOTATION_REQUEST: text } });
+        let metadata = json!({ "uid": uid, "resourceVersion": version, "annotations": { ANNOTATION_REQUEST: text } });
         self.merge::<Pod>(pod, json!({ "metadata": metadata }))
             .await
             .map(|_| ())
@@ -340,5 +341,65 @@ fn failed<K: Kind>(verb: &'static str, name: &str) -> impl FnOnce(kube::Error) -
         kind: K::kind(&()).into_owned(),
         name,
         source: Box::new(source),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use ftvm_crds::seat::Order;
+    use http_body_util::{BodyExt, Full};
+    use hyper::body::{Bytes, Incoming};
+    use hyper::service::service_fn;
+    use hyper::{Request, Response};
+    use hyper_util::rt::TokioIo;
+    use tokio::net::TcpListener;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    /// An API server where everything has changed meanwhile, and what is sent to it.
+    async fn changed() -> (Objects, mpsc::UnboundedReceiver<serde_json::Value>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (sent, told) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = service_fn(|request: Request<Incoming>| {
+                let sent = sent.clone();
+                async move {
+                    let body = request.into_body().collect().await.unwrap().to_bytes();
+                    sent.send(serde_json::from_slice(&body).unwrap()).unwrap();
+                    let status = json!({"kind": "Status", "status": "Failure", "reason": "Conflict", "code": 409});
+                    let answer = Response::builder()
+                        .status(409)
+                        .header("content-type", "application/json");
+                    Ok::<_, Infallible>(answer.body(Full::new(Bytes::from(status.to_string()))).unwrap())
+                }
+            });
+            let http = hyper::server::conn::http1::Builder::new();
+            // The client leaves as it likes.
+            let _ = http.serve_connection(TokioIo::new(stream), service).await;
+        });
+        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+        (Objects::new(client, Metrics::new().unwrap(), "shop"), told)
+    }
+
+    #[tokio::test]
+    async fn what_a_seat_is_asked_for_is_written_over_what_was_observed() {
+        let (objects, mut told) = changed().await;
+        let request = SeatRequest {
+            id: "switchover-a".to_owned(),
+            order: Order::Switchover,
+        };
+        let asked = objects.request("web-a", "uid", "7", &request).await;
+        assert!(asked.unwrap_err().is_conflict());
+        let nodes = objects.set_lease_nodes("web", "uid", "8", "one,two").await;
+        assert!(nodes.unwrap_err().is_conflict());
+        for version in ["7", "8"] {
+            let sent = told.recv().await.unwrap();
+            assert_eq!(sent["metadata"]["resourceVersion"], version);
+        }
     }
 }

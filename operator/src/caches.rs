@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{LABEL_MANAGED_BY, LABEL_VM, MANAGED_BY, claim_name};
@@ -11,6 +12,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::watcher::Event;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
@@ -23,6 +25,9 @@ use crate::{random, trim};
 
 /// VMs that should be looked at again.
 pub type Triggers = mpsc::UnboundedSender<ObjectRef<FaultTolerantVM>>;
+
+/// First and longest pause before a watch begins anew that just did.
+const ANEW: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Everything that is watched beside the VMs.
 #[derive(Clone)]
@@ -40,6 +45,7 @@ impl Caches {
     pub fn watch(client: &Client, triggers: &Triggers, vms: Store<FaultTolerantVM>) -> Caches {
         let ours = watcher::Config::default().labels(&format!("{LABEL_MANAGED_BY}={MANAGED_BY}"));
         let (pods, claims, leases) = (triggers.clone(), triggers.clone(), triggers.clone());
+        let listed = of_all(triggers.clone(), vms.clone());
         let all = client.clone();
         let mut watches = JoinSet::new();
         Caches {
@@ -49,6 +55,7 @@ impl Caches {
                 ours.clone(),
                 trim::pod,
                 move |pod| of_label(&pods, pod),
+                listed.clone(),
             ),
             claims: follow(
                 &mut watches,
@@ -58,16 +65,23 @@ impl Caches {
                 move |claim| {
                     of_label(&claims, claim);
                 },
+                listed.clone(),
             ),
-            leases: follow(&mut watches, Api::all(all.clone()), ours, trim::lease, move |lease| {
-                of_label(&leases, lease)
-            }),
+            leases: follow(
+                &mut watches,
+                Api::all(all.clone()),
+                ours,
+                trim::lease,
+                move |lease| of_label(&leases, lease),
+                listed.clone(),
+            ),
             nodes: follow(
                 &mut watches,
                 Api::all(all),
                 watcher::Config::default(),
                 trim::node,
                 of_node(triggers.clone(), vms),
+                listed,
             ),
             _watches: Arc::new(watches),
         }
@@ -155,13 +169,14 @@ fn names(vm: &FaultTolerantVM) -> (BTreeSet<String>, BTreeSet<String>) {
     (pods, claims)
 }
 
-/// Keeps what `trim` leaves of each object.
+/// Keeps what `trim` leaves of each object. `listed` is called after each list: what is not in it any more is told of by no event.
 fn follow<K>(
     watches: &mut JoinSet<()>,
     api: Api<K>,
     config: watcher::Config,
     trim: fn(&mut K),
     told: impl Fn(&K) + Send + 'static,
+    listed: impl Fn() + Send + 'static,
 ) -> Store<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
@@ -169,10 +184,12 @@ where
     let (reader, writer) = reflector::store();
     let stream = lasting(api, config).default_backoff().modify(trim);
     watches.spawn(async move {
-        let mut touched = stream.reflect(writer).touched_objects().boxed();
-        while let Some(event) = touched.next().await {
+        let mut events = stream.reflect(writer).boxed();
+        while let Some(event) = events.next().await {
             match event {
-                Ok(object) => told(&object),
+                Ok(Event::Apply(object) | Event::InitApply(object) | Event::Delete(object)) => told(&object),
+                Ok(Event::InitDone) => listed(),
+                Ok(Event::Init) => {}
                 // The stream tries again, later and later.
                 Err(error) => tracing::warn!(kind = %K::kind(&()), %error, "a watch was interrupted"),
             }
@@ -182,21 +199,52 @@ where
 }
 
 /// A watch for ever. kube-rs asks for a watch that is refused with 410 again and again from the same state, which never comes back; this one
-/// begins anew with a list, as it does itself when it is told so by an event.
-pub fn lasting<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send
+/// begins anew with a list, as it does itself when it is told so by an event. Where that happens again and again, later and later: lists cost
+/// an API server most, and each one that succeeds ends the back-off around this.
+pub fn lasting<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
     let begin = move || watcher(api.clone(), config.clone()).boxed();
-    futures::stream::unfold((begin(), begin), |(mut watch, begin)| async move {
-        let event = watch.next().await?;
-        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &event
-            && status.code == 410
-        {
+    let state = (begin(), begin, Anew::default(), None);
+    futures::stream::unfold(state, |(mut watch, begin, mut anew, pause)| async move {
+        if let Some(pause) = pause {
+            tokio::time::sleep(pause).await;
             watch = begin();
         }
-        Some((event, (watch, begin)))
+        let event = watch.next().await?;
+        let pause = is_gone(&event).then(|| anew.pause(Instant::now()));
+        Some((event, (watch, begin, anew, pause)))
     })
+}
+
+/// The state that a watch would go on from is gone.
+fn is_gone<K>(event: &watcher::Result<Event<K>>) -> bool {
+    match event {
+        Err(watcher::Error::WatchStartFailed(kube::Error::Api(status)) | watcher::Error::WatchError(status)) => {
+            status.code == 410
+        }
+        _ => false,
+    }
+}
+
+/// How long is waited before a watch begins anew.
+#[derive(Default)]
+struct Anew {
+    pause: Duration,
+    last: Option<Instant>,
+}
+
+impl Anew {
+    /// Nothing at first, then twice as long as the last time; nothing again once a watch went well for far longer than that.
+    fn pause(&mut self, now: Instant) -> Duration {
+        let calm = ANEW.1 + self.pause;
+        self.pause = match self.last.replace(now) {
+            Some(last) if now.saturating_duration_since(last) < calm => (2 * self.pause).clamp(ANEW.0, ANEW.1),
+            _ => Duration::ZERO,
+        };
+        self.pause
+    }
 }
 
 fn of_label<K: Resource<DynamicType = ()>>(triggers: &Triggers, object: &K) {
@@ -205,6 +253,15 @@ fn of_label<K: Resource<DynamicType = ()>>(triggers: &Triggers, object: &K) {
     if let (Some(vm), Some(namespace)) = (vm, &object.meta().namespace) {
         // Nobody listens any more only when the process ends.
         let _ = triggers.send(ObjectRef::new(vm).within(namespace));
+    }
+}
+
+/// All of them.
+fn of_all(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn() + Clone + Send + 'static {
+    move || {
+        for vm in vms.state() {
+            let _ = triggers.send(ObjectRef::from_obj(&vm));
+        }
     }
 }
 
@@ -235,7 +292,6 @@ fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + 
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
-    use std::time::Duration;
 
     use http_body_util::Full;
     use hyper::body::{Bytes, Incoming};
@@ -246,6 +302,19 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+
+    #[test]
+    fn what_begins_anew_again_and_again_does_so_more_and_more_rarely() {
+        let (mut anew, mut now) = (Anew::default(), Instant::now());
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            let pause = anew.pause(now);
+            pauses.push(pause.as_secs());
+            now += pause + Duration::from_secs(1);
+        }
+        assert_eq!(pauses, [0, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!(anew.pause(now + 3 * ANEW.1), Duration::ZERO);
+    }
 
     /// A server whose pods are first in a state from which nobody can watch any more, whoever asks how often.
     fn answer(request: &Request<Incoming>, lists: &Mutex<u64>) -> Response<Full<Bytes>> {
@@ -269,11 +338,12 @@ mod tests {
         answer.body(Full::new(Bytes::from(body.to_string()))).unwrap()
     }
 
-    #[tokio::test]
-    async fn a_watch_whose_state_is_gone_begins_with_a_list() {
+    /// Its client, and how often was listed.
+    async fn server() -> (Client, Arc<Mutex<u64>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let lists = Arc::new(Mutex::new(0));
+        let counted = lists.clone();
         tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
@@ -289,11 +359,49 @@ mod tests {
                 });
             }
         });
-        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+        (
+            Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap(),
+            counted,
+        )
+    }
+
+    #[tokio::test]
+    async fn a_watch_whose_state_is_gone_begins_with_a_list() {
+        let (client, _) = server().await;
         let watch = lasting(Api::<Pod>::all(client), watcher::Config::default()).default_backoff();
         let told = watch.filter_map(|event| async { event.ok() });
-        let found = told.filter(|event| std::future::ready(matches!(event, watcher::Event::InitApply(_))));
+        let found = told.filter(|event| std::future::ready(matches!(event, Event::InitApply(_))));
         let found = tokio::time::timeout(Duration::from_secs(30), std::pin::pin!(found).next()).await;
-        assert!(matches!(found, Ok(Some(watcher::Event::InitApply(pod))) if pod.name_any() == "new"));
+        assert!(matches!(found, Ok(Some(Event::InitApply(pod))) if pod.name_any() == "new"));
+    }
+
+    /// What a list lacks is told of by no event: all VMs are looked at.
+    #[tokio::test]
+    async fn all_vms_are_looked_at_after_a_list() {
+        let (client, lists) = server().await;
+        let vm = json!({
+            "apiVersion": "ftvm.dev/v1alpha1", "kind": "FaultTolerantVM", "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"machine": {"memory": "64Mi"}, "boot": {"image": {"reference": "web:1"}}, "disks": [{"name": "root", "size": "64Mi"}]},
+        });
+        let (vms, mut kept) = reflector::store();
+        kept.apply_watcher_event(&Event::Apply(serde_json::from_value::<FaultTolerantVM>(vm).unwrap()));
+        let (triggers, mut triggered) = mpsc::unbounded_channel();
+        let mut watches = JoinSet::new();
+        let listed = of_all(triggers, vms);
+        let nothing = |_: &Pod| {};
+        follow(
+            &mut watches,
+            Api::all(client),
+            watcher::Config::default(),
+            trim::pod,
+            nothing,
+            listed,
+        );
+        // The first list, which is empty, and the next one.
+        for _ in 0..2 {
+            let vm = tokio::time::timeout(Duration::from_secs(30), triggered.recv()).await;
+            assert_eq!(vm.unwrap().unwrap().name, "web");
+        }
+        assert!(*lists.lock().unwrap() >= 2);
     }
 }

@@ -22,6 +22,7 @@ const SHORT: Times = Times {
     again: Duration::from_millis(60),
     look: Duration::from_millis(400),
     answer_max: Duration::from_millis(300),
+    candidate_answer_max: Duration::from_millis(800),
 };
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -35,16 +36,20 @@ enum Does {
     Says(u16),
     /// What it should, and says this.
     RightAndSays(u16),
+    /// What it should, and says so after this time.
+    Slowly(Duration),
     /// What it should, after this time; nobody hears of it.
     Later(Duration),
 }
+
+type Misbehaviour = Box<dyn FnMut(&Method, &str) -> Does + Send>;
 
 #[derive(Default)]
 struct Server {
     lease: Mutex<Option<Value>>,
     version: Mutex<u64>,
     /// By method and replica; without the replica where it is not in the request.
-    does: Mutex<Option<Box<dyn FnMut(&Method, &str) -> Does + Send>>>,
+    does: Mutex<Option<Misbehaviour>>,
 }
 
 impl Server {
@@ -72,19 +77,20 @@ impl Server {
         *self.does.lock().unwrap() = Some(Box::new(does));
     }
 
+    /// The holder's pod.
     fn holder(&self) -> String {
         let lease = self.lease.lock().unwrap();
-        lease
+        let holder = lease
             .as_ref()
-            .map_or("", |lease| lease["spec"]["holderIdentity"].as_str().unwrap())
-            .to_owned()
+            .and_then(|lease| lease["spec"]["holderIdentity"].as_str());
+        pod_of(holder.unwrap_or_default()).to_owned()
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
         let method = request.method().clone();
         let body = request.into_body().collect().await.unwrap().to_bytes();
         let object: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let replica = object["spec"]["holderIdentity"].as_str().unwrap_or_default().to_owned();
+        let replica = pod_of(object["spec"]["holderIdentity"].as_str().unwrap_or_default()).to_owned();
         let does = match &mut *self.does.lock().unwrap() {
             Some(does) => does(&method, &replica),
             None => Does::Right,
@@ -95,6 +101,11 @@ impl Server {
             Does::RightAndSays(code) => {
                 self.right(&method, object);
                 (code, failure(code))
+            }
+            Does::Slowly(time) => {
+                let done = self.right(&method, object);
+                sleep(time).await;
+                done
             }
             Does::Later(time) => {
                 let later = tokio::spawn(async move {
@@ -127,6 +138,10 @@ impl Server {
         *lease = Some(object.clone());
         (200, object)
     }
+}
+
+fn pod_of(holder: &str) -> &str {
+    holder.split_once('_').map_or(holder, |(pod, _)| pod)
 }
 
 fn failure(code: u16) -> Value {
@@ -270,4 +285,134 @@ async fn a_lease_that_is_gone_is_nobodys() {
     *server.lease.lock().unwrap() = None;
     times(first.lost(), second.won()).await;
     assert_eq!(server.holder(), "second");
+}
+
+/// Another process under the name of the leader's pod is another replica: both must not lead.
+#[tokio::test]
+async fn another_process_of_the_same_name_waits_as_any_other() {
+    let (server, address) = Server::start().await;
+    let (mut first, mut second) = (replica(address, "first"), replica(address, "first"));
+    soon(first.won()).await;
+    let nothing = async {
+        tokio::select! {
+            () = first.lost() => panic!("lost"),
+            () = second.won() => panic!("two lead"),
+        }
+    };
+    assert!(timeout(2 * SHORT.lease, nothing).await.is_err());
+    assert_eq!(server.holder(), "first");
+}
+
+/// A leader that is told to end frees its Lease: the next one, whose times are far longer, waits for nothing.
+#[tokio::test]
+async fn a_leader_that_ends_frees_the_lease() {
+    let (server, address) = Server::start().await;
+    let (mut first, mut second) = (replica(address, "first"), replica(address, "second"));
+    second.times.lease = 2 * PATIENCE;
+    soon(first.won()).await;
+    assert!(timeout(SHORT.look, second.won()).await.is_err());
+    soon(first.release()).await;
+    assert_eq!(server.holder(), "");
+    soon(second.won()).await;
+    assert_eq!(server.holder(), "second");
+    // Once more, by one that has nothing to free any more.
+    soon(first.release()).await;
+    assert_eq!(server.holder(), "second");
+}
+
+/// A leader that is stopped, and told to end when another one leads already, takes nothing from that one.
+#[tokio::test]
+async fn a_late_release_takes_nothing_from_the_next_leader() {
+    let (server, mut first, mut second) = two().await;
+    soon(second.won()).await;
+    soon(first.release()).await;
+    assert_eq!(server.holder(), "second");
+    // Nor does it wait for an API server that says nothing.
+    server.misbehaves(|_, _| Does::Later(2 * PATIENCE));
+    let began = Instant::now();
+    second.release().await;
+    assert!(began.elapsed() < PATIENCE);
+}
+
+/// An API server that is too slow for a leader's renewals still lets a candidate win.
+#[tokio::test]
+async fn a_candidate_waits_longer_for_answers() {
+    let (server, address) = Server::start().await;
+    server.misbehaves(|_, _| Does::Slowly(2 * SHORT.answer_max));
+    let mut first = replica(address, "first");
+    soon(first.won()).await;
+    assert_eq!(server.holder(), "first");
+}
+
+/// Reads that are never answered take nothing of the time in which a leader must renew.
+#[tokio::test]
+async fn a_leader_writes_again_before_it_reads() {
+    let (server, mut first, _) = two().await;
+    let mut count = 0;
+    server.misbehaves(move |method, _| {
+        count += u32::from(method == Method::PUT);
+        match *method {
+            Method::GET => Does::Later(2 * PATIENCE),
+            _ if count % 4 != 0 => Does::Says(500),
+            _ => Does::Right,
+        }
+    });
+    assert!(timeout(2 * SHORT.lease, first.lost()).await.is_err());
+}
+
+/// Of a replica that never says anything again.
+fn foreign(seconds: i64) -> Value {
+    let spec = json!({"holderIdentity": "foreign", "leaseDurationSeconds": seconds});
+    json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": NAME, "resourceVersion": "0"}, "spec": spec})
+}
+
+/// A holder that says that its Lease lasts for years is waited for, but not for ever, and not with one request after the other.
+#[tokio::test]
+async fn a_foreign_lease_lasts_no_longer_than_is_sensible() {
+    let (server, address) = Server::start().await;
+    let first = replica(address, "first");
+    for (seconds, lasts) in [
+        (1, SHORT.lease),
+        (20, Duration::from_secs(20)),
+        (1 << 30, FOREIGN_MAX),
+        (-1, SHORT.lease),
+    ] {
+        assert_eq!(first.lasts(&serde_json::from_value(foreign(seconds)).unwrap()), lasts);
+    }
+    *server.lease.lock().unwrap() = Some(foreign(1 << 30));
+    let looks = counted(&server, |_| Does::Right);
+    let mut first = first;
+    assert!(timeout(3 * SHORT.lease, first.won()).await.is_err());
+    // Each look's time and not each `again`.
+    let most = 3 * SHORT.lease.as_millis() / SHORT.look.as_millis() + 2;
+    assert!(u128::from(*looks.lock().unwrap()) <= most, "{looks:?}");
+}
+
+/// Neither an API server that refuses writes nor one that always says that another one was faster is asked without end.
+#[tokio::test]
+async fn a_candidate_asks_more_and_more_rarely() {
+    for code in [500, 409] {
+        let (server, address) = Server::start().await;
+        *server.lease.lock().unwrap() = Some(foreign(1));
+        let count = counted(&server, move |method| match *method {
+            Method::PUT => Does::Says(code),
+            _ => Does::Right,
+        });
+        let mut first = replica(address, "first");
+        assert!(timeout(3 * SHORT.lease, first.won()).await.is_err());
+        // Each is a read and a write, and the pauses are short only at first.
+        let looks = 3 * SHORT.lease.as_millis() / SHORT.look.as_millis() + 4;
+        assert!(u128::from(*count.lock().unwrap()) <= 2 * looks, "{count:?}");
+    }
+}
+
+/// How often was asked.
+fn counted(server: &Server, mut does: impl FnMut(&Method) -> Does + Send + 'static) -> Arc<Mutex<u32>> {
+    let count = Arc::new(Mutex::new(0));
+    let counting = count.clone();
+    server.misbehaves(move |method, _| {
+        *counting.lock().unwrap() += 1;
+        does(method)
+    });
+    count
 }

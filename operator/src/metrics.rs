@@ -67,6 +67,13 @@ impl Metrics {
         Ok(metrics)
     }
 
+    /// Whoever leads now counts the VMs: two replicas that count them would double every sum.
+    pub fn leads_no_longer(&self) {
+        self.leader.set(0);
+        self.vms.reset();
+        self.unprotected.set(0);
+    }
+
     /// In Prometheus' text format.
     pub fn text(&self) -> String {
         let mut text = Vec::new();
@@ -74,5 +81,22 @@ impl Metrics {
             tracing::error!(%error, "metrics can't be encoded");
         }
         String::from_utf8(text).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_leader_counts_vms() {
+        let metrics = Metrics::new().unwrap();
+        let follower = metrics.text();
+        metrics.leader.set(1);
+        metrics.vms.with_label_values(&["running"]).set(7);
+        metrics.unprotected.set(2);
+        assert!(metrics.text().contains("ftvm_vms{phase=\"running\"} 7"));
+        metrics.leads_no_longer();
+        assert_eq!(metrics.text(), follower);
     }
 }

@@ -198,12 +198,15 @@ async fn apply(
         }
         Action::SetLeaseNodes { nodes } => {
             if let Some(record) = decide::record(seen) {
-                objects
-                    .set_lease_nodes(&name, &record.snapshot.uid.to_string(), nodes)
-                    .await?;
+                let (uid, version) = (record.snapshot.uid.to_string(), record.snapshot.version.to_string());
+                objects.set_lease_nodes(&name, &uid, &version, nodes).await?;
             }
         }
-        Action::Request { seat, uid, request } => objects.request(seat, uid, request).await?,
+        Action::Request { seat, uid, request } => {
+            if let Some(pod) = seen.pods.get(seat) {
+                objects.request(seat, uid, &pod.version, request).await?;
+            }
+        }
         Action::DeletePod {
             seat,
             uid,

@@ -82,17 +82,20 @@ pub async fn run(options: Options) -> Result<(), RunError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
     let listen = options.listen;
     let probes = serve::serve(listen, metrics.clone());
-    tokio::select! {
+    let mut election = Election::new(client.clone(), &options.pod_namespace, &options.pod_name, TIMES);
+    // What leads is dropped with this.
+    let ended = tokio::select! {
         ended = probes => ended.map_err(|source| RunError::Listen { listen, source }),
-        ended = elected(client, options, metrics) => ended,
+        ended = elected(&mut election, client, options, metrics) => ended,
         _ = end.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
-    }
+    };
+    election.release().await;
+    ended
 }
 
 /// Leads whenever it is elected. What led before is dropped, with all that it was doing, before it is waited for the next time.
-async fn elected(client: Client, options: Options, metrics: Metrics) -> Result<(), RunError> {
-    let mut election = Election::new(client.clone(), &options.pod_namespace, &options.pod_name, TIMES);
+async fn elected(election: &mut Election, client: Client, options: Options, metrics: Metrics) -> Result<(), RunError> {
     loop {
         tracing::info!(replica = %options.pod_name, "waits for the election");
         election.won().await;
@@ -104,7 +107,7 @@ async fn elected(client: Client, options: Options, metrics: Metrics) -> Result<(
             () = election.lost() => tracing::warn!(replica = %options.pod_name, "leads no longer"),
             ended = lead(client.clone(), options.clone(), metrics.clone()) => return ended,
         }
-        metrics.leader.set(0);
+        metrics.leads_no_longer();
     }
 }
 

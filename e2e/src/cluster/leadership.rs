@@ -34,6 +34,12 @@ fn is_election(write: &PodWrite) -> bool {
     asked.resource == "leases" && named && own.is_some() && asked.namespace.as_deref() == own
 }
 
+/// The pod of a replica, of which the Lease also says which process it is.
+#[must_use]
+pub fn pod_of(holder: &str) -> &str {
+    holder.split_once('_').map_or(holder, |(pod, _)| pod)
+}
+
 /// Judges writes that replicas of the operator sent. A replica that sends one must hold the Lease then: from when the API server was given
 /// the write with which another one took it, it does no more.
 #[must_use]
@@ -48,11 +54,12 @@ pub fn judge(writes: &[PodWrite], is_operator: impl Fn(&str) -> bool) -> Leaders
     elections.sort_by_key(|write| made(write));
     let holder = |write: &PodWrite| {
         let made = write.made.as_ref();
-        made.and_then(|made| made["spec"]["holderIdentity"].as_str())
-            .unwrap_or_default()
-            .to_owned()
+        let identity = made.and_then(|made| made["spec"]["holderIdentity"].as_str());
+        pod_of(identity.unwrap_or_default()).to_owned()
     };
     found.leaders = elections.iter().map(|write| holder(write)).collect();
+    // It was freed: nobody leads then.
+    found.leaders.retain(|leader| !leader.is_empty());
     found.leaders.dedup();
     for write in others {
         let replica = write.asked.asker.pod.clone().unwrap_or_default();
@@ -202,6 +209,18 @@ mod tests {
             (vec!["a".to_owned(), "b".to_owned()], Vec::new())
         );
         assert_eq!(found.writes, BTreeMap::from([("a".to_owned(), 2), ("b".to_owned(), 1)]));
+    }
+
+    /// Freed by a leader that ends: whoever writes then leads no more, and the next one needs no time.
+    #[test]
+    fn a_lease_that_is_free_is_nobodys() {
+        let play = || Play::new().holds("a_01", 10, 1).acts("a", 20).holds("", 30, 2);
+        let found = play().holds("b_02", 31, 3).acts("b", 32).judged();
+        assert_eq!(
+            (found.leaders, found.complaints),
+            (vec!["a".to_owned(), "b".to_owned()], Vec::new())
+        );
+        assert_eq!(play().acts("a", 31).judged().complaints.len(), 1);
     }
 
     /// The negative controls: two that lead at once, and one that was never elected.

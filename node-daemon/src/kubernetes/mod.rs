@@ -16,6 +16,7 @@ mod cpu;
 pub mod health;
 mod kvm_test;
 mod metrics;
+mod missing;
 mod node;
 mod pace;
 mod plugin;

@@ -34,11 +34,17 @@ struct Last {
     /// Those before it, oldest first: a watch may tell of an old state of the pod once more, which asks for what was done long ago.
     #[serde(default)]
     former: Vec<String>,
+    /// resourceVersion of the pod that asked for it, as a number, which grows (Kubernetes API concepts, "Resource versions").
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    version: Option<u64>,
+    /// A former one that the pod asks for once more, after the last one: it is refused. Found again by the next daemon.
+    #[serde(skip)]
+    again: Option<String>,
 }
 
 impl Last {
     /// The request that begins now, if none is under way and it was not begun before.
-    fn next(last: Option<&Last>, id: &str) -> Option<Last> {
+    fn next(last: Option<&Last>, id: &str, version: Option<u64>) -> Option<Last> {
         let mut former = Vec::new();
         if let Some(last) = last {
             if last.outcome.is_none() || last.id == id || last.former.iter().any(|former| former == id) {
@@ -52,6 +58,39 @@ impl Last {
             id: id.to_owned(),
             outcome: None,
             former,
+            version,
+            again: None,
+        })
+    }
+
+    /// What the pod asks for was begun before. Whoever asks for it anew is to be told so; an old state of the pod is not answered, because
+    /// the operator waits for the answer to what it asked for since.
+    fn noticed_again(&mut self, id: &str, version: Option<u64>) {
+        if self.outcome.is_none() || version.zip(self.version).is_some_and(|(now, known)| now < known) {
+            return;
+        }
+        if self.id == id {
+            self.again = None;
+        } else if self.former.iter().any(|former| former == id) {
+            self.again = Some(id.to_owned());
+        } else {
+            return;
+        }
+        self.version = version.or(self.version);
+    }
+
+    /// What is published.
+    fn done(&self) -> Option<DoneRequest> {
+        let refused = self.outcome.clone()?.refused;
+        Some(match &self.again {
+            Some(id) => DoneRequest {
+                id: id.clone(),
+                refused: Some("asked for before under this id: use another text".to_owned()),
+            },
+            None => DoneRequest {
+                id: self.id.clone(),
+                refused,
+            },
         })
     }
 }
@@ -84,13 +123,9 @@ impl Requests {
         }
     }
 
-    /// The last one that came to its end.
+    /// The last one that came to its end, or was refused because it was begun before.
     pub fn done(&self) -> Option<DoneRequest> {
-        let last = lock(&self.last).clone()?;
-        Some(DoneRequest {
-            id: last.id,
-            refused: last.outcome?.refused,
-        })
+        lock(&self.last).as_ref()?.done()
     }
 
     /// Looks at the pod's annotation and begins what is new there.
@@ -104,7 +139,12 @@ impl Requests {
             Err(error) => return tracing::warn!(seat = seat.seat.config().label(), "{error}"),
         };
         let mut last = lock(&self.last);
-        let Some(begun) = Last::next(last.as_ref(), &request.id) else {
+        let version = pod.metadata.resource_version.as_deref();
+        let version = version.and_then(|version| version.parse().ok());
+        let Some(begun) = Last::next(last.as_ref(), &request.id, version) else {
+            if let Some(last) = &mut *last {
+                last.noticed_again(&request.id, version);
+            }
             return;
         };
         if let Err(error) = self.folder.write_json(FILE, &begun) {

@@ -74,6 +74,8 @@ fn a_daemon_that_died_in_between_is_succeeded_by_one_that_kills_nothing() {
         id: "failover-x".to_owned(),
         outcome: None,
         former: Vec::new(),
+        version: None,
+        again: None,
     };
     rig.wait("the first daemon is done with it", |_| requests.done().is_some());
     folder.write_json(FILE, &begun).unwrap();
@@ -101,8 +103,12 @@ fn what_cant_be_remembered_is_not_begun() {
 }
 
 fn done(last: Option<&Last>, id: &str) -> Last {
-    let mut next = Last::next(last, id).expect("a new one");
-    assert!(Last::next(Some(&next), "another").is_none(), "one at a time");
+    done_at(last, id, None)
+}
+
+fn done_at(last: Option<&Last>, id: &str, version: Option<u64>) -> Last {
+    let mut next = Last::next(last, id, version).expect("a new one");
+    assert!(Last::next(Some(&next), "another", None).is_none(), "one at a time");
     next.outcome = Some(Outcome { refused: None });
     next
 }
@@ -114,14 +120,14 @@ fn what_was_begun_once_is_not_begun_again() {
     let second = done(Some(&first), "start-8");
     let third = done(Some(&second), "switchover-a");
     for id in ["stop-1-7", "start-8", "switchover-a"] {
-        assert!(Last::next(Some(&third), id).is_none(), "{id}");
+        assert!(Last::next(Some(&third), id, None).is_none(), "{id}");
     }
-    assert!(Last::next(Some(&third), "stop-2-9").is_some());
+    assert!(Last::next(Some(&third), "stop-2-9", None).is_some());
     // Nor by the next daemon, which reads it from its file; the file of an older release has the last one alone.
     let read: Last = serde_json::from_value(serde_json::to_value(&third).unwrap()).unwrap();
-    assert!(Last::next(Some(&read), "stop-1-7").is_none());
+    assert!(Last::next(Some(&read), "stop-1-7", None).is_none());
     let older: Last = serde_json::from_str(r#"{"id": "a", "outcome": {"refused": null}}"#).unwrap();
-    assert!(Last::next(Some(&older), "a").is_none() && Last::next(Some(&older), "b").is_some());
+    assert!(Last::next(Some(&older), "a", None).is_none() && Last::next(Some(&older), "b", None).is_some());
 }
 
 #[test]
@@ -132,4 +138,37 @@ fn what_is_remembered_is_bounded() {
     }
     assert_eq!(last.former.len(), FORMER_MAX);
     assert_eq!(last.former[0], (FORMER_MAX - 1).to_string());
+}
+
+/// Texts of switchovers A, B, C, D and A once more: each seat was asked for every other one.
+#[test]
+fn a_text_that_is_used_again_is_refused() {
+    let first = done_at(None, "switchover-a", Some(10));
+    let mut last = done_at(Some(&first), "switchover-c", Some(20));
+    let published = |last: &Last| last.done().map(|done| (done.id, done.refused.is_some()));
+    let of_c = Some(("switchover-c".to_owned(), false));
+    let of_a = Some(("switchover-a".to_owned(), true));
+    // An old state of the pod that is told once more hides no answer that is waited for.
+    last.noticed_again("switchover-a", Some(10));
+    assert_eq!(published(&last), of_c);
+    last.noticed_again("switchover-a", Some(21));
+    assert_eq!(published(&last), of_a);
+    last.noticed_again("switchover-c", Some(20));
+    assert_eq!(published(&last), of_a, "old");
+    // The next daemon finds it in the pod; so does one whose file is of an older release.
+    for text in [
+        serde_json::to_string(&last).unwrap(),
+        r#"{"id": "switchover-c", "outcome": {"refused": null}, "former": ["switchover-a"]}"#.to_owned(),
+    ] {
+        let mut read: Last = serde_json::from_str(&text).unwrap();
+        assert_eq!(published(&read), of_c);
+        read.noticed_again("switchover-a", Some(21));
+        assert_eq!(published(&read), of_a);
+    }
+    // What is new goes on as ever.
+    let mut last = done_at(Some(&last), "switchover-e", Some(22));
+    assert_eq!(published(&last), Some(("switchover-e".to_owned(), false)));
+    last.outcome = None;
+    last.noticed_again("switchover-a", Some(23));
+    assert_eq!(published(&last), None, "under way");
 }

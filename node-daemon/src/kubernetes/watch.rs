@@ -14,6 +14,7 @@ use kube::{Client, Resource};
 use tokio::sync::Notify;
 
 use super::health::Health;
+use super::missing::Missing;
 use super::node::{Node, NodeSeat};
 use crate::explain;
 
@@ -21,8 +22,8 @@ use crate::explain;
 const LOOK: Duration = Duration::from_millis(250);
 /// A write that takes longer is taken for failed.
 const WRITE_MAX: Duration = Duration::from_secs(5);
-/// An answer to a question takes no longer, and is asked for again after this time.
-const ASK_MAX: Duration = Duration::from_secs(2);
+/// First and longest pause before a watch begins anew that just did.
+const ANEW: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Runs for ever.
 pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
@@ -43,7 +44,7 @@ pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
         .labels(&format!("{LABEL_MANAGED_BY}={MANAGED_BY}"));
     let pods = follow::<Pod>(Api::all(client.clone()), pods, changed.clone());
     let vms = follow::<FaultTolerantVM>(Api::all(client.clone()), watcher::Config::default(), changed.clone());
-    let (mut ready, mut asked) = (false, None::<Instant>);
+    let (mut ready, mut missing) = (false, Missing::default());
     loop {
         // Whichever comes first; both are looked at.
         let _ = tokio::time::timeout(LOOK, changed.notified()).await;
@@ -55,10 +56,8 @@ pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
             health.synced(ready);
         }
         let (node, pods, vms) = (node.clone(), pods.state(), vms.state());
-        if ready && asked.is_none_or(|asked| asked.elapsed() >= ASK_MAX) {
-            let missing = node.missing(&pods);
-            asked = (!missing.is_empty()).then(Instant::now);
-            futures::future::join_all(missing.iter().map(|seat| ask_for(&client, seat))).await;
+        if ready {
+            missing.look(&client, &node.missing(&pods));
         }
         let work = tokio::task::spawn_blocking(move || {
             if ready {
@@ -93,45 +92,53 @@ where
     store
 }
 
-/// Whether a pod that the watch does not have is gone: a list may be old, and then its watch is, too. Past every cache.
-async fn ask_for(client: &Client, seat: &NodeSeat) {
-    let known = seat.known();
-    let api: Api<Pod> = Api::namespaced(client.clone(), &known.namespace);
-    let asking = api.get_metadata_opt(&known.config.seat);
-    match tokio::time::timeout(ASK_MAX, asking).await {
-        Ok(Ok(pod)) => {
-            let uid = pod.and_then(|pod| pod.metadata.uid);
-            if uid.as_deref() == Some(&known.seat_id.to_string()) {
-                tracing::warn!(
-                    seat = known.config.label(),
-                    "the watch lacks a pod that is there: it is old"
-                );
-            } else {
-                seat.is_gone();
-            }
-        }
-        // It is asked again.
-        Ok(Err(error)) => tracing::debug!(seat = known.config.label(), "its pod: {}", explain(&error)),
-        Err(_) => {}
-    }
-}
-
 /// A watch for ever. kube-rs asks for a watch that is refused with 410 again and again from the same state, which never comes back; this one
-/// begins anew with a list, as it does itself when it is told so by an event.
+/// begins anew with a list, as it does itself when it is told so by an event. Where that happens again and again, later and later: lists cost
+/// an API server most, and each one that succeeds ends the back-off around this.
 fn lasting<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send
 where
     K: Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
     let begin = move || watcher(api.clone(), config.clone()).boxed();
-    futures::stream::unfold((begin(), begin), |(mut watch, begin)| async move {
-        let event = watch.next().await?;
-        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &event
-            && status.code == 410
-        {
+    let state = (begin(), begin, Anew::default(), None);
+    futures::stream::unfold(state, |(mut watch, begin, mut anew, pause)| async move {
+        if let Some(pause) = pause {
+            tokio::time::sleep(pause).await;
             watch = begin();
         }
-        Some((event, (watch, begin)))
+        let event = watch.next().await?;
+        let pause = is_gone(&event).then(|| anew.pause(Instant::now()));
+        Some((event, (watch, begin, anew, pause)))
     })
+}
+
+/// The state that a watch would go on from is gone.
+fn is_gone<K>(event: &watcher::Result<watcher::Event<K>>) -> bool {
+    match event {
+        Err(watcher::Error::WatchStartFailed(kube::Error::Api(status)) | watcher::Error::WatchError(status)) => {
+            status.code == 410
+        }
+        _ => false,
+    }
+}
+
+/// How long is waited before a watch begins anew.
+#[derive(Default)]
+struct Anew {
+    pause: Duration,
+    last: Option<Instant>,
+}
+
+impl Anew {
+    /// Nothing at first, then twice as long as the last time; nothing again once a watch went well for far longer than that.
+    fn pause(&mut self, now: Instant) -> Duration {
+        let calm = ANEW.1 + self.pause;
+        self.pause = match self.last.replace(now) {
+            Some(last) if now.saturating_duration_since(last) < calm => (2 * self.pause).clamp(ANEW.0, ANEW.1),
+            _ => Duration::ZERO,
+        };
+        self.pause
+    }
 }
 
 /// A write that is due.
@@ -167,5 +174,23 @@ async fn write(client: &Client, due: Due) {
             due.seat.publisher.failed();
         }
         Err(_) => due.seat.publisher.failed(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_begins_anew_again_and_again_does_so_more_and_more_rarely() {
+        let (mut anew, mut now) = (Anew::default(), Instant::now());
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            let pause = anew.pause(now);
+            pauses.push(pause.as_secs());
+            now += pause + Duration::from_secs(1);
+        }
+        assert_eq!(pauses, [0, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!(anew.pause(now + 3 * ANEW.1), Duration::ZERO);
     }
 }

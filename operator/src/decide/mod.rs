@@ -124,10 +124,8 @@ pub enum Action {
 impl Action {
     /// Is it more than a write over exactly what was observed, or one that any later look would correct?
     fn needs_certainty(&self) -> bool {
-        !matches!(
-            self,
-            Action::AddFinalizer | Action::Admit { .. } | Action::SetLeaseNodes { .. }
-        )
+        // What names a Lease's nodes, too: over an old version it would come to nothing until the watch tells the new one.
+        !matches!(self, Action::AddFinalizer | Action::Admit { .. })
     }
 }
 

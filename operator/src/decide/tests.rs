@@ -1,5 +1,5 @@
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, ANNOTATION_SWITCHOVER};
-use ftvm_crds::seat::{Order, SeatRequest, SeatRole};
+use ftvm_crds::seat::{DoneRequest, Order, SeatRequest, SeatRole};
 use ftvm_crds::{Outcome, RunStrategy, VmPhase};
 use ftvm_protocol::record::Phase;
 
@@ -392,6 +392,27 @@ fn a_switchover_is_asked_for_once_and_its_outcome_is_kept() {
     let outcome = world.vm.status.as_ref().unwrap().switchover.clone().unwrap();
     assert_eq!((outcome.request.as_str(), outcome.outcome), ("today", Outcome::Done));
     assert!(!world.step());
+}
+
+/// A text that was used before: the daemon says so, and the outcome is that, not a wait for ever.
+#[test]
+fn a_switchover_that_the_daemon_refuses_is_told_as_refused() {
+    let mut world = protected(3);
+    let annotations = world.vm.metadata.annotations.get_or_insert_default();
+    annotations.insert(ANNOTATION_SWITCHOVER.to_owned(), "today".to_owned());
+    world.step();
+    let (active, _) = seats(&world);
+    let pod = world.pods.get_mut(&active.name).unwrap();
+    pod.published.as_mut().unwrap().done_request = Some(DoneRequest {
+        id: "switchover-today".to_owned(),
+        refused: Some("asked for before".to_owned()),
+    });
+    world.step();
+    let outcome = world.vm.status.as_ref().unwrap().switchover.clone().unwrap();
+    assert_eq!(
+        (outcome.outcome, outcome.why.as_deref()),
+        (Outcome::Refused, Some("asked for before"))
+    );
 }
 
 #[test]
