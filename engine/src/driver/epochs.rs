@@ -14,6 +14,7 @@ use crate::checkpoint::{Decision, Observation};
 use crate::control::{CommandId, Digest, Reply};
 use crate::outbox::Output;
 use crate::pause::clock::{PauseClock, Step};
+use crate::replication::changed::Holds;
 use crate::replication::epoch::{Port, PortData, SealedEpoch};
 use crate::replication::pages::CopiedPages;
 use crate::replication::resync;
@@ -242,6 +243,10 @@ impl Driver {
         if let Some(over) = self.pause_over.take() {
             over.count(&mut self.figures);
         }
+        if seal == Seal::Freeze {
+            // The order to run comes next: from now on the follower may change its disks by itself.
+            self.seat.changed.forget();
+        }
         let mut clock = PauseClock::start();
         let epoch = self.seat.gate().epoch();
         if self.leading.is_none() {
@@ -279,6 +284,13 @@ impl Driver {
             outputs: Vec::new(),
             contains_flush: changes.contains_flush || seal == Seal::Final,
         };
+        if seal != Seal::Freeze {
+            let durable = sealed.contains_flush || sealed.base.is_none();
+            let stream = leading.stream;
+            self.seat
+                .changed
+                .sealed(leading.peer.seat, Holds { stream, epoch }, durable);
+        }
         let rounds = leading.pacer.rounds();
         leading.base = Some(epoch);
         leading.stage = Stage::Streaming;
@@ -388,6 +400,10 @@ impl Driver {
     /// Forgets what the core counts as acknowledged.
     pub(super) fn acknowledged(&mut self, acked: Epoch) {
         let Some(leading) = self.leading.as_mut() else { return };
+        if leading.unacknowledged().is_some_and(|epoch| epoch <= acked) {
+            let stream = leading.stream;
+            self.seat.changed.acknowledged(Holds { stream, epoch: acked });
+        }
         while leading.in_flight.front().is_some_and(|(epoch, _)| *epoch <= acked) {
             if let Some((_, sealed)) = leading.in_flight.pop_front() {
                 let elapsed = sealed.elapsed();

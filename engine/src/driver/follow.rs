@@ -16,6 +16,7 @@ use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
+use crate::replication::changed::Stream;
 use crate::replication::epoch::{
     EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input,
 };
@@ -128,8 +129,12 @@ pub struct Place {
     pub limits: StagingLimits,
     /// What a guest finds here.
     pub offer: Offer,
-    /// Where the leader learns how much of the resync was taken.
+    /// The session.
+    pub stream: Stream,
+    /// Where the leader learns what the disks hold, and how much of the resync was taken.
     pub credit: LinkSender,
+    /// Whether the version agreed on lets this side say what its disks hold.
+    pub tells_holds: bool,
     /// Bytes of frames that may wait for the receiving thread.
     pub waiting_bytes: usize,
 }
@@ -270,7 +275,7 @@ impl Follower {
         Self {
             session,
             receiver: EpochReceiver::new(place.limits.clone(), last_epoch),
-            resync: ResyncTarget::new(&place.limits, place.offer.clone()),
+            resync: ResyncTarget::new(&place.limits, place.offer.clone(), place.tells_holds),
             place,
             staged: VecDeque::new(),
             applied,
@@ -284,6 +289,10 @@ impl Follower {
     fn run(mut self, todo: &Receiver<Job>, backlog: &Backlog) {
         // A stream that failed brings nothing more; what was staged before is still this seat's state to take over from.
         let mut failed = false;
+        if let Err(why) = self.begin() {
+            failed = true;
+            self.report(News::Failed(why.into()));
+        }
         while let Ok(job) = todo.recv() {
             if let Job::Frame(frame) = &job {
                 // Before it is decoded: whoever keeps it counts it again.
@@ -324,6 +333,15 @@ impl Follower {
         }
     }
 
+    /// A seat that goes on from its own state has that of the stream from here on; one that joins will, with its checkpoint.
+    fn begin(&mut self) -> Result<(), String> {
+        if self.applied.is_none() {
+            return Ok(());
+        }
+        let begun = self.place.disks.begin_stream(self.place.stream);
+        begun.map_err(|error| error.to_string())
+    }
+
     fn report(&self, news: News) {
         self.queue.follow(Report {
             session: self.session,
@@ -338,7 +356,7 @@ impl Follower {
                 self.inputs.add(frame.epoch, items);
                 Ok(())
             }
-            Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => {
+            Kind::ResyncBegin | Kind::ResyncPlan | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => {
                 let place = &mut self.place;
                 let taken = self
                     .resync
@@ -347,9 +365,9 @@ impl Follower {
                     why: error.to_string(),
                     code: error.exit_code(),
                 });
-                if let Some(credit) = taken? {
+                if let Some((kind, answer)) = taken? {
                     // A link that refuses is down, and its event is under way.
-                    let _ = place.credit.try_send(Kind::Credit, 0, self.session.0, credit);
+                    let _ = place.credit.try_send(kind, 0, self.session.0, answer);
                 }
                 self.receiver.bulk_frame();
                 Ok(())
@@ -372,6 +390,11 @@ impl Follower {
     fn stage(&mut self, staged: StagedEpoch) -> Result<(), String> {
         let joins = staged.base.is_none();
         let disks = &mut self.place.disks;
+        if joins {
+            disks
+                .begin_stream(self.place.stream)
+                .map_err(|error| error.to_string())?;
+        }
         disks
             .stage(staged.epoch, &staged.disk, staged.contains_flush || joins)
             .map_err(|error| error.to_string())?;

@@ -28,6 +28,7 @@ use crate::machine::{EventSender, Machine, MachineConfig, MachineError};
 use crate::memory::PAGE_SIZE;
 use crate::outbox::{self, Outbox};
 use crate::pause::PauseGate;
+use crate::replication::changed::{ChangedBlocks, Stream};
 use crate::replication::epoch::StagingLimits;
 use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsError, TlsIdentity};
 use crate::replication::memory::PageMemory;
@@ -141,6 +142,8 @@ pub struct Seat {
     pub inbox: Arc<Inbox>,
     /// Disk changes of the running epoch.
     pub disk_log: Arc<DiskLog>,
+    /// What has changed on the disks since a follower had the same.
+    pub changed: Arc<ChangedBlocks>,
     /// What an epoch may hold.
     pub limits: EpochLimits,
     /// By NIC: its tap.
@@ -213,9 +216,12 @@ pub fn prepare(
     outbox.on_waiting(move || waits.output_waits());
     let boot = boot_source(launch, fds)?;
     let waits = queue.clone();
-    let disk_log = Arc::new(DiskLog::new(limits.disk_bytes, limits.recorded_bytes, move || {
+    let sizes: Vec<_> = volumes.iter().map(|volume| volume.size_bytes()).collect();
+    let changed = Arc::new(ChangedBlocks::new(&sizes));
+    let log = DiskLog::new(changed.clone(), limits.disk_bytes, limits.recorded_bytes, move || {
         waits.output_waits()
-    }));
+    });
+    let disk_log = Arc::new(log);
     let parts = build(
         &kvm,
         &machine,
@@ -235,6 +241,7 @@ pub fn prepare(
         outbox,
         inbox: parts.inbox,
         disk_log,
+        changed,
         limits,
         taps: parts.taps,
         macs: parts.macs,
@@ -569,7 +576,10 @@ pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, que
 
 /// Frames that carry a session's data, as opposed to control messages.
 fn is_of_session(kind: Kind) -> bool {
-    !matches!(kind, Kind::Hello | Kind::Control | Kind::Credit | Kind::Trouble)
+    !matches!(
+        kind,
+        Kind::Hello | Kind::Control | Kind::Credit | Kind::ResyncHolds | Kind::Trouble
+    )
 }
 
 /// What a thread that the driver starts is for.
@@ -651,12 +661,14 @@ impl Seat {
     }
 
     /// What a receiving thread works on.
-    pub fn follower_place(&mut self, credit: LinkSender) -> Result<Place, String> {
+    pub fn follower_place(&mut self, credit: LinkSender, stream: Stream, tells_holds: bool) -> Result<Place, String> {
         let page_count = self.machine.ram().pages();
         Ok(Place {
             memory: self.page_memory(),
             disks: self.open_disks()?,
+            stream,
             credit,
+            tells_holds,
             offer: Offer {
                 cpu: self.machine.cpu_offer().clone(),
                 nics: self.nics.clone(),

@@ -2,9 +2,12 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use twox_hash::XxHash3_128;
 
 /// A volume or file of fixed size. Shared between threads; concurrent changes of the same range leave either content.
 pub trait Storage: Send + Sync {
@@ -18,6 +21,20 @@ pub trait Storage: Send + Sync {
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Returns when everything written before is durable.
     fn sync(&self) -> io::Result<()>;
+    /// What tells it from another that takes its place later, under the same name; none if nothing does.
+    fn identity(&self) -> Option<u128> {
+        None
+    }
+}
+
+/// What tells these volumes from others, or the same ones in another order; none if nothing does.
+pub fn identity_of(volumes: &[Arc<dyn Storage>]) -> Option<u128> {
+    let mut bytes = Vec::new();
+    for volume in volumes {
+        bytes.extend_from_slice(&volume.identity()?.to_le_bytes());
+        bytes.extend_from_slice(&volume.size_bytes().to_le_bytes());
+    }
+    Some(XxHash3_128::oneshot(&bytes))
 }
 
 /// Written at once when a file system can't zero a range by itself.
@@ -28,6 +45,7 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 pub struct FileStorage {
     file: File,
     size_bytes: u64,
+    identity: Option<u128>,
 }
 
 impl FileStorage {
@@ -46,7 +64,21 @@ impl FileStorage {
                 format!("it has {has} bytes, {size_bytes} are needed"),
             ));
         }
-        Ok(Self { file, size_bytes })
+        // A file that is made anew may get the number of the one before, and never its time of birth. Contents that somebody
+        // writes into the file don't show.
+        let born = metadata
+            .created()
+            .ok()
+            .and_then(|born| born.duration_since(UNIX_EPOCH).ok());
+        let identity = born.map(|born| {
+            let [inode, born] = [u128::from(metadata.ino()), born.as_nanos()].map(u128::to_le_bytes);
+            XxHash3_128::oneshot(&[inode, born].concat())
+        });
+        Ok(Self {
+            file,
+            size_bytes,
+            identity,
+        })
     }
 
     /// Like [`Self::new`] for a regular file that is made longer if it is too short: all of it is allocated, so that
@@ -119,5 +151,9 @@ impl Storage for FileStorage {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn identity(&self) -> Option<u128> {
+        self.identity
     }
 }

@@ -310,3 +310,90 @@ fn a_volume_that_fails_keeps_the_journal() {
     open(&storage, &mended).expect("recovers");
     assert_eq!(mended.bytes(), states[6]);
 }
+
+fn stream(session: u64) -> Stream {
+    Stream {
+        leader: ftvm_protocol::identity::Incarnation {
+            seat: ftvm_protocol::identity::SeatId(u128::MAX - 5),
+            start: 9,
+        },
+        session: ftvm_protocol::identity::SessionId(session),
+    }
+}
+
+/// What the journal proves of its volumes is the last epoch that counts, through every change of halves and every new start.
+#[test]
+fn the_journal_says_what_the_volumes_hold() {
+    let (storage, mut journal) = fresh();
+    let mut seeded = Seeded::new(4);
+    append_epochs(&mut journal, &mut seeded, 1..=3);
+    let disk = volume();
+    let (mut journal, recovered) = open(&storage, &disk).expect("recovers");
+    assert_eq!((recovered.last, recovered.holds), (Some(3), None), "of no stream");
+    journal.begin(stream(7), None).expect("no fault");
+    let (mut journal, recovered) = {
+        drop(journal);
+        open(&storage, &disk).expect("recovers")
+    };
+    assert_eq!(recovered.holds, None, "nothing is durable yet");
+    journal.begin(stream(7), None).expect("no fault");
+    let mut epoch = 10;
+    let mut halves = std::collections::BTreeSet::new();
+    while halves.len() < 2 || epoch < 40 {
+        epoch += 1;
+        let change = DiskChange::written(0, 0, &seeded.bytes(4096));
+        journal.append(epoch, &[change], true, Some(epoch - 1)).expect("room");
+        halves.insert(journal.current);
+    }
+    let holds = Some(Holds {
+        stream: stream(7),
+        epoch,
+    });
+    for _ in 0..3 {
+        let (_, recovered) = open(&storage, &disk).expect("recovers");
+        assert_eq!(recovered.holds, holds, "also when nothing is replayed any more");
+    }
+    let (mut journal, _) = open(&storage, &disk).expect("recovers");
+    journal.begin(stream(8), Some(77)).expect("no fault");
+    assert_eq!(
+        open(&storage, &disk)
+            .expect("recovers")
+            .1
+            .holds
+            .map(|holds| holds.epoch),
+        Some(77)
+    );
+    let other = MemStorage::called(disk.bytes(), 5);
+    let (mut journal, recovered) = open(&storage, &other).expect("recovers");
+    assert_eq!(recovered.holds, None, "another disk");
+    journal.begin(stream(8), Some(77)).expect("no fault");
+    journal.reset().expect("no fault");
+    assert_eq!(
+        open(&storage, &other).expect("recovers").1.holds,
+        None,
+        "anybody may write from here on"
+    );
+}
+
+/// A header of an engine that knows no streams has zeroes there.
+#[test]
+fn headers_keep_their_origin_and_old_ones_have_none() {
+    let origin = |holds| Origin {
+        stream: stream(3),
+        volumes: u128::MAX / 3,
+        holds,
+    };
+    for origin in [None, Some(origin(None)), Some(origin(Some(u64::MAX)))] {
+        let header = HalfHeader {
+            generation: 5,
+            follows: Some(4),
+            origin,
+        };
+        let bytes = header.encode();
+        assert_eq!(HalfHeader::decode(&bytes), Some(header));
+        assert_eq!(
+            bytes[25..HALF_HEADER_BYTES - 4].iter().all(|&byte| byte == 0),
+            origin.is_none()
+        );
+    }
+}

@@ -1,9 +1,10 @@
-//! How much may be under way: the sender's side of `Credit` frames.
+//! What the other side says during a resync: how much may be under way (`Credit` frames), and what its disks hold.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::ResyncError;
+use super::{ResyncError, Told};
+use crate::replication::changed::Holds;
 use crate::replication::epoch::PayloadError;
 use crate::replication::pages::SinkClosed;
 
@@ -18,11 +19,12 @@ const STALL_LIMIT: Duration = Duration::from_secs(30);
 struct State {
     sent: u64,
     confirmed: u64,
+    told: Option<Told>,
     closed: bool,
 }
 
-/// Counts what was sent and what the receiver confirmed. The driver hands it every `Credit` frame of the session, and
-/// closes it when the session is over.
+/// Counts what was sent and what the receiver confirmed. The driver hands it every `Credit` and `ResyncHolds` frame of the
+/// session, and closes it when the session is over.
 #[derive(Debug, Default)]
 pub struct ResyncWindow {
     state: Mutex<State>,
@@ -46,6 +48,46 @@ impl ResyncWindow {
         state.confirmed = confirmed;
         self.changed.notify_all();
         Ok(())
+    }
+
+    /// Takes the payload of a `ResyncHolds` frame, of which there is one.
+    pub fn told(&self, payload: &[u8]) -> Result<(), ResyncError> {
+        let malformed = PayloadError::Malformed("ResyncHolds");
+        let told = match postcard::take_from_bytes(payload) {
+            Ok((told, [])) => told,
+            _ => return Err(malformed.into()),
+        };
+        let mut state = self.state();
+        if state.told.is_some() {
+            return Err(malformed.into());
+        }
+        state.told = Some(told);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until the other side has said what its disks hold.
+    pub(super) fn wait_told(&self) -> Result<Option<Holds>, ResyncError> {
+        let mut state = self.state();
+        loop {
+            if state.closed {
+                return Err(SinkClosed.into());
+            }
+            if let Some(told) = state.told {
+                return Ok(told.holds);
+            }
+            let (after, timeout) = self
+                .changed
+                .wait_timeout(state, STALL_LIMIT)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = after;
+            if timeout.timed_out() && state.told.is_none() {
+                return Err(ResyncError::Stalled {
+                    seconds: STALL_LIMIT.as_secs(),
+                    waiting_bytes: state.sent - state.confirmed,
+                });
+            }
+        }
     }
 
     /// Nobody waits any more.
@@ -79,6 +121,11 @@ impl ResyncWindow {
             }
         }
     }
+}
+
+/// Payload of a `ResyncHolds` frame.
+pub(super) fn told_payload(holds: Option<Holds>) -> Result<Vec<u8>, PayloadError> {
+    postcard::to_allocvec(&Told { holds }).map_err(|_| PayloadError::Malformed("ResyncHolds"))
 }
 
 /// Payload of a `Credit` frame: all bytes of resync payloads taken so far.
