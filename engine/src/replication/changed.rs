@@ -50,7 +50,7 @@ pub struct Holds {
 
 /// A set of grains of one disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Grains {
+pub struct Grains {
     words: Vec<u64>,
     size_bytes: u64,
     /// Bits set.
@@ -95,17 +95,21 @@ impl Grains {
         }
     }
 
-    /// Bytes of the disk, in order and as few pieces as there are.
-    fn extents(&self) -> Vec<Range<u64>> {
-        let mut extents: Vec<Range<u64>> = Vec::new();
-        for grain in (0..self.size_bytes.div_ceil(GRAIN_BYTES)).filter(|grain| self.has(*grain)) {
-            let (start, end) = (grain * GRAIN_BYTES, ((grain + 1) * GRAIN_BYTES).min(self.size_bytes));
-            match extents.last_mut() {
-                Some(last) if last.end == start => last.end = end,
-                _ => extents.push(start..end),
-            }
-        }
-        extents
+    /// Bytes of the disk, in order, in as few pieces as there are. One after the other: there may be millions.
+    pub fn extents(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let grains = self.size_bytes.div_ceil(GRAIN_BYTES);
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let start = (next..grains).find(|grain| self.has(*grain))?;
+            let end = (start..grains).find(|grain| !self.has(*grain)).unwrap_or(grains);
+            next = end;
+            Some(start * GRAIN_BYTES..(end * GRAIN_BYTES).min(self.size_bytes))
+        })
+    }
+
+    /// Bytes of the disk in all of them.
+    pub fn bytes(&self) -> u64 {
+        self.extents().map(|extent| extent.end - extent.start).sum()
     }
 }
 
@@ -271,7 +275,7 @@ impl ChangedBlocks {
 
     /// By disk, what may differ from the disks of seat `by`, which says what they hold. Whatever changes from now on comes on
     /// top.
-    pub fn since(&self, by: SeatId, claim: Option<Holds>) -> Result<Vec<Vec<Range<u64>>>, Unknown> {
+    pub fn since(&self, by: SeatId, claim: Option<Holds>) -> Result<Vec<Grains>, Unknown> {
         let books = self.books();
         let claim = claim.ok_or(Unknown::NoClaim)?;
         let held = books.held.ok_or(Unknown::NoRecord)?;
@@ -293,7 +297,7 @@ impl ChangedBlocks {
         let disks = books.since.iter().zip(&books.after).map(|(since, after)| {
             let mut all = since.clone();
             all.add(after);
-            all.extents()
+            all
         });
         Ok(disks.collect())
     }

@@ -11,7 +11,7 @@ use super::window::ResyncWindow;
 use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, Plan, ResyncError};
 use crate::kvm::CpuBaseline;
 use crate::replication::buffers;
-use crate::replication::changed::{Holds, Unknown};
+use crate::replication::changed::{Grains, Holds, Unknown};
 use crate::replication::epoch::{DiskChange, EpochSender, NumberedStream, wire};
 use crate::replication::memory::{PAGE_SIZE, PageMemory};
 use crate::replication::pages::{ChunkSink, EncodeError, LivePages, PageStats, SinkClosed};
@@ -94,9 +94,7 @@ impl ResyncStats {
 }
 
 type Feed = Box<dyn FnMut() -> Vec<DiskChange> + Send>;
-/// By disk, in order: what to copy.
-type Extents = Vec<Vec<Range<u64>>>;
-type Changed = Box<dyn FnOnce(Option<Holds>) -> Result<Extents, Unknown> + Send>;
+type Changed = Box<dyn FnOnce(Option<Holds>) -> Result<Vec<Grains>, Unknown> + Send>;
 
 /// Copies a running machine.
 pub struct ResyncSource {
@@ -135,7 +133,10 @@ impl ResyncSource {
     /// Asks the other side what its disks hold, and copies what `changed` says may differ from that, if it can say. It is called
     /// after recording began.
     #[must_use]
-    pub fn asking(mut self, changed: impl FnOnce(Option<Holds>) -> Result<Extents, Unknown> + Send + 'static) -> Self {
+    pub fn asking(
+        mut self,
+        changed: impl FnOnce(Option<Holds>) -> Result<Vec<Grains>, Unknown> + Send + 'static,
+    ) -> Self {
         self.changed = Some(Box::new(changed));
         self
     }
@@ -172,12 +173,13 @@ impl ResyncSource {
             "ResyncBegin",
         )?;
         bulk.send(Kind::ResyncBegin, begin)?;
-        let extents = match self.changed.take() {
+        let changed = match self.changed.take() {
             Some(changed) => self.plan(changed, &bulk)?,
             None => None,
         };
-        let extents = extents.unwrap_or_else(|| disk_bytes.iter().map(|&size| whole(size)).collect());
-        let copied_bytes = extents.iter().map(|extents| bytes_of(extents)).sum();
+        let copied_bytes = changed
+            .as_ref()
+            .map_or(all_bytes, |disks| disks.iter().map(Grains::bytes).sum());
         self.progress.begin(memory_bytes + copied_bytes);
         let mut resync = Resync {
             source: self,
@@ -189,7 +191,11 @@ impl ResyncSource {
                 ..ResyncStats::default()
             },
         };
-        for (extents, disk) in extents.into_iter().zip(0u16..) {
+        for (size, disk) in disk_bytes.into_iter().zip(0u16..) {
+            let extents: Box<dyn Iterator<Item = Range<u64>>> = match &changed {
+                Some(disks) => Box::new(disks[usize::from(disk)].extents()),
+                None => Box::new(std::iter::once(0..size)),
+            };
             for extent in extents {
                 resync.stats.disk_changes += resync.source.copy_blocks(disk, extent, &resync.bulk)?;
             }
@@ -199,20 +205,20 @@ impl ResyncSource {
     }
 
     /// What to copy of disks that hold what the other side says, if that is known; tells the other side.
-    fn plan(&self, changed: Changed, bulk: &Bulk) -> Result<Option<Extents>, ResyncError> {
-        let extents = match changed(self.window.wait_told()?) {
-            Ok(extents) => Some(extents),
+    fn plan(&self, changed: Changed, bulk: &Bulk) -> Result<Option<Vec<Grains>>, ResyncError> {
+        let grains = match changed(self.window.wait_told()?) {
+            Ok(grains) => Some(grains),
             Err(why) => {
                 tracing::info!("the other side's disks are copied whole: {why}");
                 None
             }
         };
-        let bytes = |extents: &Extents| extents.iter().map(|extents| bytes_of(extents)).collect();
+        let bytes = |disks: &Vec<Grains>| disks.iter().map(Grains::bytes).collect();
         let plan = Plan {
-            changed_bytes: extents.as_ref().map(bytes),
+            changed_bytes: grains.as_ref().map(bytes),
         };
         bulk.send(Kind::ResyncPlan, wire::sequenced(0, &plan, "ResyncPlan")?)?;
-        Ok(extents)
+        Ok(grains)
     }
 
     fn copy_blocks(&mut self, disk: u16, extent: Range<u64>, bulk: &Bulk) -> Result<u64, ResyncError> {
@@ -311,14 +317,6 @@ impl Drop for ResyncSource {
     fn drop(&mut self) {
         self.progress.end();
     }
-}
-
-fn whole(size: u64) -> Vec<Range<u64>> {
-    std::iter::once(0..size).filter(|all| !all.is_empty()).collect()
-}
-
-fn bytes_of(extents: &[Range<u64>]) -> u64 {
-    extents.iter().map(|extent| extent.end - extent.start).sum()
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
