@@ -48,7 +48,7 @@ struct Scene {
 }
 
 impl Scene {
-    fn start(test: &str) -> Scene {
+    fn start(test: &str, programs: &Programs) -> Scene {
         let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(test);
         std::fs::remove_dir_all(&folder).ok();
         std::fs::create_dir_all(&folder).expect("the target folder is writable");
@@ -61,7 +61,7 @@ impl Scene {
         disk.write_all_at(&contents, QUIET).expect("its contents");
         // A host that is busy for a while must not count as dead.
         let timing = serde_json::json!({ "peer_lost_ms": 3000 });
-        let mut system = Standalone::new(Rc::clone(&lab), &built(), &folder, &Options::default()).with_timing(timing);
+        let mut system = Standalone::new(Rc::clone(&lab), programs, &folder, &Options::default()).with_timing(timing);
         system.start().expect("the pair starts");
         let guest = SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT));
         let entrance = lab.client_entrance().expect("where clients stand");
@@ -178,8 +178,9 @@ fn rename_session(journal: &File) {
 
 #[test]
 fn a_standby_that_comes_back_gets_what_changed() {
+    let programs = built();
     test_inside("a_standby_that_comes_back_gets_what_changed", || {
-        let mut scene = Scene::start("changed");
+        let mut scene = Scene::start("changed", &programs);
         assert_eq!(scene.copied(), DISK_BYTES, "the first time it has nothing");
         scene.write(20);
         for _ in 0..2 {
@@ -214,8 +215,9 @@ fn a_standby_that_comes_back_gets_what_changed() {
 /// Each disk differs where no change is known of: only a whole copy makes the sides equal again.
 #[test]
 fn a_disk_that_is_not_what_it_was_is_copied_whole() {
+    let programs = built();
     test_inside("a_disk_that_is_not_what_it_was_is_copied_whole", || {
-        let mut scene = Scene::start("spoilt");
+        let mut scene = Scene::start("spoilt", &programs);
         scene.write(20);
         // Changed by hand, with a journal that says so.
         scene.power_off();

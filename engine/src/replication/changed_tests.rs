@@ -54,6 +54,12 @@ fn what_was_written_since_an_acknowledged_epoch_is_what_may_differ() {
     // Sealed as durable, and never acknowledged: the follower may have it, and may not.
     changed.sealed(FOLLOWER, at(1, 12), true);
     changed.mark(0, 7 * GRAIN_BYTES, 512);
+    let marked = extents(changed.since(FOLLOWER, Some(at(1, 12)))).expect("known");
+    assert_eq!(
+        marked[0].last(),
+        Some(&(7 * GRAIN_BYTES..8 * GRAIN_BYTES)),
+        "before the stream is over"
+    );
     changed.over();
     changed.acknowledged(at(1, 12));
     let more = vec![vec![2 * GRAIN_BYTES..4 * GRAIN_BYTES, 7 * GRAIN_BYTES..8 * GRAIN_BYTES]];

@@ -290,4 +290,65 @@ mod tests {
         assert_eq!(log.take_of(log.number()), [DiskChange::written(0, 512, &[2; 512])]);
         assert!(log.take().contains_flush);
     }
+
+    /// What a returning standby would get: every change, recorded or not; nothing is known any more once one has failed.
+    #[test]
+    fn every_change_is_marked_whether_it_is_recorded_or_not() {
+        use ftvm_protocol::identity::{Incarnation, SeatId, SessionId};
+
+        use crate::replication::changed::{GRAIN_BYTES, Holds, Stream};
+        let changed = nothing_known();
+        let log = DiskLog::new(changed.clone(), NO_LIMIT, NO_LIMIT, || {});
+        let by = SeatId(2);
+        let held = Holds {
+            stream: Stream {
+                leader: Incarnation::genesis(SeatId(1)),
+                session: SessionId(1),
+            },
+            epoch: 1,
+        };
+        changed.sealed(by, held, true);
+        changed.acknowledged(held);
+        let offset = |grain: u64| grain * GRAIN_BYTES;
+        let (data, len) = ([1; 512], 512);
+        log.completed(
+            0,
+            &DiskOp::Write {
+                offset: offset(1),
+                data: &data,
+            },
+            true,
+        );
+        log.record(true);
+        log.completed(
+            0,
+            &DiskOp::Write {
+                offset: offset(3),
+                data: &data,
+            },
+            true,
+        );
+        log.completed(0, &DiskOp::Discard { offset: offset(5), len }, true);
+        let unmap = false;
+        log.completed(
+            0,
+            &DiskOp::WriteZeroes {
+                offset: offset(7),
+                len,
+                unmap,
+            },
+            true,
+        );
+        log.completed(0, &DiskOp::Read { offset: offset(9), len }, false);
+        log.completed(0, &DiskOp::Flush, true);
+        log.record(false);
+        let disks = changed.since(by, Some(held)).expect("known");
+        let marked: Vec<_> = disks[0].extents().map(|extent| extent.start / GRAIN_BYTES).collect();
+        assert_eq!(marked, [1, 3, 5, 7]);
+        log.completed(0, &DiskOp::Flush, false);
+        assert!(
+            changed.since(by, Some(held)).is_err(),
+            "the volume may have lost anything"
+        );
+    }
 }
