@@ -29,6 +29,10 @@ fn at(session: u64, epoch: Epoch) -> Holds {
     }
 }
 
+fn one(extent: Range<u64>) -> Vec<Range<u64>> {
+    std::iter::once(extent).collect()
+}
+
 /// What is to be copied, by disk.
 fn extents(since: Result<Vec<Grains>, Unknown>) -> Result<Vec<Vec<Range<u64>>>, Unknown> {
     Ok(since?.iter().map(|grains| grains.extents().collect()).collect())
@@ -47,7 +51,7 @@ fn followed() -> ChangedBlocks {
 #[test]
 fn what_was_written_since_an_acknowledged_epoch_is_what_may_differ() {
     let changed = followed();
-    let expected = vec![vec![2 * GRAIN_BYTES..4 * GRAIN_BYTES]];
+    let expected = vec![one(2 * GRAIN_BYTES..4 * GRAIN_BYTES)];
     assert_eq!(extents(changed.since(FOLLOWER, Some(at(1, 10)))), Ok(expected.clone()));
     changed.sealed(FOLLOWER, at(1, 11), false);
     assert_eq!(extents(changed.since(FOLLOWER, Some(at(1, 11)))), Ok(expected.clone()));
@@ -129,10 +133,10 @@ fn marks_stay_within_the_disk() {
     grains.mark(GRAIN_BYTES, 512);
     grains.mark(u64::MAX - 511, 512);
     grains.mark(0, 0);
-    assert_eq!(grains.extents().collect::<Vec<_>>(), [GRAIN_BYTES..size]);
+    assert_eq!(grains.extents().collect::<Vec<_>>(), one(GRAIN_BYTES..size));
     assert_eq!(grains.bytes(), 512);
     grains.mark(0, u64::MAX);
-    assert_eq!(grains.extents().collect::<Vec<_>>(), [0..size]);
+    assert_eq!(grains.extents().collect::<Vec<_>>(), one(0..size));
     assert_eq!(grains.bytes(), size);
     assert_eq!(grains.count, 2);
     let changed = ChangedBlocks::new(&[]);
@@ -350,7 +354,7 @@ impl World {
             }
             Err(_) => {
                 disks.begin_resync(None).expect("no fault");
-                vec![0..GRAINS * GRAIN_BYTES]
+                one(0..GRAINS * GRAIN_BYTES)
             }
         };
         let given_up = self.seeded.below(4) == 0;
