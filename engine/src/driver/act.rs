@@ -50,7 +50,7 @@ impl Driver {
                 peer,
                 base,
             } => self.begin_leading(session, link, peer, Some(base)),
-            Action::Seal(seal) => self.seal(seal),
+            Action::Seal(seal) => self.seal_as_asked(seal),
             Action::EndSession { session } => self.end_session(session),
             Action::ReceiveResync { session, link, leader } => self.begin_following(session, link, leader, None),
             Action::FollowFrom {

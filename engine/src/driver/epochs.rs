@@ -243,10 +243,6 @@ impl Driver {
         if let Some(over) = self.pause_over.take() {
             over.count(&mut self.figures);
         }
-        if seal == Seal::Freeze {
-            // The order to run comes next: from now on the follower may change its disks by itself.
-            self.seat.changed.forget();
-        }
         let mut clock = PauseClock::start();
         let epoch = self.seat.gate().epoch();
         if self.leading.is_none() {
@@ -284,13 +280,7 @@ impl Driver {
             outputs: Vec::new(),
             contains_flush: changes.contains_flush || seal == Seal::Final,
         };
-        if seal != Seal::Freeze {
-            let durable = sealed.contains_flush || sealed.base.is_none();
-            let stream = leading.stream;
-            self.seat
-                .changed
-                .sealed(leading.peer.seat, Holds { stream, epoch }, durable);
-        }
+        leading.tell_sealed(&self.seat, &sealed, seal);
         let rounds = leading.pacer.rounds();
         leading.base = Some(epoch);
         leading.stage = Stage::Streaming;
@@ -334,6 +324,15 @@ impl Driver {
             let sealed = Box::new(SealedEpoch { outputs, ..sealed });
             leading.sending.give(Job::Finish { sealed, digest });
         }
+    }
+
+    /// An end of an epoch that the core asks for.
+    pub(super) fn seal_as_asked(&mut self, seal: Seal) {
+        if seal == Seal::Freeze {
+            // The order to run comes next: from now on the follower may change its disks by itself.
+            self.seat.changed.forget();
+        }
+        self.seal(seal);
     }
 
     /// A stop of a guest without a follower: its disks are flushed, and that is all there is.
@@ -506,6 +505,18 @@ impl Driver {
             self.control
                 .reply(digest.command, Reply::Refused { why: why.to_owned() });
         }
+    }
+}
+
+impl Leading {
+    /// What the follower has durably once it acknowledges this epoch, as it goes by it: a flush, or its join checkpoint.
+    fn tell_sealed(&self, seat: &Seat, sealed: &SealedEpoch, seal: Seal) {
+        if seal == Seal::Freeze {
+            return;
+        }
+        let (stream, epoch) = (self.stream, sealed.epoch);
+        let durable = sealed.contains_flush || sealed.base.is_none();
+        seat.changed.sealed(self.peer.seat, Holds { stream, epoch }, durable);
     }
 }
 
