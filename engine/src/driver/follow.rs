@@ -333,12 +333,13 @@ impl Follower {
         }
     }
 
-    /// A seat that goes on from its own state has that of the stream from here on; one that joins will, with its checkpoint.
+    /// A seat that joins has the stream's state with its checkpoint. One that goes on from its own ran the guest: what its disks
+    /// hold is known to nobody.
     fn begin(&mut self) -> Result<(), String> {
         if self.applied.is_none() {
             return Ok(());
         }
-        let begun = self.place.disks.begin_stream(self.place.stream);
+        let begun = self.place.disks.begin_after_own_guest();
         begun.map_err(|error| error.to_string())
     }
 
@@ -462,6 +463,78 @@ impl Follower {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvm::{CpuOffer, Kvm, cpu_of_host};
+    use crate::replication::changed::Holds;
+    use crate::replication::journal::JOURNAL_MIN_BYTES;
+    use crate::replication::memory::HeapMemory;
+    use crate::replication::testing::MemStorage;
+    use ftvm_protocol::identity::{Incarnation, SeatId};
+
+    const STREAM: Stream = Stream {
+        leader: Incarnation {
+            seat: SeatId(4),
+            start: 2,
+        },
+        session: SessionId(3),
+    };
+
+    fn follower(disks: StandbyDisks, last: Option<Base>) -> Follower {
+        let host = cpu_of_host(&Kvm::open().expect("KVM")).expect("baseline");
+        let place = Place {
+            memory: Arc::new(HeapMemory::new(1)),
+            disks,
+            limits: StagingLimits {
+                page_count: 1,
+                disk_bytes: vec![4096],
+                nics: 0,
+                max_epoch_bytes: 1 << 20,
+            },
+            offer: Offer {
+                cpu: CpuOffer {
+                    host: host.clone(),
+                    machine: host,
+                    tsc_scaling: true,
+                },
+                nics: Vec::new(),
+            },
+            stream: STREAM,
+            credit: LinkSender::to_nobody(),
+            tells_holds: true,
+            waiting_bytes: 1 << 20,
+        };
+        Follower::new(STREAM.session, place, last, Queue(channel().0))
+    }
+
+    /// The source of a switchover has on its disks what failed there, or was under way when the guest stood still, and its
+    /// successor has no record of that. A joiner has nothing but what came.
+    #[test]
+    fn a_seat_that_ran_the_guest_never_says_what_its_disks_hold() {
+        for own in [false, true] {
+            let journal = MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize]);
+            let volume = MemStorage::called(vec![0; 4096], 1);
+            let open = || StandbyDisks::open(journal.clone(), vec![volume.clone()], &None).expect("opens");
+            let last = own.then(|| Base {
+                epoch: 8,
+                state: Vec::new(),
+                since: Instant::now(),
+                outputs: Vec::new(),
+            });
+            let mut follower = follower(open(), last);
+            follower.begin().expect("no fault");
+            if !own {
+                follower.place.disks.begin_stream(STREAM).expect("no fault");
+            }
+            follower.place.disks.stage(9, &[], true).expect("no fault");
+            drop(follower);
+            let holds = (!own).then_some(Holds {
+                stream: STREAM,
+                epoch: 9,
+            });
+            for _ in 0..2 {
+                assert_eq!(open().holds(), holds, "ran the guest: {own}");
+            }
+        }
+    }
 
     /// A peer that sends and sends while nothing is taken: no more than the limit waits, and nothing of the stream is taken
     /// with a hole in it.

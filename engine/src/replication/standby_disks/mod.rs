@@ -153,6 +153,13 @@ impl StandbyDisks {
         Ok(self.journal.begin(stream, None)?)
     }
 
+    /// The volumes get epochs on top of what this seat's own guest left there: writes that failed, or that were under way when it
+    /// stood still, and that nobody else knows of. So the journal says nothing of them until a resync has made them whole.
+    pub fn begin_after_own_guest(&mut self) -> Result<(), StandbyDisksError> {
+        self.unsynced = true;
+        Ok(self.journal.reset()?)
+    }
+
     /// Writes what a resync brings, in the order of the calls. Waits while too much waits for the volumes.
     pub fn write_resync(&mut self, changes: Vec<DiskChange>) -> Result<(), StandbyDisksError> {
         self.unsynced = true;

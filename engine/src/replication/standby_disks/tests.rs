@@ -230,7 +230,7 @@ fn what_the_own_guest_wrote_before_is_durable_with_the_first_epoch_that_is() {
     let bench = Bench::new();
     bench.volumes[0].write_at(0, &[5; 512]).expect("the own guest's");
     let mut disks = bench.open().expect("opens");
-    disks.begin_stream(stream()).expect("begun");
+    disks.begin_after_own_guest().expect("begun");
     disks.stage(8, &[], false).expect("staged");
     disks.commit(8).expect("committed");
     let mut seeded = Seeded::new(6);
