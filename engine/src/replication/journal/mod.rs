@@ -210,9 +210,13 @@ impl Journal {
                 })?;
             }
         }
-        // The newest header is the history's.
-        let origin = order.last().and_then(|(_, header)| header.origin);
-        recovered.holds = journal.proven(origin, recovered.last);
+        // The newest header is the history's. Both are there since the first start; where one can't be read nobody knows whether it
+        // was the newer one, or the end of what the other continues.
+        let newest = order.last().filter(|_| !headers.contains(&None));
+        recovered.holds = journal.proven(newest.and_then(|(_, header)| header.origin), recovered.last);
+        for half in (0..2).filter(|&half| headers[half].is_none()) {
+            journal.void_records(half)?;
+        }
         match recovered.holds {
             Some(holds) => journal.begin(holds.stream, Some(holds.epoch))?,
             None => journal.reset()?,
@@ -235,6 +239,15 @@ impl Journal {
             .read_at(half as u64 * self.half_bytes, &mut bytes)
             .map_err(io_error("reading"))?;
         Ok(HalfHeader::decode(&bytes))
+    }
+
+    /// Its header gets a generation that is new as far as the other half knows, and may be that of the records that are there.
+    fn void_records(&self, half: usize) -> Result<(), JournalError> {
+        let first = half as u64 * self.half_bytes + HALF_HEADER_BYTES as u64;
+        self.storage
+            .write_at(first, &[0; RECORD_HEADER_BYTES])
+            .map_err(io_error("writing"))?;
+        self.storage.sync().map_err(io_error("syncing"))
     }
 
     fn disown_and_write_header(&mut self, half: usize, follows: Option<u64>) -> Result<(), JournalError> {

@@ -375,6 +375,48 @@ fn the_journal_says_what_the_volumes_hold() {
     );
 }
 
+/// Damages the header of a half, recovers, and gives what is said to be held then and after a second start.
+fn held_without_header(storage: &Arc<MemStorage>, half: usize) -> [Option<Holds>; 2] {
+    let mut image = storage.bytes();
+    image[half * SIZE / 2 + 9] ^= 1;
+    let (left, disk) = (MemStorage::new(image), volume());
+    std::array::from_fn(|start| {
+        let (_, recovered) = open(&left, &disk).expect("recovers");
+        assert!(start == 0 || recovered.epochs == 0, "it was emptied: {recovered:?}");
+        recovered.holds
+    })
+}
+
+/// Where a half is unreadable, epochs may be missing in front of those that are there, and a history may have ended since.
+#[test]
+fn a_journal_of_which_a_half_is_unreadable_proves_nothing() {
+    let (storage, _) = fresh();
+    let (mut journal, _) = open(&storage, &volume()).expect("recovers");
+    journal.begin(stream(7), Some(2)).expect("no fault");
+    let mut seeded = Seeded::new(8);
+    let mut epoch = 2;
+    while journal.halves.iter().any(|half| half.last.is_none()) {
+        epoch += 1;
+        let change = DiskChange::written(0, 0, &seeded.bytes(4096));
+        journal.append(epoch, &[change], true, None).expect("room");
+    }
+    assert_eq!(
+        open(&MemStorage::new(storage.bytes()), &volume())
+            .expect("recovers")
+            .1
+            .holds
+            .map(|holds| holds.epoch),
+        Some(epoch)
+    );
+    for half in 0..2 {
+        assert_eq!(held_without_header(&storage, half), [None; 2], "half {half}");
+    }
+    // What came before is in the half that is left.
+    journal.begin(stream(8), Some(90)).expect("no fault");
+    journal.reset().expect("no fault");
+    assert_eq!(held_without_header(&storage, journal.current), [None; 2]);
+}
+
 /// A header of an engine that knows no streams has zeroes there.
 #[test]
 fn headers_keep_their_origin_and_old_ones_have_none() {
