@@ -1,6 +1,6 @@
 //! Volumes and the journal as replication sees them: bytes at offsets, and durability.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::sync::Arc;
@@ -64,20 +64,10 @@ impl FileStorage {
                 format!("it has {has} bytes, {size_bytes} are needed"),
             ));
         }
-        // A file that is made anew may get the number of the one before, and never its time of birth. Contents that somebody
-        // writes into the file don't show.
-        let born = metadata
-            .created()
-            .ok()
-            .and_then(|born| born.duration_since(UNIX_EPOCH).ok());
-        let identity = born.map(|born| {
-            let [inode, born] = [u128::from(metadata.ino()), born.as_nanos()].map(u128::to_le_bytes);
-            XxHash3_128::oneshot(&[inode, born].concat())
-        });
         Ok(Self {
             file,
             size_bytes,
-            identity,
+            identity: identity(&metadata),
         })
     }
 
@@ -106,6 +96,15 @@ impl FileStorage {
         );
         Err(io::Error::new(io::ErrorKind::InvalidInput, what))
     }
+}
+
+/// A file that is made anew may get the number of the one before, and never its time of birth. Contents that somebody writes into
+/// the file don't show. The node of a device tells nothing of the device behind it.
+fn identity(metadata: &Metadata) -> Option<u128> {
+    let born = metadata.created().ok().filter(|_| metadata.is_file())?;
+    let born_ns = born.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+    let [inode, born] = [u128::from(metadata.ino()), born_ns].map(u128::to_le_bytes);
+    (born_ns > 0).then(|| XxHash3_128::oneshot(&[inode, born].concat()))
 }
 
 fn write_zeroes(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
@@ -155,5 +154,36 @@ impl Storage for FileStorage {
 
     fn identity(&self) -> Option<u128> {
         self.identity
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(path: &std::path::Path) -> Option<u128> {
+        let file = File::open(path).expect("it is there");
+        FileStorage::new(file, Some(0)).expect("it is long enough").identity()
+    }
+
+    /// A node in /dev may lead to another device after the next start.
+    #[test]
+    fn only_a_regular_file_is_known_again() {
+        let folder = std::env::temp_dir().join(format!("ftvm-identity-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join("disk");
+        let make = || std::fs::write(&path, "disk").expect("written");
+        make();
+        let first = of(&path);
+        assert_eq!(first, of(&path));
+        let keeps_births = path.metadata().expect("it is there").created().is_ok();
+        assert_eq!(first.is_some(), keeps_births);
+        std::fs::remove_file(&path).expect("removed");
+        make();
+        if keeps_births {
+            assert_ne!(of(&path), first, "made anew");
+        }
+        std::fs::remove_dir_all(&folder).expect("removed");
+        assert_eq!(of("/dev/null".as_ref()), None, "no file");
     }
 }
