@@ -334,7 +334,7 @@ impl Driver {
         let tells_holds = self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS);
         let place = self
             .seat
-            .follower_place(credit, Stream { leader, session }, tells_holds);
+            .follower_place(credit, Stream { leader, session }, tells_holds, last.is_none());
         let started = place.and_then(|place| {
             let enter = self.seat.enter(Work::Storage);
             let started = follow::Receiving::start(session, place, last, self.queue.clone(), enter);

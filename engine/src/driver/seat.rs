@@ -623,12 +623,17 @@ impl Seat {
             .ok_or_else(|| std::io::ErrorKind::AlreadyExists.into())
     }
 
-    fn open_disks(&mut self) -> Result<StandbyDisks, String> {
+    fn open_disks(&mut self, joins: bool) -> Result<StandbyDisks, String> {
         if let Some(settler) = self.settler.take() {
             settler.wait()?;
         }
         let volumes = self.volumes.iter().map(|volume| volume.direct()).collect();
-        let opened = StandbyDisks::open(self.journal.clone(), volumes, &self.filters);
+        let open = if joins {
+            StandbyDisks::open_to_join
+        } else {
+            StandbyDisks::open
+        };
+        let opened = open(self.journal.clone(), volumes, &self.filters);
         opened.map_err(|error| crate::error_chain(&error))
     }
 
@@ -647,7 +652,9 @@ impl Seat {
 
     /// Brings the volumes to what was acknowledged before this engine started.
     pub fn recover_disks(&mut self) -> Result<(), String> {
-        self.open_disks()?.settle().map_err(|error| crate::error_chain(&error))
+        self.open_disks(false)?
+            .settle()
+            .map_err(|error| crate::error_chain(&error))
     }
 
     /// Makes everything durable that the guest wrote.
@@ -660,12 +667,18 @@ impl Seat {
         Ok(())
     }
 
-    /// What a receiving thread works on.
-    pub fn follower_place(&mut self, credit: LinkSender, stream: Stream, tells_holds: bool) -> Result<Place, String> {
+    /// What a receiving thread works on. `joins`: a resync brings everything.
+    pub fn follower_place(
+        &mut self,
+        credit: LinkSender,
+        stream: Stream,
+        tells_holds: bool,
+        joins: bool,
+    ) -> Result<Place, String> {
         let page_count = self.machine.ram().pages();
         Ok(Place {
             memory: self.page_memory(),
-            disks: self.open_disks()?,
+            disks: self.open_disks(joins)?,
             stream,
             credit,
             tells_holds,

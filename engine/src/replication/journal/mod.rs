@@ -150,21 +150,7 @@ impl Journal {
     /// Replays what counts in the journal onto `volumes` (by disk index), makes it durable there, and gives the
     /// journal, empty.
     pub fn recover(storage: Arc<dyn Storage>, volumes: &[Arc<dyn Storage>]) -> Result<(Self, Recovered), JournalError> {
-        if storage.size_bytes() < JOURNAL_MIN_BYTES {
-            return Err(JournalError::TooSmall(storage.size_bytes()));
-        }
-        let half_bytes = storage.size_bytes() / 2 / 4096 * 4096;
-        let mut journal = Self {
-            storage,
-            half_bytes,
-            halves: [Half::default(); 2],
-            current: 0,
-            last: None,
-            origin: None,
-            volumes: identity_of(volumes),
-            failed: false,
-        };
-        let headers = [journal.read_header(0)?, journal.read_header(1)?];
+        let (mut journal, headers) = Self::read(storage, volumes)?;
         let mut order: Vec<(usize, HalfHeader)> = headers
             .iter()
             .copied()
@@ -172,9 +158,6 @@ impl Journal {
             .filter_map(|(half, header)| Some((half, header?)))
             .collect();
         order.sort_by_key(|(_, header)| header.generation);
-        for (half, header) in &order {
-            journal.halves[*half].generation = header.generation;
-        }
         // A half that follows nothing begins a history: what is older counts no more.
         if let [_, (_, newer)] = &order[..]
             && newer.follows.is_none()
@@ -214,14 +197,46 @@ impl Journal {
         // was the newer one, or the end of what the other continues.
         let newest = order.last().filter(|_| !headers.contains(&None));
         recovered.holds = journal.proven(newest.and_then(|(_, header)| header.origin), recovered.last);
-        for half in (0..2).filter(|&half| headers[half].is_none()) {
-            journal.void_records(half)?;
-        }
         match recovered.holds {
             Some(holds) => journal.begin(holds.stream, Some(holds.epoch))?,
             None => journal.reset()?,
         }
         Ok((journal, recovered))
+    }
+
+    /// A journal that can't be replayed, for volumes that will be written whole: it is left as it is, and takes nothing before it
+    /// is emptied.
+    pub fn unusable(storage: Arc<dyn Storage>, volumes: &[Arc<dyn Storage>]) -> Result<Self, JournalError> {
+        let (journal, _) = Self::read(storage, volumes)?;
+        Ok(Self {
+            failed: true,
+            ..journal
+        })
+    }
+
+    fn read(
+        storage: Arc<dyn Storage>,
+        volumes: &[Arc<dyn Storage>],
+    ) -> Result<(Self, [Option<HalfHeader>; 2]), JournalError> {
+        if storage.size_bytes() < JOURNAL_MIN_BYTES {
+            return Err(JournalError::TooSmall(storage.size_bytes()));
+        }
+        let half_bytes = storage.size_bytes() / 2 / 4096 * 4096;
+        let mut journal = Self {
+            storage,
+            half_bytes,
+            halves: [Half::default(); 2],
+            current: 0,
+            last: None,
+            origin: None,
+            volumes: identity_of(volumes),
+            failed: false,
+        };
+        let headers = [journal.read_header(0)?, journal.read_header(1)?];
+        for (half, header) in journal.halves.iter_mut().zip(&headers) {
+            half.generation = header.map_or(0, |header| header.generation);
+        }
+        Ok((journal, headers))
     }
 
     /// What volumes hold onto which everything through `last` was replayed.
@@ -241,7 +256,8 @@ impl Journal {
         Ok(HalfHeader::decode(&bytes))
     }
 
-    /// Its header gets a generation that is new as far as the other half knows, and may be that of the records that are there.
+    /// Of a half whose header was unreadable. It gets a generation that is new as far as the other half knows, and may be that of
+    /// the records that are there.
     fn void_records(&self, half: usize) -> Result<(), JournalError> {
         let first = half as u64 * self.half_bytes + HALF_HEADER_BYTES as u64;
         self.storage
@@ -251,6 +267,9 @@ impl Journal {
     }
 
     fn disown_and_write_header(&mut self, half: usize, follows: Option<u64>) -> Result<(), JournalError> {
+        if self.halves[half].generation == 0 {
+            self.void_records(half)?;
+        }
         let generation = self.halves.iter().map(|half| half.generation).max().unwrap_or(0) + 1;
         let header = HalfHeader {
             generation,

@@ -64,6 +64,32 @@ impl StandbyDisks {
         filters: &ThreadFilters,
     ) -> Result<Self, StandbyDisksError> {
         let (journal, recovered) = Journal::recover(journal, &volumes)?;
+        Self::start(journal, recovered, volumes, filters)
+    }
+
+    /// As [`Self::open`], for a seat that gets everything from another one. Where the journal is damaged, or another machine's,
+    /// nothing is known of the volumes: the resync that has to come empties it, and copies them whole.
+    pub fn open_to_join(
+        journal: Arc<dyn Storage>,
+        volumes: Vec<Arc<dyn Storage>>,
+        filters: &ThreadFilters,
+    ) -> Result<Self, StandbyDisksError> {
+        let (journal, recovered) = match Journal::recover(journal.clone(), &volumes) {
+            Err(error @ (JournalError::Damaged { .. } | JournalError::Foreign { .. })) => {
+                tracing::warn!("{error}; it counts for nothing, this seat's disks will be copied whole");
+                (Journal::unusable(journal, &volumes)?, Recovered::default())
+            }
+            recovered => recovered?,
+        };
+        Self::start(journal, recovered, volumes, filters)
+    }
+
+    fn start(
+        journal: Journal,
+        recovered: Recovered,
+        volumes: Vec<Arc<dyn Storage>>,
+        filters: &ThreadFilters,
+    ) -> Result<Self, StandbyDisksError> {
         let applier = Applier::start(volumes, filters).map_err(StandbyDisksError::Spawn)?;
         Ok(Self {
             journal,

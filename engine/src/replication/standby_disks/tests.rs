@@ -283,3 +283,42 @@ fn a_whole_resync_and_a_boot_end_what_the_volumes_are_known_to_hold() {
         assert_eq!(bench.open().expect("opens").holds(), None);
     }
 }
+
+/// Nothing of a damaged journal counts, and whoever gets everything anew does not need it. Until then it stays as it is, and a boot
+/// refuses it.
+#[test]
+fn a_damaged_journal_is_begun_anew_by_a_whole_resync_and_by_nothing_else() {
+    let bench = Bench::new();
+    let mut disks = bench.open().expect("opens");
+    disks.begin_stream(stream()).expect("begun");
+    // Of a disk that this machine does not have.
+    let foreign = DiskChange::written(7, 0, &[1; 512]);
+    disks.stage(1, &[foreign], true).expect("staged");
+    drop(disks);
+    let before = bench.journal.bytes();
+    let open_to_join = || {
+        let volumes = bench.volumes.iter().map(|volume| volume.clone() as Arc<dyn Storage>);
+        StandbyDisks::open_to_join(bench.journal.clone(), volumes.collect(), &None)
+    };
+    for _ in 0..2 {
+        let refused = bench.open().err().expect("a boot refuses it");
+        assert!(
+            matches!(refused, StandbyDisksError::Journal(JournalError::Foreign { .. })),
+            "{refused}"
+        );
+        let mut disks = open_to_join().expect("opens");
+        assert_eq!(disks.holds(), None);
+        disks.stage(2, &[], true).expect_err("no resync was begun");
+    }
+    assert!(bench.journal.bytes() == before, "it is kept");
+    let mut disks = open_to_join().expect("opens");
+    disks.begin_resync(None).expect("begun");
+    disks.begin_stream(stream()).expect("begun");
+    disks.stage(3, &[], true).expect("the join checkpoint");
+    drop(disks);
+    let holds = Holds {
+        stream: stream(),
+        epoch: 3,
+    };
+    assert_eq!(bench.open().expect("opens").holds(), Some(holds));
+}
