@@ -336,7 +336,12 @@ fn every_kind_was_told(deeds: &Deeds) -> anyhow::Result<()> {
     println!("falsehoods: {:#?}", deeds.falsehoods);
     for fault in [&READS[..], &UPDATES, &OTHERS, &LISTS, &BEGINNINGS, &WATCHES, &OF_LEADER].concat() {
         let count = deeds.told(fault, |_, _| true);
-        ensure!(count > 0 || fault == Fault::None, "{fault:?} did not come about");
+        // The API server sends a bookmark once a minute, and few watches live so long here: unit tests of the proxy wait for one.
+        let seldom = fault == Fault::WatchWithoutBookmarks;
+        ensure!(
+            count > 0 || fault == Fault::None || seldom,
+            "{fault:?} did not come about"
+        );
     }
     let record = |user: &str, resource: &str| is_daemon(user) && resource == "leases";
     let daemon = |user: &str, resource: &str| is_daemon(user) && resource != "leases";

@@ -371,14 +371,14 @@ fn resync(compression: Compression, fill: u32) -> Result<f64> {
         cpu: offer(),
         nics: vec![],
     };
-    let mut target = ResyncTarget::new(&limits, offer);
+    let mut target = ResyncTarget::new(&limits, offer, false);
     let begun = Instant::now();
     let sending = std::thread::spawn(move || source.copy(&mut epochs)?.end(&mut epochs));
     while !target.is_complete() {
         let frame = received.recv()?.context("the link broke")?;
-        if let Some(credit) = target.accept(frame.kind, frame.payload, &standby, &mut disks)? {
+        if let Some((kind, credit)) = target.accept(frame.kind, frame.payload, &standby, &mut disks)? {
             let to = REPLY.lock().ok().context("poisoned")?.clone().context("no link")?;
-            to.send(Kind::Credit, 0, 1, credit)?;
+            to.send(kind, 0, 1, credit)?;
         }
     }
     let time = begun.elapsed();

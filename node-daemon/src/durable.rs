@@ -17,6 +17,14 @@ pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
     file.write_all_at(contents, 0)?;
     file.sync_all()?;
     std::fs::rename(&new, path)?;
+    sync_folder(path)
+}
+
+/// Makes durable which file is at this path.
+///
+/// # Errors
+/// If that fails; a crash may take a change of it back.
+pub fn sync_folder(path: &Path) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }

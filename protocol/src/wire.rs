@@ -25,7 +25,9 @@ pub const HEADER_BYTES: usize = 32;
 /// Oldest wire version that this build speaks.
 pub const VERSION_MIN: u16 = 1;
 /// Newest wire version that this build speaks: at most one above [`VERSION_MIN`].
-pub const VERSION_MAX: u16 = 1;
+pub const VERSION_MAX: u16 = 2;
+/// First version in which a joiner says what its disks hold, and gets only what changed ([`Kind::ResyncHolds`]).
+pub const VERSION_HOLDS: u16 = 2;
 /// Version field of every [`Hello`] frame, whatever was or will be agreed on: its layout never changes.
 pub const VERSION_HELLO: u16 = 0;
 /// Payload bytes of a [`Hello`].
@@ -53,6 +55,15 @@ macro_rules! kinds {
                 match number {
                     $($number => Some(Kind::$name),)*
                     _ => None,
+                }
+            }
+
+            /// First wire version that has it.
+            pub fn since(self) -> u16 {
+                match self {
+                    Kind::Hello => VERSION_HELLO,
+                    Kind::ResyncHolds | Kind::ResyncPlan => VERSION_HOLDS,
+                    _ => VERSION_MIN,
                 }
             }
 
@@ -93,6 +104,10 @@ kinds! {
     ResyncDisk = 34, 4 * MIB;
     /// The resync's bulk is over; the join checkpoint follows as an epoch.
     ResyncEnd = 35, 4 * KIB;
+    /// Joiner to leader, after the beginning: what its disks hold, or that it does not know. Version 2.
+    ResyncHolds = 36, 256;
+    /// Leader to joiner, after that: whole disks, or how much of each. Version 2.
+    ResyncPlan = 37, 64 * KIB;
     /// Flow control and progress of bulk data.
     Credit = 40, 4 * KIB;
     /// Why the sender can't go on with a session, in words for a person (UTF-8); its end follows as a control message.
@@ -196,7 +211,8 @@ impl FrameHeader {
         if version != agreed {
             return Err(WireError::Version { got: version, agreed });
         }
-        let kind = Kind::from_number(u16_at(6)).ok_or(WireError::Kind(u16_at(6)))?;
+        let kind = Kind::from_number(u16_at(6)).filter(|kind| kind.since() <= agreed);
+        let kind = kind.ok_or(WireError::Kind(u16_at(6)))?;
         if (kind == Kind::Hello) != (agreed == VERSION_HELLO) {
             return Err(WireError::Kind(u16_at(6)));
         }
@@ -253,6 +269,9 @@ pub fn encode_header(
         got,
         max: kind.max_len(),
     };
+    if kind.since() > version {
+        return Err(WireError::Kind(kind as u16));
+    }
     let len = u32::try_from(payload.len()).map_err(|_| too_long(u32::MAX))?;
     if len > kind.max_len() {
         return Err(too_long(len));

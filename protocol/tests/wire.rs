@@ -4,8 +4,8 @@
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId, SessionId, VmId};
 use ftvm_protocol::message::{Message, MessageError, PeerRole, SessionEnd, View};
 use ftvm_protocol::wire::{
-    FrameHeader, HEADER_BYTES, Hello, Kind, MAGIC, NegotiateError, VERSION_HELLO, VERSION_MAX, VERSION_MIN, WireError,
-    encode_header, negotiate,
+    FrameHeader, HEADER_BYTES, Hello, Kind, MAGIC, NegotiateError, VERSION_HELLO, VERSION_HOLDS, VERSION_MAX,
+    VERSION_MIN, WireError, encode_header, negotiate,
 };
 
 struct Rng(u64);
@@ -208,6 +208,27 @@ fn other_versions_kinds_and_a_second_hello_are_refused() {
     assert_eq!(accept(&unknown), Err(WireError::Kind(999)));
     let hello = Hello::new(VmId(1), incarnation(1, 1)).to_frame().expect("encodes");
     assert!(accept(&hello).is_err(), "a hello after the negotiation");
+}
+
+/// A peer of the version before has never heard of them: they are neither sent to it nor taken from it.
+#[test]
+fn kinds_of_a_newer_version_are_none_in_an_older_one() {
+    for kind in [Kind::ResyncHolds, Kind::ResyncPlan] {
+        let refused = Err(WireError::Kind(kind as u16));
+        assert_eq!(encode_header(VERSION_HOLDS - 1, kind, 0, 0, &[]).map(drop), refused);
+        let mut header = encode_header(VERSION_HOLDS, kind, 0, 0, &[]).expect("has it");
+        assert!(FrameHeader::decode(&header, VERSION_HOLDS).is_ok());
+        header[4..6].copy_from_slice(&(VERSION_HOLDS - 1).to_le_bytes());
+        assert_eq!(FrameHeader::decode(&header, VERSION_HOLDS - 1).map(drop), refused);
+    }
+    let old = Hello {
+        version_max: VERSION_HOLDS - 1,
+        ..Hello::new(VmId(1), incarnation(2, 1))
+    };
+    assert_eq!(
+        negotiate(&Hello::new(VmId(1), incarnation(1, 1)), &old),
+        Ok(VERSION_HOLDS - 1)
+    );
 }
 
 fn read_hello(frame: &[u8]) -> Result<Hello, WireError> {

@@ -33,7 +33,7 @@ const VM: &str = "demo";
 /// Where replication links listen.
 const LINK_PORT: u16 = 7100;
 /// Size of the guest's disk.
-const DISK_MIB: u64 = 64;
+pub const DISK_MIB: u64 = 64;
 /// How long a daemon may take to answer, longer than it waits for its engine. A frozen one is not asked.
 const ANSWER: Duration = Duration::from_secs(2);
 /// How long both sides may take to become equal once nothing happens any more.
@@ -101,6 +101,15 @@ impl Standalone {
     pub fn with_timing(mut self, timing: Value) -> Self {
         self.timing = timing;
         self
+    }
+
+    /// A host that was started again after its power was cut: its seat is what it was, and so is its peer.
+    ///
+    /// # Errors
+    /// If its daemon does not start.
+    pub fn come_back(&mut self, host: usize, peer: usize) -> anyhow::Result<()> {
+        self.daemons[host] = None;
+        self.prepare_host(host, Some(peer))
     }
 
     /// What a host's daemon says of its seat; nothing if the daemon does not answer.

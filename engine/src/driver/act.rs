@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::Message;
-use ftvm_protocol::wire::Kind;
+use ftvm_protocol::wire::{Kind, VERSION_HOLDS};
 
 use super::late::Route;
 use super::seat::Work;
@@ -14,6 +14,7 @@ use super::{Driver, Ended, Following, Guest, Link, follow, lead};
 use crate::checkpoint::Pacer;
 use crate::control::{Ask, Reply, exit_code};
 use crate::memory::DirtyPages;
+use crate::replication::changed::Stream;
 use crate::replication::epoch::{EpochSender, Port, PortData, encode_input};
 use crate::replication::link::{Frame, LinkEvent, LinkSender, SessionSink};
 use crate::replication::pages::PageEncoder;
@@ -50,7 +51,7 @@ impl Driver {
                 peer,
                 base,
             } => self.begin_leading(session, link, peer, Some(base)),
-            Action::Seal(seal) => self.seal(seal),
+            Action::Seal(seal) => self.seal_as_asked(seal),
             Action::EndSession { session } => self.end_session(session),
             Action::ReceiveResync { session, link, leader } => self.begin_following(session, link, leader, None),
             Action::FollowFrom {
@@ -247,6 +248,12 @@ impl Driver {
         };
         self.leading = Some(lead::Leading {
             session,
+            stream: Stream {
+                leader: self.core.status().incarnation,
+                session,
+            },
+            peer,
+            tells_holds: self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS),
             stage,
             sending,
             pacer: Pacer::new(self.seat.pacer, Instant::now()),
@@ -272,13 +279,18 @@ impl Driver {
     }
 
     fn stream_resync(&mut self, session: SessionId) {
-        if self.leading.as_ref().is_none_or(|leading| leading.session != session) {
+        let leading = self.leading.as_ref().filter(|leading| leading.session == session);
+        let Some((by, tells_holds)) = leading.map(|leading| (leading.peer.seat, leading.tells_holds)) else {
             return;
-        }
+        };
         self.troubles.session_works();
         // What the guest writes from here on is found, and comes behind the copy that begins now.
         self.start_recording();
-        let source = self.seat.resync_source();
+        let mut source = self.seat.resync_source();
+        if tells_holds {
+            let changed = self.seat.changed.clone();
+            source = source.asking(move |claim| changed.since(by, claim));
+        }
         if let Some(leading) = self.leading.as_mut() {
             leading.stage = lead::Stage::Bulk { passes: 0 };
             leading.window = Some(source.window());
@@ -292,6 +304,7 @@ impl Driver {
             if let Some(leading) = self.leading.take() {
                 leading.abandon();
             }
+            self.seat.changed.over();
             self.fail_digest("the session with the standby ended");
         }
         if self
@@ -319,7 +332,11 @@ impl Driver {
             return self.session_failed(session, "the link is gone");
         };
         let leader_link = credit.clone();
-        let started = self.seat.follower_place(credit).and_then(|place| {
+        let tells_holds = self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS);
+        let place = self
+            .seat
+            .follower_place(credit, Stream { leader, session }, tells_holds, last.is_none());
+        let started = place.and_then(|place| {
             let enter = self.seat.enter(Work::Storage);
             let started = follow::Receiving::start(session, place, last, self.queue.clone(), enter);
             started.map_err(|error| error.to_string())
@@ -345,6 +362,7 @@ impl Driver {
             leading.abandon();
             session
         });
+        self.seat.changed.forget();
         self.seat.inbox.set_copy(None);
         self.seat.inbox.forget();
         self.seat.outbox.discard();
@@ -381,10 +399,20 @@ impl Driver {
 
     pub(super) fn link_event(&mut self, event: LinkEvent) {
         match event {
-            LinkEvent::Up { link, peer, sender, .. } => {
+            LinkEvent::Up {
+                link,
+                peer,
+                version,
+                sender,
+            } => {
                 tracing::info!("link {} to {peer} is up", link.0);
-                let received = 0;
-                self.links.insert(link, Link { peer, sender, received });
+                let up = Link {
+                    peer,
+                    version,
+                    sender,
+                    received: 0,
+                };
+                self.links.insert(link, up);
                 self.troubles.link_up();
                 self.tell_link(true, format!("connected to {peer}"));
                 self.step(Event::Connected { link, peer });
@@ -414,7 +442,7 @@ impl Driver {
                     Ok(message) => self.step(Event::Received { link, message }),
                     Err(error) => self.close_link(link, &error.to_string()),
                 },
-                Kind::Credit => self.credited(link, &frame),
+                Kind::Credit | Kind::ResyncHolds => self.resync_answered(link, &frame),
                 Kind::Trouble => self.follower_trouble(&frame),
                 kind => self.close_link(link, &format!("frame of kind {kind:?} does not belong here")),
             },
@@ -430,7 +458,8 @@ impl Driver {
         }
     }
 
-    fn credited(&mut self, link: LinkId, frame: &Frame) {
+    /// The joiner says what its disks hold, or how much it has taken.
+    fn resync_answered(&mut self, link: LinkId, frame: &Frame) {
         let leading = self
             .leading
             .as_ref()
@@ -438,7 +467,11 @@ impl Driver {
         let Some(window) = leading.and_then(|leading| leading.window.as_ref()) else {
             return;
         };
-        if let Err(error) = window.credited(&frame.payload) {
+        let taken = match frame.kind {
+            Kind::ResyncHolds => window.told(&frame.payload),
+            _ => window.credited(&frame.payload),
+        };
+        if let Err(error) = taken {
             self.close_link(link, &error.to_string());
         }
     }

@@ -14,6 +14,7 @@ use crate::checkpoint::{Decision, Observation};
 use crate::control::{CommandId, Digest, Reply};
 use crate::outbox::Output;
 use crate::pause::clock::{PauseClock, Step};
+use crate::replication::changed::Holds;
 use crate::replication::epoch::{Port, PortData, SealedEpoch};
 use crate::replication::pages::CopiedPages;
 use crate::replication::resync;
@@ -279,6 +280,7 @@ impl Driver {
             outputs: Vec::new(),
             contains_flush: changes.contains_flush || seal == Seal::Final,
         };
+        leading.tell_sealed(&self.seat, &sealed, seal);
         let rounds = leading.pacer.rounds();
         leading.base = Some(epoch);
         leading.stage = Stage::Streaming;
@@ -322,6 +324,15 @@ impl Driver {
             let sealed = Box::new(SealedEpoch { outputs, ..sealed });
             leading.sending.give(Job::Finish { sealed, digest });
         }
+    }
+
+    /// An end of an epoch that the core asks for.
+    pub(super) fn seal_as_asked(&mut self, seal: Seal) {
+        if seal == Seal::Freeze {
+            // The order to run comes next: from now on the follower may change its disks by itself.
+            self.seat.changed.forget();
+        }
+        self.seal(seal);
     }
 
     /// A stop of a guest without a follower: its disks are flushed, and that is all there is.
@@ -388,6 +399,10 @@ impl Driver {
     /// Forgets what the core counts as acknowledged.
     pub(super) fn acknowledged(&mut self, acked: Epoch) {
         let Some(leading) = self.leading.as_mut() else { return };
+        if leading.unacknowledged().is_some_and(|epoch| epoch <= acked) {
+            let stream = leading.stream;
+            self.seat.changed.acknowledged(Holds { stream, epoch: acked });
+        }
         while leading.in_flight.front().is_some_and(|(epoch, _)| *epoch <= acked) {
             if let Some((_, sealed)) = leading.in_flight.pop_front() {
                 let elapsed = sealed.elapsed();
@@ -490,6 +505,18 @@ impl Driver {
             self.control
                 .reply(digest.command, Reply::Refused { why: why.to_owned() });
         }
+    }
+}
+
+impl Leading {
+    /// What the follower has durably once it acknowledges this epoch, as it goes by it: a flush, or its join checkpoint.
+    fn tell_sealed(&self, seat: &Seat, sealed: &SealedEpoch, seal: Seal) {
+        if seal == Seal::Freeze {
+            return;
+        }
+        let (stream, epoch) = (self.stream, sealed.epoch);
+        let durable = sealed.contains_flush || sealed.base.is_none();
+        seat.changed.sealed(self.peer.seat, Holds { stream, epoch }, durable);
     }
 }
 

@@ -16,6 +16,7 @@ use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
+use crate::replication::changed::Stream;
 use crate::replication::epoch::{
     EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input,
 };
@@ -128,8 +129,12 @@ pub struct Place {
     pub limits: StagingLimits,
     /// What a guest finds here.
     pub offer: Offer,
-    /// Where the leader learns how much of the resync was taken.
+    /// The session.
+    pub stream: Stream,
+    /// Where the leader learns what the disks hold, and how much of the resync was taken.
     pub credit: LinkSender,
+    /// Whether the version agreed on lets this side say what its disks hold.
+    pub tells_holds: bool,
     /// Bytes of frames that may wait for the receiving thread.
     pub waiting_bytes: usize,
 }
@@ -270,7 +275,7 @@ impl Follower {
         Self {
             session,
             receiver: EpochReceiver::new(place.limits.clone(), last_epoch),
-            resync: ResyncTarget::new(&place.limits, place.offer.clone()),
+            resync: ResyncTarget::new(&place.limits, place.offer.clone(), place.tells_holds),
             place,
             staged: VecDeque::new(),
             applied,
@@ -284,6 +289,10 @@ impl Follower {
     fn run(mut self, todo: &Receiver<Job>, backlog: &Backlog) {
         // A stream that failed brings nothing more; what was staged before is still this seat's state to take over from.
         let mut failed = false;
+        if let Err(why) = self.begin() {
+            failed = true;
+            self.report(News::Failed(why.into()));
+        }
         while let Ok(job) = todo.recv() {
             if let Job::Frame(frame) = &job {
                 // Before it is decoded: whoever keeps it counts it again.
@@ -324,6 +333,16 @@ impl Follower {
         }
     }
 
+    /// A seat that joins has the stream's state with its checkpoint. One that goes on from its own ran the guest: what its disks
+    /// hold is known to nobody.
+    fn begin(&mut self) -> Result<(), String> {
+        if self.applied.is_none() {
+            return Ok(());
+        }
+        let begun = self.place.disks.begin_after_own_guest();
+        begun.map_err(|error| error.to_string())
+    }
+
     fn report(&self, news: News) {
         self.queue.follow(Report {
             session: self.session,
@@ -338,7 +357,7 @@ impl Follower {
                 self.inputs.add(frame.epoch, items);
                 Ok(())
             }
-            Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => {
+            Kind::ResyncBegin | Kind::ResyncPlan | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => {
                 let place = &mut self.place;
                 let taken = self
                     .resync
@@ -347,9 +366,9 @@ impl Follower {
                     why: error.to_string(),
                     code: error.exit_code(),
                 });
-                if let Some(credit) = taken? {
+                if let Some((kind, answer)) = taken? {
                     // A link that refuses is down, and its event is under way.
-                    let _ = place.credit.try_send(Kind::Credit, 0, self.session.0, credit);
+                    let _ = place.credit.try_send(kind, 0, self.session.0, answer);
                 }
                 self.receiver.bulk_frame();
                 Ok(())
@@ -372,6 +391,11 @@ impl Follower {
     fn stage(&mut self, staged: StagedEpoch) -> Result<(), String> {
         let joins = staged.base.is_none();
         let disks = &mut self.place.disks;
+        if joins {
+            disks
+                .begin_stream(self.place.stream)
+                .map_err(|error| error.to_string())?;
+        }
         disks
             .stage(staged.epoch, &staged.disk, staged.contains_flush || joins)
             .map_err(|error| error.to_string())?;
@@ -439,6 +463,78 @@ impl Follower {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvm::{CpuOffer, Kvm, cpu_of_host};
+    use crate::replication::changed::Holds;
+    use crate::replication::journal::JOURNAL_MIN_BYTES;
+    use crate::replication::memory::HeapMemory;
+    use crate::replication::testing::MemStorage;
+    use ftvm_protocol::identity::{Incarnation, SeatId};
+
+    const STREAM: Stream = Stream {
+        leader: Incarnation {
+            seat: SeatId(4),
+            start: 2,
+        },
+        session: SessionId(3),
+    };
+
+    fn follower(disks: StandbyDisks, last: Option<Base>) -> Follower {
+        let host = cpu_of_host(&Kvm::open().expect("KVM")).expect("baseline");
+        let place = Place {
+            memory: Arc::new(HeapMemory::new(1)),
+            disks,
+            limits: StagingLimits {
+                page_count: 1,
+                disk_bytes: vec![4096],
+                nics: 0,
+                max_epoch_bytes: 1 << 20,
+            },
+            offer: Offer {
+                cpu: CpuOffer {
+                    host: host.clone(),
+                    machine: host,
+                    tsc_scaling: true,
+                },
+                nics: Vec::new(),
+            },
+            stream: STREAM,
+            credit: LinkSender::to_nobody(),
+            tells_holds: true,
+            waiting_bytes: 1 << 20,
+        };
+        Follower::new(STREAM.session, place, last, Queue(channel().0))
+    }
+
+    /// The source of a switchover has on its disks what failed there, or was under way when the guest stood still, and its
+    /// successor has no record of that. A joiner has nothing but what came.
+    #[test]
+    fn a_seat_that_ran_the_guest_never_says_what_its_disks_hold() {
+        for own in [false, true] {
+            let journal = MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize]);
+            let volume = MemStorage::called(vec![0; 4096], 1);
+            let open = || StandbyDisks::open(journal.clone(), vec![volume.clone()], &None).expect("opens");
+            let last = own.then(|| Base {
+                epoch: 8,
+                state: Vec::new(),
+                since: Instant::now(),
+                outputs: Vec::new(),
+            });
+            let mut follower = follower(open(), last);
+            follower.begin().expect("no fault");
+            if !own {
+                follower.place.disks.begin_stream(STREAM).expect("no fault");
+            }
+            follower.place.disks.stage(9, &[], true).expect("no fault");
+            drop(follower);
+            let holds = (!own).then_some(Holds {
+                stream: STREAM,
+                epoch: 9,
+            });
+            for _ in 0..2 {
+                assert_eq!(open().holds(), holds, "ran the guest: {own}");
+            }
+        }
+    }
 
     /// A peer that sends and sends while nothing is taken: no more than the limit waits, and nothing of the stream is taken
     /// with a hole in it.

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
-use ftvm_protocol::identity::{Epoch, SessionId};
+use ftvm_protocol::identity::{Epoch, Incarnation, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
 use crate::checkpoint::Pacer;
 use crate::memory::DirtyPages;
+use crate::replication::changed::Stream;
 use crate::replication::epoch::{EpochSender, EpochStats, FrameSink, SealedEpoch, SendError};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::{LivePages, SinkClosed};
@@ -246,6 +247,12 @@ pub enum Stage {
 pub struct Leading {
     /// Its name.
     pub session: SessionId,
+    /// The same, as it is called elsewhere.
+    pub stream: Stream,
+    /// Who follows.
+    pub peer: Incarnation,
+    /// Whether the version agreed on lets a joiner say what its disks hold.
+    pub tells_holds: bool,
     /// How far it is.
     pub stage: Stage,
     /// Its thread.

@@ -139,6 +139,8 @@ pub struct Inputs(Receiver<Input>);
 /// A link that is up.
 struct Link {
     peer: Incarnation,
+    /// Wire version agreed on.
+    version: u16,
     sender: LinkSender,
     /// Frames received when it was looked last.
     received: u64,

@@ -29,6 +29,7 @@ use crate::machine::{EventSender, Machine, MachineConfig, MachineError};
 use crate::memory::PAGE_SIZE;
 use crate::outbox::{self, Outbox};
 use crate::pause::PauseGate;
+use crate::replication::changed::{ChangedBlocks, Stream};
 use crate::replication::epoch::StagingLimits;
 use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsError, TlsIdentity};
 use crate::replication::memory::PageMemory;
@@ -142,6 +143,8 @@ pub struct Seat {
     pub inbox: Arc<Inbox>,
     /// Disk changes of the running epoch.
     pub disk_log: Arc<DiskLog>,
+    /// What has changed on the disks since a follower had the same.
+    pub changed: Arc<ChangedBlocks>,
     /// What an epoch may hold.
     pub limits: EpochLimits,
     /// By NIC: its tap.
@@ -214,9 +217,12 @@ pub fn prepare(
     outbox.on_waiting(move || waits.output_waits());
     let boot = boot_source(launch, fds)?;
     let waits = queue.clone();
-    let disk_log = Arc::new(DiskLog::new(limits.disk_bytes, limits.recorded_bytes, move || {
+    let sizes: Vec<_> = volumes.iter().map(|volume| volume.size_bytes()).collect();
+    let changed = Arc::new(ChangedBlocks::new(&sizes));
+    let log = DiskLog::new(changed.clone(), limits.disk_bytes, limits.recorded_bytes, move || {
         waits.output_waits()
-    }));
+    });
+    let disk_log = Arc::new(log);
     let parts = build(
         &kvm,
         &machine,
@@ -236,6 +242,7 @@ pub fn prepare(
         outbox,
         inbox: parts.inbox,
         disk_log,
+        changed,
         limits,
         taps: parts.taps,
         macs: parts.macs,
@@ -572,7 +579,10 @@ pub fn start_links(prepared: LinkConfig, listener: TcpListener, seat: &Seat, que
 
 /// Frames that carry a session's data, as opposed to control messages.
 fn is_of_session(kind: Kind) -> bool {
-    !matches!(kind, Kind::Hello | Kind::Control | Kind::Credit | Kind::Trouble)
+    !matches!(
+        kind,
+        Kind::Hello | Kind::Control | Kind::Credit | Kind::ResyncHolds | Kind::Trouble
+    )
 }
 
 /// What a thread that the driver starts is for.
@@ -616,12 +626,17 @@ impl Seat {
             .ok_or_else(|| std::io::ErrorKind::AlreadyExists.into())
     }
 
-    fn open_disks(&mut self) -> Result<StandbyDisks, String> {
+    fn open_disks(&mut self, joins: bool) -> Result<StandbyDisks, String> {
         if let Some(settler) = self.settler.take() {
             settler.wait()?;
         }
         let volumes = self.volumes.iter().map(|volume| volume.direct()).collect();
-        let opened = StandbyDisks::open(self.journal.clone(), volumes, &self.filters);
+        let open = if joins {
+            StandbyDisks::open_to_join
+        } else {
+            StandbyDisks::open
+        };
+        let opened = open(self.journal.clone(), volumes, &self.filters);
         opened.map_err(|error| crate::error_chain(&error))
     }
 
@@ -640,7 +655,9 @@ impl Seat {
 
     /// Brings the volumes to what was acknowledged before this engine started.
     pub fn recover_disks(&mut self) -> Result<(), String> {
-        self.open_disks()?.settle().map_err(|error| crate::error_chain(&error))
+        self.open_disks(false)?
+            .settle()
+            .map_err(|error| crate::error_chain(&error))
     }
 
     /// Makes everything durable that the guest wrote.
@@ -653,13 +670,21 @@ impl Seat {
         Ok(())
     }
 
-    /// What a receiving thread works on.
-    pub fn follower_place(&mut self, credit: LinkSender) -> Result<Place, String> {
+    /// What a receiving thread works on. `joins`: a resync brings everything.
+    pub fn follower_place(
+        &mut self,
+        credit: LinkSender,
+        stream: Stream,
+        tells_holds: bool,
+        joins: bool,
+    ) -> Result<Place, String> {
         let page_count = self.machine.ram().pages();
         Ok(Place {
             memory: self.page_memory(),
-            disks: self.open_disks()?,
+            disks: self.open_disks(joins)?,
+            stream,
             credit,
+            tells_holds,
             offer: Offer {
                 cpu: self.machine.cpu_offer().clone(),
                 nics: self.nics.clone(),

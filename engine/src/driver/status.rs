@@ -278,6 +278,8 @@ impl Driver {
             "delta_cache_bytes": figures.cache_bytes,
             "resync_us": us(figures.resync.time),
             "resync_copied_bytes": figures.resync.copied_bytes(),
+            "resync_disk_bytes": figures.resync.disk_bytes,
+            "resync_spared_bytes": figures.resync.spared_bytes,
             "resync_passes": figures.resync.passes,
             "resync_again_pages": figures.resync.again_pages,
             "resync_sent_bytes": figures.resync.payload_bytes,

@@ -195,6 +195,7 @@ impl Driver {
         if let Err(error) = self.seat.take_disks_over(taken.disks, self.queue.clone()) {
             return self.guest_failed(&error);
         }
+        self.seat.changed.forget();
         self.seat.gate().set_epoch(epoch + 1);
         self.hold.took_over_from(status.peer);
         tracing::info!(

@@ -18,6 +18,7 @@
 //! Invariant: every buffer is bounded; who produces faster than the link carries waits or is told so.
 
 mod buffers;
+pub mod changed;
 pub mod epoch;
 pub mod journal;
 pub mod link;

@@ -1,10 +1,13 @@
 //! Volumes and the journal as replication sees them: bytes at offsets, and durability.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use twox_hash::XxHash3_128;
 
 /// A volume or file of fixed size. Shared between threads; concurrent changes of the same range leave either content.
 pub trait Storage: Send + Sync {
@@ -18,6 +21,20 @@ pub trait Storage: Send + Sync {
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Returns when everything written before is durable.
     fn sync(&self) -> io::Result<()>;
+    /// What tells it from another that takes its place later, under the same name; none if nothing does.
+    fn identity(&self) -> Option<u128> {
+        None
+    }
+}
+
+/// What tells these volumes from others, or the same ones in another order; none if nothing does.
+pub fn identity_of(volumes: &[Arc<dyn Storage>]) -> Option<u128> {
+    let mut bytes = Vec::new();
+    for volume in volumes {
+        bytes.extend_from_slice(&volume.identity()?.to_le_bytes());
+        bytes.extend_from_slice(&volume.size_bytes().to_le_bytes());
+    }
+    Some(XxHash3_128::oneshot(&bytes))
 }
 
 /// Written at once when a file system can't zero a range by itself.
@@ -28,6 +45,7 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 pub struct FileStorage {
     file: File,
     size_bytes: u64,
+    identity: Option<u128>,
 }
 
 impl FileStorage {
@@ -46,7 +64,11 @@ impl FileStorage {
                 format!("it has {has} bytes, {size_bytes} are needed"),
             ));
         }
-        Ok(Self { file, size_bytes })
+        Ok(Self {
+            file,
+            size_bytes,
+            identity: identity(&metadata),
+        })
     }
 
     /// Like [`Self::new`] for a regular file that is made longer if it is too short: all of it is allocated, so that
@@ -74,6 +96,15 @@ impl FileStorage {
         );
         Err(io::Error::new(io::ErrorKind::InvalidInput, what))
     }
+}
+
+/// A file that is made anew may get the number of the one before, and never its time of birth. Contents that somebody writes into
+/// the file don't show. The node of a device tells nothing of the device behind it.
+fn identity(metadata: &Metadata) -> Option<u128> {
+    let born = metadata.created().ok().filter(|_| metadata.is_file())?;
+    let born_ns = born.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+    let [inode, born] = [u128::from(metadata.ino()), born_ns].map(u128::to_le_bytes);
+    (born_ns > 0).then(|| XxHash3_128::oneshot(&[inode, born].concat()))
 }
 
 fn write_zeroes(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
@@ -119,5 +150,40 @@ impl Storage for FileStorage {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn identity(&self) -> Option<u128> {
+        self.identity
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(path: &std::path::Path) -> Option<u128> {
+        let file = File::open(path).expect("it is there");
+        FileStorage::new(file, Some(0)).expect("it is long enough").identity()
+    }
+
+    /// A node in /dev may lead to another device after the next start.
+    #[test]
+    fn only_a_regular_file_is_known_again() {
+        let folder = std::env::temp_dir().join(format!("ftvm-identity-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join("disk");
+        let make = || std::fs::write(&path, "disk").expect("written");
+        make();
+        let first = of(&path);
+        assert_eq!(first, of(&path));
+        let keeps_births = path.metadata().expect("it is there").created().is_ok();
+        assert_eq!(first.is_some(), keeps_births);
+        std::fs::remove_file(&path).expect("removed");
+        make();
+        if keeps_births {
+            assert_ne!(of(&path), first, "made anew");
+        }
+        std::fs::remove_dir_all(&folder).expect("removed");
+        assert_eq!(of("/dev/null".as_ref()), None, "no file");
     }
 }

@@ -67,16 +67,22 @@ struct Contents {
 }
 
 /// A volume in memory that knows what a power cut would leave, and that can fail.
-pub struct MemStorage(Mutex<Contents>);
+pub struct MemStorage(Mutex<Contents>, u128);
 
 impl MemStorage {
     pub fn new(bytes: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Contents {
+        Self::called(bytes, 0)
+    }
+
+    /// One that can be told from those with another identity.
+    pub fn called(bytes: Vec<u8>, identity: u128) -> Arc<Self> {
+        let contents = Contents {
             now: bytes.clone(),
             durable: bytes,
             unsynced: Vec::new(),
             faults: Faults::default(),
-        })))
+        };
+        Arc::new(Self(Mutex::new(contents), identity))
     }
 
     fn contents(&self) -> MutexGuard<'_, Contents> {
@@ -155,6 +161,10 @@ impl Storage for MemStorage {
         contents.durable = contents.now.clone();
         contents.unsynced.clear();
         Ok(())
+    }
+
+    fn identity(&self) -> Option<u128> {
+        Some(self.1)
     }
 }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::backends::{DiskBackend, DiskOp};
+use crate::replication::changed::ChangedBlocks;
 use crate::replication::epoch::DiskChange;
 use crate::replication::storage::Storage;
 
@@ -30,6 +31,8 @@ struct Books {
 /// too many, until an epoch ends or a resync takes them.
 pub struct DiskLog {
     books: Mutex<Books>,
+    /// Every change is marked here, recorded or not.
+    changed: Arc<ChangedBlocks>,
     /// Somebody took what was recorded, or nothing is recorded any more.
     room: Condvar,
     /// Bytes recorded with which disks wait.
@@ -42,9 +45,15 @@ pub struct DiskLog {
 impl DiskLog {
     /// A log that records nothing yet. Disks wait once `bytes_max` are recorded; what they were executing then comes on
     /// top. `much` is called, from a disk's thread, when `bytes_much` are: the epoch should end. It must not block.
-    pub fn new(bytes_max: usize, bytes_much: usize, much: impl Fn() + Send + Sync + 'static) -> Self {
+    pub fn new(
+        changed: Arc<ChangedBlocks>,
+        bytes_max: usize,
+        bytes_much: usize,
+        much: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
         Self {
             books: Mutex::default(),
+            changed,
             room: Condvar::new(),
             bytes_max,
             bytes_much,
@@ -103,7 +112,18 @@ impl DiskLog {
         self.books().epoch.bytes
     }
 
-    fn completed(&self, disk: u16, op: &DiskOp<'_>) {
+    fn completed(&self, disk: u16, op: &DiskOp<'_>, ok: bool) {
+        match *op {
+            DiskOp::Write { offset, data } => self.changed.mark(disk, offset, data.len() as u64),
+            DiskOp::Discard { offset, len } | DiskOp::WriteZeroes { offset, len, .. } => {
+                self.changed.mark(disk, offset, len);
+            }
+            DiskOp::Flush | DiskOp::Read { .. } => {}
+        }
+        // After a flush that failed the volume may have lost what it had taken.
+        if !ok && !matches!(op, DiskOp::Read { .. }) {
+            self.changed.failed();
+        }
         let mut books = self.books();
         if !books.recording {
             return;
@@ -181,10 +201,10 @@ impl DiskBackend for SeatDisk {
         self.volume.zero(offset, len)
     }
 
-    fn completed(&mut self, op: &DiskOp<'_>, _ok: bool) {
+    fn completed(&mut self, op: &DiskOp<'_>, ok: bool) {
         // A failed write may have changed some of its blocks. The guest was told that it failed, so either content is
         // right; the range is recorded as it was meant, and the sides agree again when the guest tries once more.
-        self.log.completed(self.disk, op);
+        self.log.completed(self.disk, op, ok);
     }
 }
 
@@ -197,6 +217,10 @@ mod tests {
 
     const NO_LIMIT: usize = usize::MAX;
 
+    fn nothing_known() -> Arc<ChangedBlocks> {
+        Arc::new(ChangedBlocks::new(&[1 << 20]))
+    }
+
     /// A guest that writes as fast as it can, and nobody takes what it writes: the log stays bounded, the owner is told, and
     /// the disk goes on when the log is taken, or is not kept any more.
     #[test]
@@ -204,9 +228,10 @@ mod tests {
         const BYTES_MAX: usize = 64 << 10;
         let told = Arc::new(AtomicUsize::new(0));
         let tell = told.clone();
-        let log = Arc::new(DiskLog::new(BYTES_MAX, BYTES_MAX / 2, move || {
+        let log = DiskLog::new(nothing_known(), BYTES_MAX, BYTES_MAX / 2, move || {
             tell.fetch_add(1, Ordering::SeqCst);
-        }));
+        });
+        let log = Arc::new(log);
         log.record(true);
         let written = Arc::new(AtomicUsize::new(0));
         let stop = Arc::new(AtomicBool::new(false));
@@ -243,7 +268,7 @@ mod tests {
     /// when a resync takes the changes before it.
     #[test]
     fn changes_go_to_the_recording_that_they_belong_to() {
-        let log = DiskLog::new(NO_LIMIT, NO_LIMIT, || {});
+        let log = DiskLog::new(nothing_known(), NO_LIMIT, NO_LIMIT, || {});
         let write = |byte: u8| {
             log.completed(
                 0,
@@ -251,6 +276,7 @@ mod tests {
                     offset: 512,
                     data: &[byte; 512],
                 },
+                true,
             )
         };
         log.record(true);
@@ -259,9 +285,70 @@ mod tests {
         assert_eq!(log.take_of(abandoned).len(), 1);
         log.record(true);
         write(2);
-        log.completed(0, &DiskOp::Flush);
+        log.completed(0, &DiskOp::Flush, true);
         assert!(log.take_of(abandoned).is_empty());
         assert_eq!(log.take_of(log.number()), [DiskChange::written(0, 512, &[2; 512])]);
         assert!(log.take().contains_flush);
+    }
+
+    /// What a returning standby would get: every change, recorded or not; nothing is known any more once one has failed.
+    #[test]
+    fn every_change_is_marked_whether_it_is_recorded_or_not() {
+        use ftvm_protocol::identity::{Incarnation, SeatId, SessionId};
+
+        use crate::replication::changed::{GRAIN_BYTES, Holds, Stream};
+        let changed = nothing_known();
+        let log = DiskLog::new(changed.clone(), NO_LIMIT, NO_LIMIT, || {});
+        let by = SeatId(2);
+        let held = Holds {
+            stream: Stream {
+                leader: Incarnation::genesis(SeatId(1)),
+                session: SessionId(1),
+            },
+            epoch: 1,
+        };
+        changed.sealed(by, held, true);
+        changed.acknowledged(held);
+        let offset = |grain: u64| grain * GRAIN_BYTES;
+        let (data, len) = ([1; 512], 512);
+        log.completed(
+            0,
+            &DiskOp::Write {
+                offset: offset(1),
+                data: &data,
+            },
+            true,
+        );
+        log.record(true);
+        log.completed(
+            0,
+            &DiskOp::Write {
+                offset: offset(3),
+                data: &data,
+            },
+            true,
+        );
+        log.completed(0, &DiskOp::Discard { offset: offset(5), len }, true);
+        let unmap = false;
+        log.completed(
+            0,
+            &DiskOp::WriteZeroes {
+                offset: offset(7),
+                len,
+                unmap,
+            },
+            true,
+        );
+        log.completed(0, &DiskOp::Read { offset: offset(9), len }, false);
+        log.completed(0, &DiskOp::Flush, true);
+        log.record(false);
+        let disks = changed.since(by, Some(held)).expect("known");
+        let marked: Vec<_> = disks[0].extents().map(|extent| extent.start / GRAIN_BYTES).collect();
+        assert_eq!(marked, [1, 3, 5, 7]);
+        log.completed(0, &DiskOp::Flush, false);
+        assert!(
+            changed.since(by, Some(held)).is_err(),
+            "the volume may have lost anything"
+        );
     }
 }

@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use crate::explain;
+use crate::{durable, explain};
 use fill::Target;
 pub use helper::{Fetch, Read};
 use mark::{Mark, MarkFile};
@@ -209,8 +209,8 @@ pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
     if mark.complete {
         return complete(job, &mark, progress);
     }
-    let file = open(&job.path)?;
-    lock(&file)?;
+    let mut file = open(&job.path)?;
+    lock(&job.path, &file)?;
     let device = thick::is_device(&file).map_err(DiskError::io("looking at it"))?;
     let origin = origin(job)?;
     let size = thick::length(&file).map_err(DiskError::io("reading its size"))?;
@@ -224,8 +224,7 @@ pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
     if !known || size < mark.done_bytes {
         // Whatever an earlier owner of the volume left behind, or another source.
         if !device {
-            file.set_len(0).map_err(DiskError::io("emptying it"))?;
-            thick::write_in_place(&file)?;
+            file = anew(&job.path, file)?;
         }
         mark = Mark {
             size_bytes: job.size_bytes,
@@ -305,12 +304,39 @@ fn open(path: &Path) -> Result<File, DiskError> {
     )))
 }
 
-fn lock(file: &File) -> Result<(), DiskError> {
+fn lock(path: &Path, file: &File) -> Result<(), DiskError> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(()),
-        Err(Errno::WOULDBLOCK) => Err(DiskError::InUse),
-        Err(errno) => Err(DiskError::io("locking it")(errno.into())),
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(DiskError::InUse),
+        Err(errno) => return Err(DiskError::io("locking it")(errno.into())),
     }
+    // Another import may have put a new file there since this one was opened.
+    let [locked, there] = [file.metadata(), std::fs::symlink_metadata(path)];
+    let locked = locked.map_err(DiskError::io("looking at it"))?;
+    let same = |there: std::fs::Metadata| (there.dev(), there.ino()) == (locked.dev(), locked.ino());
+    if there.is_ok_and(same) {
+        return Ok(());
+    }
+    Err(DiskError::InUse)
+}
+
+/// A new file in the place of an old one, which is locked. Engines know a file by its number and time of birth: what they remember
+/// of the old one must not be believed of this one. Durable, so that no mark ever vouches for the old one's contents.
+fn anew(path: &Path, old: File) -> Result<File, DiskError> {
+    // Its blocks are free at once, whoever else has it open.
+    old.set_len(0).map_err(DiskError::io("emptying it"))?;
+    std::fs::remove_file(path).map_err(DiskError::io("removing the old one"))?;
+    let made = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    let file = made.map_err(DiskError::io("making it anew"))?;
+    lock(path, &file)?;
+    thick::write_in_place(&file)?;
+    durable::sync_folder(path).map_err(DiskError::io("making its folder durable"))?;
+    Ok(file)
 }
 
 /// Allocates; a disk that was just begun gives its blocks back if there are too few of them.
@@ -393,3 +419,7 @@ fn forget(staging: &Path) -> Result<(), DiskError> {
 pub fn told(name: &str, path: &Path, error: &DiskError) -> String {
     format!("disk {name} ({}): {}", path.display(), explain(error))
 }
+
+#[cfg(test)]
+#[path = "anew_tests.rs"]
+mod tests;

@@ -1,5 +1,9 @@
 //! Bytes of the journal. Little endian.
 
+use ftvm_protocol::identity::{Incarnation, SeatId, SessionId};
+
+use crate::replication::changed::Stream;
+
 /// At the start of a half; a sector of its own, so that it is written whole or not at all.
 pub(super) const HALF_HEADER_BYTES: usize = 512;
 /// Before a record's data: magic u32, kind u8, 0 u8, disk u16, generation u64, epoch u64, offset u64, length u64,
@@ -9,13 +13,26 @@ pub(super) const RECORD_HEADER_BYTES: usize = 48;
 const HALF_MAGIC: [u8; 8] = *b"FTVMJRN1";
 const RECORD_MAGIC: u32 = u32::from_le_bytes(*b"JREC");
 
-/// What a half belongs to.
+/// Whose changes a history has, and of which volumes. Since it began nobody else has changed them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Origin {
+    /// The stream that the records are of.
+    pub stream: Stream,
+    /// The volumes' identity.
+    pub volumes: u128,
+    /// The volumes had everything through this epoch, durably, when the history began; none if only records say what is there.
+    pub holds: Option<u64>,
+}
+
+/// What a half belongs to. An engine that knows no origin writes zeroes there, which are none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct HalfHeader {
     /// Records of another generation are not this half's.
     pub generation: u64,
     /// The last epoch in the other half, if this one continues it; none begins a history, and the other half is void.
     pub follows: Option<u64>,
+    /// Of the history; none if the volumes may be anything.
+    pub origin: Option<Origin>,
 }
 
 impl HalfHeader {
@@ -25,6 +42,16 @@ impl HalfHeader {
         bytes[8..16].copy_from_slice(&self.generation.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.follows.unwrap_or(0).to_le_bytes());
         bytes[24] = u8::from(self.follows.is_some());
+        if let Some(origin) = self.origin {
+            let Stream { leader, session } = origin.stream;
+            bytes[25] = 1;
+            bytes[26] = u8::from(origin.holds.is_some());
+            bytes[32..48].copy_from_slice(&leader.seat.0.to_le_bytes());
+            bytes[48..56].copy_from_slice(&leader.start.to_le_bytes());
+            bytes[56..64].copy_from_slice(&session.0.to_le_bytes());
+            bytes[64..80].copy_from_slice(&origin.volumes.to_le_bytes());
+            bytes[80..88].copy_from_slice(&origin.holds.unwrap_or(0).to_le_bytes());
+        }
         let checksum = crc32fast::hash(&bytes[..HALF_HEADER_BYTES - 4]);
         bytes[HALF_HEADER_BYTES - 4..].copy_from_slice(&checksum.to_le_bytes());
         bytes
@@ -36,10 +63,22 @@ impl HalfHeader {
         if body[0..8] != HALF_MAGIC || crc32fast::hash(body) != u32::from_le_bytes(*checksum) {
             return None;
         }
-        let follows = (body[24] == 1).then_some(u64_at(body, 16));
+        let u128_at = |at| u128::from(u64_at(body, at)) | (u128::from(u64_at(body, at + 8)) << 64);
+        let origin = || Origin {
+            stream: Stream {
+                leader: Incarnation {
+                    seat: SeatId(u128_at(32)),
+                    start: u64_at(body, 48),
+                },
+                session: SessionId(u64_at(body, 56)),
+            },
+            volumes: u128_at(64),
+            holds: (body[26] == 1).then_some(u64_at(body, 80)),
+        };
         Some(Self {
             generation: u64_at(body, 8),
-            follows,
+            follows: (body[24] == 1).then_some(u64_at(body, 16)),
+            origin: (body[25] == 1).then(origin),
         })
     }
 }

@@ -12,6 +12,10 @@
 //! the journal and from volumes that had some of them already: no guest flush is among them, so that is what any disk
 //! with a volatile cache does.
 //!
+//! A history may have an origin: the stream that its records are of, and the volumes that they belong to, which nobody but that
+//! stream has changed since. Then the journal proves what the volumes hold ([`Recovered::holds`]): everything through the last
+//! epoch that counts. Whoever writes to them in another role empties the journal first, which ends that.
+//!
 //! Invariant: a half is written again only after everything in it is durable on the volumes, and its old contents are
 //! durably disowned before the first new record. So what is replayed is always a gapless end of the history.
 
@@ -20,9 +24,10 @@ mod format;
 use std::io;
 use std::sync::Arc;
 
+use super::changed::{Holds, Stream};
 use super::epoch::{DiskChange, DiskData};
-use super::storage::Storage;
-use format::{HALF_HEADER_BYTES, HalfHeader, RECORD_HEADER_BYTES, Record, RecordKind};
+use super::storage::{Storage, identity_of};
+use format::{HALF_HEADER_BYTES, HalfHeader, Origin, RECORD_HEADER_BYTES, Record, RecordKind};
 
 /// Smallest journal: an epoch must fit into half of it.
 pub const JOURNAL_MIN_BYTES: u64 = 64 * 1024;
@@ -113,6 +118,8 @@ pub struct Recovered {
     pub last: Option<u64>,
     /// Changes applied.
     pub changes: u64,
+    /// What the volumes hold, if the journal proves it.
+    pub holds: Option<Holds>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -132,6 +139,10 @@ pub struct Journal {
     current: usize,
     /// Last epoch appended since the journal was emptied.
     last: Option<u64>,
+    /// Of the history; none if the volumes may be anything.
+    origin: Option<Origin>,
+    /// Of the volumes, if they can be told from others.
+    volumes: Option<u128>,
     failed: bool,
 }
 
@@ -139,19 +150,7 @@ impl Journal {
     /// Replays what counts in the journal onto `volumes` (by disk index), makes it durable there, and gives the
     /// journal, empty.
     pub fn recover(storage: Arc<dyn Storage>, volumes: &[Arc<dyn Storage>]) -> Result<(Self, Recovered), JournalError> {
-        if storage.size_bytes() < JOURNAL_MIN_BYTES {
-            return Err(JournalError::TooSmall(storage.size_bytes()));
-        }
-        let half_bytes = storage.size_bytes() / 2 / 4096 * 4096;
-        let mut journal = Self {
-            storage,
-            half_bytes,
-            halves: [Half::default(); 2],
-            current: 0,
-            last: None,
-            failed: false,
-        };
-        let headers = [journal.read_header(0)?, journal.read_header(1)?];
+        let (mut journal, headers) = Self::read(storage, volumes)?;
         let mut order: Vec<(usize, HalfHeader)> = headers
             .iter()
             .copied()
@@ -159,9 +158,6 @@ impl Journal {
             .filter_map(|(half, header)| Some((half, header?)))
             .collect();
         order.sort_by_key(|(_, header)| header.generation);
-        for (half, header) in &order {
-            journal.halves[*half].generation = header.generation;
-        }
         // A half that follows nothing begins a history: what is older counts no more.
         if let [_, (_, newer)] = &order[..]
             && newer.follows.is_none()
@@ -197,8 +193,59 @@ impl Journal {
                 })?;
             }
         }
-        journal.reset()?;
+        // The newest header is the history's. Both are there since the first start; where one can't be read nobody knows whether it
+        // was the newer one, or the end of what the other continues.
+        let newest = order.last().filter(|_| !headers.contains(&None));
+        recovered.holds = journal.proven(newest.and_then(|(_, header)| header.origin), recovered.last);
+        match recovered.holds {
+            Some(holds) => journal.begin(holds.stream, Some(holds.epoch))?,
+            None => journal.reset()?,
+        }
         Ok((journal, recovered))
+    }
+
+    /// A journal that can't be replayed, for volumes that will be written whole: it is left as it is, and takes nothing before it
+    /// is emptied.
+    pub fn unusable(storage: Arc<dyn Storage>, volumes: &[Arc<dyn Storage>]) -> Result<Self, JournalError> {
+        let (journal, _) = Self::read(storage, volumes)?;
+        Ok(Self {
+            failed: true,
+            ..journal
+        })
+    }
+
+    fn read(
+        storage: Arc<dyn Storage>,
+        volumes: &[Arc<dyn Storage>],
+    ) -> Result<(Self, [Option<HalfHeader>; 2]), JournalError> {
+        if storage.size_bytes() < JOURNAL_MIN_BYTES {
+            return Err(JournalError::TooSmall(storage.size_bytes()));
+        }
+        let half_bytes = storage.size_bytes() / 2 / 4096 * 4096;
+        let mut journal = Self {
+            storage,
+            half_bytes,
+            halves: [Half::default(); 2],
+            current: 0,
+            last: None,
+            origin: None,
+            volumes: identity_of(volumes),
+            failed: false,
+        };
+        let headers = [journal.read_header(0)?, journal.read_header(1)?];
+        for (half, header) in journal.halves.iter_mut().zip(&headers) {
+            half.generation = header.map_or(0, |header| header.generation);
+        }
+        Ok((journal, headers))
+    }
+
+    /// What volumes hold onto which everything through `last` was replayed.
+    fn proven(&self, origin: Option<Origin>, last: Option<u64>) -> Option<Holds> {
+        let origin = origin.filter(|origin| Some(origin.volumes) == self.volumes)?;
+        Some(Holds {
+            stream: origin.stream,
+            epoch: last.or(origin.holds)?,
+        })
     }
 
     fn read_header(&self, half: usize) -> Result<Option<HalfHeader>, JournalError> {
@@ -209,9 +256,26 @@ impl Journal {
         Ok(HalfHeader::decode(&bytes))
     }
 
+    /// Of a half whose header was unreadable. It gets a generation that is new as far as the other half knows, and may be that of
+    /// the records that are there.
+    fn void_records(&self, half: usize) -> Result<(), JournalError> {
+        let first = half as u64 * self.half_bytes + HALF_HEADER_BYTES as u64;
+        self.storage
+            .write_at(first, &[0; RECORD_HEADER_BYTES])
+            .map_err(io_error("writing"))?;
+        self.storage.sync().map_err(io_error("syncing"))
+    }
+
     fn disown_and_write_header(&mut self, half: usize, follows: Option<u64>) -> Result<(), JournalError> {
+        if self.halves[half].generation == 0 {
+            self.void_records(half)?;
+        }
         let generation = self.halves.iter().map(|half| half.generation).max().unwrap_or(0) + 1;
-        let header = HalfHeader { generation, follows };
+        let header = HalfHeader {
+            generation,
+            follows,
+            origin: self.origin,
+        };
         self.storage
             .write_at(half as u64 * self.half_bytes, &header.encode())
             .map_err(io_error("writing"))?;
@@ -224,9 +288,23 @@ impl Journal {
         Ok(())
     }
 
-    /// Empties the journal durably: everything in it is on the volumes, or of no use any more. One sector does it: the
-    /// older half begins a new history, which disowns the newer one. A crash before that leaves an end of the history.
+    /// Empties the journal durably: everything in it is on the volumes, or of no use any more. Nothing is said of the volumes
+    /// from then on: they may be changed by anybody.
     pub fn reset(&mut self) -> Result<(), JournalError> {
+        self.restart(None)
+    }
+
+    /// Empties the journal durably and begins the history of `stream`. `holds`: what of it the volumes have already, durably;
+    /// none lets the first epoch that is appended as durable say so. From now on only that stream changes the volumes.
+    pub fn begin(&mut self, stream: Stream, holds: Option<u64>) -> Result<(), JournalError> {
+        let origin = |volumes| Origin { stream, volumes, holds };
+        self.restart(self.volumes.map(origin))
+    }
+
+    /// One sector does it: the older half begins a new history, which disowns the newer one. A crash before that leaves an end
+    /// of the history before.
+    fn restart(&mut self, origin: Option<Origin>) -> Result<(), JournalError> {
+        self.origin = origin;
         let older = if self.halves[0].generation <= self.halves[1].generation {
             0
         } else {

@@ -310,3 +310,132 @@ fn a_volume_that_fails_keeps_the_journal() {
     open(&storage, &mended).expect("recovers");
     assert_eq!(mended.bytes(), states[6]);
 }
+
+fn stream(session: u64) -> Stream {
+    Stream {
+        leader: ftvm_protocol::identity::Incarnation {
+            seat: ftvm_protocol::identity::SeatId(u128::MAX - 5),
+            start: 9,
+        },
+        session: ftvm_protocol::identity::SessionId(session),
+    }
+}
+
+/// What the journal proves of its volumes is the last epoch that counts, through every change of halves and every new start.
+#[test]
+fn the_journal_says_what_the_volumes_hold() {
+    let (storage, mut journal) = fresh();
+    let mut seeded = Seeded::new(4);
+    append_epochs(&mut journal, &mut seeded, 1..=3);
+    let disk = volume();
+    let (mut journal, recovered) = open(&storage, &disk).expect("recovers");
+    assert_eq!((recovered.last, recovered.holds), (Some(3), None), "of no stream");
+    journal.begin(stream(7), None).expect("no fault");
+    let (mut journal, recovered) = {
+        drop(journal);
+        open(&storage, &disk).expect("recovers")
+    };
+    assert_eq!(recovered.holds, None, "nothing is durable yet");
+    journal.begin(stream(7), None).expect("no fault");
+    let mut epoch = 10;
+    let mut halves = std::collections::BTreeSet::new();
+    while halves.len() < 2 || epoch < 40 {
+        epoch += 1;
+        let change = DiskChange::written(0, 0, &seeded.bytes(4096));
+        journal.append(epoch, &[change], true, Some(epoch - 1)).expect("room");
+        halves.insert(journal.current);
+    }
+    let holds = Some(Holds {
+        stream: stream(7),
+        epoch,
+    });
+    for _ in 0..3 {
+        let (_, recovered) = open(&storage, &disk).expect("recovers");
+        assert_eq!(recovered.holds, holds, "also when nothing is replayed any more");
+    }
+    let (mut journal, _) = open(&storage, &disk).expect("recovers");
+    journal.begin(stream(8), Some(77)).expect("no fault");
+    assert_eq!(
+        open(&storage, &disk)
+            .expect("recovers")
+            .1
+            .holds
+            .map(|holds| holds.epoch),
+        Some(77)
+    );
+    let other = MemStorage::called(disk.bytes(), 5);
+    let (mut journal, recovered) = open(&storage, &other).expect("recovers");
+    assert_eq!(recovered.holds, None, "another disk");
+    journal.begin(stream(8), Some(77)).expect("no fault");
+    journal.reset().expect("no fault");
+    assert_eq!(
+        open(&storage, &other).expect("recovers").1.holds,
+        None,
+        "anybody may write from here on"
+    );
+}
+
+/// Damages the header of a half, recovers, and gives what is said to be held then and after a second start.
+fn held_without_header(storage: &Arc<MemStorage>, half: usize) -> [Option<Holds>; 2] {
+    let mut image = storage.bytes();
+    image[half * SIZE / 2 + 9] ^= 1;
+    let (left, disk) = (MemStorage::new(image), volume());
+    std::array::from_fn(|start| {
+        let (_, recovered) = open(&left, &disk).expect("recovers");
+        assert!(start == 0 || recovered.epochs == 0, "it was emptied: {recovered:?}");
+        recovered.holds
+    })
+}
+
+/// Where a half is unreadable, epochs may be missing in front of those that are there, and a history may have ended since.
+#[test]
+fn a_journal_of_which_a_half_is_unreadable_proves_nothing() {
+    let (storage, _) = fresh();
+    let (mut journal, _) = open(&storage, &volume()).expect("recovers");
+    journal.begin(stream(7), Some(2)).expect("no fault");
+    let mut seeded = Seeded::new(8);
+    let mut epoch = 2;
+    while journal.halves.iter().any(|half| half.last.is_none()) {
+        epoch += 1;
+        let change = DiskChange::written(0, 0, &seeded.bytes(4096));
+        journal.append(epoch, &[change], true, None).expect("room");
+    }
+    assert_eq!(
+        open(&MemStorage::new(storage.bytes()), &volume())
+            .expect("recovers")
+            .1
+            .holds
+            .map(|holds| holds.epoch),
+        Some(epoch)
+    );
+    for half in 0..2 {
+        assert_eq!(held_without_header(&storage, half), [None; 2], "half {half}");
+    }
+    // What came before is in the half that is left.
+    journal.begin(stream(8), Some(90)).expect("no fault");
+    journal.reset().expect("no fault");
+    assert_eq!(held_without_header(&storage, journal.current), [None; 2]);
+}
+
+/// A header of an engine that knows no streams has zeroes there.
+#[test]
+fn headers_keep_their_origin_and_old_ones_have_none() {
+    let origin = |holds| Origin {
+        stream: stream(3),
+        volumes: u128::MAX / 3,
+        holds,
+    };
+    for origin in [None, Some(origin(None)), Some(origin(Some(u64::MAX)))] {
+        let header = HalfHeader {
+            generation: 5,
+            follows: Some(4),
+            origin,
+        };
+        let bytes = header.encode();
+        assert_eq!(HalfHeader::decode(&bytes), Some(header));
+        assert_eq!(
+            bytes[25..HALF_HEADER_BYTES - 4].iter().all(|&byte| byte == 0),
+            origin.is_none()
+        );
+    }
+}

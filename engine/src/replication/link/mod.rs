@@ -182,7 +182,7 @@ impl DownReason {
 /// The class in which frames of a kind are sent.
 pub fn class_of(kind: Kind) -> Class {
     match kind {
-        Kind::Hello | Kind::Control | Kind::Credit | Kind::Trouble => Class::Control,
+        Kind::Hello | Kind::Control | Kind::Credit | Kind::Trouble | Kind::ResyncHolds => Class::Control,
         Kind::Input => Class::Input,
         Kind::EpochBegin
         | Kind::EpochPages
@@ -192,7 +192,9 @@ pub fn class_of(kind: Kind) -> Class {
         | Kind::EpochEnd
         // In the order of epochs: it speaks of the one before it.
         | Kind::Digest => Class::Epoch,
-        Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => Class::Bulk,
+        Kind::ResyncBegin | Kind::ResyncPlan | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => {
+            Class::Bulk
+        }
     }
 }
 

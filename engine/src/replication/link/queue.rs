@@ -245,6 +245,22 @@ impl std::fmt::Debug for LinkSender {
 }
 
 impl LinkSender {
+    /// Nobody sends what waits here.
+    #[cfg(test)]
+    pub fn to_nobody() -> Self {
+        let limits = QueueLimits {
+            epoch_bytes: 4096,
+            control_bytes: 4096,
+            input_bytes: 4096,
+            bulk_bytes: 4096,
+        };
+        let wakes = super::table::Wakes::new().expect("eventfds");
+        Self {
+            link: LinkId(1),
+            queue: Arc::new(Queue::new(limits, wakes.take().expect("one is free"))),
+        }
+    }
+
     /// The link.
     pub fn link(&self) -> LinkId {
         self.link

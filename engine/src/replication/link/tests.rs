@@ -476,7 +476,9 @@ fn greeted_client(authority: &Authority, a: &Node) -> (RawClient, LinkSender) {
 fn hostile_frames_end_the_link_and_nothing_else() {
     let authority = Authority::new();
     let a = Node::start(config(&authority, A));
-    let good = encode_header(1, Kind::Control, 0, 0, b"hi").expect("fits").to_vec();
+    let good = encode_header(VERSION_MAX, Kind::Control, 0, 0, b"hi")
+        .expect("fits")
+        .to_vec();
     let mut oversized = good.clone();
     oversized[24..28].copy_from_slice(&u32::MAX.to_le_bytes());
     let unknown = {
@@ -495,7 +497,9 @@ fn hostile_frames_end_the_link_and_nothing_else() {
         ("a second hello", second_hello),
         (
             "another version",
-            encode_header(2, Kind::Control, 0, 0, b"").expect("fits").to_vec(),
+            encode_header(VERSION_MAX - 1, Kind::Control, 0, 0, b"")
+                .expect("fits")
+                .to_vec(),
         ),
     ] {
         let (mut client, sender) = greeted_client(&authority, &a);
@@ -567,7 +571,7 @@ fn half_a_frame_is_never_delivered() {
     let authority = Authority::new();
     let a = Node::start(config(&authority, A));
     let (mut client, sender) = greeted_client(&authority, &a);
-    let header = encode_header(1, Kind::EpochState, 0, 0, &[7; 1000]).expect("fits");
+    let header = encode_header(VERSION_MAX, Kind::EpochState, 0, 0, &[7; 1000]).expect("fits");
     client.write_all(&[&header[..], &[7; 999]].concat()).expect("sent");
     client.conn.send_close_notify();
     client.flush().expect("sent");

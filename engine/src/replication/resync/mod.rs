@@ -1,9 +1,11 @@
-//! Everything at once, while the guest runs: the whole memory and the whole disks of the active, for a side that has
-//! nothing of use.
+//! Everything at once, while the guest runs: the whole memory of the active, and its whole disks, or of disks that are known
+//! what changed since ([`super::changed`]).
 //!
 //! ```text
 //!   ResyncSource::copy                                                  ResyncTarget::accept
-//!   ResyncBegin ─► disks, block by block, with the changes that complete meanwhile in order ─► StandbyDisks
+//!   ResyncBegin ─► is that my machine?    ◄── ResyncHolds: what these disks hold
+//!   ResyncPlan: whole disks, or so much of each
+//!               ─► disks, block by block, with the changes that complete meanwhile in order ─► StandbyDisks
 //!               ─► memory, page by page ─────────────────────────────────────────────────────► guest memory
 //!   Resync::pass ─► pages that were written meanwhile, until few are left ─────────────────────► guest memory
 //!   Resync::end  ─► ResyncEnd: counts, checksum   ◄── Credit: how much was taken ──────────────  every page, every block
@@ -29,6 +31,7 @@ mod window;
 
 use serde::{Deserialize, Serialize};
 
+use super::changed::Holds;
 use super::epoch::{PayloadError, SendError};
 use super::pages::{EncodeError, PagesError, SinkClosed};
 use super::standby_disks::StandbyDisksError;
@@ -42,7 +45,7 @@ pub use window::ResyncWindow;
 
 /// Bytes before the records of a `ResyncDisk` payload: number in the stream u32, what it is u8.
 const DISK_PREFIX_BYTES: usize = 5;
-/// A copy of blocks, in order, every byte of a disk once.
+/// A copy of blocks, in order, no byte of a disk twice: every one, or as many as the plan says.
 const DISK_COPY: u8 = 0;
 /// Changes that completed while the copy was made.
 const DISK_CHANGES: u8 = 1;
@@ -56,6 +59,19 @@ struct Begin {
     cpu: CpuBaseline,
     /// The MTU that the guest was told, by network card.
     mtus: Vec<u16>,
+}
+
+/// Payload of `ResyncHolds` (postcard): what the joiner's disks hold, if that is proven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Told {
+    holds: Option<Holds>,
+}
+
+/// Payload of `ResyncPlan` behind the number (postcard).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Plan {
+    /// By disk, bytes that will be copied, of disks that hold what the joiner told; none: whole disks.
+    changed_bytes: Option<Vec<u64>>,
 }
 
 /// What a seat has to offer to the guest that it is to follow.
@@ -131,6 +147,9 @@ pub enum ResyncError {
         /// Both MTUs, and what to do.
         why: String,
     },
+    /// Only what changed, for disks that are not known to hold the rest; or more than there is.
+    #[error("resync refused before anything was copied: {0}")]
+    Plan(String),
     /// A frame before the beginning, after the end, or a second beginning.
     #[error("resync frame out of place: {0}")]
     Unexpected(&'static str),

@@ -1,5 +1,6 @@
 //! The active's side of a resync.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -7,9 +8,10 @@ use std::time::{Duration, Instant};
 use ftvm_protocol::wire::Kind;
 
 use super::window::ResyncWindow;
-use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, ResyncError};
+use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, Plan, ResyncError};
 use crate::kvm::CpuBaseline;
 use crate::replication::buffers;
+use crate::replication::changed::{Grains, Holds, Unknown};
 use crate::replication::epoch::{DiskChange, EpochSender, NumberedStream, wire};
 use crate::replication::memory::{PAGE_SIZE, PageMemory};
 use crate::replication::pages::{ChunkSink, EncodeError, LivePages, PageStats, SinkClosed};
@@ -65,6 +67,8 @@ pub struct ResyncStats {
     pub pages: PageStats,
     /// Bytes of disks copied, zeroes included.
     pub disk_bytes: u64,
+    /// Bytes of disks that were not copied, because the other side has them.
+    pub spared_bytes: u64,
     /// Times that pages were sent again, before the end.
     pub passes: u64,
     /// Pages sent again.
@@ -90,6 +94,7 @@ impl ResyncStats {
 }
 
 type Feed = Box<dyn FnMut() -> Vec<DiskChange> + Send>;
+type Changed = Box<dyn FnOnce(Option<Holds>) -> Result<Vec<Grains>, Unknown> + Send>;
 
 /// Copies a running machine.
 pub struct ResyncSource {
@@ -98,6 +103,7 @@ pub struct ResyncSource {
     mtus: Vec<u16>,
     volumes: Vec<Arc<dyn Storage>>,
     changes: Feed,
+    changed: Option<Changed>,
     window: Arc<ResyncWindow>,
     progress: Arc<ResyncProgress>,
 }
@@ -118,9 +124,21 @@ impl ResyncSource {
             mtus,
             volumes,
             changes: Box::new(changes),
+            changed: None,
             window: Arc::default(),
             progress: Arc::default(),
         }
+    }
+
+    /// Asks the other side what its disks hold, and copies what `changed` says may differ from that, if it can say. It is called
+    /// after recording began.
+    #[must_use]
+    pub fn asking(
+        mut self,
+        changed: impl FnOnce(Option<Holds>) -> Result<Vec<Grains>, Unknown> + Send + 'static,
+    ) -> Self {
+        self.changed = Some(Box::new(changed));
+        self
     }
 
     /// How far it is. Each resync has its own: one that was given up may still run for a moment beside its successor.
@@ -135,14 +153,14 @@ impl ResyncSource {
 
     /// Copies everything once through `sender`'s encoder and connection. What the guest writes meanwhile is sent by
     /// [`Resync::pass`].
-    pub fn copy(self, sender: &mut EpochSender) -> Result<Resync, ResyncError> {
+    pub fn copy(mut self, sender: &mut EpochSender) -> Result<Resync, ResyncError> {
         let begun = Instant::now();
         sender.reset();
         let disk_bytes: Vec<u64> = self.volumes.iter().map(|volume| volume.size_bytes()).collect();
         let page_count = self.memory.page_count();
-        let copied_bytes: u64 = disk_bytes.iter().sum();
-        self.progress
-            .begin(u64::from(page_count) * PAGE_SIZE as u64 + copied_bytes);
+        let all_bytes: u64 = disk_bytes.iter().sum();
+        let memory_bytes = u64::from(page_count) * PAGE_SIZE as u64;
+        self.progress.begin(memory_bytes + all_bytes);
         let bulk = Arc::new(Bulk::new(sender, self.window.clone()));
         let begin = wire::sequenced(
             0,
@@ -155,27 +173,59 @@ impl ResyncSource {
             "ResyncBegin",
         )?;
         bulk.send(Kind::ResyncBegin, begin)?;
+        let changed = match self.changed.take() {
+            Some(changed) => self.plan(changed, &bulk)?,
+            None => None,
+        };
+        let copied_bytes = changed
+            .as_ref()
+            .map_or(all_bytes, |disks| disks.iter().map(Grains::bytes).sum());
+        self.progress.begin(memory_bytes + copied_bytes);
         let mut resync = Resync {
             source: self,
             bulk,
             begun,
             stats: ResyncStats {
                 disk_bytes: copied_bytes,
+                spared_bytes: all_bytes - copied_bytes,
                 ..ResyncStats::default()
             },
         };
-        for (disk, size) in disk_bytes.into_iter().enumerate() {
-            resync.stats.disk_changes += resync.source.copy_disk(disk as u16, size, &resync.bulk)?;
+        for (size, disk) in disk_bytes.into_iter().zip(0u16..) {
+            let extents: Box<dyn Iterator<Item = Range<u64>>> = match &changed {
+                Some(disks) => Box::new(disks[usize::from(disk)].extents()),
+                None => Box::new(std::iter::once(0..size)),
+            };
+            for extent in extents {
+                resync.stats.disk_changes += resync.source.copy_blocks(disk, extent, &resync.bulk)?;
+            }
         }
         resync.send_pages(sender, (0..page_count).collect())?;
         Ok(resync)
     }
 
-    fn copy_disk(&mut self, disk: u16, size: u64, bulk: &Bulk) -> Result<u64, ResyncError> {
+    /// What to copy of disks that hold what the other side says, if that is known; tells the other side.
+    fn plan(&self, changed: Changed, bulk: &Bulk) -> Result<Option<Vec<Grains>>, ResyncError> {
+        let grains = match changed(self.window.wait_told()?) {
+            Ok(grains) => Some(grains),
+            Err(why) => {
+                tracing::info!("the other side's disks are copied whole: {why}");
+                None
+            }
+        };
+        let bytes = |disks: &Vec<Grains>| disks.iter().map(Grains::bytes).collect();
+        let plan = Plan {
+            changed_bytes: grains.as_ref().map(bytes),
+        };
+        bulk.send(Kind::ResyncPlan, wire::sequenced(0, &plan, "ResyncPlan")?)?;
+        Ok(grains)
+    }
+
+    fn copy_blocks(&mut self, disk: u16, extent: Range<u64>, bulk: &Bulk) -> Result<u64, ResyncError> {
         let volume = self.volumes[usize::from(disk)].clone();
-        let mut block = vec![0; BLOCK_BYTES.min(size) as usize];
+        let (mut offset, size) = (extent.start, extent.end);
+        let mut block = vec![0; BLOCK_BYTES.min(size - offset) as usize];
         let mut sent = 0;
-        let mut offset = 0;
         // Runs of zeroes are gathered: most of many disks.
         let mut zeroes = 0;
         while offset < size {

@@ -2,8 +2,8 @@
 
 use ftvm_protocol::wire::Kind;
 
-use super::window::{CREDIT_EVERY_BYTES, credit_payload};
-use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, Offer, ResyncError};
+use super::window::{CREDIT_EVERY_BYTES, credit_payload, told_payload};
+use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, Offer, Plan, ResyncError};
 use crate::devices::virtio::net::check_mtu;
 use crate::replication::buffers;
 use crate::replication::epoch::{DiskChange, PayloadError, StagingLimits, wire};
@@ -25,6 +25,8 @@ pub struct ResyncTotals {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Waiting,
+    /// Begun, and this side has said what its disks hold.
+    Told,
     Running,
     Complete,
 }
@@ -39,15 +41,22 @@ pub struct ResyncTarget {
     checksum: crc32fast::Hasher,
     /// A bit for each page that came.
     pages: Vec<u64>,
+    /// Whether this side is asked what its disks hold.
+    told: bool,
+    /// By disk, bytes that are announced, if only what changed comes.
+    announced: Option<Vec<u64>>,
     /// How far each disk is copied.
     copied: Vec<u64>,
+    /// Bytes of each disk that came.
+    came: Vec<u64>,
     totals: ResyncTotals,
     credited: u64,
 }
 
 impl ResyncTarget {
-    /// For the machine that `limits` and `offer` describe.
-    pub fn new(limits: &StagingLimits, offer: Offer) -> Self {
+    /// For the machine that `limits` and `offer` describe. `told`: the version agreed on lets this side say what its disks
+    /// hold.
+    pub fn new(limits: &StagingLimits, offer: Offer, told: bool) -> Self {
         Self {
             offer,
             page_count: limits.page_count,
@@ -56,7 +65,10 @@ impl ResyncTarget {
             next: 0,
             checksum: crc32fast::Hasher::new(),
             pages: Vec::new(),
+            told,
+            announced: None,
             copied: vec![0; limits.disk_bytes.len()],
+            came: vec![0; limits.disk_bytes.len()],
             totals: ResyncTotals::default(),
             credited: 0,
         }
@@ -72,15 +84,15 @@ impl ResyncTarget {
         self.totals
     }
 
-    /// Takes a frame of one of the resync kinds. `Some` is the payload of a `Credit` frame to send to the active:
-    /// without it, the active stops sending.
+    /// Takes a frame of one of the resync kinds. `Some` is a frame to send to the active, `ResyncHolds` or `Credit`: without
+    /// it, the active stops sending.
     pub fn accept(
         &mut self,
         kind: Kind,
         payload: Vec<u8>,
         memory: &dyn PageMemory,
         disks: &mut StandbyDisks,
-    ) -> Result<Option<Vec<u8>>, ResyncError> {
+    ) -> Result<Option<(Kind, Vec<u8>)>, ResyncError> {
         let found = wire::sequence_of(&payload, "resync")?;
         if found != self.next {
             return Err(ResyncError::Sequence {
@@ -90,9 +102,12 @@ impl ResyncTarget {
         }
         match (kind, self.phase) {
             (Kind::ResyncBegin, Phase::Waiting) => self.begin(&payload, disks)?,
+            (Kind::ResyncPlan, Phase::Told) => self.plan(&payload, disks)?,
             (Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd, Phase::Running) => {}
             (Kind::ResyncBegin, _) => return Err(ResyncError::Unexpected("a second beginning")),
             (_, Phase::Waiting) => return Err(ResyncError::Unexpected("no resync was begun")),
+            (Kind::ResyncPlan, _) => return Err(ResyncError::Unexpected("a plan that nobody waits for")),
+            (_, Phase::Told) => return Err(ResyncError::Unexpected("the plan is missing")),
             _ => return Err(ResyncError::Unexpected("the resync had ended")),
         }
         self.next += 1;
@@ -108,11 +123,14 @@ impl ResyncTarget {
             _ => {}
         }
         self.totals.payload_bytes += len;
+        if self.phase == Phase::Told {
+            return Ok(Some((Kind::ResyncHolds, told_payload(disks.holds())?)));
+        }
         if self.totals.payload_bytes - self.credited < CREDIT_EVERY_BYTES && kind != Kind::ResyncEnd {
             return Ok(None);
         }
         self.credited = self.totals.payload_bytes;
-        Ok(Some(credit_payload(self.credited)))
+        Ok(Some((Kind::Credit, credit_payload(self.credited))))
     }
 
     fn begin(&mut self, payload: &[u8], disks: &mut StandbyDisks) -> Result<(), ResyncError> {
@@ -136,8 +154,32 @@ impl ResyncTarget {
         for ((nic, mtu_max), mtu) in self.offer.nics.iter().zip(begin.mtus) {
             check_mtu(mtu, *mtu_max).map_err(|why| ResyncError::Mtu { nic: nic.clone(), why })?;
         }
-        disks.begin_resync()?;
         self.pages = vec![0; self.page_count.div_ceil(64) as usize];
+        if self.told {
+            self.phase = Phase::Told;
+            return Ok(());
+        }
+        disks.begin_resync(None)?;
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    fn plan(&mut self, payload: &[u8], disks: &mut StandbyDisks) -> Result<(), ResyncError> {
+        let Plan { changed_bytes } = wire::decode(payload, "ResyncPlan")?;
+        let holds = disks.holds().filter(|_| changed_bytes.is_some());
+        if let Some(bytes) = &changed_bytes {
+            let fits = |(bytes, size): (&u64, &u64)| bytes <= size;
+            if bytes.len() != self.disk_bytes.len() || !bytes.iter().zip(&self.disk_bytes).all(fits) {
+                let what = "the plan is for other disks than this seat's";
+                return Err(ResyncError::Plan(what.to_owned()));
+            }
+            if holds.is_none() {
+                let what = "only what changed is to come, and this seat's disks are not known to hold the rest";
+                return Err(ResyncError::Plan(what.to_owned()));
+            }
+        }
+        self.announced = changed_bytes;
+        disks.begin_resync(holds)?;
         self.phase = Phase::Running;
         Ok(())
     }
@@ -162,8 +204,13 @@ impl ResyncTarget {
     }
 
     fn copied(&mut self, change: &DiskChange) -> Result<(), ResyncError> {
-        let copied = &mut self.copied[usize::from(change.disk)];
-        if change.offset != *copied {
+        let disk = usize::from(change.disk);
+        let copied = &mut self.copied[disk];
+        let follows = match &self.announced {
+            None => change.offset == *copied,
+            Some(_) => change.offset >= *copied,
+        };
+        if !follows {
             return Err(ResyncError::Block {
                 disk: change.disk,
                 found: change.offset,
@@ -171,6 +218,7 @@ impl ResyncTarget {
             });
         }
         *copied = change.end();
+        self.came[disk] += change.len();
         self.totals.disk_bytes += change.len();
         Ok(())
     }
@@ -182,10 +230,11 @@ impl ResyncTarget {
         if came != u64::from(self.page_count) {
             return incomplete(format!("{came} of {} pages came", self.page_count));
         }
-        if let Some(disk) = (0..self.copied.len()).find(|&disk| self.copied[disk] != self.disk_bytes[disk]) {
+        let expected = self.announced.as_ref().unwrap_or(&self.disk_bytes);
+        if let Some(disk) = (0..expected.len()).find(|&disk| self.came[disk] != expected[disk]) {
             return incomplete(format!(
-                "disk {disk} was copied through byte {} of {}",
-                self.copied[disk], self.disk_bytes[disk]
+                "of disk {disk} {} of {} bytes came",
+                self.came[disk], expected[disk]
             ));
         }
         if end.payload_bytes != self.totals.payload_bytes || end.checksum != self.checksum.clone().finalize() {

@@ -16,6 +16,9 @@ use crate::replication::standby_disks::StandbyDisks;
 use crate::replication::storage::Storage;
 use crate::replication::testing::{MemStorage, Seeded, random_change};
 
+#[path = "changed_tests.rs"]
+mod changed_tests;
+
 const PAGES: u32 = 5000;
 /// Changes that the guest makes to its disks without their being taken; the standby's journal has room for them.
 const MAX_PENDING_CHANGES: usize = 16;
@@ -34,7 +37,7 @@ impl FrameSink for Wire {
         assert!(payload.len() <= kind.max_len() as usize);
         if matches!(
             kind,
-            Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd
+            Kind::ResyncBegin | Kind::ResyncPlan | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd
         ) {
             self.bulk.fetch_add(1, Ordering::Relaxed);
         }
@@ -91,6 +94,7 @@ fn offer() -> Offer {
 
 struct Standby {
     memory: HeapMemory,
+    journal: Arc<MemStorage>,
     volumes: Vec<Arc<MemStorage>>,
     disks: StandbyDisks,
     target: ResyncTarget,
@@ -110,16 +114,17 @@ impl Standby {
             .map(|volume| volume.clone() as Arc<dyn Storage>)
             .collect();
         let journal = MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize * 8]);
-        let disks = StandbyDisks::open(journal, stores, &None).expect("opens");
+        let disks = StandbyDisks::open(journal.clone(), stores, &None).expect("opens");
         Self {
             memory,
+            journal,
             volumes,
             disks,
-            target: ResyncTarget::new(&limits(), offer()),
+            target: ResyncTarget::new(&limits(), offer(), false),
         }
     }
 
-    fn accept(&mut self, frame: Frame) -> Result<Option<Vec<u8>>, ResyncError> {
+    fn accept(&mut self, frame: Frame) -> Result<Option<(Kind, Vec<u8>)>, ResyncError> {
         self.target.accept(frame.0, frame.2, &self.memory, &mut self.disks)
     }
 
@@ -130,11 +135,14 @@ impl Standby {
         for (kind, epoch, payload) in frames {
             if matches!(
                 kind,
-                Kind::ResyncBegin | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd
+                Kind::ResyncBegin | Kind::ResyncPlan | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd
             ) {
                 receiver.bulk_frame();
-                if let Some(credit) = self.accept((kind, epoch, payload)).expect("accepted") {
-                    window.credited(&credit).expect("credit for what was sent");
+                let answer = self.accept((kind, epoch, payload)).expect("accepted");
+                match answer {
+                    Some((Kind::ResyncHolds, told)) => window.told(&told).expect("told once"),
+                    Some((_, credit)) => window.credited(&credit).expect("credit for what was sent"),
+                    None => {}
                 }
             } else {
                 staged = receiver.accept(kind, epoch, payload).expect("accepted").or(staged);
@@ -376,6 +384,7 @@ fn another_machine_is_refused_before_anything_is_overwritten() {
             ..limits()
         },
         offer(),
+        false,
     );
     let before = standby.volumes[0].bytes();
     let refused = standby.accept(frames[0].clone());
@@ -394,7 +403,7 @@ fn a_guest_of_another_cpu_is_refused_before_anything_is_overwritten() {
     let leaf = less.cpu.machine.leaves.iter_mut().find(|leaf| leaf.leaf == 1);
     // Every host has it.
     leaf.expect("leaf 1").registers[3] &= !(1 << 4);
-    standby.target = ResyncTarget::new(&limits(), less);
+    standby.target = ResyncTarget::new(&limits(), less, false);
     let before = standby.volumes[0].bytes();
     let refused = standby.accept(frames[0].clone()).expect_err("another CPU");
     assert!(
@@ -412,7 +421,7 @@ fn a_guest_of_a_larger_mtu_is_refused_before_anything_is_overwritten() {
     for (mtu_max, taken) in [(MTU - 1, false), (576, false), (MTU, true), (9000, true)] {
         let mut standby = Standby::new();
         let nics = vec![("front".to_owned(), mtu_max)];
-        standby.target = ResyncTarget::new(&limits(), Offer { nics, ..offer() });
+        standby.target = ResyncTarget::new(&limits(), Offer { nics, ..offer() }, false);
         let before = standby.volumes[0].bytes();
         let accepted = standby.accept(frames[0].clone());
         if taken {
@@ -441,7 +450,7 @@ fn a_machine_with_more_or_fewer_network_cards_is_refused_before_anything_is_over
     for cards in [0, 2] {
         let mut standby = Standby::new();
         let nics = vec![("front".to_owned(), MTU); cards];
-        standby.target = ResyncTarget::new(&limits(), Offer { nics, ..offer() });
+        standby.target = ResyncTarget::new(&limits(), Offer { nics, ..offer() }, false);
         let before = standby.volumes[0].bytes();
         let refused = standby.accept(frames[0].clone()).expect_err("another machine");
         let text = refused.to_string();

@@ -1,9 +1,10 @@
-//! How much may be under way: the sender's side of `Credit` frames.
+//! What the other side says during a resync: how much may be under way (`Credit` frames), and what its disks hold.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::ResyncError;
+use super::{ResyncError, Told};
+use crate::replication::changed::Holds;
 use crate::replication::epoch::PayloadError;
 use crate::replication::pages::SinkClosed;
 
@@ -18,18 +19,34 @@ const STALL_LIMIT: Duration = Duration::from_secs(30);
 struct State {
     sent: u64,
     confirmed: u64,
+    told: Option<Told>,
     closed: bool,
 }
 
-/// Counts what was sent and what the receiver confirmed. The driver hands it every `Credit` frame of the session, and
-/// closes it when the session is over.
-#[derive(Debug, Default)]
+/// Counts what was sent and what the receiver confirmed. The driver hands it every `Credit` and `ResyncHolds` frame of the
+/// session, and closes it when the session is over.
+#[derive(Debug)]
 pub struct ResyncWindow {
     state: Mutex<State>,
     changed: Condvar,
+    stall_limit: Duration,
+}
+
+impl Default for ResyncWindow {
+    fn default() -> Self {
+        Self::stuck_after(STALL_LIMIT)
+    }
 }
 
 impl ResyncWindow {
+    fn stuck_after(stall_limit: Duration) -> Self {
+        Self {
+            state: Mutex::default(),
+            changed: Condvar::default(),
+            stall_limit,
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -43,9 +60,62 @@ impl ResyncWindow {
         if confirmed < state.confirmed || confirmed > state.sent {
             return Err(malformed.into());
         }
-        state.confirmed = confirmed;
+        if confirmed > state.confirmed {
+            state.confirmed = confirmed;
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Takes the payload of a `ResyncHolds` frame, of which there is one.
+    pub fn told(&self, payload: &[u8]) -> Result<(), ResyncError> {
+        let malformed = PayloadError::Malformed("ResyncHolds");
+        let told = match postcard::take_from_bytes(payload) {
+            Ok((told, [])) => told,
+            _ => return Err(malformed.into()),
+        };
+        let mut state = self.state();
+        if state.told.is_some() {
+            return Err(malformed.into());
+        }
+        state.told = Some(told);
         self.changed.notify_all();
         Ok(())
+    }
+
+    /// Waits until the other side has said what its disks hold, and nothing else that it says makes the wait longer.
+    pub(super) fn wait_told(&self) -> Result<Option<Holds>, ResyncError> {
+        let deadline = Instant::now() + self.stall_limit;
+        let mut state = self.state();
+        loop {
+            if state.closed {
+                return Err(SinkClosed.into());
+            }
+            if let Some(told) = state.told {
+                return Ok(told.holds);
+            }
+            state = self.wait_until(deadline, state)?;
+        }
+    }
+
+    /// Waits for a change; what is passed may have changed or not.
+    fn wait_until<'a>(
+        &self,
+        deadline: Instant,
+        state: MutexGuard<'a, State>,
+    ) -> Result<MutexGuard<'a, State>, ResyncError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ResyncError::Stalled {
+                seconds: self.stall_limit.as_secs(),
+                waiting_bytes: state.sent - state.confirmed,
+            });
+        }
+        let (state, _) = self
+            .changed
+            .wait_timeout(state, left)
+            .unwrap_or_else(PoisonError::into_inner);
+        Ok(state)
     }
 
     /// Nobody waits any more.
@@ -54,34 +124,80 @@ impl ResyncWindow {
         self.changed.notify_all();
     }
 
-    /// Waits until `bytes` more may be sent.
+    /// Waits until `bytes` more may be sent, as long as the other side confirms more and more.
     pub(super) fn take(&self, bytes: u64) -> Result<(), ResyncError> {
         let mut state = self.state();
+        let (mut confirmed, mut deadline) = (state.confirmed, Instant::now() + self.stall_limit);
         loop {
-            let waiting_bytes = state.sent - state.confirmed;
             if state.closed {
                 return Err(SinkClosed.into());
             }
-            if waiting_bytes + bytes <= WINDOW_BYTES {
+            if state.sent - state.confirmed + bytes <= WINDOW_BYTES {
                 state.sent += bytes;
                 return Ok(());
             }
-            let (after, timeout) = self
-                .changed
-                .wait_timeout(state, STALL_LIMIT)
-                .unwrap_or_else(PoisonError::into_inner);
-            state = after;
-            if timeout.timed_out() && state.sent - state.confirmed >= waiting_bytes {
-                return Err(ResyncError::Stalled {
-                    seconds: STALL_LIMIT.as_secs(),
-                    waiting_bytes,
-                });
+            if state.confirmed > confirmed {
+                (confirmed, deadline) = (state.confirmed, Instant::now() + self.stall_limit);
             }
+            state = self.wait_until(deadline, state)?;
         }
     }
+}
+
+/// Payload of a `ResyncHolds` frame.
+pub(super) fn told_payload(holds: Option<Holds>) -> Result<Vec<u8>, PayloadError> {
+    postcard::to_allocvec(&Told { holds }).map_err(|_| PayloadError::Malformed("ResyncHolds"))
 }
 
 /// Payload of a `Credit` frame: all bytes of resync payloads taken so far.
 pub(super) fn credit_payload(taken: u64) -> Vec<u8> {
     taken.to_le_bytes().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A peer that says something all the time, and nothing new: nobody waits for it longer than for one that is silent.
+    #[test]
+    fn a_peer_that_confirms_nothing_new_is_stuck() {
+        let window = ResyncWindow::stuck_after(Duration::from_millis(300));
+        window.take(WINDOW_BYTES).expect("there is room");
+        let waits: [fn(&ResyncWindow) -> bool; 2] = [
+            |window| matches!(window.take(1), Err(ResyncError::Stalled { .. })),
+            |window| matches!(window.wait_told(), Err(ResyncError::Stalled { .. })),
+        ];
+        for stalled in waits {
+            std::thread::scope(|scope| {
+                let waiting = scope.spawn(|| stalled(&window));
+                // Far longer than it may take, and no end if it were for ever.
+                for _ in 0..1000 {
+                    window.credited(&credit_payload(0)).expect("nothing new");
+                    window.changed.notify_all();
+                    if waiting.is_finished() {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                let ended = waiting.is_finished();
+                window.close();
+                assert!(waiting.join().expect("no panic") && ended, "it waits on");
+            });
+            window.state().closed = false;
+        }
+    }
+
+    /// One that confirms little by little is not.
+    #[test]
+    fn a_peer_that_confirms_more_and_more_is_waited_for() {
+        let window = ResyncWindow::stuck_after(Duration::from_secs(3600));
+        window.take(WINDOW_BYTES).expect("there is room");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| window.take(10));
+            for confirmed in 1..=10 {
+                window.credited(&credit_payload(confirmed)).expect("it was sent");
+            }
+            waiting.join().expect("no panic").expect("there is room again");
+        });
+    }
 }

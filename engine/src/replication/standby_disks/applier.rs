@@ -123,6 +123,8 @@ impl Shared {
         let (number, change) = match item {
             Item::Applied(epoch) => {
                 state.applied_through = Some(epoch);
+                // It may have been the last that somebody waits for.
+                self.changed.notify_all();
                 return state;
             }
             Item::Change(number, change) => (number, change),

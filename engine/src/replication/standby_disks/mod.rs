@@ -17,6 +17,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use super::changed::{Holds, Stream};
 use super::epoch::DiskChange;
 use super::journal::{Journal, JournalError, Recovered};
 use super::storage::Storage;
@@ -48,8 +49,9 @@ pub struct StandbyDisks {
     journal: Journal,
     applier: Applier,
     staged: VecDeque<(u64, Vec<DiskChange>)>,
-    /// Volumes were written by a resync and not synced since.
-    resynced: bool,
+    /// Volumes may have something that no journal has and that is not durable: what a resync wrote, or this seat's own guest
+    /// before it went to the other side.
+    unsynced: bool,
     recovered: Recovered,
 }
 
@@ -62,12 +64,38 @@ impl StandbyDisks {
         filters: &ThreadFilters,
     ) -> Result<Self, StandbyDisksError> {
         let (journal, recovered) = Journal::recover(journal, &volumes)?;
+        Self::start(journal, recovered, volumes, filters)
+    }
+
+    /// As [`Self::open`], for a seat that gets everything from another one. Where the journal is damaged, or another machine's,
+    /// nothing is known of the volumes: the resync that has to come empties it, and copies them whole.
+    pub fn open_to_join(
+        journal: Arc<dyn Storage>,
+        volumes: Vec<Arc<dyn Storage>>,
+        filters: &ThreadFilters,
+    ) -> Result<Self, StandbyDisksError> {
+        let (journal, recovered) = match Journal::recover(journal.clone(), &volumes) {
+            Err(error @ (JournalError::Damaged { .. } | JournalError::Foreign { .. })) => {
+                tracing::warn!("{error}; it counts for nothing, this seat's disks will be copied whole");
+                (Journal::unusable(journal, &volumes)?, Recovered::default())
+            }
+            recovered => recovered?,
+        };
+        Self::start(journal, recovered, volumes, filters)
+    }
+
+    fn start(
+        journal: Journal,
+        recovered: Recovered,
+        volumes: Vec<Arc<dyn Storage>>,
+        filters: &ThreadFilters,
+    ) -> Result<Self, StandbyDisksError> {
         let applier = Applier::start(volumes, filters).map_err(StandbyDisksError::Spawn)?;
         Ok(Self {
             journal,
             applier,
             staged: VecDeque::new(),
-            resynced: false,
+            unsynced: false,
             recovered,
         })
     }
@@ -81,9 +109,9 @@ impl StandbyDisks {
     /// power cut when this returns: the epoch may be acknowledged. May wait for epochs that were committed, never for
     /// one that was not.
     pub fn stage(&mut self, epoch: u64, changes: &[DiskChange], durable: bool) -> Result<(), StandbyDisksError> {
-        if durable && self.resynced {
+        if durable && self.unsynced {
             self.applier.sync_now()?;
-            self.resynced = false;
+            self.unsynced = false;
         }
         if !changes.is_empty() || durable {
             self.append(epoch, changes, durable)?;
@@ -126,18 +154,41 @@ impl StandbyDisks {
         Ok(())
     }
 
-    /// A resync begins: the volumes become anything but consistent, and what the journal holds is of no use.
-    pub fn begin_resync(&mut self) -> Result<(), StandbyDisksError> {
+    /// What the volumes held when they were opened, if the journal proves it.
+    pub fn holds(&self) -> Option<Holds> {
+        self.recovered.holds
+    }
+
+    /// A resync begins: the volumes become anything but consistent, and what the journal holds is of no use. If it brings just
+    /// what changed since what they `hold`, that stays true: a resync that is given up has changed nothing else.
+    pub fn begin_resync(&mut self, holds: Option<Holds>) -> Result<(), StandbyDisksError> {
         self.staged.clear();
         self.applier.drain()?;
-        self.journal.reset()?;
-        self.resynced = true;
+        match holds {
+            Some(holds) => self.journal.begin(holds.stream, Some(holds.epoch))?,
+            None => self.journal.reset()?,
+        }
+        self.unsynced = true;
         Ok(())
+    }
+
+    /// From now on the volumes get the epochs of `stream` and nothing else. What they hold, the first of its epochs that is staged
+    /// as durable will say: whatever is on the volumes already, written by whom it may, is durable before it.
+    pub fn begin_stream(&mut self, stream: Stream) -> Result<(), StandbyDisksError> {
+        self.unsynced = true;
+        Ok(self.journal.begin(stream, None)?)
+    }
+
+    /// The volumes get epochs on top of what this seat's own guest left there: writes that failed, or that were under way when it
+    /// stood still, and that nobody else knows of. So the journal says nothing of them until a resync has made them whole.
+    pub fn begin_after_own_guest(&mut self) -> Result<(), StandbyDisksError> {
+        self.unsynced = true;
+        Ok(self.journal.reset()?)
     }
 
     /// Writes what a resync brings, in the order of the calls. Waits while too much waits for the volumes.
     pub fn write_resync(&mut self, changes: Vec<DiskChange>) -> Result<(), StandbyDisksError> {
-        self.resynced = true;
+        self.unsynced = true;
         Ok(self.applier.apply(changes, None)?)
     }
 
@@ -146,7 +197,7 @@ impl StandbyDisks {
     pub fn settle(&mut self) -> Result<(), StandbyDisksError> {
         self.staged.clear();
         self.applier.sync_now()?;
-        self.resynced = false;
+        self.unsynced = false;
         Ok(self.journal.reset()?)
     }
 

@@ -195,7 +195,7 @@ fn a_resync_forgets_the_journal_and_is_durable_before_its_join_is() {
     disks
         .stage(1, &[DiskChange::written(0, 0, &[1; 512])], true)
         .expect("staged");
-    disks.begin_resync().expect("begun");
+    disks.begin_resync(None).expect("begun");
     disks
         .write_resync(vec![
             DiskChange::written(0, 0, &[2; 512]),
@@ -213,4 +213,112 @@ fn a_resync_forgets_the_journal_and_is_durable_before_its_join_is() {
         [2; 512],
         "the journal of before the resync is not replayed"
     );
+}
+
+fn stream() -> Stream {
+    use ftvm_protocol::identity::{Incarnation, SeatId, SessionId};
+    Stream {
+        leader: Incarnation::genesis(SeatId(1)),
+        session: SessionId(3),
+    }
+}
+
+/// The source of a switchover follows from its own state, and its volumes have what its guest wrote and did not flush: the first
+/// epoch that has to be durable makes that durable, too.
+#[test]
+fn what_the_own_guest_wrote_before_is_durable_with_the_first_epoch_that_is() {
+    let bench = Bench::new();
+    bench.volumes[0].write_at(0, &[5; 512]).expect("the own guest's");
+    let mut disks = bench.open().expect("opens");
+    disks.begin_after_own_guest().expect("begun");
+    disks.stage(8, &[], false).expect("staged");
+    disks.commit(8).expect("committed");
+    let mut seeded = Seeded::new(6);
+    let lost = (0..50).any(|_| bench.volumes[0].after_power_cut(&mut seeded)[..512] != [5; 512]);
+    assert!(lost, "not durable yet");
+    disks.stage(9, &[], true).expect("staged");
+    for _ in 0..50 {
+        assert_eq!(bench.volumes[0].after_power_cut(&mut seeded)[..512], [5; 512]);
+    }
+}
+
+/// What was proven stays so through a resync of what changed, and through nothing else.
+#[test]
+fn a_whole_resync_and_a_boot_end_what_the_volumes_are_known_to_hold() {
+    let stream = stream();
+    let bench = Bench::new();
+    let mut disks = bench.open().expect("opens");
+    assert_eq!(disks.holds(), None);
+    disks.begin_resync(None).expect("begun");
+    disks.begin_stream(stream).expect("begun");
+    drop(disks);
+    assert_eq!(bench.open().expect("opens").holds(), None, "no join checkpoint");
+    let mut disks = bench.open().expect("opens");
+    disks.begin_stream(stream).expect("begun");
+    disks.stage(9, &[], true).expect("the join checkpoint");
+    drop(disks);
+    let holds = Some(Holds { stream, epoch: 9 });
+    for _ in 0..2 {
+        let mut disks = bench.open().expect("opens");
+        assert_eq!(disks.holds(), holds);
+        disks.begin_resync(holds).expect("begun");
+        disks
+            .write_resync(vec![DiskChange::written(0, 0, &[2; 512])])
+            .expect("written");
+    }
+    for whole in [true, false] {
+        let journal = MemStorage::new(bench.journal.bytes());
+        let bench = Bench {
+            journal,
+            volumes: bench.volumes.clone(),
+        };
+        let mut disks = bench.open().expect("opens");
+        assert_eq!(disks.holds(), holds);
+        if whole {
+            disks.begin_resync(None).expect("begun");
+        } else {
+            disks.settle().expect("as before a boot, and after a takeover");
+        }
+        drop(disks);
+        assert_eq!(bench.open().expect("opens").holds(), None);
+    }
+}
+
+/// Nothing of a damaged journal counts, and whoever gets everything anew does not need it. Until then it stays as it is, and a boot
+/// refuses it.
+#[test]
+fn a_damaged_journal_is_begun_anew_by_a_whole_resync_and_by_nothing_else() {
+    let bench = Bench::new();
+    let mut disks = bench.open().expect("opens");
+    disks.begin_stream(stream()).expect("begun");
+    // Of a disk that this machine does not have.
+    let foreign = DiskChange::written(7, 0, &[1; 512]);
+    disks.stage(1, &[foreign], true).expect("staged");
+    drop(disks);
+    let before = bench.journal.bytes();
+    let open_to_join = || {
+        let volumes = bench.volumes.iter().map(|volume| volume.clone() as Arc<dyn Storage>);
+        StandbyDisks::open_to_join(bench.journal.clone(), volumes.collect(), &None)
+    };
+    for _ in 0..2 {
+        let refused = bench.open().err().expect("a boot refuses it");
+        assert!(
+            matches!(refused, StandbyDisksError::Journal(JournalError::Foreign { .. })),
+            "{refused}"
+        );
+        let mut disks = open_to_join().expect("opens");
+        assert_eq!(disks.holds(), None);
+        disks.stage(2, &[], true).expect_err("no resync was begun");
+    }
+    assert!(bench.journal.bytes() == before, "it is kept");
+    let mut disks = open_to_join().expect("opens");
+    disks.begin_resync(None).expect("begun");
+    disks.begin_stream(stream()).expect("begun");
+    disks.stage(3, &[], true).expect("the join checkpoint");
+    drop(disks);
+    let holds = Holds {
+        stream: stream(),
+        epoch: 3,
+    };
+    assert_eq!(bench.open().expect("opens").holds(), Some(holds));
 }

@@ -1,0 +1,68 @@
+//! Which file a disk is.
+
+use super::*;
+use std::time::SystemTime;
+
+const SIZE: u64 = 1 << 20;
+
+fn job(folder: &Path) -> Job {
+    Job {
+        path: folder.join("disk.img"),
+        size_bytes: SIZE,
+        mark: folder.join("disk.mark"),
+        source: None,
+        file: None,
+        staging: folder.join("staging"),
+        importer: folder.join("importer"),
+        used: false,
+    }
+}
+
+/// What an engine knows a disk by.
+fn known_by(job: &Job) -> (u64, Option<SystemTime>) {
+    let data = std::fs::metadata(&job.path).unwrap();
+    (data.ino(), data.created().ok())
+}
+
+/// An engine that remembers what a disk held must not take another one's contents for it.
+#[test]
+fn a_disk_that_is_made_anew_is_another_file() {
+    let folder = crate::testing::Folder::new("anew");
+    let job = job(folder.path());
+    prepare(&job, &|_, _, _| ()).unwrap();
+    let first = known_by(&job);
+    prepare(&job, &|_, _, _| ()).unwrap();
+    assert_eq!(known_by(&job), first, "complete: not touched");
+    // Held open, so that its number is not given away again: file systems without times of birth are judged, too.
+    let held = File::open(&job.path).unwrap();
+    std::fs::remove_file(&job.mark).unwrap();
+    prepare(&job, &|_, _, _| ()).unwrap();
+    let second = known_by(&job);
+    assert_ne!(second.0, first.0);
+    drop(held);
+    // One that was interrupted goes on in the file that it made.
+    let marks = MarkFile::new(job.mark.clone());
+    let mut mark = marks.read().unwrap().unwrap();
+    mark.complete = false;
+    marks.write(&mark).unwrap();
+    prepare(&job, &|_, _, _| ()).unwrap();
+    assert_eq!(known_by(&job), second, "interrupted");
+    thick::verify(&File::open(&job.path).unwrap(), SIZE).unwrap();
+}
+
+#[test]
+fn whoever_waits_for_the_old_file_never_gets_the_new_ones_place() {
+    let folder = crate::testing::Folder::new("anew");
+    let path = folder.path().join("disk.img");
+    let old = open(&path).unwrap();
+    let late = open(&path).unwrap();
+    lock(&path, &old).unwrap();
+    assert!(matches!(lock(&path, &late), Err(DiskError::InUse)));
+    let new = anew(&path, old).unwrap();
+    assert!(
+        matches!(lock(&path, &late), Err(DiskError::InUse)),
+        "it is not there any more"
+    );
+    drop(new);
+    assert!(matches!(lock(&path, &late), Err(DiskError::InUse)));
+}
