@@ -34,8 +34,12 @@ impl Default for History {
 impl History {
     /// The API server told of this version.
     pub(super) fn note(&mut self, version: u64) {
+        self.note_at(Instant::now(), version);
+    }
+
+    pub(super) fn note_at(&mut self, time: Instant, version: u64) {
         if self.versions.back().is_none_or(|(_, newest)| *newest < version) {
-            self.versions.push_back((Instant::now(), version));
+            self.versions.push_back((time, version));
         }
         if self.versions.len() > VERSIONS_MAX {
             self.versions.pop_front();

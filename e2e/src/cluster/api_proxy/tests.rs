@@ -218,11 +218,14 @@ fn run(test: impl Future<Output = ()>) {
 fn a_list_is_told_as_it_was_and_the_watch_from_there_is_silent() {
     run(async {
         let rig = Rig::new("list").await;
-        assert_eq!(rig.list().await, 10);
-        let since = std::time::Instant::now();
+        let minute = Duration::from_secs(60);
+        let earlier = std::time::Instant::now()
+            .checked_sub(minute)
+            .expect("the machine runs for longer");
+        rig.shared.history().note_at(earlier, 10);
         *rig.server.version.lock().unwrap() = 20;
         assert_eq!(rig.list().await, 20);
-        let fault = Fault::ListOld(since.elapsed(), LATE);
+        let fault = Fault::ListOld(minute / 2, LATE);
         rig.once(false, fault);
         assert_eq!(rig.list().await, 10);
         let asked = rig.server.asked.lock().unwrap().last().cloned().unwrap();
