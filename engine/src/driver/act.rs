@@ -90,6 +90,7 @@ impl Driver {
     /// looked at, and the network is told, for the target may have called the guest's frames.
     pub(super) fn go_on(&mut self) {
         self.sealed_state = None;
+        self.seat.inbox.goes_on();
         self.set_gate(self.gate);
         self.seat.machine.after_takeover();
         self.resume_guest();
@@ -364,6 +365,8 @@ impl Driver {
         });
         self.seat.changed.forget();
         self.seat.inbox.set_copy(None);
+        // From the switchover that brought the guest here nothing more is taken.
+        self.set_route(Route::Nowhere);
         self.seat.inbox.forget();
         self.seat.outbox.discard();
         self.stop_recording();

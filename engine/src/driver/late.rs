@@ -22,6 +22,8 @@ use crate::replication::epoch::{Port, PortData, decode_input, encode_input};
 use crate::replication::link::{Frame, LinkSender};
 use crate::seat_io::Inbox;
 
+/// Shortest Ethernet header: whatever is shorter is no frame.
+const FRAME_BYTES_MIN: usize = 14;
 /// How long after a switchover. Bridges learn within milliseconds where the guest speaks now.
 const LATE: Duration = Duration::from_secs(2);
 
@@ -71,6 +73,7 @@ impl LateInput {
         // What can't be decoded is lost as any frame may be: nothing depends on it.
         for PortData { port, bytes } in decode_input(&frame.payload, self.nics).unwrap_or_default() {
             if let Port::Nic(nic) = port
+                && bytes.len() >= FRAME_BYTES_MIN
                 && self.inbox.offer(nic, bytes)
             {
                 self.queue.late_input();
@@ -182,6 +185,14 @@ mod tests {
             frame(Kind::Input, 5, 8, 1),
             Frame {
                 payload: vec![0xff; 9],
+                ..frame(Kind::Input, 5, 8, 0)
+            },
+            Frame {
+                payload: encode_input(&[PortData {
+                    port: Port::Nic(0),
+                    bytes: vec![1; FRAME_BYTES_MIN - 1],
+                }])
+                .remove(0),
                 ..frame(Kind::Input, 5, 8, 0)
             },
         ] {

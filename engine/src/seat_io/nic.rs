@@ -89,13 +89,15 @@ impl Waiting {
             return;
         }
         self.bytes += kept.cost();
+        if self.frames.is_empty() {
+            // It can fail only when the counter is full, and then it is readable anyway.
+            let _ = rustix::io::write(&self.any, &1u64.to_ne_bytes());
+        }
         if first {
             self.frames.push_front(kept);
         } else {
             self.frames.push_back(kept);
         }
-        // It can fail only when the counter is full, and then it is readable anyway.
-        let _ = rustix::io::write(&self.any, &1u64.to_ne_bytes());
     }
 
     fn take(&mut self) -> Option<Vec<u8>> {
@@ -234,8 +236,19 @@ impl Inbox {
         });
     }
 
-    /// Forgets what was kept for a guest that runs elsewhere now.
+    /// The guest goes on here after a switchover that came to nothing: the next target has no copy of what waits.
+    pub fn goes_on(&self) {
+        for nic in 0..self.waiting.len() {
+            if let Some(mut waiting) = self.waiting(nic as u16) {
+                waiting.frames.iter_mut().for_each(|kept| kept.passed_on = false);
+            }
+        }
+    }
+
+    /// Forgets what was kept for a guest that runs elsewhere now, and what was offered for it: nothing may reach it when it comes back
+    /// some day.
     pub fn forget(&self) {
+        *self.offered.lock().unwrap_or_else(PoisonError::into_inner) = Offered::default();
         for nic in 0..self.waiting.len() {
             if let Some(mut waiting) = self.waiting(nic as u16) {
                 waiting.clear();
@@ -497,7 +510,9 @@ mod tests {
         assert!(inbox.offer(0, vec![3]));
         inbox.take_offered();
         assert!(readable(nic.wake_fd()));
+        assert!(inbox.offer(0, vec![3]));
         inbox.forget();
+        inbox.take_offered();
         assert!(!readable(nic.wake_fd()));
     }
 
@@ -519,6 +534,9 @@ mod tests {
             inbox.pass_on(NicPlace { nic: 0, mac: MAC }, &tap, 7);
             assert_eq!(*copies.lock().unwrap(), [(7, vec![1])], "once");
         }
+        inbox.goes_on();
+        inbox.pass_on(NicPlace { nic: 0, mac: MAC }, &tap, 9);
+        assert_eq!(*copies.lock().unwrap(), [(7, vec![1]), (9, vec![1])], "another target");
         assert_eq!(
             inbox.take(0),
             Some(vec![1]),

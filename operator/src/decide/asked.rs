@@ -6,8 +6,8 @@
 //!                                                                             └─► none will come: Refused, not known
 //! ```
 //!
-//! Invariant: for one text no second pod is told, and none is told twice, whatever becomes of the first: a failure that was brought about
-//! and not answered must not hit the successor.
+//! Invariant: as long as a text stands in the status no second pod is told of it, and none is told twice, whatever becomes of the first: a
+//! failure that was brought about and not answered must not hit the successor.
 
 use ftvm_crds::names::{ANNOTATION_FAILOVER, ANNOTATION_SWITCHOVER};
 use ftvm_crds::seat::{DoneRequest, Order};
@@ -105,6 +105,11 @@ fn before_failover(seen: &Observed, record: &Record, decision: &Decision) -> Opt
             "the VM is not protected, a failure now would stop the guest: wait until its condition Protected is True",
         );
     }
+    if !pair_stays(seen, record, &decision.book) {
+        return refused(
+            "a seat of the pair is to go, or its node is not ready, so that the guest may have no place to go on: wait until both are well",
+        );
+    }
     let uid = super::record(seen).map(|record| record.snapshot.uid.to_string());
     if decision.lease_uid != uid {
         return refused(
@@ -123,6 +128,18 @@ fn is_protected(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
     let active = holder(book, record).and_then(|entry| pod(seen, entry));
     let published = active.and_then(|pod| pod.published.as_ref().ok());
     record.members.iter().count() > 1 && published.is_some_and(|published| published.protected)
+}
+
+/// Whether both seats have a place to go on. The active knows of its own end alone, and its link says nothing of its standby's way to the
+/// API server.
+fn pair_stays(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    record.members.iter().all(|member| {
+        let uid = member.seat.to_string();
+        let entry = book.iter().find(|entry| entry.had_uid(&uid) && !entry.leaving);
+        let pod = entry.and_then(|entry| pod(seen, entry)).filter(|pod| !pod.deleting);
+        pod.and_then(|pod| pod.node.as_deref())
+            .is_some_and(|node| seen.node_ready(node))
+    })
 }
 
 impl Kind {

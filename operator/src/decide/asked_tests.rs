@@ -120,6 +120,27 @@ fn with_a_strange_lease_it_is_refused_and_does_not_come_later() {
     refused(&failover(&world), "Lease is not to be gone by");
 }
 
+/// Its link may be well while nothing else of the standby is: it would hold the guest and not be able to go on with it.
+#[test]
+fn while_a_seat_of_the_pair_has_no_place_to_stay_it_is_refused() {
+    let spoils: [fn(&mut World, &SeatEntry); 2] = [
+        |world, entry| drop(world.kill_node_of(entry)),
+        |world, entry| world.pods.get_mut(&entry.name).unwrap().deleting = true,
+    ];
+    for (spoil, the_active) in spoils.into_iter().flat_map(|spoil| [(spoil, false), (spoil, true)]) {
+        let mut world = protected();
+        let active = active(&world).name;
+        let book = world.book();
+        let entry = book.iter().find(|entry| (entry.name == active) == the_active).unwrap();
+        spoil(&mut world, entry);
+        wants(&mut world, ANNOTATION_FAILOVER, "now");
+        let decision = decide(&world.observe());
+        let asked = decision.failover.expect("an outcome");
+        refused(&asked, "to go, or its node is not ready");
+        assert!(decision.settles, "from fresh reads");
+    }
+}
+
 /// What was told before is not forgotten for it.
 #[test]
 fn with_a_strange_lease_what_was_told_stays() {
