@@ -204,6 +204,6 @@ mod tests {
         assert!(inputs.0.try_recv().is_err(), "the driver is not told");
         late(soon).frame(&frame(Kind::Input, 5, 8, 0));
         assert!(inbox.offered_bytes() > 0);
-        assert!(matches!(inputs.0.try_recv(), Ok(crate::driver::Input::LateInput)));
+        assert!(matches!(inputs.0.try_recv(), Ok(crate::driver::Input::LateFrames)));
     }
 }

@@ -67,7 +67,7 @@ enum Input {
     /// A frame with the guest's own address came from outside.
     AddressElsewhere,
     /// The inbox was offered what the source of a switchover passes on.
-    LateInput,
+    LateFrames,
 }
 
 /// Where everybody else puts what the driver has to know. Never blocks.
@@ -112,7 +112,7 @@ impl Queue {
     }
 
     fn late_input(&self) {
-        self.put(Input::LateInput);
+        self.put(Input::LateFrames);
     }
 
     fn warn(&self, text: String) {
@@ -406,7 +406,7 @@ impl Driver {
             // The loop decides anew when the epoch ends.
             Input::OutputWaits => {}
             Input::SeatGone => self.seat_gone(),
-            Input::LateInput => self.seat.inbox.take_offered(),
+            Input::LateFrames => self.seat.inbox.take_offered(),
             Input::AddressElsewhere => {
                 self.seat.inbox.elsewhere_taken();
                 self.ask_to_announce();
