@@ -196,8 +196,8 @@ impl Election {
         self.seen = Some((version, since));
         let holder = holder(&lease);
         let left = self.lasts(&lease).saturating_sub(since.elapsed());
-        // Its own, although it does not lead: it was slow.
-        if left.is_zero() || holder.is_empty() || holder == self.replica {
+        // Its own, although it does not lead: it could not renew, and waits like all others, so that one of them may have the Lease that can.
+        if left.is_zero() || holder.is_empty() {
             return match self.write(lease, patience).await {
                 Err(Failed::Request(error)) if is_conflict(&error) => Ok(Look::Beaten),
                 written => written.map(|()| Look::Won),

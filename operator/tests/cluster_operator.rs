@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use ftvm_e2e::cluster::{Cluster, Options, wait_for};
+use ftvm_e2e::cluster::{Cluster, Options, leadership, wait_for};
 use serde_json::{Value, json};
 
 mod cpus;
@@ -268,7 +268,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     // Another replica takes over; nothing is made twice.
     let first = leader(&cluster)?;
     for (name, operator) in &mut replicas {
-        if *name == first {
+        if *name == leadership::pod_of(&first) {
             operator.as_mut().map_err(|error| anyhow::anyhow!("{error:#}"))?.kill();
         }
     }
