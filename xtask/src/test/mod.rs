@@ -139,7 +139,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "native",
             about: "real processes and sockets, this machine's KVM, the protocol in its simulator",
-            budget: minutes(20),
+            budget: minutes(25),
             build: minutes(8),
             quick: false,
             // The tests start the programs of other packages.
