@@ -183,9 +183,8 @@ async fn times(first: impl Future<Output = ()>, second: impl Future<Output = ()>
     soon(async { tokio::join!(first, second) }).await
 }
 
-#[tokio::test]
-async fn one_leads_and_another_one_waits() {
-    let (server, mut first, mut second) = two().await;
+/// The first one goes on leading for longer than a Lease lasts, and the second one does not lead.
+async fn first_stays(server: &Server, first: &mut Election, second: &mut Election) {
     let nothing = async {
         tokio::select! {
             () = first.lost() => panic!("lost"),
@@ -194,6 +193,12 @@ async fn one_leads_and_another_one_waits() {
     };
     assert!(timeout(2 * SHORT.lease, nothing).await.is_err());
     assert_eq!(server.holder(), "first");
+}
+
+#[tokio::test]
+async fn one_leads_and_another_one_waits() {
+    let (server, mut first, mut second) = two().await;
+    first_stays(&server, &mut first, &mut second).await;
     // It ends without a word.
     drop(first);
     soon(second.won()).await;
@@ -222,6 +227,30 @@ async fn who_cannot_renew_leads_no_longer_before_another_one_does() {
         assert!(lost < won, "both led for {:?}", lost - won);
         assert_eq!(server.holder(), "second");
     }
+}
+
+/// What it sends is done and said to be refused. It must not keep the Lease from all others by that: who lost it waits as they do.
+#[tokio::test]
+async fn who_lost_the_lease_does_not_keep_it_from_others() {
+    let (server, mut first, mut second) = two().await;
+    server.misbehaves(move |method, replica| match replica {
+        "first" if method == Method::PUT => Does::RightAndSays(409),
+        _ => Does::Right,
+    });
+    let goes_on = async {
+        loop {
+            first.lost().await;
+            first.won().await;
+        }
+    };
+    let won = async {
+        tokio::select! {
+            () = goes_on => (),
+            () = second.won() => (),
+        }
+    };
+    soon(won).await;
+    assert_eq!(server.holder(), "second");
 }
 
 /// What the old leader sent arrives when another one leads: it is refused, and changes nothing.
@@ -293,14 +322,7 @@ async fn another_process_of_the_same_name_waits_as_any_other() {
     let (server, address) = Server::start().await;
     let (mut first, mut second) = (replica(address, "first"), replica(address, "first"));
     soon(first.won()).await;
-    let nothing = async {
-        tokio::select! {
-            () = first.lost() => panic!("lost"),
-            () = second.won() => panic!("two lead"),
-        }
-    };
-    assert!(timeout(2 * SHORT.lease, nothing).await.is_err());
-    assert_eq!(server.holder(), "first");
+    first_stays(&server, &mut first, &mut second).await;
 }
 
 /// A leader that is told to end frees its Lease: the next one, whose times are far longer, waits for nothing.
