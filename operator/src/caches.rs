@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{LABEL_MANAGED_BY, LABEL_VM, MANAGED_BY, claim_name};
-use futures::{Stream, StreamExt};
+use ftvm_watch::lasting;
+use futures::StreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::jiff::Timestamp;
@@ -25,9 +25,6 @@ use crate::{random, trim};
 
 /// VMs that should be looked at again.
 pub type Triggers = mpsc::UnboundedSender<ObjectRef<FaultTolerantVM>>;
-
-/// First and longest pause before a watch begins anew that just did.
-const ANEW: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Everything that is watched beside the VMs.
 #[derive(Clone)]
@@ -198,55 +195,6 @@ where
     reader
 }
 
-/// A watch for ever. kube-rs asks for a watch that is refused with 410 again and again from the same state, which never comes back; this one
-/// begins anew with a list, as it does itself when it is told so by an event. Where that happens again and again, later and later: lists cost
-/// an API server most, and each one that succeeds ends the back-off around this.
-pub fn lasting<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send
-where
-    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-{
-    let begin = move || watcher(api.clone(), config.clone()).boxed();
-    let state = (begin(), begin, Anew::default(), None);
-    futures::stream::unfold(state, |(mut watch, begin, mut anew, pause)| async move {
-        if let Some(pause) = pause {
-            tokio::time::sleep(pause).await;
-            watch = begin();
-        }
-        let event = watch.next().await?;
-        let pause = is_gone(&event).then(|| anew.pause(Instant::now()));
-        Some((event, (watch, begin, anew, pause)))
-    })
-}
-
-/// The state that a watch would go on from is gone.
-fn is_gone<K>(event: &watcher::Result<Event<K>>) -> bool {
-    match event {
-        Err(watcher::Error::WatchStartFailed(kube::Error::Api(status)) | watcher::Error::WatchError(status)) => {
-            status.code == 410
-        }
-        _ => false,
-    }
-}
-
-/// How long is waited before a watch begins anew.
-#[derive(Default)]
-struct Anew {
-    pause: Duration,
-    last: Option<Instant>,
-}
-
-impl Anew {
-    /// Nothing at first, then twice as long as the last time; nothing again once a watch went well for far longer than that.
-    fn pause(&mut self, now: Instant) -> Duration {
-        let calm = ANEW.1 + self.pause;
-        self.pause = match self.last.replace(now) {
-            Some(last) if now.saturating_duration_since(last) < calm => (2 * self.pause).clamp(ANEW.0, ANEW.1),
-            _ => Duration::ZERO,
-        };
-        self.pause
-    }
-}
-
 fn of_label<K: Resource<DynamicType = ()>>(triggers: &Triggers, object: &K) {
     let labels = object.meta().labels.as_ref();
     let vm = labels.and_then(|labels| labels.get(LABEL_VM));
@@ -292,6 +240,7 @@ fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + 
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
+    use std::time::Duration;
 
     use http_body_util::Full;
     use hyper::body::{Bytes, Incoming};
@@ -302,19 +251,6 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-
-    #[test]
-    fn what_begins_anew_again_and_again_does_so_more_and_more_rarely() {
-        let (mut anew, mut now) = (Anew::default(), Instant::now());
-        let mut pauses = Vec::new();
-        for _ in 0..8 {
-            let pause = anew.pause(now);
-            pauses.push(pause.as_secs());
-            now += pause + Duration::from_secs(1);
-        }
-        assert_eq!(pauses, [0, 2, 4, 8, 16, 32, 60, 60]);
-        assert_eq!(anew.pause(now + 3 * ANEW.1), Duration::ZERO);
-    }
 
     /// A server whose pods are first in a state from which nobody can watch any more, whoever asks how often.
     fn answer(request: &Request<Incoming>, lists: &Mutex<u64>) -> Response<Full<Bytes>> {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ftvm_crds::FaultTolerantVM;
+use ftvm_watch::lasting;
 use futures::StreamExt;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::{Controller, WatchStreamExt, controller, reflector, watcher};
@@ -13,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::build::SeatImage;
-use crate::caches::{Caches, lasting};
+use crate::caches::Caches;
 use crate::election::{Election, TIMES};
 use crate::metrics::Metrics;
 use crate::reconcile::{Context, again, count, reconcile};
