@@ -3,7 +3,7 @@
 #   docker build -t fault-tolerant-vm:VERSION .
 #
 # Where the programs are built already, their folder takes the place of the first stage: --build-context builder=DIR, with them in DIR/programs.
-ARG RUST_VERSION=1.90
+ARG RUST_VERSION=1.95
 
 FROM rust:${RUST_VERSION}-slim-bookworm AS builder
 WORKDIR /source

@@ -113,20 +113,26 @@ impl Kubernetes {
         Ok(found.and_then(|mut seat| Some((seat["seat"].as_str()?.to_owned(), seat["engine"].take()))))
     }
 
+    /// The seat whose engine runs on a node. An engine that has no time for its daemon just now does not show itself.
     fn named(&self, machine: usize) -> anyhow::Result<String> {
-        let found = self.engine(machine)?;
-        let name = found.map(|(name, _)| name);
-        name.with_context(|| format!("no engine runs on {}", self.cluster.workers()[machine].name()))
+        let what = format!("an engine runs on {}", self.cluster.workers()[machine].name());
+        wait_for(&what, self.patience(SETTLE), || {
+            let found = self.engine(machine)?;
+            let name = found.map(|(name, _)| name);
+            name.context("its daemon shows none")
+        })
     }
 
     fn digest(&self, machine: usize) -> anyhow::Result<Digest> {
         let seat = self.named(machine)?;
         let vm = format!("{NAMESPACE}/{VM}");
         let request = json!({"request": "command", "vm": vm, "seat": seat, "command": {"do": "digest"}});
-        let answer = self.ask(machine, &request, SETTLE)?;
-        let reply = &answer["reply"];
-        ensure!(reply["reply"] == "digest", "instead of a digest, {seat} said {answer}");
-        Ok(serde_json::from_value(reply.clone())?)
+        wait_for(&format!("{seat} has a digest"), self.patience(SETTLE), || {
+            let answer = self.ask(machine, &request, SETTLE)?;
+            let reply = &answer["reply"];
+            ensure!(reply["reply"] == "digest", "{seat} said {answer}");
+            Ok(serde_json::from_value(reply.clone())?)
+        })
     }
 
     /// The file of a seat's disk, as this machine can read it: that of its claim's volume on its node.
