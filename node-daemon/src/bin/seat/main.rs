@@ -15,7 +15,7 @@ mod files;
 mod state;
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::path::{Component, Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -39,18 +39,6 @@ pub struct Layout {
 impl Layout {
     fn path(&self, path: &str) -> PathBuf {
         self.root.join(path)
-    }
-
-    /// A file of the guest image, by its path there.
-    fn guest(&self, path: &str) -> PathBuf {
-        self.inside("guest", path)
-    }
-
-    /// A file of a volume, by its path there.
-    fn inside(&self, volume: &str, path: &str) -> PathBuf {
-        let parts = Path::new(path).components();
-        let inside = parts.filter(|part| matches!(part, Component::Normal(_)));
-        self.path(volume).join(inside.collect::<PathBuf>())
     }
 }
 
