@@ -262,8 +262,8 @@ fn waits(container: &ContainerStatus) -> Option<(String, String)> {
 
 /// Why an init container came to nothing the last time, as long as it has not come to an end since.
 fn unprepared(container: &ContainerStatus) -> Option<String> {
-    let states = [&container.state, &container.last_state].into_iter().flatten();
-    if let Some(ended) = states.filter_map(|state| state.terminated.as_ref()).next() {
+    let mut states = [&container.state, &container.last_state].into_iter().flatten();
+    if let Some(ended) = states.find_map(|state| state.terminated.as_ref()) {
         // Of what it printed, what it said last.
         let said = ended.message.iter().flat_map(|message| message.lines());
         let said = said.filter(|line| !line.trim().is_empty()).next_back();
