@@ -43,8 +43,12 @@ pub const FINALIZER: &str = "ftvm.dev/engines";
 /// Extended resource of nodes whose KVM works: one a seat.
 pub const RESOURCE_SEAT: &str = "ftvm.dev/seat";
 
-/// Name of the one container of a seat's pod.
+/// Name of the one container of a seat's pod that stays.
 pub const CONTAINER: &str = "seat";
+/// Name of the init container that puts the seat program into [`PATH_TOOLS`], where the guest image is copied.
+pub const INIT_TOOLS: &str = "tools";
+/// Name of the init container of the guest image, in which the seat program copies its files.
+pub const INIT_GUEST: &str = "guest";
 /// Port of the engine's replication link, on the pod's IP.
 pub const PORT_LINK: u16 = 7000;
 /// Port of daemon to daemon questions, on the node's IP.
@@ -58,6 +62,10 @@ pub const PORT_OPERATOR: u16 = 8080;
 pub const PATH_DISKS: &str = "/disks";
 /// Folder in the seat's container with the guest image.
 pub const PATH_GUEST: &str = "/guest";
+/// Folder in the guest image's container with the seat program. Its name is one that no guest image has.
+pub const PATH_TOOLS: &str = "/ftvm-tools";
+/// Folder in the guest image's container that becomes [`PATH_GUEST`] of the seat's.
+pub const PATH_COPY: &str = "/ftvm-guest";
 /// Folder in the seat's container with one folder a disk whose first contents are in a claim.
 pub const PATH_SOURCES: &str = "/sources";
 /// Folder in the seat's container for downloads.

@@ -223,10 +223,33 @@ fn partition(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
 }
 
 fn upgraded_chart(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let values = ["--set", "nodeDaemon.log=debug", "--set", "operator.log=debug"];
+    // From here on guest images are copied into new pods.
+    let values = "nodeDaemon.log=debug,operator.log=debug,imageVolumes=never";
+    let values = ["--set", values];
     acts.cluster.helm_install("upgrade", &values)?;
     rollout(&acts.cluster)?;
-    acts.nothing_changed(before)
+    acts.nothing_changed(before)?;
+    ensure!(copied(&acts.cluster)? == 0, "pods that were there are other ones");
+    Ok(())
+}
+
+/// How many pods of the machine got the guest image as a copy, instead of as an image volume.
+fn copied(cluster: &Cluster) -> anyhow::Result<usize> {
+    let pods = cluster.get(&["pods", "--namespace", NAMESPACE, &format!("--selector=ftvm.dev/vm={VM}")])?;
+    let pods = pods["items"].as_array().context("no list")?;
+    let is_copied = |pod: &Value| {
+        let volumes = pod["spec"]["volumes"].as_array().context("no volumes")?;
+        let guest = volumes.iter().find(|volume| volume["name"] == "guest");
+        let guest = guest.context("no volume with the guest")?;
+        let ended = pod["status"]["initContainerStatuses"].as_array().map_or(0, |all| {
+            all.iter().filter(|one| one["state"]["terminated"]["exitCode"] == 0).count()
+        });
+        let ways = (guest["image"].is_object(), guest["emptyDir"].is_object(), ended);
+        ensure!([(true, false, 0), (false, true, 2)].contains(&ways), "{ways:?}: {pod}");
+        Ok(guest["emptyDir"].is_object())
+    };
+    let ways = pods.iter().map(is_copied).collect::<anyhow::Result<Vec<bool>>>()?;
+    Ok(ways.into_iter().filter(|way| *way).count())
 }
 
 /// Deletes a VM's Lease and waits until every seat goes by the one that the operator makes anew.
@@ -283,6 +306,7 @@ fn two_nodes(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     acts.stage.answers_go_on()?;
     acts.cluster.kubectl(&["uncordon", &third])?;
     acts.stage.pair()?;
+    ensure!(copied(&acts.cluster)? == 1, "the new seat's guest image was not copied");
     acts.cluster.node(&node)?.start()?;
     acts.stage.system().make_spare(before.active)
 }
@@ -497,7 +521,8 @@ fn lease_goes_with_its_holder(cluster: &Cluster) -> anyhow::Result<()> {
 /// `helm test` fails a machine over, by a failure and as planned; with a guest that nobody can pull it fails itself and says so. Either way nothing is left behind.
 fn helm_test(cluster: &Cluster) -> anyhow::Result<()> {
     let test = |guest: &str, seconds: u32| -> anyhow::Result<String> {
-        let bridge = format!("test.bridge={CLIENT_BRIDGE},test.timeoutSeconds={seconds}");
+        // As by default, after what the upgrade said.
+        let bridge = format!("imageVolumes=auto,test.bridge={CLIENT_BRIDGE},test.timeoutSeconds={seconds}");
         let guest = format!("test.guestImage={guest},test.memory=32Mi,test.storageClassName=local");
         cluster.helm_install("upgrade", &["--reuse-values", "--set", &guest, "--set", &bridge])?;
         // What the pod said is part of what Helm says.

@@ -10,7 +10,7 @@ use clap::{ArgGroup, Args};
 use ftvm_engine::control::exit_code;
 
 use crate::disks::source::{Compression, Format, Place, Source};
-use crate::disks::{self, Job, Step};
+use crate::disks::{self, FileAt, Job, Step};
 
 /// How often progress is told.
 const TELL: Duration = Duration::from_secs(1);
@@ -113,7 +113,7 @@ impl Import {
             staging: beside(&mark, "-download"),
             mark,
             source: self.source(authority.transpose()?),
-            file: self.file.clone(),
+            file: self.file.clone().map(FileAt::Path),
             importer: importer.with_file_name("importer"),
             used: false,
         })

@@ -11,6 +11,7 @@
 
 pub mod api;
 pub mod arbiter;
+pub mod beneath;
 pub mod bridges;
 pub mod check;
 pub mod client;

@@ -213,6 +213,32 @@ fn a_hostile_image_starts_no_engine_and_is_told() {
     assert!(!MarkFile::new(pod.disk("ftvm-disk")).read().unwrap().unwrap().complete);
 }
 
+/// The seat has the pod's secrets, and reads what the image names: a link that leads to them leads nowhere, and a guest never sees them.
+#[test]
+fn an_image_that_leads_out_of_itself_gets_nothing() {
+    let mut pod = Pod::new();
+    let image = pod.root().join("guest/disk/root.raw");
+    std::fs::remove_file(&image).unwrap();
+    std::os::unix::fs::symlink("../../identity/key.pem", &image).unwrap();
+    let key = std::fs::read(&image).unwrap();
+    assert!(key.starts_with(b"-----BEGIN PRIVATE KEY"), "whoever follows it has the key");
+    pod.make_record();
+    pod.start_daemon();
+    pod.start_seat();
+    pod.wait("the seat says so", |pod| {
+        let said = std::fs::read_to_string(pod.folder.join("seat.err")).unwrap();
+        said.contains("it must be a file of the guest image").then_some(())
+    });
+    let disk = std::fs::read(pod.disk("disk.raw")).unwrap_or_default();
+    assert!(!disk.starts_with(b"-----BEGIN"), "the key is on the guest's disk");
+    // A link to another file of the image is as good as the file.
+    std::fs::remove_file(&image).unwrap();
+    std::fs::write(image.with_file_name("root-1.raw"), CONTENTS).unwrap();
+    std::os::unix::fs::symlink("root-1.raw", &image).unwrap();
+    pod.wait_running();
+    assert_eq!(&std::fs::read(pod.disk("disk.raw")).unwrap()[..CONTENTS.len()], CONTENTS);
+}
+
 fn qemu_img(words: &[&str], from: &Path, to: &Path) {
     let status = std::process::Command::new("qemu-img")
         .args(words)

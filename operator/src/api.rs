@@ -47,6 +47,11 @@ pub enum ApiError {
         "Secret {0} is gone, and running seats trust its certificate alone: restore it from a backup, or halt the VM and delete its pods' identities"
     )]
     AuthorityGone(String),
+    /// It is not known how guest images come into pods here.
+    #[error(
+        "whether the cluster has image volumes is not known ({0}): no pod of a seat is made until it is; it is asked again, or say so with the chart's value imageVolumes (always, never)"
+    )]
+    ImageVolumes(String),
     /// The VM is not in a namespace, or has no UID.
     #[error("the VM {0} has no namespace or UID: it was not read from an API server")]
     Unread(String),
@@ -131,6 +136,20 @@ impl Objects {
             Err(error) if !error.is_conflict() => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// What the API server would make of an object; nothing is made.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn try_create<K: Kind>(&self, object: &K) -> Result<K, ApiError> {
+        let name = object.name_any();
+        let params = PostParams {
+            dry_run: true,
+            ..params()
+        };
+        let tried = self.api::<K>("dry-run").create(&params, object).await;
+        tried.map_err(failed::<K>("dry-run", &name))
     }
 
     async fn merge<K: Kind>(&self, name: &str, patch: serde_json::Value) -> Result<K, ApiError> {

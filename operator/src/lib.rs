@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod decide;
 pub mod election;
 pub mod helm_test;
+pub mod image_volumes;
 pub mod metrics;
 pub mod observe;
 mod random;

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use ftvm_crds::PullPolicy;
 use ftvm_operator::build::SeatImage;
 use ftvm_operator::helm_test;
+use ftvm_operator::image_volumes::Setting;
 use ftvm_operator::run::{Options, run};
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
@@ -42,6 +43,9 @@ struct Run {
     /// Name of a Secret with the registry's password, in the VMs' namespaces. May be given several times.
     #[arg(long)]
     seat_image_pull_secret: Vec<String>,
+    /// Whether guest images come into seats' pods as image volumes: as the API server can (auto), always, or never: then an init container copies their files.
+    #[arg(long, value_enum, default_value = "auto")]
+    image_volumes: Setting,
     /// Address and port of probes and metrics.
     #[arg(long, default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
@@ -61,6 +65,7 @@ impl Run {
                 pull_policy: self.seat_image_pull_policy,
                 pull_secrets: self.seat_image_pull_secret,
             },
+            image_volumes: self.image_volumes,
             listen: self.listen,
             pod_name: self.pod_name,
             pod_namespace: self.pod_namespace,

@@ -9,10 +9,13 @@ use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus};
 use ftvm_protocol::identity::VmId;
 use ftvm_protocol::record::Snapshot;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod, Taint};
+use k8s_openapi::api::core::v1::{ContainerStatus, Node, PersistentVolumeClaim, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
+
+/// Letters of what a container said last.
+const SAID_MAX: usize = 500;
 
 /// Everything that decisions about one VM are made of.
 #[derive(Debug, Clone)]
@@ -91,8 +94,10 @@ pub struct PodSeen {
     pub unschedulable: Option<String>,
     /// When its container started, if it never had to be started again. By its node's clock.
     pub first_start: Option<Timestamp>,
-    /// What its container waits for: (reason, message).
+    /// What its container, or one that has to end before, waits for: (reason, message).
     pub waiting: Option<(String, String)>,
+    /// Why a container that has to end before came to nothing the last time.
+    pub unprepared: Option<String>,
     /// Why it failed.
     pub failed: Option<String>,
     /// What its daemon says.
@@ -205,9 +210,10 @@ pub fn pod(vm: &FaultTolerantVM, pod: &Pod) -> Option<(String, PodSeen)> {
     };
     let unschedulable = condition("PodScheduled").filter(|condition| condition.status == "False");
     let container = status.container_statuses.iter().flatten().next();
-    let waiting = container
-        .and_then(|container| container.state.as_ref()?.waiting.clone())
-        .map(|waiting| (waiting.reason.unwrap_or_default(), waiting.message.unwrap_or_default()));
+    let inits = || status.init_container_statuses.iter().flatten();
+    // Those before it first: it waits for them.
+    let waiting = inits().find_map(waits).or_else(|| container.and_then(waits));
+    let unprepared = inits().find_map(unprepared);
     let first_start = container
         .filter(|container| container.restart_count == 0)
         .and_then(|container| container.state.as_ref()?.running.as_ref()?.started_at.as_ref())
@@ -239,11 +245,36 @@ pub fn pod(vm: &FaultTolerantVM, pod: &Pod) -> Option<(String, PodSeen)> {
         unschedulable: unschedulable.map(|condition| condition.message.unwrap_or_default()),
         first_start,
         waiting,
+        unprepared,
         failed,
         published: SeatPublished::of(pod.annotations()),
         request: SeatRequest::of(pod.annotations()).unwrap_or_default(),
     };
     Some((name, seen))
+}
+
+/// What a container waits for, unless that is its turn.
+fn waits(container: &ContainerStatus) -> Option<(String, String)> {
+    let waiting = container.state.as_ref()?.waiting.clone()?;
+    let reason = waiting.reason.unwrap_or_default();
+    (reason != "PodInitializing").then(|| (reason, waiting.message.unwrap_or_default()))
+}
+
+/// Why an init container came to nothing the last time, as long as it has not come to an end since.
+fn unprepared(container: &ContainerStatus) -> Option<String> {
+    let mut states = [&container.state, &container.last_state].into_iter().flatten();
+    if let Some(ended) = states.find_map(|state| state.terminated.as_ref()) {
+        // Of what it printed, what it said last.
+        let said = ended.message.iter().flat_map(|message| message.lines());
+        let said = said.filter(|line| !line.trim().is_empty()).next_back();
+        let said: String = said.unwrap_or_default().chars().take(SAID_MAX).collect();
+        let (name, code) = (&container.name, ended.exit_code);
+        return (code != 0).then(|| format!("init container {name}: {said} (code {code})"));
+    }
+    // It can't be made or started.
+    let (reason, message) = waits(container).filter(|(reason, _)| reason.ends_with("Error"))?;
+    let message: String = message.chars().take(SAID_MAX).collect();
+    Some(format!("init container {}: {reason}: {message}", container.name))
 }
 
 /// A claim as read; none if it is no seat's.

@@ -12,10 +12,11 @@ use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Client, Resource, ResourceExt};
 
 use crate::api::{ApiError, Objects};
-use crate::build::{self, SeatImage};
+use crate::build::{self, GuestFiles, SeatImage};
 use crate::caches::Caches;
 use crate::cpu;
 use crate::decide::{self, Action, Want, decide, want};
+use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
 use crate::observe::Observed;
 use crate::{random, status};
@@ -38,6 +39,8 @@ pub struct Context {
     pub caches: Caches,
     /// How seats' pods are made.
     pub image: SeatImage,
+    /// How guest images come into them.
+    pub image_volumes: ImageVolumes,
     /// Where events go.
     pub recorder: Recorder,
     /// What is counted.
@@ -180,7 +183,12 @@ async fn apply(
         Action::CreatePod { seat } => {
             let Some(entry) = entry(seat) else { return Ok(vm) };
             let unfit = cpu::chosen(&vm).map(|baseline| cpu::unfit_labels(seen, &baseline));
-            let pod = build::pod(&vm, &entry, &context.image, unfit.as_ref(), ran(seen))?;
+            let files = match vm.spec.boot.image {
+                Some(_) => context.image_volumes.files().await?,
+                // Out of a claim, which every cluster can mount.
+                None => GuestFiles::Mounted,
+            };
+            let pod = build::pod(&vm, &entry, &context.image, files, unfit.as_ref(), ran(seen))?;
             objects.create(&pod).await?;
         }
         Action::Admit { seat, uid } => {

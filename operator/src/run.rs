@@ -13,9 +13,11 @@ use kube::{Api, Client, Config};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use crate::api::Objects;
 use crate::build::SeatImage;
 use crate::caches::Caches;
 use crate::election::{Election, TIMES};
+use crate::image_volumes::{ImageVolumes, Setting};
 use crate::metrics::Metrics;
 use crate::reconcile::{Context, again, count, reconcile};
 use crate::{serve, trim};
@@ -30,6 +32,8 @@ const COUNT_EVERY: Duration = Duration::from_secs(5);
 pub struct Options {
     /// How seats' pods are made.
     pub image: SeatImage,
+    /// Whether guest images come into them as volumes.
+    pub image_volumes: Setting,
     /// Where probes and metrics are answered.
     pub listen: SocketAddr,
     /// Name of this replica.
@@ -125,9 +129,11 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
         controller: "ftvm-operator".to_owned(),
         instance: Some(options.pod_name),
     };
+    let own = Objects::new(client.clone(), metrics.clone(), &options.pod_namespace);
     let context = Arc::new(Context {
         client: client.clone(),
         caches,
+        image_volumes: ImageVolumes::new(options.image_volumes, options.image.clone(), own),
         image: options.image,
         recorder: Recorder::new(client.clone(), reporter),
         metrics: metrics.clone(),

@@ -7,8 +7,8 @@ use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS, RESOURCE_SEAT};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
-    ContainerState, ContainerStatus, Node, NodeCondition, NodeSpec, NodeStatus, PersistentVolumeClaim,
-    PersistentVolumeClaimStatus, Pod, PodCondition, PodSpec, PodStatus,
+    ContainerState, ContainerStateTerminated, ContainerStatus, Node, NodeCondition, NodeSpec, NodeStatus,
+    PersistentVolumeClaim, PersistentVolumeClaimStatus, Pod, PodCondition, PodSpec, PodStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
@@ -65,6 +65,7 @@ fn pod_status(status: PodStatus) -> PodStatus {
         }),
         ..ContainerStatus::default()
     });
+    let inits = status.init_container_statuses.map(|inits| inits.into_iter().filter_map(init).collect());
     PodStatus {
         phase: status.phase,
         reason: status.reason,
@@ -73,8 +74,36 @@ fn pod_status(status: PodStatus) -> PodStatus {
         host_ip: status.host_ip,
         conditions: Some(conditions.collect()),
         container_statuses: first.map(|first| vec![first]),
+        init_container_statuses: inits,
         ..PodStatus::default()
     }
+}
+
+/// An init container that has not ended well.
+fn init(container: ContainerStatus) -> Option<ContainerStatus> {
+    let ended = |state: Option<ContainerState>| {
+        let ended = state?.terminated?;
+        Some(ContainerState {
+            terminated: Some(ContainerStateTerminated {
+                exit_code: ended.exit_code,
+                message: ended.message,
+                ..ContainerStateTerminated::default()
+            }),
+            ..ContainerState::default()
+        })
+    };
+    let waiting = container.state.as_ref().and_then(|state| state.waiting.clone());
+    let state = ContainerState {
+        waiting,
+        ..ended(container.state).unwrap_or_default()
+    };
+    let done = state.terminated.as_ref().is_some_and(|ended| ended.exit_code == 0);
+    (!done).then(|| ContainerStatus {
+        name: container.name,
+        state: Some(state),
+        last_state: ended(container.last_state),
+        ..ContainerStatus::default()
+    })
 }
 
 /// A claim of a seat.
@@ -204,6 +233,50 @@ mod tests {
             assert_eq!((name, format!("{seen:?}")), (name_trimmed, format!("{seen_trimmed:?}")));
             assert_eq!(seen.first_start.is_some(), phase == "Running" && restarts == 0);
             assert!(seen.request.is_some() && seen.published.is_ok_and(|published| published.term == 7));
+        }
+    }
+
+    /// What keeps an init container from its end is seen of whole pods and of trimmed ones, and nothing of those that have ended well.
+    #[test]
+    fn init_containers_look_the_same() {
+        let turn = json!({"waiting": {"reason": "PodInitializing"}});
+        let done = json!({"terminated": {"exitCode": 0, "reason": "Completed"}});
+        let unknown = json!({"waiting": {"reason": "ErrImagePull", "message": "no such image"}});
+        let again = json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}});
+        let broken = json!({"waiting": {"reason": "CreateContainerError", "message": "not a directory"}});
+        let said = "seat: copies /disk/root.raw: 1 of 2 MiB\nseat: no room\n\n";
+        let failed = json!({"terminated": {"exitCode": 30, "reason": "Error", "message": said, "startedAt": "2026-01-02T03:04:05Z"}});
+        let pull = Some(("ErrImagePull", "no such image"));
+        let no_room = Some("init container guest: seat: no room (code 30)");
+        let of_it = Some("init container guest: CreateContainerError: not a directory");
+        for (tools, guest, last, waiting, unprepared) in [
+            (&unknown, &turn, json!({}), pull, None),
+            (&done, &unknown, json!({}), pull, None),
+            (&done, &again, failed.clone(), Some(("CrashLoopBackOff", "back-off 10s")), no_room),
+            (&done, &failed, json!({}), None, no_room),
+            // The next attempt, and one that came to its end.
+            (&done, &json!({"running": {}}), failed.clone(), None, no_room),
+            (&done, &done, failed.clone(), None, None),
+            (&done, &broken, json!({}), Some(("CreateContainerError", "not a directory")), of_it),
+        ] {
+            let status = |name: &str, state: &Value, last: &Value| {
+                json!({"name": name, "image": "z".repeat(200), "imageID": "q".repeat(300), "ready": false, "restartCount": 1, "state": state, "lastState": last})
+            };
+            let object = json!({
+                "metadata": metadata("web-x"),
+                "status": {
+                    "phase": "Pending",
+                    "containerStatuses": [status("seat", &turn, &json!({}))],
+                    "initContainerStatuses": [status("tools", tools, &json!({})), status("guest", guest, &last)],
+                },
+            });
+            let (whole, trimmed) = both(object, pod);
+            let vm = vm_of_pods();
+            let (_, seen) = observe::pod(&vm, &whole).expect("its pod");
+            let (_, seen_trimmed) = observe::pod(&vm, &trimmed).expect("its pod");
+            assert_eq!(format!("{seen:?}"), format!("{seen_trimmed:?}"));
+            let waits = seen.waiting.as_ref().map(|(reason, message)| (reason.as_str(), message.as_str()));
+            assert_eq!((waits, seen.unprepared.as_deref()), (waiting, unprepared));
         }
     }
 

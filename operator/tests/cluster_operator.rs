@@ -50,11 +50,16 @@ fn merge(into: &mut Value, patch: &Value) {
 }
 
 fn cluster() -> anyhow::Result<Cluster> {
-    let cluster = Cluster::start(Options {
+    defined(Options {
         nodes: 1,
         audit: true,
         ..Options::default()
-    })?;
+    })
+}
+
+/// A cluster that knows the resource.
+fn defined(options: Options) -> anyhow::Result<Cluster> {
+    let cluster = Cluster::start(options)?;
     cluster.apply(DEFINITION)?;
     cluster.kubectl(&[
         "wait",
@@ -155,10 +160,15 @@ struct Operator(Child);
 
 impl Operator {
     fn start(cluster: &Cluster, replica: &str) -> anyhow::Result<Operator> {
+        Self::start_with(cluster, replica, &[])
+    }
+
+    fn start_with(cluster: &Cluster, replica: &str, more: &[&str]) -> anyhow::Result<Operator> {
         let log = std::fs::File::create(cluster.folder().join("log").join(format!("{replica}.log")))?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_ftvm-operator"));
         command
             .args(["run", "--seat-image", "localhost/seat:test", "--listen", "127.0.0.1:0"])
+            .args(more)
             .env("KUBECONFIG", cluster.admin_kubeconfig())
             .envs([("POD_NAME", replica), ("POD_NAMESPACE", "ftvm-system")])
             .stdin(Stdio::null())
@@ -249,6 +259,9 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
         let name = seat["name"].as_str().context("no name")?;
         let pod = cluster.get(&["pod", name])?;
         assert_eq!(pod["metadata"]["uid"], seat["podUid"], "a seat is its pod's UID");
+        // This version has image volumes.
+        assert!(guest_of(&pod)["image"].is_object(), "{pod}");
+        assert!(pod["spec"]["initContainers"].is_null(), "{pod}");
         let identity = cluster.get(&["secret", &format!("{name}-identity")])?;
         assert_eq!(identity["metadata"]["ownerReferences"][0]["uid"], seat["podUid"]);
         cluster.get(&["pvc", &format!("{name}-root")])?;
@@ -284,6 +297,58 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     halt_and_delete(&cluster)?;
     kept_volumes(&cluster)?;
     absent_provisioner(&cluster)
+}
+
+/// The volume of a seat's pod with the guest's files.
+fn guest_of(pod: &Value) -> &Value {
+    let mut volumes = pod["spec"]["volumes"].as_array().into_iter().flatten();
+    volumes.find(|volume| volume["name"] == "guest").unwrap_or(&Value::Null)
+}
+
+/// An API server without image volumes takes a pod that has one and leaves it out, so that a seat would start without a guest: the operator
+/// asks it first and has the files copied.
+#[test]
+fn without_image_volumes_guest_images_are_copied() -> anyhow::Result<()> {
+    let cluster = defined(Options {
+        nodes: 0,
+        audit: true,
+        // The last one in which the feature is off.
+        api_version: Some("1.34"),
+        ..Options::default()
+    })?;
+    cluster.kubectl(&["create", "namespace", "ftvm-system"])?;
+    let _operator = Operator::start(&cluster, "one")?;
+    cluster.apply(&example("web", Some("local")).to_string())?;
+    let pods = wait_for("both seats have their pods", PATIENCE, || {
+        let pods = cluster.get(&["pods", "--selector=ftvm.dev/vm=web"])?;
+        let pods = pods["items"].as_array().context("no list")?.clone();
+        ensure!(pods.len() == 2, "{} pods", pods.len());
+        Ok(pods)
+    })?;
+    for pod in &pods {
+        assert!(guest_of(pod)["emptyDir"].is_object(), "{pod}");
+        let inits = pod["spec"]["initContainers"].as_array().context("no init containers")?;
+        let names: Vec<&Value> = inits.iter().map(|init| &init["name"]).collect();
+        assert_eq!(names, ["tools", "guest"]);
+        assert_eq!(inits[1]["image"], "registry.example/guests/web:1");
+    }
+    let asked = requests(&cluster)?;
+    let probes = asked.iter().filter(|asked| asked.ends_with("pods ftvm-image-volumes")).count();
+    assert_eq!(probes, 1, "asked once: {asked:?}");
+    assert!(cluster.get(&["pod", "ftvm-image-volumes", "-n", "ftvm-system"]).is_err(), "it was made");
+    // The same pods with an image volume would come without it.
+    let mut bare = pods[0].clone();
+    bare["metadata"] = json!({"name": "bare", "labels": bare["metadata"]["labels"]});
+    let volumes = bare["spec"]["volumes"].as_array_mut().context("no volumes")?;
+    volumes.retain(|volume| volume["name"] != "guest");
+    volumes.push(json!({"name": "guest", "image": {"reference": "registry.example/guests/web:1"}}));
+    let file = write(&cluster, "bare.json", &bare)?;
+    let made = cluster.kubectl(&["create", "--validate=false", "--output=json", "--filename", &file])?;
+    let made: Value = serde_json::from_str(&made)?;
+    assert!(guest_of(&made).is_null(), "{made}");
+    let mounts = made["spec"]["containers"][0]["volumeMounts"].as_array().context("no mounts")?;
+    assert!(mounts.iter().all(|mount| mount["name"] != "guest"), "{made}");
+    Ok(())
 }
 
 /// After everything is made nothing is asked of the API server any more.
@@ -496,9 +561,12 @@ fn the_guests_cpu_is_what_the_nodes_have_in_common() -> anyhow::Result<()> {
     // Another operator finds other nodes, and keeps what was chosen.
     operator.kill();
     cpus::publish(&cluster, "late", &cpus::rich().annotation(), &cpus::rich().label())?;
-    let _operator = Operator::start(&cluster, "two")?;
+    let _operator = Operator::start_with(&cluster, "two", &["--image-volumes", "never"])?;
     cluster.kubectl(&["delete", "pods", "--selector=ftvm.dev/vm=web"])?;
     wait_seats(&cluster, &first)?;
+    let pods = cluster.get(&["pods", "--selector=ftvm.dev/vm=web"])?;
+    let copied = |pod: &Value| guest_of(pod)["emptyDir"].is_object();
+    assert!(pods["items"].as_array().is_some_and(|pods| pods.iter().all(copied)), "{pods}");
     let vm = wait_cpu(&cluster, &names, "Common", "common to 2 nodes: late, rich")?;
     assert_eq!(vm["status"]["cpu"]["baseline"], chosen);
     // Halted and started it chooses anew.

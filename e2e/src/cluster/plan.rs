@@ -100,6 +100,8 @@ pub struct Options {
     pub node_grace: Duration,
     /// Whether the API server writes down who asked for what ([`Cluster::audit_events`](super::Cluster::audit_events)).
     pub audit: bool,
+    /// An earlier version of Kubernetes, such as 1.34, that the API server behaves like (`--emulated-version`).
+    pub api_version: Option<&'static str>,
     /// Whether nodes and pods reach the API server through an [`ApiProxy`](super::ApiProxy), which can falsify.
     pub api_proxy: bool,
     /// Gets lines of progress.
@@ -115,6 +117,7 @@ impl Default for Options {
             volumes_per_node: 4,
             node_grace: Duration::from_secs(10),
             audit: false,
+            api_version: None,
             api_proxy: false,
             say: Arc::new(|line| eprintln!("cluster: {line}")),
         }

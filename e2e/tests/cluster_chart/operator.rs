@@ -271,6 +271,15 @@ fn pods_of_the_operator_are_seats() {
         ]);
     };
     operator.creates(&changed(image)).unwrap();
+    // Where there are no image volumes.
+    let copied = |pod: &mut Value| {
+        pod["metadata"]["name"] = json!("web-ddddd");
+        let mut copies = pod["spec"]["containers"][0].clone();
+        (copies["name"], copies["image"]) = (json!("guest"), json!("others/guest"));
+        pod["spec"]["initContainers"] = json!([copies]);
+        pod["spec"]["volumes"] = json!([{"name": "disk", "emptyDir": {}}, {"name": "identity", "emptyDir": {}}]);
+    };
+    operator.creates(&changed(copied)).unwrap();
     // Not even with every right.
     give_everything(&installed, ACCOUNT);
     refused(operator.creates(&changed(first)), words).unwrap();

@@ -87,6 +87,10 @@ const REFUSED: &[(&[&str], &[&str])] = &[
     ),
     (&["crds.install=maybe"], &["/crds/install", "want boolean"]),
     (
+        &["imageVolumes=true"],
+        &["/imageVolumes", "'auto', 'always', 'never'"],
+    ),
+    (
         &["operator.resources.limit.cpu=1"],
         &["/operator/resources", "'limit' not allowed"],
     ),
@@ -207,6 +211,22 @@ fn switches_switch() {
         for kind in ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"] {
             assert_eq!(count(&[&values], kind), 6, "{set:?}");
         }
+    }
+}
+
+#[test]
+fn how_guest_images_are_brought_reaches_the_operator() {
+    for (set, told) in [
+        (None, "auto"),
+        (Some("--set=imageVolumes=always"), "always"),
+        (Some("--set=imageVolumes=never"), "never"),
+    ] {
+        let words: Vec<&str> = std::iter::once("--show-only=templates/operator/deployment.yaml")
+            .chain(set)
+            .collect();
+        let rendered = text(&template(&words));
+        let line = format!("- --image-volumes={told}");
+        assert!(rendered.lines().any(|text| text.trim() == line), "{rendered}");
     }
 }
 

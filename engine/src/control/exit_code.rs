@@ -48,6 +48,8 @@ pub const SECCOMP: u8 = 27;
 pub const TIMEOUT: u8 = 28;
 /// The guest could not be loaded or run on this host.
 pub const GUEST: u8 = 29;
+/// A file of the guest image could not be copied into the seat's pod.
+pub const GUEST_IMAGE: u8 = 30;
 
 /// What an engine exits with when its core ends it.
 pub fn of_end(reason: EndReason) -> u8 {
@@ -84,4 +86,5 @@ pub const ALL: &[(u8, &str)] = &[
     (SECCOMP, "seccomp"),
     (TIMEOUT, "timeout"),
     (GUEST, "guest"),
+    (GUEST_IMAGE, "guest-image"),
 ];

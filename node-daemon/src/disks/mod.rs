@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use crate::{durable, explain};
+use crate::{beneath, durable, explain};
 use fill::Target;
 pub use helper::{Fetch, Read};
 use mark::{Mark, MarkFile};
@@ -174,6 +174,24 @@ impl Step {
 /// Told how far it is: the step, bytes done, of so many.
 pub type Progress<'a> = &'a dyn Fn(Step, u64, u64);
 
+/// Where a source that is a file is.
+#[derive(Debug, Clone)]
+pub enum FileAt {
+    /// There: whoever names it may read what this program may.
+    Path(PathBuf),
+    /// At this path of a folder that somebody else filled ([`beneath`]).
+    In(PathBuf, String),
+}
+
+impl FileAt {
+    fn open(&self) -> io::Result<File> {
+        match self {
+            FileAt::Path(path) => File::open(path),
+            FileAt::In(folder, path) => beneath::open(folder, path),
+        }
+    }
+}
+
 /// A disk to prepare.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -186,7 +204,7 @@ pub struct Job {
     /// Its first contents; zeros if missing.
     pub source: Option<Source>,
     /// Where a source that is a file is.
-    pub file: Option<PathBuf>,
+    pub file: Option<FileAt>,
     /// Where a download is put until the disk is complete.
     pub staging: PathBuf,
     /// The importer.
@@ -357,8 +375,9 @@ fn origin(job: &Job) -> Result<String, DiskError> {
     let reading = source.reading().map_err(|why| of_source(source, why))?;
     let what = match (&source.sha256, &job.file) {
         (Some(digest), _) => format!("sha256 {digest}"),
-        (None, Some(path)) => {
-            let data = std::fs::metadata(path).map_err(|error| unreadable(source, &error))?;
+        (None, Some(file)) => {
+            let data = file.open().and_then(|file| file.metadata());
+            let data = data.map_err(|error| unreadable(source, &error))?;
             let (seconds, nanoseconds) = (data.mtime(), data.mtime_nsec());
             format!("{} {} bytes of {seconds}.{nanoseconds:09}", source.name(), data.len())
         }
@@ -376,11 +395,11 @@ fn image(job: &Job, mark: &mut Mark, marks: &MarkFile, progress: Progress<'_>) -
     if let Place::Http { url, authority } = &source.place {
         download::complete(job, (url, authority.as_deref()), mark, marks, progress)?;
     }
-    let path = match &source.place {
-        Place::Http { .. } => &job.staging,
-        Place::Image { .. } | Place::Claim { .. } => job.file.as_ref().unwrap_or(&job.staging),
+    let file = match (&source.place, &job.file) {
+        (Place::Image { .. } | Place::Claim { .. }, Some(file)) => file.open(),
+        _ => File::open(&job.staging),
     };
-    let file = File::open(path).map_err(|error| unreadable(source, &error))?;
+    let file = file.map_err(|error| unreadable(source, &error))?;
     let data = file.metadata().map_err(|error| unreadable(source, &error))?;
     if !data.is_file() {
         return Err(of_source(source, "it is no regular file: name a file".to_owned()));

@@ -1,5 +1,6 @@
 //! The objects of a VM: pure functions of its spec and book.
 
+mod guest;
 mod identity;
 mod pod;
 mod shared;
@@ -15,6 +16,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::ObjectMeta;
 use kube::{Resource, ResourceExt};
 
+pub use guest::{GuestFiles, image_volume_probe, judge_probe};
 pub use identity::{Authority, IdentityError, authority, identity_secret, secret_of_authority};
 pub use pod::pod;
 pub use shared::{budget, network_policy};

@@ -7,18 +7,19 @@ use ftvm_crds::names::{
     RESOURCE_SEAT, claim_name, identity_secret_name,
 };
 use ftvm_crds::quantity::{self, QuantityError};
-use ftvm_crds::{ClaimFile, Contents, FaultTolerantVM, PullPolicy, SeatEntry};
+use ftvm_crds::{ClaimFile, Contents, FaultTolerantVM, SeatEntry};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, ExecAction, ImageVolumeSource,
-    LocalObjectReference, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
-    PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe,
-    ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+    Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, ExecAction, LocalObjectReference,
+    NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod,
+    PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe, ResourceRequirements, SeccompProfile,
+    SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::ResourceExt;
 use kube::api::ObjectMeta;
 
+use super::guest::{self, GuestFiles};
 use super::shared::urls;
 use super::{SeatImage, owner, seat_labels};
 
@@ -30,7 +31,7 @@ const GRACE_SECONDS: i64 = 60;
 const OVERHEAD_BYTES: u64 = 256 << 20;
 
 /// The pod of a seat. Its claims exist; its identity is made for its UID. Where a CPU was chosen, `unfit` has the values of the
-/// label of nodes that can't give it. Once the guest `ran`, nothing is imported any more.
+/// label of nodes that can't give it. `files` is how the guest image comes into it. Once the guest `ran`, nothing is imported any more.
 ///
 /// # Errors
 /// If the VM's memory is no size, which the API server's rules prevent.
@@ -38,6 +39,7 @@ pub fn pod(
     vm: &FaultTolerantVM,
     entry: &SeatEntry,
     image: &SeatImage,
+    files: GuestFiles,
     unfit: Option<&BTreeSet<String>>,
     ran: bool,
 ) -> Result<Pod, QuantityError> {
@@ -57,8 +59,9 @@ pub fn pod(
             ..ObjectMeta::default()
         },
         spec: Some(PodSpec {
+            init_containers: guest::init_containers(vm, image, files, ran)?,
             containers: vec![container(vm, image, ran)?],
-            volumes: Some(volumes(vm, entry, ran)),
+            volumes: Some(volumes(vm, entry, files, ran)),
             restart_policy: Some("Always".to_owned()),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
@@ -72,22 +75,57 @@ pub fn pod(
             priority_class_name: placement.priority_class_name.clone(),
             image_pull_secrets: (!secrets.is_empty())
                 .then(|| secrets.into_iter().map(|name| LocalObjectReference { name }).collect()),
-            security_context: Some(PodSecurityContext {
-                run_as_non_root: Some(true),
-                run_as_user: Some(USER),
-                run_as_group: Some(USER),
-                fs_group: Some(USER),
-                fs_group_change_policy: Some("OnRootMismatch".to_owned()),
-                seccomp_profile: Some(SeccompProfile {
-                    type_: "RuntimeDefault".to_owned(),
-                    localhost_profile: None,
-                }),
-                ..PodSecurityContext::default()
-            }),
+            security_context: Some(pod_security()),
             ..PodSpec::default()
         }),
         status: None,
     })
+}
+
+/// What Pod Security calls restricted, of a pod.
+pub(super) fn pod_security() -> PodSecurityContext {
+    PodSecurityContext {
+        run_as_non_root: Some(true),
+        run_as_user: Some(USER),
+        run_as_group: Some(USER),
+        fs_group: Some(USER),
+        fs_group_change_policy: Some("OnRootMismatch".to_owned()),
+        seccomp_profile: Some(SeccompProfile {
+            type_: "RuntimeDefault".to_owned(),
+            localhost_profile: None,
+        }),
+        ..PodSecurityContext::default()
+    }
+}
+
+/// The same of each of its containers.
+pub(super) fn security() -> SecurityContext {
+    SecurityContext {
+        allow_privilege_escalation: Some(false),
+        privileged: Some(false),
+        read_only_root_filesystem: Some(true),
+        run_as_non_root: Some(true),
+        capabilities: Some(Capabilities {
+            add: None,
+            drop: Some(vec!["ALL".to_owned()]),
+        }),
+        ..SecurityContext::default()
+    }
+}
+
+/// When nodes pull the seat's image; none: as Kubernetes does by itself.
+pub(super) fn pull_policy(image: &SeatImage) -> Option<String> {
+    Some(image.pull_policy.clone()).filter(|policy| !policy.is_empty())
+}
+
+/// A volume in a container.
+pub(super) fn mount(name: impl Into<String>, path: impl Into<String>, read_only: bool) -> VolumeMount {
+    VolumeMount {
+        name: name.into(),
+        mount_path: path.into(),
+        read_only: read_only.then_some(true),
+        ..VolumeMount::default()
+    }
 }
 
 /// Between two looks at a seat's readiness, in seconds. A role changes no sooner than a silent side is taken for dead, and a look starts a
@@ -97,12 +135,6 @@ fn probe_period_s(vm: &FaultTolerantVM) -> i32 {
 }
 
 fn container(vm: &FaultTolerantVM, image: &SeatImage, ran: bool) -> Result<Container, QuantityError> {
-    let mount = |name: String, path: String, read_only: bool| VolumeMount {
-        name,
-        mount_path: path,
-        read_only: read_only.then_some(true),
-        ..VolumeMount::default()
-    };
     let disks = vm.spec.disks.iter();
     let mut mounts: Vec<_> = disks
         .map(|disk| {
@@ -117,15 +149,15 @@ fn container(vm: &FaultTolerantVM, image: &SeatImage, ran: bool) -> Result<Conta
         let sources = claims_of_sources(vm);
         mounts.extend(sources.map(|(disk, _)| mount(format!("source-{disk}"), format!("{PATH_SOURCES}/{disk}"), true)));
         if downloads(vm) {
-            mounts.push(mount("staging".to_owned(), PATH_STAGING.to_owned(), false));
+            mounts.push(mount("staging", PATH_STAGING, false));
         }
     }
-    mounts.push(mount("guest".to_owned(), PATH_GUEST.to_owned(), true));
-    mounts.push(mount("identity".to_owned(), PATH_IDENTITY.to_owned(), true));
+    mounts.push(mount(guest::VOLUME, PATH_GUEST, true));
+    mounts.push(mount("identity", PATH_IDENTITY, true));
     Ok(Container {
         name: CONTAINER.to_owned(),
         image: Some(image.image.clone()),
-        image_pull_policy: Some(image.pull_policy.clone()).filter(|policy| !policy.is_empty()),
+        image_pull_policy: pull_policy(image),
         command: Some(vec!["/seat".to_owned()]),
         ports: Some(vec![ContainerPort {
             name: Some("link".to_owned()),
@@ -143,24 +175,14 @@ fn container(vm: &FaultTolerantVM, image: &SeatImage, ran: bool) -> Result<Conta
             ..Probe::default()
         }),
         resources: Some(resources(vm)?),
-        security_context: Some(SecurityContext {
-            allow_privilege_escalation: Some(false),
-            privileged: Some(false),
-            read_only_root_filesystem: Some(true),
-            run_as_non_root: Some(true),
-            capabilities: Some(Capabilities {
-                add: None,
-                drop: Some(vec!["ALL".to_owned()]),
-            }),
-            ..SecurityContext::default()
-        }),
+        security_context: Some(security()),
         volume_mounts: Some(mounts),
         ..Container::default()
     })
 }
 
 /// Memory in full on both sides. CPU is limited only if the user says so: a side that is held back looks dead to the other.
-fn resources(vm: &FaultTolerantVM) -> Result<ResourceRequirements, QuantityError> {
+pub(super) fn resources(vm: &FaultTolerantVM) -> Result<ResourceRequirements, QuantityError> {
     let wishes = &vm.spec.resources;
     let guest_bytes = quantity::bytes(&vm.spec.machine.memory)?;
     let overhead_bytes = match &wishes.memory_overhead {
@@ -219,7 +241,7 @@ fn volumes_of_sources(vm: &FaultTolerantVM) -> Vec<Volume> {
     claims.chain(staging).collect()
 }
 
-fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry, ran: bool) -> Vec<Volume> {
+fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry, files: GuestFiles, ran: bool) -> Vec<Volume> {
     let disks = vm.spec.disks.iter();
     let mut volumes: Vec<_> = disks
         .map(|disk| Volume {
@@ -234,26 +256,7 @@ fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry, ran: bool) -> Vec<Volume> {
     if !ran {
         volumes.extend(volumes_of_sources(vm));
     }
-    let boot = &vm.spec.boot;
-    volumes.push(Volume {
-        name: "guest".to_owned(),
-        image: boot.image.as_ref().map(|image| ImageVolumeSource {
-            reference: Some(image.reference.clone()),
-            pull_policy: Some(
-                match image.pull_policy {
-                    PullPolicy::Always => "Always",
-                    PullPolicy::IfNotPresent => "IfNotPresent",
-                    PullPolicy::Never => "Never",
-                }
-                .to_owned(),
-            ),
-        }),
-        persistent_volume_claim: boot.volume.as_ref().map(|volume| PersistentVolumeClaimVolumeSource {
-            claim_name: volume.claim_name.clone(),
-            read_only: Some(true),
-        }),
-        ..Volume::default()
-    });
+    volumes.extend(guest::volumes(vm, files));
     volumes.push(Volume {
         name: "identity".to_owned(),
         secret: Some(SecretVolumeSource {

@@ -1,7 +1,8 @@
 use std::path::Path;
 
+use ftvm_crds::names::RESOURCE_SEAT;
 use ftvm_crds::{FaultTolerantVM, SeatEntry, yaml};
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::core::v1::{Container, EmptyDirVolumeSource, Pod, PodSpec, Secret};
 use serde::Serialize;
 
 use super::*;
@@ -46,7 +47,67 @@ fn snapshot<T: Serialize>(name: &str, object: &T) {
 
 #[test]
 fn pods() {
-    snapshot("pod.yaml", &pod(&vm(), &entry(), &image(), None, false).unwrap());
+    snapshot("pod.yaml", &pod(&vm(), &entry(), &image(), GuestFiles::Mounted, None, false).unwrap());
+}
+
+#[test]
+fn pods_of_clusters_without_image_volumes() {
+    let copied = |vm: &FaultTolerantVM, ran| pod(vm, &entry(), &image(), GuestFiles::Copied, None, ran).unwrap();
+    let pod = copied(&vm(), false);
+    snapshot("pod-copied.yaml", &pod);
+    let spec = pod.spec.unwrap();
+    let requests = |container: &Container| container.resources.clone().unwrap().requests.unwrap();
+    let seats = requests(&spec.containers[0]);
+    for init in spec.init_containers.iter().flatten() {
+        // kubelet gives the folder with the daemon's socket to who asks for a seat, and the pod asks for no more than its seat does.
+        let asked = requests(init);
+        assert!(!asked.contains_key(RESOURCE_SEAT), "{}", init.name);
+        assert!(asked.iter().all(|(name, size)| seats.get(name) == Some(size)), "{asked:?}");
+        assert_eq!(init.security_context, spec.containers[0].security_context);
+    }
+    let command = |pod: Pod| pod.spec.unwrap().init_containers.unwrap()[1].command.clone().unwrap();
+    let head = ["/ftvm-tools/seat", "copy", "--to", "/ftvm-guest"];
+    // Nothing is imported any more; the one initrd is that which was named, and no file is copied twice.
+    let mut vm = vm();
+    vm.spec.boot.initrd = Some("/initrd".to_owned());
+    assert_eq!(command(copied(&vm, true)), [&head[..], &["/boot/vmlinuz", "/initrd"]].concat());
+    let disks = serde_json::json!([
+        {"name": "root", "size": "1Gi", "source": {"image": {"path": "/disk/a.qcow2"}}},
+        {"name": "data", "size": "1Gi", "source": {"image": {"path": "/disk/a.qcow2"}}},
+        {"name": "more", "size": "1Gi", "source": {"claim": {"claimName": "golden"}}},
+    ]);
+    vm.spec.disks = serde_json::from_value(disks).unwrap();
+    let files = ["/boot/vmlinuz", "/disk/a.qcow2", "/initrd"];
+    assert_eq!(command(copied(&vm, false)), [&head[..], &files].concat());
+}
+
+/// What API servers make of the probe: with the feature, without it, and of a version that never heard of it.
+#[test]
+fn the_answer_to_the_probe_tells_whether_there_are_image_volumes() {
+    let sent = image_volume_probe(&image());
+    snapshot("pod-probe.yaml", &sent);
+    assert_eq!(judge_probe(&sent, &sent), Some(GuestFiles::Mounted));
+    let with = |change: &dyn Fn(&mut PodSpec)| {
+        let mut answer = sent.clone();
+        change(answer.spec.as_mut().unwrap());
+        judge_probe(&sent, &answer)
+    };
+    let left_out = with(&|spec| {
+        spec.volumes = None;
+        spec.containers[0].volume_mounts = None;
+    });
+    assert_eq!(left_out, Some(GuestFiles::Copied));
+    let unknown = with(&|spec| {
+        let volume = &mut spec.volumes.as_mut().unwrap()[0];
+        (volume.image, volume.empty_dir) = (None, Some(EmptyDirVolumeSource::default()));
+    });
+    assert_eq!(unknown, Some(GuestFiles::Copied));
+    // Whatever else is answered tells nothing.
+    assert_eq!(with(&|spec| spec.containers[0].name = "other".to_owned()), None);
+    assert_eq!(judge_probe(&sent, &Pod::default()), None);
+    let mut renamed = sent.clone();
+    renamed.metadata.name = None;
+    assert_eq!(judge_probe(&sent, &renamed), None);
 }
 
 #[test]
@@ -68,7 +129,7 @@ boot: {volume: {claimName: guest}, kernel: /boot/linux}
     let unfit = ["0123456789abcdef".to_owned()].into();
     snapshot(
         "pod-wishes.yaml",
-        &pod(&vm, &entry(), &image(), Some(&unfit), false).unwrap(),
+        &pod(&vm, &entry(), &image(), GuestFiles::Copied, Some(&unfit), false).unwrap(),
     );
 }
 
@@ -82,9 +143,9 @@ fn first_contents_are_mounted_until_the_guest_ran() {
         {"name": "data", "size": "1Gi", "source": {"claim": {"claimName": "golden"}}},
     ]);
     vm.spec.disks = serde_json::from_value(disks).unwrap();
-    snapshot("pod-import.yaml", &pod(&vm, &entry(), &image(), None, false).unwrap());
+    snapshot("pod-import.yaml", &pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, false).unwrap());
     snapshot("network-policy-import.yaml", &network_policy(&vm, false));
-    let later = serde_json::to_string(&pod(&vm, &entry(), &image(), None, true).unwrap()).unwrap();
+    let later = serde_json::to_string(&pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, true).unwrap()).unwrap();
     assert!(!later.contains("golden") && !later.contains("staging"), "{later}");
     assert_eq!(network_policy(&vm, true).spec, before.spec);
     for (url, port) in [
@@ -103,7 +164,7 @@ fn a_seat_is_looked_at_as_often_as_its_silence_would_be_noticed() {
     let mut vm = vm();
     for (detection_ms, period_s) in [(100, 2), (300, 2), (5_000, 5), (10_000, 10)] {
         vm.spec.fault_tolerance.detection_ms = detection_ms;
-        let pod = pod(&vm, &entry(), &image(), None, false).unwrap();
+        let pod = pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, false).unwrap();
         let probe = pod.spec.unwrap().containers[0].readiness_probe.clone().unwrap();
         let seconds = Some(period_s);
         assert_eq!((probe.period_seconds, probe.timeout_seconds), (seconds, seconds));
@@ -128,7 +189,7 @@ fn sizes_that_are_none_are_errors() {
     let mut vm = vm();
     vm.spec.machine.memory = "lots".to_owned();
     vm.spec.disks[0].size = "1".to_owned();
-    assert!(pod(&vm, &entry(), &image(), None, false).is_err());
+    assert!(pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, false).is_err());
     assert!(claim(&vm, &entry(), 0).is_err());
 }
 

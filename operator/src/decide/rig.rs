@@ -441,6 +441,7 @@ impl World {
             unschedulable: None,
             first_start: None,
             waiting: None,
+            unprepared: None,
             failed: None,
             published: Ok(SeatPublished::default()),
             request: None,

@@ -78,6 +78,15 @@ fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
             ),
         ));
     }
+    if let Some(why) = &seat.unprepared {
+        return Some(obstacle(
+            "GuestImageNotCopied",
+            format!(
+                "seat {}: the files of its guest image can't be copied into its pod ({why}, see docs/exit-codes.md): correct spec.boot and spec.disks[].source.image, or make space on its node; it is tried again",
+                entry.name
+            ),
+        ));
+    }
     if let Some(why) = &seat.failed {
         return Some(obstacle(
             "SeatFailed",

@@ -105,6 +105,14 @@ fn each_obstacle_says_what_to_do() {
     );
     with(
         &|world| {
+            let why = "init container guest: seat: the guest image has no file /boot/vmlinuz (code 30)".to_owned();
+            world.pods.get_mut(&name).unwrap().unprepared = Some(why);
+        },
+        "GuestImageNotCopied",
+        "correct spec.boot",
+    );
+    with(
+        &|world| {
             let pod = world.pods.get_mut(&name).unwrap();
             (pod.phase, pod.failed) = (PodPhase::Finished, Some("UnexpectedAdmissionError: x".to_owned()));
         },

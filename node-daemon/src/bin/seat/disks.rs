@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ftvm_node_daemon::disks::source::Place;
-use ftvm_node_daemon::disks::{self, Job, Step};
+use ftvm_node_daemon::disks::{self, FileAt, Job, Step};
 use ftvm_node_daemon::seat_socket::message::{DiskToPrepare, Recipe};
 
 use crate::Layout;
@@ -99,8 +99,8 @@ fn prepare(layout: &Layout, disk: &DiskToPrepare, progress: disks::Progress<'_>)
     let folder = path.parent().unwrap_or(Path::new("/"));
     let source = disk.source.clone().filter(|_| disk.original);
     let file = source.as_ref().and_then(|source| match &source.place {
-        Place::Image { path } => Some(layout.guest(path)),
-        Place::Claim { path } => Some(layout.inside(&format!("sources/{}", disk.name), path)),
+        Place::Image { path } => Some(FileAt::In(layout.path("guest"), path.clone())),
+        Place::Claim { path } => Some(FileAt::In(layout.path("sources").join(&disk.name), path.clone())),
         Place::Http { .. } => None,
     });
     let importer = std::env::current_exe().map(|seat| seat.with_file_name("importer"));

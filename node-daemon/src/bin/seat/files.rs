@@ -1,11 +1,12 @@
 //! The descriptors that are handed over, and the console.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use ftvm_node_daemon::beneath;
 use ftvm_node_daemon::seat_socket::message::{DEFAULT_INITRD, Recipe};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -29,18 +30,16 @@ pub fn open(layout: &Layout, recipe: &Recipe, console: &mut Option<Console>) -> 
             "check the seat's identity Secret",
         )?);
     }
-    let kernel = layout.guest(&recipe.kernel);
-    fds.push(open_for_reading(
-        &kernel,
-        "boot.kernel must be a file of the guest image",
-    )?);
+    fds.push(open_of_guest(layout, &recipe.kernel, "boot.kernel")?);
     let initrd = match &recipe.initrd {
-        Some(path) => Some(layout.guest(path)),
-        None => Some(layout.guest(DEFAULT_INITRD)).filter(|path| path.exists()),
+        Some(path) => Some(open_of_guest(layout, path, "boot.initrd")?),
+        None => match beneath::open(&layout.path("guest"), DEFAULT_INITRD) {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            _ => Some(open_of_guest(layout, DEFAULT_INITRD, "boot.initrd")?),
+        },
     };
-    if let Some(path) = &initrd {
-        fds.push(open_for_reading(path, "boot.initrd must be a file of the guest image")?);
-    }
+    let with_initrd = initrd.is_some();
+    fds.extend(initrd);
     for disk in &recipe.disks {
         fds.push(open_for_writing(&disk_path(layout, &disk.name), false)?);
     }
@@ -52,7 +51,14 @@ pub fn open(layout: &Layout, recipe: &Recipe, console: &mut Option<Console>) -> 
     fds.push(open_for_writing(&folder.join("ftvm-header"), true)?);
     fds.push(open_for_writing(&folder.join("ftvm-journal"), true)?);
     fds.push(open_console(&folder.join("ftvm-console"), console)?);
-    Ok((fds, initrd.is_some()))
+    Ok((fds, with_initrd))
+}
+
+fn open_of_guest(layout: &Layout, path: &str, what: &str) -> Result<OwnedFd, String> {
+    let opened = beneath::open(&layout.path("guest"), path);
+    opened
+        .map(Into::into)
+        .map_err(|error| format!("{path} of the guest image can't be opened ({error}): {what} must be a file of the guest image"))
 }
 
 fn open_for_reading(path: &Path, advice: &str) -> Result<OwnedFd, String> {

@@ -6,14 +6,16 @@
 //!   stdout ◄── FIFO beside the first disk ◄──────────────────────────── console
 //! ```
 //!
-//! `seat ready` tells whether the seat is ready: what the daemon said last.
+//! `seat ready` tells whether the seat is ready: what the daemon said last. `seat install` and `seat copy` run before it, where the guest
+//! image can't be mounted ([`copy`]).
 
+mod copy;
 mod disks;
 mod files;
 mod state;
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::path::{Component, Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,22 +40,16 @@ impl Layout {
     fn path(&self, path: &str) -> PathBuf {
         self.root.join(path)
     }
-
-    /// A file of the guest image, by its path there.
-    fn guest(&self, path: &str) -> PathBuf {
-        self.inside("guest", path)
-    }
-
-    /// A file of a volume, by its path there.
-    fn inside(&self, volume: &str, path: &str) -> PathBuf {
-        let parts = Path::new(path).components();
-        let inside = parts.filter(|part| matches!(part, Component::Normal(_)));
-        self.path(volume).join(inside.collect::<PathBuf>())
-    }
 }
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args().skip(1);
+    let all: Vec<String> = std::env::args().skip(1).collect();
+    match all.split_first() {
+        Some((word, arguments)) if word == "install" => return copy::install(arguments),
+        Some((word, arguments)) if word == "copy" => return copy::copy(arguments),
+        _ => {}
+    }
+    let mut arguments = all.into_iter();
     let (mut root, mut ready) = (PathBuf::from("/"), false);
     while let Some(argument) = arguments.next() {
         match (argument.as_str(), arguments.next()) {
@@ -61,7 +57,7 @@ fn main() -> ExitCode {
             ("--root", Some(folder)) => root = folder.into(),
             ("ready", None) => ready = true,
             _ => {
-                eprintln!("seat: usage: seat [--root FOLDER] [ready]");
+                eprintln!("seat: usage: seat [--root FOLDER] [ready], seat install PATH, seat copy …");
                 return ExitCode::from(2);
             }
         }

@@ -1,0 +1,132 @@
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex as Lock};
+
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use kube::Client;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::metrics::Metrics;
+
+/// What an API server answers to the object that it is sent; without an answer it ends the connection.
+type Answer = fn(Value) -> Option<(u16, Value)>;
+
+fn as_it_is(pod: Value) -> Option<(u16, Value)> {
+    Some((201, pod))
+}
+
+fn without_the_volume(mut pod: Value) -> Option<(u16, Value)> {
+    pod["spec"].as_object_mut().unwrap().remove("volumes");
+    Some((201, pod))
+}
+
+fn another(mut pod: Value) -> Option<(u16, Value)> {
+    pod["metadata"]["name"] = json!("other");
+    without_the_volume(pod)
+}
+
+fn refused(code: u16, reason: &str) -> Option<(u16, Value)> {
+    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": "not so", "code": code});
+    Some((code, status))
+}
+
+/// The cluster's API server gives these answers, one after the other; which questions it was asked.
+async fn asked(setting: Setting, again: Duration, answers: &[Answer]) -> (ImageVolumes, Arc<Lock<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let questions: Arc<Lock<Vec<String>>> = Arc::default();
+    let (told, left) = (questions.clone(), Arc::new(Lock::new(VecDeque::from(answers.to_vec()))));
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (told, left) = (told.clone(), left.clone());
+            let service = service_fn(move |request: Request<Incoming>| {
+                let question = format!("{} {}", request.method(), request.uri());
+                told.lock().unwrap().push(question);
+                let answer = left.lock().unwrap().pop_front().expect("one question more than answers");
+                async move {
+                    let body = request.into_body().collect().await.unwrap().to_bytes();
+                    let (code, answer) = answer(serde_json::from_slice(&body).unwrap()).ok_or("cut")?;
+                    let response = Response::builder().status(StatusCode::from_u16(code).unwrap());
+                    let response = response.header("content-type", "application/json");
+                    Ok::<_, &str>(response.body(Full::new(Bytes::from(answer.to_string()))).unwrap())
+                }
+            });
+            tokio::spawn(async move {
+                let http = hyper::server::conn::http1::Builder::new();
+                // The client leaves as it likes, and one that is cut off is an error.
+                let _ = http.serve_connection(TokioIo::new(stream), service).await;
+            });
+        }
+    });
+    let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+    let objects = Objects::new(client, Metrics::new().unwrap(), "ftvm-system");
+    let mut volumes = ImageVolumes::new(setting, SeatImage::default(), objects);
+    volumes.again = again;
+    (volumes, questions)
+}
+
+const NEVER_AGAIN: Duration = Duration::from_secs(1_000_000);
+
+#[tokio::test]
+async fn the_api_server_is_asked_once_in_a_while_and_nothing_is_made() {
+    let clear: [(Answer, GuestFiles); 2] = [
+        (as_it_is, GuestFiles::Mounted),
+        (without_the_volume, GuestFiles::Copied),
+    ];
+    for (answer, files) in clear {
+        let (volumes, questions) = asked(Setting::Auto, NEVER_AGAIN, &[answer]).await;
+        for _ in 0..3 {
+            assert_eq!(volumes.files().await.unwrap(), files);
+        }
+        let question = questions.lock().unwrap().clone();
+        assert_eq!(question.len(), 1, "{question:?}");
+        assert!(
+            question[0].starts_with("POST /api/v1/namespaces/ftvm-system/pods?") && question[0].contains("dryRun=All"),
+            "{question:?}"
+        );
+    }
+    // The control plane is upgraded.
+    let (volumes, _) = asked(Setting::Auto, Duration::ZERO, &[without_the_volume, as_it_is]).await;
+    assert_eq!(volumes.files().await.unwrap(), GuestFiles::Copied);
+    assert_eq!(volumes.files().await.unwrap(), GuestFiles::Mounted);
+}
+
+#[tokio::test]
+async fn what_tells_nothing_is_an_error_and_no_answer() {
+    let unclear: [(Answer, &str); 5] = [
+        (|_| refused(403, "Forbidden"), "not so"),
+        (|_| refused(500, "InternalError"), "not so"),
+        (|_| refused(409, "AlreadyExists"), "not so"),
+        (another, "another pod"),
+        (|_| None, "dry-run Pod"),
+    ];
+    for (answer, words) in unclear {
+        let (volumes, _) = asked(Setting::Auto, NEVER_AGAIN, &[answer, as_it_is]).await;
+        let error = volumes.files().await.unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(words) && text.contains("imageVolumes"), "{text}");
+        assert!(!error.is_conflict(), "a conflict is told to nobody: {text}");
+        assert_eq!(volumes.files().await.unwrap(), GuestFiles::Mounted, "asked again");
+        // What was true before is true until something else is said.
+        let (volumes, questions) = asked(Setting::Auto, Duration::ZERO, &[without_the_volume, answer, as_it_is]).await;
+        assert_eq!(volumes.files().await.unwrap(), GuestFiles::Copied);
+        assert_eq!(volumes.files().await.unwrap(), GuestFiles::Copied);
+        assert_eq!(volumes.files().await.unwrap(), GuestFiles::Mounted);
+        assert_eq!(questions.lock().unwrap().len(), 3);
+    }
+}
+
+#[tokio::test]
+async fn what_was_said_is_not_asked() {
+    for (setting, files) in [(Setting::Always, GuestFiles::Mounted), (Setting::Never, GuestFiles::Copied)] {
+        let (volumes, questions) = asked(setting, Duration::ZERO, &[]).await;
+        assert_eq!(volumes.files().await.unwrap(), files);
+        assert!(questions.lock().unwrap().is_empty());
+    }
+}
