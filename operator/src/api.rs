@@ -13,6 +13,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Secret};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::core::Status;
 use kube::{Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -58,14 +59,39 @@ pub enum ApiError {
 }
 
 impl ApiError {
+    /// What the API server answered.
+    fn answer(&self) -> Option<&Status> {
+        let ApiError::Request { source, .. } = self else {
+            return None;
+        };
+        match &**source {
+            kube::Error::Api(status) => Some(status),
+            _ => None,
+        }
+    }
+
     /// Somebody was faster: what was observed is old. The next look decides anew.
     pub fn is_conflict(&self) -> bool {
-        matches!(self, ApiError::Request { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 409))
+        self.answer().is_some_and(|status| status.code == 409)
     }
 
     /// The object is not there.
     pub fn is_gone(&self) -> bool {
-        matches!(self, ApiError::Request { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 404))
+        self.answer().is_some_and(|status| status.code == 404)
+    }
+
+    /// The object is there already. Another conflict says nothing of the kind: a quota that changes at that moment is one.
+    fn is_there(&self) -> bool {
+        self.is_conflict() && self.answer().is_some_and(|status| status.reason == "AlreadyExists")
+    }
+
+    /// Why the API server refuses this, if it is likely to refuse the same again: not what it could not answer, what needs other
+    /// credentials, nor what somebody changed meanwhile. A webhook that it can't ask is an error of its own for it, and lasts, too.
+    pub fn refusal(&self) -> Option<&Status> {
+        let status = self.answer()?;
+        let of_request = (400..500).contains(&status.code) && ![401, 408, 409, 429].contains(&status.code);
+        let of_webhook = status.code == 500 && status.message.contains("webhook");
+        (of_request || of_webhook).then_some(status)
     }
 }
 
@@ -133,7 +159,7 @@ impl Objects {
         let name = object.name_any();
         let made = self.api::<K>("create").create(&params(), object).await;
         match made.map_err(failed::<K>("create", &name)) {
-            Err(error) if !error.is_conflict() => Err(error),
+            Err(error) if !error.is_there() => Err(error),
             _ => Ok(()),
         }
     }
@@ -378,8 +404,8 @@ mod tests {
 
     use super::*;
 
-    /// An API server where everything has changed meanwhile, and what is sent to it.
-    async fn changed() -> (Objects, mpsc::UnboundedReceiver<serde_json::Value>) {
+    /// An API server that answers everything with 409 and this reason, and what is sent to it.
+    async fn conflict(reason: &'static str) -> (Objects, mpsc::UnboundedReceiver<serde_json::Value>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (sent, told) = mpsc::unbounded_channel();
@@ -390,7 +416,7 @@ mod tests {
                 async move {
                     let body = request.into_body().collect().await.unwrap().to_bytes();
                     sent.send(serde_json::from_slice(&body).unwrap()).unwrap();
-                    let status = json!({"kind": "Status", "status": "Failure", "reason": "Conflict", "code": 409});
+                    let status = json!({"kind": "Status", "status": "Failure", "reason": reason, "code": 409});
                     let answer = Response::builder()
                         .status(409)
                         .header("content-type", "application/json");
@@ -407,7 +433,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_seat_is_asked_for_is_written_over_what_was_observed() {
-        let (objects, mut told) = changed().await;
+        let (objects, mut told) = conflict("Conflict").await;
         let request = SeatRequest {
             id: "switchover-a".to_owned(),
             order: Order::Switchover,
@@ -420,5 +446,15 @@ mod tests {
             let sent = told.recv().await.unwrap();
             assert_eq!(sent["metadata"]["resourceVersion"], version);
         }
+    }
+
+    /// A quota that changes at the same moment is answered with a conflict, too, and nothing is made.
+    #[tokio::test]
+    async fn only_what_is_there_already_counts_as_made() {
+        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "web-a"}})).unwrap();
+        let (objects, _told) = conflict("AlreadyExists").await;
+        objects.create(&pod).await.unwrap();
+        let (objects, _told) = conflict("Conflict").await;
+        assert!(objects.create(&pod).await.unwrap_err().is_conflict());
     }
 }

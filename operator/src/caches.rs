@@ -114,6 +114,7 @@ impl Caches {
             nodes: self.nodes(),
             now: Timestamp::now(),
             draws: [random::u64(), random::u64()],
+            refused: None,
         }
     }
 
@@ -150,6 +151,7 @@ impl Caches {
             nodes: self.nodes(),
             now: Timestamp::now(),
             draws: [random::u64(), random::u64()],
+            refused: None,
         }))
     }
 }

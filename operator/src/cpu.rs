@@ -176,10 +176,7 @@ fn candidates(seen: &Observed) -> Vec<Candidate<'_>> {
     let placement = &seen.vm.spec.placement;
     let selects = |slot: usize, node: &NodeSeen| {
         let wishes = placement.seats.get(slot);
-        wishes.is_none_or(|wishes| {
-            let mut labels = wishes.node_selector.iter();
-            labels.all(|(key, value)| node.labels.get(key) == Some(value))
-        })
+        wishes.is_none_or(|wishes| node.has_labels(&wishes.node_selector))
     };
     let bears = |node: &NodeSeen| node.taints.iter().all(|taint| is_borne(taint, &placement.tolerations));
     // A daemon that is being replaced offers no seat for a moment.

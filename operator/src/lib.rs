@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod observe;
 mod random;
 pub mod reconcile;
+mod refusal;
 pub mod run;
 mod serve;
 pub mod status;

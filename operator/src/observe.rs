@@ -1,6 +1,7 @@
 //! What the operator sees of one VM: plain data, taken out of the objects of the API server.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use ftvm_crds::lease::{self, LeaseError};
 use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_NODES, LABEL_SEAT, LABEL_VM, RESOURCE_SEAT};
@@ -34,6 +35,17 @@ pub struct Observed {
     pub now: Timestamp,
     /// Random numbers for names of new seats.
     pub draws: [u64; 2],
+    /// What the API server refused to make when it was asked last.
+    pub refused: Option<Refusal>,
+}
+
+/// The API server refused to make something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// What, where, why, what to do.
+    pub message: String,
+    /// No pod and claim is asked for before this time has passed, whatever happens meanwhile.
+    pub wait: Duration,
 }
 
 /// The VM's Lease.
@@ -161,9 +173,23 @@ impl Observed {
         }
     }
 
+    /// How long no pod and claim is to be asked for, after a refusal; none: they may be.
+    pub fn waits(&self) -> Option<Duration> {
+        let wait = self.refused.as_ref().map(|refused| refused.wait);
+        wait.filter(|wait| !wait.is_zero())
+    }
+
     /// Is this node ready? One that is gone is not.
     pub fn node_ready(&self, node: &str) -> bool {
         self.nodes.get(node).is_some_and(|node| node.ready)
+    }
+}
+
+impl NodeSeen {
+    /// Has it all of these labels?
+    pub fn has_labels(&self, labels: &BTreeMap<String, String>) -> bool {
+        let mut labels = labels.iter();
+        labels.all(|(key, value)| self.labels.get(key) == Some(value))
     }
 }
 

@@ -15,10 +15,11 @@ use crate::api::{ApiError, Objects};
 use crate::build::{self, GuestFiles, SeatImage};
 use crate::caches::Caches;
 use crate::cpu;
-use crate::decide::{self, Action, Want, decide, want};
+use crate::decide::{self, Action, Decision, Want, decide, want};
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
-use crate::observe::Observed;
+use crate::observe::{Observed, Refusal};
+use crate::refusal::{self, Last};
 use crate::{random, status};
 
 /// What a VM has once is applied anew after this time, so that a deleted object comes back.
@@ -53,6 +54,8 @@ pub struct Context {
 #[derive(Default, Clone)]
 pub struct Memory {
     failures: u32,
+    /// What came of the last attempt to make something.
+    last: Last,
     shared: Option<(u64, Instant)>,
     /// resourceVersion of the VM after what this process wrote last, and when that was.
     written: Option<(u64, Instant)>,
@@ -117,35 +120,114 @@ fn jittered(wait: Duration) -> Duration {
 async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError> {
     let namespace = vm.namespace().ok_or_else(|| ApiError::Unread(vm.name_any()))?;
     let objects = Objects::new(context.client.clone(), context.metrics.clone(), &namespace);
-    let mut seen = context.caches.observe(vm);
+    let mut seen = context.recall(context.caches.observe(vm));
     let mut decision = decide(&seen);
     if decision.needs_certainty(&seen) {
         match context.caches.observe_fresh(&objects, &vm.name_any()).await? {
-            Some(fresh) => seen = fresh,
+            Some(fresh) => seen = context.recall(fresh),
             None => return Ok(Next::await_change()),
         }
         decision = decide(&seen);
     }
-    if want(&seen) == Want::Run {
-        shared(&seen, &objects, context).await?;
+    let mut refused = None;
+    if want(&seen) == Want::Run && seen.waits().is_none() {
+        match shared(&seen, &objects, context).await {
+            Err(error) if error.refusal().is_some() => refused = Some(error),
+            other => other?,
+        }
     }
     let status = status::status(&seen, &decision);
     let mut vm = seen.vm.clone();
-    if seen.vm.status.as_ref() != Some(&status) {
-        vm = objects.write_status(&vm, status).await?;
-        context.wrote(&vm);
-        tell(&seen.status(), &vm, context).await;
+    let changed = seen.vm.status.as_ref() != Some(&status);
+    if changed {
+        vm = write_status(&vm, status, &objects, context).await?;
     }
     for action in &decision.actions {
-        vm = apply(action, vm, &seen, &objects, context).await?;
+        if refused.is_some() && action.waits() {
+            continue;
+        }
+        match apply(action, vm.clone(), &seen, &objects, context).await {
+            Err(error) if action.makes() && error.refusal().is_some() => refused = refused.or(Some(error)),
+            other => vm = other?,
+        }
         context.wrote(&vm);
+    }
+    if let Some(error) = refused {
+        return tell_refusal(&error, vm, seen, decision, &objects, context).await;
     }
     if decision.actions.contains(&Action::RemoveFinalizer) {
         context.forget(&vm);
+        return Ok(Next::await_change());
+    }
+    // A look that changed the book has no actions for that reason.
+    if seen.waits().is_none() && (!changed || !decision.actions.is_empty()) {
+        context.remember(&vm, |memory| memory.last = Last::Made);
+        if seen.refused.is_some() {
+            // The status still says what was refused.
+            return Ok(Next::requeue(jittered(CONFLICT)));
+        }
     }
     Ok(decision
         .recheck
         .map_or_else(Next::await_change, |after| Next::requeue(jittered(after))))
+}
+
+/// Writes a status and tells what changed; returns the VM as it is then.
+async fn write_status(
+    vm: &FaultTolerantVM,
+    status: FaultTolerantVMStatus,
+    objects: &Objects,
+    context: &Context,
+) -> Result<FaultTolerantVM, ApiError> {
+    let after = objects.write_status(vm, status).await?;
+    context.wrote(&after);
+    tell(&vm.status.clone().unwrap_or_default(), &after, context).await;
+    Ok(after)
+}
+
+/// The API server refuses to make something: says so, and plans the next attempt.
+async fn tell_refusal(
+    error: &ApiError,
+    vm: FaultTolerantVM,
+    seen: Observed,
+    decision: Decision,
+    objects: &Objects,
+    context: &Context,
+) -> Result<Next, ApiError> {
+    context.metrics.failures.with_label_values(&["refused"]).inc();
+    let namespace = vm.namespace().unwrap_or_default();
+    let message = refusal::message(error, &namespace).unwrap_or_else(|| error.to_string());
+    let (times, wait) = context.was_refused(&vm, &message);
+    let name = format!("{namespace}/{}", vm.name_any());
+    tracing::warn!(vm = %name, %error, times, wait_ms = wait.as_millis() as u64, "something is refused");
+    let recheck = decision.recheck;
+    let refused = Refusal { message, wait };
+    let status = with_refusal(&vm, refused.clone(), seen, decision);
+    let shown = status
+        .conditions
+        .iter()
+        .any(|told| told.reason == status::API_SERVER_REFUSES);
+    if vm.status.as_ref() != Some(&status) {
+        write_status(&vm, status, objects, context).await?;
+    }
+    if times == 1 && !shown {
+        // The VM is protected, or halted: no condition has a reason to fail.
+        let (kind, reason) = (EventType::Warning, status::API_SERVER_REFUSES);
+        context.publish(&vm, kind, reason, &refused.message).await;
+    }
+    Ok(Next::requeue(recheck.map_or(wait, |after| wait.min(jittered(after)))))
+}
+
+/// The status of a VM for which something was refused. Of `vm`, as it is after all that was done in this look: its book has pods that were
+/// admitted meanwhile, which the one that was decided does not.
+fn with_refusal(vm: &FaultTolerantVM, refused: Refusal, seen: Observed, decision: Decision) -> FaultTolerantVMStatus {
+    let seen = Observed {
+        vm: vm.clone(),
+        refused: Some(refused),
+        ..seen
+    };
+    let book = seen.status().seats;
+    status::status(&seen, &Decision { book, ..decision })
 }
 
 /// Does one thing; returns the VM as it is after it.
@@ -306,6 +388,31 @@ impl Context {
         change(memory.entry(vm.uid().unwrap_or_default()).or_default())
     }
 
+    /// What was observed, with what is known of an earlier refusal.
+    fn recall(&self, seen: Observed) -> Observed {
+        let uid = seen.vm.uid().unwrap_or_default();
+        let last = self.memories().get(&uid).map(|memory| memory.last.clone());
+        Observed {
+            refused: last.unwrap_or_default().seen(&seen.vm, Instant::now()),
+            ..seen
+        }
+    }
+
+    /// Something was refused: how often in a row, and when to try again.
+    fn was_refused(&self, vm: &FaultTolerantVM, message: &str) -> (u32, Duration) {
+        self.remember(vm, |memory| {
+            let times = memory.last.times().saturating_add(1);
+            let wait = jittered(backoff(times));
+            memory.last = Last::Refused {
+                message: message.to_owned(),
+                generation: vm.metadata.generation,
+                times,
+                until: Instant::now() + wait,
+            };
+            (times, wait)
+        })
+    }
+
     fn no_failure(&self, vm: &FaultTolerantVM) {
         let mut memory = self.memories();
         if let Some(memory) = memory.get_mut(&vm.uid().unwrap_or_default()) {
@@ -379,6 +486,7 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decide::rig::World;
 
     #[test]
     fn a_cache_is_old_until_it_has_what_was_written() {
@@ -386,6 +494,34 @@ mod tests {
         assert!(!precedes(Some(10), Some(10)) && !precedes(Some(11), Some(10)));
         // Where nothing was written, or numbers are none, every look counts.
         assert!(!precedes(Some(9), None) && !precedes(None, Some(10)));
+    }
+
+    /// The status is written a second time in a look in which pods were admitted.
+    #[test]
+    fn a_refusal_is_told_beside_what_was_done_before() {
+        let mut world = World::new(3);
+        let (seen, decision) = loop {
+            let seen = world.observe();
+            let decision = decide(&seen);
+            let admits = |action: &Action| matches!(action, Action::Admit { .. });
+            if decision.actions.iter().any(admits) {
+                break (seen, decision);
+            }
+            assert!(world.step());
+        };
+        assert!(world.carry_out(&seen, world.version, &decision));
+        let refused = Refusal {
+            message: "no: pay first".to_owned(),
+            wait: Duration::from_secs(1),
+        };
+        let status = with_refusal(&world.vm, refused, seen, decision);
+        assert_eq!(status.seats, world.book());
+        assert!(status.seats.iter().all(|seat| seat.pod_uid.is_some()), "{status:?}");
+        for kind in [status::READY, status::PROTECTED] {
+            let told = status.condition(kind).unwrap();
+            let words = (told.reason.as_str(), told.message.as_str());
+            assert_eq!(words, (status::API_SERVER_REFUSES, "no: pay first"));
+        }
     }
 
     #[test]

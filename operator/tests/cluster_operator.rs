@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::{Cluster, Options, leadership, wait_for};
@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 
 mod cpus;
 mod refused;
+mod troubles;
+mod zones;
 
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -153,6 +155,33 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
         explained.contains("neither a backing file nor an external data file"),
         "{explained}"
     );
+    columns(&cluster)
+}
+
+/// What `kubectl get ftvm` shows of a VM, and with `--output=wide`.
+fn columns(cluster: &Cluster) -> anyhow::Result<()> {
+    let protected = json!({
+        "type": "Protected", "status": "True", "reason": "StandbyFollows", "message": "", "lastTransitionTime": "2026-01-02T03:04:05Z",
+    });
+    let status = json!({"status": {
+        "phase": "Running", "active": "n1", "standby": "n2", "mode": "Checkpoint", "term": 7, "intervalMs": 20, "lagMs": 3,
+        "conditions": [protected], "seats": [],
+    }});
+    let patch = status.to_string();
+    cluster.kubectl(&["patch", "ftvm", "web", "--subresource=status", "--type=merge", "-p", &patch])?;
+    let shown = |more: &[&str]| {
+        let text = cluster.kubectl(&[&["get", "ftvm", "web"], more].concat())?;
+        let lines = text.lines().map(|line| line.split_whitespace().map(str::to_owned).collect());
+        anyhow::Ok(lines.collect::<Vec<Vec<String>>>())
+    };
+    let names = ["NAME", "STATUS", "PROTECTED", "ACTIVE", "STANDBY", "MODE", "AGE"];
+    let values = ["web", "Running", "True", "n1", "n2", "Checkpoint"];
+    let narrow = shown(&[])?;
+    ensure!(narrow.len() == 2 && narrow[0] == names && narrow[1].starts_with(&values.map(str::to_owned)), "{narrow:?}");
+    let wide = shown(&["--output=wide"])?;
+    ensure!(wide.len() == 2 && wide[0] == [&names[..], &["TERM", "INTERVAL", "LAG"]].concat(), "{wide:?}");
+    let (row, age) = (&wide[1], names.len() - 1);
+    ensure!(row[..age] == values && row[age + 1..] == ["7", "20", "3"], "{wide:?}");
     Ok(())
 }
 
@@ -293,6 +322,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     rests(&cluster)?;
     assert_eq!(cluster.get(&["ftvm", "web"])?["status"]["seats"], Value::Array(seats));
     foreign_lease(&cluster)?;
+    troubles::refused(&cluster)?;
     lease_made_anew(&cluster)?;
     halt_and_delete(&cluster)?;
     kept_volumes(&cluster)?;
@@ -353,9 +383,18 @@ fn without_image_volumes_guest_images_are_copied() -> anyhow::Result<()> {
 
 /// After everything is made nothing is asked of the API server any more.
 fn rests(cluster: &Cluster) -> anyhow::Result<()> {
+    rests_beside(cluster, || Ok(()))
+}
+
+/// The same, while something else goes on that does not concern the operator.
+fn rests_beside(cluster: &Cluster, goes_on: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
     wait_for("the operator is quiet for 20 s", PATIENCE, || {
         let before = requests(cluster)?.len();
-        std::thread::sleep(Duration::from_secs(20));
+        let end = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < end {
+            goes_on()?;
+            std::thread::sleep(Duration::from_secs(2));
+        }
         let after = requests(cluster)?;
         // An event's series may be told once more.
         ensure!(after.len() <= before + 1, "{:?}", &after[before..]);
@@ -373,6 +412,7 @@ fn wait_event(cluster: &Cluster, vm: &str, reason: &str, words: &str) -> anyhow:
     })
 }
 
+/// The VM stays: [`absent_provisioner`] sees that the operator rests beside it.
 fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
     let lease =
         json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "taken"}, "spec": {}});
@@ -380,9 +420,7 @@ fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(&example("taken", Some("local")).to_string())?;
     let advice = wait_reason(cluster, "taken", "ArbiterReachable", "LeaseUnusable")?;
     assert!(advice.contains("remove that Lease"), "{advice}");
-    wait_event(cluster, "taken", "LeaseUnusable", "remove that Lease")?;
-    cluster.kubectl(&["delete", "ftvm", "taken", "--timeout=60s"])?;
-    Ok(())
+    wait_event(cluster, "taken", "LeaseUnusable", "remove that Lease")
 }
 
 /// The API server says that there is no such Lease.
@@ -548,6 +586,9 @@ fn the_guests_cpu_is_what_the_nodes_have_in_common() -> anyhow::Result<()> {
         ensure!(events.contains("NoCommonCpu"), "{events}");
         Ok(())
     })?;
+    // That nodes are heard of again and again is no news.
+    rests_beside(&cluster, || names[..2].iter().try_for_each(|node| cpus::beat(&cluster, node)))?;
+    wait_cpu(&cluster, &names[..2], "NoCommonCpu", "amd (AuthenticAMD")?;
     // A damaged annotation is named, and no more believed than none.
     let poor = cpus::poor();
     cpus::make(&cluster, "late")?;
@@ -575,7 +616,7 @@ fn the_guests_cpu_is_what_the_nodes_have_in_common() -> anyhow::Result<()> {
     run_strategy(&cluster, "Always")?;
     let vm = wait_cpu(&cluster, &names, "Common", "common to 2 nodes: late, rich")?;
     assert_eq!(vm["status"]["cpu"]["baseline"], json!(cpus::rich().baseline.to_text()));
-    Ok(())
+    zones::seats_are_in_different_ones(&cluster)
 }
 
 /// Names of what is left of a VM.
@@ -615,33 +656,27 @@ fn kept_volumes(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// Nobody serves the class, and the scheduler says nothing while it waits: the operator looks again by itself, says what to do, and
-/// doing that helps.
+/// doing that helps. Beside it is everything else that VMs can be in want of, and the operator rests beside all of them.
 fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
-    let offer =
-        json!({"status": {"capacity": {"ftvm.dev/seat": "4"}, "allocatable": {"ftvm.dev/seat": "4"}}}).to_string();
-    cluster.kubectl(&[
-        "patch",
-        "node",
-        "n1",
-        "--subresource=status",
-        "--type=merge",
-        "-p",
-        &offer,
-    ])?;
+    troubles::offer_seats(cluster)?;
     let class = json!({
         "apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "unserved"},
         "provisioner": "nobody.example/volumes", "volumeBindingMode": "WaitForFirstConsumer",
     });
     cluster.apply(&class.to_string())?;
-    let mut vm = example("waiting", Some("unserved"));
-    vm["spec"]["machine"]["memory"] = json!("64Mi");
-    // Its only node is an object alone, and published no CPU.
-    vm["spec"]["machine"]["cpuBaseline"] = json!("Host");
-    cluster.apply(&vm.to_string())?;
+    cluster.apply(&troubles::small("waiting", "unserved").to_string())?;
+    troubles::apply(cluster)?;
+    troubles::told(cluster)?;
+    troubles::evicted(cluster, "large")?;
+    troubles::told(cluster)?;
     let advice = wait_reason(cluster, "waiting", "Protected", "VolumeNotBound")?;
     assert!(advice.contains("storage class: unserved"), "{advice}");
     wait_event(cluster, "waiting", "VolumeNotBound", "mend what provisions")?;
+    wait_reason(cluster, "taken", "ArbiterReachable", "LeaseUnusable")?;
     rests(cluster)?;
+    // The others would take what it needs.
+    let others = ["taken", "unpulled", "large", "elsewhere"];
+    cluster.kubectl(&[&["delete", "ftvm", "--timeout=120s"], &others[..]].concat())?;
     let local = json!([{"op": "replace", "path": "/spec/disks/0/storageClassName", "value": "local"}]).to_string();
     cluster.kubectl(&["patch", "ftvm", "waiting", "--type=json", "-p", &local])?;
     let seats = cluster.get(&["ftvm", "waiting"])?["status"]["seats"].clone();

@@ -20,6 +20,9 @@ pub struct AuditEvent {
     pub user: AuditUser,
     /// What it is about; none for paths that are no resources.
     pub object_ref: Option<AuditObject>,
+    /// When it came: RFC 3339 with microseconds.
+    #[serde(default)]
+    pub request_received_timestamp: String,
     /// The answer's status.
     pub response_status: Option<AuditStatus>,
 }

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, ExecAction, LocalObjectReference,
     NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod,
     PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe, ResourceRequirements, SeccompProfile,
-    SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+    SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount, WeightedPodAffinityTerm,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -29,6 +29,8 @@ const USER: i64 = 65532;
 const GRACE_SECONDS: i64 = 60;
 /// Of the engine itself, beside the guest's memory and what is in flight of it.
 const OVERHEAD_BYTES: u64 = 256 << 20;
+/// Label of nodes that says in which zone they are (Kubernetes, "Well-Known Labels").
+const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// The pod of a seat. Its claims exist; its identity is made for its UID. Where a CPU was chosen, `unfit` has the values of the
 /// label of nodes that can't give it. `files` is how the guest image comes into it. Once the guest `ran`, nothing is imported any more.
@@ -269,19 +271,26 @@ fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry, files: GuestFiles, ran: bool
     volumes
 }
 
-/// The seats of a VM never share what may fail together.
+/// The seats of a VM never share what may fail together, and no zone either, if another one has room: not so strictly that they would wait
+/// for it. The greatest weight outweighs how full nodes are.
 fn apart(vm: &FaultTolerantVM) -> Affinity {
+    let term = |key: &str| PodAffinityTerm {
+        label_selector: Some(LabelSelector {
+            match_labels: Some([(LABEL_VM.to_owned(), vm.name_any())].into()),
+            match_expressions: None,
+        }),
+        topology_key: key.to_owned(),
+        ..PodAffinityTerm::default()
+    };
+    let key = vm.spec.placement.topology_key.as_str();
+    let zones = (key != ZONE).then(|| WeightedPodAffinityTerm {
+        weight: 100,
+        pod_affinity_term: term(ZONE),
+    });
     Affinity {
         pod_anti_affinity: Some(PodAntiAffinity {
-            required_during_scheduling_ignored_during_execution: Some(vec![PodAffinityTerm {
-                label_selector: Some(LabelSelector {
-                    match_labels: Some([(LABEL_VM.to_owned(), vm.name_any())].into()),
-                    match_expressions: None,
-                }),
-                topology_key: vm.spec.placement.topology_key.clone(),
-                ..PodAffinityTerm::default()
-            }]),
-            preferred_during_scheduling_ignored_during_execution: None,
+            required_during_scheduling_ignored_during_execution: Some(vec![term(key)]),
+            preferred_during_scheduling_ignored_during_execution: zones.map(|zones| vec![zones]),
         }),
         ..Affinity::default()
     }

@@ -133,6 +133,36 @@ boot: {volume: {claimName: guest}, kernel: /boot/linux}
     );
 }
 
+/// In different domains in any case; in different zones if that can be.
+#[test]
+fn seats_are_spread_over_zones() {
+    let mut vm = vm();
+    let zone = "topology.kubernetes.io/zone";
+    for (key, preferred) in [
+        ("kubernetes.io/hostname", vec![(100, zone)]),
+        ("example.com/rack", vec![(100, zone)]),
+        (zone, vec![]),
+    ] {
+        vm.spec.placement.topology_key = key.to_owned();
+        let pod = pod(&vm, &entry(), &image(), None, false).unwrap();
+        let apart = pod.spec.unwrap().affinity.unwrap().pod_anti_affinity.unwrap();
+        let required = apart.required_during_scheduling_ignored_during_execution.unwrap();
+        let wished = apart.preferred_during_scheduling_ignored_during_execution;
+        let wished = wished.unwrap_or_default();
+        let terms = wished.iter().map(|term| &term.pod_affinity_term).chain(&required);
+        for term in terms {
+            let labels = term.label_selector.as_ref().unwrap().match_labels.as_ref().unwrap();
+            assert_eq!(labels.get(LABEL_VM).map(String::as_str), Some("web"));
+        }
+        let keys: Vec<&str> = required.iter().map(|term| term.topology_key.as_str()).collect();
+        assert_eq!(keys, [key]);
+        let keys = wished
+            .iter()
+            .map(|term| (term.weight, term.pod_affinity_term.topology_key.as_str()));
+        assert_eq!(keys.collect::<Vec<_>>(), preferred, "{key}");
+    }
+}
+
 #[test]
 fn first_contents_are_mounted_until_the_guest_ran() {
     let before = network_policy(&vm(), false);

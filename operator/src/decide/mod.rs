@@ -127,6 +127,20 @@ impl Action {
         // What names a Lease's nodes, too: over an old version it would come to nothing until the watch tells the new one.
         !matches!(self, Action::AddFinalizer | Action::Admit { .. })
     }
+
+    /// Does it make something? That may be refused without anything being wrong with the rest: a quota, a policy, a name that does not exist.
+    pub fn makes(&self) -> bool {
+        let others = matches!(
+            self,
+            Action::Admit { .. } | Action::CreateLease { .. } | Action::RecreateLease { .. }
+        );
+        others || self.waits()
+    }
+
+    /// Does it wait after something was refused? What makes a seat or a Lease of what is there already does not.
+    pub fn waits(&self) -> bool {
+        matches!(self, Action::CreateClaims { .. } | Action::CreatePod { .. })
+    }
 }
 
 /// No CPU can be chosen for the guest: its seats' pods wait, so that none is placed in vain.
@@ -230,6 +244,11 @@ pub fn decide(seen: &Observed) -> Decision {
     }
     if decision.book != status.seats || decision.lease_uid != status.lease_uid || decision.cpu != status.cpu {
         decision.actions.clear();
+    }
+    if let Some(wait) = seen.waits() {
+        // Looks have many causes, and what is refused may stay so for long.
+        decision.actions.retain(|action| !action.waits());
+        run::sooner(&mut decision.recheck, wait);
     }
     decision
 }

@@ -141,6 +141,7 @@ impl World {
             nodes: self.nodes.clone(),
             now: self.now,
             draws: [self.next() * 7919, self.next() * 7919],
+            refused: None,
         }
     }
 

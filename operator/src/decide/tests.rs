@@ -5,7 +5,7 @@ use ftvm_protocol::record::Phase;
 
 use super::rig::World;
 use super::*;
-use crate::observe::PodPhase;
+use crate::observe::{PodPhase, Refusal};
 
 fn protected(nodes: usize) -> World {
     let mut world = World::new(nodes);
@@ -43,6 +43,42 @@ fn the_finalizer_and_the_book_come_first() {
     let made = decide(&world.observe()).actions;
     assert!(matches!(made[0], Action::CreateClaims { ref disks, .. } if disks.len() == 2));
     assert!(matches!(made[1], Action::CreatePod { .. }));
+}
+
+/// What is refused may stay so for long. Only time, or another spec, brings the next attempt, and nothing else waits for it.
+#[test]
+fn after_a_refusal_pods_and_claims_wait_and_nothing_else() {
+    let refused = |seconds| {
+        let wait = Duration::from_secs(seconds);
+        let message = "no".to_owned();
+        Some(Refusal { message, wait })
+    };
+    let mut world = World::new(3);
+    while !decide(&world.observe()).actions.iter().any(Action::waits) {
+        assert!(world.step());
+    }
+    let mut seen = world.observe();
+    let made = decide(&seen).actions;
+    seen.refused = refused(7);
+    let decision = decide(&seen);
+    assert_eq!((decision.actions, decision.recheck), (vec![], Some(Duration::from_secs(7))));
+    seen.refused = refused(0);
+    assert_eq!(decide(&seen).actions, made);
+    // A pod that is there is admitted, whatever becomes of the other one.
+    let first = world.book()[0].name.clone();
+    let of_first = |action: &&Action| {
+        matches!(action, Action::CreateClaims { seat, .. } | Action::CreatePod { seat } if *seat == first)
+    };
+    for action in made.iter().filter(of_first) {
+        world.apply(action, world.version);
+    }
+    let mut seen = world.observe();
+    seen.refused = refused(300);
+    let actions = decide(&seen).actions;
+    assert!(
+        matches!(&actions[..], [Action::Admit { seat, .. }] if *seat == first),
+        "{actions:?}"
+    );
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::decide::{self, Decision, Want, holder, is_genesis, is_named, lease_is
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
-use obstacles::lease_gone;
+use obstacles::{IMAGE_PULL_FAILED, lease_gone, same_but_for_numbers};
 pub use obstacles::{Obstacle, obstacles};
 
 /// The guest runs.
@@ -29,6 +29,9 @@ pub const ARBITER_REACHABLE: &str = "ArbiterReachable";
 
 /// The guest's CPU was chosen.
 pub const CPU_CHOSEN: &str = "CpuChosen";
+
+/// Reason of a VM for which something can't be made.
+pub const API_SERVER_REFUSES: &str = "ApiServerRefuses";
 
 /// Reason of a guest that stands still until a standby has joined.
 const PAUSED: &str = "Paused";
@@ -426,11 +429,15 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
         None => "Unknown",
     };
     let same = old.condition(said.kind).filter(|before| before.status == status);
+    let message: String = said.message.chars().take(MESSAGE_LENGTH_MAX).collect();
+    // Each attempt to pull an image fails with another port or duration.
+    let pulls = same.filter(|before| before.reason == IMAGE_PULL_FAILED && said.reason == IMAGE_PULL_FAILED);
+    let kept = pulls.filter(|before| same_but_for_numbers(&before.message, &message));
     Condition {
         type_: said.kind.to_owned(),
         status: status.to_owned(),
         reason: said.reason,
-        message: said.message.chars().take(MESSAGE_LENGTH_MAX).collect(),
+        message: kept.map_or(message, |before| before.message.clone()),
         last_transition_time: same.map_or_else(
             || Time(Timestamp::from_second(seen.now.as_second()).unwrap_or(seen.now)),
             |before| before.last_transition_time.clone(),

@@ -3,9 +3,15 @@
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::{RESOURCE_SEAT, claim_name};
 
+use super::API_SERVER_REFUSES;
 use crate::cpu;
 use crate::decide::{BINDING, lease_is_strange, pod, recreation, unbound_for};
-use crate::observe::{LeaseSeen, Observed, PodPhase, PodSeen};
+use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
+
+/// Reason of a seat that waits for an image.
+pub(super) const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
+/// Reason of a seat for which no node is left.
+const TOO_FEW_NODES: &str = "TooFewNodes";
 
 /// Something that a person has to mend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,12 +41,17 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
         )),
         _ => {}
     }
+    if let Some(refused) = &seen.refused {
+        found.push(obstacle(API_SERVER_REFUSES, refused.message.clone()));
+    }
     let book = seen.status().seats;
     found.extend(
         book.iter()
             .filter(|entry| !entry.leaving)
             .filter_map(|entry| of_seat(seen, entry)),
     );
+    // A guest starts without a second node: whatever else there is has to be mended before.
+    found.sort_by_key(|obstacle| obstacle.reason == TOO_FEW_NODES);
     found
 }
 
@@ -70,10 +81,11 @@ fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
     if let Some((reason, text)) = &seat.waiting
         && is_image_trouble(reason)
     {
+        let why = why_not_pulled(reason, text);
         return Some(obstacle(
-            "ImagePullFailed",
+            IMAGE_PULL_FAILED,
             format!(
-                "seat {}: an image can't be pulled ({reason}: {text}): correct spec.boot.image, its pullSecret, or the operator's seat image",
+                "seat {}: an image can't be pulled ({why}): correct spec.boot.image, its pullSecret, or the operator's seat image",
                 entry.name
             ),
         ));
@@ -113,15 +125,42 @@ fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
     }
 }
 
+/// Reasons of kubelet for a container whose image it does not get (`pkg/kubelet/images/types.go`, and the errors of CRI).
+const IMAGE_TROUBLES: [&str; 7] = [
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "RegistryUnavailable",
+    "SignatureValidationFailed",
+];
+
 fn is_image_trouble(reason: &str) -> bool {
-    let troubles = [
-        "ErrImagePull",
-        "ImagePullBackOff",
-        "InvalidImageName",
-        "ErrImageNeverPull",
-        "ImageInspectError",
-    ];
-    troubles.contains(&reason)
+    IMAGE_TROUBLES.contains(&reason)
+}
+
+/// What the last attempt failed with. Between two attempts kubelet says `ImagePullBackOff` and puts words before that: it would be told anew
+/// at each of them.
+fn why_not_pulled<'a>(reason: &'a str, text: &'a str) -> &'a str {
+    let waits = text
+        .strip_prefix("Back-off pulling image \"")
+        .and_then(|rest| rest.split_once("\": "));
+    let Some((_, last)) = waits else {
+        return if text.is_empty() { reason } else { text };
+    };
+    let failed = last.split_once(": ");
+    failed.map_or(last, |(word, text)| if is_image_trouble(word) { text } else { last })
+}
+
+/// Are two messages about the same seat, and alike but for numbers, and words that have some in them: ports, durations, names of requests?
+pub(super) fn same_but_for_numbers(one: &str, other: &str) -> bool {
+    fn words(text: &str) -> impl Iterator<Item = &str> {
+        let words = text.split(|letter: char| !letter.is_alphanumeric());
+        words.filter(|word| !word.is_empty() && !word.contains(|letter: char| letter.is_ascii_digit()))
+    }
+    let seat = |text: &str| text.split(':').next().map(str::to_owned);
+    seat(one) == seat(other) && words(one).eq(words(other))
 }
 
 /// A volume that does not come: the class is wrong, or nothing provisions.
@@ -146,6 +185,15 @@ fn unbound(seen: &Observed, entry: &SeatEntry, seat: &PodSeen) -> Option<Obstacl
     })
 }
 
+/// The labels that the seat asks for, if no node that offers seats has them.
+fn unmatched(seen: &Observed, entry: &SeatEntry) -> Option<String> {
+    let labels = &seen.vm.spec.placement.seats.get(usize::from(entry.slot))?.node_selector;
+    let offering = |node: &&NodeSeen| node.seats.max(node.seats_in_all) > 0;
+    let mut nodes = seen.nodes.values().filter(offering);
+    let text = || labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>();
+    (!nodes.any(|node| node.has_labels(labels))).then(|| text().join(", "))
+}
+
 fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
     let cpu = cpu::unfit(seen);
     let offers = seen.nodes.values().filter(|node| node.ready && node.seats > 0).count();
@@ -155,6 +203,15 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
             "NoKvmNode",
             format!(
                 "seat {seat} can't be placed: no ready node offers {RESOURCE_SEAT}: nodes need /dev/kvm and a running ftvm node-daemon, see its log ({text})"
+            ),
+        );
+    }
+    if let Some(labels) = unmatched(seen, entry) {
+        return obstacle(
+            "Unschedulable",
+            format!(
+                "seat {seat} can't be placed: no node with KVM has the labels {labels}, as spec.placement.seats[{}].nodeSelector asks for: label a node; or correct it and delete pod {seat}, which is then made anew ({text})",
+                entry.slot
             ),
         );
     }
@@ -178,7 +235,7 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
     if offers < 2 || text.contains("anti-affinity") {
         let key = &seen.vm.spec.placement.topology_key;
         return obstacle(
-            "TooFewNodes",
+            TOO_FEW_NODES,
             format!(
                 "seat {seat} can't be placed: two seats need two ready nodes with KVM that differ in {key}, and one more to replace a lost one: add a node ({text}){cpu}"
             ),
@@ -186,6 +243,6 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
     }
     obstacle(
         "Unschedulable",
-        format!("seat {seat} can't be placed: {text}: add a node, or relax spec.placement and spec.resources{cpu}"),
+        format!("seat {seat} can't be placed: {text}: add a node; or relax spec.placement and spec.resources and delete pod {seat}, which is then made anew{cpu}"),
     )
 }

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use ftvm_crds::SeatEntry;
 use ftvm_crds::lease::LeaseError;
 use ftvm_crds::seat::{SeatPublished, Takeover};
@@ -5,7 +7,7 @@ use ftvm_crds::seat::{SeatPublished, Takeover};
 use super::*;
 use crate::decide::rig::World;
 use crate::decide::{Action, decide};
-use crate::observe::PodPhase;
+use crate::observe::{PodPhase, Refusal};
 
 fn started() -> World {
     let mut world = World::new(3);
@@ -127,6 +129,140 @@ fn each_obstacle_says_what_to_do() {
         "NodeNotReady",
         "replaced",
     );
+}
+
+/// The scheduler joins what it says of nodes, in any order.
+#[test]
+fn what_to_mend_does_not_depend_on_the_order_of_what_is_said() {
+    let mut world = started();
+    let name = first(&world).name;
+    let apart = "1 node(s) didn't match pod anti-affinity rules";
+    for (other, reason) in [
+        ("2 Insufficient memory", "InsufficientMemory"),
+        ("2 node(s) didn't find available persistent volumes to bind", "NoVolume"),
+    ] {
+        for parts in [[other, apart], [apart, other]] {
+            let text = format!("0/3 nodes are available: {}.", parts.join(", "));
+            world.pods.get_mut(&name).unwrap().unschedulable = Some(text);
+            expect(&said(&mut world, PROTECTED), reason, other);
+        }
+    }
+    // While no node offers seats, everything else that is said of nodes is beside the point.
+    world.nodes.values_mut().for_each(|node| node.seats = 0);
+    for text in ["1 Insufficient memory, 2 Insufficient ftvm.dev/seat", "2 Insufficient ftvm.dev/seat, 1 Insufficient memory"] {
+        world.pods.get_mut(&name).unwrap().unschedulable = Some(text.to_owned());
+        expect(&said(&mut world, PROTECTED), "NoKvmNode", "/dev/kvm");
+    }
+}
+
+/// That there is no second node keeps no guest from starting.
+#[test]
+fn a_missing_second_node_is_told_last() {
+    for [waits, unplaced] in [[0, 1], [1, 0]] {
+        let mut world = started();
+        let name = |index: usize| world.book()[index].name.clone();
+        let (waits, unplaced) = (name(waits), name(unplaced));
+        let text = "0/1 nodes are available: 1 node(s) didn't match pod anti-affinity rules";
+        world.pods.get_mut(&unplaced).unwrap().unschedulable = Some(text.to_owned());
+        expect(&said(&mut world, PROTECTED), "TooFewNodes", "add a node");
+        let waiting = ("ErrImagePull".to_owned(), "not found".to_owned());
+        world.pods.get_mut(&waits).unwrap().waiting = Some(waiting);
+        expect(&said(&mut world, PROTECTED), "ImagePullFailed", &waits);
+        expect(&said(&mut world, READY), "ImagePullFailed", &waits);
+    }
+}
+
+#[test]
+fn labels_that_no_node_has_are_named() {
+    let mut world = started();
+    let entry = first(&world);
+    let rack = serde_json::json!({"seats": [{"nodeSelector": {"rack": "two"}}]});
+    world.vm.spec.placement = serde_json::from_value(rack).unwrap();
+    // With one node, too, for another one would be as useless.
+    for nodes in [3, 1] {
+        world.nodes = World::new(nodes).nodes;
+        let selects = "didn't match Pod's node affinity/selector";
+        for text in [format!("2 node(s) {selects}, 1 Insufficient memory"), format!("1 Insufficient memory, 2 node(s) {selects}")] {
+            world.pods.get_mut(&entry.name).unwrap().unschedulable = Some(text);
+            let told = said(&mut world, PROTECTED);
+            expect(&told, "Unschedulable", "the labels rack=two");
+            assert!(told.message.contains("spec.placement.seats[0].nodeSelector"), "{}", told.message);
+        }
+    }
+    let labels = [("rack".to_owned(), "two".to_owned())];
+    world.nodes.values_mut().for_each(|node| node.labels.extend(labels.clone()));
+    assert_ne!(said(&mut world, PROTECTED).reason, "Unschedulable");
+}
+
+/// kubelet alternates between an attempt and the wait for the next one, and each attempt has another port.
+#[test]
+fn an_image_that_stays_away_is_told_once() {
+    let mut world = started();
+    while world.step() {}
+    let name = first(&world).name;
+    let refused = |port: u16, why: &str| {
+        format!("failed to pull and unpack image \"lab.ftvm.dev/none:1\": dial tcp: lookup lab.ftvm.dev on [::1]:53: read udp [::1]:{port}->[::1]:53: {why}")
+    };
+    let mut step = |reason: &str, text: &str| {
+        let waiting = (reason.to_owned(), text.to_owned());
+        world.pods.get_mut(&name).unwrap().waiting = Some(waiting);
+        let changed = world.step();
+        let status = world.vm.status.clone().unwrap();
+        (changed, status.condition(PROTECTED).unwrap().clone())
+    };
+    let first = refused(42389, "connection refused");
+    let (changed, told) = step("ErrImagePull", &first);
+    assert!(changed);
+    expect(&told, "ImagePullFailed", &first);
+    for port in [42390, 1, 65535] {
+        let again = refused(port, "connection refused");
+        assert_eq!(step("ErrImagePull", &again), (false, told.clone()));
+        let waits = format!("Back-off pulling image \"lab.ftvm.dev/none:1\": ErrImagePull: {again}");
+        assert_eq!(step("ImagePullBackOff", &waits), (false, told.clone()));
+    }
+    // Another reason is told.
+    let (changed, told) = step("ErrImagePull", &refused(42391, "i/o timeout"));
+    assert!(changed && told.message.contains("i/o timeout"), "{}", told.message);
+    assert!(!same_but_for_numbers("seat web-a1: an image", "seat web-b2: an image"));
+    let unavailable = "Back-off pulling image \"lab.ftvm.dev/none:1\": RegistryUnavailable: image pull failed for lab.ftvm.dev/none:1";
+    let (_, told) = step("ImagePullBackOff", unavailable);
+    let end = "can't be pulled (image pull failed for lab.ftvm.dev/none:1): correct spec.boot.image";
+    assert!(told.message.contains(end), "{}", told.message);
+    // A kubelet that was started anew does not know why.
+    let (_, told) = step("ImagePullBackOff", "Back-off pulling image \"lab.ftvm.dev/none:1\"");
+    expect(&told, "ImagePullFailed", "Back-off pulling image");
+}
+
+#[test]
+fn what_is_refused_is_told_until_it_is_made() {
+    let mut world = started();
+    let before = world.vm.status.clone().unwrap();
+    let mut seen = world.observe();
+    seen.refused = Some(Refusal {
+        message: "the API server refuses Pod a: pay first".to_owned(),
+        wait: Duration::ZERO,
+    });
+    let after = status(&seen, &decide(&seen));
+    for kind in [READY, PROTECTED] {
+        expect(after.condition(kind).unwrap(), API_SERVER_REFUSES, "pay first");
+    }
+    let told = changes(&before, &after);
+    let events = told.iter().filter(|change| change.reason == API_SERVER_REFUSES);
+    assert!(events.clone().all(|event| event.warning && event.note.contains("pay first")));
+    assert_eq!(events.count(), 2, "{told:?}");
+    // A Lease that is not the VM's keeps anything from being made.
+    seen.lease = LeaseSeen::Unusable(LeaseError::OtherOwner {
+        found: "no owner".to_owned(),
+    });
+    expect(&said_of(&seen, PROTECTED), "LeaseUnusable", "remove that Lease");
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let mut seen = world.observe();
+    seen.refused = Some(Refusal {
+        message: "pay first".to_owned(),
+        wait: Duration::ZERO,
+    });
+    assert_eq!(said_of(&seen, PROTECTED).status, "True", "whoever is protected stays so");
 }
 
 #[test]
