@@ -235,14 +235,21 @@ fn upgraded_chart(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
 
 /// How many pods of the machine got the guest image as a copy, instead of as an image volume.
 fn copied(cluster: &Cluster) -> anyhow::Result<usize> {
-    let pods = cluster.get(&["pods", "--namespace", NAMESPACE, &format!("--selector=ftvm.dev/vm={VM}")])?;
+    let pods = cluster.get(&[
+        "pods",
+        "--namespace",
+        NAMESPACE,
+        &format!("--selector=ftvm.dev/vm={VM}"),
+    ])?;
     let pods = pods["items"].as_array().context("no list")?;
     let is_copied = |pod: &Value| {
         let volumes = pod["spec"]["volumes"].as_array().context("no volumes")?;
         let guest = volumes.iter().find(|volume| volume["name"] == "guest");
         let guest = guest.context("no volume with the guest")?;
         let ended = pod["status"]["initContainerStatuses"].as_array().map_or(0, |all| {
-            all.iter().filter(|one| one["state"]["terminated"]["exitCode"] == 0).count()
+            all.iter()
+                .filter(|one| one["state"]["terminated"]["exitCode"] == 0)
+                .count()
         });
         let ways = (guest["image"].is_object(), guest["emptyDir"].is_object(), ended);
         ensure!([(true, false, 0), (false, true, 2)].contains(&ways), "{ways:?}: {pod}");

@@ -42,7 +42,13 @@ mod tests {
         ] {
             symlink(to, folder.join(name)).unwrap();
         }
-        for path in ["/boot/vmlinuz-6", "/boot/vmlinuz", "/vmlinuz", "boot/vmlinuz", "/../boot/vmlinuz"] {
+        for path in [
+            "/boot/vmlinuz-6",
+            "/boot/vmlinuz",
+            "/vmlinuz",
+            "boot/vmlinuz",
+            "/../boot/vmlinuz",
+        ] {
             let read = open(&folder, path).and_then(io::read_to_string);
             assert_eq!(read.unwrap(), "kernel", "{path}");
         }

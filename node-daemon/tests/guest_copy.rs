@@ -24,7 +24,14 @@ impl Image {
     /// With a kernel, and the program that its own image's container has installed.
     fn new() -> Image {
         let folder = std::env::temp_dir().join(format!("ftvm-copy-{:x}", random::nonzero_u64()));
-        for part in ["image/boot", "image/disk", "image/ftvm-tools", "image/ftvm-guest", "tools", "out"] {
+        for part in [
+            "image/boot",
+            "image/disk",
+            "image/ftvm-tools",
+            "image/ftvm-guest",
+            "tools",
+            "out",
+        ] {
             fs::create_dir_all(folder.join(part)).unwrap();
         }
         for part in ["tools", "out"] {
@@ -36,7 +43,10 @@ impl Image {
         let program = image.folder.join("tools/seat");
         for _ in 0..2 {
             // Containers are started again, also over what the last one left.
-            let status = Command::new(env!("CARGO_BIN_EXE_seat")).arg("install").arg(&program).status();
+            let status = Command::new(env!("CARGO_BIN_EXE_seat"))
+                .arg("install")
+                .arg(&program)
+                .status();
             assert!(status.unwrap().success());
         }
         image
@@ -82,7 +92,10 @@ impl Image {
         let said = said(&output);
         assert_eq!(output.status.code(), Some(GUEST_IMAGE.into()), "{what}: {said}");
         let last = said.lines().last().unwrap_or_default();
-        assert!(last.starts_with("seat: ") && last.contains(why), "{what}: no {why:?} in: {said}");
+        assert!(
+            last.starts_with("seat: ") && last.contains(why),
+            "{what}: no {why:?} in: {said}"
+        );
         assert_eq!(fs::read_dir(self.folder.join("out")).unwrap().count(), 0, "{what}");
     }
 }
@@ -114,7 +127,12 @@ fn files_are_copied_with_their_times_and_without_their_zeros() {
     let kernel = contents(3 * MIB + 123);
     let path = image.write("boot/vmlinuz", &kernel);
     let then = SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789);
-    File::options().write(true).open(&path).unwrap().set_modified(then).unwrap();
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_modified(then)
+        .unwrap();
     // A disk with a hole, with zeros that were written, and with something before, between and behind them.
     let disk = image.write("disk/root.raw", b"begin");
     let file = File::options().write(true).open(&disk).unwrap();
@@ -125,12 +143,19 @@ fn files_are_copied_with_their_times_and_without_their_zeros() {
     // No initrd: that is no mistake.
     succeeds(&image.copy(&["/boot/vmlinuz", "--optional", "/boot/initrd", "/disk/root.raw"]));
     assert!(fs::read(image.copied("boot/vmlinuz")).unwrap() == kernel);
-    assert_eq!(fs::metadata(image.copied("boot/vmlinuz")).unwrap().modified().unwrap(), then);
+    assert_eq!(
+        fs::metadata(image.copied("boot/vmlinuz")).unwrap().modified().unwrap(),
+        then
+    );
     assert!(!image.copied("boot/initrd").exists());
     let copy = image.copied("disk/root.raw");
     assert!(fs::read(&copy).unwrap() == fs::read(&disk).unwrap());
     let (from, to) = (fs::metadata(&disk).unwrap(), fs::metadata(&copy).unwrap());
-    assert!(from.blocks() * 512 >= 16 << 20, "the image's has {} blocks", from.blocks());
+    assert!(
+        from.blocks() * 512 >= 16 << 20,
+        "the image's has {} blocks",
+        from.blocks()
+    );
     assert!(to.blocks() * 512 < 1 << 20, "its copy has {} blocks", to.blocks());
     assert_eq!(to.mode() & 0o7777, 0o644);
     // Again, over what was copied of another version of the image; an initrd is copied if there is one.
@@ -189,14 +214,25 @@ fn a_full_disk_is_told_and_holes_need_no_room() {
     let image = Image::new();
     let small = "mount -t tmpfs -o size=2M,mode=777 none $0/image/ftvm-guest";
     image.write("disk/root.raw", &contents(8 * MIB));
-    let output = image.command(small, &["/boot/vmlinuz", "/disk/root.raw"]).output().unwrap();
+    let output = image
+        .command(small, &["/boot/vmlinuz", "/disk/root.raw"])
+        .output()
+        .unwrap();
     let said = said(&output);
     assert_eq!(output.status.code(), Some(GUEST_IMAGE.into()), "{said}");
-    for words in ["/disk/root.raw of the guest image can't be copied to /ftvm-guest/disk/root.raw", "make space"] {
+    for words in [
+        "/disk/root.raw of the guest image can't be copied to /ftvm-guest/disk/root.raw",
+        "make space",
+    ] {
         assert!(said.contains(words), "no {words:?} in: {said}");
     }
     image.write("disk/root.raw", &vec![0; 8 * MIB]);
-    succeeds(&image.command(small, &["/boot/vmlinuz", "/disk/root.raw"]).output().unwrap());
+    succeeds(
+        &image
+            .command(small, &["/boot/vmlinuz", "/disk/root.raw"])
+            .output()
+            .unwrap(),
+    );
 }
 
 /// The first process of a container gets no signal that it does not ask for: a pod that is deleted would wait for the whole copy.
@@ -232,13 +268,29 @@ fn wait<T>(what: &str, probe: impl Fn() -> Option<T>) -> T {
 
 #[test]
 fn a_wrong_order_is_a_usage_error() {
-    for words in [&["install"][..], &["copy"], &["copy", "--to", "/a"], &["copy", "/boot/vmlinuz"], &["copy", "--to", "/a", "b"]] {
+    for words in [
+        &["install"][..],
+        &["copy"],
+        &["copy", "--to", "/a"],
+        &["copy", "/boot/vmlinuz"],
+        &["copy", "--to", "/a", "b"],
+    ] {
         let output = Command::new(env!("CARGO_BIN_EXE_seat")).args(words).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{words:?}");
-        assert!(said(&output).contains("usage: seat install PATH, or seat copy"), "{words:?}");
+        assert!(
+            said(&output).contains("usage: seat install PATH, or seat copy"),
+            "{words:?}"
+        );
     }
     // Where nothing can be put.
-    let output = Command::new(env!("CARGO_BIN_EXE_seat")).args(["install", "/proc/none/seat"]).output().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_seat"))
+        .args(["install", "/proc/none/seat"])
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(GUEST_IMAGE.into()));
-    assert!(said(&output).contains("can't be put at /proc/none/seat"), "{}", said(&output));
+    assert!(
+        said(&output).contains("can't be put at /proc/none/seat"),
+        "{}",
+        said(&output)
+    );
 }

@@ -221,7 +221,10 @@ fn an_image_that_leads_out_of_itself_gets_nothing() {
     std::fs::remove_file(&image).unwrap();
     std::os::unix::fs::symlink("../../identity/key.pem", &image).unwrap();
     let key = std::fs::read(&image).unwrap();
-    assert!(key.starts_with(b"-----BEGIN PRIVATE KEY"), "whoever follows it has the key");
+    assert!(
+        key.starts_with(b"-----BEGIN PRIVATE KEY"),
+        "whoever follows it has the key"
+    );
     pod.make_record();
     pod.start_daemon();
     pod.start_seat();
@@ -236,7 +239,10 @@ fn an_image_that_leads_out_of_itself_gets_nothing() {
     std::fs::write(image.with_file_name("root-1.raw"), CONTENTS).unwrap();
     std::os::unix::fs::symlink("root-1.raw", &image).unwrap();
     pod.wait_running();
-    assert_eq!(&std::fs::read(pod.disk("disk.raw")).unwrap()[..CONTENTS.len()], CONTENTS);
+    assert_eq!(
+        &std::fs::read(pod.disk("disk.raw")).unwrap()[..CONTENTS.len()],
+        CONTENTS
+    );
 }
 
 fn qemu_img(words: &[&str], from: &Path, to: &Path) {

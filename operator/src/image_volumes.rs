@@ -89,9 +89,8 @@ impl ImageVolumes {
         match timeout(ANSWER_MAX, self.objects.try_create(&probe)).await {
             Err(_) => Err(format!("no answer within {} s", ANSWER_MAX.as_secs())),
             Ok(Err(error)) => Err(error.to_string()),
-            Ok(Ok(answer)) => {
-                judge_probe(&probe, &answer).ok_or_else(|| "the answer is about another pod than the question".to_owned())
-            }
+            Ok(Ok(answer)) => judge_probe(&probe, &answer)
+                .ok_or_else(|| "the answer is about another pod than the question".to_owned()),
         }
     }
 }

@@ -48,7 +48,11 @@ async fn asked(setting: Setting, again: Duration, answers: &[Answer]) -> (ImageV
             let service = service_fn(move |request: Request<Incoming>| {
                 let question = format!("{} {}", request.method(), request.uri());
                 told.lock().unwrap().push(question);
-                let answer = left.lock().unwrap().pop_front().expect("one question more than answers");
+                let answer = left
+                    .lock()
+                    .unwrap()
+                    .pop_front()
+                    .expect("one question more than answers");
                 async move {
                     let body = request.into_body().collect().await.unwrap().to_bytes();
                     let (code, answer) = answer(serde_json::from_slice(&body).unwrap()).ok_or("cut")?;
@@ -124,7 +128,10 @@ async fn what_tells_nothing_is_an_error_and_no_answer() {
 
 #[tokio::test]
 async fn what_was_said_is_not_asked() {
-    for (setting, files) in [(Setting::Always, GuestFiles::Mounted), (Setting::Never, GuestFiles::Copied)] {
+    for (setting, files) in [
+        (Setting::Always, GuestFiles::Mounted),
+        (Setting::Never, GuestFiles::Copied),
+    ] {
         let (volumes, questions) = asked(setting, Duration::ZERO, &[]).await;
         assert_eq!(volumes.files().await.unwrap(), files);
         assert!(questions.lock().unwrap().is_empty());

@@ -291,8 +291,8 @@ fn unprepared(container: &ContainerStatus) -> Option<String> {
     let mut states = [&container.state, &container.last_state].into_iter().flatten();
     if let Some(ended) = states.find_map(|state| state.terminated.as_ref()) {
         // Of what it printed, what it said last.
-        let said = ended.message.iter().flat_map(|message| message.lines());
-        let said = said.filter(|line| !line.trim().is_empty()).next_back();
+        let mut said = ended.message.iter().flat_map(|message| message.lines());
+        let said = said.rfind(|line| !line.trim().is_empty());
         let said: String = said.unwrap_or_default().chars().take(SAID_MAX).collect();
         let (name, code) = (&container.name, ended.exit_code);
         return (code != 0).then(|| format!("init container {name}: {said} (code {code})"));

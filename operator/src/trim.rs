@@ -65,7 +65,9 @@ fn pod_status(status: PodStatus) -> PodStatus {
         }),
         ..ContainerStatus::default()
     });
-    let inits = status.init_container_statuses.map(|inits| inits.into_iter().filter_map(init).collect());
+    let inits = status
+        .init_container_statuses
+        .map(|inits| inits.into_iter().filter_map(init).collect());
     PodStatus {
         phase: status.phase,
         reason: status.reason,
@@ -252,16 +254,26 @@ mod tests {
         for (tools, guest, last, waiting, unprepared) in [
             (&unknown, &turn, json!({}), pull, None),
             (&done, &unknown, json!({}), pull, None),
-            (&done, &again, failed.clone(), Some(("CrashLoopBackOff", "back-off 10s")), no_room),
+            (
+                &done,
+                &again,
+                failed.clone(),
+                Some(("CrashLoopBackOff", "back-off 10s")),
+                no_room,
+            ),
             (&done, &failed, json!({}), None, no_room),
             // The next attempt, and one that came to its end.
             (&done, &json!({"running": {}}), failed.clone(), None, no_room),
             (&done, &done, failed.clone(), None, None),
-            (&done, &broken, json!({}), Some(("CreateContainerError", "not a directory")), of_it),
+            (
+                &done,
+                &broken,
+                json!({}),
+                Some(("CreateContainerError", "not a directory")),
+                of_it,
+            ),
         ] {
-            let status = |name: &str, state: &Value, last: &Value| {
-                json!({"name": name, "image": "z".repeat(200), "imageID": "q".repeat(300), "ready": false, "restartCount": 1, "state": state, "lastState": last})
-            };
+            let status = |name: &str, state: &Value, last: &Value| json!({"name": name, "image": "z".repeat(200), "imageID": "q".repeat(300), "ready": false, "restartCount": 1, "state": state, "lastState": last});
             let object = json!({
                 "metadata": metadata("web-x"),
                 "status": {
@@ -275,7 +287,10 @@ mod tests {
             let (_, seen) = observe::pod(&vm, &whole).expect("its pod");
             let (_, seen_trimmed) = observe::pod(&vm, &trimmed).expect("its pod");
             assert_eq!(format!("{seen:?}"), format!("{seen_trimmed:?}"));
-            let waits = seen.waiting.as_ref().map(|(reason, message)| (reason.as_str(), message.as_str()));
+            let waits = seen
+                .waiting
+                .as_ref()
+                .map(|(reason, message)| (reason.as_str(), message.as_str()));
             assert_eq!((waits, seen.unprepared.as_deref()), (waiting, unprepared));
         }
     }

@@ -363,9 +363,17 @@ fn without_image_volumes_guest_images_are_copied() -> anyhow::Result<()> {
         assert_eq!(inits[1]["image"], "registry.example/guests/web:1");
     }
     let asked = requests(&cluster)?;
-    let probes = asked.iter().filter(|asked| asked.ends_with("pods ftvm-image-volumes")).count();
+    let probes = asked
+        .iter()
+        .filter(|asked| asked.ends_with("pods ftvm-image-volumes"))
+        .count();
     assert_eq!(probes, 1, "asked once: {asked:?}");
-    assert!(cluster.get(&["pod", "ftvm-image-volumes", "-n", "ftvm-system"]).is_err(), "it was made");
+    assert!(
+        cluster
+            .get(&["pod", "ftvm-image-volumes", "-n", "ftvm-system"])
+            .is_err(),
+        "it was made"
+    );
     // The same pods with an image volume would come without it.
     let mut bare = pods[0].clone();
     bare["metadata"] = json!({"name": "bare", "labels": bare["metadata"]["labels"]});
@@ -376,7 +384,9 @@ fn without_image_volumes_guest_images_are_copied() -> anyhow::Result<()> {
     let made = cluster.kubectl(&["create", "--validate=false", "--output=json", "--filename", &file])?;
     let made: Value = serde_json::from_str(&made)?;
     assert!(guest_of(&made).is_null(), "{made}");
-    let mounts = made["spec"]["containers"][0]["volumeMounts"].as_array().context("no mounts")?;
+    let mounts = made["spec"]["containers"][0]["volumeMounts"]
+        .as_array()
+        .context("no mounts")?;
     assert!(mounts.iter().all(|mount| mount["name"] != "guest"), "{made}");
     Ok(())
 }
@@ -607,7 +617,10 @@ fn the_guests_cpu_is_what_the_nodes_have_in_common() -> anyhow::Result<()> {
     wait_seats(&cluster, &first)?;
     let pods = cluster.get(&["pods", "--selector=ftvm.dev/vm=web"])?;
     let copied = |pod: &Value| guest_of(pod)["emptyDir"].is_object();
-    assert!(pods["items"].as_array().is_some_and(|pods| pods.iter().all(copied)), "{pods}");
+    assert!(
+        pods["items"].as_array().is_some_and(|pods| pods.iter().all(copied)),
+        "{pods}"
+    );
     let vm = wait_cpu(&cluster, &names, "Common", "common to 2 nodes: late, rich")?;
     assert_eq!(vm["status"]["cpu"]["baseline"], chosen);
     // Halted and started it chooses anew.

@@ -290,7 +290,11 @@ fn api_server(folder: &Path, authority: &Authority, options: &Options) -> anyhow
     arguments.push(format!("--bind-address={}", api_address()));
     arguments.push(format!("--secure-port={API_PORT}"));
     arguments.push(format!("--advertise-address={}", options.api_advertised()));
-    arguments.extend(options.api_version.map(|version| format!("--emulated-version={version}")));
+    arguments.extend(
+        options
+            .api_version
+            .map(|version| format!("--emulated-version={version}")),
+    );
     if options.audit {
         let policy = folder.join("audit-policy.yaml");
         fs::write(&policy, include_str!("../../cluster/audit-policy.yaml"))?;

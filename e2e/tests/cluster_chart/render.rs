@@ -86,10 +86,7 @@ const REFUSED: &[(&[&str], &[&str])] = &[
         &["/fullnameOverride", "does not match pattern"],
     ),
     (&["crds.install=maybe"], &["/crds/install", "want boolean"]),
-    (
-        &["imageVolumes=true"],
-        &["/imageVolumes", "'auto', 'always', 'never'"],
-    ),
+    (&["imageVolumes=true"], &["/imageVolumes", "'auto', 'always', 'never'"]),
     (
         &["operator.resources.limit.cpu=1"],
         &["/operator/resources", "'limit' not allowed"],

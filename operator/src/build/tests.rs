@@ -47,7 +47,10 @@ fn snapshot<T: Serialize>(name: &str, object: &T) {
 
 #[test]
 fn pods() {
-    snapshot("pod.yaml", &pod(&vm(), &entry(), &image(), GuestFiles::Mounted, None, false).unwrap());
+    snapshot(
+        "pod.yaml",
+        &pod(&vm(), &entry(), &image(), GuestFiles::Mounted, None, false).unwrap(),
+    );
 }
 
 #[test]
@@ -62,7 +65,10 @@ fn pods_of_clusters_without_image_volumes() {
         // kubelet gives the folder with the daemon's socket to who asks for a seat, and the pod asks for no more than its seat does.
         let asked = requests(init);
         assert!(!asked.contains_key(RESOURCE_SEAT), "{}", init.name);
-        assert!(asked.iter().all(|(name, size)| seats.get(name) == Some(size)), "{asked:?}");
+        assert!(
+            asked.iter().all(|(name, size)| seats.get(name) == Some(size)),
+            "{asked:?}"
+        );
         assert_eq!(init.security_context, spec.containers[0].security_context);
     }
     let command = |pod: Pod| pod.spec.unwrap().init_containers.unwrap()[1].command.clone().unwrap();
@@ -70,7 +76,10 @@ fn pods_of_clusters_without_image_volumes() {
     // Nothing is imported any more; the one initrd is that which was named, and no file is copied twice.
     let mut vm = vm();
     vm.spec.boot.initrd = Some("/initrd".to_owned());
-    assert_eq!(command(copied(&vm, true)), [&head[..], &["/boot/vmlinuz", "/initrd"]].concat());
+    assert_eq!(
+        command(copied(&vm, true)),
+        [&head[..], &["/boot/vmlinuz", "/initrd"]].concat()
+    );
     let disks = serde_json::json!([
         {"name": "root", "size": "1Gi", "source": {"image": {"path": "/disk/a.qcow2"}}},
         {"name": "data", "size": "1Gi", "source": {"image": {"path": "/disk/a.qcow2"}}},
@@ -173,7 +182,10 @@ fn first_contents_are_mounted_until_the_guest_ran() {
         {"name": "data", "size": "1Gi", "source": {"claim": {"claimName": "golden"}}},
     ]);
     vm.spec.disks = serde_json::from_value(disks).unwrap();
-    snapshot("pod-import.yaml", &pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, false).unwrap());
+    snapshot(
+        "pod-import.yaml",
+        &pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, false).unwrap(),
+    );
     snapshot("network-policy-import.yaml", &network_policy(&vm, false));
     let later = serde_json::to_string(&pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, true).unwrap()).unwrap();
     assert!(!later.contains("golden") && !later.contains("staging"), "{later}");

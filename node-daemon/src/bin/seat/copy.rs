@@ -110,7 +110,9 @@ fn parse(arguments: &[String]) -> Option<Order> {
 /// An absolute path, relative to the root that it begins with; none if it is no such path, or not a plain one.
 fn inside(path: &str) -> Option<PathBuf> {
     let inside = path.strip_prefix('/')?;
-    let plain = Path::new(inside).components().all(|part| matches!(part, Component::Normal(_)));
+    let plain = Path::new(inside)
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
     (plain && !inside.is_empty()).then(|| inside.into())
 }
 
@@ -137,7 +139,10 @@ fn put_program(path: &Path) -> Result<(), String> {
     };
     put().map_err(|error: io::Error| {
         let path = path.display();
-        format!("the program that copies guest images can't be put at {path} ({error}): {}", advice(&error))
+        format!(
+            "the program that copies guest images can't be put at {path} ({error}): {}",
+            advice(&error)
+        )
     })
 }
 
@@ -230,7 +235,9 @@ enum Failed {
 
 fn copy_file(from: &File, path: &str, to: &Path) -> Result<(), String> {
     copy_contents(from, path, to).map_err(|failed| match failed {
-        Failed::Reading(error) => format!("{path} of the guest image can't be read ({error}): check the image and the node's disk"),
+        Failed::Reading(error) => {
+            format!("{path} of the guest image can't be read ({error}): check the image and the node's disk")
+        }
         Failed::Writing(error) => format!(
             "{path} of the guest image can't be copied to {} ({error}): {}",
             to.display(),
@@ -352,7 +359,10 @@ impl Progress<'_> {
         let (size, took) = (self.size_bytes >> 20, self.begun.elapsed());
         (took >= TELL).then(|| {
             let seconds = took.as_secs();
-            format!("{} of the guest image: {size} MiB were copied in {seconds} s", self.path)
+            format!(
+                "{} of the guest image: {size} MiB were copied in {seconds} s",
+                self.path
+            )
         })
     }
 }
@@ -381,7 +391,11 @@ mod tests {
     fn orders_name_plain_absolute_paths() {
         let order = parsed("--to /a /boot/vmlinuz --optional /boot/initrd").unwrap();
         assert_eq!((order.root, order.to), ("/".into(), "/a".into()));
-        let files: Vec<_> = order.files.iter().map(|file| (file.path.as_str(), file.optional)).collect();
+        let files: Vec<_> = order
+            .files
+            .iter()
+            .map(|file| (file.path.as_str(), file.optional))
+            .collect();
         assert_eq!(files, [("/boot/vmlinuz", false), ("/boot/initrd", true)]);
         for wrong in [
             "",

@@ -56,9 +56,9 @@ pub fn open(layout: &Layout, recipe: &Recipe, console: &mut Option<Console>) -> 
 
 fn open_of_guest(layout: &Layout, path: &str, what: &str) -> Result<OwnedFd, String> {
     let opened = beneath::open(&layout.path("guest"), path);
-    opened
-        .map(Into::into)
-        .map_err(|error| format!("{path} of the guest image can't be opened ({error}): {what} must be a file of the guest image"))
+    opened.map(Into::into).map_err(|error| {
+        format!("{path} of the guest image can't be opened ({error}): {what} must be a file of the guest image")
+    })
 }
 
 fn open_for_reading(path: &Path, advice: &str) -> Result<OwnedFd, String> {
