@@ -117,7 +117,10 @@ fn advice(why: &str) -> &'static str {
             "do what that policy asks for, or change the policy",
         ),
         ("webhook", "mend that webhook, or do what it asks for"),
-        ("being terminated", "the namespace is being deleted: make the VM in another one"),
+        (
+            "being terminated",
+            "the namespace is being deleted: make the VM in another one",
+        ),
     ];
     let found = known.into_iter().find(|(words, _)| why.contains(words));
     found.map_or(
@@ -187,7 +190,10 @@ mod tests {
                 "pods \"web-x7k2q\" is forbidden: unable to create new content in namespace shop because it is being terminated",
                 "make the VM in another one",
             ),
-            ("pods \"web-x7k2q\" is forbidden: I say so", "quotas, limits and policies"),
+            (
+                "pods \"web-x7k2q\" is forbidden: I say so",
+                "quotas, limits and policies",
+            ),
         ] {
             let message = message(&answered(403, "Forbidden", why), "shop").unwrap();
             let what = "the API server refuses Pod web-x7k2q in namespace shop";
@@ -208,7 +214,11 @@ mod tests {
         for (code, reason, text) in [
             (401, "Unauthorized", "Unauthorized"),
             (409, "AlreadyExists", "there is one"),
-            (409, "Conflict", "Operation cannot be fulfilled on resourcequotas \"small\""),
+            (
+                409,
+                "Conflict",
+                "Operation cannot be fulfilled on resourcequotas \"small\"",
+            ),
             (429, "TooManyRequests", "later"),
             (500, "InternalError", "etcdserver: request timed out"),
             (503, "ServiceUnavailable", "later"),
@@ -217,7 +227,13 @@ mod tests {
         }
         assert_eq!(message(&ApiError::Unread("web".to_owned()), "shop"), None);
         let webhook = "Internal error occurred: failed calling webhook \"teams.example\": no endpoints available";
-        for (code, text) in [(400, "bad"), (403, "forbidden"), (404, "no such namespace"), (422, "invalid"), (500, webhook)] {
+        for (code, text) in [
+            (400, "bad"),
+            (403, "forbidden"),
+            (404, "no such namespace"),
+            (422, "invalid"),
+            (500, webhook),
+        ] {
             assert!(message(&answered(code, "", text), "shop").is_some(), "{code}");
         }
     }
@@ -233,7 +249,10 @@ mod tests {
             until: now + Duration::from_secs(4),
         };
         let wait = |vm: &FaultTolerantVM, later: u64| last.seen(vm, now + Duration::from_secs(later)).unwrap().wait;
-        assert_eq!((wait(&vm, 0), wait(&vm, 1)), (Duration::from_secs(4), Duration::from_secs(3)));
+        assert_eq!(
+            (wait(&vm, 0), wait(&vm, 1)),
+            (Duration::from_secs(4), Duration::from_secs(3))
+        );
         assert_eq!((wait(&vm, 4), wait(&vm, 9)), (Duration::ZERO, Duration::ZERO));
         vm.metadata.generation = Some(2);
         assert_eq!(wait(&vm, 0), Duration::ZERO);

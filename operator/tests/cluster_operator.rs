@@ -168,18 +168,34 @@ fn columns(cluster: &Cluster) -> anyhow::Result<()> {
         "conditions": [protected], "seats": [],
     }});
     let patch = status.to_string();
-    cluster.kubectl(&["patch", "ftvm", "web", "--subresource=status", "--type=merge", "-p", &patch])?;
+    cluster.kubectl(&[
+        "patch",
+        "ftvm",
+        "web",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        &patch,
+    ])?;
     let shown = |more: &[&str]| {
         let text = cluster.kubectl(&[&["get", "ftvm", "web"], more].concat())?;
-        let lines = text.lines().map(|line| line.split_whitespace().map(str::to_owned).collect());
+        let lines = text
+            .lines()
+            .map(|line| line.split_whitespace().map(str::to_owned).collect());
         anyhow::Ok(lines.collect::<Vec<Vec<String>>>())
     };
     let names = ["NAME", "STATUS", "PROTECTED", "ACTIVE", "STANDBY", "MODE", "AGE"];
     let values = ["web", "Running", "True", "n1", "n2", "Checkpoint"];
     let narrow = shown(&[])?;
-    ensure!(narrow.len() == 2 && narrow[0] == names && narrow[1].starts_with(&values.map(str::to_owned)), "{narrow:?}");
+    ensure!(
+        narrow.len() == 2 && narrow[0] == names && narrow[1].starts_with(&values.map(str::to_owned)),
+        "{narrow:?}"
+    );
     let wide = shown(&["--output=wide"])?;
-    ensure!(wide.len() == 2 && wide[0] == [&names[..], &["TERM", "INTERVAL", "LAG"]].concat(), "{wide:?}");
+    ensure!(
+        wide.len() == 2 && wide[0] == [&names[..], &["TERM", "INTERVAL", "LAG"]].concat(),
+        "{wide:?}"
+    );
     let (row, age) = (&wide[1], names.len() - 1);
     ensure!(row[..age] == values && row[age + 1..] == ["7", "20", "3"], "{wide:?}");
     Ok(())
@@ -597,7 +613,9 @@ fn the_guests_cpu_is_what_the_nodes_have_in_common() -> anyhow::Result<()> {
         Ok(())
     })?;
     // That nodes are heard of again and again is no news.
-    rests_beside(&cluster, || names[..2].iter().try_for_each(|node| cpus::beat(&cluster, node)))?;
+    rests_beside(&cluster, || {
+        names[..2].iter().try_for_each(|node| cpus::beat(&cluster, node))
+    })?;
     wait_cpu(&cluster, &names[..2], "NoCommonCpu", "amd (AuthenticAMD")?;
     // A damaged annotation is named, and no more believed than none.
     let poor = cpus::poor();

@@ -61,14 +61,15 @@ fn after_a_refusal_pods_and_claims_wait_and_nothing_else() {
     let made = decide(&seen).actions;
     seen.refused = refused(7);
     let decision = decide(&seen);
-    assert_eq!((decision.actions, decision.recheck), (vec![], Some(Duration::from_secs(7))));
+    assert_eq!(
+        (decision.actions, decision.recheck),
+        (vec![], Some(Duration::from_secs(7)))
+    );
     seen.refused = refused(0);
     assert_eq!(decide(&seen).actions, made);
     // A pod that is there is admitted, whatever becomes of the other one.
     let first = world.book()[0].name.clone();
-    let of_first = |action: &&Action| {
-        matches!(action, Action::CreateClaims { seat, .. } | Action::CreatePod { seat } if *seat == first)
-    };
+    let of_first = |action: &&Action| matches!(action, Action::CreateClaims { seat, .. } | Action::CreatePod { seat } if *seat == first);
     for action in made.iter().filter(of_first) {
         world.apply(action, world.version);
     }

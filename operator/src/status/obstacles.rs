@@ -190,7 +190,12 @@ fn unmatched(seen: &Observed, entry: &SeatEntry) -> Option<String> {
     let labels = &seen.vm.spec.placement.seats.get(usize::from(entry.slot))?.node_selector;
     let offering = |node: &&NodeSeen| node.seats.max(node.seats_in_all) > 0;
     let mut nodes = seen.nodes.values().filter(offering);
-    let text = || labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>();
+    let text = || {
+        labels
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect::<Vec<_>>()
+    };
     (!nodes.any(|node| node.has_labels(labels))).then(|| text().join(", "))
 }
 
@@ -243,6 +248,8 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
     }
     obstacle(
         "Unschedulable",
-        format!("seat {seat} can't be placed: {text}: add a node; or relax spec.placement and spec.resources and delete pod {seat}, which is then made anew{cpu}"),
+        format!(
+            "seat {seat} can't be placed: {text}: add a node; or relax spec.placement and spec.resources and delete pod {seat}, which is then made anew{cpu}"
+        ),
     )
 }

@@ -149,7 +149,10 @@ fn what_to_mend_does_not_depend_on_the_order_of_what_is_said() {
     }
     // While no node offers seats, everything else that is said of nodes is beside the point.
     world.nodes.values_mut().for_each(|node| node.seats = 0);
-    for text in ["1 Insufficient memory, 2 Insufficient ftvm.dev/seat", "2 Insufficient ftvm.dev/seat, 1 Insufficient memory"] {
+    for text in [
+        "1 Insufficient memory, 2 Insufficient ftvm.dev/seat",
+        "2 Insufficient ftvm.dev/seat, 1 Insufficient memory",
+    ] {
         world.pods.get_mut(&name).unwrap().unschedulable = Some(text.to_owned());
         expect(&said(&mut world, PROTECTED), "NoKvmNode", "/dev/kvm");
     }
@@ -182,15 +185,25 @@ fn labels_that_no_node_has_are_named() {
     for nodes in [3, 1] {
         world.nodes = World::new(nodes).nodes;
         let selects = "didn't match Pod's node affinity/selector";
-        for text in [format!("2 node(s) {selects}, 1 Insufficient memory"), format!("1 Insufficient memory, 2 node(s) {selects}")] {
+        for text in [
+            format!("2 node(s) {selects}, 1 Insufficient memory"),
+            format!("1 Insufficient memory, 2 node(s) {selects}"),
+        ] {
             world.pods.get_mut(&entry.name).unwrap().unschedulable = Some(text);
             let told = said(&mut world, PROTECTED);
             expect(&told, "Unschedulable", "the labels rack=two");
-            assert!(told.message.contains("spec.placement.seats[0].nodeSelector"), "{}", told.message);
+            assert!(
+                told.message.contains("spec.placement.seats[0].nodeSelector"),
+                "{}",
+                told.message
+            );
         }
     }
     let labels = [("rack".to_owned(), "two".to_owned())];
-    world.nodes.values_mut().for_each(|node| node.labels.extend(labels.clone()));
+    world
+        .nodes
+        .values_mut()
+        .for_each(|node| node.labels.extend(labels.clone()));
     assert_ne!(said(&mut world, PROTECTED).reason, "Unschedulable");
 }
 
@@ -201,7 +214,9 @@ fn an_image_that_stays_away_is_told_once() {
     while world.step() {}
     let name = first(&world).name;
     let refused = |port: u16, why: &str| {
-        format!("failed to pull and unpack image \"lab.ftvm.dev/none:1\": dial tcp: lookup lab.ftvm.dev on [::1]:53: read udp [::1]:{port}->[::1]:53: {why}")
+        format!(
+            "failed to pull and unpack image \"lab.ftvm.dev/none:1\": dial tcp: lookup lab.ftvm.dev on [::1]:53: read udp [::1]:{port}->[::1]:53: {why}"
+        )
     };
     let mut step = |reason: &str, text: &str| {
         let waiting = (reason.to_owned(), text.to_owned());
@@ -248,7 +263,11 @@ fn what_is_refused_is_told_until_it_is_made() {
     }
     let told = changes(&before, &after);
     let events = told.iter().filter(|change| change.reason == API_SERVER_REFUSES);
-    assert!(events.clone().all(|event| event.warning && event.note.contains("pay first")));
+    assert!(
+        events
+            .clone()
+            .all(|event| event.warning && event.note.contains("pay first"))
+    );
     assert_eq!(events.count(), 2, "{told:?}");
     // A Lease that is not the VM's keeps anything from being made.
     seen.lease = LeaseSeen::Unusable(LeaseError::OtherOwner {
@@ -262,7 +281,11 @@ fn what_is_refused_is_told_until_it_is_made() {
         message: "pay first".to_owned(),
         wait: Duration::ZERO,
     });
-    assert_eq!(said_of(&seen, PROTECTED).status, "True", "whoever is protected stays so");
+    assert_eq!(
+        said_of(&seen, PROTECTED).status,
+        "True",
+        "whoever is protected stays so"
+    );
 }
 
 #[test]

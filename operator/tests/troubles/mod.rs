@@ -35,7 +35,15 @@ const SPECS: &[(&str, &str, &str, &str)] = &[
 pub fn offer_seats(cluster: &Cluster) -> anyhow::Result<()> {
     let seats = json!({"ftvm.dev/seat": "4"});
     let offer = json!({"status": {"capacity": seats, "allocatable": seats}}).to_string();
-    let words = ["patch", "node", "n1", "--subresource=status", "--type=merge", "-p", &offer];
+    let words = [
+        "patch",
+        "node",
+        "n1",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        &offer,
+    ];
     cluster.kubectl(&words).map(drop)
 }
 
@@ -87,9 +95,18 @@ fn wait_pods(cluster: &Cluster, vm: &str, gone: &Value) -> anyhow::Result<Value>
 pub fn evicted(cluster: &Cluster, vm: &str) -> anyhow::Result<()> {
     let book = wait_pods(cluster, vm, &Value::Null)?;
     let seat = book[0]["name"].as_str().context("no seat")?;
-    let failed = json!({"status": {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}});
+    let failed =
+        json!({"status": {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}});
     let failed = failed.to_string();
-    cluster.kubectl(&["patch", "pod", seat, "--subresource=status", "--type=merge", "-p", &failed])?;
+    cluster.kubectl(&[
+        "patch",
+        "pod",
+        seat,
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        &failed,
+    ])?;
     wait_pods(cluster, vm, &book[0]["podUid"])?;
     wait_event(cluster, vm, "SeatFailed", "Evicted: The node was low on resource")
 }
@@ -98,7 +115,10 @@ pub fn evicted(cluster: &Cluster, vm: &str) -> anyhow::Result<()> {
 fn refusals(cluster: &Cluster) -> anyhow::Result<Vec<Timestamp>> {
     let events = cluster.audit_events()?.into_iter();
     let refused = events.filter(|event| {
-        let pods = event.object_ref.as_ref().is_some_and(|object| object.resource == "pods");
+        let pods = event
+            .object_ref
+            .as_ref()
+            .is_some_and(|object| object.resource == "pods");
         let code = event.response_status.as_ref().and_then(|status| status.code);
         let ours = event.user_agent.starts_with("ftvm-operator");
         ours && event.verb == "create" && pods && code == Some(403)
@@ -124,7 +144,12 @@ pub fn refused(cluster: &Cluster) -> anyhow::Result<()> {
             ensure!(advice.contains(words), "no `{words}` in {advice}");
         }
     }
-    wait_event(cluster, "refused", "ApiServerRefuses", "no PriorityClass with name none")?;
+    wait_event(
+        cluster,
+        "refused",
+        "ApiServerRefuses",
+        "no PriorityClass with name none",
+    )?;
     let attempts = wait_for("it was tried three times", PATIENCE, || {
         let attempts = refusals(cluster)?;
         ensure!(attempts.len() >= 3, "{attempts:?}");
@@ -144,15 +169,23 @@ pub fn refused(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(&class.to_string())?;
     let made = wait_pods(cluster, "refused", &Value::Null)?;
     for seat in [0, 1] {
-        ensure!(made[seat]["name"] == book[seat]["name"], "other seats than {book}: {made}");
+        ensure!(
+            made[seat]["name"] == book[seat]["name"],
+            "other seats than {book}: {made}"
+        );
     }
     wait_for("nothing is said of a refusal any more", PATIENCE, || {
         let vm = cluster.get(&["ftvm", "refused"])?;
         for kind in ["Protected", "Ready"] {
             let (reason, message) = condition(&vm, kind);
-            ensure!(!reason.is_empty() && reason != "ApiServerRefuses", "{kind}: {reason}: {message}");
+            ensure!(
+                !reason.is_empty() && reason != "ApiServerRefuses",
+                "{kind}: {reason}: {message}"
+            );
         }
         Ok(())
     })?;
-    cluster.kubectl(&["delete", "ftvm", "refused", "--timeout=60s"]).map(drop)
+    cluster
+        .kubectl(&["delete", "ftvm", "refused", "--timeout=60s"])
+        .map(drop)
 }

@@ -20,7 +20,15 @@ fn make(cluster: &Cluster) -> anyhow::Result<()> {
         cluster.apply(&node.to_string())?;
         let room = json!({"cpu": processors, "memory": memory, "pods": "10"});
         let room = json!({"status": {"capacity": room, "allocatable": room}}).to_string();
-        cluster.kubectl(&["patch", "node", name, "--type=merge", "--subresource=status", "-p", &room])?;
+        cluster.kubectl(&[
+            "patch",
+            "node",
+            name,
+            "--type=merge",
+            "--subresource=status",
+            "-p",
+            &room,
+        ])?;
         cpus::beat(cluster, name)?;
     }
     Ok(())
