@@ -23,6 +23,7 @@ pub mod identity;
 pub mod import;
 pub mod jail;
 pub mod kubernetes;
+pub mod netns;
 pub mod peer;
 pub mod prepare;
 pub mod random;

@@ -124,7 +124,6 @@ fn the_case() {
         return;
     };
     let folder = PathBuf::from(folder);
-    let disk = folder.join("root/disks/root/disk.raw");
     let said = match case.to_str().unwrap() {
         "oversized" => {
             let connection = greeted(&folder);
@@ -191,41 +190,87 @@ fn the_case() {
             hand(&connection, &honest(&folder)[1..]);
             until_end(&connection)
         }
+        "twice" => {
+            let connection = greeted(&folder);
+            let fds = honest(&folder);
+            hand(&connection, &fds);
+            hand(&connection, &fds);
+            until_end(&connection)
+        }
+        descriptor => spoiled_case(&folder, descriptor),
+    };
+    println!("said: {said}");
+}
+
+/// One descriptor is not what it should be.
+fn spoiled_case(folder: &Path, case: &str) -> String {
+    let disk = folder.join("root/disks/root/disk.raw");
+    match case {
         "disk of another size" => {
             let other = open(&folder.join("root/small"), OFlags::RDWR);
             rustix::fs::ftruncate(&other, 4096).unwrap();
-            spoiled(&folder, DISK, other)
+            spoiled(folder, DISK, other)
         }
         "disk for reading" => spoiled(
-            &folder,
+            folder,
             DISK,
             rustix::fs::open(&disk, OFlags::RDONLY, Mode::empty()).unwrap(),
         ),
         "disk by path only" => spoiled(
-            &folder,
+            folder,
             DISK,
             rustix::fs::open(&disk, OFlags::PATH, Mode::empty()).unwrap(),
         ),
-        "disk for appending" => spoiled(&folder, DISK, open(&disk, OFlags::RDWR | OFlags::APPEND)),
+        "disk for appending" => spoiled(folder, DISK, open(&disk, OFlags::RDWR | OFlags::APPEND)),
         "device as disk" => spoiled(
-            &folder,
+            folder,
             DISK,
             File::options().read(true).write(true).open("/dev/zero").unwrap().into(),
         ),
-        "folder as kernel" => spoiled(&folder, KERNEL, File::open(&folder).unwrap().into()),
+        "folder as kernel" => spoiled(folder, KERNEL, File::open(folder).unwrap().into()),
         "file of proc as journal" => {
             let comm = File::options().read(true).write(true).open("/proc/self/comm").unwrap();
-            spoiled(&folder, JOURNAL, comm.into())
+            spoiled(folder, JOURNAL, comm.into())
         }
-        "socket as header" => spoiled(&folder, HEADER, Connection::pair().unwrap().0.into_fd()),
-        "disk as header too" => spoiled(&folder, HEADER, open(&disk, OFlags::RDWR)),
-        "disk as journal too" => spoiled(&folder, JOURNAL, open(&disk, OFlags::RDWR)),
-        "file as console" => spoiled(&folder, CONSOLE, open(&folder.join("root/small"), OFlags::WRONLY)),
+        // What the daemon reads before anything is started, and what would be read with its rights.
+        "file of proc as kernel" => spoiled(folder, KERNEL, File::open("/proc/self/mountinfo").unwrap().into()),
+        "file of sysfs as kernel" => {
+            let online = File::open("/sys/devices/system/cpu/online").unwrap();
+            spoiled(folder, KERNEL, online.into())
+        }
+        "namespace as kernel" => spoiled(folder, KERNEL, File::open("/proc/self/ns/net").unwrap().into()),
+        "process as kernel" => {
+            let pidfd = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty());
+            spoiled(folder, KERNEL, pidfd.unwrap())
+        }
+        // Whoever reads it would wait.
+        "FIFO as kernel" => {
+            let fifo = folder.join("root/silent");
+            let _ = rustix::fs::mkfifoat(CWD, &fifo, Mode::RUSR | Mode::WUSR);
+            spoiled(
+                folder,
+                KERNEL,
+                rustix::fs::open(&fifo, OFlags::RDWR, Mode::empty()).unwrap(),
+            )
+        }
+        "device as key" => spoiled(folder, KEY, File::open("/dev/zero").unwrap().into()),
+        "kernel by path only" => {
+            let path = folder.join("root/guest/boot/vmlinuz");
+            spoiled(
+                folder,
+                KERNEL,
+                rustix::fs::open(path, OFlags::PATH, Mode::empty()).unwrap(),
+            )
+        }
+        "socket as header" => spoiled(folder, HEADER, Connection::pair().unwrap().0.into_fd()),
+        "disk as header too" => spoiled(folder, HEADER, open(&disk, OFlags::RDWR)),
+        "disk as journal too" => spoiled(folder, JOURNAL, open(&disk, OFlags::RDWR)),
+        "file as console" => spoiled(folder, CONSOLE, open(&folder.join("root/small"), OFlags::WRONLY)),
         "console for reading" => {
             let fifo = folder.join("root/disks/root/ftvm-console");
-            let _ = honest(&folder);
+            let _ = honest(folder);
             spoiled(
-                &folder,
+                folder,
                 CONSOLE,
                 rustix::fs::open(fifo, OFlags::RDWR, Mode::empty()).unwrap(),
             )
@@ -236,28 +281,20 @@ fn the_case() {
             let reader = rustix::fs::open(&fifo, OFlags::RDWR, Mode::empty()).unwrap();
             let writer = rustix::fs::open(&fifo, OFlags::WRONLY, Mode::empty()).unwrap();
             drop(reader);
-            spoiled(&folder, CONSOLE, writer)
+            spoiled(folder, CONSOLE, writer)
         }
         "no key" => spoiled(
-            &folder,
+            folder,
             KEY,
             File::open(folder.join("root/guest/boot/vmlinuz")).unwrap().into(),
         ),
-        "identity without end" => spoiled(&folder, 0, {
+        "identity without end" => spoiled(folder, 0, {
             let long = open(&folder.join("root/long"), OFlags::RDWR);
             rustix::fs::ftruncate(&long, 1 << 20).unwrap();
             long
         }),
-        "twice" => {
-            let connection = greeted(&folder);
-            let fds = honest(&folder);
-            hand(&connection, &fds);
-            hand(&connection, &fds);
-            until_end(&connection)
-        }
         other => panic!("unknown case {other}"),
-    };
-    println!("said: {said}");
+    }
 }
 
 /// A pod that is known, with a record that names another seat's incarnation, so that nothing is copied.
@@ -289,6 +326,14 @@ fn hostile_programs_are_refused_and_harm_nobody() {
         ("device as disk", "no regular file"),
         ("folder as kernel", "no regular file"),
         ("file of proc as journal", "a file of proc"),
+        ("file of proc as kernel", "kernel: a file of proc"),
+        ("file of sysfs as kernel", "kernel: a file of sysfs"),
+        ("namespace as kernel", "kernel: a file of nsfs"),
+        // Of a file system of its own (Linux 6.9), or of none.
+        ("process as kernel", "is refused: kernel: "),
+        ("FIFO as kernel", "kernel: no regular file"),
+        ("device as key", "key.pem: no regular file"),
+        ("kernel by path only", "kernel: opened for its path only"),
         ("socket as header", "no regular file"),
         ("disk as header too", "header: more than"),
         ("disk as journal too", "one file was handed over as two"),

@@ -4,12 +4,11 @@ mod support;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use ftvm_engine::control::Command;
-use ftvm_node_daemon::api::{Request, Response};
 use ftvm_node_daemon::disks::mark::{Mark, MarkFile};
 use serde_json::json;
-use support::pod::{CONTENTS, DISK_BYTES, Pod};
+use support::pod::{CONTENTS, DISK_BYTES, Pod, network_of};
 
 #[test]
 fn a_seat_hands_its_files_over_and_its_engine_lives_in_the_pod() {
@@ -22,10 +21,9 @@ fn a_seat_hands_its_files_over_and_its_engine_lives_in_the_pod() {
         assert!(processes.contains(&pid), "{pid} in {}: {processes:?}", cgroup.display());
     }
     // In the pod's network, where its link listens.
-    let network = |pid: u32| std::fs::metadata(format!("/proc/{pid}/ns/net")).unwrap().ino();
     let program = pod.seat.as_ref().unwrap().id();
-    assert_eq!(network(pid.cast_unsigned()), network(program));
-    assert_ne!(network(program), network(std::process::id()));
+    assert_eq!(network_of(pid), network_of(program.cast_signed()));
+    assert_ne!(network_of(pid), network_of(std::process::id().cast_signed()));
     let sockets = std::fs::read_to_string(format!("/proc/{program}/net/tcp")).unwrap();
     assert!(sockets.contains("0100007F:1B58"), "port 7000 listens: {sockets}");
     // The disk is whole: first contents, zeros, every block.
@@ -70,22 +68,145 @@ fn the_engine_outlives_the_seats_program_and_the_daemon() {
     pod.wait("the files are handed over again", |pod| {
         pod.seat_ready().1.starts_with("starting").then_some(())
     });
-    let console = Command::ConsoleInput {
-        bytes: b"exit 23".into(),
+    pod.script("exit 23");
+    wait_another(&mut pod, first.unwrap());
+}
+
+/// Another engine than this one, once it answers.
+fn wait_another(pod: &mut Pod, than: i32) -> i32 {
+    let seat = pod.wait("another engine answers", |pod| {
+        pod.status()
+            .filter(|seat| seat.engine.is_some() && seat.pid != Some(than))
+    });
+    seat.pid.unwrap()
+}
+
+/// The pod is the same one by its UID; what was launched into its former network reaches nobody any more.
+#[test]
+fn a_pod_with_a_new_network_gets_an_engine_that_lives_in_it() {
+    for daemon_too in [false, true] {
+        let mut pod = Pod::new();
+        let first = pod.start().pid.unwrap();
+        let again = |pod: &mut Pod| {
+            pod.kill_seat();
+            if daemon_too {
+                pod.kill_daemon();
+                pod.start_daemon();
+            }
+            pod.start_seat();
+        };
+        // A program that comes again in the same network finds the engine that it had.
+        again(&mut pod);
+        handed_over(&mut pod, 2);
+        for _ in 0..20 {
+            assert_eq!(pod.processes("ftvm-engine")[0], [first]);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let former = pod.network();
+        pod.renew_network();
+        assert_ne!(pod.network(), former);
+        assert_eq!(network_of(first), former, "the engine keeps it");
+        again(&mut pod);
+        let second = wait_another(&mut pod, first);
+        assert_eq!(
+            pod.processes("ftvm-engine")[0],
+            [second],
+            "one engine, and the former one is gone"
+        );
+        assert_eq!(network_of(second), pod.network());
+        assert_eq!(
+            network_of(second),
+            network_of(pod.seat.as_ref().unwrap().id().cast_signed())
+        );
+        let ended = pod.status().unwrap().last_exit.unwrap();
+        assert_eq!(ended.code, 0, "it was told to end: {ended:?}");
+    }
+}
+
+/// Waits until the seat's files were handed over so often.
+fn handed_over(pod: &mut Pod, times: usize) {
+    pod.wait("the files are handed over", |pod| {
+        let handed = pod.daemon_log().matches("its program handed its files over").count();
+        (handed >= times).then_some(())
+    });
+}
+
+/// Nobody else has the guest: it is not ended for the sake of a network.
+#[test]
+fn an_engine_that_is_alone_goes_on_in_the_former_network() {
+    let mut pod = Pod::new();
+    let first = pod.start().pid.unwrap();
+    pod.script("swap");
+    pod.wait("the record names the engine alone", |pod| {
+        pod.status()?.engine.filter(|engine| engine.why.contains("Won"))
+    });
+    let former = pod.network();
+    pod.kill_seat();
+    pod.renew_network();
+    pod.start_seat();
+    pod.wait("it is told", |pod| {
+        pod.daemon_log()
+            .contains("nobody else has the guest: it goes on without protection")
+            .then_some(())
+    });
+    assert_eq!(pod.processes("ftvm-engine")[0], [first]);
+    assert_eq!(network_of(first), former);
+    // Once it has ended for its own reasons, the next one lives where the pod is.
+    pod.script("exit 23");
+    let second = wait_another(&mut pod, first);
+    assert_eq!(network_of(second), pod.network());
+}
+
+/// With its program a pod may have lost its network: where both seats want to go on alone, the other one is first.
+#[test]
+fn who_lost_its_program_goes_on_alone_only_after_a_while() {
+    let mut pod = Pod::new();
+    pod.start();
+    let swap = |pod: &mut Pod| {
+        let begun = Instant::now();
+        pod.script("swap");
+        pod.wait("the record is swapped", |pod| {
+            pod.status()?.engine.filter(|engine| engine.why.contains("Won"))
+        });
+        begun.elapsed()
     };
-    let (vm, seat) = ("vm".to_owned(), "vm-a".to_owned());
-    let answer = pod.ask(&Request::Command {
-        vm,
-        seat,
-        command: console,
-    });
+    // Half of the deadline of a request, which is 2 s.
+    let while_ = Duration::from_secs(1);
+    let times: Vec<_> = (0..5).map(|_| swap(&mut pod)).collect();
     assert!(
-        matches!(answer, Some(Response::Reply { .. } | Response::Refused { .. })),
-        "{answer:?}"
+        times.iter().any(|took| *took < while_),
+        "nobody is waited for: {times:?}"
     );
-    pod.wait("another engine runs", |pod| {
-        pod.status().filter(|seat| seat.pid.is_some() && seat.pid != first)
+    pod.kill_seat();
+    pod.wait("the daemon knows", |pod| {
+        pod.daemon_log().contains("the seat's program: ").then_some(())
     });
+    assert!(swap(&mut pod) >= while_);
+    pod.start_seat();
+    handed_over(&mut pod, 2);
+    let times: Vec<_> = (0..5).map(|_| swap(&mut pod)).collect();
+    assert!(times.iter().any(|took| *took < while_), "it is back: {times:?}");
+}
+
+/// kubelet ends the program of a sandbox that died with SIGTERM and starts it anew in the next one: that is no end of the pod.
+#[test]
+fn a_program_that_comes_after_sigterm_gets_an_engine_again() {
+    for new_network in [false, true] {
+        let mut pod = Pod::new();
+        let first = pod.start().pid.unwrap();
+        let mut seat = pod.seat.take().unwrap();
+        // SAFETY: signals a child that was not waited for.
+        unsafe { libc::kill(seat.id().cast_signed(), libc::SIGTERM) };
+        assert_eq!(seat.wait().unwrap().code(), Some(0));
+        assert!(pod.processes("ftvm-engine").concat().is_empty());
+        if new_network {
+            pod.renew_network();
+        }
+        pod.start_seat();
+        let second = wait_another(&mut pod, first);
+        assert_eq!(network_of(second), pod.network());
+        assert!(pod.seat.as_mut().unwrap().try_wait().unwrap().is_none(), "it stays");
+    }
 }
 
 #[test]

@@ -31,7 +31,9 @@ pub const JOURNAL: &str = "journal";
 /// Name of the virtual machine.
 const VM: &str = "demo";
 /// Where replication links listen.
-const LINK_PORT: u16 = 7100;
+pub const LINK_PORT: u16 = 7100;
+/// Where daemons hear each other with [`Standalone::with_daemons_apart`].
+pub const DAEMON_PORT: u16 = 7400;
 /// Size of the guest's disk.
 pub const DISK_MIB: u64 = 64;
 /// How long a daemon may take to answer, longer than it waits for its engine. A frozen one is not asked.
@@ -53,6 +55,8 @@ pub struct Standalone {
     checkpoint: Value,
     /// The seats' `when_unprotected`, likewise.
     when_unprotected: &'static str,
+    /// The first two daemons talk over the network, not by their sockets.
+    apart: bool,
     daemons: Vec<Option<HostProcess>>,
     /// `ftvm standalone replace`, while it waits for protection.
     replacing: Background,
@@ -71,6 +75,7 @@ impl Standalone {
             engine: programs.folder.join(ENGINE),
             checkpoint: json!({}),
             when_unprotected: "continue",
+            apart: false,
             timing: match options.peer_lost_ms {
                 Some(peer_lost_ms) => json!({ "peer_lost_ms": peer_lost_ms }),
                 None => json!({}),
@@ -94,6 +99,12 @@ impl Standalone {
     /// With a guest that stands still while there is no standby.
     pub fn with_pause(mut self) -> Self {
         self.when_unprotected = "pause";
+        self
+    }
+
+    /// With daemons of the first pair that reach each other over the network, as on machines of their own.
+    pub fn with_daemons_apart(mut self) -> Self {
+        self.apart = true;
         self
     }
 
@@ -142,29 +153,35 @@ impl Standalone {
         self.host_folder(host).join("config.yaml")
     }
 
-    fn link_address(&self, host: usize) -> String {
-        format!("{}:{LINK_PORT}", self.lab.host(host).replication_address())
+    fn address(&self, host: usize, port: u16) -> String {
+        format!("{}:{port}", self.lab.host(host).replication_address())
     }
 
     /// The configuration of a host's daemon. (JSON is YAML.)
     fn config(&self, host: usize, peer: Option<usize>) -> anyhow::Result<Value> {
         let (uid_first, uid_count) = engine_uids()?;
+        let listen = self.apart.then(|| self.address(host, DAEMON_PORT));
         Ok(json!({
             "node": self.lab.host(host).name(),
             "state_folder": self.host_folder(host).join("state"),
             "engine": self.engine,
             "arbiter": { "folder": self.folder.join("arbiter") },
+            "peer_listen": listen,
             "jail": { "uid_first": uid_first, "uid_count": uid_count },
             "seats": [self.seat_config(host, peer)],
         }))
     }
 
     /// A seat. The first pair knows each other from the start; a spare has no peer until `ftvm` makes it one.
-    fn seat_config(&self, host: usize, peer: Option<usize>) -> Value {
-        let peers: Vec<Value> = peer
-            .iter()
-            .map(|&peer| json!({ "seat": seat_name(peer), "address": self.link_address(peer), "daemon": self.socket(peer) }))
-            .collect();
+    fn seat_config(&self, host: usize, of: Option<usize>) -> Value {
+        let peer = |peer: usize| {
+            let (key, daemon) = match self.apart {
+                true => ("daemon_address", json!(self.address(peer, DAEMON_PORT))),
+                false => ("daemon", json!(self.socket(peer))),
+            };
+            json!({ "seat": seat_name(peer), "address": self.address(peer, LINK_PORT), key: daemon })
+        };
+        let peers: Vec<Value> = of.into_iter().map(peer).collect();
         let folder = self.host_folder(host);
         json!({
             "vm": VM,
@@ -177,7 +194,7 @@ impl Standalone {
             "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
             "header": folder.join("header"),
             "journal": folder.join(JOURNAL),
-            "link": { "listen": self.link_address(host), "peers": peers },
+            "link": { "listen": self.address(host, LINK_PORT), "peers": peers },
             "timing": self.timing,
             "checkpoint": self.checkpoint,
             "when_unprotected": self.when_unprotected,

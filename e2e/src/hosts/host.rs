@@ -134,7 +134,13 @@ impl Lab {
         net::nft(&script)
     }
 
-    /// Takes back every [`Lab::cut_link`].
+    /// Drops what hosts send to or from this TCP port, until [`Lab::mend_links`].
+    pub fn cut_port(&self, port: u16) -> Result<(), HostsError> {
+        let rule = |side: &str| format!("add rule bridge cut forward ether type ip tcp {side} {port} drop\n");
+        net::nft(&(rule("dport") + &rule("sport")))
+    }
+
+    /// Takes back every [`Lab::cut_link`] and [`Lab::cut_port`].
     pub fn mend_links(&self) -> Result<(), HostsError> {
         net::nft("flush chain bridge cut forward\n")
     }

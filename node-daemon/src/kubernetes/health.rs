@@ -72,6 +72,19 @@ impl Health {
         Ok(health)
     }
 
+    /// One in which nothing turned for a long time.
+    #[cfg(test)]
+    pub fn of_standstill() -> Health {
+        Health(Arc::new(Shared {
+            began: Instant::now()
+                .checked_sub(2 * BEAT_MAX)
+                .expect("this machine runs for two minutes"),
+            beat: AtomicU64::new(0),
+            leads: AtomicBool::new(true),
+            synced: AtomicBool::new(true),
+        }))
+    }
+
     /// Something turned.
     pub fn beat(&self) {
         let now = self.0.began.elapsed().as_millis();

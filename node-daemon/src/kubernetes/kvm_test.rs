@@ -31,14 +31,19 @@ pub struct Tested {
 impl Tested {
     /// Tests now and from time to time, in a thread of its own. Until the first test is done KVM counts as broken.
     pub fn start() -> Tested {
+        Tested::every(INTERVAL, test)
+    }
+
+    /// The same with this test, and this long between two of them.
+    pub(super) fn every(interval: Duration, test: impl Fn() -> Result<(), String> + Clone + Send + 'static) -> Tested {
         let (sender, trouble) = watch::channel(Some("not tested yet".to_owned()));
         let work = move || {
             let mut patience = PATIENCE;
             let say = |said: Option<String>| tell(&sender, said);
             loop {
-                let took = examine(test, patience, &say);
+                let took = examine(test.clone(), patience, &say);
                 patience = took.map_or(patience, patience_after);
-                std::thread::sleep(INTERVAL);
+                std::thread::sleep(interval);
             }
         };
         if let Err(error) = std::thread::Builder::new().name("kvm-test".to_owned()).spawn(work) {
@@ -141,7 +146,8 @@ impl Drop for Page {
     }
 }
 
-fn test() -> Result<(), String> {
+/// Runs the guest.
+pub(super) fn test() -> Result<(), String> {
     let page = Page::new()?;
     let failed = |what: &'static str| move |error: kvm_ioctls::Error| format!("{what}: {error}");
     let kvm = Kvm::new().map_err(failed("/dev/kvm can't be opened; load kvm-intel or kvm-amd"))?;

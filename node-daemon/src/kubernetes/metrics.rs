@@ -207,3 +207,7 @@ fn gather(sources: &Sources) -> Result<String, prometheus::Error> {
     TextEncoder::new().encode(&registry.gather(), &mut text)?;
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
+
+#[cfg(test)]
+#[path = "metrics_tests.rs"]
+mod tests;

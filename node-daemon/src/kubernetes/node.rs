@@ -247,4 +247,4 @@ impl Pods for Node {
 
 #[cfg(test)]
 #[path = "node_tests.rs"]
-mod tests;
+pub(super) mod tests;

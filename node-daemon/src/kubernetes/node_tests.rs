@@ -5,6 +5,7 @@ use crate::arbiter::Server;
 use crate::bridges::AllowedBridges;
 use crate::config::JailConfig;
 use crate::daemon::Settings;
+use crate::seat::testing::Rig;
 use crate::state::StateFolder;
 use crate::testing::Folder;
 
@@ -12,7 +13,7 @@ const POD: &str = "00000000-0000-4000-8000-00000000000a";
 const OTHER: &str = "00000000-0000-4000-8000-00000000000b";
 
 /// A daemon of a node without an API server, and without an engine: no seat's program comes.
-fn node(folder: &Folder) -> Node {
+pub(in crate::kubernetes) fn node(folder: &Folder) -> Node {
     let state = folder.path().join("state");
     let settings = Settings {
         node: "one".to_owned(),
@@ -28,6 +29,26 @@ fn node(folder: &Folder) -> Node {
     let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
     let leases = Leases::new(Server::new(&config).unwrap()).unwrap();
     Node::new("one".to_owned(), daemon, leases, Hierarchies::read().unwrap())
+}
+
+/// A seat of this node whose engine says what a test wants.
+pub(in crate::kubernetes) fn add_running(node: &Node, rig: &Rig) -> Arc<NodeSeat> {
+    let known = book::seat(&pod(POD), &vm(POD), "one").unwrap();
+    let id = known.seat_id;
+    let seat = Arc::new(NodeSeat {
+        publisher: Publisher::new(Some(&pod(POD))),
+        requests: Requests::new(rig.seat.folder().clone()),
+        pod: rig.pod(),
+        known: Mutex::new(known),
+        gone: AtomicBool::new(false),
+    });
+    node.lock().insert(id, seat.clone());
+    seat
+}
+
+/// A seat of this node whose program has not come.
+pub(in crate::kubernetes) fn add_waiting(node: &Node) {
+    node.reconcile(&[pod(POD)], &[vm(POD)]);
 }
 
 fn vm(pod: &str) -> Arc<FaultTolerantVM> {
@@ -92,4 +113,21 @@ fn an_old_pod_does_not_end_its_successor_of_the_same_name() {
     node.reconcile(&[pod(OTHER)], &[vm(OTHER)]);
     node.reconcile(&[pod(OTHER)], &[vm(OTHER)]);
     assert_eq!(seats(&node), [OTHER]);
+}
+
+/// Nobody else has the guest, and no peer reaches it: a person has to do something, and is told what.
+#[test]
+fn an_engine_that_is_cut_off_is_published_with_a_code() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let (_, published) = seat.publisher.due(&seat).unwrap();
+    assert_eq!((published.code, published.why.as_str()), (0, "protected by b"));
+    seat.pod
+        .set_progress(|progress| progress.cut_off = Some("halt and start it".to_owned()));
+    let (_, published) = seat.publisher.due(&seat).unwrap();
+    assert_eq!(
+        (published.code, published.why.as_str()),
+        (17, "halt and start it; protected by b")
+    );
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ftvm_crds::names::{ANNOTATION_SEAT_STATUS, LABEL_ROLE, ROLE_ACTIVE, ROLE_STANDBY};
 use ftvm_crds::seat::{SeatExit, SeatPublished, SeatRole, Takeover};
-use ftvm_engine::control::{Event, Role};
+use ftvm_engine::control::{Event, Role, exit_code};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
@@ -171,6 +171,10 @@ impl Publisher {
             published.lease_uid = engine.arbiter_uid;
             published.vouches.clone_from(&engine.vouches);
             published.resync_percent = engine.resync_percent;
+            if let Some(why) = progress.cut_off {
+                published.why = clip(&format!("{why}; {}", engine.why));
+                published.code = exit_code::NETWORK;
+            }
         } else if incarnation.is_some() {
             // It runs and does not answer now: what it was, it may still be.
             if let Some(written) = &state.written {

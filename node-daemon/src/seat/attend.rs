@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ftvm_engine::control::{
     Answer, Ask, Command, Connection, ExitReport, FromEngine, Message, Role, SocketError, ToEngine, exit_code,
@@ -19,6 +19,8 @@ use crate::jail::{self, Ended};
 
 /// Pause between attempts to connect to an adopted engine, or to tell one its peers.
 const RECONNECT_MS: u64 = 200;
+/// How often it is looked whether the seat's program is back.
+const LOOK: Duration = Duration::from_millis(20);
 /// Longest deadline that an engine may ask for.
 const DEADLINE_MS_MAX: u32 = 60_000;
 
@@ -126,10 +128,13 @@ impl Seat {
 
     /// Works on a request in a thread of its own: the arbiter may hang.
     fn request(self: &Arc<Seat>, request: u64, ask: Ask, deadline_ms: u32, connection: &Arc<Connection>) {
-        let too_many = {
+        let refused = {
             let mut inner = self.inner();
             inner.requests += 1;
-            inner.requests > REQUESTS_MAX
+            let held = inner.holds_swaps() && matches!(ask, Ask::SwapRecord { .. });
+            let too_many = inner.requests > REQUESTS_MAX;
+            held.then_some("the engine is about to be ended")
+                .or(too_many.then_some("the daemon is busy with earlier requests of this engine"))
         };
         let deadline = Duration::from_millis(deadline_ms.min(DEADLINE_MS_MAX).into());
         let (seat, connection) = (self.clone(), connection.clone());
@@ -143,14 +148,11 @@ impl Seat {
                 let _ = connection.send(&ToEngine::Answer { request, answer, why }, &[]);
             }
         };
-        let spawned = !too_many
-            && std::thread::Builder::new()
-                .name("request".to_owned())
-                .spawn(work)
-                .is_ok();
-        if !spawned {
+        let spawn = || std::thread::Builder::new().name("request".to_owned()).spawn(work);
+        let refused = refused.or_else(|| spawn().is_err().then_some("the daemon has no thread for it"));
+        if let Some(why) = refused {
             self.inner().requests -= 1;
-            let why = Some("the daemon is busy with earlier requests of this engine".to_owned());
+            let why = Some(why.to_owned());
             let _ = connection.send(
                 &ToEngine::Answer {
                     request,
@@ -165,8 +167,23 @@ impl Seat {
     fn answer(&self, ask: &Ask, deadline: Duration) -> (Answer, Option<String>) {
         match ask {
             Ask::AskSeats { seats } => (Answer::Seats((self.surroundings.ask_seats)(seats, deadline)), None),
-            Ask::ReadRecord | Ask::SwapRecord { .. } => self.arbiter.ask(ask, deadline),
+            Ask::ReadRecord => self.arbiter.ask(ask, deadline),
+            Ask::SwapRecord { record, .. } => {
+                let waited = self.let_peer_go_first(record, deadline);
+                self.arbiter.ask(ask, deadline.saturating_sub(waited))
+            }
         }
+    }
+
+    /// Where both seats want to go on alone, that one shall whose pod is whole: with its program a pod may have lost its network, and what
+    /// is alone there can't be protected again. So whoever lost its program writes that later, by half of the deadline. How long it waited.
+    fn let_peer_go_first(&self, wanted: &record::Record, deadline: Duration) -> Duration {
+        let begun = Instant::now();
+        let alone = wanted.phase == record::Phase::Running && wanted.members.is_only(wanted.holder);
+        while alone && self.source.is_forsaken() && begun.elapsed() < deadline / 2 {
+            std::thread::sleep(LOOK);
+        }
+        begun.elapsed()
     }
 
     fn engine_ended(&self, incarnation: Incarnation, how: Ended) {

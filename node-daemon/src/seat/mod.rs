@@ -34,6 +34,7 @@ use crate::api::{Phase, SeatStatus, TimedEvent};
 use crate::arbiter::Bounded;
 use crate::bridges::AllowedBridges;
 use crate::config::{JailConfig, PeerConfig, SeatConfig};
+use crate::netns::Netns;
 use crate::prepare::Source;
 use crate::state::{SeatFolder, StateError};
 use informed::Informed;
@@ -103,6 +104,8 @@ struct Inner {
     replies: BTreeMap<u64, Sender<Reply>>,
     next_command: u64,
     requests: usize,
+    /// The engine whose swaps of the record are not sent.
+    swaps_held: Option<Incarnation>,
 }
 
 /// A running engine.
@@ -120,6 +123,11 @@ struct Engine {
 }
 
 impl Inner {
+    fn holds_swaps(&self) -> bool {
+        let engine = self.engine.as_ref().map(|engine| engine.incarnation);
+        self.swaps_held.is_some() && self.swaps_held == engine
+    }
+
     /// Sends a command; gives its number.
     fn tell(&mut self, connection: &Connection, command: Command) -> Option<u64> {
         let id = self.next_command;
@@ -194,6 +202,7 @@ impl Seat {
             replies: BTreeMap::new(),
             next_command: 1,
             requests: 0,
+            swaps_held: None,
         };
         Ok(Arc::new(Seat {
             folder,
@@ -417,8 +426,38 @@ impl Seat {
         Ok((id, receiver))
     }
 
+    /// The running engine and the network namespace that it lives in, as far as that can be known.
+    pub fn engine_netns(&self) -> Option<(Incarnation, Netns)> {
+        let (incarnation, pid, pidfd) = {
+            let inner = self.inner();
+            let engine = inner.engine.as_ref()?;
+            (engine.incarnation, engine.pid, engine.pidfd.clone())
+        };
+        let netns = Netns::of_process(pid).inspect_err(|error| tracing::debug!(pid, "its network namespace: {error}"));
+        let netns = netns.ok()?;
+        // Only now is it sure that the number still meant the engine.
+        (!start::has_ended(&pidfd)).then_some((incarnation, netns))
+    }
+
+    /// Holds back what this engine would write into the record; none: everything passes. Whether nothing is under way to the arbiter.
+    pub fn hold_swaps(&self, of: Option<Incarnation>) -> bool {
+        let mut inner = self.inner();
+        inner.swaps_held = of;
+        inner.requests == 0
+    }
+
+    /// Whether the daemons of all these seats say that an engine there has the guest, or a checkpoint that it may run.
+    pub fn guest_is_at(&self, seats: &[SeatId], deadline: Duration) -> bool {
+        let reports = (self.surroundings.ask_seats)(seats, deadline);
+        let is_at = |seat: &SeatId| {
+            let mut of_seat = reports.iter().filter(|report| report.seat == *seat);
+            of_seat.any(|report| report.guest == GuestReport::Present)
+        };
+        seats.iter().all(is_at)
+    }
+
     /// The engine's own status, asked now.
-    fn engine_status(&self, patience: Duration) -> Option<Status> {
+    pub(crate) fn engine_status(&self, patience: Duration) -> Option<Status> {
         match self.command(Command::Status, patience) {
             Ok(Reply::Status(status)) => Some(*status),
             _ => None,

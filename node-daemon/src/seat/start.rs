@@ -241,7 +241,7 @@ fn living(record: &EngineRecord) -> Option<std::os::fd::OwnedFd> {
     (state::start_time(record.pid)? == record.start_time && !has_ended(&pidfd)).then_some(pidfd)
 }
 
-fn has_ended(pidfd: &std::os::fd::OwnedFd) -> bool {
+pub(super) fn has_ended(pidfd: &std::os::fd::OwnedFd) -> bool {
     let mut fds = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
     let now = super::timespec(Some(Duration::ZERO));
     rustix::event::poll(&mut fds, now.as_ref()).is_ok_and(|ready| ready > 0)

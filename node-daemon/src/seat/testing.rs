@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ftvm_engine::control::{Command, Connection, FromEngine, PeerStatus, Reply, Role, StandbyStatus, Status, ToEngine};
-use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
+use ftvm_protocol::core::{ReadOutcome, SeatReport, SwapOutcome};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Nonce, SeatId, VmId};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -59,6 +59,8 @@ pub struct Rig {
     status: Arc<Mutex<Status>>,
     record: Arc<Mutex<Option<Snapshot>>>,
     gone: Arc<Mutex<Vec<Incarnation>>>,
+    commands: Arc<Mutex<Vec<Command>>>,
+    reports: Arc<Mutex<Vec<SeatReport>>>,
     thread: Option<JoinHandle<()>>,
     /// Locked, and kept.
     _state: StateFolder,
@@ -137,12 +139,14 @@ impl Rig {
         };
         let handed = Arc::new(Handed::new(expected, Hierarchies::read().unwrap()));
         let telling = gone.clone();
+        let reports: Arc<Mutex<Vec<SeatReport>>> = Arc::default();
+        let reporting = reports.clone();
         let surroundings = Surroundings {
             engine: "/nonexistent".into(),
             jail_mount_point: state.jail(),
             jail: JailConfig::default(),
             bridges: AllowedBridges::Listed(Vec::new()),
-            ask_seats: Box::new(|_, _| Vec::new()),
+            ask_seats: Box::new(move |_, _| locked(&reporting).clone()),
             tell_gone: Box::new(move |_, incarnation| locked(&telling).push(incarnation)),
         };
         let arbiter = Arc::new(Bounded::new(Arc::new(Kept(record.clone()))));
@@ -160,6 +164,8 @@ impl Rig {
             status: Arc::new(Mutex::new(status)),
             record,
             gone,
+            commands: Arc::default(),
+            reports,
             thread: None,
             _state: state,
             _folder: folder,
@@ -181,8 +187,8 @@ impl Rig {
         let child = std::process::Command::new("sleep").arg("3600").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let (ours, theirs) = Connection::pair().unwrap();
-        let said = self.status.clone();
-        std::thread::spawn(move || answer(&theirs, &said));
+        let (said, told, process) = (self.status.clone(), self.commands.clone(), pidfd_of(pid));
+        std::thread::spawn(move || answer(&theirs, &said, &told, &process));
         self.seat.inner().engine = Some(Engine {
             incarnation,
             pid,
@@ -222,6 +228,16 @@ impl Rig {
         locked(&self.gone).clone()
     }
 
+    /// What daemons of other seats say from now on.
+    pub fn report(&self, reports: Vec<SeatReport>) {
+        *locked(&self.reports) = reports;
+    }
+
+    /// What engines were told, beside questions for their status.
+    pub fn commands(&self) -> Vec<Command> {
+        locked(&self.commands).clone()
+    }
+
     /// Waits until it is so.
     pub fn wait(&self, what: &str, is_so: impl Fn(&Rig) -> bool) {
         let until = Instant::now() + Duration::from_secs(60);
@@ -247,16 +263,24 @@ fn pidfd_of(pid: i32) -> OwnedFd {
     rustix::process::pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap()
 }
 
-/// The engine's part of its connection, until that is closed.
-fn answer(connection: &Connection, status: &Mutex<Status>) {
+/// The engine's part of its connection, until that is closed. It ends when it is told to.
+fn answer(connection: &Connection, status: &Mutex<Status>, commands: &Mutex<Vec<Command>>, process: &OwnedFd) {
     while let Ok(message) = connection.receive::<ToEngine>(true) {
         if let ToEngine::Command { id, command } = message.body {
+            let quit = command == Command::Quit;
             let reply = match command {
                 Command::Status => Reply::Status(Box::new(locked(status).clone())),
-                _ => Reply::Ok,
+                command => {
+                    locked(commands).push(command);
+                    Reply::Ok
+                }
             };
             // The daemon may have closed it meanwhile.
             let _ = connection.send(&FromEngine::Reply { id, reply }, &[]);
+            if quit {
+                // It may have been killed before.
+                let _ = rustix::process::pidfd_send_signal(process, Signal::KILL);
+            }
         }
     }
 }

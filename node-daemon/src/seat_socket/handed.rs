@@ -23,6 +23,7 @@ use crate::arbiter::Bounded;
 use crate::config::SeatConfig;
 use crate::explain;
 use crate::identity::SeatIdentity;
+use crate::netns::Netns;
 use crate::prepare::{Materials, Place, SeatError, Source};
 use crate::state::SeatFolder;
 
@@ -50,6 +51,12 @@ const NO_DATA: &[(i64, &str)] = &[
     (0xde5e_81e4, "efivarfs"),
     (0x1373, "devfs"),
     (0x6e73_6673, "nsfs"),
+    (0x5049_4446, "pidfs"),
+    (0x4249_4e4d, "binfmt_misc"),
+    (0x1980_0202, "mqueue"),
+    (0x0765_5821, "resctrl"),
+    (0x4341_5d53, "smackfs"),
+    (0x5a3c_69f0, "apparmorfs"),
 ];
 
 /// Who the seat must be and what it must have, as the API server says.
@@ -260,6 +267,8 @@ pub struct Handed {
     expected: Expected,
     hierarchies: Hierarchies,
     held: Mutex<Option<Arc<Held>>>,
+    /// The program that had given it has gone, and no other has come.
+    forsaken: AtomicBool,
     leaves: Mutex<Vec<PathBuf>>,
     wanted: AtomicBool,
     ending: AtomicBool,
@@ -272,6 +281,7 @@ impl Handed {
             expected,
             hierarchies,
             held: Mutex::default(),
+            forsaken: AtomicBool::new(false),
             leaves: Mutex::default(),
             wanted: AtomicBool::new(true),
             ending: AtomicBool::new(false),
@@ -290,6 +300,7 @@ impl Handed {
     /// Takes what was handed over, in the place of anything before.
     pub fn put(&self, held: Held) {
         *self.held() = Some(Arc::new(held));
+        self.forsaken.store(false, Ordering::SeqCst);
     }
 
     /// The program that gave it is gone; what a later one gave stays.
@@ -297,6 +308,7 @@ impl Handed {
         let mut held = self.held();
         if held.as_ref().is_some_and(|held| Arc::ptr_eq(&held.peer, peer)) {
             *held = None;
+            self.forsaken.store(true, Ordering::SeqCst);
         }
     }
 
@@ -306,9 +318,14 @@ impl Handed {
         self.wanted.swap(wanted, Ordering::SeqCst) != wanted
     }
 
-    /// From now on no engine is started: the pod ends.
-    pub fn end(&self) {
-        self.ending.store(true, Ordering::SeqCst);
+    /// Whether the pod ends: no engine is started then.
+    pub fn set_ending(&self, ending: bool) {
+        self.ending.store(ending, Ordering::SeqCst);
+    }
+
+    /// The network namespace that the next engine would be started in.
+    pub fn netns(&self) -> Option<Netns> {
+        self.held().as_ref().map(|held| held.peer.netns)
     }
 
     fn whole(&self) -> Result<Arc<Held>, SeatError> {
@@ -416,6 +433,10 @@ impl Source for Handed {
             network: Some(held.peer.network.clone()),
             taps_inside: false,
         })
+    }
+
+    fn is_forsaken(&self) -> bool {
+        self.forsaken.load(Ordering::SeqCst)
     }
 
     fn left(&self) {

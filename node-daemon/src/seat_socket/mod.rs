@@ -9,6 +9,7 @@
 
 mod handed;
 pub mod message;
+mod network;
 mod pod;
 mod server;
 

@@ -13,6 +13,8 @@ use ftvm_engine::control::Connection;
 use ftvm_protocol::identity::SeatId;
 use rustix::process::{Pid, PidfdFlags};
 
+use crate::netns::Netns;
+
 /// `SO_PEERPIDFD` of asm-generic/socket.h (Linux 6.5).
 const SO_PEERPIDFD: libc::c_int = 77;
 /// The leaf of a pod's cgroup that its engine lives in.
@@ -191,6 +193,8 @@ pub struct Peer {
     pub pidfd: OwnedFd,
     /// Its network namespace: the pod's.
     pub network: Arc<OwnedFd>,
+    /// Which one that is.
+    pub netns: Netns,
     cgroups: Vec<Cgroup>,
 }
 
@@ -200,6 +204,7 @@ impl Peer {
         let (pid, pidfd) = peer_process(connection)?;
         let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(process("reading its cgroups"))?;
         let network = File::open(format!("/proc/{pid}/ns/net")).map_err(process("opening its network namespace"))?;
+        let netns = Netns::of_descriptor(&network).map_err(process("looking at its network namespace"))?;
         // Only now is it sure that all of this was the process's that connected.
         if super::server::has_ended(&pidfd) {
             return Err(PodError::Ended);
@@ -221,6 +226,7 @@ impl Peer {
             pid,
             pidfd,
             network: Arc::new(network.into()),
+            netns,
             cgroups,
         })
     }

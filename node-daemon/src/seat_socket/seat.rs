@@ -1,6 +1,5 @@
 //! A seat that is a pod: the daemon's seat, what its program handed over, and how far the program is.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,9 @@ use ftvm_protocol::identity::Incarnation;
 
 use super::handed::{Handed, Held};
 use super::message::{Recipe, ToSeat};
+use super::network::CutOff;
 use super::pod::Peer;
+use super::server;
 use crate::api::SeatStatus;
 use crate::disks::Step;
 use crate::seat::Seat;
@@ -18,11 +19,11 @@ use crate::seat::Seat;
 /// Deadline of the question which seat is the original.
 const RECORD_PATIENCE: Duration = Duration::from_secs(3);
 /// An engine answers a status within this time.
-const STATUS_PATIENCE: Duration = Duration::from_millis(500);
+pub(super) const STATUS_PATIENCE: Duration = Duration::from_millis(500);
 /// A seat that is to go hands over, or waits to be ejected, at most this long; then its engine ends all the same.
 const LEAVE_MAX: Duration = Duration::from_secs(40);
 /// An engine that was told to end does so within this time, or is killed.
-const END_MAX: Duration = Duration::from_secs(5);
+pub(super) const END_MAX: Duration = Duration::from_secs(5);
 
 /// How far a seat's program is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub struct Progress {
     pub trouble: Option<String>,
     /// Whether a program is connected.
     pub connected: bool,
+    /// Why the engine goes on in a network that the pod does not have any more, if it does.
+    pub cut_off: Option<String>,
 }
 
 /// How far a disk is.
@@ -72,7 +75,20 @@ pub struct PodSeat {
     pub handed: Arc<Handed>,
     recipe: Mutex<Recipe>,
     progress: Mutex<Progress>,
-    ending: AtomicBool,
+    ending: Mutex<Ending>,
+    pub(super) cut_off: Mutex<Option<CutOff>>,
+}
+
+/// Whether the seat is to go.
+#[derive(Debug)]
+enum Ending {
+    /// It stays.
+    No,
+    /// This program was told to end. kubelet does that also where the pod stays: its sandbox died and is made anew, or its container is.
+    /// A later program is the proof.
+    WithProgram(Arc<Peer>),
+    /// The pod is being deleted, or is gone.
+    ForGood,
 }
 
 impl PodSeat {
@@ -83,7 +99,8 @@ impl PodSeat {
             handed,
             recipe: Mutex::new(recipe),
             progress: Mutex::default(),
-            ending: AtomicBool::new(false),
+            ending: Mutex::new(Ending::No),
+            cut_off: Mutex::default(),
         }
     }
 
@@ -96,7 +113,7 @@ impl PodSeat {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn set_progress(&self, change: impl FnOnce(&mut Progress)) {
+    pub(crate) fn set_progress(&self, change: impl FnOnce(&mut Progress)) {
         change(&mut self.lock());
     }
 
@@ -121,6 +138,7 @@ impl PodSeat {
 
     pub(super) fn ready(&self, held: Held) {
         self.handed.put(held);
+        tracing::info!(seat = self.seat.config().label(), "its program handed its files over");
         self.set_progress(|progress| {
             progress.disk = None;
             progress.trouble = None;
@@ -133,23 +151,57 @@ impl PodSeat {
         self.set_progress(|progress| progress.connected = false);
     }
 
-    /// Whether it was told to.
-    #[cfg(test)]
+    fn ending(&self) -> MutexGuard<'_, Ending> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it was told to go.
     pub(crate) fn ends(&self) -> bool {
-        self.ending.load(Ordering::SeqCst)
+        !matches!(*self.ending(), Ending::No)
     }
 
     /// Has the engine hand over or be ejected, whichever there is to do, and end; starts none any more. Returns at once.
     pub fn end(self: &Arc<Self>) {
-        self.handed.end();
-        if self.ending.swap(true, Ordering::SeqCst) {
+        self.end_because(Ending::ForGood);
+    }
+
+    /// The same until there is another program.
+    pub(super) fn end_with(self: &Arc<Self>, program: &Arc<Peer>) {
+        self.end_because(Ending::WithProgram(program.clone()));
+    }
+
+    /// A program has come. If it is a later one than that which was told to end, the pod stays, and so does the seat.
+    pub(super) fn came(&self) {
+        let mut ending = self.ending();
+        if matches!(&*ending, Ending::WithProgram(program) if server::has_ended(&program.pidfd)) {
+            tracing::info!(
+                seat = self.seat.config().label(),
+                "its program ended and was started anew: the pod stays"
+            );
+            *ending = Ending::No;
+            self.handed.set_ending(false);
+        }
+    }
+
+    fn end_because(self: &Arc<Self>, why: Ending) {
+        let mut ending = self.ending();
+        self.handed.set_ending(true);
+        let ends_already = !matches!(*ending, Ending::No);
+        if !matches!(*ending, Ending::ForGood) {
+            *ending = why;
+        }
+        drop(ending);
+        if ends_already {
             return;
         }
         let seat = self.seat.clone();
+        let engine = seat.incarnation();
+        // One that is started after it, for a later program, is left alone.
+        let is_there = move |seat: &Seat| seat.has_engine() && seat.incarnation() == engine;
         let work = move || {
-            if !told_to_leave(&seat) || !has_ended(&seat, LEAVE_MAX + END_MAX) {
+            if !told_to_leave(&seat, &is_there) || !has_ended(&seat, &is_there, LEAVE_MAX + END_MAX) {
                 seat.end_engine();
-                if !has_ended(&seat, END_MAX) {
+                if !has_ended(&seat, &is_there, END_MAX) {
                     seat.kill();
                 }
             }
@@ -162,7 +214,7 @@ impl PodSeat {
 
     /// What the program has to know now.
     pub(super) fn outlook(&self) -> ToSeat {
-        if self.ending.load(Ordering::SeqCst) && !self.seat.has_engine() {
+        if self.ends() && !self.seat.has_engine() {
             let why = self.seat.status(Duration::ZERO).why;
             return ToSeat::End { code: 0, why };
         }
@@ -172,25 +224,25 @@ impl PodSeat {
 
 /// Tells the engine to go, again and again for a while: it may be about to connect. False: it can't be told, or does not know
 /// the command, being older than this daemon; then it is ended, and its peer takes over.
-fn told_to_leave(seat: &Seat) -> bool {
+fn told_to_leave(seat: &Seat, is_there: &impl Fn(&Seat) -> bool) -> bool {
     let within_ms = u64::try_from(LEAVE_MAX.as_millis()).unwrap_or(u64::MAX);
     let until = Instant::now() + END_MAX;
-    while seat.has_engine() && Instant::now() < until {
+    while is_there(seat) && Instant::now() < until {
         if let Ok(Reply::Ok) = seat.command(Command::Leave { within_ms }, STATUS_PATIENCE) {
             return true;
         }
         std::thread::sleep(Duration::from_millis(100));
     }
-    !seat.has_engine()
+    !is_there(seat)
 }
 
-/// Waits until the seat has no engine.
-fn has_ended(seat: &Seat, patience: Duration) -> bool {
+/// Waits until the engine is not there any more.
+fn has_ended(seat: &Seat, is_there: &impl Fn(&Seat) -> bool, patience: Duration) -> bool {
     let until = Instant::now() + patience;
-    while seat.has_engine() && Instant::now() < until {
+    while is_there(seat) && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(20));
     }
-    !seat.has_engine()
+    !is_there(seat)
 }
 
 fn state_of(status: &SeatStatus) -> ToSeat {

@@ -151,10 +151,11 @@ fn converse(connection: &Connection, peer: &Arc<Peer>, seat: &Arc<PodSeat>) {
         told: None,
         messages: (Instant::now(), 0),
     };
-    if let Err(why) = talk.run() {
+    let ended = talk.run();
+    seat.gone(peer);
+    if let Err(why) = ended {
         tracing::info!(seat = seat.seat.config().label(), "the seat's program: {why}");
     }
-    seat.gone(peer);
 }
 
 struct Talk<'a> {
@@ -180,6 +181,7 @@ impl Talk<'_> {
             Some(_) => return Err("its first message is no hello".to_owned()),
             None => return Err("it says nothing".to_owned()),
         }
+        self.seat.came();
         let recipe = self
             .seat
             .recipe()
@@ -190,6 +192,7 @@ impl Talk<'_> {
             if let Some((message, fds)) = self.receive(LOOK)? {
                 self.handle(message, fds)?;
             }
+            self.seat.follow_network();
             self.tell()?;
         }
     }
@@ -293,7 +296,7 @@ impl Talk<'_> {
                 }
             }
             FromSeat::Terminate {} => {
-                self.seat.end();
+                self.seat.end_with(self.peer);
                 Ok(())
             }
         }

@@ -1,10 +1,12 @@
 //! What kubelet makes of a pod, as far as a daemon sees it: cgroups called `kubepods/.../podUID`, a network namespace, volumes.
 
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ftvm_engine::control::Command as EngineCommand;
 use ftvm_node_daemon::api::{Request, Response, SeatStatus};
 use ftvm_node_daemon::arbiter::FileArbiter;
 use ftvm_node_daemon::client;
@@ -51,11 +53,7 @@ impl Pod {
         let folder = std::env::temp_dir().join(format!("ftvm-pod-{:x}", random::nonzero_u64()));
         // A UUID as kubelet would write it.
         let uid = SeatId(random::u128());
-        let namespace = Command::new("unshare")
-            .args(["--net", "sh", "-c", "ip link set lo up && exec sleep 1000000"])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
+        let namespace = make_network();
         let pod = Pod {
             cgroups: make_cgroups(uid, &folder),
             folder,
@@ -71,6 +69,18 @@ impl Pod {
         };
         pod.make_volumes();
         pod
+    }
+
+    /// The pod's sandbox dies and is made anew: programs are started in another network from now on. Those that run keep theirs.
+    pub fn renew_network(&mut self) {
+        let mut former = std::mem::replace(&mut self.namespace, make_network());
+        former.kill().unwrap();
+        former.wait().unwrap();
+    }
+
+    /// The network namespace that programs of the pod are started in.
+    pub fn network(&self) -> u64 {
+        network_of(self.namespace.id().cast_signed())
     }
 
     /// The container's root as the seat's program sees it.
@@ -232,6 +242,23 @@ impl Pod {
         }
     }
 
+    /// What the daemon logged so far.
+    pub fn daemon_log(&self) -> String {
+        std::fs::read_to_string(self.folder.join("daemon.log")).unwrap_or_default()
+    }
+
+    /// Tells the test engine what to do.
+    pub fn script(&self, text: &str) {
+        let command = EngineCommand::ConsoleInput { bytes: text.into() };
+        let (vm, seat) = ("vm".to_owned(), "vm-a".to_owned());
+        let answer = self.ask(&Request::Command { vm, seat, command });
+        // An engine that is told to end may do so before its reply is read.
+        assert!(
+            matches!(answer, Some(Response::Reply { .. } | Response::Refused { .. })),
+            "{answer:?}"
+        );
+    }
+
     /// Everything up to a running engine.
     pub fn start(&mut self) -> SeatStatus {
         self.make_record();
@@ -302,6 +329,27 @@ impl Drop for Pod {
         }
         let _ = std::fs::remove_dir_all(&self.folder);
     }
+}
+
+/// The network namespace of a process.
+pub fn network_of(pid: i32) -> u64 {
+    std::fs::metadata(format!("/proc/{pid}/ns/net")).unwrap().ino()
+}
+
+/// A process that keeps a network namespace, once it has it.
+fn make_network() -> Child {
+    let keeper = Command::new("unshare")
+        .args(["--net", "sh", "-c", "ip link set lo up && exec sleep 1000000"])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    let own = network_of(std::process::id().cast_signed());
+    while network_of(keeper.id().cast_signed()) == own {
+        assert!(begun.elapsed() < PATIENCE, "no network namespace");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    keeper
 }
 
 /// `/NAME/kubepods/burstable/podUID/container` in every hierarchy, as the cgroupfs driver makes it.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::testing::Folder;
+use std::sync::mpsc::{RecvError, channel};
 use std::sync::{Arc, Mutex};
 
 /// The registering side of a kubelet.
@@ -94,4 +95,95 @@ async fn devices_are_healthy_once_kvm_proved_to_work() {
     }
     assert_eq!(last.devices.len(), 3);
     assert!(last.devices.iter().all(|device| device.health == HEALTHY), "{last:?}");
+}
+
+/// The health that all devices have, by the next answer.
+async fn next_health(answers: &mut Answers) -> String {
+    let answer = ListAndWatchResponse::decode(answers.next().await.unwrap()).unwrap();
+    assert_eq!(answer.devices.len(), 3);
+    let health = answer.devices[0].health.clone();
+    assert!(
+        answer.devices.iter().all(|device| device.health == health),
+        "{answer:?}"
+    );
+    health
+}
+
+#[tokio::test]
+async fn no_device_is_healthy_before_the_first_self_test_has_passed() {
+    let folder = Folder::new("untested");
+    let (passed, passes) = channel::<()>();
+    let passes = Arc::new(Mutex::new(passes));
+    let test = move || {
+        passes
+            .lock()
+            .unwrap()
+            .recv()
+            .map_err(|error: RecvError| error.to_string())
+    };
+    let plugin = Plugin {
+        options: options(&folder),
+        tested: Tested::every(Duration::from_secs(3600), test),
+    };
+    let mut answers = plugin.watch();
+    assert_eq!(next_health(&mut answers).await, UNHEALTHY);
+    passed.send(()).unwrap();
+    assert_eq!(next_health(&mut answers).await, HEALTHY);
+}
+
+const BROKEN: &str = "FTVM_TEST_BROKEN_KVM";
+
+/// `/dev/kvm` is there and is no KVM, in a mount namespace of this test's own; then it is one, and then again not.
+#[test]
+fn no_device_is_healthy_while_kvm_is_broken() {
+    if std::env::var_os(BROKEN).is_some() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        return runtime.unwrap().block_on(break_and_mend());
+    }
+    let mut command = std::process::Command::new("unshare");
+    if !rustix::process::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    let script = "mount --bind /dev/null /dev/kvm && exec \"$@\"";
+    let output = command
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "kubernetes::plugin::tests::no_device_is_healthy_while_kvm_is_broken",
+        ])
+        .arg("--nocapture")
+        .env(BROKEN, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+async fn break_and_mend() {
+    let run = |program: &str, arguments: &[&str]| {
+        let status = std::process::Command::new(program).args(arguments).status().unwrap();
+        assert!(status.success(), "{program} {arguments:?}");
+    };
+    let folder = Folder::new("broken");
+    let plugin = Plugin {
+        options: options(&folder),
+        tested: Tested::every(Duration::from_millis(20), super::super::kvm_test::test),
+    };
+    let mut answers = plugin.watch();
+    assert_eq!(next_health(&mut answers).await, UNHEALTHY);
+    wait("it was tested", || {
+        plugin
+            .tested
+            .trouble()
+            .is_some_and(|why| why.contains("no virtual machine"))
+    })
+    .await;
+    assert_eq!(next_health(&mut answers).await, UNHEALTHY);
+    // A self-test may have it open.
+    run("umount", &["--lazy", "/dev/kvm"]);
+    assert_eq!(next_health(&mut answers).await, HEALTHY);
+    assert_eq!(plugin.tested.trouble(), None);
+    run("mount", &["--bind", "/dev/null", "/dev/kvm"]);
+    assert_eq!(next_health(&mut answers).await, UNHEALTHY);
 }

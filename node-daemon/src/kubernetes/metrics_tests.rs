@@ -1,0 +1,303 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream as Client;
+use std::sync::Mutex;
+use std::sync::mpsc::{RecvError, Sender, channel};
+use std::time::Instant;
+
+use ftvm_protocol::core::ReadOutcome;
+use ftvm_protocol::identity::VmId;
+use serde_json::json;
+use tokio::runtime::Runtime;
+
+use super::*;
+use crate::arbiter::{Arbiter, Server};
+use crate::kubernetes::node::tests::{add_running, add_waiting, node};
+use crate::seat::testing::Rig;
+use crate::testing::Folder;
+
+/// The endpoint at an address of its own.
+struct Endpoint {
+    address: SocketAddr,
+    sources: Sources,
+    /// Ends the first KVM self-test, which goes well.
+    pass: Sender<()>,
+    runtime: Runtime,
+    _folder: Folder,
+}
+
+impl Endpoint {
+    fn new(health: impl FnOnce(&Folder) -> Health, prepare: impl FnOnce(&Node)) -> Endpoint {
+        let folder = Folder::new("metrics");
+        let node = Arc::new(node(&folder));
+        prepare(&node);
+        let (pass, passes) = channel();
+        let passes = Arc::new(Mutex::new(passes));
+        let test = move || {
+            passes
+                .lock()
+                .unwrap()
+                .recv()
+                .map_err(|error: RecvError| error.to_string())
+        };
+        let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
+        let sources = Sources {
+            node,
+            leases: Leases::new(Server::new(&config).unwrap()).unwrap(),
+            tested: Tested::every(Duration::from_secs(3600), test),
+            health: health(&folder),
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = free.local_addr().unwrap();
+        // Whoever has the address is waited for, as during an update.
+        runtime.spawn(serve(address, sources.clone()));
+        drop(free);
+        Endpoint {
+            address,
+            sources,
+            pass,
+            runtime,
+            _folder: folder,
+        }
+    }
+
+    fn connect(&self) -> Client {
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            match Client::connect(self.address) {
+                Ok(client) => return client,
+                Err(error) => assert!(Instant::now() < until, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Status, kind and text of the answer.
+    fn ask(&self, method: &str, path: &str) -> (u16, String, String) {
+        let mut client = self.connect();
+        write!(client, "{method} {path} HTTP/1.1\r\nHost: node\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        let (head, text) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let kind = head.lines().find_map(|line| line.strip_prefix("content-type: "));
+        (status, kind.unwrap_or_default().to_owned(), text.to_owned())
+    }
+
+    fn metrics(&self) -> String {
+        let (status, kind, text) = self.ask("GET", "/metrics");
+        assert_eq!((status, kind.as_str()), (200, "text/plain; version=0.0.4"), "{text}");
+        text
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        let other = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        // It serves for ever. What it holds has runtimes of its own, which must not be dropped in a task.
+        std::mem::forget(self.sources.clone());
+        std::mem::replace(&mut self.runtime, other).shutdown_background();
+    }
+}
+
+fn health(folder: &Folder) -> Health {
+    Health::start(&folder.path().join("probe")).unwrap()
+}
+
+fn has(text: &str, line: &str) -> bool {
+    text.lines().any(|found| found == line)
+}
+
+#[test]
+fn the_routes_say_whether_the_daemon_is_well_and_whether_it_leads() {
+    let endpoint = Endpoint::new(health, |_| {});
+    let answer = |method: &str, path: &str| {
+        let (status, _, text) = endpoint.ask(method, path);
+        (status, text)
+    };
+    assert_eq!(answer("GET", "/healthz"), (200, "ok\n".to_owned()));
+    // One that waits for its predecessor is well; the seats are not its own.
+    assert_eq!(answer("GET", "/readyz"), (503, "no\n".to_owned()));
+    endpoint.sources.health.leads();
+    assert_eq!(answer("GET", "/readyz"), (200, "ok\n".to_owned()));
+    for (method, path) in [
+        ("POST", "/metrics"),
+        ("GET", "/"),
+        ("GET", "/metrics/x"),
+        ("DELETE", "/healthz"),
+    ] {
+        assert_eq!(
+            answer(method, path),
+            (404, "no such page\n".to_owned()),
+            "{method} {path}"
+        );
+    }
+    let still = Endpoint::new(|_| Health::of_standstill(), |_| {});
+    for path in ["/healthz", "/readyz"] {
+        let (status, _, text) = still.ask("GET", path);
+        assert_eq!((status, text.as_str()), (503, "no\n"), "{path}");
+    }
+}
+
+/// Clients that say nothing have all places for a while; whoever comes then is told by a closed connection, and nobody else is held up.
+#[test]
+fn clients_that_say_nothing_are_bounded() {
+    let endpoint = Endpoint::new(health, |_| {});
+    let silent: Vec<Client> = (0..CLIENTS_MAX).map(|_| endpoint.connect()).collect();
+    let mut one_more = endpoint.connect();
+    let mut answer = String::new();
+    let closed = match one_more.read_to_string(&mut answer) {
+        Ok(_) => answer.is_empty(),
+        Err(error) => error.kind() == ErrorKind::ConnectionReset,
+    };
+    assert!(closed, "{answer}");
+    drop(silent);
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let mut client = endpoint.connect();
+        let mut answer = String::new();
+        let asked = write!(client, "GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n").is_ok();
+        if asked && client.read_to_string(&mut answer).is_ok() && answer.starts_with("HTTP/1.1 200") {
+            return;
+        }
+        assert!(Instant::now() < until, "{answer}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
+    let rig = Rig::new();
+    rig.say(|status| {
+        for (name, value) in [
+            ("pause_us_total", json!(1234)),
+            ("takeover_noticed_by", json!("its silence")),
+            ("nic_mtus", json!([1500])),
+        ] {
+            status.counters.insert(name.to_owned(), value);
+        }
+    });
+    let endpoint = Endpoint::new(health, |node| drop(add_running(node, &rig)));
+    let labels = r#"namespace="shop",seat="web-a",vm="web""#;
+    let text = endpoint.metrics();
+    for line in [
+        "ftvm_seats 1",
+        r#"ftvm_seat_role{namespace="shop",role="active",seat="web-a",vm="web"} 1"#,
+        &format!("ftvm_seat_protected{{{labels}}} 1"),
+        &format!("ftvm_seat_term{{{labels}}} 3"),
+        &format!("ftvm_seat_arbiter_reachable{{{labels}}} 1"),
+        &format!("ftvm_seat_program_connected{{{labels}}} 0"),
+        &format!(r#"ftvm_engine{{name="pause_us_total",{labels}}} 1234"#),
+    ] {
+        assert!(has(&text, line), "{line}\n{text}");
+    }
+    assert!(
+        !text.contains("takeover_noticed_by") && !text.contains("nic_mtus"),
+        "no number: {text}"
+    );
+    rig.say(|status| {
+        (status.role, status.protected, status.arbiter_reachable) = (Role::Ended, true, false);
+        status.counters.clear();
+    });
+    let text = endpoint.metrics();
+    for line in [
+        r#"ftvm_seat_role{namespace="shop",role="ended",seat="web-a",vm="web"} 1"#,
+        &format!("ftvm_seat_protected{{{labels}}} 0"),
+        &format!("ftvm_seat_arbiter_reachable{{{labels}}} 0"),
+    ] {
+        assert!(has(&text, line), "{line}\n{text}");
+    }
+    assert_eq!(
+        text.matches("ftvm_seat_role{").count(),
+        1,
+        "the former role is not there: {text}"
+    );
+    assert!(!text.contains("ftvm_engine"), "{text}");
+    // Without an engine nothing is said of what only an engine knows.
+    let waiting = Endpoint::new(health, add_waiting).metrics();
+    assert!(
+        has(
+            &waiting,
+            r#"ftvm_seat_role{namespace="shop",role="none",seat="web-a",vm="web"} 1"#
+        ),
+        "{waiting}"
+    );
+    assert!(
+        !waiting.contains("ftvm_seat_term") && !waiting.contains("ftvm_seat_protected"),
+        "{waiting}"
+    );
+    let none = Endpoint::new(health, |_| {}).metrics();
+    assert!(has(&none, "ftvm_seats 0") && !none.contains("ftvm_seat_"), "{none}");
+}
+
+#[test]
+fn the_daemons_own_figures_follow_what_happens() {
+    let endpoint = Endpoint::new(health, |_| {});
+    let before = endpoint.metrics();
+    for line in [
+        "ftvm_kvm_works 0",
+        "ftvm_api_server_synced 0",
+        r#"ftvm_arbiter_requests_total{outcome="unreachable",request="read"} 0"#,
+        r#"ftvm_arbiter_requests_total{outcome="won",request="swap"} 0"#,
+    ] {
+        assert!(has(&before, line), "{line}\n{before}");
+    }
+    // Nobody listens at the API server's address.
+    let (read, _) = endpoint.sources.leases.arbiter("shop", "web", VmId(1)).read();
+    assert!(matches!(read, ReadOutcome::Unreachable), "{read:?}");
+    endpoint.sources.health.synced(true);
+    endpoint.pass.send(()).unwrap();
+    let until = Instant::now() + Duration::from_secs(60);
+    while endpoint.sources.tested.trouble().is_some() {
+        assert!(Instant::now() < until, "the self-test is not over");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let after = endpoint.metrics();
+    for line in [
+        "ftvm_kvm_works 1",
+        "ftvm_api_server_synced 1",
+        r#"ftvm_arbiter_requests_total{outcome="unreachable",request="read"} 1"#,
+    ] {
+        assert!(has(&after, line), "{line}\n{after}");
+    }
+}
+
+/// Every metric has a help and a type, is in docs/kubernetes.md, and only what is there is told. Counters end in `_total` (Prometheus,
+/// "Metric and label naming"); what has a unit, an engine's figures, has it in its name.
+#[test]
+fn names_types_and_documentation_agree() {
+    let rig = Rig::new();
+    rig.say(|status| {
+        status.counters.insert("pause_us_p50".to_owned(), 7.into());
+    });
+    let text = Endpoint::new(health, |node| drop(add_running(node, &rig))).metrics();
+    let mut types = BTreeMap::new();
+    let mut helps = BTreeSet::new();
+    for line in text.lines() {
+        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+            types.insert(name, kind);
+        } else if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
+            assert!(help.len() > 10, "{line}");
+            helps.insert(name);
+        } else {
+            let name = line.split(['{', ' ']).next().unwrap();
+            assert!(types.contains_key(name) && helps.contains(name), "{line}");
+            let value = line.rsplit_once(' ').unwrap().1;
+            assert!(value.parse::<u64>().is_ok(), "{line}");
+        }
+    }
+    for (name, kind) in &types {
+        assert_eq!(*kind == "counter", name.ends_with("_total"), "{name} is a {kind}");
+    }
+    let page = include_str!("../../../docs/kubernetes.md");
+    let listed = page.lines().find(|line| line.starts_with("- Metrics: ")).unwrap();
+    let words = listed.split('`').skip(1).step_by(2);
+    let documented: BTreeSet<&str> = words.filter_map(|word| word.split('{').next()).collect();
+    let told: BTreeSet<&str> = types.keys().copied().collect();
+    assert_eq!(told, documented);
+}
