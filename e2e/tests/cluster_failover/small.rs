@@ -1,293 +1,27 @@
-//! A FaultTolerantVM on a real cluster, through everything that happens to one. One client's one TCP connection lives through all of it.
-use std::rc::Rc;
-use std::time::Duration;
+//! What is looked at once the machine is gone: others that lack something, `helm test`, many at once.
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use ftvm_crds::cpu::NodeCpu;
 use ftvm_e2e::cluster::install::{GUEST_IMAGE, NAMESPACE as SYSTEM, RELEASE};
 use ftvm_e2e::cluster::plan::CLIENT_BRIDGE;
-use ftvm_e2e::cluster::{Cluster, Component, NodeProgram, wait_for};
-use ftvm_e2e::demo::cluster::acts::{Acts, wait_condition};
-use ftvm_e2e::demo::cluster::{NAMESPACE, Setting, VM, on_stage};
-use ftvm_e2e::demo::rounds::Pair;
-use ftvm_e2e::demo::{Fault, Options, place};
-use ftvm_e2e::hosts::CutDirection;
-use ftvm_e2e::lab::Network;
-use ftvm_e2e::lab::binaries::Profile;
-use ftvm_e2e::report::Progress;
+use ftvm_e2e::cluster::{Cluster, wait_for};
+use ftvm_e2e::demo::cluster::acts::wait_condition;
+use ftvm_e2e::demo::cluster::looks::{self, wait_event};
+use ftvm_e2e::demo::cluster::{NAMESPACE, VM};
 use serde_json::{Value, json};
 
-/// Long enough for a busy machine; nothing is judged by it.
-const PATIENCE: Duration = Duration::from_secs(180);
+use crate::{NEXT_TAG, PATIENCE, lease_comes_back};
+
 /// Bridge of a node's pods (`e2e/cluster/cni.json`).
 const POD_BRIDGE: &str = "cni0";
+/// The node-daemons.
+const DAEMONS: &str = "--selector=app.kubernetes.io/name=ftvm-node-daemon";
+/// Longer than two reports of a kubelet on its node take (`Options::node_grace`).
+const TWO_REPORTS: Duration = Duration::from_secs(6);
 
-#[test]
-fn a_machine_lives_through_everything() -> anyhow::Result<()> {
-    let options = Options {
-        fault: Fault::None,
-        // Each replaced seat leaves a volume behind, each `helm test` and each small machine two, and ten machines at once need twenty.
-        rounds: 20,
-        // A machine that is busy for a while must not count as dead: it is judged who takes over when.
-        peer_lost_ms: Some(1_500),
-        ..Options::default()
-    };
-    let progress = Progress::new();
-    let folder = place::new_folder("cluster-failover")?;
-    let setting = Setting {
-        profile: Profile::Dev,
-        api_proxy: false,
-    };
-    on_stage(&options, setting, &folder, &progress, |stage, cluster| {
-        let mut acts = Acts::new(stage, cluster, &progress);
-        acts.act("kill -9 of the engine", killed_engine)?;
-        acts.act("a failure is asked for", asked_failure)?;
-        acts.act("a node's plug is pulled", killed_node)?;
-        acts.act("only kubelet dies", killed_kubelet)?;
-        acts.act("the node-daemons are replaced one by one", restarted_daemons)?;
-        acts.act("the operator dies during a failover", killed_operator)?;
-        acts.act("the active's node is drained", drained_node)?;
-        acts.act("the API server is away", absent_api_server)?;
-        acts.act("both seats reach the API server, not each other", partition)?;
-        acts.act("the Lease is deleted, then the engine killed", deleted_lease)?;
-        acts.act("the chart is upgraded", upgraded_chart)?;
-        acts.act("only two nodes are left", two_nodes)?;
-        let Acts { stage, cluster, .. } = acts;
-        let (report, _) = stage.end();
-        ensure!(report.passed(), "{:?}", report.complaints);
-        deleted(&cluster)
-    })
-}
-
-fn killed_engine(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let pods = |acts: &Acts<'_>| -> anyhow::Result<Value> {
-        let vm = acts.vm()?;
-        let seats = vm["status"]["seats"].as_array().context("no book")?;
-        Ok(seats.iter().map(|seat| seat["podUid"].clone()).collect())
-    };
-    let pods_before = pods(acts)?;
-    let failover = acts.vm()?["status"]["lastFailover"].clone();
-    ensure!(failover.is_null(), "nothing failed yet: {failover}");
-    acts.kill_engine(before.active)?;
-    acts.standby_takes_over(before)?;
-    let now = acts.stage.pair()?;
-    wait_for("the status tells of the failover", PATIENCE, || {
-        let failover = acts.vm()?["status"]["lastFailover"].clone();
-        let reason = failover["reason"].as_str().context("it does not")?;
-        ensure!(
-            reason.contains("lost") && failover["gapMicroseconds"].as_u64() > Some(0),
-            "{failover}"
-        );
-        Ok(())
-    })?;
-    ensure!(now.standby == before.active, "the engine came back elsewhere: {now:?}");
-    ensure!(pods(acts)? == pods_before, "its pods were replaced");
-    Ok(())
-}
-
-/// Asks for a failure of the active by annotation and waits for its outcome and the event; why it was refused, if it was.
-fn ask_failure(acts: &Acts<'_>, text: &str, outcome: &str) -> anyhow::Result<String> {
-    let annotation = format!("ftvm.dev/failover={text}");
-    acts.cluster.kubectl(&[
-        "annotate",
-        "ftvm",
-        VM,
-        "--namespace",
-        NAMESPACE,
-        "--overwrite",
-        &annotation,
-    ])?;
-    wait_for("the status tells what came of it", PATIENCE, || {
-        let asked = acts.vm()?["status"]["failover"].clone();
-        ensure!(asked["request"] == text && asked["outcome"] != "Pending", "{asked}");
-        Ok(())
-    })?;
-    let asked = acts.vm()?["status"]["failover"].clone();
-    ensure!(asked["outcome"] == outcome, "{asked}");
-    let object = format!("involvedObject.name={VM},reason=Failover{outcome}");
-    wait_for("an event tells it", PATIENCE, || {
-        let told = acts
-            .cluster
-            .kubectl(&["get", "events", "--namespace", NAMESPACE, "--field-selector", &object])?;
-        ensure!(told.contains(text), "{told}");
-        Ok(())
-    })?;
-    Ok(asked["why"].as_str().unwrap_or_default().to_owned())
-}
-
-/// It is a crash like any other, and one text is one crash.
-fn asked_failure(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let text = format!("on-{}", acts.node(before.active));
-    ask_failure(acts, &text, "Done")?;
-    acts.standby_takes_over(before)?;
-    let now = acts.stage.pair()?;
-    ensure!(now.standby == before.active, "the engine came back elsewhere: {now:?}");
-    wait_for("the status tells of the failover", PATIENCE, || {
-        let failover = acts.vm()?["status"]["lastFailover"].clone();
-        ensure!(failover["node"] == acts.node(before.standby), "{failover}");
-        Ok(())
-    })?;
-    // Who has the guest now was not asked to die.
-    acts.holds_for(now, Duration::from_secs(5))
-}
-
-fn killed_node(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let node = acts.node(before.active);
-    acts.cluster.node(&node)?.kill()?;
-    acts.standby_takes_over(before)?;
-    let now = acts.stage.pair()?;
-    ensure!(now.standby != before.active, "{now:?}");
-    acts.cluster.node(&node)?.start()?;
-    acts.stage.system().make_spare(before.active)
-}
-
-fn killed_kubelet(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let node = acts.node(before.active);
-    acts.cluster.node(&node)?.kill_program(NodeProgram::Kubelet)?;
-    acts.cluster.wait_node_not_ready(&node)?;
-    // Longer than a seat in trouble is borne.
-    acts.holds_for(before, Duration::from_secs(15))?;
-    acts.cluster.node(&node)?.start_program(NodeProgram::Kubelet)?;
-    acts.cluster.wait_node_ready(&node)?;
-    acts.nothing_changed(before)
-}
-
-fn rollout(cluster: &Cluster) -> anyhow::Result<()> {
-    for kind in ["daemonset/ftvm-node-daemon", "deployment/ftvm-operator"] {
-        cluster.kubectl(&["rollout", "status", kind, "--namespace", SYSTEM, "--timeout=180s"])?;
-    }
-    Ok(())
-}
-
-fn restarted_daemons(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let words = [
-        "rollout",
-        "restart",
-        "daemonset/ftvm-node-daemon",
-        "--namespace",
-        SYSTEM,
-    ];
-    acts.cluster.kubectl(&words)?;
-    rollout(&acts.cluster)?;
-    acts.nothing_changed(before)
-}
-
-fn killed_operator(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let label = "--selector=app.kubernetes.io/name=ftvm-operator";
-    let words = [
-        "delete",
-        "pod",
-        "--namespace",
-        SYSTEM,
-        label,
-        "--force",
-        "--grace-period=0",
-    ];
-    let told = acts.cluster.kubectl(&words)?;
-    ensure!(
-        told.lines().filter(|line| line.contains("deleted")).count() == 2,
-        "{told}"
-    );
-    acts.kill_engine(before.active)?;
-    acts.standby_takes_over(before)?;
-    rollout(&acts.cluster)
-}
-
-fn drained_node(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    acts.stage.system().hand_over(before.active)?;
-    acts.standby_takes_over(before)?;
-    let now = acts.stage.pair()?;
-    ensure!(now.standby != before.active, "{now:?}");
-    acts.stage.system().make_spare(before.active)
-}
-
-fn absent_api_server(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    acts.cluster.pause_component(Component::ApiServer)?;
-    acts.holds_for(before, Duration::from_secs(30))?;
-    acts.kill_engine(before.active)?;
-    // Nobody may decide now: the standby waits, and so does the client.
-    let early = acts.stage.taken_over_within(before, Duration::from_secs(5));
-    ensure!(early.is_err(), "{early:?} without an arbiter");
-    acts.cluster.resume_component(Component::ApiServer)?;
-    acts.standby_takes_over(before).map(drop)
-}
-
-fn partition(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let (active, standby) = (acts.node(before.active), acts.node(before.standby));
-    let cluster = Rc::clone(&acts.cluster);
-    let (active, standby) = (cluster.node(&active)?, cluster.node(&standby)?);
-    cluster.cut_link(active, standby, Network::Management, CutDirection::Both)?;
-    let (winner, _) = acts.stage.taken_over(before)?;
-    ensure!([before.active, before.standby].contains(&winner), "host {winner} won");
-    cluster.mend_links()
-}
-
-fn upgraded_chart(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let values = ["--set", "nodeDaemon.log=debug", "--set", "operator.log=debug"];
-    acts.cluster.helm_install("upgrade", &values)?;
-    rollout(&acts.cluster)?;
-    acts.nothing_changed(before)
-}
-
-/// Deletes a VM's Lease and waits until every seat goes by the one that the operator makes anew.
-fn lease_comes_back(cluster: &Cluster, vm: &str) -> anyhow::Result<()> {
-    let uid = || -> anyhow::Result<Value> {
-        let lease = cluster.get(&["lease", vm, "--namespace", NAMESPACE])?;
-        Ok(lease["metadata"]["uid"].clone())
-    };
-    let before = uid()?;
-    cluster.kubectl(&["delete", "lease", vm, "--namespace", NAMESPACE])?;
-    wait_for("the Lease is made anew", PATIENCE, || {
-        let (now, vm) = (uid()?, cluster.get(&["ftvm", vm, "--namespace", NAMESPACE])?);
-        ensure!(
-            now != before && vm["status"]["leaseUid"] == now,
-            "{before}, {now}, {}",
-            vm["status"]
-        );
-        Ok(())
-    })?;
-    let object = format!("involvedObject.name={vm},reason=LeaseRecreated");
-    wait_for("an event tells it", PATIENCE, || {
-        let told = cluster.kubectl(&["get", "events", "--namespace", NAMESPACE, "--field-selector", &object])?;
-        ensure!(told.contains("made anew"), "{told}");
-        Ok(())
-    })?;
-    wait_condition(cluster, vm, "ArbiterReachable", "True", "Reachable").map(drop)
-}
-
-fn deleted_lease(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    lease_comes_back(&acts.cluster, VM)?;
-    // The new one has a term of its own.
-    let now = acts.stage.pair()?;
-    let hosts = |pair: Pair| (pair.active, pair.standby);
-    ensure!(hosts(now) == hosts(before), "{before:?} became {now:?}");
-    acts.stage.answers_go_on()?;
-    acts.kill_engine(now.active)?;
-    acts.standby_takes_over(now).map(drop)
-}
-
-fn two_nodes(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let third = (0..3).find(|host| ![before.active, before.standby].contains(host));
-    let third = acts.node(third.context("no third node")?);
-    acts.cluster.kubectl(&["cordon", &third])?;
-    let node = acts.node(before.active);
-    acts.cluster.node(&node)?.kill()?;
-    acts.standby_takes_over(before)?;
-    let said = acts.wait_condition("Protected", "False", "TooFewNodes")?;
-    ensure!(said.contains("add a node"), "{said}");
-    let why = ask_failure(acts, "alone", "Refused")?;
-    ensure!(why.contains("not protected"), "{why}");
-    acts.stage.answers_go_on()?;
-    // Who is alone needs nobody's word for another Lease.
-    lease_comes_back(&acts.cluster, VM)?;
-    acts.stage.answers_go_on()?;
-    acts.cluster.kubectl(&["uncordon", &third])?;
-    acts.stage.pair()?;
-    acts.cluster.node(&node)?.start()?;
-    acts.stage.system().make_spare(before.active)
-}
-
-fn deleted(cluster: &Cluster) -> anyhow::Result<()> {
+/// Deletes the machine; then all of the above.
+pub fn deleted(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.kubectl(&["delete", "ftvm", VM, "--namespace", NAMESPACE, "--timeout=120s"])?;
     wait_for("nothing is left of the machine", PATIENCE, || {
         let kinds = "pods,pvc,leases,secrets,pdb,networkpolicies";
@@ -309,6 +43,7 @@ fn deleted(cluster: &Cluster) -> anyhow::Result<()> {
     }
     missing_image(cluster)?;
     forbidden_bridge(cluster)?;
+    no_kvm(cluster, "edited")?;
     strange_lease(cluster)?;
     helm_test(cluster)?;
     ten_at_once(cluster)?;
@@ -387,6 +122,8 @@ fn missing_image(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(&small("none", "lab.ftvm.dev/none:1").to_string())?;
     let said = wait_condition(cluster, "none", "Protected", "False", "ImagePullFailed")?;
     ensure!(said.contains("correct spec.boot.image"), "{said}");
+    wait_event(cluster, "none", "ImagePullFailed", "correct spec.boot.image")?;
+    looks::operator_rests(cluster)?;
     cluster.kubectl(&["delete", "ftvm", "none", "--namespace", NAMESPACE, "--timeout=120s"])?;
     Ok(())
 }
@@ -424,9 +161,56 @@ fn forbidden_bridge(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Nodes have daemons, and a KVM that is none: they offer no seats, and a machine is told why it does not start. It does
+/// once KVM works, and stays.
+fn no_kvm(cluster: &Cluster, vm: &str) -> anyhow::Result<()> {
+    for node in cluster.nodes() {
+        node.exec(&["mount", "--bind", "/dev/null", "/dev/kvm"])?;
+    }
+    renew_daemons(cluster)?;
+    wait_for("the daemons know, and kubelet knows them", PATIENCE, || {
+        let pods = cluster.kubectl(&["get", "pods", "--namespace", SYSTEM, DAEMONS, "--output=name"])?;
+        ensure!(pods.lines().count() == cluster.nodes().len(), "{pods}");
+        for pod in pods.lines() {
+            let log = cluster.kubectl(&["logs", "--namespace", SYSTEM, pod])?;
+            for words in ["no new seats are placed here", "registered ftvm.dev/seat with kubelet"] {
+                ensure!(log.contains(words), "no {words:?} in the log of {pod}: {log}");
+            }
+        }
+        Ok(())
+    })?;
+    cluster.apply(&small(vm, GUEST_IMAGE).to_string())?;
+    let said = wait_condition(cluster, vm, "Protected", "False", "NoKvmNode")?;
+    ensure!(said.contains("nodes need /dev/kvm"), "{said}");
+    // A plugin that is away has no seats either: those that are healthy would come with a kubelet's next report.
+    let end = Instant::now() + TWO_REPORTS;
+    while Instant::now() < end {
+        let seats = "--output=jsonpath={.items[*].status.allocatable.ftvm\\.dev/seat}";
+        let offered = cluster.kubectl(&["get", "nodes", seats])?;
+        ensure!(offered.split(' ').eq(vec!["0"; cluster.nodes().len()]), "{offered}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    for node in cluster.nodes() {
+        node.exec(&["umount", "/dev/kvm"])?;
+    }
+    renew_daemons(cluster)?;
+    wait_for("KVM works", PATIENCE, || {
+        let works = looks::kvm_works(cluster)?;
+        ensure!(works.iter().all(|works| *works), "{works:?}");
+        Ok(())
+    })?;
+    wait_condition(cluster, vm, "Protected", "True", "StandbyFollows").map(drop)
+}
+
+/// The DaemonSet makes new ones, which see the node as it is now.
+fn renew_daemons(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster
+        .kubectl(&["delete", "pods", "--namespace", SYSTEM, DAEMONS])
+        .map(drop)
+}
+
 /// The Lease is edited, and deleted, by hand: it is said what to do, the pair goes on, and what can be made anew is.
 fn strange_lease(cluster: &Cluster) -> anyhow::Result<()> {
-    cluster.apply(&small("edited", GUEST_IMAGE).to_string())?;
     wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
     let record = |text: &str| {
         let patch = json!({"metadata": {"annotations": {"ftvm.dev/record": text}}}).to_string();
@@ -499,7 +283,9 @@ fn helm_test(cluster: &Cluster) -> anyhow::Result<()> {
     let test = |guest: &str, seconds: u32| -> anyhow::Result<String> {
         let bridge = format!("test.bridge={CLIENT_BRIDGE},test.timeoutSeconds={seconds}");
         let guest = format!("test.guestImage={guest},test.memory=32Mi,test.storageClassName=local");
-        cluster.helm_install("upgrade", &["--reuse-values", "--set", &guest, "--set", &bridge])?;
+        let tag = format!("image.tag={NEXT_TAG}");
+        let values = ["--reuse-values", "--set", &tag, "--set", &guest, "--set", &bridge];
+        cluster.helm_install("upgrade", &values)?;
         // What the pod said is part of what Helm says.
         let told = cluster.helm(&["test", RELEASE, "--namespace", SYSTEM, "--logs", "--timeout", "300s"]);
         let kinds = "ftvm,serviceaccounts,roles,rolebindings";
