@@ -9,6 +9,7 @@ pub mod caches;
 pub mod cpu;
 pub mod decide;
 pub mod election;
+pub mod events;
 pub mod helm_test;
 pub mod image_volumes;
 pub mod metrics;

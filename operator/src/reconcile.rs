@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, VmPhase};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::runtime::controller::Action as Next;
-use kube::runtime::events::{Event, EventType, Recorder};
-use kube::{Client, Resource, ResourceExt};
+use kube::runtime::events::EventType;
+use kube::{Client, ResourceExt};
 
 use crate::api::{ApiError, Objects};
 use crate::build::{self, GuestFiles, SeatImage};
 use crate::caches::Caches;
 use crate::cpu;
 use crate::decide::{self, Action, Decision, Want, decide, want};
+use crate::events::Events;
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, Refusal};
@@ -43,7 +44,7 @@ pub struct Context {
     /// How guest images come into them.
     pub image_volumes: ImageVolumes,
     /// Where events go.
-    pub recorder: Recorder,
+    pub events: Events,
     /// What is counted.
     pub metrics: Metrics,
     /// By UID of the VM.
@@ -367,14 +368,7 @@ async fn tell(old: &FaultTolerantVMStatus, vm: &FaultTolerantVM, context: &Conte
 impl Context {
     /// Events are for people: that one is lost is logged and changes nothing.
     async fn publish(&self, vm: &FaultTolerantVM, type_: EventType, reason: &str, note: &str) {
-        let event = Event {
-            type_,
-            reason: reason.chars().take(128).collect(),
-            note: Some(note.chars().take(1000).collect()),
-            action: "Reconcile".to_owned(),
-            secondary: None,
-        };
-        if let Err(error) = self.recorder.publish(&event, &vm.object_ref(&())).await {
+        if let Err(error) = self.events.publish(vm, type_, reason, note).await {
             tracing::warn!(vm = %vm.name_any(), %error, reason, "an event could not be published");
         }
     }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use ftvm_crds::FaultTolerantVM;
 use ftvm_watch::lasting;
 use futures::StreamExt;
-use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::{Controller, WatchStreamExt, controller, reflector, watcher};
 use kube::{Api, Client, Config};
 use tokio::signal::unix::{SignalKind, signal};
@@ -17,6 +16,7 @@ use crate::api::Objects;
 use crate::build::SeatImage;
 use crate::caches::Caches;
 use crate::election::{Election, TIMES};
+use crate::events::Events;
 use crate::image_volumes::{ImageVolumes, Setting};
 use crate::metrics::Metrics;
 use crate::reconcile::{Context, again, count, reconcile};
@@ -125,17 +125,13 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
     let (vms, kept) = reflector::store();
     let caches = Caches::watch(&client, &triggers, vms.clone());
     caches.ready().await?;
-    let reporter = Reporter {
-        controller: "ftvm-operator".to_owned(),
-        instance: Some(options.pod_name),
-    };
     let own = Objects::new(client.clone(), metrics.clone(), &options.pod_namespace);
     let context = Arc::new(Context {
         client: client.clone(),
         caches,
         image_volumes: ImageVolumes::new(options.image_volumes, options.image.clone(), own),
         image: options.image,
-        recorder: Recorder::new(client.clone(), reporter),
+        events: Events::new(client.clone(), options.pod_name),
         metrics: metrics.clone(),
         memory: Mutex::default(),
     });

@@ -21,6 +21,7 @@ pub(crate) mod cgroup;
 mod control_plane;
 mod emulated;
 pub mod holder;
+mod http;
 pub mod images;
 pub mod install;
 pub mod leadership;

@@ -451,6 +451,11 @@ impl<'a, W: Witness> Stage<'a, W> {
         self.wait_successor(before.term, patience)
     }
 
+    /// Answers that the client got so far.
+    pub fn answers(&self) -> u64 {
+        self.witness.answers()
+    }
+
     /// Waits for some more answers; returns the longest time without one since it was asked last, in milliseconds.
     ///
     /// # Errors

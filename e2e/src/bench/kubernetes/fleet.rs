@@ -1,8 +1,7 @@
 //! The operator with many VMs: its real program at a real API server with scheduler and controllers. Nodes are hollow: one program writes
 //! what their kubelets and daemons would (`operator/examples/hollow_nodes.rs`).
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -274,15 +273,8 @@ impl Operator {
     }
 
     fn metrics(&self, cluster: &Cluster) -> anyhow::Result<String> {
-        let ask = || -> anyhow::Result<String> {
-            let mut stream = TcpStream::connect(LISTEN).context("the operator does not answer")?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            Ok(answer)
-        };
-        cluster.sandbox().in_network(ask)?
+        let (_, metrics) = cluster.http_get(LISTEN.parse()?, "/metrics")?;
+        Ok(metrics)
     }
 
     fn last_words(&self, cluster: &Cluster) -> String {

@@ -1,11 +1,12 @@
 //! A test's play: acts, each from a protected machine to a protected machine.
+use std::process::Child;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use super::{NAMESPACE, VM};
+use super::{NAMESPACE, VM, system};
 use crate::cluster::{Cluster, wait_for};
 use crate::demo::rounds::{Pair, Stage};
 use crate::demo::witness::EmbeddedWitness;
@@ -106,6 +107,32 @@ impl<'a> Acts<'a> {
     pub fn kill_engine(&self, host: usize) -> anyhow::Result<()> {
         let (killed, _) = self.cluster.nodes()[host].kill_processes("ftvm-engine")?;
         ensure!(killed == 1, "{killed} engines ran on {}", self.node(host));
+        Ok(())
+    }
+
+    /// Begins to drain a host's node; it takes no pods until it is uncordoned.
+    ///
+    /// # Errors
+    /// If kubectl can't be started.
+    pub fn start_drain(&self, host: usize) -> anyhow::Result<Child> {
+        system::start_drain(&self.cluster, &self.node(host))
+    }
+
+    /// Waits until the guest has said nothing for so long.
+    ///
+    /// # Errors
+    /// If it goes on answering.
+    pub fn falls_silent(&self, time: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + 6 * time;
+        let (mut known, mut since) = (self.stage.answers(), Instant::now());
+        while since.elapsed() < time {
+            ensure!(Instant::now() < deadline, "the guest goes on answering");
+            std::thread::sleep(Duration::from_millis(20));
+            let answers = self.stage.answers();
+            if answers != known {
+                (known, since) = (answers, Instant::now());
+            }
+        }
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! native nodes, Debian on two emulated ones (the operator has a native one): there the killed node comes back, and with it protection.
 pub mod acts;
 mod groups;
+pub mod looks;
 mod machines;
 mod system;
 
@@ -147,7 +148,8 @@ fn prepare<W: Witness, T>(
     acts: impl FnOnce(Stage<'_, W>, &Rc<Cluster>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     let cluster = Rc::new(start(options, setting, folder, progress)?);
-    cluster.make_namespace(NAMESPACE, &json!({}))?;
+    // Seats need no exception.
+    cluster.make_namespace(NAMESPACE, &json!({"pod-security.kubernetes.io/enforce": "restricted"}))?;
     let nodes = Nodes(Rc::clone(&cluster));
     let (patience, mac) = match options.guest {
         Guest::Embedded => (NATIVE, GUEST_MAC),

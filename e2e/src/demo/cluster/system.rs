@@ -1,5 +1,6 @@
 //! The seats of a FaultTolerantVM, as the daemons of their nodes show them. Nobody but the operator replaces one.
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -178,6 +179,17 @@ impl Kubernetes {
     }
 }
 
+/// Begins to take all pods from a node but the daemons', as administrators do before they work on one.
+pub(super) fn start_drain(cluster: &Cluster, node: &str) -> anyhow::Result<Child> {
+    cluster.start_kubectl(&[
+        "drain",
+        node,
+        "--ignore-daemonsets",
+        "--delete-emptydir-data",
+        "--timeout=120s",
+    ])
+}
+
 /// What `kubectl get ftvm` shows, and what the pods say: for who waits in vain.
 pub fn story(cluster: &Cluster) -> String {
     let shown = ["get", "ftvm", "--namespace", NAMESPACE, "--output=wide"];
@@ -205,17 +217,10 @@ impl System for Kubernetes {
         serde_json::from_value(engine).ok()
     }
 
-    /// By a drain of its node, as administrators do before they work on one.
+    /// By a drain of its node.
     fn hand_over(&mut self, machine: usize) -> anyhow::Result<()> {
         let node = self.cluster.workers()[machine].name();
-        let words = [
-            "drain",
-            &node,
-            "--ignore-daemonsets",
-            "--delete-emptydir-data",
-            "--timeout=120s",
-        ];
-        self.drain.began(self.cluster.start_kubectl(&words)?);
+        self.drain.began(start_drain(&self.cluster, &node)?);
         self.drained = Some(node);
         Ok(())
     }

@@ -1,0 +1,374 @@
+//! What people and monitors are shown of a machine: `kubectl get`, the pods of its seats, their log, its events, the metrics of daemons and operator.
+//!
+//! All of it follows the machine a little later: each look is repeated until it shows what it should. What is judged are texts and objects, so that
+//! each judge has its negative control below.
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+
+use super::acts::Acts;
+use super::{NAMESPACE, VM};
+use crate::cluster::install::NAMESPACE as SYSTEM;
+use crate::cluster::{Cluster, wait_for};
+use crate::demo::rounds::Pair;
+use crate::lab::Network;
+
+/// Long enough for a busy machine; nothing is judged by it.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// Columns of `kubectl get ftvm`, in their order.
+const COLUMNS: [&str; 7] = ["NAME", "STATUS", "PROTECTED", "ACTIVE", "STANDBY", "MODE", "AGE"];
+/// What `--output=wide` adds.
+const WIDE: [&str; 3] = ["TERM", "INTERVAL", "LAG"];
+/// How each line of the embedded guest's console begins (`e2e/guests/embedded/src/serial.rs`).
+const CONSOLE: &str = "ftvm-guest: ";
+/// Ports of metrics: of a daemon, on its node's address, and of an operator, on its pod's.
+const DAEMON_PORT: u16 = 7401;
+const OPERATOR_PORT: u16 = 8080;
+/// Who asks for nothing for so long is at rest.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Names of the seats' pods, by role.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seats {
+    /// Runs the guest.
+    pub active: String,
+    /// Would take over.
+    pub standby: String,
+}
+
+/// Waits until everything shows this pair: the columns of `kubectl get`, roles and readiness of the pods, the daemons' metrics.
+///
+/// # Errors
+/// What is shown instead.
+pub fn shows(acts: &Acts<'_>, pair: Pair) -> anyhow::Result<Seats> {
+    let cluster = &acts.cluster;
+    let (active, standby) = (acts.node(pair.active), acts.node(pair.standby));
+    let nodes = (active.as_str(), standby.as_str());
+    wait_for("kubectl shows the pair", PATIENCE, || {
+        let words = ["get", "ftvm", VM, "--namespace", NAMESPACE];
+        judge_row(&cluster.kubectl(&words)?, nodes, None)?;
+        let wide = cluster.kubectl(&[&words[..], &["--output=wide"]].concat())?;
+        judge_row(&wide, nodes, Some(pair.term))
+    })?;
+    wait_for("metrics show the active", PATIENCE, || {
+        judge_metrics(&daemons_pages(cluster, "/metrics")?, pair.active)
+    })?;
+    wait_for("the seats' pods are ready and called by their roles", PATIENCE, || {
+        judge_pods(&pods(cluster)?, nodes)
+    })
+}
+
+/// The log of the active seat's pod has what the guest said when it booted, that of the standby, which never ran it, has nothing of it.
+///
+/// # Errors
+/// If it is not so.
+pub fn console(cluster: &Cluster, seats: &Seats) -> anyhow::Result<()> {
+    let said = |pod: &str| -> anyhow::Result<bool> {
+        let log = cluster.kubectl(&["logs", "--namespace", NAMESPACE, pod])?;
+        Ok(log.lines().any(|line| line.starts_with(CONSOLE)))
+    };
+    ensure!(
+        said(&seats.active)?,
+        "the log of {} lacks the guest's console",
+        seats.active
+    );
+    ensure!(
+        !said(&seats.standby)?,
+        "{} has a console without a guest",
+        seats.standby
+    );
+    Ok(())
+}
+
+/// The daemons' probes say that they are well, and there is nothing else to see.
+///
+/// # Errors
+/// What they say.
+pub fn probes(cluster: &Cluster) -> anyhow::Result<()> {
+    for (path, expected) in [("/healthz", 200), ("/readyz", 200), ("/", 404), ("/metrics/", 404)] {
+        for (host, (status, body)) in daemons_answers(cluster, path)?.into_iter().enumerate() {
+            ensure!(status == expected, "{path} of host {host}: {status}, {body}");
+        }
+    }
+    Ok(())
+}
+
+/// Whether KVM passes its test, by node, as the daemons' metrics say.
+///
+/// # Errors
+/// If a daemon does not answer, or does not say it.
+pub fn kvm_works(cluster: &Cluster) -> anyhow::Result<Vec<bool>> {
+    let pages = daemons_pages(cluster, "/metrics")?;
+    let works = pages.iter().map(|page| match samples(page, "ftvm_kvm_works")[..] {
+        [(_, works)] => Ok(works == 1),
+        ref other => bail!("ftvm_kvm_works: {other:?}"),
+    });
+    works.collect()
+}
+
+/// Messages of a machine's events of one reason, in no order.
+///
+/// # Errors
+/// If they can't be read.
+pub fn events(cluster: &Cluster, vm: &str, reason: &str) -> anyhow::Result<Vec<String>> {
+    let of_vm = format!("--field-selector=involvedObject.name={vm},reason={reason}");
+    let found = cluster.get(&["events", "--namespace", NAMESPACE, &of_vm])?;
+    let items = found["items"].as_array().context("no events")?.iter();
+    let message = |event: &Value| event["message"].as_str().unwrap_or_default().to_owned();
+    Ok(items.map(message).collect())
+}
+
+/// Waits until an event of this reason tells these words of a machine.
+///
+/// # Errors
+/// What is told instead.
+pub fn wait_event(cluster: &Cluster, vm: &str, reason: &str, words: &str) -> anyhow::Result<()> {
+    wait_for(&format!("an event tells: {reason}, {words}"), PATIENCE, || {
+        let told = events(cluster, vm, reason)?;
+        ensure!(told.iter().any(|told| told.contains(words)), "{told:?}");
+        Ok(())
+    })
+}
+
+/// Pods of the machine's seats that are ready and stay: what a PodDisruptionBudget counts.
+///
+/// # Errors
+/// If they can't be read.
+pub fn standing(cluster: &Cluster) -> anyhow::Result<usize> {
+    let pods = pods(cluster)?;
+    let stays = |pod: &&Value| is_ready(pod) && pod["metadata"]["deletionTimestamp"].is_null();
+    Ok(pods.iter().filter(stays).count())
+}
+
+/// Waits until the operator asks the API server for nothing any more.
+///
+/// # Errors
+/// How often it goes on asking.
+pub fn operator_rests(cluster: &Cluster) -> anyhow::Result<()> {
+    wait_for("the operator rests", PATIENCE, || {
+        let before = operators_requests(cluster)?;
+        std::thread::sleep(QUIET);
+        let after = operators_requests(cluster)?;
+        ensure!(
+            after == before,
+            "{before} requests until then, {after} until {QUIET:?} later"
+        );
+        Ok(())
+    })
+}
+
+/// Of all replicas since they began; watches and their election are not counted.
+fn operators_requests(cluster: &Cluster) -> anyhow::Result<u64> {
+    let operators = "--selector=app.kubernetes.io/name=ftvm-operator";
+    let pods = cluster.get(&["pods", "--namespace", SYSTEM, operators])?;
+    let mut sum = 0;
+    for pod in pods["items"].as_array().context("no pods")? {
+        let address = pod["status"]["podIP"].as_str().context("no address")?.parse()?;
+        let (status, page) = cluster.http_get(SocketAddr::new(address, OPERATOR_PORT), "/metrics")?;
+        ensure!(status == 200, "{status}: {page}");
+        let requests = samples(&page, "ftvm_operator_api_requests_total");
+        sum += requests.iter().map(|(_, count)| count).sum::<u64>();
+    }
+    ensure!(sum > 0, "none of them ever asked for anything");
+    Ok(sum)
+}
+
+fn pods(cluster: &Cluster) -> anyhow::Result<Vec<Value>> {
+    let of_vm = format!("--selector=ftvm.dev/vm={VM}");
+    let pods = cluster.get(&["pods", "--namespace", NAMESPACE, &of_vm])?;
+    Ok(pods["items"].as_array().context("no pods")?.clone())
+}
+
+fn daemons_answers(cluster: &Cluster, path: &str) -> anyhow::Result<Vec<(u16, String)>> {
+    let nodes = cluster.nodes().iter();
+    let addresses = nodes.map(|node| SocketAddr::from((node.plan().address(Network::Management), DAEMON_PORT)));
+    addresses.map(|address| cluster.http_get(address, path)).collect()
+}
+
+/// By node.
+fn daemons_pages(cluster: &Cluster, path: &str) -> anyhow::Result<Vec<String>> {
+    let answers = daemons_answers(cluster, path)?.into_iter();
+    let pages = answers.map(|(status, page)| {
+        ensure!(status == 200, "{status}: {page}");
+        Ok(page)
+    });
+    pages.collect()
+}
+
+/// Names of columns, and what stands in them, of a table with one line below its header. An empty cell is one, too.
+fn columns(table: &str) -> anyhow::Result<Vec<(&str, &str)>> {
+    let lines: Vec<&str> = table.lines().collect();
+    let [mut header, mut row] = lines[..] else {
+        bail!("{} lines instead of 2: {table:?}", lines.len());
+    };
+    let mut columns = Vec::new();
+    while !header.is_empty() {
+        // A column is as wide as its name with the blanks behind it.
+        let name = header.split(' ').next().unwrap_or(header);
+        let blanks = header[name.len()..].find(|letter| letter != ' ');
+        let width = blanks.map_or(usize::MAX, |blanks| name.len() + blanks);
+        let cell;
+        (_, header) = header.split_at(width.min(header.len()));
+        (cell, row) = row.split_at(width.min(row.len()));
+        columns.push((name, cell.trim()));
+    }
+    Ok(columns)
+}
+
+/// `term` is known where the table is the wide one.
+fn judge_row(table: &str, (active, standby): (&str, &str), term: Option<u64>) -> anyhow::Result<()> {
+    let (names, cells): (Vec<&str>, Vec<&str>) = columns(table)?.into_iter().unzip();
+    let wide: &[&str] = if term.is_some() { &WIDE } else { &[] };
+    ensure!(names == [&COLUMNS[..], wide].concat(), "the columns are {names:?}");
+    ensure!(
+        cells[..6] == [VM, "Running", "True", active, standby, "Checkpoint"],
+        "the row is {cells:?}"
+    );
+    ensure!(cells[6].starts_with(|first: char| first.is_ascii_digit()), "{cells:?}");
+    if let Some(term) = term {
+        let number = |index: usize| cells[COLUMNS.len() + index].parse::<u64>().ok();
+        ensure!(number(0) == Some(term), "term {term}: {cells:?}");
+        // How long output waited is known once there was some.
+        let lag = number(2).is_some() || cells[COLUMNS.len() + 2].is_empty();
+        ensure!(number(1).is_some() && lag, "the row is {cells:?}");
+    }
+    Ok(())
+}
+
+fn judge_pods(pods: &[Value], (active, standby): (&str, &str)) -> anyhow::Result<Seats> {
+    ensure!(pods.len() == 2, "{} pods", pods.len());
+    let named = |node: &str, role: &str| -> anyhow::Result<String> {
+        let pod = pods.iter().find(|pod| pod["spec"]["nodeName"] == node);
+        let pod = pod.with_context(|| format!("no pod on {node}"))?;
+        let label = &pod["metadata"]["labels"]["ftvm.dev/role"];
+        ensure!(label == role, "the pod on {node}, which is {role}, is called {label}");
+        ensure!(
+            is_ready(pod),
+            "the pod on {node} is not ready: {}",
+            pod["status"]["conditions"]
+        );
+        let name = pod["metadata"]["name"].as_str();
+        Ok(name.context("a pod without a name")?.to_owned())
+    };
+    Ok(Seats {
+        active: named(active, "active")?,
+        standby: named(standby, "standby")?,
+    })
+}
+
+fn is_ready(pod: &Value) -> bool {
+    let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+    conditions.any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
+}
+
+/// Samples of a metric in Prometheus' text format: labels as they are written, and value.
+fn samples<'a>(page: &'a str, name: &str) -> Vec<(&'a str, u64)> {
+    let sample = |line: &'a str| {
+        let (labels, value) = line.strip_prefix(name)?.rsplit_once(' ')?;
+        let whole = labels.is_empty() || labels.starts_with('{');
+        Some((labels, value.parse().ok()?)).filter(|_| whole)
+    };
+    page.lines().filter_map(sample).collect()
+}
+
+/// Pages of all daemons, by host.
+fn judge_metrics(pages: &[String], active: usize) -> anyhow::Result<()> {
+    let mut said = Vec::new();
+    for (host, page) in pages.iter().enumerate() {
+        let works = samples(page, "ftvm_kvm_works");
+        ensure!(works == [("", 1)], "ftvm_kvm_works of host {host}: {works:?}");
+        let words = [
+            format!("namespace=\"{NAMESPACE}\""),
+            format!("vm=\"{VM}\""),
+            "role=\"active\"".to_owned(),
+        ];
+        for (labels, value) in samples(page, "ftvm_seat_role") {
+            if value == 1 && words.iter().all(|word| labels.contains(word.as_str())) {
+                said.push(host);
+            }
+        }
+    }
+    ensure!(said == [active], "host {active} is active, hosts {said:?} say so");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const TABLE: &str = "NAME   STATUS    PROTECTED   ACTIVE   STANDBY   MODE         AGE\n\
+                         demo   Running   True        n1       n2        Checkpoint   2m3s\n";
+
+    fn fault<T: std::fmt::Debug>(result: anyhow::Result<T>) -> String {
+        format!("{:#}", result.unwrap_err())
+    }
+
+    #[test]
+    fn a_row_is_read_by_its_columns() {
+        judge_row(TABLE, ("n1", "n2"), None).unwrap();
+        // What is not there moves nothing into another column.
+        let alone = TABLE.replace("n2", "  ").replace("True ", "False");
+        assert_eq!(columns(&alone).unwrap()[3..5], [("ACTIVE", "n1"), ("STANDBY", "")]);
+        let wide = TABLE.replace("AGE\n", "AGE    TERM   INTERVAL   LAG\n");
+        let wide = wide.replace("2m3s\n", "2m3s   7      20         3\n");
+        judge_row(&wide, ("n1", "n2"), Some(7)).unwrap();
+        judge_row(&wide.replace('3', ""), ("n1", "n2"), Some(7)).unwrap();
+    }
+
+    #[test]
+    fn a_row_that_tells_something_else_is_found() {
+        assert!(fault(judge_row(TABLE, ("n2", "n1"), None)).contains("the row is"));
+        assert!(fault(judge_row(&TABLE.replace("True ", "False"), ("n1", "n2"), None)).contains("False"));
+        assert!(fault(judge_row(&TABLE.replace("MODE", "KIND"), ("n1", "n2"), None)).contains("columns are"));
+        assert!(fault(judge_row(TABLE, ("n1", "n2"), Some(7))).contains("columns are"));
+        let wide = TABLE.replace("AGE\n", "AGE    TERM   INTERVAL   LAG\n");
+        let row = |numbers: &str| wide.replace("2m3s\n", &format!("2m3s   {numbers}\n"));
+        assert!(fault(judge_row(&row("8      20         3"), ("n1", "n2"), Some(7))).contains("term"));
+        assert!(fault(judge_row(&row("7"), ("n1", "n2"), Some(7))).contains("the row is"));
+        assert!(fault(judge_row(&row("7      20         x"), ("n1", "n2"), Some(7))).contains("the row is"));
+        assert!(fault(judge_row("No resources found\n", ("n1", "n2"), None)).contains("1 lines"));
+    }
+
+    fn pod(name: &str, node: &str, role: &str, ready: &str) -> Value {
+        json!({
+            "metadata": {"name": name, "labels": {"ftvm.dev/role": role}},
+            "spec": {"nodeName": node},
+            "status": {"conditions": [{"type": "Initialized", "status": "True"}, {"type": "Ready", "status": ready}]},
+        })
+    }
+
+    #[test]
+    fn pods_are_known_by_node_role_and_readiness() {
+        let judge = |pods: &[Value]| judge_pods(pods, ("n1", "n2"));
+        let (first, second) = (pod("a", "n1", "active", "True"), pod("b", "n2", "standby", "True"));
+        let seats = judge(&[second.clone(), first.clone()]).unwrap();
+        assert_eq!((seats.active.as_str(), seats.standby.as_str()), ("a", "b"));
+        assert!(fault(judge(std::slice::from_ref(&first))).contains("1 pods"));
+        let swapped = [pod("a", "n1", "standby", "True"), pod("b", "n2", "active", "True")];
+        assert!(fault(judge(&swapped)).contains("is called"));
+        let unready = [first.clone(), pod("b", "n2", "standby", "False")];
+        assert!(fault(judge(&unready)).contains("not ready"));
+        assert!(fault(judge(&[first, pod("b", "n3", "standby", "True")])).contains("no pod on n2"));
+    }
+
+    #[test]
+    fn exactly_one_node_tells_of_the_active() {
+        let page = |role: &str, vm: &str, works: u32| {
+            format!(
+                "# HELP ftvm_kvm_works 1\n# TYPE ftvm_kvm_works gauge\nftvm_kvm_works {works}\nftvm_kvm_works_not 0\n\
+                 ftvm_seat_role{{namespace=\"{NAMESPACE}\",role=\"{role}\",seat=\"s\",vm=\"{vm}\"}} 1\n"
+            )
+        };
+        let (active, standby, other) = (page("active", VM, 1), page("standby", VM, 1), page("active", "x", 1));
+        judge_metrics(&[standby.clone(), active.clone(), other.clone()], 1).unwrap();
+        assert!(fault(judge_metrics(&[standby.clone(), active.clone()], 0)).contains("[1]"));
+        assert!(fault(judge_metrics(&[active.clone(), active], 0)).contains("[0, 1]"));
+        assert!(fault(judge_metrics(&[standby, other], 0)).contains("[]"));
+        assert!(fault(judge_metrics(&[page("active", VM, 0)], 0)).contains("ftvm_kvm_works"));
+        assert!(fault(judge_metrics(&[String::new()], 0)).contains("ftvm_kvm_works"));
+    }
+}
