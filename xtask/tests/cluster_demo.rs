@@ -43,5 +43,8 @@ fn a_killed_node_costs_nothing_and_the_report_says_so() {
     let round = &report["per_round"][0];
     assert!(round["standby_after"].is_string(), "{report:#}");
     assert_ne!(round["active_before"], round["active_after"], "{report:#}");
-    assert_ne!(round["standby_after"], round["active_before"], "the third node: {report:#}");
+    assert_ne!(
+        round["standby_after"], round["active_before"],
+        "the third node: {report:#}"
+    );
 }

@@ -386,6 +386,7 @@ fn two_nodes(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     let seat = acts.cluster.get(&["pods", "--namespace", NAMESPACE, &of_vm, &there])?;
     let made_of = image(&seat["items"][0])?;
     ensure!(made_of.ends_with(NEXT_TAG), "{made_of}");
+    ensure!(copied(&acts.cluster)? == 1, "the new seat's guest image was not copied");
     acts.cluster.node(&node)?.start()?;
     acts.stage.system().make_spare(before.active)
 }

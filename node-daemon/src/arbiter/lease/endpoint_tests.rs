@@ -126,11 +126,15 @@ impl Store {
             });
             return (200, list.to_string());
         }
-        let from = line.split(['?', '&', ' ']).find_map(|part| part.strip_prefix("resourceVersion="));
+        let from = line
+            .split(['?', '&', ' '])
+            .find_map(|part| part.strip_prefix("resourceVersion="));
         let from: u64 = from.unwrap().parse().unwrap();
         published.watched = from;
         self.changed.notify_all();
-        let waited = self.changed.wait_timeout_while(published, PATIENCE, |published| published.version <= from);
+        let waited = self
+            .changed
+            .wait_timeout_while(published, PATIENCE, |published| published.version <= from);
         let published = waited.unwrap().0;
         let kind = match published.addresses {
             Some(_) => "MODIFIED",
@@ -143,7 +147,9 @@ impl Store {
     /// Until everything up to this version was told.
     fn wait_for_watch(&self, from: u64) {
         let published = self.published.lock().unwrap();
-        let waited = self.changed.wait_timeout_while(published, PATIENCE, |published| published.watched < from);
+        let waited = self
+            .changed
+            .wait_timeout_while(published, PATIENCE, |published| published.watched < from);
         assert!(!waited.unwrap().1.timed_out(), "nobody watches from version {from} on");
     }
 }
@@ -214,7 +220,10 @@ impl ApiServer {
     }
 
     fn wait_until(&self, what: &str, holds: impl Fn(&Seen) -> bool) {
-        let waited = self.seen.1.wait_timeout_while(self.seen(), PATIENCE, |seen| !holds(seen));
+        let waited = self
+            .seen
+            .1
+            .wait_timeout_while(self.seen(), PATIENCE, |seen| !holds(seen));
         assert!(!waited.unwrap().1.timed_out(), "{what}");
     }
 
@@ -227,7 +236,9 @@ impl ApiServer {
         self.seen().connections += 1;
         let mut stream = StreamOwned::new(ServerConnection::new(tls).unwrap(), stream);
         while let Some(request) = read_request(&mut stream) {
-            let Some((code, body)) = self.answer(&request) else { break };
+            let Some((code, body)) = self.answer(&request) else {
+                break;
+            };
             if code == 0 {
                 continue;
             }
@@ -235,7 +246,11 @@ impl ApiServer {
             let answer = format!(
                 "HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
             );
-            if stream.write_all(answer.as_bytes()).and_then(|()| stream.flush()).is_err() {
+            if stream
+                .write_all(answer.as_bytes())
+                .and_then(|()| stream.flush())
+                .is_err()
+            {
                 break;
             }
         }
@@ -344,7 +359,12 @@ fn stand(arbiter: &LeaseArbiter, api: &ApiServer, count: usize) {
     let address = api.address.to_string();
     let order = endpoints.in_order();
     let endpoint: &Arc<Endpoint> = order.iter().find(|endpoint| endpoint.address == address).unwrap();
-    let connect = |_| runtime.block_on(endpoints.connect(std::slice::from_ref(endpoint))).unwrap().1;
+    let connect = |_| {
+        runtime
+            .block_on(endpoints.connect(std::slice::from_ref(endpoint)))
+            .unwrap()
+            .1
+    };
     let senders: Vec<Sender> = (0..count).map(connect).collect();
     for sender in senders {
         endpoint.keep(sender);
@@ -420,7 +440,10 @@ fn a_takeover_does_not_wait_for_a_server_that_has_died() {
     let before = found(&arbiter);
     let read = begin.elapsed();
     wins(&arbiter, &before);
-    println!("the first of two servers died: read after {read:?}, swapped after {:?}", begin.elapsed());
+    println!(
+        "the first of two servers died: read after {read:?}, swapped after {:?}",
+        begin.elapsed()
+    );
     dead.wait_until("it was asked first", |seen| seen.requests == ["GET"]);
     assert_eq!(lives.asked(), ["GET", "PUT"]);
     // No other connection to it is believed in, and none is waited on.
@@ -454,7 +477,12 @@ fn a_swap_that_a_dying_server_took_is_unknown_and_no_other_is_given_it() {
 
 #[test]
 fn a_swap_is_given_to_one_server_whatever_comes_of_it() {
-    for mood in [Mood::SaysToPut(500), Mood::SaysToPut(503), Mood::SaysToPut(429), Mood::CutAfterPut] {
+    for mood in [
+        Mood::SaysToPut(500),
+        Mood::SaysToPut(503),
+        Mood::SaysToPut(429),
+        Mood::CutAfterPut,
+    ] {
         let cluster = Cluster::new();
         let (bad, good) = (cluster.server(), cluster.server());
         let arbiter = cluster.arbiter(good.address, &[bad.address]);
@@ -488,7 +516,10 @@ fn what_one_server_cant_answer_another_one_is_asked_for() {
         good.is(Mood::Says(code));
         let (outcome, why) = arbiter.read();
         assert_eq!(outcome, ReadOutcome::Unreachable);
-        assert!(why.as_ref().is_some_and(|why| why.contains(&code.to_string())), "{why:?}");
+        assert!(
+            why.as_ref().is_some_and(|why| why.contains(&code.to_string())),
+            "{why:?}"
+        );
     }
 }
 
@@ -497,7 +528,10 @@ fn who_is_no_api_server_is_told_nothing() {
     let (cluster, strange) = (Cluster::new(), Cluster::new());
     let api = cluster.server();
     // An API server of another authority, and somebody else of this one's.
-    let (stranger, kubelet) = (strange.server(), ApiServer::start(&cluster.store, cluster.authority.server("n1")));
+    let (stranger, kubelet) = (
+        strange.server(),
+        ApiServer::start(&cluster.store, cluster.authority.server("n1")),
+    );
     let arbiter = cluster.arbiter(api.address, &[stranger.address, kubelet.address]);
     wins(&arbiter, &found(&arbiter));
     assert_eq!(api.asked(), ["GET", "PUT"]);
@@ -527,7 +561,10 @@ fn where_nobody_proves_who_he_is_there_is_one_address() {
     assert_eq!(addresses(&config), 2);
     config.accept_invalid_certs = true;
     assert_eq!(addresses(&config), 1);
-    assert_eq!(addresses(&kube::Config::new("http://192.0.2.9:8080".parse().unwrap())), 1);
+    assert_eq!(
+        addresses(&kube::Config::new("http://192.0.2.9:8080".parse().unwrap())),
+        1
+    );
 }
 
 fn own(last: impl IntoIterator<Item = u8>) -> Vec<SocketAddr> {
@@ -536,7 +573,11 @@ fn own(last: impl IntoIterator<Item = u8>) -> Vec<SocketAddr> {
 }
 
 fn order(endpoints: &Endpoints) -> Vec<String> {
-    endpoints.in_order().iter().map(|endpoint| endpoint.address.clone()).collect()
+    endpoints
+        .in_order()
+        .iter()
+        .map(|endpoint| endpoint.address.clone())
+        .collect()
 }
 
 #[test]
@@ -544,7 +585,11 @@ fn the_order_is_who_answered_first_and_who_failed_last() {
     let endpoints = Endpoints::new("service:443".to_owned(), None);
     endpoints.set(&own([1, 2, 3]));
     assert_eq!(order(&endpoints)[3], "service:443");
-    let three = endpoints.in_order().into_iter().find(|one| one.address == "192.0.2.3:6443").unwrap();
+    let three = endpoints
+        .in_order()
+        .into_iter()
+        .find(|one| one.address == "192.0.2.3:6443")
+        .unwrap();
     endpoints.answered(&three);
     assert_eq!(order(&endpoints)[0], "192.0.2.3:6443");
     endpoints.failed(&three, "a test");

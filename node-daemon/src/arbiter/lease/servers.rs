@@ -139,7 +139,10 @@ mod tests {
 
     #[test]
     fn addresses_are_those_that_everyone_can_reach() {
-        assert_eq!(read(&["192.0.2.1", "2001:db8::1"]), ["192.0.2.1:6443", "[2001:db8::1]:6443"]);
+        assert_eq!(
+            read(&["192.0.2.1", "2001:db8::1"]),
+            ["192.0.2.1:6443", "[2001:db8::1]:6443"]
+        );
         for bad in [
             "127.0.0.1",
             "127.8.8.8",
