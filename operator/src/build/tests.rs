@@ -153,7 +153,7 @@ fn seats_are_spread_over_zones() {
         (zone, vec![]),
     ] {
         vm.spec.placement.topology_key = key.to_owned();
-        let pod = pod(&vm, &entry(), &image(), None, false).unwrap();
+        let pod = pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, false).unwrap();
         let apart = pod.spec.unwrap().affinity.unwrap().pod_anti_affinity.unwrap();
         let required = apart.required_during_scheduling_ignored_during_execution.unwrap();
         let wished = apart.preferred_during_scheduling_ignored_during_execution;
