@@ -1,7 +1,7 @@
 //! What the policies let a node-daemon change: records of its node's VMs, state of its node's seats.
 use serde_json::{Value, json};
 
-use crate::admission::{Installed, SHOP, SYSTEM, User, refused};
+use crate::admission::{Installed, SHOP, SYSTEM, User, is_yes, refused};
 
 const ACCOUNT: &str = "ftvm-node-daemon";
 const RECORD: &str = "/metadata/annotations/ftvm.dev~1record";
@@ -126,6 +126,7 @@ fn a_daemon_swaps_the_records_of_its_nodes_vms_alone() {
     let late = one.replaces("lease", "web", |lease| lease["metadata"]["resourceVersion"] = stale);
     refused(late, "the object has been modified").unwrap();
 
+    finds_the_api_servers(&one);
     // RBAC gives no other verb, and the policy would not either.
     let patch = json!({"spec": {"leaseTransitions": 9}});
     refused(one.patches("lease", SHOP, "web", &patch), "cannot patch resource").unwrap();
@@ -141,6 +142,21 @@ fn a_daemon_swaps_the_records_of_its_nodes_vms_alone() {
     refused(far(&one), "is not in the Lease's annotation").unwrap();
     installed.unbind("ftvm-node-daemon-leases");
     one.waits_for_success("without the policy the same update passes", far);
+}
+
+/// The API servers' own addresses are told to a daemon, as it asks for them, and nobody else's.
+fn finds_the_api_servers(daemon: &User<'_>) {
+    let list = |words: &[&str]| daemon.does(&[&["get", "endpointslices", "--output=name"], words].concat());
+    let by_name = "--field-selector=metadata.name=kubernetes";
+    let found = list(&["--namespace=default", by_name]).unwrap();
+    assert_eq!(found.trim(), "endpointslice.discovery.k8s.io/kubernetes");
+    for verb in ["get", "list", "watch"] {
+        let object = "endpointslices.discovery.k8s.io/kubernetes";
+        let may = |namespace: &str| is_yes(daemon.does(&["auth", "can-i", verb, object, "--namespace", namespace]));
+        assert!(may("default") && !may(SHOP), "{verb}");
+    }
+    refused(list(&["--namespace=default"]), "cannot list resource").unwrap();
+    refused(list(&["--namespace", SHOP, by_name]), "cannot list resource").unwrap();
 }
 
 /// More than the chart gives: so that it is the policy that refuses.

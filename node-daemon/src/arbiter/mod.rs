@@ -17,7 +17,7 @@ use ftvm_protocol::record::Record;
 pub use bounded::Bounded;
 pub use file::{ArbiterError, FileArbiter};
 pub use files::{Files, PosixFiles};
-pub use lease::{HttpAnswer, LeaseArbiter, Leases, RequestError, Server, ServerError};
+pub use lease::{HttpAnswer, LeaseArbiter, Leases, RequestError, Server, ServerError, follow_servers};
 
 /// An answer with the reason why it is not what one would wish, for people.
 pub type Said<T> = (T, Option<String>);

@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use ftvm_engine::control::exit_code;
 
-use crate::arbiter::{Leases, Server};
+use crate::arbiter::{Leases, Server, follow_servers};
 use crate::bridges::{AllowedBridges, BridgePattern};
 use crate::config::JailConfig;
 use crate::daemon::{Daemon, DaemonError, Settings, engine_path};
@@ -166,6 +166,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
         .map_err(system("starting a thread"))?;
     let tested = kvm_test::Tested::start();
     runtime.block_on(async {
+        tokio::spawn(follow_servers(config.clone(), leases.server()));
         tokio::spawn(metrics::serve(
             SocketAddr::new(options.node_ip, options.listen_metrics),
             metrics::Sources {

@@ -1,30 +1,32 @@
-//! Requests to the API server, each sent at most once.
+//! Requests to the API server. What may change something is sent at most once.
 //!
 //! A client of its own, because the outcome of a swap depends on a question that general clients do not answer: has anything
 //! of the request left? Here it has exactly if hyper took it for its connection. There are no retries, no redirects and no
-//! caches; a connection is used again only if it stood well after the last answer.
+//! caches; a connection is used again only if it stood well after the last answer. Which server is asked: `endpoints`.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::{BoxFuture, Either, select};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
 use hyper::{Method, Request, StatusCode, Uri};
-use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::time::timeout_at;
 use tokio_rustls::TlsConnector;
+
+use super::endpoints::{Endpoint, Endpoints, Sender, TURN};
 
 /// Longest answer; a Lease has a few hundred bytes.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
-/// Connections that are kept for the next request.
-const IDLE_MAX: usize = 4;
-/// A connection that was idle for longer is not used again: the server may be closing it just now.
-const IDLE_TIME_MAX: Duration = Duration::from_secs(20);
+/// What is said of a deadline.
+const LATE: &str = "nothing by the deadline";
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +58,13 @@ pub struct HttpAnswer {
     pub body: Bytes,
 }
 
+impl HttpAnswer {
+    /// The server says that it can't do now, or not at all, what another one may be able to do.
+    fn is_refusal_to_work(&self) -> bool {
+        self.status.is_server_error() || self.status == StatusCode::TOO_MANY_REQUESTS
+    }
+}
+
 /// Who asks.
 enum Credentials {
     /// The certificate of the connection, or nobody.
@@ -66,14 +75,13 @@ enum Credentials {
     File(PathBuf),
 }
 
-/// The API server.
+/// The API server: one for us, however many addresses it has.
 pub struct Server {
-    address: String,
+    pub(super) endpoints: Endpoints,
     host: HeaderValue,
-    /// None: without TLS.
-    tls: Option<(TlsConnector, ServerName<'static>)>,
+    /// Whoever answers has proven to be the API server.
+    verifies: bool,
     credentials: Credentials,
-    idle: Mutex<Vec<(Instant, SendRequest<Full<Bytes>>)>>,
 }
 
 /// Why a configuration can't be used.
@@ -123,83 +131,144 @@ impl Server {
         } else {
             Credentials::Connection
         };
+        let address = format!("{host}:{port}");
         Ok(Server {
-            address: format!("{host}:{port}"),
-            host: HeaderValue::from_str(&format!("{host}:{port}")).map_err(|error| refuse(error.to_string()))?,
-            tls,
+            host: HeaderValue::from_str(&address).map_err(|error| refuse(error.to_string()))?,
+            verifies: encrypted && !config.accept_invalid_certs,
+            endpoints: Endpoints::new(address, tls),
             credentials,
-            idle: Mutex::default(),
         })
+    }
+
+    /// The API servers' own addresses, beside the configured one. Nothing is taken back by an empty list: it is no news of any
+    /// server. Where nobody has to prove who he is they are not used, for they are given the same token.
+    pub fn know(&self, own: &[SocketAddr]) {
+        if self.verifies && !own.is_empty() {
+            self.endpoints.set(own);
+        }
+    }
+
+    /// Where it is asked, in this order.
+    pub fn addresses(&self) -> Vec<String> {
+        let order = self.endpoints.in_order();
+        order.iter().map(|endpoint| endpoint.address.clone()).collect()
     }
 
     fn not_sent(&self, why: impl ToString) -> RequestError {
         RequestError::NotSent {
-            server: self.address.clone(),
+            server: self.endpoints.configured().to_owned(),
             why: why.to_string(),
         }
     }
 
-    fn unanswered(&self, why: impl ToString) -> RequestError {
-        RequestError::Unanswered {
-            server: self.address.clone(),
-            why: why.to_string(),
-        }
-    }
-
-    /// Sends one request and reads its answer; what is not there at the deadline does not count any more.
+    /// Asks for something and reads the answer; what is not there at the deadline does not count any more.
     ///
     /// # Errors
     /// [`RequestError`] says whether anything was sent.
     pub async fn ask(
-        self: &Arc<Server>,
+        &self,
         method: Method,
         path: &str,
         body: Option<Vec<u8>>,
         deadline: Instant,
     ) -> Result<HttpAnswer, RequestError> {
+        let is_read = method == Method::GET;
         let request = self.request(method, path, body)?;
-        let until = tokio::time::Instant::from_std(deadline);
-        let late = "nothing by the deadline";
-        let sender = tokio::time::timeout_at(until, self.connection()).await;
-        let mut sender = match sender {
-            Ok(connected) => connected.map_err(|error| self.not_sent(error))?,
-            Err(_) => return Err(self.not_sent(late)),
-        };
+        let order = self.endpoints.in_order();
+        if is_read {
+            return self.read(request, order, deadline).await;
+        }
+        let (endpoint, sender) = self.connect(&order, deadline).await?;
+        // To one server and no other, and for as long as the caller waits. The read that goes before each swap (rule 2) has just found
+        // this server alive, so a shorter time would save little, and leave in doubt what a slow one would have told.
+        self.send(&endpoint, sender, request, deadline).await
+    }
+
+    /// A read of the first of these; and of the others, if it has not answered within its turn, or says that it can't.
+    ///
+    /// This is where a server that died is noticed: an engine reads, then swaps, each within its deadline. A read that waited for one
+    /// server alone would cost a takeover that whole deadline. Rule 2 wants a read that is made in this attempt and past every cache. Each of
+    /// these is, whoever answers it, and none of them changes anything, however late it arrives.
+    fn read(
+        &self,
+        request: Request<Full<Bytes>>,
+        among: Vec<Arc<Endpoint>>,
+        deadline: Instant,
+    ) -> BoxFuture<'_, Result<HttpAnswer, RequestError>> {
+        async move {
+            let (endpoint, sender) = self.connect(&among, deadline).await?;
+            let others = among.into_iter().filter(|other| !Arc::ptr_eq(other, &endpoint));
+            let others: Vec<_> = others.collect();
+            let mut first = pin!(self.send(&endpoint, sender, request.clone(), deadline));
+            if others.is_empty() {
+                return first.await;
+            }
+            match tokio::time::timeout(TURN, &mut first).await {
+                Ok(outcome) if is_of_use(&outcome) => outcome,
+                Ok(outcome) => or(outcome, self.read(request, others, deadline)).await,
+                Err(_) => match select(first, self.read(request, others, deadline)).await {
+                    Either::Left((outcome, rest)) => or(outcome, rest).await,
+                    Either::Right((outcome, rest)) => or(outcome, rest).await,
+                },
+            }
+        }
+        .boxed()
+    }
+
+    async fn connect(
+        &self,
+        among: &[Arc<Endpoint>],
+        deadline: Instant,
+    ) -> Result<(Arc<Endpoint>, Sender), RequestError> {
+        match timeout_at(deadline.into(), self.endpoints.connect(among)).await {
+            Ok(connected) => connected.map_err(|why| self.not_sent(why)),
+            Err(_) => Err(self.not_sent(LATE)),
+        }
+    }
+
+    /// Gives a request to this connection.
+    async fn send(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        mut sender: Sender,
+        request: Request<Full<Bytes>>,
+        deadline: Instant,
+    ) -> Result<HttpAnswer, RequestError> {
         // The process may have been stopped since; an attempt that is over must not reach the server any more.
         if Instant::now() >= deadline {
-            return Err(self.not_sent(late));
+            return Err(self.not_sent(LATE));
         }
-        let answer = async {
-            let answer = match sender.try_send_request(request).await {
-                Ok(answer) => answer,
-                // hyper gives the request back exactly if it did not begin to write it.
-                Err(mut error) => {
-                    let unsent = error.take_message().is_some();
-                    let why = crate::explain(error.error());
-                    return Err(if unsent {
-                        self.not_sent(why)
-                    } else {
-                        self.unanswered(why)
-                    });
+        let until = deadline.into();
+        let turn = (tokio::time::Instant::now() + TURN).min(until);
+        let outcome = {
+            let mut answer = pin!(exchange(endpoint, &mut sender, request));
+            match timeout_at(turn, &mut answer).await {
+                Ok(outcome) => outcome,
+                Err(_) => {
+                    // Others need not wait for it, too.
+                    self.endpoints.slow(endpoint);
+                    let outcome = timeout_at(until, answer).await;
+                    outcome.unwrap_or_else(|_| Err(unanswered(endpoint, LATE)))
                 }
-            };
-            let (head, body) = answer.into_parts();
-            let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
-            let body = body.map_err(|error| self.unanswered(error))?.to_bytes();
-            Ok(HttpAnswer {
-                status: head.status,
-                body,
-            })
+            }
         };
-        let answer = match tokio::time::timeout_at(until, answer).await {
-            Ok(answer) => answer?,
-            Err(_) => return Err(self.unanswered(late)),
+        let outcome = match outcome {
+            Ok(_) if Instant::now() >= deadline => Err(unanswered(endpoint, "its answer came after the deadline")),
+            outcome => outcome,
         };
-        if Instant::now() >= deadline {
-            return Err(self.unanswered("its answer came after the deadline"));
+        match &outcome {
+            Ok(answer) => {
+                match answer.is_refusal_to_work() {
+                    true => self.endpoints.passed_over(endpoint),
+                    false => self.endpoints.answered(endpoint),
+                }
+                endpoint.keep(sender);
+            }
+            Err(RequestError::NotSent { why, .. } | RequestError::Unanswered { why, .. }) => {
+                self.endpoints.failed(endpoint, why);
+            }
         }
-        self.keep(sender);
-        Ok(answer)
+        outcome
     }
 
     fn request(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Request<Full<Bytes>>, RequestError> {
@@ -228,49 +297,61 @@ impl Server {
             .body(Full::new(Bytes::from(body.unwrap_or_default())))
             .map_err(|error| self.not_sent(error))
     }
+}
 
-    /// A connection that was used before, or a new one.
-    async fn connection(&self) -> io::Result<SendRequest<Full<Bytes>>> {
-        while let Some((since, mut sender)) = self.take_idle() {
-            if since.elapsed() < IDLE_TIME_MAX && sender.ready().await.is_ok() {
-                return Ok(sender);
-            }
+/// Sends one request over one connection and reads the answer.
+async fn exchange(
+    endpoint: &Endpoint,
+    sender: &mut Sender,
+    request: Request<Full<Bytes>>,
+) -> Result<HttpAnswer, RequestError> {
+    let answer = match sender.try_send_request(request).await {
+        Ok(answer) => answer,
+        // hyper gives the request back exactly if it did not begin to write it.
+        Err(mut error) => {
+            let unsent = error.take_message().is_some();
+            let why = crate::explain(error.error());
+            return Err(if unsent {
+                RequestError::NotSent {
+                    server: endpoint.address.clone(),
+                    why,
+                }
+            } else {
+                unanswered(endpoint, why)
+            });
         }
-        let stream = TcpStream::connect(&self.address).await?;
-        stream.set_nodelay(true)?;
-        match &self.tls {
-            None => connected(TokioIo::new(stream)).await,
-            Some((connector, name)) => {
-                let stream = connector.connect(name.clone(), stream).await?;
-                connected(TokioIo::new(stream)).await
-            }
-        }
-    }
+    };
+    let (head, body) = answer.into_parts();
+    let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
+    let body = body.map_err(|error| unanswered(endpoint, error))?.to_bytes();
+    Ok(HttpAnswer {
+        status: head.status,
+        body,
+    })
+}
 
-    fn take_idle(&self) -> Option<(Instant, SendRequest<Full<Bytes>>)> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()
-    }
-
-    fn keep(&self, sender: SendRequest<Full<Bytes>>) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < IDLE_MAX {
-            idle.push((Instant::now(), sender));
-        }
+fn unanswered(endpoint: &Endpoint, why: impl ToString) -> RequestError {
+    RequestError::Unanswered {
+        server: endpoint.address.clone(),
+        why: why.to_string(),
     }
 }
 
-async fn connected<T>(io: T) -> io::Result<SendRequest<Full<Bytes>>>
-where
-    T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-{
-    let (sender, connection) = handshake(io).await.map_err(io::Error::other)?;
-    // Ends with the connection, or when the sender is dropped.
-    tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!("connection to the API server: {error}");
-        }
-    });
-    Ok(sender)
+/// Another server would not say it better.
+fn is_of_use(outcome: &Result<HttpAnswer, RequestError>) -> bool {
+    outcome.as_ref().is_ok_and(|answer| !answer.is_refusal_to_work())
+}
+
+/// This outcome of a read, if it is of use, or else the other one.
+async fn or(
+    outcome: Result<HttpAnswer, RequestError>,
+    other: impl Future<Output = Result<HttpAnswer, RequestError>>,
+) -> Result<HttpAnswer, RequestError> {
+    if is_of_use(&outcome) {
+        return outcome;
+    }
+    // An answer says more than none.
+    other.await.or_else(|error| outcome.or(Err(error)))
 }
 
 fn bearer(token: &str) -> Result<HeaderValue, hyper::header::InvalidHeaderValue> {

@@ -17,8 +17,13 @@
 //!
 //! Versions only grow. A read that is older than what was seen before it was asked comes from a cache, or from a server that lags
 //! behind, and counts as none: it would pass for a changed record, over which no older PUT can land any more (rule 2).
+//!
+//! There may be several API servers, and the one that was asked last may just have died with the machine that is to be replaced.
+//! `http` says what is asked of whom: a read of another one as well, soon; a PUT of one alone.
 
+mod endpoints;
 mod http;
+mod servers;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -35,6 +40,7 @@ use k8s_openapi::jiff::Timestamp;
 use tokio::runtime::Runtime;
 
 pub use http::{HttpAnswer, RequestError, Server, ServerError};
+pub use servers::follow_servers;
 
 use super::{Arbiter, Said};
 
@@ -76,6 +82,11 @@ impl Leases {
             runtime: Arc::new(runtime),
             counts: Arc::new(Mutex::new(OUTCOMES.into_iter().map(|outcome| (outcome, 0)).collect())),
         })
+    }
+
+    /// The API server.
+    pub fn server(&self) -> Arc<Server> {
+        self.server.clone()
     }
 
     fn count(&self, request: &'static str, outcome: &'static str) {
@@ -338,5 +349,7 @@ fn says(answer: &HttpAnswer, reason: &str) -> bool {
     })
 }
 
+#[cfg(test)]
+mod endpoint_tests;
 #[cfg(test)]
 mod tests;

@@ -13,10 +13,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use crate::arbiter::Bounded;
 
-const UID: &str = "00000000-0000-4000-8000-000000000001";
-const VM: VmId = VmId(7);
+pub(super) const UID: &str = "00000000-0000-4000-8000-000000000001";
+pub(super) const VM: VmId = VmId(7);
 /// Longer than anything here takes on a busy machine; only failures wait for it.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the server does with the next request.
 enum Do {
@@ -99,7 +99,8 @@ fn serve(stream: &mut TcpStream, todo: &Receiver<Do>, told: &Sender<String>) {
     }
 }
 
-fn read_request(stream: &mut TcpStream) -> Option<String> {
+/// The first line and the body.
+pub(super) fn read_request(stream: &mut impl Read) -> Option<String> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -117,7 +118,7 @@ fn read_request(stream: &mut TcpStream) -> Option<String> {
     ))
 }
 
-fn lease(version: &str, record: &Record) -> Lease {
+pub(super) fn lease(version: &str, record: &Record) -> Lease {
     let owner = OwnerReference {
         uid: VM.to_string(),
         ..OwnerReference::default()
@@ -129,11 +130,11 @@ fn lease(version: &str, record: &Record) -> Lease {
     lease
 }
 
-fn text(lease: &Lease) -> String {
+pub(super) fn text(lease: &Lease) -> String {
     serde_json::to_string(lease).unwrap()
 }
 
-fn first() -> Record {
+pub(super) fn first() -> Record {
     Record::genesis(SeatId(1), Phase::Running)
 }
 
@@ -151,13 +152,13 @@ fn second() -> Record {
     }
 }
 
-fn status(code: u16, reason: &str) -> String {
+pub(super) fn status(code: u16, reason: &str) -> String {
     format!(
         r#"{{"kind":"Status","apiVersion":"v1","status":"Failure","message":"m","reason":"{reason}","code":{code}}}"#
     )
 }
 
-fn far() -> Instant {
+pub(super) fn far() -> Instant {
     Instant::now() + PATIENCE
 }
 

@@ -1,0 +1,269 @@
+//! The addresses at which the API server is asked, in which order, and how a connection to one of them comes about.
+//!
+//! A machine that dies says nothing: connections to its API server stay open, and new ones never stand. It may be the machine whose
+//! guest has to be taken over, so nothing here waits long for one server alone.
+//!
+//! ```text
+//!   first ◄── answered
+//!      own addresses of the API servers, mixed          (servers.rs)
+//!      the configured one, which is usually their service's, and leads to whichever of them
+//!   last  ◄── an error, nothing for TURN (its idle connections are dropped), 429 and 5xx
+//! ```
+//!
+//! Connecting is a race (as in RFC 8305): an idle connection of the first one; else a new one to it, and every [`TURN`], or as soon as one
+//! fails, to the next as well. Whichever stands first wins. A connection carries no request before it has won, so those that
+//! lose are dropped, and nothing is ever sent twice.
+//!
+//! Every address is held to the name of the configured URL by TLS: a certificate of the cluster's authority with that name is the
+//! API servers' alone. At a wrong address there is at most somebody who learns that we tried, and the race goes on without it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use http_body_util::Full;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+/// How long one server is waited for alone. It is what RFC 8305 recommends between two attempts to connect: far longer than an
+/// API server takes that is well, and an eighth of the time that an engine gives to a request by default.
+pub(super) const TURN: Duration = Duration::from_millis(250);
+/// Own addresses of API servers that are used; clusters have three or five.
+pub(super) const OWN_MAX: usize = 8;
+/// Connections of one address that are kept for the next request.
+const IDLE_MAX: usize = 4;
+/// A connection that was idle for longer is not used again: the server may be closing it just now.
+const IDLE_TIME_MAX: Duration = Duration::from_secs(20);
+
+/// A connection that stands and carries no request.
+pub(super) type Sender = SendRequest<Full<Bytes>>;
+
+/// One address.
+pub(super) struct Endpoint {
+    /// Host and port.
+    pub(super) address: String,
+    idle: Mutex<Vec<(Instant, Sender)>>,
+    /// Its failure was told; not again before it has answered.
+    told: AtomicBool,
+}
+
+impl Endpoint {
+    fn new(address: String) -> Arc<Endpoint> {
+        Arc::new(Endpoint {
+            address,
+            idle: Mutex::default(),
+            told: AtomicBool::new(false),
+        })
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<(Instant, Sender)>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many connections wait for the next request.
+    #[cfg(test)]
+    pub(super) fn idle_count(&self) -> usize {
+        self.idle().len()
+    }
+
+    /// For the next request: it stood well after an answer.
+    pub(super) fn keep(&self, sender: Sender) {
+        let mut idle = self.idle();
+        idle.retain(|(since, _)| since.elapsed() < IDLE_TIME_MAX);
+        if idle.len() < IDLE_MAX {
+            idle.push((Instant::now(), sender));
+        }
+    }
+
+    /// A connection that was used before and still stands, as far as this side knows.
+    async fn used(&self) -> Option<Sender> {
+        loop {
+            let (since, mut sender) = self.idle().pop()?;
+            if since.elapsed() < IDLE_TIME_MAX && sender.ready().await.is_ok() {
+                return Some(sender);
+            }
+        }
+    }
+}
+
+/// All addresses, and what a connection to any of them has to prove.
+pub(super) struct Endpoints {
+    /// None: without TLS.
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+    configured: Arc<Endpoint>,
+    /// As they are asked; the configured one is always among them.
+    order: Mutex<Vec<Arc<Endpoint>>>,
+}
+
+impl Endpoints {
+    pub(super) fn new(configured: String, tls: Option<(TlsConnector, ServerName<'static>)>) -> Endpoints {
+        let configured = Endpoint::new(configured);
+        Endpoints {
+            tls,
+            order: Mutex::new(vec![configured.clone()]),
+            configured,
+        }
+    }
+
+    /// The configured address.
+    pub(super) fn configured(&self) -> &str {
+        &self.configured.address
+    }
+
+    /// As they are to be asked now.
+    pub(super) fn in_order(&self) -> Vec<Arc<Endpoint>> {
+        self.order().clone()
+    }
+
+    fn order(&self) -> MutexGuard<'_, Vec<Arc<Endpoint>>> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These are the API servers' own addresses from now on. What is known of those that stay stays.
+    ///
+    /// They come before the configured one: a connection to the service may lead to a server that has died, whose own address
+    /// would then be tried in vain before another's. Mixed, so that not all daemons ask the same server.
+    pub(super) fn set(&self, own: &[SocketAddr]) {
+        let own: Vec<String> = own.iter().take(OWN_MAX).map(SocketAddr::to_string).collect();
+        let mut order = self.order();
+        let before: Vec<String> = order.iter().map(|endpoint| endpoint.address.clone()).collect();
+        order.retain(|endpoint| Arc::ptr_eq(endpoint, &self.configured) || own.contains(&endpoint.address));
+        let mut new: Vec<String> = own
+            .iter()
+            .filter(|address| !before.contains(address))
+            .cloned()
+            .collect();
+        new.sort();
+        new.dedup();
+        if new.is_empty() && order.len() == before.len() {
+            return;
+        }
+        new.sort_by_cached_key(|_| crate::random::u128());
+        let configured = order
+            .iter()
+            .position(|endpoint| Arc::ptr_eq(endpoint, &self.configured));
+        let place = configured.unwrap_or(order.len());
+        order.splice(place..place, new.into_iter().map(Endpoint::new));
+        tracing::info!("the API servers' own addresses: {}", own.join(", "));
+    }
+
+    /// This one is asked first from now on.
+    pub(super) fn answered(&self, endpoint: &Arc<Endpoint>) {
+        self.put(endpoint, |order| order.insert(0, endpoint.clone()));
+        if endpoint.told.swap(false, Ordering::Relaxed) {
+            tracing::info!("the API server at {} answers again", endpoint.address);
+        }
+    }
+
+    /// This one is asked last from now on.
+    pub(super) fn passed_over(&self, endpoint: &Arc<Endpoint>) {
+        self.put(endpoint, |order| order.push(endpoint.clone()));
+    }
+
+    /// Nothing came of it within its turn: it is asked last, and no connection to it is believed in that nobody uses just now.
+    pub(super) fn slow(&self, endpoint: &Arc<Endpoint>) {
+        self.passed_over(endpoint);
+        endpoint.idle().clear();
+    }
+
+    /// It can't be connected to, or an answer did not come.
+    pub(super) fn failed(&self, endpoint: &Arc<Endpoint>, why: &str) {
+        self.slow(endpoint);
+        if self.order().len() > 1 && !endpoint.told.swap(true, Ordering::Relaxed) {
+            tracing::warn!("the API server at {} is asked last: {why}", endpoint.address);
+        }
+    }
+
+    /// Puts it at another place, unless it is none of them any more.
+    fn put(&self, endpoint: &Arc<Endpoint>, insert: impl FnOnce(&mut Vec<Arc<Endpoint>>)) {
+        let mut order = self.order();
+        let place = order.iter().position(|other| Arc::ptr_eq(other, endpoint));
+        if let Some(place) = place {
+            order.remove(place);
+            insert(&mut order);
+        }
+    }
+
+    /// A connection to the first of these, or to whichever of them stands first if that takes longer than its turn.
+    ///
+    /// # Errors
+    /// Why there is none to any of them.
+    pub(super) async fn connect(&self, among: &[Arc<Endpoint>]) -> Result<(Arc<Endpoint>, Sender), String> {
+        let mut left = among.iter();
+        let mut trying = FuturesUnordered::new();
+        let mut errors = Vec::new();
+        loop {
+            let next = left.next();
+            if let Some(endpoint) = next {
+                trying.push(async move { (endpoint, self.connection(endpoint).await) });
+            }
+            let tried = if left.len() == 0 {
+                trying.next().await
+            } else if let Ok(tried) = tokio::time::timeout(TURN, trying.next()).await {
+                tried
+            } else {
+                if let Some(endpoint) = next {
+                    self.slow(endpoint);
+                }
+                continue;
+            };
+            match tried {
+                Some((endpoint, Ok(sender))) => return Ok((endpoint.clone(), sender)),
+                Some((endpoint, Err(error))) => {
+                    let error = error.to_string();
+                    self.failed(endpoint, &error);
+                    errors.push((endpoint, error));
+                }
+                None => return Err(explain(errors)),
+            }
+        }
+    }
+
+    /// A connection that was used before, or a new one.
+    async fn connection(&self, endpoint: &Endpoint) -> io::Result<Sender> {
+        if let Some(sender) = endpoint.used().await {
+            return Ok(sender);
+        }
+        let stream = TcpStream::connect(&endpoint.address).await?;
+        stream.set_nodelay(true)?;
+        match &self.tls {
+            None => connected(TokioIo::new(stream)).await,
+            Some((connector, name)) => {
+                let stream = connector.connect(name.clone(), stream).await?;
+                connected(TokioIo::new(stream)).await
+            }
+        }
+    }
+}
+
+/// For people, who know which address is meant where there is but one.
+fn explain(errors: Vec<(&Arc<Endpoint>, String)>) -> String {
+    let several = errors.len() > 1;
+    let errors = errors.into_iter().map(|(endpoint, error)| match several {
+        true => format!("{}: {error}", endpoint.address),
+        false => error,
+    });
+    errors.collect::<Vec<_>>().join("; ")
+}
+
+async fn connected<T>(io: T) -> io::Result<Sender>
+where
+    T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (sender, connection) = handshake(io).await.map_err(io::Error::other)?;
+    // Ends with the connection, or when the sender is dropped.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!("connection to the API server: {error}");
+        }
+    });
+    Ok(sender)
+}
