@@ -100,15 +100,18 @@ fn last_change(acts: &mut Acts<'_>, host: usize) -> anyhow::Result<[Option<u64>;
 
 /// The active got the guest by a planned switchover, whose steps its engine measured.
 fn handed_over(acts: &mut Acts<'_>, now: Pair, failover: &Value) -> anyhow::Result<()> {
-    let took_us = wait_for("the active's engine tells of a switchover", PATIENCE, || {
+    let steps = wait_for("the active's engine tells of a switchover", PATIENCE, || {
         let seat = acts.stage.system().seat(now.active);
         let steps = seat.context("the engine does not answer")?.change_us();
-        let us = |name: &str| steps.get(name).and_then(Value::as_u64);
+        let measured = |name: &str| steps.get(name).is_some_and(Value::is_u64);
         let failed_over = steps.keys().any(|name| name.starts_with("takeover_"));
-        let took_us = us("switchover_us").filter(|_| us("switchover_running_us").is_some() && !failed_over);
-        took_us.with_context(|| format!("{steps:?}"))
+        ensure!(
+            measured("switchover_us") && measured("switchover_running_us") && !failed_over,
+            "{steps:?}"
+        );
+        Ok(steps)
     })?;
-    acts.say(format_args!("the switchover took {took_us} µs"));
+    acts.say(Value::Object(steps));
     no_failover(acts, now, failover)
 }
 

@@ -316,7 +316,7 @@ mod tests {
         let wide = TABLE.replace("AGE\n", "AGE    TERM   INTERVAL   LAG\n");
         let wide = wide.replace("2m3s\n", "2m3s   7      20         3\n");
         judge_row(&wide, ("n1", "n2"), Some(7)).unwrap();
-        judge_row(&wide.replace('3', ""), ("n1", "n2"), Some(7)).unwrap();
+        judge_row(&wide.replace("3\n", "\n"), ("n1", "n2"), Some(7)).unwrap();
     }
 
     #[test]
