@@ -17,6 +17,7 @@ fn seat(name: &str, role: Option<Role>, protected: bool, term: u64) -> SeatStatu
         protected,
         paused: false,
         leaving: false,
+        unsettled: Some(false),
         standby: None,
         why: String::new(),
         term,

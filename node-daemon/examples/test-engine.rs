@@ -243,6 +243,7 @@ impl Engine {
             protected: false,
             paused: false,
             leaving: false,
+            unsettled: Some(false),
             standby: None,
             why: self.said.clone(),
             term: 0,

@@ -5,6 +5,10 @@ use std::io;
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+/// How often a path is looked up while the system is changing.
+const ATTEMPTS: u32 = 100;
 
 /// Opens a file for reading by its path in this folder, which is its root: a symbolic link there leads to another place of the folder and
 /// never out, to a seat's identity for example. Never waits, whatever it is.
@@ -16,8 +20,14 @@ pub fn open(folder: &Path, path: &str) -> io::Result<File> {
     let root = rustix::fs::open(folder, root, Mode::empty())?;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let file = rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve)?;
-    Ok(file.into())
+    for _ in 0..ATTEMPTS {
+        match rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve) {
+            // Something was renamed or mounted meanwhile, anywhere, and a link has `..` (openat2(2)).
+            Err(Errno::AGAIN) => {}
+            opened => return Ok(opened?.into()),
+        }
+    }
+    Err(Errno::AGAIN.into())
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ mod support;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ftvm_node_daemon::disks::mark::{Mark, MarkFile};
 use serde_json::json;
@@ -155,37 +155,6 @@ fn an_engine_that_is_alone_goes_on_in_the_former_network() {
     pod.script("exit 23");
     let second = wait_another(&mut pod, first);
     assert_eq!(network_of(second), pod.network());
-}
-
-/// With its program a pod may have lost its network: where both seats want to go on alone, the other one is first.
-#[test]
-fn who_lost_its_program_goes_on_alone_only_after_a_while() {
-    let mut pod = Pod::new();
-    pod.start();
-    let swap = |pod: &mut Pod| {
-        let begun = Instant::now();
-        pod.script("swap");
-        pod.wait("the record is swapped", |pod| {
-            pod.status()?.engine.filter(|engine| engine.why.contains("Won"))
-        });
-        begun.elapsed()
-    };
-    // Half of the deadline of a request, which is 2 s.
-    let while_ = Duration::from_secs(1);
-    let times: Vec<_> = (0..5).map(|_| swap(&mut pod)).collect();
-    assert!(
-        times.iter().any(|took| *took < while_),
-        "nobody is waited for: {times:?}"
-    );
-    pod.kill_seat();
-    pod.wait("the daemon knows", |pod| {
-        pod.daemon_log().contains("the seat's program: ").then_some(())
-    });
-    assert!(swap(&mut pod) >= while_);
-    pod.start_seat();
-    handed_over(&mut pod, 2);
-    let times: Vec<_> = (0..5).map(|_| swap(&mut pod)).collect();
-    assert!(times.iter().any(|took| *took < while_), "it is back: {times:?}");
 }
 
 /// kubelet ends the program of a sandbox that died with SIGTERM and starts it anew in the next one: that is no end of the pod.

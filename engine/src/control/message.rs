@@ -502,6 +502,9 @@ pub struct Status {
     /// This seat is to go, and ends once nobody needs it any more, see [`Command::Leave`].
     #[serde(default)]
     pub leaving: bool,
+    /// A write of the record was sent, and it is not known whether it counts. None from an engine of an earlier version.
+    #[serde(default)]
+    pub unsettled: Option<bool>,
     /// Why the role is what it is, or why the machine is not protected.
     pub why: String,
     /// Exit code of what `why` says if a person has to mend it (the peer's identity, its wire version), else 0.

@@ -237,6 +237,7 @@ impl Driver {
             protected: status.protected,
             paused: self.guest == Guest::Held,
             leaving: self.leaving.is_some(),
+            unsettled: Some(status.unsettled),
             why: self.why(&status),
             code: self.troubles.link.as_ref().map_or(0, |(code, _)| *code),
             term: status.term,

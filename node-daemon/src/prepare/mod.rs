@@ -196,11 +196,6 @@ pub trait Source: Send + Sync + 'static {
 
     /// The engine has ended: its cgroups may go.
     fn left(&self) {}
-
-    /// Whether somebody stood behind the seat and has gone: it may be about to go, too.
-    fn is_forsaken(&self) -> bool {
-        false
-    }
 }
 
 /// What a seat's engine is made of.

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ftvm_engine::control::{
     Answer, Ask, Command, Connection, ExitReport, FromEngine, Message, Role, SocketError, ToEngine, exit_code,
@@ -19,8 +19,6 @@ use crate::jail::{self, Ended};
 
 /// Pause between attempts to connect to an adopted engine, or to tell one its peers.
 const RECONNECT_MS: u64 = 200;
-/// How often it is looked whether the seat's program is back.
-const LOOK: Duration = Duration::from_millis(20);
 /// Longest deadline that an engine may ask for.
 const DEADLINE_MS_MAX: u32 = 60_000;
 
@@ -167,23 +165,8 @@ impl Seat {
     fn answer(&self, ask: &Ask, deadline: Duration) -> (Answer, Option<String>) {
         match ask {
             Ask::AskSeats { seats } => (Answer::Seats((self.surroundings.ask_seats)(seats, deadline)), None),
-            Ask::ReadRecord => self.arbiter.ask(ask, deadline),
-            Ask::SwapRecord { record, .. } => {
-                let waited = self.let_peer_go_first(record, deadline);
-                self.arbiter.ask(ask, deadline.saturating_sub(waited))
-            }
+            Ask::ReadRecord | Ask::SwapRecord { .. } => self.arbiter.ask(ask, deadline),
         }
-    }
-
-    /// Where both seats want to go on alone, that one shall whose pod is whole: with its program a pod may have lost its network, and what
-    /// is alone there can't be protected again. So whoever lost its program writes that later, by half of the deadline. How long it waited.
-    fn let_peer_go_first(&self, wanted: &record::Record, deadline: Duration) -> Duration {
-        let begun = Instant::now();
-        let alone = wanted.phase == record::Phase::Running && wanted.members.is_only(wanted.holder);
-        while alone && self.source.is_forsaken() && begun.elapsed() < deadline / 2 {
-            std::thread::sleep(LOOK);
-        }
-        begun.elapsed()
     }
 
     fn engine_ended(&self, incarnation: Incarnation, how: Ended) {

@@ -86,6 +86,7 @@ pub fn healthy(start: u64) -> (Status, Snapshot) {
         protected: true,
         paused: false,
         leaving: false,
+        unsettled: Some(false),
         why: "protected by b".to_owned(),
         code: 0,
         term: record.term,

@@ -267,8 +267,6 @@ pub struct Handed {
     expected: Expected,
     hierarchies: Hierarchies,
     held: Mutex<Option<Arc<Held>>>,
-    /// The program that had given it has gone, and no other has come.
-    forsaken: AtomicBool,
     leaves: Mutex<Vec<PathBuf>>,
     wanted: AtomicBool,
     ending: AtomicBool,
@@ -281,7 +279,6 @@ impl Handed {
             expected,
             hierarchies,
             held: Mutex::default(),
-            forsaken: AtomicBool::new(false),
             leaves: Mutex::default(),
             wanted: AtomicBool::new(true),
             ending: AtomicBool::new(false),
@@ -300,7 +297,6 @@ impl Handed {
     /// Takes what was handed over, in the place of anything before.
     pub fn put(&self, held: Held) {
         *self.held() = Some(Arc::new(held));
-        self.forsaken.store(false, Ordering::SeqCst);
     }
 
     /// The program that gave it is gone; what a later one gave stays.
@@ -308,7 +304,6 @@ impl Handed {
         let mut held = self.held();
         if held.as_ref().is_some_and(|held| Arc::ptr_eq(&held.peer, peer)) {
             *held = None;
-            self.forsaken.store(true, Ordering::SeqCst);
         }
     }
 
@@ -433,10 +428,6 @@ impl Source for Handed {
             network: Some(held.peer.network.clone()),
             taps_inside: false,
         })
-    }
-
-    fn is_forsaken(&self) -> bool {
-        self.forsaken.load(Ordering::SeqCst)
     }
 
     fn left(&self) {

@@ -44,7 +44,8 @@ const ALONE: &str = "the pod has another network than its engine, and nobody els
 #[derive(Debug)]
 pub struct CutOff {
     incarnation: Incarnation,
-    since: Instant,
+    /// Since when it is asked to hand over.
+    hands_over_since: Option<Instant>,
     /// The next look.
     next: Instant,
     pause: Duration,
@@ -86,6 +87,10 @@ fn judge(
     }
     if record.members.is_only(own) {
         return Verdict::Alone;
+    }
+    if status.unsettled != Some(false) {
+        // It may yet turn out to be the only one that the record names.
+        return wait("what it wrote into the record is not known to count or not");
     }
     let connected = status.peer.as_ref().is_some_and(|peer| peer.connected);
     match status.role {
@@ -159,7 +164,14 @@ impl PodSeat {
             tracing::warn!(seat, engine = %cut_off.incarnation, "in a network that its pod has no more: {said}");
             (cut_off.said, cut_off.pause) = (said, PAUSE.0);
         }
-        cut_off.next = Instant::now() + cut_off.pause;
+        // The peer's daemon may be at the same: not in step with it.
+        let jitter = cut_off.pause / 256 * u32::from(crate::random::nonzero_u64() as u8 / 2);
+        cut_off.next = Instant::now() + cut_off.pause + jitter;
+        cut_off.hands_over_since = match verdict {
+            Verdict::HandOver => cut_off.hands_over_since.or(Some(Instant::now())),
+            Verdict::End => cut_off.hands_over_since,
+            Verdict::Alone | Verdict::Wait(_) => None,
+        };
         let alone = verdict == Verdict::Alone;
         self.set_progress(|progress| progress.cut_off = alone.then(|| ALONE.to_owned()));
         match verdict {
@@ -205,7 +217,8 @@ impl PodSeat {
                 return Verdict::Wait(format!("the arbiter can't be asked ({why})"));
             }
         };
-        let may_hand_over = cut_off.since.elapsed() < HAND_OVER_MAX;
+        let asked = cut_off.hands_over_since;
+        let may_hand_over = asked.is_none_or(|since| since.elapsed() < HAND_OVER_MAX);
         judge(&status, &record, may_hand_over, |seats| {
             self.seat.guest_is_at(seats, REPORT_PATIENCE)
         })
@@ -217,7 +230,7 @@ impl CutOff {
         let now = Instant::now();
         CutOff {
             incarnation,
-            since: now,
+            hands_over_since: None,
             next: now,
             pause: PAUSE.0,
             ended: None,

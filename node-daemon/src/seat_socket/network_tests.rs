@@ -64,6 +64,11 @@ fn a_cut_off_engine_ends_only_where_nobody_needs_it() {
     }
     let stops = verdict(true, true, |_, record| record.phase = Phase::Stopped);
     assert!(is_wait(&stops, "stops"), "{stops:?}");
+    // What it wrote may yet make it the only one; an engine that does not say so may have written, too.
+    for unsettled in [Some(true), None] {
+        let unknown = verdict(true, false, |status, _| status.unsettled = unsettled);
+        assert!(is_wait(&unknown, "not known"), "{unknown:?}");
+    }
     let frozen = verdict(true, true, |status, _| status.role = Role::Frozen);
     assert!(is_wait(&frozen, "switchover"), "{frozen:?}");
 }
@@ -167,4 +172,18 @@ fn one_of_which_nothing_is_known_goes_on() {
     assert_eq!(rig.commands(), []);
     rig.assert_alive();
     assert!(pod.progress().cut_off.is_none(), "nobody has to do anything");
+}
+
+/// Else both engines of a pair could end, each because of the other one.
+#[test]
+fn who_is_about_to_end_counts_for_nobody_else() {
+    let rig = Rig::new();
+    let guest = || rig.seat.report(healthy(1).0.incarnation.seat, STATUS_PATIENCE).guest;
+    assert_eq!(guest(), GuestReport::Present);
+    rig.seat.hold_swaps(Some(healthy(1).0.incarnation));
+    assert_eq!(guest(), GuestReport::Unknown);
+    rig.seat.hold_swaps(None);
+    assert_eq!(guest(), GuestReport::Present);
+    rig.say(|status| status.leaving = true);
+    assert_eq!(guest(), GuestReport::Unknown);
 }

@@ -504,7 +504,7 @@ fn a_swap_is_given_to_one_server_whatever_comes_of_it() {
 
 #[test]
 fn what_one_server_cant_answer_another_one_is_asked_for() {
-    for code in [500, 503, 504, 429] {
+    for code in [500, 503, 504, 429, 401, 403] {
         let cluster = Cluster::new();
         let (bad, good) = (cluster.server(), cluster.server());
         let arbiter = cluster.arbiter(good.address, &[bad.address]);
@@ -602,6 +602,40 @@ fn the_order_is_who_answered_first_and_who_failed_last() {
     endpoints.answered(&three);
     endpoints.passed_over(&three);
     assert_eq!(order(&endpoints), ["192.0.2.4:6443", "service:443"]);
+}
+
+/// A server that needs more than its turn once must not make everybody wait for addresses where nobody is.
+#[test]
+fn who_is_slow_is_asked_before_who_cant_be_reached() {
+    let cluster = Cluster::new();
+    let (gone, silent, api) = (Nobody::is_there(), Nobody::is_silent(), cluster.server());
+    let arbiter = cluster.arbiter(api.address, &[gone.address, silent.address]);
+    found(&arbiter);
+    let endpoints = &arbiter.leases.server.endpoints;
+    let first = |endpoints: &Endpoints| endpoints.in_order().remove(0);
+    assert_eq!(first(endpoints).address, api.address.to_string());
+    endpoints.slow(&first(endpoints));
+    assert_eq!(first(endpoints).address, api.address.to_string());
+    // Between servers that are all reached it is the last one.
+    let other = cluster.server();
+    let arbiter = cluster.arbiter(api.address, &[other.address]);
+    found(&arbiter);
+    let endpoints = &arbiter.leases.server.endpoints;
+    let asked = first(endpoints);
+    endpoints.slow(&asked);
+    assert_ne!(first(endpoints).address, asked.address);
+}
+
+#[test]
+fn the_only_server_keeps_its_connections_when_it_is_slow() {
+    let cluster = Cluster::new();
+    let api = cluster.server();
+    let arbiter = cluster.arbiter(api.address, &[]);
+    stand(&arbiter, &api, 2);
+    let endpoints = &arbiter.leases.server.endpoints;
+    let only = endpoints.in_order().remove(0);
+    endpoints.slow(&only);
+    assert_eq!(only.idle_count(), 2);
 }
 
 #[test]

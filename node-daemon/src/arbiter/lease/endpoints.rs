@@ -7,7 +7,7 @@
 //!   first ◄── answered
 //!      own addresses of the API servers, mixed          (servers.rs)
 //!      the configured one, which is usually their service's, and leads to whichever of them
-//!   last  ◄── an error, nothing for TURN (its idle connections are dropped), 429 and 5xx
+//!   last  ◄── an error, nothing for TURN (its idle connections are dropped), 401, 403, 429 and 5xx; behind all those that can't be reached
 //! ```
 //!
 //! Connecting is a race (as in RFC 8305): an idle connection of the first one; else a new one to it, and every [`TURN`], or as soon as one
@@ -53,6 +53,8 @@ pub(super) struct Endpoint {
     idle: Mutex<Vec<(Instant, Sender)>>,
     /// Its failure was told; not again before it has answered.
     told: AtomicBool,
+    /// The last attempt to connect came to nothing: whoever is only slow is asked before it.
+    unreached: AtomicBool,
 }
 
 impl Endpoint {
@@ -61,6 +63,7 @@ impl Endpoint {
             address,
             idle: Mutex::default(),
             told: AtomicBool::new(false),
+            unreached: AtomicBool::new(false),
         })
     }
 
@@ -157,26 +160,54 @@ impl Endpoints {
 
     /// This one is asked first from now on.
     pub(super) fn answered(&self, endpoint: &Arc<Endpoint>) {
+        endpoint.unreached.store(false, Ordering::Relaxed);
         self.put(endpoint, |order| order.insert(0, endpoint.clone()));
         if endpoint.told.swap(false, Ordering::Relaxed) {
             tracing::info!("the API server at {} answers again", endpoint.address);
         }
     }
 
-    /// This one is asked last from now on.
+    /// This one is asked last from now on, but before those that can't even be reached, unless it is one of them.
     pub(super) fn passed_over(&self, endpoint: &Arc<Endpoint>) {
-        self.put(endpoint, |order| order.push(endpoint.clone()));
+        let is_unreached = |endpoint: &Endpoint| endpoint.unreached.load(Ordering::Relaxed);
+        self.put(endpoint, |order| {
+            let reached = order.iter().rposition(|other| !is_unreached(other));
+            let place = match is_unreached(endpoint) {
+                true => order.len(),
+                false => reached.map_or(0, |last| last + 1),
+            };
+            order.insert(place, endpoint.clone());
+        });
     }
 
-    /// Nothing came of it within its turn: it is asked last, and no connection to it is believed in that nobody uses just now.
+    /// Nothing came of it within its turn: it is asked last, and no connection to it is believed in that nobody uses just now. Where there is
+    /// no other one, a slow server keeps its connections.
     pub(super) fn slow(&self, endpoint: &Arc<Endpoint>) {
         self.passed_over(endpoint);
-        endpoint.idle().clear();
+        if self.order().len() > 1 {
+            endpoint.idle().clear();
+        }
     }
 
-    /// It can't be connected to, or an answer did not come.
-    pub(super) fn failed(&self, endpoint: &Arc<Endpoint>, why: &str) {
+    /// No connection to it came about in its turn.
+    fn unreached(&self, endpoint: &Arc<Endpoint>) {
+        endpoint.unreached.store(true, Ordering::Relaxed);
         self.slow(endpoint);
+    }
+
+    /// An answer of it did not come.
+    pub(super) fn failed(&self, endpoint: &Arc<Endpoint>, why: &str) {
+        self.passed_over(endpoint);
+        endpoint.idle().clear();
+        self.tell(endpoint, why);
+    }
+
+    /// Another one answered while this one was still waited for.
+    pub(super) fn outrun(&self, endpoint: &Arc<Endpoint>) {
+        self.tell(endpoint, "another one answered while it was waited for");
+    }
+
+    fn tell(&self, endpoint: &Endpoint, why: &str) {
         if self.order().len() > 1 && !endpoint.told.swap(true, Ordering::Relaxed) {
             tracing::warn!("the API server at {} is asked last: {why}", endpoint.address);
         }
@@ -211,7 +242,7 @@ impl Endpoints {
                 tried
             } else {
                 if let Some(endpoint) = next {
-                    self.slow(endpoint);
+                    self.unreached(endpoint);
                 }
                 continue;
             };
@@ -219,6 +250,7 @@ impl Endpoints {
                 Some((endpoint, Ok(sender))) => return Ok((endpoint.clone(), sender)),
                 Some((endpoint, Err(error))) => {
                     let error = error.to_string();
+                    endpoint.unreached.store(true, Ordering::Relaxed);
                     self.failed(endpoint, &error);
                     errors.push((endpoint, error));
                 }

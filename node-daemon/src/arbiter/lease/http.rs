@@ -59,9 +59,15 @@ pub struct HttpAnswer {
 }
 
 impl HttpAnswer {
-    /// The server says that it can't do now, or not at all, what another one may be able to do.
+    /// The server says that it can't do now, or not at all, what another one may be able to do. One that has just begun, or that can't ask
+    /// who vouches for us, takes us for nobody.
     fn is_refusal_to_work(&self) -> bool {
-        self.status.is_server_error() || self.status == StatusCode::TOO_MANY_REQUESTS
+        let of_us = [
+            StatusCode::TOO_MANY_REQUESTS,
+            StatusCode::UNAUTHORIZED,
+            StatusCode::FORBIDDEN,
+        ];
+        self.status.is_server_error() || of_us.contains(&self.status)
     }
 }
 
@@ -208,7 +214,12 @@ impl Server {
                 Ok(outcome) => or(outcome, self.read(request, others, deadline)).await,
                 Err(_) => match select(first, self.read(request, others, deadline)).await {
                     Either::Left((outcome, rest)) => or(outcome, rest).await,
-                    Either::Right((outcome, rest)) => or(outcome, rest).await,
+                    Either::Right((outcome, rest)) => {
+                        if is_of_use(&outcome) {
+                            self.endpoints.outrun(&endpoint);
+                        }
+                        or(outcome, rest).await
+                    }
                 },
             }
         }

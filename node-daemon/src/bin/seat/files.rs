@@ -34,7 +34,7 @@ pub fn open(layout: &Layout, recipe: &Recipe, console: &mut Option<Console>) -> 
     let initrd = match &recipe.initrd {
         Some(path) => Some(open_of_guest(layout, path, "boot.initrd")?),
         None => match beneath::open(&layout.path("guest"), DEFAULT_INITRD) {
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&error.kind()) => None,
             _ => Some(open_of_guest(layout, DEFAULT_INITRD, "boot.initrd")?),
         },
     };
