@@ -480,7 +480,9 @@ impl Seat {
             (false, false) => GuestReport::None,
             (false, true) => match self.engine_status(patience) {
                 // One that is about to end, or wants to, has the guest no longer than it takes: nobody else shall end because of it.
-                Some(status) if status.holds_guest && (status.leaving || self.inner().holds_swaps()) => GuestReport::Unknown,
+                Some(status) if status.holds_guest && (status.leaving || self.inner().holds_swaps()) => {
+                    GuestReport::Unknown
+                }
                 Some(status) if status.holds_guest => GuestReport::Present,
                 Some(_) => GuestReport::None,
                 None => GuestReport::Unknown,
