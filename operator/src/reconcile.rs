@@ -20,13 +20,15 @@ use crate::events::Events;
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, Refusal};
-use crate::refusal::{self, Last};
+use crate::refusal::{self, Last, Refused};
 use crate::{random, status};
 
 /// What a VM has once is applied anew after this time, so that a deleted object comes back.
 const SHARED_EVERY: Duration = Duration::from_secs(3600);
 /// First and longest wait after failures.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+/// Longest wait after a refusal: whoever raises a quota does not look on for minutes.
+const REFUSED_MAX: Duration = Duration::from_secs(60);
 /// Wait after a conflict: the watch tells of the new version soon.
 const CONFLICT: Duration = Duration::from_millis(500);
 
@@ -118,6 +120,20 @@ fn jittered(wait: Duration) -> Duration {
     wait.saturating_mul(percent as u32) / 100
 }
 
+/// After so many refusals in a row.
+fn refused_wait(times: u32) -> Duration {
+    jittered(backoff(times).min(REFUSED_MAX)).min(REFUSED_MAX)
+}
+
+/// When to look again. A wait after a refusal differs from VM to VM already, and is never made longer.
+fn pause(recheck: Option<Duration>, refused: Option<Duration>) -> Option<Duration> {
+    match (recheck, refused) {
+        (Some(recheck), Some(wait)) if recheck < wait => Some(jittered(recheck).min(wait)),
+        (_, Some(wait)) => Some(wait),
+        (recheck, None) => recheck.map(jittered),
+    }
+}
+
 async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError> {
     let namespace = vm.namespace().ok_or_else(|| ApiError::Unread(vm.name_any()))?;
     let objects = Objects::new(context.client.clone(), context.metrics.clone(), &namespace);
@@ -168,9 +184,7 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
             return Ok(Next::requeue(jittered(CONFLICT)));
         }
     }
-    Ok(decision
-        .recheck
-        .map_or_else(Next::await_change, |after| Next::requeue(jittered(after))))
+    Ok(pause(decision.recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue))
 }
 
 /// Writes a status and tells what changed; returns the VM as it is then.
@@ -198,11 +212,12 @@ async fn tell_refusal(
     context.metrics.failures.with_label_values(&["refused"]).inc();
     let namespace = vm.namespace().unwrap_or_default();
     let message = refusal::message(error, &namespace).unwrap_or_else(|| error.to_string());
-    let (times, wait) = context.was_refused(&vm, &message);
+    let (refused, first) = context.was_refused(&vm, message);
+    let (times, refused) = (refused.times, refused.seen(&vm, Instant::now()));
+    let wait = refused.wait;
     let name = format!("{namespace}/{}", vm.name_any());
     tracing::warn!(vm = %name, %error, times, wait_ms = wait.as_millis() as u64, "something is refused");
     let recheck = decision.recheck;
-    let refused = Refusal { message, wait };
     let status = with_refusal(&vm, refused.clone(), seen, decision);
     let shown = status
         .conditions
@@ -211,12 +226,12 @@ async fn tell_refusal(
     if vm.status.as_ref() != Some(&status) {
         write_status(&vm, status, objects, context).await?;
     }
-    if times == 1 && !shown {
+    if first && !shown {
         // The VM is protected, or halted: no condition has a reason to fail.
         let (kind, reason) = (EventType::Warning, status::API_SERVER_REFUSES);
         context.publish(&vm, kind, reason, &refused.message).await;
     }
-    Ok(Next::requeue(recheck.map_or(wait, |after| wait.min(jittered(after)))))
+    Ok(Next::requeue(pause(recheck, Some(wait)).unwrap_or(wait)))
 }
 
 /// The status of a VM for which something was refused. Of `vm`, as it is after all that was done in this look: its book has pods that were
@@ -392,18 +407,14 @@ impl Context {
         }
     }
 
-    /// Something was refused: how often in a row, and when to try again.
-    fn was_refused(&self, vm: &FaultTolerantVM, message: &str) -> (u32, Duration) {
+    /// Something was refused: what is gone by now, and whether it is the first refusal to the VM as it is.
+    fn was_refused(&self, vm: &FaultTolerantVM, message: String) -> (Refused, bool) {
         self.remember(vm, |memory| {
-            let times = memory.last.times().saturating_add(1);
-            let wait = jittered(backoff(times));
-            memory.last = Last::Refused {
-                message: message.to_owned(),
-                generation: vm.metadata.generation,
-                times,
-                until: Instant::now() + wait,
-            };
-            (times, wait)
+            let former = memory.last.of(vm);
+            let first = former.is_none();
+            let refused = Refused::next(former, vm, message, Instant::now(), refused_wait);
+            memory.last = Last::Refused(refused.clone());
+            (refused, first)
         })
     }
 
@@ -528,5 +539,24 @@ mod tests {
         assert!(some.len() > 5);
         let (low, high) = (BACKOFF.1 * 3 / 4, BACKOFF.1 * 5 / 4);
         assert!(some.iter().all(|wait| (low..=high).contains(wait)));
+    }
+
+    #[test]
+    fn after_refusals_nobody_waits_longer_than_was_said() {
+        for times in [1, 3, 6, 7, 9, 30, u32::MAX] {
+            for _ in 0..50 {
+                let wait = refused_wait(times);
+                assert!(wait <= REFUSED_MAX && wait >= backoff(times).min(REFUSED_MAX) * 3 / 4, "{wait:?}");
+            }
+        }
+        let (some, more) = (Duration::from_secs(10), Duration::from_secs(40));
+        for _ in 0..50 {
+            assert_eq!(pause(Some(more), Some(some)), Some(some));
+            assert_eq!(pause(Some(some), Some(some)), Some(some), "made longer");
+            let sooner = pause(Some(some), Some(more)).unwrap();
+            assert!(sooner < more && sooner >= some * 3 / 4, "{sooner:?}");
+        }
+        assert_eq!((pause(None, Some(some)), pause(None, None)), (Some(some), None));
+        assert!(pause(Some(more), None).unwrap() >= more * 3 / 4);
     }
 }
