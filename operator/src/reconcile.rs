@@ -146,12 +146,12 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
         }
         decision = decide(&seen);
     }
-    let mut refused = None;
-    if want(&seen) == Want::Run && seen.waits().is_none() {
-        match shared(&seen, &objects, context).await {
-            Err(error) if error.refusal().is_some() => refused = Some(error),
-            other => other?,
-        }
+    let mut undone = Undone::default();
+    if want(&seen) == Want::Run
+        && seen.waits().is_none()
+        && let Err(error) = shared(&seen, &objects, context).await
+    {
+        undone.take_shared(error)?;
     }
     let status = status::status(&seen, &decision);
     let mut vm = seen.vm.clone();
@@ -159,18 +159,14 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
     if changed {
         vm = write_status(&vm, status, &objects, context).await?;
     }
-    for action in &decision.actions {
-        if refused.is_some() && action.waits() {
-            continue;
-        }
-        match apply(action, vm.clone(), &seen, &objects, context).await {
-            Err(error) if action.makes() && error.refusal().is_some() => refused = refused.or(Some(error)),
-            other => vm = other?,
-        }
-        context.wrote(&vm);
-    }
+    vm = act(&decision, vm, &seen, &mut undone, &objects, context).await?;
+    let Undone { refused, unknown, .. } = undone;
     if let Some(error) = refused {
-        return tell_refusal(&error, vm, seen, decision, &objects, context).await;
+        let next = tell_refusal(&error, vm, seen, decision, &objects, context).await?;
+        return unknown.map_or(Ok(next), Err);
+    }
+    if let Some(error) = unknown {
+        return Err(error);
     }
     if decision.actions.contains(&Action::RemoveFinalizer) {
         context.forget(&vm);
@@ -185,6 +181,81 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
         }
     }
     Ok(pause(decision.recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue))
+}
+
+/// What came to nothing in a look. It holds back no more than it has to.
+#[derive(Debug, Default)]
+struct Undone {
+    /// What was refused first, which is told.
+    refused: Option<ApiError>,
+    /// What all seats need was refused.
+    shared: bool,
+    /// Seats of which something was refused.
+    seats: Vec<String>,
+    /// It is not known how guest images come into pods: nobody can make one.
+    unknown: Option<ApiError>,
+}
+
+impl Undone {
+    /// Is this action in vain, or too early?
+    fn holds_back(&self, action: &Action) -> bool {
+        let of_seat = action
+            .makes_of()
+            .is_some_and(|seat| self.seats.iter().any(|other| other == seat));
+        let unknown = self.unknown.is_some() && matches!(action, Action::CreatePod { .. });
+        action.waits() && (self.shared || of_seat || unknown)
+    }
+
+    /// An action failed. What nothing else depends on ends the look no more than it has to: a record waits for its nodes, and seats for requests.
+    ///
+    /// # Errors
+    /// Any other failure ends the look.
+    fn take(&mut self, action: &Action, error: ApiError) -> Result<(), ApiError> {
+        if matches!(error, ApiError::ImageVolumes(_)) {
+            self.unknown = self.unknown.take().or(Some(error));
+        } else if action.makes() && error.refusal().is_some() {
+            self.refused = self.refused.take().or(Some(error));
+            self.seats.extend(action.makes_of().map(str::to_owned));
+        } else {
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// What the VM has once could not be made.
+    ///
+    /// # Errors
+    /// Whatever is no refusal ends the look.
+    fn take_shared(&mut self, error: ApiError) -> Result<(), ApiError> {
+        if error.refusal().is_none() {
+            return Err(error);
+        }
+        self.shared = true;
+        self.refused = Some(error);
+        Ok(())
+    }
+}
+
+/// Does what was decided, as far as it can be done; returns the VM as it is then.
+async fn act(
+    decision: &Decision,
+    mut vm: FaultTolerantVM,
+    seen: &Observed,
+    undone: &mut Undone,
+    objects: &Objects,
+    context: &Context,
+) -> Result<FaultTolerantVM, ApiError> {
+    for action in &decision.actions {
+        if undone.holds_back(action) {
+            continue;
+        }
+        match apply(action, vm.clone(), seen, objects, context).await {
+            Ok(after) => vm = after,
+            Err(error) => undone.take(action, error)?,
+        }
+        context.wrote(&vm);
+    }
+    Ok(vm)
 }
 
 /// Writes a status and tells what changed; returns the VM as it is then.
@@ -490,8 +561,72 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
 
 #[cfg(test)]
 mod tests {
+    use kube::core::Status;
+
     use super::*;
     use crate::decide::rig::World;
+
+    fn forbidden() -> ApiError {
+        let status = Status {
+            code: 403,
+            ..Status::default()
+        };
+        ApiError::Request {
+            verb: "create",
+            kind: "Pod".to_owned(),
+            name: "web-a".to_owned(),
+            source: Box::new(kube::Error::Api(Box::new(status))),
+        }
+    }
+
+    fn pod(seat: &str) -> Action {
+        Action::CreatePod { seat: seat.to_owned() }
+    }
+
+    fn admit(seat: &str) -> Action {
+        Action::Admit {
+            seat: seat.to_owned(),
+            uid: String::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_refused_to_a_seat_holds_back_nothing_of_the_other_one() {
+        let claims = Action::CreateClaims {
+            seat: "a".to_owned(),
+            disks: Vec::new(),
+        };
+        let mut undone = Undone::default();
+        undone.take(&claims, forbidden()).unwrap();
+        assert!(undone.refused.is_some());
+        assert!(undone.holds_back(&pod("a")) && !undone.holds_back(&pod("b")));
+        assert!(!undone.holds_back(&admit("a")));
+        // What all need is needed by all.
+        let mut undone = Undone::default();
+        undone.take_shared(forbidden()).unwrap();
+        assert!(undone.refused.is_some());
+        assert!(undone.holds_back(&pod("a")) && undone.holds_back(&pod("b")));
+        assert!(!undone.holds_back(&admit("a")));
+        // Whatever else fails ends the look.
+        let other = || ApiError::Unread("web".to_owned());
+        assert!(Undone::default().take(&pod("a"), other()).is_err());
+        assert!(Undone::default().take_shared(other()).is_err());
+    }
+
+    /// A question that nobody answers must not keep seats from being admitted, nor anything from being asked of them.
+    #[test]
+    fn without_an_answer_about_image_volumes_only_pods_wait() {
+        let nodes = Action::SetLeaseNodes {
+            nodes: "a,b".to_owned(),
+        };
+        let mut undone = Undone::default();
+        undone
+            .take(&pod("a"), ApiError::ImageVolumes("late".to_owned()))
+            .unwrap();
+        assert!(undone.unknown.is_some() && undone.refused.is_none());
+        assert!(undone.holds_back(&pod("a")) && undone.holds_back(&pod("b")));
+        assert!(!undone.holds_back(&admit("b")) && !undone.holds_back(&nodes));
+    }
 
     #[test]
     fn a_cache_is_old_until_it_has_what_was_written() {
