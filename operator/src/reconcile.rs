@@ -16,7 +16,7 @@ use crate::build::{self, GuestFiles, SeatImage};
 use crate::caches::Caches;
 use crate::cpu;
 use crate::decide::{self, Action, Decision, Want, decide, want};
-use crate::events::Events;
+use crate::events::{Events, RECONCILE_FAILED};
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, Refusal};
@@ -81,7 +81,7 @@ pub async fn reconcile(vm: Arc<FaultTolerantVM>, context: Arc<Context>) -> Resul
         Ok(_) => context.no_failure(&vm),
         Err(error) if !error.is_conflict() => {
             context
-                .publish(&vm, EventType::Warning, "ReconcileFailed", &error.to_string())
+                .publish(&vm, EventType::Warning, RECONCILE_FAILED, &error.to_string())
                 .await
         }
         Err(_) => {}
@@ -515,6 +515,7 @@ impl Context {
     fn forget(&self, vm: &FaultTolerantVM) {
         let mut memory = self.memories();
         memory.remove(&vm.uid().unwrap_or_default());
+        self.events.forget(vm);
     }
 }
 
