@@ -682,7 +682,10 @@ mod tests {
         for times in [1, 3, 6, 7, 9, 30, u32::MAX] {
             for _ in 0..50 {
                 let wait = refused_wait(times);
-                assert!(wait <= REFUSED_MAX && wait >= backoff(times).min(REFUSED_MAX) * 3 / 4, "{wait:?}");
+                assert!(
+                    wait <= REFUSED_MAX && wait >= backoff(times).min(REFUSED_MAX) * 3 / 4,
+                    "{wait:?}"
+                );
             }
         }
         let (some, more) = (Duration::from_secs(10), Duration::from_secs(40));

@@ -280,7 +280,13 @@ mod tests {
     /// What is told of a refusal so many seconds after `now`; the n-th in a row waits n seconds.
     fn refused(former: Option<&Refused>, vm: &FaultTolerantVM, now: Instant, later: u64) -> Refused {
         let wait = |times: u32| Duration::from_secs(u64::from(times));
-        Refused::next(former, vm, format!("no {later}"), now + Duration::from_secs(later), wait)
+        Refused::next(
+            former,
+            vm,
+            format!("no {later}"),
+            now + Duration::from_secs(later),
+            wait,
+        )
     }
 
     #[test]

@@ -202,6 +202,8 @@ pub fn judge_probe(sent: &Pod, answer: &Pod) -> Option<GuestFiles> {
     let same = answer.metadata.name == sent.metadata.name && ours.iter().all(|name| theirs.contains(name));
     let volumes = answer.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
     // Without the feature the volume is left out; a version that knows none takes the volume for an empty folder.
-    let kept = volumes.into_iter().any(|volume| volume.name == VOLUME && volume.image.is_some());
+    let kept = volumes
+        .into_iter()
+        .any(|volume| volume.name == VOLUME && volume.image.is_some());
     same.then_some(if kept { GuestFiles::Mounted } else { GuestFiles::Copied })
 }

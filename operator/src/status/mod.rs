@@ -13,8 +13,8 @@ use crate::decide::{self, Decision, Want, holder, is_genesis, is_named, lease_is
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
-use obstacles::{is_no_news, lease_gone};
 pub use obstacles::{Obstacle, obstacles};
+use obstacles::{is_no_news, lease_gone};
 
 /// The guest runs.
 pub const READY: &str = "Ready";

@@ -124,9 +124,7 @@ fn refusals(cluster: &Cluster) -> anyhow::Result<Vec<Timestamp>> {
         ours && event.verb == "create" && pods && code == Some(403)
     });
     let refused: Vec<_> = refused.collect();
-    let of_first = refused
-        .iter()
-        .filter(|event| event.object_ref == refused[0].object_ref);
+    let of_first = refused.iter().filter(|event| event.object_ref == refused[0].object_ref);
     let times = of_first.map(|event| event.request_received_timestamp.parse::<Timestamp>());
     times.map(|time| time.context("no time")).collect()
 }
