@@ -206,7 +206,7 @@ impl Undone {
         action.waits() && (self.shared || of_seat || unknown)
     }
 
-    /// An action failed. What nothing else depends on ends the look no more than it has to: a record waits for its nodes, and seats for requests.
+    /// An action failed, and what does not depend on it is done all the same: seats wait to be admitted and asked, the record for its nodes.
     ///
     /// # Errors
     /// Any other failure ends the look.

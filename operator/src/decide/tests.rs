@@ -45,7 +45,7 @@ fn the_finalizer_and_the_book_come_first() {
     assert!(matches!(made[1], Action::CreatePod { .. }));
 }
 
-/// What is refused may stay so for long. Only time, or another spec, brings the next attempt, and nothing else waits for it.
+/// What is refused may stay so for long. Only time, or another spec or book, brings the next attempt, and nothing else waits for it.
 #[test]
 fn after_a_refusal_pods_and_claims_wait_and_nothing_else() {
     let refused = |seconds| {
