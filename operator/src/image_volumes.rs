@@ -13,8 +13,22 @@ use tokio::time::{Instant, timeout};
 use crate::api::{ApiError, Objects};
 use crate::build::{GuestFiles, SeatImage, image_volume_probe, judge_probe};
 
-/// The control plane may have been upgraded after this time.
-const AGAIN: Duration = Duration::from_secs(3600);
+/// How long it is gone by what came of a question.
+#[derive(Debug, Clone, Copy)]
+struct Waits {
+    /// By an answer: the control plane may have been upgraded after this time.
+    answered: Duration,
+    /// By the answer before, after a question that had none.
+    kept: Duration,
+    /// By there never having been one: VMs that wait for it do not wait for each other's questions as well.
+    unanswered: Duration,
+}
+
+const WAITS: Waits = Waits {
+    answered: Duration::from_secs(3600),
+    kept: Duration::from_secs(60),
+    unanswered: Duration::from_secs(5),
+};
 /// An answer that takes longer is none.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
@@ -35,8 +49,16 @@ pub struct ImageVolumes {
     image: SeatImage,
     /// Of the operator's own namespace.
     objects: Objects,
-    again: Duration,
-    known: Mutex<Option<(GuestFiles, Instant)>>,
+    waits: Waits,
+    known: Mutex<Option<Known>>,
+}
+
+/// What came of the last question.
+struct Known {
+    /// How guest images come into pods, or why nobody knows.
+    what: Result<GuestFiles, String>,
+    /// When to ask again.
+    until: Instant,
 }
 
 impl ImageVolumes {
@@ -46,7 +68,7 @@ impl ImageVolumes {
             setting,
             image,
             objects,
-            again: AGAIN,
+            waits: WAITS,
             known: Mutex::default(),
         }
     }
@@ -63,24 +85,39 @@ impl ImageVolumes {
         }
         // One asks, the others wait for its answer.
         let mut known = self.known.lock().await;
-        if let Some((files, when)) = *known
-            && when.elapsed() < self.again
+        if let Some(Known { what, until }) = &*known
+            && Instant::now() < *until
         {
-            return Ok(files);
+            return what.clone().map_err(ApiError::ImageVolumes);
         }
-        match (self.ask().await, *known) {
+        let before = known.as_ref().and_then(|known| known.what.clone().ok());
+        let (what, wait) = self.judged(self.ask().await, before);
+        *known = Some(Known {
+            what: what.clone(),
+            until: Instant::now() + wait,
+        });
+        what.map_err(ApiError::ImageVolumes)
+    }
+
+    /// What is gone by after a question, and for how long.
+    fn judged(
+        &self,
+        answer: Result<GuestFiles, String>,
+        before: Option<GuestFiles>,
+    ) -> (Result<GuestFiles, String>, Duration) {
+        match (answer, before) {
             (Ok(files), before) => {
-                if before.map(|(files, _)| files) != Some(files) {
+                if before != Some(files) {
                     tracing::info!(?files, "guest images come into new pods of seats like this");
                 }
-                *known = Some((files, Instant::now()));
-                Ok(files)
+                (Ok(files), self.waits.answered)
             }
-            (Err(why), Some((files, _))) => {
-                tracing::warn!(%why, ?files, "whether the cluster still has image volumes is not known; asked again with the next pod");
-                Ok(files)
+            (Err(why), Some(files)) => {
+                let again_s = self.waits.kept.as_secs();
+                tracing::warn!(%why, ?files, again_s, "whether the cluster still has image volumes is not known; asked again with a pod after that time");
+                (Ok(files), self.waits.kept)
             }
-            (Err(why), None) => Err(ApiError::ImageVolumes(why)),
+            (Err(why), None) => (Err(why), self.waits.unanswered),
         }
     }
 

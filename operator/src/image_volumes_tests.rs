@@ -35,7 +35,7 @@ fn refused(code: u16, reason: &str) -> Option<(u16, Value)> {
     Some((code, status))
 }
 
-/// The cluster's API server gives these answers, one after the other; which questions it was asked.
+/// The cluster's API server gives these answers, one after the other; which questions it was asked. What is no answer is not gone by.
 async fn asked(setting: Setting, again: Duration, answers: &[Answer]) -> (ImageVolumes, Arc<Lock<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -71,7 +71,11 @@ async fn asked(setting: Setting, again: Duration, answers: &[Answer]) -> (ImageV
     let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
     let objects = Objects::new(client, Metrics::new().unwrap(), "ftvm-system");
     let mut volumes = ImageVolumes::new(setting, SeatImage::default(), objects);
-    volumes.again = again;
+    volumes.waits = Waits {
+        answered: again,
+        kept: Duration::ZERO,
+        unanswered: Duration::ZERO,
+    };
     (volumes, questions)
 }
 
@@ -124,6 +128,26 @@ async fn what_tells_nothing_is_an_error_and_no_answer() {
         assert_eq!(volumes.files().await.unwrap(), GuestFiles::Mounted);
         assert_eq!(questions.lock().unwrap().len(), 3);
     }
+}
+
+/// Neither does each pod wait for a question of its own, nor is an answer that was known before asked for with each of them.
+#[tokio::test]
+async fn what_tells_nothing_is_gone_by_for_a_while() {
+    let fails: Answer = |_| refused(403, "Forbidden");
+    let (mut volumes, questions) = asked(Setting::Auto, Duration::ZERO, &[fails]).await;
+    volumes.waits.unanswered = NEVER_AGAIN;
+    for _ in 0..3 {
+        let text = volumes.files().await.unwrap_err().to_string();
+        assert!(text.contains("not so"), "{text}");
+    }
+    assert_eq!(questions.lock().unwrap().len(), 1);
+    let (mut volumes, questions) = asked(Setting::Auto, Duration::ZERO, &[without_the_volume, fails]).await;
+    volumes.waits.kept = NEVER_AGAIN;
+    for _ in 0..4 {
+        assert_eq!(volumes.files().await.unwrap(), GuestFiles::Copied);
+    }
+    assert_eq!(questions.lock().unwrap().len(), 2);
+    assert!(WAITS.unanswered < WAITS.kept && WAITS.kept < WAITS.answered);
 }
 
 #[tokio::test]

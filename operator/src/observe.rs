@@ -44,7 +44,7 @@ pub struct Observed {
 pub struct Refusal {
     /// What, where, why, what to do.
     pub message: String,
-    /// No pod and claim is asked for before this time has passed, whatever happens meanwhile.
+    /// No pod and claim is asked for before this time has passed; none if it was another spec or book that was refused.
     pub wait: Duration,
 }
 

@@ -16,17 +16,19 @@ use crate::build::{self, GuestFiles, SeatImage};
 use crate::caches::Caches;
 use crate::cpu;
 use crate::decide::{self, Action, Decision, Want, decide, want};
-use crate::events::Events;
+use crate::events::{Events, RECONCILE_FAILED};
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, Refusal};
-use crate::refusal::{self, Last};
+use crate::refusal::{self, Last, Refused};
 use crate::{random, status};
 
 /// What a VM has once is applied anew after this time, so that a deleted object comes back.
 const SHARED_EVERY: Duration = Duration::from_secs(3600);
 /// First and longest wait after failures.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+/// Longest wait after a refusal: whoever raises a quota does not look on for minutes.
+const REFUSED_MAX: Duration = Duration::from_secs(60);
 /// Wait after a conflict: the watch tells of the new version soon.
 const CONFLICT: Duration = Duration::from_millis(500);
 
@@ -79,7 +81,7 @@ pub async fn reconcile(vm: Arc<FaultTolerantVM>, context: Arc<Context>) -> Resul
         Ok(_) => context.no_failure(&vm),
         Err(error) if !error.is_conflict() => {
             context
-                .publish(&vm, EventType::Warning, "ReconcileFailed", &error.to_string())
+                .publish(&vm, EventType::Warning, RECONCILE_FAILED, &error.to_string())
                 .await
         }
         Err(_) => {}
@@ -118,6 +120,20 @@ fn jittered(wait: Duration) -> Duration {
     wait.saturating_mul(percent as u32) / 100
 }
 
+/// After so many refusals in a row.
+fn refused_wait(times: u32) -> Duration {
+    jittered(backoff(times).min(REFUSED_MAX)).min(REFUSED_MAX)
+}
+
+/// When to look again. A wait after a refusal differs from VM to VM already, and is never made longer.
+fn pause(recheck: Option<Duration>, refused: Option<Duration>) -> Option<Duration> {
+    match (recheck, refused) {
+        (Some(recheck), Some(wait)) if recheck < wait => Some(jittered(recheck).min(wait)),
+        (_, Some(wait)) => Some(wait),
+        (recheck, None) => recheck.map(jittered),
+    }
+}
+
 async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError> {
     let namespace = vm.namespace().ok_or_else(|| ApiError::Unread(vm.name_any()))?;
     let objects = Objects::new(context.client.clone(), context.metrics.clone(), &namespace);
@@ -130,12 +146,12 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
         }
         decision = decide(&seen);
     }
-    let mut refused = None;
-    if want(&seen) == Want::Run && seen.waits().is_none() {
-        match shared(&seen, &objects, context).await {
-            Err(error) if error.refusal().is_some() => refused = Some(error),
-            other => other?,
-        }
+    let mut undone = Undone::default();
+    if want(&seen) == Want::Run
+        && seen.waits().is_none()
+        && let Err(error) = shared(&seen, &objects, context).await
+    {
+        undone.take_shared(error)?;
     }
     let status = status::status(&seen, &decision);
     let mut vm = seen.vm.clone();
@@ -143,18 +159,14 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
     if changed {
         vm = write_status(&vm, status, &objects, context).await?;
     }
-    for action in &decision.actions {
-        if refused.is_some() && action.waits() {
-            continue;
-        }
-        match apply(action, vm.clone(), &seen, &objects, context).await {
-            Err(error) if action.makes() && error.refusal().is_some() => refused = refused.or(Some(error)),
-            other => vm = other?,
-        }
-        context.wrote(&vm);
-    }
+    vm = act(&decision, vm, &seen, &mut undone, &objects, context).await?;
+    let Undone { refused, unknown, .. } = undone;
     if let Some(error) = refused {
-        return tell_refusal(&error, vm, seen, decision, &objects, context).await;
+        let next = tell_refusal(&error, vm, seen, decision, &objects, context).await?;
+        return unknown.map_or(Ok(next), Err);
+    }
+    if let Some(error) = unknown {
+        return Err(error);
     }
     if decision.actions.contains(&Action::RemoveFinalizer) {
         context.forget(&vm);
@@ -168,9 +180,82 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
             return Ok(Next::requeue(jittered(CONFLICT)));
         }
     }
-    Ok(decision
-        .recheck
-        .map_or_else(Next::await_change, |after| Next::requeue(jittered(after))))
+    Ok(pause(decision.recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue))
+}
+
+/// What came to nothing in a look. It holds back no more than it has to.
+#[derive(Debug, Default)]
+struct Undone {
+    /// What was refused first, which is told.
+    refused: Option<ApiError>,
+    /// What all seats need was refused.
+    shared: bool,
+    /// Seats of which something was refused.
+    seats: Vec<String>,
+    /// It is not known how guest images come into pods: nobody can make one.
+    unknown: Option<ApiError>,
+}
+
+impl Undone {
+    /// Is this action in vain, or too early?
+    fn holds_back(&self, action: &Action) -> bool {
+        let of_seat = action
+            .makes_of()
+            .is_some_and(|seat| self.seats.iter().any(|other| other == seat));
+        let unknown = self.unknown.is_some() && matches!(action, Action::CreatePod { .. });
+        action.waits() && (self.shared || of_seat || unknown)
+    }
+
+    /// An action failed, and what does not depend on it is done all the same: seats wait to be admitted and asked, the record for its nodes.
+    ///
+    /// # Errors
+    /// Any other failure ends the look.
+    fn take(&mut self, action: &Action, error: ApiError) -> Result<(), ApiError> {
+        if matches!(error, ApiError::ImageVolumes(_)) {
+            self.unknown = self.unknown.take().or(Some(error));
+        } else if action.makes() && error.refusal().is_some() {
+            self.refused = self.refused.take().or(Some(error));
+            self.seats.extend(action.makes_of().map(str::to_owned));
+        } else {
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// What the VM has once could not be made.
+    ///
+    /// # Errors
+    /// Whatever is no refusal ends the look.
+    fn take_shared(&mut self, error: ApiError) -> Result<(), ApiError> {
+        if error.refusal().is_none() {
+            return Err(error);
+        }
+        self.shared = true;
+        self.refused = Some(error);
+        Ok(())
+    }
+}
+
+/// Does what was decided, as far as it can be done; returns the VM as it is then.
+async fn act(
+    decision: &Decision,
+    mut vm: FaultTolerantVM,
+    seen: &Observed,
+    undone: &mut Undone,
+    objects: &Objects,
+    context: &Context,
+) -> Result<FaultTolerantVM, ApiError> {
+    for action in &decision.actions {
+        if undone.holds_back(action) {
+            continue;
+        }
+        match apply(action, vm.clone(), seen, objects, context).await {
+            Ok(after) => vm = after,
+            Err(error) => undone.take(action, error)?,
+        }
+        context.wrote(&vm);
+    }
+    Ok(vm)
 }
 
 /// Writes a status and tells what changed; returns the VM as it is then.
@@ -198,11 +283,12 @@ async fn tell_refusal(
     context.metrics.failures.with_label_values(&["refused"]).inc();
     let namespace = vm.namespace().unwrap_or_default();
     let message = refusal::message(error, &namespace).unwrap_or_else(|| error.to_string());
-    let (times, wait) = context.was_refused(&vm, &message);
+    let (refused, first) = context.was_refused(&vm, message);
+    let (times, refused) = (refused.times, refused.seen(&vm, Instant::now()));
+    let wait = refused.wait;
     let name = format!("{namespace}/{}", vm.name_any());
     tracing::warn!(vm = %name, %error, times, wait_ms = wait.as_millis() as u64, "something is refused");
     let recheck = decision.recheck;
-    let refused = Refusal { message, wait };
     let status = with_refusal(&vm, refused.clone(), seen, decision);
     let shown = status
         .conditions
@@ -211,12 +297,12 @@ async fn tell_refusal(
     if vm.status.as_ref() != Some(&status) {
         write_status(&vm, status, objects, context).await?;
     }
-    if times == 1 && !shown {
+    if first && !shown {
         // The VM is protected, or halted: no condition has a reason to fail.
         let (kind, reason) = (EventType::Warning, status::API_SERVER_REFUSES);
         context.publish(&vm, kind, reason, &refused.message).await;
     }
-    Ok(Next::requeue(recheck.map_or(wait, |after| wait.min(jittered(after)))))
+    Ok(Next::requeue(pause(recheck, Some(wait)).unwrap_or(wait)))
 }
 
 /// The status of a VM for which something was refused. Of `vm`, as it is after all that was done in this look: its book has pods that were
@@ -392,18 +478,14 @@ impl Context {
         }
     }
 
-    /// Something was refused: how often in a row, and when to try again.
-    fn was_refused(&self, vm: &FaultTolerantVM, message: &str) -> (u32, Duration) {
+    /// Something was refused: what is gone by now, and whether it is the first refusal to the VM as it is.
+    fn was_refused(&self, vm: &FaultTolerantVM, message: String) -> (Refused, bool) {
         self.remember(vm, |memory| {
-            let times = memory.last.times().saturating_add(1);
-            let wait = jittered(backoff(times));
-            memory.last = Last::Refused {
-                message: message.to_owned(),
-                generation: vm.metadata.generation,
-                times,
-                until: Instant::now() + wait,
-            };
-            (times, wait)
+            let former = memory.last.of(vm);
+            let first = former.is_none();
+            let refused = Refused::next(former, vm, message, Instant::now(), refused_wait);
+            memory.last = Last::Refused(refused.clone());
+            (refused, first)
         })
     }
 
@@ -433,6 +515,7 @@ impl Context {
     fn forget(&self, vm: &FaultTolerantVM) {
         let mut memory = self.memories();
         memory.remove(&vm.uid().unwrap_or_default());
+        self.events.forget(vm);
     }
 }
 
@@ -479,8 +562,72 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
 
 #[cfg(test)]
 mod tests {
+    use kube::core::Status;
+
     use super::*;
     use crate::decide::rig::World;
+
+    fn forbidden() -> ApiError {
+        let status = Status {
+            code: 403,
+            ..Status::default()
+        };
+        ApiError::Request {
+            verb: "create",
+            kind: "Pod".to_owned(),
+            name: "web-a".to_owned(),
+            source: Box::new(kube::Error::Api(Box::new(status))),
+        }
+    }
+
+    fn pod(seat: &str) -> Action {
+        Action::CreatePod { seat: seat.to_owned() }
+    }
+
+    fn admit(seat: &str) -> Action {
+        Action::Admit {
+            seat: seat.to_owned(),
+            uid: String::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_refused_to_a_seat_holds_back_nothing_of_the_other_one() {
+        let claims = Action::CreateClaims {
+            seat: "a".to_owned(),
+            disks: Vec::new(),
+        };
+        let mut undone = Undone::default();
+        undone.take(&claims, forbidden()).unwrap();
+        assert!(undone.refused.is_some());
+        assert!(undone.holds_back(&pod("a")) && !undone.holds_back(&pod("b")));
+        assert!(!undone.holds_back(&admit("a")));
+        // What all need is needed by all.
+        let mut undone = Undone::default();
+        undone.take_shared(forbidden()).unwrap();
+        assert!(undone.refused.is_some());
+        assert!(undone.holds_back(&pod("a")) && undone.holds_back(&pod("b")));
+        assert!(!undone.holds_back(&admit("a")));
+        // Whatever else fails ends the look.
+        let other = || ApiError::Unread("web".to_owned());
+        assert!(Undone::default().take(&pod("a"), other()).is_err());
+        assert!(Undone::default().take_shared(other()).is_err());
+    }
+
+    /// A question that nobody answers must not keep seats from being admitted, nor anything from being asked of them.
+    #[test]
+    fn without_an_answer_about_image_volumes_only_pods_wait() {
+        let nodes = Action::SetLeaseNodes {
+            nodes: "a,b".to_owned(),
+        };
+        let mut undone = Undone::default();
+        undone
+            .take(&pod("a"), ApiError::ImageVolumes("late".to_owned()))
+            .unwrap();
+        assert!(undone.unknown.is_some() && undone.refused.is_none());
+        assert!(undone.holds_back(&pod("a")) && undone.holds_back(&pod("b")));
+        assert!(!undone.holds_back(&admit("b")) && !undone.holds_back(&nodes));
+    }
 
     #[test]
     fn a_cache_is_old_until_it_has_what_was_written() {
@@ -528,5 +675,27 @@ mod tests {
         assert!(some.len() > 5);
         let (low, high) = (BACKOFF.1 * 3 / 4, BACKOFF.1 * 5 / 4);
         assert!(some.iter().all(|wait| (low..=high).contains(wait)));
+    }
+
+    #[test]
+    fn after_refusals_nobody_waits_longer_than_was_said() {
+        for times in [1, 3, 6, 7, 9, 30, u32::MAX] {
+            for _ in 0..50 {
+                let wait = refused_wait(times);
+                assert!(
+                    wait <= REFUSED_MAX && wait >= backoff(times).min(REFUSED_MAX) * 3 / 4,
+                    "{wait:?}"
+                );
+            }
+        }
+        let (some, more) = (Duration::from_secs(10), Duration::from_secs(40));
+        for _ in 0..50 {
+            assert_eq!(pause(Some(more), Some(some)), Some(some));
+            assert_eq!(pause(Some(some), Some(some)), Some(some), "made longer");
+            let sooner = pause(Some(some), Some(more)).unwrap();
+            assert!(sooner < more && sooner >= some * 3 / 4, "{sooner:?}");
+        }
+        assert_eq!((pause(None, Some(some)), pause(None, None)), (Some(some), None));
+        assert!(pause(Some(more), None).unwrap() >= more * 3 / 4);
     }
 }

@@ -1,7 +1,7 @@
 //! What the API server refuses to make: a quota is used up, a policy forbids it, the spec names something that does not exist.
 //!
-//! Conditions say so, and pods and claims are asked for again later and later, whatever else happens meanwhile; at once if the spec changes.
-//! Everything else about the VM goes on.
+//! Conditions say so, and pods and claims are asked for again later and later, up to a bound; at once if the spec changes, or the book: a
+//! pod that is gone has to be made anew, whatever was refused before. Everything else about the VM goes on.
 
 use std::time::{Duration, Instant};
 
@@ -23,17 +23,26 @@ pub enum Last {
     /// All of it was made.
     Made,
     /// The API server refused.
-    Refused {
-        /// What, where, why, what to do.
-        message: String,
-        /// Generation of the spec that was made from.
-        generation: Option<i64>,
-        /// How often in a row.
-        times: u32,
-        /// When to try again.
-        until: Instant,
-    },
+    Refused(Refused),
 }
+
+/// A refusal.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Refused {
+    /// What, where, why, what to do.
+    pub message: String,
+    /// Generation of the spec that was made from.
+    pub generation: Option<i64>,
+    /// The book that was made from.
+    pub book: Seats,
+    /// How often in a row, for this spec and book.
+    pub times: u32,
+    /// When to try again.
+    pub until: Instant,
+}
+
+/// The seats of a book and the UIDs of their pods, in order.
+type Seats = Vec<(String, Option<String>)>;
 
 impl Last {
     /// What this means for the VM as it is.
@@ -44,29 +53,59 @@ impl Last {
                 wait: Duration::ZERO,
             }),
             Last::Made => None,
-            Last::Refused {
-                message,
-                generation,
-                until,
-                ..
-            } => {
-                let same = *generation == vm.metadata.generation;
-                let wait = until.saturating_duration_since(now);
-                Some(Refusal {
-                    message: message.clone(),
-                    wait: if same { wait } else { Duration::ZERO },
-                })
-            }
+            Last::Refused(refused) => Some(refused.seen(vm, now)),
         }
     }
 
-    /// How often in a row it was refused.
-    pub fn times(&self) -> u32 {
+    /// A refusal that was of the VM as it is.
+    pub fn of(&self, vm: &FaultTolerantVM) -> Option<&Refused> {
         match self {
-            Last::Unknown | Last::Made => 0,
-            Last::Refused { times, .. } => *times,
+            Last::Unknown | Last::Made => None,
+            Last::Refused(refused) => Some(refused).filter(|refused| refused.is_of(vm)),
         }
     }
+}
+
+impl Refused {
+    /// What is gone by once more is refused to a VM, after a `former` refusal of the same: attempts before its time were of what does not wait,
+    /// and say nothing of what does.
+    pub fn next(
+        former: Option<&Refused>,
+        vm: &FaultTolerantVM,
+        message: String,
+        now: Instant,
+        wait: impl FnOnce(u32) -> Duration,
+    ) -> Refused {
+        if let Some(former) = former.filter(|former| now < former.until) {
+            return former.clone();
+        }
+        let times = former.map_or(0, |former| former.times).saturating_add(1);
+        Refused {
+            message,
+            generation: vm.metadata.generation,
+            book: seats(vm),
+            times,
+            until: now + wait(times),
+        }
+    }
+
+    /// What this means for the VM as it is.
+    pub fn seen(&self, vm: &FaultTolerantVM, now: Instant) -> Refusal {
+        let wait = self.until.saturating_duration_since(now);
+        Refusal {
+            message: self.message.clone(),
+            wait: if self.is_of(vm) { wait } else { Duration::ZERO },
+        }
+    }
+
+    fn is_of(&self, vm: &FaultTolerantVM) -> bool {
+        self.generation == vm.metadata.generation && self.book == seats(vm)
+    }
+}
+
+fn seats(vm: &FaultTolerantVM) -> Seats {
+    let seats = vm.status.iter().flat_map(|status| &status.seats);
+    seats.map(|entry| (entry.name.clone(), entry.pod_uid.clone())).collect()
 }
 
 /// The refusal that the VM's status tells of.
@@ -85,7 +124,7 @@ pub fn message(error: &ApiError, namespace: &str) -> Option<String> {
     let why: String = status.message.chars().take(WHY_LENGTH_MAX).collect();
     let advice = advice(&status.message);
     Some(format!(
-        "the API server refuses {kind} {name} in namespace {namespace} ({why}): {advice}; it is tried again by itself, after 5 minutes at most"
+        "the API server refuses {kind} {name} in namespace {namespace} ({why}): {advice}; it is tried again by itself, after 1 minute at most"
     ))
 }
 
@@ -137,7 +176,7 @@ mod tests {
     use kube::core::Status;
 
     use super::*;
-    use crate::decide::rig;
+    use crate::decide::rig::{self, World};
 
     fn answered(code: u16, reason: &str, message: &str) -> ApiError {
         let status = Status {
@@ -238,16 +277,26 @@ mod tests {
         }
     }
 
+    /// What is told of a refusal so many seconds after `now`; the n-th in a row waits n seconds.
+    fn refused(former: Option<&Refused>, vm: &FaultTolerantVM, now: Instant, later: u64) -> Refused {
+        let wait = |times: u32| Duration::from_secs(u64::from(times));
+        Refused::next(
+            former,
+            vm,
+            format!("no {later}"),
+            now + Duration::from_secs(later),
+            wait,
+        )
+    }
+
     #[test]
     fn it_waits_unless_the_spec_changes() {
         let mut vm = rig::vm();
         let now = Instant::now();
-        let last = Last::Refused {
-            message: "no".to_owned(),
-            generation: vm.metadata.generation,
-            times: 3,
+        let last = Last::Refused(Refused {
             until: now + Duration::from_secs(4),
-        };
+            ..refused(None, &vm, now, 0)
+        });
         let wait = |vm: &FaultTolerantVM, later: u64| last.seen(vm, now + Duration::from_secs(later)).unwrap().wait;
         assert_eq!(
             (wait(&vm, 0), wait(&vm, 1)),
@@ -256,7 +305,39 @@ mod tests {
         assert_eq!((wait(&vm, 4), wait(&vm, 9)), (Duration::ZERO, Duration::ZERO));
         vm.metadata.generation = Some(2);
         assert_eq!(wait(&vm, 0), Duration::ZERO);
-        assert_eq!((last.times(), Last::Made.times(), Last::Unknown.times()), (3, 0, 0));
+        assert_eq!(last.of(&vm), None, "counted anew");
+    }
+
+    /// A standby's pod is refused for long, and then the active's pod is gone: it must not wait for that.
+    #[test]
+    fn another_book_does_not_wait() {
+        let mut world = World::new(3);
+        assert!(world.settle(60) && world.is_protected());
+        let now = Instant::now();
+        let last = Last::Refused(refused(None, &world.vm, now, 0));
+        let wait = |vm: &FaultTolerantVM| last.seen(vm, now).unwrap().wait;
+        assert_eq!(wait(&world.vm), Duration::from_secs(1));
+        assert!(last.of(&world.vm).is_some());
+        let active = world.book()[0].name.clone();
+        world.pods.remove(&active);
+        assert!(world.step());
+        assert_eq!(world.entry(&active).unwrap().pod_uid, None);
+        assert_eq!(wait(&world.vm), Duration::ZERO);
+        assert_eq!(last.of(&world.vm), None, "counted anew");
+    }
+
+    /// Looks have many causes, and what does not wait is asked for in each of them.
+    #[test]
+    fn what_is_refused_before_its_time_is_not_counted() {
+        let vm = rig::vm();
+        let now = Instant::now();
+        let first = refused(None, &vm, now, 0);
+        assert_eq!((first.times, first.until), (1, now + Duration::from_secs(1)));
+        assert_eq!(refused(Some(&first), &vm, now, 0), first);
+        let second = refused(Some(&first), &vm, now, 1);
+        assert_eq!((second.times, second.until), (2, now + Duration::from_secs(3)));
+        assert_eq!(second.message, "no 1");
+        assert_eq!(refused(Some(&second), &vm, now, 2), second);
     }
 
     /// A new leader does not take back what the former one said before it has tried.

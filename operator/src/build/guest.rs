@@ -192,15 +192,18 @@ pub fn image_volume_probe(image: &SeatImage) -> Pod {
     }
 }
 
-/// What such an answer says; none if it is about something else.
+/// What such an answer says; none if it is about something else. Whoever injects containers and volumes into pods may have added theirs.
 pub fn judge_probe(sent: &Pod, answer: &Pod) -> Option<GuestFiles> {
     let containers = |pod: &Pod| -> Option<Vec<String>> {
         let containers = &pod.spec.as_ref()?.containers;
         Some(containers.iter().map(|container| container.name.clone()).collect())
     };
-    let same = answer.metadata.name == sent.metadata.name && containers(answer) == containers(sent);
+    let (ours, theirs) = (containers(sent)?, containers(answer)?);
+    let same = answer.metadata.name == sent.metadata.name && ours.iter().all(|name| theirs.contains(name));
     let volumes = answer.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
     // Without the feature the volume is left out; a version that knows none takes the volume for an empty folder.
-    let kept = volumes.into_iter().any(|volume| volume.image.is_some());
+    let kept = volumes
+        .into_iter()
+        .any(|volume| volume.name == VOLUME && volume.image.is_some());
     same.then_some(if kept { GuestFiles::Mounted } else { GuestFiles::Copied })
 }

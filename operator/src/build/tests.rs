@@ -111,6 +111,18 @@ fn the_answer_to_the_probe_tells_whether_there_are_image_volumes() {
         (volume.image, volume.empty_dir) = (None, Some(EmptyDirVolumeSource::default()));
     });
     assert_eq!(unknown, Some(GuestFiles::Copied));
+    // A mesh adds its container to each pod, and a volume to it.
+    let inject = |spec: &mut PodSpec| {
+        let mut proxy = spec.containers[0].clone();
+        proxy.name = "proxy".to_owned();
+        spec.containers.insert(0, proxy);
+    };
+    assert_eq!(with(&inject), Some(GuestFiles::Mounted));
+    let injected_without = with(&|spec| {
+        inject(spec);
+        spec.volumes.as_mut().unwrap()[0].name = "proxy".to_owned();
+    });
+    assert_eq!(injected_without, Some(GuestFiles::Copied));
     // Whatever else is answered tells nothing.
     assert_eq!(with(&|spec| spec.containers[0].name = "other".to_owned()), None);
     assert_eq!(judge_probe(&sent, &Pod::default()), None);

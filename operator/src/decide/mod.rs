@@ -137,6 +137,14 @@ impl Action {
         others || self.waits()
     }
 
+    /// The seat that it makes something of, if it is of one.
+    pub fn makes_of(&self) -> Option<&str> {
+        match self {
+            Action::CreateClaims { seat, .. } | Action::CreatePod { seat } | Action::Admit { seat, .. } => Some(seat),
+            _ => None,
+        }
+    }
+
     /// Does it wait after something was refused? What makes a seat or a Lease of what is there already does not.
     pub fn waits(&self) -> bool {
         matches!(self, Action::CreateClaims { .. } | Action::CreatePod { .. })

@@ -39,7 +39,7 @@ pub(super) fn run(seen: &Observed, decision: &mut Decision) {
     }
     enter_seats(seen, found.as_ref(), decision);
     choose_cpu(seen, found.as_ref(), decision);
-    make_seats(seen, decision);
+    make_seats(seen, found.as_ref(), decision);
     claims::look_again(seen, &decision.book, &mut decision.recheck);
     match &found {
         None => create_lease(decision),
@@ -251,9 +251,22 @@ fn waited_for_nodes(seen: &Observed) -> Duration {
     })
 }
 
+/// The seats that stay, in the order in which they are made: whoever has the guest's state comes first, for what is left of a quota may be
+/// enough for one.
+fn by_need<'a>(book: &'a [SeatEntry], record: Option<&Record>) -> Vec<&'a SeatEntry> {
+    let holder = record.and_then(|record| holder(book, record));
+    let mut seats: Vec<_> = book.iter().filter(|entry| !entry.leaving).collect();
+    seats.sort_by_key(|entry| {
+        let holds = holder.is_some_and(|holder| holder.name == entry.name);
+        let named = record.is_some_and(|record| is_named(entry, record));
+        (!holds, !named)
+    });
+    seats
+}
+
 /// Claims, pods, admission.
-fn make_seats(seen: &Observed, decision: &mut Decision) {
-    for entry in decision.book.iter().filter(|entry| !entry.leaving) {
+fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision) {
+    for entry in by_need(&decision.book, record) {
         let seat = entry.name.clone();
         match seen.pods.get(&entry.name) {
             None if decision.held.is_some() => {}

@@ -45,7 +45,7 @@ fn the_finalizer_and_the_book_come_first() {
     assert!(matches!(made[1], Action::CreatePod { .. }));
 }
 
-/// What is refused may stay so for long. Only time, or another spec, brings the next attempt, and nothing else waits for it.
+/// What is refused may stay so for long. Only time, or another spec or book, brings the next attempt, and nothing else waits for it.
 #[test]
 fn after_a_refusal_pods_and_claims_wait_and_nothing_else() {
     let refused = |seconds| {
@@ -80,6 +80,24 @@ fn after_a_refusal_pods_and_claims_wait_and_nothing_else() {
         matches!(&actions[..], [Action::Admit { seat, .. }] if *seat == first),
         "{actions:?}"
     );
+}
+
+/// What is left of a quota may be enough for one seat.
+#[test]
+fn the_seat_that_has_the_guest_is_made_first() {
+    let mut world = protected(3);
+    let (first, second) = seats(&world);
+    assert_eq!(world.book()[0].name, first.name);
+    world.pods.remove(&first.name);
+    world.engine(&second.name);
+    assert!(is_named(&second, world.record().unwrap()) && !is_named(&first, world.record().unwrap()));
+    world.pods.clear();
+    while !decide(&world.observe()).actions.iter().any(Action::waits) {
+        assert!(world.step());
+    }
+    let actions = decide(&world.observe()).actions;
+    let made: Vec<_> = actions.iter().filter_map(Action::makes_of).collect();
+    assert_eq!(made, [second.name.as_str(), first.name.as_str()]);
 }
 
 #[test]

@@ -13,8 +13,8 @@ use crate::decide::{self, Decision, Want, holder, is_genesis, is_named, lease_is
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
-use obstacles::{IMAGE_PULL_FAILED, lease_gone, same_but_for_numbers};
 pub use obstacles::{Obstacle, obstacles};
+use obstacles::{is_no_news, lease_gone};
 
 /// The guest runs.
 pub const READY: &str = "Ready";
@@ -430,9 +430,9 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
     };
     let same = old.condition(said.kind).filter(|before| before.status == status);
     let message: String = said.message.chars().take(MESSAGE_LENGTH_MAX).collect();
-    // Each attempt to pull an image fails with another port or duration.
-    let pulls = same.filter(|before| before.reason == IMAGE_PULL_FAILED && said.reason == IMAGE_PULL_FAILED);
-    let kept = pulls.filter(|before| same_but_for_numbers(&before.message, &message));
+    let kept = same
+        .filter(|before| before.reason == said.reason)
+        .filter(|before| is_no_news(&said.reason, &before.message, &message));
     Condition {
         type_: said.kind.to_owned(),
         status: status.to_owned(),

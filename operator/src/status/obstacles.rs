@@ -9,7 +9,7 @@ use crate::decide::{BINDING, lease_is_strange, pod, recreation, unbound_for};
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Reason of a seat that waits for an image.
-pub(super) const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
+const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
 /// Reason of a seat for which no node is left.
 const TOO_FEW_NODES: &str = "TooFewNodes";
 
@@ -153,14 +153,32 @@ fn why_not_pulled<'a>(reason: &'a str, text: &'a str) -> &'a str {
     failed.map_or(last, |(word, text)| if is_image_trouble(word) { text } else { last })
 }
 
-/// Are two messages about the same seat, and alike but for numbers, and words that have some in them: ports, durations, names of requests?
-pub(super) fn same_but_for_numbers(one: &str, other: &str) -> bool {
+/// Does a message under the same reason tell nothing new? Each attempt has another port, duration, id of a request or count of what is used,
+/// and a status that is written for them brings the next look.
+pub(super) fn is_no_news(reason: &str, before: &str, message: &str) -> bool {
+    match reason {
+        // Of the same seat.
+        IMAGE_PULL_FAILED => same_but_for_numbers(before, message, ":"),
+        // Of the same kind and name.
+        API_SERVER_REFUSES => same_but_for_numbers(before, message, " ("),
+        _ => false,
+    }
+}
+
+/// Are two messages the same before this mark, and alike behind it but for numbers, and words that have some in them or may be such?
+fn same_but_for_numbers(one: &str, other: &str, mark: &str) -> bool {
     fn words(text: &str) -> impl Iterator<Item = &str> {
         let words = text.split(|letter: char| !letter.is_alphanumeric());
-        words.filter(|word| !word.is_empty() && !word.contains(|letter: char| letter.is_ascii_digit()))
+        words.filter(|word| !word.is_empty() && !is_number(word))
     }
-    let seat = |text: &str| text.split(':').next().map(str::to_owned);
-    seat(one) == seat(other) && words(one).eq(words(other))
+    let head = |text: &str| text.split(mark).next().map(str::to_owned);
+    head(one) == head(other) && words(one).eq(words(other))
+}
+
+/// A number, a quantity, or a part of an id: hexadecimal digits may all be letters.
+fn is_number(word: &str) -> bool {
+    let hexadecimal = word.len() >= 4 && word.chars().all(|letter| letter.is_ascii_hexdigit());
+    hexadecimal || word.contains(|letter: char| letter.is_ascii_digit())
 }
 
 /// A volume that does not come: the class is wrong, or nothing provisions.

@@ -238,7 +238,8 @@ fn an_image_that_stays_away_is_told_once() {
     // Another reason is told.
     let (changed, told) = step("ErrImagePull", &refused(42391, "i/o timeout"));
     assert!(changed && told.message.contains("i/o timeout"), "{}", told.message);
-    assert!(!same_but_for_numbers("seat web-a1: an image", "seat web-b2: an image"));
+    let (one, other) = ("seat web-a1: an image", "seat web-b2: an image");
+    assert!(!is_no_news("ImagePullFailed", one, other));
     let unavailable = "Back-off pulling image \"lab.ftvm.dev/none:1\": RegistryUnavailable: image pull failed for lab.ftvm.dev/none:1";
     let (_, told) = step("ImagePullBackOff", unavailable);
     let end = "can't be pulled (image pull failed for lab.ftvm.dev/none:1): correct spec.boot.image";
@@ -286,6 +287,38 @@ fn what_is_refused_is_told_until_it_is_made() {
         "True",
         "whoever is protected stays so"
     );
+}
+
+/// Webhooks name ports and requests, quotas what is used: a status that is written for that brings the next look.
+#[test]
+fn a_refusal_that_differs_in_numbers_is_told_once() {
+    let mut world = started();
+    while world.step() {}
+    let mut step = |pod: &str, why: &str| {
+        let mut seen = world.observe();
+        seen.refused = Some(Refusal {
+            message: format!("the API server refuses Pod {pod} in namespace shop ({why}): pay"),
+            wait: Duration::from_secs(1),
+        });
+        let decision = decide(&seen);
+        let version = world.version;
+        let changed = world.carry_out(&seen, version, &decision);
+        let status = world.vm.status.clone().unwrap();
+        (changed, status.condition(PROTECTED).unwrap().clone())
+    };
+    let why = |port: u16, used: &str, id: &str| {
+        format!("exceeded quota: small, used: pods={used}; dial tcp 10.0.0.1:{port}: refused; request {id}")
+    };
+    let (changed, told) = step("web-a1", &why(1, "4", "00c0ffee-1234-4aaa-8bbb-0123456789ab"));
+    assert!(changed && told.reason == API_SERVER_REFUSES, "{told:?}");
+    for (port, used, id) in [(2, "3", "deadbeef-abcd-4aaa-8bbb-0123456789ab"), (65535, "12Gi", "9")] {
+        assert_eq!(step("web-a1", &why(port, used, id)), (false, told.clone()));
+    }
+    // Another object, and another reason, are told.
+    let (changed, told) = step("web-b2", &why(1, "4", "9"));
+    assert!(changed && told.message.contains("Pod web-b2 in"), "{told:?}");
+    let (changed, told) = step("web-b2", "exceeded quota: large");
+    assert!(changed && told.message.contains("large"), "{told:?}");
 }
 
 #[test]
