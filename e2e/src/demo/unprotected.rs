@@ -162,7 +162,6 @@ impl System for Unprotected {
             protected: false,
             paused: false,
             leaving: false,
-            unsettled: Some(false),
             why: "nobody protects this machine".to_owned(),
             term: 1,
             epoch: 0,
