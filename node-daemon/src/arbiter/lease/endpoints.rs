@@ -7,7 +7,8 @@
 //!   first ◄── answered
 //!      own addresses of the API servers, mixed          (servers.rs)
 //!      the configured one, which is usually their service's, and leads to whichever of them
-//!   last  ◄── an error, nothing for TURN (its idle connections are dropped), 401, 403, 429 and 5xx; behind all those that can't be reached
+//!   last  ◄── an error, nothing for TURN (its idle connections are dropped), 401, 403, 429 and 5xx
+//!      those to which no connection comes about
 //! ```
 //!
 //! Connecting is a race (as in RFC 8305): an idle connection of the first one; else a new one to it, and every [`TURN`], or as soon as one
