@@ -161,10 +161,13 @@ pub enum Order {
         /// Term of the Stopped record.
         over_stopped_term: Term,
     },
-    /// Override a holder that is alone and dead (rule 9).
+    /// Boot although others may have more (rule 9).
     AcceptDataLoss {
         /// The holder as the person saw it.
         holder: Incarnation,
+        /// Of a record that says Stopped: start over it, too.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        over_stopped_term: Option<Term>,
     },
 }
 
@@ -228,8 +231,16 @@ mod tests {
             (
                 Order::AcceptDataLoss {
                     holder: holder.parse().unwrap(),
+                    over_stopped_term: None,
                 },
                 format!(r#"{{"id":"1","do":"acceptDataLoss","holder":"{holder}"}}"#),
+            ),
+            (
+                Order::AcceptDataLoss {
+                    holder: holder.parse().unwrap(),
+                    over_stopped_term: Some(7),
+                },
+                format!(r#"{{"id":"1","do":"acceptDataLoss","holder":"{holder}","overStoppedTerm":7}}"#),
             ),
         ] {
             let request = SeatRequest {

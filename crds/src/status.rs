@@ -110,10 +110,10 @@ pub struct SeatEntry {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 36))]
     pub pod_uid: Option<String>,
-    /// UIDs of earlier pods of this name: the record may name them, and the seat's header does.
+    /// Earlier pods of this name: the record may name them, and the seat's header does.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
-    pub former_uids: Vec<String>,
+    pub former: Vec<FormerPod>,
     /// Node that the pod was bound to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
@@ -126,12 +126,33 @@ pub struct SeatEntry {
     #[serde(default, rename = "hostIP", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 45))]
     pub host_ip: Option<String>,
+    /// The pod is being deleted, its container has ended, and its daemon said that no engine of it runs any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub engine_ended: bool,
     /// Since when the seat has been without an engine that joins, though the VM needs one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost_since: Option<Time>,
     /// The seat is being removed: no engine is started for it, and no other engine accepts it as a peer.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
+}
+
+/// An earlier pod of a seat.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FormerPod {
+    /// Its UID.
+    #[schemars(length(max = 36))]
+    pub uid: String,
+    /// Node that it was bound to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub node: Option<String>,
+    /// Since when it has been missing.
+    pub missing_since: Time,
+    /// No engine of it runs any more: it was deleted in order, its node was heard of long after it was gone, or its node is out of service.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ended: bool,
 }
 
 /// The CPU that was chosen for a guest.
@@ -214,6 +235,6 @@ pub enum Outcome {
 impl SeatEntry {
     /// Was this UID ever a pod of this seat?
     pub fn had_uid(&self, uid: &str) -> bool {
-        self.pod_uid.as_deref() == Some(uid) || self.former_uids.iter().any(|former| former == uid)
+        self.pod_uid.as_deref() == Some(uid) || self.former.iter().any(|former| former.uid == uid)
     }
 }

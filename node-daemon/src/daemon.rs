@@ -118,10 +118,10 @@ impl Daemon {
                 jail_mount_point: state.jail(),
                 jail: settings.jail.clone(),
                 bridges: settings.bridges.clone(),
-                ask_seats: Box::new(move |seats, deadline| {
+                ask_seats: Box::new(move |vm, seats, deadline| {
                     asking
                         .upgrade()
-                        .map(|daemon| daemon.ask_seats(seats, deadline))
+                        .map(|daemon| daemon.ask_seats(vm, seats, deadline))
                         .unwrap_or_default()
                 }),
                 tell_gone: Box::new(move |seat, incarnation| {

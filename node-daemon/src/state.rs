@@ -137,6 +137,13 @@ impl StateFolder {
         Ok(names.filter_map(|name| name.parse().ok()).collect())
     }
 
+    /// Whether a pod has a folder: [`StateFolder::forget_pod`] was not called, or came to nothing.
+    pub fn has_pod(&self, pod: SeatId) -> bool {
+        let path = self.path.join("seats").join(pod.to_string());
+        // Whatever can't be told is not forgotten.
+        path.try_exists().unwrap_or(true)
+    }
+
     /// Removes the folder of a pod that is gone, and whose engine is.
     pub fn forget_pod(&self, pod: SeatId) -> Result<(), StateError> {
         let path = self.path.join("seats").join(pod.to_string());

@@ -10,7 +10,7 @@ use ftvm_protocol::identity::SeatId;
 use ftvm_protocol::record::{Phase, Record};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Secret};
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod, Secret};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::Status;
@@ -135,6 +135,17 @@ impl Objects {
     pub async fn get<K: Kind>(&self, name: &str) -> Result<Option<K>, ApiError> {
         let got = self.api::<K>("get").get_opt(name).await;
         got.map_err(failed::<K>("get", name))
+    }
+
+    /// A node past every cache; none if there is none.
+    ///
+    /// # Errors
+    /// If the API server can't be asked.
+    pub async fn node(&self, name: &str) -> Result<Option<Node>, ApiError> {
+        let requests = &self.metrics.requests;
+        requests.with_label_values(&["get", &Node::kind(&())]).inc();
+        let got = Api::<Node>::all(self.client.clone()).get_opt(name).await;
+        got.map_err(failed::<Node>("get", name))
     }
 
     /// Server-side apply; makes the object if there is none.
@@ -355,7 +366,7 @@ impl Objects {
                 let issued = status
                     .seats
                     .iter()
-                    .any(|entry| entry.pod_uid.is_some() || !entry.former_uids.is_empty());
+                    .any(|entry| entry.pod_uid.is_some() || !entry.former.is_empty());
                 if issued {
                     return Err(ApiError::AuthorityGone(name));
                 }
@@ -379,7 +390,7 @@ fn params() -> PostParams {
     }
 }
 
-fn failed<K: Kind>(verb: &'static str, name: &str) -> impl FnOnce(kube::Error) -> ApiError {
+fn failed<K: Resource<DynamicType = ()>>(verb: &'static str, name: &str) -> impl FnOnce(kube::Error) -> ApiError {
     let name = name.to_owned();
     move |source| ApiError::Request {
         verb,

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::api::{ApiError, Objects};
+use crate::decide::nodes_to_ask;
 use crate::observe::{self, NodeSeen, Observed};
 use crate::{random, trim};
 
@@ -122,7 +123,7 @@ impl Caches {
         self.nodes.state().iter().map(|node| observe::node(node)).collect()
     }
 
-    /// The same, read past every cache; none if the VM is gone. Nodes are as they were told.
+    /// The same, read past every cache; none if the VM is gone. Nodes are as they were told, but for those that shall prove something.
     ///
     /// # Errors
     /// If the API server can't be asked.
@@ -141,6 +142,13 @@ impl Caches {
             let claim = objects.get::<PersistentVolumeClaim>(&name).await?;
             claims.extend(claim.and_then(|claim| observe::claim(&claim)));
         }
+        let mut nodes = self.nodes();
+        for name in nodes_to_ask(vm.status.as_ref().map_or(&[], |status| &status.seats)) {
+            match objects.node(name).await? {
+                Some(node) => nodes.insert(name.to_owned(), observe::node(&node).1),
+                None => nodes.remove(name),
+            };
+        }
         // Last: nothing that was read before it can have become active without showing here.
         let lease = objects.get::<Lease>(name).await?;
         Ok(Some(Observed {
@@ -148,7 +156,7 @@ impl Caches {
             vm,
             pods,
             claims,
-            nodes: self.nodes(),
+            nodes,
             now: Timestamp::now(),
             draws: [random::u64(), random::u64()],
             refused: None,
@@ -229,9 +237,11 @@ fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + 
         drop(known);
         for vm in vms.state() {
             let seats = vm.status.as_ref().map_or(&[][..], |status| &status.seats);
-            if seats
-                .iter()
-                .any(|entry| entry.node.as_ref() == Some(&name) || entry.node.is_none())
+            let proves = nodes_to_ask(seats).any(|node| node == name);
+            if proves
+                || seats
+                    .iter()
+                    .any(|entry| entry.node.as_ref() == Some(&name) || entry.node.is_none())
             {
                 let _ = triggers.send(ObjectRef::from_obj(&vm));
             }

@@ -3,7 +3,7 @@
 mod bench;
 
 use bench::{Arbiter, Bench};
-use ftvm_protocol::core::{Action, Command, EndReason, Event, Gate, Refusal, RoleName, Seal};
+use ftvm_protocol::core::{Action, Command, EndReason, Event, Gate, GuestReport, Refusal, RoleName, Seal};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::{Members, Phase, Snapshot};
@@ -631,6 +631,46 @@ fn a_refused_override_does_not_keep_a_seat_from_joining() {
     bench.connect();
     bench.pass(1_000);
     assert!(bench.seats[0].core.status().protected);
+}
+
+/// A protected pair loses power, and only the standby comes back: it boots when a person accepts that nobody knows what the other's header says,
+/// and only if that one is proven dead.
+#[test]
+fn a_named_seat_boots_over_a_header_that_is_lost_once_a_person_says_so() {
+    for (guest, boots) in [(GuestReport::None, true), (GuestReport::Unknown, false)] {
+        let mut bench = Bench::pair();
+        let holder = bench.seats[0].me;
+        bench.power_cut(0, guest);
+        bench.pass(2_000);
+        let status = bench.seats[1].core.status();
+        assert_eq!(status.role, RoleName::Starting, "{status:?}");
+        assert_eq!(status.refused, Some(Refusal::OtherHeaderUnreadable(holder.seat)));
+        let other = Incarnation { start: 99, ..holder };
+        bench.step(1, Event::Command(Command::AcceptDataLoss { holder: other }));
+        bench.pass(2_000);
+        assert_eq!(bench.seats[1].core.status().role, RoleName::Starting);
+        bench.step(1, Event::Command(Command::AcceptDataLoss { holder }));
+        bench.pass(2_000);
+        let active = bench.seats[1].core.status().role == RoleName::Active;
+        assert_eq!(active, boots, "{guest:?}");
+    }
+}
+
+/// A seat that waits to boot asks for the seats that there are, not for those that there were when its engine began.
+#[test]
+fn a_seat_that_was_replaced_keeps_nobody_from_booting() {
+    let mut bench = Bench::new();
+    bench.pass(100);
+    bench.power_cut(1, GuestReport::Unknown);
+    bench.pass(2_000);
+    let waiting = bench.seats[0].core.status();
+    assert_eq!(
+        waiting.refused,
+        Some(Refusal::OtherHeaderUnreadable(bench.seats[1].me.seat))
+    );
+    bench.step(0, Event::OtherSeats(vec![SeatId(3)]));
+    bench.pass(2_000);
+    assert_eq!(bench.seats[0].core.status().role, RoleName::Active);
 }
 
 /// The leader's word that a session is over can get lost: a standby that hears of another one reads the record.

@@ -172,6 +172,11 @@ impl Ledger {
         self.known.map_or(0, |known| known.count)
     }
 
+    /// The last journal record that the client was told to be durable.
+    pub fn journal_seq(&self) -> u64 {
+        self.known.map_or(0, |known| known.journal_seq)
+    }
+
     /// Enters an answer. Returns the request that it belongs to; none if it belongs to none that is open.
     pub fn take(&mut self, answer: &Answer) -> Option<Sent> {
         let sent = self.match_request(answer)?;

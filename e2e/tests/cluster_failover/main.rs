@@ -1,4 +1,5 @@
 //! A FaultTolerantVM on a real cluster, through everything that happens to one. One client's one TCP connection lives through all of it.
+mod boots;
 mod drains;
 mod small;
 
@@ -61,8 +62,9 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         acts.act("the chart is upgraded", upgraded_chart)?;
         acts.act("only two nodes are left", two_nodes)?;
         let Acts { stage, cluster, .. } = acts;
-        let (report, _) = stage.end();
+        let (report, books) = stage.end();
         ensure!(report.passed(), "{:?}", report.complaints);
+        boots::again(&cluster, books.ledger.journal_seq(), &progress)?;
         small::deleted(&cluster)
     })
 }

@@ -84,7 +84,10 @@ impl Driver {
         for peer in &peers {
             self.hub.add_peer(peer.seat_id, Some(peer.address));
         }
+        let seats = peers.iter().map(|peer| peer.seat_id).collect();
         self.seat.peers = peers;
+        // A seat that was replaced is asked for nothing any more: nobody answers for it.
+        self.step(Event::OtherSeats(seats));
     }
 
     fn set_protection(&mut self, protection: &Protection) {

@@ -30,23 +30,28 @@ struct Elsewhere {
 
 impl Daemon {
     pub(super) fn local_report(&self, seat_id: SeatId, patience: Duration) -> Option<SeatReport> {
-        let seat = self
-            .all_seats()
-            .into_iter()
-            .find(|seat| seat.seat_id() == Some(seat_id))?;
-        Some(seat.report(seat_id, patience))
+        self.report(&self.all_seats(), seat_id, patience)
+    }
+
+    /// What is known of a seat that one of these is, or was as an earlier pod.
+    fn report(&self, seats: &[Arc<Seat>], seat_id: SeatId, patience: Duration) -> Option<SeatReport> {
+        if let Some(seat) = seats.iter().find(|seat| seat.seat_id() == Some(seat_id)) {
+            return Some(seat.report(seat_id, patience));
+        }
+        let remembered = self.state.has_pod(seat_id);
+        seats.iter().find_map(|seat| seat.report_of_former(seat_id, remembered))
     }
 
     /// Reports of these seats: from here, or from the daemons that the configuration names beside them.
-    pub(super) fn ask_seats(&self, seats: &[SeatId], deadline: Duration) -> Vec<SeatReport> {
+    pub(super) fn ask_seats(&self, vm: &str, seats: &[SeatId], deadline: Duration) -> Vec<SeatReport> {
         let until = Instant::now() + deadline;
         seats
             .iter()
-            .filter_map(|seat_id| self.ask_seat(*seat_id, until))
+            .filter_map(|seat_id| self.ask_seat(vm, *seat_id, until))
             .collect()
     }
 
-    fn ask_seat(&self, seat_id: SeatId, until: Instant) -> Option<SeatReport> {
+    fn ask_seat(&self, vm: &str, seat_id: SeatId, until: Instant) -> Option<SeatReport> {
         let patience = until.saturating_duration_since(Instant::now());
         if let Some(report) = self.local_report(seat_id, patience.min(STATUS_PATIENCE)) {
             return Some(report);
@@ -57,24 +62,33 @@ impl Daemon {
             Response::SeatReport { report } if report.seat == seat_id && report != unknown(seat_id) => Some(report),
             _ => None,
         };
-        let here = self.peer_daemons(None).into_iter().find_map(|socket| {
+        let here = self.peer_daemons(vm).into_iter().find_map(|socket| {
             let patience = until.saturating_duration_since(Instant::now());
             client::ask(&socket, &request, patience).ok().and_then(useful)
         });
-        here.or_else(|| {
-            let elsewhere = self.elsewhere(None).into_iter().filter(|daemon| daemon.seat == seat_id);
-            elsewhere.into_iter().find_map(|daemon| {
-                let asked = peer::ask(&daemon.own, seat_id, daemon.address, &request, until);
-                let told = asked.map_err(|error| tracing::warn!("seat {seat_id}: {}", explain(&error)));
+        let elsewhere = || {
+            let mut daemons = self.elsewhere(vm);
+            if daemons.iter().any(|daemon| daemon.seat == seat_id) {
+                daemons.retain(|daemon| daemon.seat == seat_id);
+            }
+            // Else it may be an earlier pod of a seat that one of them has.
+            daemons.into_iter().find_map(|daemon| {
+                let asked = peer::ask(&daemon.own, daemon.seat, daemon.address, &request, until);
+                let told = asked.map_err(|error| tracing::warn!("seat {}: {}", daemon.seat, explain(&error)));
                 told.ok().and_then(useful)
             })
+        };
+        here.or_else(elsewhere).or_else(|| {
+            let of_vm = self.all_seats().into_iter().filter(|seat| seat.config().vm == vm);
+            let remembered = self.state.has_pod(seat_id);
+            of_vm.into_iter().find_map(|seat| seat.knows_ended(seat_id, remembered))
         })
     }
 
-    /// Daemons of other machines, of one virtual machine or of all.
-    fn elsewhere(&self, vm: Option<&str>) -> Vec<Elsewhere> {
+    /// Daemons of other machines that have seats of this virtual machine.
+    fn elsewhere(&self, vm: &str) -> Vec<Elsewhere> {
         let seats = self.all_seats().into_iter();
-        let seats = seats.filter(|seat| vm.is_none_or(|vm| seat.config().vm == vm));
+        let seats = seats.filter(|seat| seat.config().vm == vm);
         seats
             .filter_map(|seat| {
                 let config = seat.config();
@@ -95,11 +109,11 @@ impl Daemon {
             .collect()
     }
 
-    /// Control sockets of other daemons, of one virtual machine or of all.
-    fn peer_daemons(&self, vm: Option<&str>) -> Vec<PathBuf> {
+    /// Control sockets of other daemons that have seats of this virtual machine.
+    fn peer_daemons(&self, vm: &str) -> Vec<PathBuf> {
         let own = self.settings.control_socket.clone();
         let configs = self.all_seats().into_iter().map(|seat| seat.config());
-        let configs = configs.filter(|config| vm.is_none_or(|vm| config.vm == vm));
+        let configs = configs.filter(|config| config.vm == vm);
         let mut sockets: Vec<PathBuf> = configs
             .flat_map(|config| config.link.peers)
             .filter_map(|peer| peer.daemon)
@@ -115,7 +129,7 @@ impl Daemon {
         let (daemon, vm) = (self.clone(), seat.vm.clone());
         let tell = move || {
             daemon.tell_local(&vm, incarnation);
-            for socket in daemon.peer_daemons(Some(&vm)) {
+            for socket in daemon.peer_daemons(&vm) {
                 // The link's silence tells it too.
                 let _ = client::ask(
                     &socket,
@@ -126,7 +140,7 @@ impl Daemon {
                     STATUS_PATIENCE,
                 );
             }
-            for other in daemon.elsewhere(Some(&vm)) {
+            for other in daemon.elsewhere(&vm) {
                 let request = Request::PeerGone {
                     vm: vm.clone(),
                     incarnation,
@@ -207,9 +221,9 @@ impl Answers for ForOthers {
         };
         match request {
             Request::SeatReport { seat_id } => {
-                let of_vm = |seat: &Arc<Seat>| seat.config().vm == vm && seat.seat_id() == Some(seat_id);
-                let found = self.seats().into_iter().find(of_vm);
-                let report = found.map(|seat| seat.report(seat_id, STATUS_PATIENCE));
+                let mut of_vm = self.seats();
+                of_vm.retain(|seat| seat.config().vm == vm);
+                let report = daemon.report(&of_vm, seat_id, STATUS_PATIENCE);
                 Response::SeatReport {
                     report: report.unwrap_or_else(|| unknown(seat_id)),
                 }

@@ -19,6 +19,7 @@ use crate::config::{
 };
 use crate::disks::source::{Compression, Format, Place, Source};
 use crate::kubernetes::timing::timing;
+use crate::seat::Former;
 use crate::seat_socket::Expected;
 use crate::seat_socket::message::{DiskToPrepare, Recipe};
 
@@ -40,6 +41,9 @@ pub struct Seat {
     pub recipe: Recipe,
     /// False while the seat is being removed: no engine is started for it.
     pub wanted: bool,
+    /// Earlier pods of this seat and of the others.
+    #[serde(default)]
+    pub former: Vec<Former>,
 }
 
 impl Seat {
@@ -122,7 +126,21 @@ pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str) -> Result<Seat, String>
         vm_id,
         seat_id,
         wanted: !entry.leaving,
+        former: book.iter().flat_map(|other| former(other, entry, node)).collect(),
     })
+}
+
+/// Earlier pods of a seat, as they are for `own` on this node.
+fn former(of: &SeatEntry, own: &SeatEntry, node: &str) -> Vec<Former> {
+    let former = of.former.iter().filter_map(|former| {
+        Some(Former {
+            seat_id: former.uid.parse().ok()?,
+            own: of.name == own.name,
+            here: former.node.as_deref() == Some(node),
+            ended: former.ended,
+        })
+    });
+    former.collect()
 }
 
 /// Another seat of the virtual machine, once it can be reached.

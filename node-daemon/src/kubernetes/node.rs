@@ -188,6 +188,7 @@ impl Node {
         let requests = Requests::new(folder.clone());
         let added = self.daemon.add(seat.config.clone(), folder, handed.clone(), arbiter)?;
         added.set_seat_id(seat.seat_id);
+        added.set_former(seat.former.clone());
         let pod_seat = Arc::new(PodSeat::new(added, handed, seat.recipe.clone()));
         let node_seat = NodeSeat {
             publisher: Publisher::new(pod),
@@ -217,6 +218,7 @@ impl Node {
             existing.pod.seat.reconfigure(seat.config.clone());
         }
         existing.pod.set_recipe(seat.recipe.clone());
+        existing.pod.seat.set_former(seat.former.clone());
         *known = seat;
     }
 

@@ -190,7 +190,13 @@ fn execute(seat: &PodSeat, order: &Order) -> Result<(), String> {
     let command = match order {
         Order::Switchover => Command::Switchover,
         Order::Stop => Command::Stop,
-        Order::AcceptDataLoss { holder } => Command::AcceptDataLoss { holder: *holder },
+        Order::AcceptDataLoss {
+            holder,
+            over_stopped_term,
+        } => {
+            over_stopped_term.map_or(Ok(()), |term| start(seat, term))?;
+            Command::AcceptDataLoss { holder: *holder }
+        }
         Order::Start { over_stopped_term } => return start(seat, *over_stopped_term),
         Order::Failover => return seat.seat.fail().map(drop).map_err(|error| explain(&error)),
     };

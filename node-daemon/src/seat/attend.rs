@@ -164,7 +164,10 @@ impl Seat {
 
     fn answer(&self, ask: &Ask, deadline: Duration) -> (Answer, Option<String>) {
         match ask {
-            Ask::AskSeats { seats } => (Answer::Seats((self.surroundings.ask_seats)(seats, deadline)), None),
+            Ask::AskSeats { seats } => {
+                let reports = (self.surroundings.ask_seats)(&self.config().vm, seats, deadline);
+                (Answer::Seats(reports), None)
+            }
             Ask::ReadRecord | Ask::SwapRecord { .. } => self.arbiter.ask(ask, deadline),
         }
     }

@@ -14,6 +14,7 @@
 
 mod attend;
 pub mod failover;
+mod former;
 mod informed;
 mod peers;
 mod start;
@@ -37,6 +38,7 @@ use crate::config::{JailConfig, PeerConfig, SeatConfig};
 use crate::netns::Netns;
 use crate::prepare::Source;
 use crate::state::{SeatFolder, StateError};
+pub use former::Former;
 use informed::Informed;
 
 /// Events kept for status.
@@ -46,8 +48,8 @@ const LOG_BYTES_MAX: u64 = 16 << 20;
 /// Requests of one engine that are worked on at a time; more are refused.
 const REQUESTS_MAX: usize = 8;
 
-/// Asks the daemons of these seats, within this time; seats that nobody answers for are missing.
-pub type AskSeats = dyn Fn(&[SeatId], Duration) -> Vec<SeatReport> + Send + Sync;
+/// Asks the daemons of these seats of a virtual machine, within this time; seats that nobody answers for are missing.
+pub type AskSeats = dyn Fn(&str, &[SeatId], Duration) -> Vec<SeatReport> + Send + Sync;
 /// Tells other daemons that this incarnation of the seat has ended.
 pub type TellGone = dyn Fn(&SeatConfig, Incarnation) + Send + Sync;
 
@@ -87,6 +89,8 @@ struct Inner {
     /// The peers that the configuration names.
     configured_peers: Vec<PeerConfig>,
     seat_id: Option<SeatId>,
+    /// Earlier pods of this seat and of the others of its virtual machine.
+    former: Vec<Former>,
     phase: Phase,
     why: String,
     code: u8,
@@ -187,6 +191,7 @@ impl Seat {
             config,
             configured_peers,
             seat_id: None,
+            former: Vec::new(),
             phase: Phase::Waiting,
             why: "not started yet".to_owned(),
             code: 0,
@@ -448,7 +453,7 @@ impl Seat {
 
     /// Whether the daemons of all these seats say that an engine there has the guest, or a checkpoint that it may run.
     pub fn guest_is_at(&self, seats: &[SeatId], deadline: Duration) -> bool {
-        let reports = (self.surroundings.ask_seats)(seats, deadline);
+        let reports = (self.surroundings.ask_seats)(&self.config().vm, seats, deadline);
         let is_at = |seat: &SeatId| {
             let mut of_seat = reports.iter().filter(|report| report.seat == *seat);
             of_seat.any(|report| report.guest == GuestReport::Present)
@@ -466,11 +471,7 @@ impl Seat {
 
     /// Header and guest of this seat, for another seat's cold start (rules 8 and 11).
     pub fn report(&self, seat_id: SeatId, patience: Duration) -> SeatReport {
-        let header = match self.source.header(&self.config()) {
-            Ok(StoredHeader::Found(header)) => HeaderReport::Found(header),
-            Ok(StoredHeader::Absent) => HeaderReport::Absent,
-            Ok(StoredHeader::Damaged) | Err(_) => HeaderReport::Unreadable,
-        };
+        let header = self.header_report();
         let (doubt, running) = {
             let inner = self.inner();
             (inner.doubt, inner.engine.is_some())
@@ -492,6 +493,14 @@ impl Seat {
             seat: seat_id,
             header,
             guest,
+        }
+    }
+
+    fn header_report(&self) -> HeaderReport {
+        match self.source.header(&self.config()) {
+            Ok(StoredHeader::Found(header)) => HeaderReport::Found(header),
+            Ok(StoredHeader::Absent) => HeaderReport::Absent,
+            Ok(StoredHeader::Damaged) | Err(_) => HeaderReport::Unreadable,
         }
     }
 

@@ -147,7 +147,7 @@ impl Rig {
             jail_mount_point: state.jail(),
             jail: JailConfig::default(),
             bridges: AllowedBridges::Listed(Vec::new()),
-            ask_seats: Box::new(move |_, _| locked(&reporting).clone()),
+            ask_seats: Box::new(move |_, _, _| locked(&reporting).clone()),
             tell_gone: Box::new(move |_, incarnation| locked(&telling).push(incarnation)),
         };
         let arbiter = Arc::new(Bounded::new(Arc::new(Kept(record.clone()))));

@@ -20,7 +20,7 @@ use super::{Decision, holder, pod};
 use crate::observe::Observed;
 
 /// Longest text that is kept of an annotation, in characters.
-const REQUEST_LENGTH_MAX: usize = 64;
+pub(super) const REQUEST_LENGTH_MAX: usize = 64;
 
 /// Something that can be asked for.
 struct Kind {

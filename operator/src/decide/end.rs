@@ -7,9 +7,9 @@ use ftvm_protocol::record::{Phase, Record};
 use kube::ResourceExt;
 
 use super::recreate::recreate;
-use super::run::{ask, delete_pod, remove_seat};
+use super::run::{ask_until_done, delete_pod, is_attempt, is_known, remove_seat};
 use super::{Action, Decision, Want, has_engine, holder, is_genesis, is_named, pod, record, want};
-use crate::observe::{Observed, PodSeen};
+use crate::observe::{Observed, PodPhase, PodSeen};
 
 pub(super) fn end(seen: &Observed, decision: &mut Decision) {
     let goes = want(seen) == Want::Delete;
@@ -55,46 +55,99 @@ fn begin_anew(seen: &Observed, decision: &mut Decision) {
 
 fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
     let book = decision.book.clone();
+    // A new id for each wish; the active may change before it is executed.
+    let generation = seen.vm.metadata.generation.unwrap_or_default();
+    let id = format!("stop-{generation}-{}", record.term);
     if record.phase == Phase::Running {
-        // A new id for each wish; the active may change before it is executed.
-        let id = format!(
-            "stop-{}-{}",
-            seen.vm.metadata.generation.unwrap_or_default(),
-            record.term
-        );
-        if let Some(active) = holder(&book, record) {
-            ask(seen, active, &id, &Order::Stop, &mut decision.actions);
-        }
-        // With every other pod gone, what is left belongs to nobody that the record names.
-        for entry in book.iter().filter(|entry| !is_named(entry, record)) {
-            if let Some(pod) = seen.pods.get(&entry.name) {
-                delete_pod(seen, entry, pod, true, &mut decision.actions);
-            }
-        }
-        return;
+        return stop_running(seen, record, &book, &id, decision);
     }
     for entry in &book {
-        if let Some(pod) = seen.pods.get(&entry.name)
-            && ended(seen, entry, record)
-        {
+        let Some(pod) = seen.pods.get(&entry.name) else {
+            continue;
+        };
+        if ended(seen, entry, record, &id) {
             delete_pod(seen, entry, pod, !is_named(entry, record), &mut decision.actions);
+        } else if is_starting(pod) {
+            ask_until_done(seen, entry, &id, &Order::Stop, decision);
         }
     }
 }
 
+fn stop_running(seen: &Observed, record: &Record, book: &[SeatEntry], id: &str, decision: &mut Decision) {
+    let nobody = book.iter().all(|entry| has_nothing(seen, entry));
+    let holder = holder(book, record);
+    if nobody && holder.is_none_or(|entry| !can_answer(seen, entry) || refuses(seen, entry, id)) {
+        // No guest runs, and none can be stopped in order: with its pods gone the VM is halted, and its disks are what they are after a crash.
+        for entry in book {
+            if let Some(pod) = seen.pods.get(&entry.name) {
+                delete_pod(seen, entry, pod, false, &mut decision.actions);
+            }
+        }
+        return;
+    }
+    if let Some(active) = holder {
+        ask_until_done(seen, active, id, &Order::Stop, decision);
+    }
+    // With every other pod gone, what is left belongs to nobody that the record names.
+    for entry in book
+        .iter()
+        .filter(|entry| !is_named(entry, record) && is_known(book, record))
+    {
+        if let Some(pod) = seen.pods.get(&entry.name) {
+            delete_pod(seen, entry, pod, true, &mut decision.actions);
+        }
+    }
+}
+
+/// Its node is ready, or it has none yet, and no engine there has a guest.
+fn has_nothing(seen: &Observed, entry: &SeatEntry) -> bool {
+    seen.pods.get(&entry.name).is_none_or(|pod| {
+        let heard = pod.node.as_deref().is_none_or(|node| seen.node_ready(node));
+        heard && (!has_engine(pod) || is_starting(pod))
+    })
+}
+
+/// Could its daemon answer a request?
+fn can_answer(seen: &Observed, entry: &SeatEntry) -> bool {
+    pod(seen, entry).is_some_and(|pod| pod.phase == PodPhase::Running)
+}
+
+/// It was asked for this, and refused.
+fn refuses(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
+    let done = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok()?.done_request.as_ref());
+    done.is_some_and(|done| is_attempt(id, &done.id) && done.refused.is_some())
+}
+
+/// Its engine has no guest, and waits for its turn or for a leader.
+fn is_starting(pod: &PodSeen) -> bool {
+    let role = |published: &SeatPublished| published.role == Some(SeatRole::Starting);
+    pod.published.as_ref().is_ok_and(role)
+}
+
 /// The record says Stopped: has this seat's engine ended, too, or never been of interest? One that has no guest and waits to be asked for a
 /// start was begun after the stop, by a daemon that could not read the record then, and ends with its pod. Unless it was asked: a
-/// daemon goes on with that whatever is wanted since.
-fn ended(seen: &Observed, entry: &SeatEntry, record: &Record) -> bool {
-    let order = Order::Start {
-        over_stopped_term: record.term,
-    };
-    let starting = |published: &SeatPublished| published.role == Some(SeatRole::Starting);
+/// daemon goes on with that whatever is wanted since, until it is told to stop.
+fn ended(seen: &Observed, entry: &SeatEntry, record: &Record, stop: &str) -> bool {
+    let over = record.term;
     let waits = |pod: &PodSeen| {
-        let asked = pod.request.as_ref().is_some_and(|request| request.order == order);
-        !asked && pod.published.as_ref().is_ok_and(starting)
+        let asked = pod.request.as_ref().is_some_and(|request| match request.order {
+            Order::Start { over_stopped_term } => over_stopped_term == over,
+            Order::AcceptDataLoss { over_stopped_term, .. } => over_stopped_term == Some(over),
+            Order::Stop => is_attempt(stop, &request.id) && !is_done(pod, &request.id),
+            Order::Switchover | Order::Failover => false,
+        });
+        !asked && is_starting(pod)
     };
     !is_named(entry, record) || pod(seen, entry).is_none_or(|pod| !has_engine(pod) || waits(pod))
+}
+
+fn is_done(pod: &PodSeen, id: &str) -> bool {
+    let done = pod
+        .published
+        .as_ref()
+        .ok()
+        .and_then(|published| published.done_request.as_ref());
+    done.is_some_and(|done| done.id == id && done.refused.is_none())
 }
 
 /// The pods are gone: claims by policy, then the object.

@@ -18,6 +18,7 @@
 mod asked;
 mod claims;
 mod end;
+mod former;
 mod recreate;
 mod run;
 mod trouble;
@@ -25,7 +26,7 @@ mod trouble;
 use std::time::Duration;
 
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
-use ftvm_crds::seat::SeatRequest;
+use ftvm_crds::seat::{SeatRequest, SeatRole};
 use ftvm_crds::{AskedFor, ChosenCpu, RunStrategy, SeatEntry};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::record::Record;
@@ -34,11 +35,11 @@ use kube::ResourceExt;
 use crate::observe::{LeaseSeen, Observed, PodSeen};
 
 pub use claims::{BINDING, unbound_for};
+pub use former::{OUT_OF_SERVICE, away, nodes_to_ask};
 pub use recreate::{all_go_by, recreation};
+pub use run::{ACCEPT_DATA_LOSS, is_known};
 pub use trouble::{Trouble, trouble};
 
-/// Most earlier UIDs of a seat that the book keeps.
-pub const FORMER_UIDS_MAX: usize = 8;
 /// Seats of a VM.
 pub const SEATS: usize = 2;
 
@@ -188,8 +189,8 @@ pub struct Decision {
 }
 
 impl Decision {
-    /// Makes or takes away something, asks for something or refuses it, or forgets or gives up a pod: decided a second time, from reads past
-    /// every cache, before it is done.
+    /// Makes or takes away something, asks for something or refuses it, forgets or gives up a pod, or says that it has ended: decided a second time,
+    /// from reads past every cache, before it is done.
     pub fn needs_certainty(&self, seen: &Observed) -> bool {
         let old = seen.vm.status.as_ref().map_or(&[][..], |status| &status.seats);
         let lost = old.iter().any(|before| {
@@ -198,7 +199,7 @@ impl Decision {
                 after.leaving != before.leaving || (before.pod_uid.is_some() && after.pod_uid.is_none())
             })
         });
-        lost || self.settles || self.actions.iter().any(Action::needs_certainty)
+        lost || former::proves(old, &self.book) || self.settles || self.actions.iter().any(Action::needs_certainty)
     }
 }
 
@@ -246,6 +247,9 @@ pub fn decide(seen: &Observed) -> Decision {
         decision.lease_uid = Some(record.snapshot.uid.to_string());
     }
     book_of_pods(seen, &mut decision.book);
+    if let Some(record) = record(seen) {
+        former::prove(seen, &record.snapshot.record, &mut decision.book, &mut decision.recheck);
+    }
     match want(seen) {
         Want::Run => run::run(seen, &mut decision),
         Want::Halt | Want::Delete => end::end(seen, &mut decision),
@@ -299,10 +303,14 @@ pub fn seat_id(entry: &SeatEntry) -> Option<SeatId> {
 
 /// Does the record name this seat, by any of its pods?
 pub fn is_named(entry: &SeatEntry, record: &Record) -> bool {
-    let members = record.members.iter().chain([record.holder]);
-    members
-        .into_iter()
-        .any(|member| entry.had_uid(&member.seat.to_string()))
+    let mut members = record.members.iter().chain([record.holder]);
+    members.any(|member| entry.had_uid(&member.seat.to_string()))
+}
+
+/// Does the record name this pod?
+pub fn names(record: &Record, uid: &str) -> bool {
+    let mut members = record.members.iter().chain([record.holder]);
+    members.any(|member| member.seat.to_string() == uid)
 }
 
 /// The entry of the record's holder.
@@ -319,7 +327,6 @@ pub fn pod<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a PodSeen> {
 
 /// Does the seat's engine run, or is it about to?
 pub fn has_engine(pod: &PodSeen) -> bool {
-    use ftvm_crds::seat::SeatRole;
     match &pod.published {
         // Unreadable: the daemon writes it anew at its next change.
         Err(_) => true,
@@ -327,13 +334,27 @@ pub fn has_engine(pod: &PodSeen) -> bool {
     }
 }
 
-/// A name that a person wrote into the annotation for a data loss.
-pub fn accepted_loss(seen: &Observed) -> Option<Incarnation> {
-    seen.vm.annotations().get(ANNOTATION_ACCEPT_DATA_LOSS)?.parse().ok()
+/// Does a seat's daemon, on a node that is ready, say that its engine has the guest, or a living link to the one that does?
+pub fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
+    let Some(pod) = pod(seen, entry) else { return false };
+    let ready = pod.node.as_deref().is_some_and(|node| seen.node_ready(node));
+    let alive = pod
+        .published
+        .as_ref()
+        .is_ok_and(|published| published.role == Some(SeatRole::Active) || published.peer_connected);
+    ready && alive
+}
+
+/// What a person wrote into the annotation for a data loss: the holder that is given up, and any text behind it, which makes another request of it.
+pub fn accepted_loss(seen: &Observed) -> Option<(Incarnation, &str)> {
+    let text = seen.vm.annotations().get(ANNOTATION_ACCEPT_DATA_LOSS)?.trim();
+    let (holder, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+    Some((holder.parse().ok()?, rest.trim()))
 }
 
 /// Enters where pods are, and that they are gone.
 fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
+    let record = record(seen).map(|record| &record.snapshot.record);
     for entry in book.iter_mut() {
         let Some(uid) = entry.pod_uid.clone() else {
             continue;
@@ -344,36 +365,22 @@ fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
                 entry.node = pod.node.clone().or(entry.node.take());
                 entry.pod_ip = pod.pod_ip.clone().or(entry.pod_ip.take());
                 entry.host_ip = pod.host_ip.clone().or(entry.host_ip.take());
+                entry.engine_ended = former::engine_ended(pod, record);
             }
-            None => forget_pod(entry, uid, record(seen).map(|record| &record.snapshot.record)),
+            None => former::forget(entry, uid, seen.now, record),
         }
     }
-}
-
-/// The pod is gone; the record and the seat's header may name it for a long time.
-fn forget_pod(entry: &mut SeatEntry, uid: String, record: Option<&Record>) {
-    entry.former_uids.push(uid);
-    if entry.former_uids.len() > FORMER_UIDS_MAX {
-        let named = |uid: &str| {
-            record.is_some_and(|record| {
-                let members = record.members.iter().chain([record.holder]);
-                members.into_iter().any(|member| member.seat.to_string() == uid)
-            })
-        };
-        let oldest = entry.former_uids.iter().position(|uid| !named(uid)).unwrap_or(0);
-        entry.former_uids.remove(oldest);
-    }
-    entry.pod_uid = None;
-    entry.node = None;
-    entry.pod_ip = None;
-    entry.host_ip = None;
 }
 
 #[cfg(test)]
 mod cpu_tests;
 #[cfg(test)]
+mod former_tests;
+#[cfg(test)]
 mod random_tests;
 #[cfg(test)]
 pub(crate) mod rig;
+#[cfg(test)]
+mod stuck_tests;
 #[cfg(test)]
 mod tests;

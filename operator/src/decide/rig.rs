@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ftvm_cpu::CpuBaseline;
 use ftvm_crds::cpu::NodeCpu;
 use ftvm_crds::names::{FINALIZER, LABEL_CPU, claim_name};
-use ftvm_crds::seat::{DoneRequest, Order, SeatPublished, SeatRole};
+use ftvm_crds::seat::{DoneRequest, Order, SeatExit, SeatPublished, SeatRole};
 use ftvm_crds::{FaultTolerantVM, RunStrategy, SeatEntry, yaml};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Nonce, SeatId};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
@@ -485,7 +485,24 @@ impl World {
         if !ready {
             return;
         }
-        if pod.deleting {
+        if pod.deleting && pod.phase != PodPhase::Finished {
+            // Its program is told, and its engine ends before it.
+            pod.phase = PodPhase::Finished;
+            let had_engine = pod.published.as_ref().is_ok_and(|published| published.role.is_some());
+            let last_exit = had_engine.then(|| SeatExit {
+                incarnation: Incarnation {
+                    seat: pod.uid.parse().unwrap(),
+                    start: 1,
+                },
+                code: 0,
+                message: String::new(),
+                unix_ms: 0,
+            });
+            pod.published = Ok(SeatPublished {
+                last_exit,
+                ..SeatPublished::default()
+            });
+        } else if pod.deleting {
             self.pods.remove(seat);
         } else if pod.node.is_some() && pod.phase == PodPhase::Pending {
             pod.phase = PodPhase::Running;
@@ -501,7 +518,7 @@ impl World {
             .retain(|_, claim| !claim.deleting || pods.contains_key(&claim.seat));
     }
 
-    fn alive(&self, seat: &str) -> bool {
+    pub fn alive(&self, seat: &str) -> bool {
         let Some(pod) = self.pods.get(seat) else { return false };
         pod.phase == PodPhase::Running && pod.node.as_ref().is_some_and(|node| self.nodes[node].ready) && !pod.deleting
     }
@@ -568,6 +585,7 @@ impl World {
                 && term == record.term
                 && named
                 && !entry.leaving
+                && record.members.iter().all(|member| self.is_proven(member))
             {
                 self.swap(|record| {
                     (record.holder, record.members, record.phase) = (me, Members::one(me), Phase::Running);
@@ -598,7 +616,10 @@ impl World {
                 .any(|other| other.had_uid(&record.holder.seat.to_string()) && self.alive(&other.name));
             let takes_over = record.members.contains(me) && !lives(record.holder.seat);
             let starts_cold = !record.members.contains(me)
-                && !record.members.iter().any(|member| lives(member.seat))
+                && record
+                    .members
+                    .iter()
+                    .all(|member| !lives(member.seat) && self.is_proven(member))
                 && (first || !waits);
             if (takes_over || starts_cold) && !entry.leaving {
                 self.swap(|record| (record.holder, record.members) = (me, Members::one(me)));

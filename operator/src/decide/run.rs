@@ -12,13 +12,19 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, asked, claims, holder, is_genesis, is_named,
-    lease_is_strange, pod, record, seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, asked, away, claims, holder, is_genesis, is_heard_of,
+    is_named, lease_is_strange, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
 use crate::status::CPU_CHOSEN;
 
+/// Between two attempts at what a seat refuses.
+const AGAIN_SECONDS: i64 = 30;
+/// Between the id of a request and the time of an attempt.
+const ATTEMPT: char = '~';
+/// How the id of a request begins by which a person accepts a loss.
+pub const ACCEPT_DATA_LOSS: &str = "accept-data-loss";
 /// A guest that powered itself off is started again after this time.
 const RESTART_AFTER: Duration = Duration::from_secs(10);
 /// So long it is waited for nodes that offer seats to publish their CPU, and for a second node.
@@ -33,7 +39,8 @@ pub(super) fn run(seen: &Observed, decision: &mut Decision) {
         return recreate(seen, decision);
     }
     let found = record(seen).map(|record| record.snapshot.record.clone());
-    if let Some(record) = &found {
+    // A record whose holder is in no entry was written by a hand, or by another release: nobody knows what may go.
+    if let Some(record) = found.as_ref().filter(|record| is_known(&decision.book, record)) {
         give_up(seen, record, decision);
         remove_leaving(seen, record, decision);
     }
@@ -51,6 +58,11 @@ pub(super) fn run(seen: &Observed, decision: &mut Decision) {
             requests(seen, record, decision);
         }
     }
+}
+
+/// Is the record's holder one of these seats, or did no guest run yet?
+pub fn is_known(book: &[SeatEntry], record: &Record) -> bool {
+    is_genesis(record) || holder(book, record).is_some()
 }
 
 /// Marks a seat that was in trouble for long while the other one is alone, and forgets troubles that ended.
@@ -72,7 +84,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         if entry.leaving {
             continue;
         }
-        let gone = entry.pod_uid.is_none() && !entry.former_uids.is_empty();
+        let gone = entry.pod_uid.is_none() && !entry.former.is_empty();
         if genesis && (gone || cpu.as_ref().is_some_and(|cpu| is_unfit(seen, entry, cpu))) {
             // No guest ever ran. The record names a pod that is gone: begin anew instead of guessing what its disks hold. Or the pod
             // was placed before the CPU was chosen, where no engine can have it.
@@ -133,7 +145,7 @@ fn remove_leaving(seen: &Observed, record: &Record, decision: &mut Decision) {
 }
 
 /// As a status keeps it.
-fn whole_seconds(now: Timestamp) -> Time {
+pub(super) fn whole_seconds(now: Timestamp) -> Time {
     Time(Timestamp::from_second(now.as_second()).unwrap_or(now))
 }
 
@@ -284,7 +296,7 @@ fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision)
                 decision.actions.push(Action::CreatePod { seat });
             }
             Some(pod) if pod.phase == PodPhase::Finished => {
-                let wait = REMAKE_AFTER_SECONDS << entry.former_uids.len().min(6);
+                let wait = REMAKE_AFTER_SECONDS << entry.former.len().min(6);
                 let age = pod
                     .created
                     .map_or(i64::MAX, |created| seen.now.duration_since(created).as_secs());
@@ -341,26 +353,36 @@ fn tell_nodes(seen: &Observed, decision: &mut Decision) {
 }
 
 fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
+    if give_up_holder(seen, record, decision) {
+        return;
+    }
     if record.phase == Phase::Stopped {
         return start(seen, record, decision);
     }
-    if let Some(lost) = accepted_loss(seen)
-        && lost == record.holder
-    {
-        let id = format!("accept-data-loss-{}-{}", record.term, record.holder.start);
-        for entry in decision.book.iter().filter(|entry| !entry.leaving) {
-            if !entry.had_uid(&lost.seat.to_string()) {
-                ask(
-                    seen,
-                    entry,
-                    &id,
-                    &Order::AcceptDataLoss { holder: lost },
-                    &mut decision.actions,
-                );
-            }
-        }
-    }
     asked::follow(seen, record, decision);
+}
+
+/// A person says of which holder, and that what only others have may be lost. Who can boot is asked to: who can't refuses. Not before nodes that are away
+/// are proven to be off, for what is refused is used up. Is nothing else to be asked for?
+fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> bool {
+    let Some((lost, text)) = accepted_loss(seen).filter(|(lost, _)| *lost == record.holder) else {
+        return false;
+    };
+    let mut book = decision.book.iter();
+    if book.any(|entry| is_heard_of(seen, entry) || away(seen, entry, record).is_some()) {
+        return false;
+    }
+    let text: String = text.chars().take(asked::REQUEST_LENGTH_MAX).collect();
+    let id = format!("{ACCEPT_DATA_LOSS}-{}-{}-{text}", record.term, lost.start);
+    let id = id.trim_end_matches('-');
+    let order = Order::AcceptDataLoss {
+        holder: lost,
+        over_stopped_term: (record.phase == Phase::Stopped).then_some(record.term),
+    };
+    for entry in decision.book.iter().filter(|entry| !entry.leaving) {
+        ask(seen, entry, id, &order, &mut decision.actions);
+    }
+    true
 }
 
 /// Starts over a Stopped record: at once if the user wants it, after a while if the guest powered itself off.
@@ -370,7 +392,8 @@ fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
         Some(VmPhase::Running | VmPhase::Paused | VmPhase::Stopping)
     );
     let renewed = super::record(seen).and_then(|record| record.renewed);
-    let age = renewed.map(|time| Duration::try_from(seen.now.duration_since(time)).unwrap_or_default());
+    // By the clock of the node whose daemon wrote it: one that is ahead says nothing.
+    let age = renewed.map(|time| Duration::try_from(seen.now.duration_since(time)).unwrap_or(RESTART_AFTER));
     if let Some(age) = age
         && was_running
         && age < RESTART_AFTER
@@ -381,9 +404,58 @@ fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
     let order = Order::Start {
         over_stopped_term: record.term,
     };
-    for entry in decision.book.iter().filter(|entry| is_named(entry, record)) {
-        ask(seen, entry, &id, &order, &mut decision.actions);
+    let named: Vec<_> = decision
+        .book
+        .iter()
+        .filter(|entry| is_named(entry, record))
+        .cloned()
+        .collect();
+    for entry in named {
+        ask_until_done(seen, &entry, &id, &order, decision);
     }
+}
+
+/// Is the second one the id of an attempt at what the first one names?
+pub(super) fn is_attempt(id: &str, other: &str) -> bool {
+    other
+        .strip_prefix(id)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(ATTEMPT))
+}
+
+/// Asks a seat as long as it refuses: for what is done once, however often it is asked for. A refused id is used up, so each attempt has one of its own,
+/// with the time at which it was made.
+pub(super) fn ask_until_done(seen: &Observed, entry: &SeatEntry, id: &str, order: &Order, decision: &mut Decision) {
+    let refused = pod(seen, entry)
+        .and_then(|pod| {
+            Some((
+                pod.request.as_ref()?,
+                pod.published.as_ref().ok()?.done_request.as_ref()?,
+            ))
+        })
+        .filter(|(asked, done)| is_attempt(id, &asked.id) && done.id == asked.id);
+    let Some((asked, done)) = refused else {
+        let under_way = pod(seen, entry)
+            .and_then(|pod| pod.request.as_ref())
+            .filter(|asked| is_attempt(id, &asked.id));
+        let id = under_way.map_or(id, |asked| &asked.id);
+        return ask(seen, entry, id, order, &mut decision.actions);
+    };
+    if done.refused.is_none() {
+        return;
+    }
+    let now = seen.now.as_second();
+    let at = asked
+        .id
+        .rsplit_once(ATTEMPT)
+        .and_then(|(_, at)| at.parse().ok())
+        .unwrap_or(0);
+    // A clock that was set back ends no wait late.
+    let rest = (at + AGAIN_SECONDS - now).max(0);
+    if rest > 0 && at <= now {
+        return sooner(&mut decision.recheck, Duration::from_secs(rest.unsigned_abs()));
+    }
+    let id = format!("{id}{ATTEMPT}{now}");
+    ask(seen, entry, &id, order, &mut decision.actions);
 }
 
 fn was_asked(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {

@@ -3,6 +3,7 @@ use ftvm_crds::seat::{DoneRequest, Order, SeatRequest, SeatRole};
 use ftvm_crds::{Outcome, RunStrategy, VmPhase};
 use ftvm_protocol::record::Phase;
 
+use super::former_tests::former;
 use super::rig::World;
 use super::*;
 use crate::observe::{PodPhase, Refusal};
@@ -279,10 +280,11 @@ fn a_pod_that_was_deleted_is_made_again_with_its_claims() {
     let claims = world.claims.clone();
     world.pods.get_mut(&standby.name).unwrap().deleting = true;
     world.kubelet(&standby.name);
+    world.kubelet(&standby.name);
     world.nodes.get_mut("node-2").unwrap().schedulable = false;
     assert!(world.step());
     let entry = world.entry(&standby.name).unwrap();
-    assert_eq!((entry.pod_uid, entry.former_uids.len()), (None, 1));
+    assert_eq!((entry.pod_uid, entry.former.len()), (None, 1));
     world.step();
     assert!(world.pods.contains_key(&standby.name));
     assert_eq!(world.claims, claims);
@@ -367,7 +369,8 @@ fn an_engine_that_was_begun_after_the_stop_keeps_nobody_waiting() {
     });
     let actions = decide(&world.observe()).actions;
     assert!(
-        matches!(&actions[..], [Action::DeletePod { seat, .. }] if *seat == active.name),
+        matches!(&actions[..], [Action::DeletePod { seat, .. }, Action::Request { seat: told, request, .. }]
+            if *seat == active.name && *told == standby.name && request.order == Order::Stop),
         "{actions:?}"
     );
 }
@@ -482,10 +485,15 @@ fn a_data_loss_is_accepted_only_for_the_holder_that_was_named() {
     };
     assert!(with("nonsense".to_owned()).is_empty());
     assert!(with(Incarnation { start: 99, ..holder }.to_string()).is_empty());
-    let asked = with(holder.to_string());
+    assert!(with(holder.to_string()).is_empty(), "its guest runs");
+    for entry in [&active, &standby] {
+        let pod = world.pods.get_mut(&entry.name).unwrap();
+        let published = pod.published.as_mut().unwrap();
+        (published.role, published.peer_connected) = (Some(SeatRole::Starting), false);
+    }
+    let asked = decide(&world.observe()).actions;
     assert!(
-        matches!(&asked[..], [Action::Request { seat, request, .. }] if *seat == standby.name && *seat != active.name
-        && request.order == Order::AcceptDataLoss { holder })
+        matches!(&asked[..], [Action::Request { request, .. }, Action::Request { .. }] if request.order == Order::AcceptDataLoss { holder, over_stopped_term: None })
     );
 }
 
@@ -542,8 +550,9 @@ fn a_failed_pod_is_made_again_later_each_time() {
         &decide(&world.observe()).actions[..],
         [Action::DeletePod { force: false, .. }]
     ));
+    let now = world.now;
     for entry in &mut world.vm.status.as_mut().unwrap().seats {
-        entry.former_uids = vec![String::new(); 3];
+        entry.former = (0..3).map(|_| former("", "node-0", now)).collect();
     }
     assert!(decide(&world.observe()).actions.is_empty());
     world.pass(40);
@@ -566,25 +575,6 @@ fn the_original_may_change_while_no_guest_ran() {
     world.pods.remove(&first.name);
     assert!(world.settle(60), "{:#?}", world.vm.status);
     assert!(world.is_protected() && world.entry(&first.name).is_none());
-}
-
-#[test]
-fn former_uids_are_bounded_and_named_ones_stay() {
-    let world = protected(3);
-    let (active, _) = seats(&world);
-    let record = world.record().unwrap().clone();
-    let named = active.pod_uid.clone().unwrap();
-    let mut entry = active;
-    for number in 0..30 {
-        let uid = if number == 0 {
-            named.clone()
-        } else {
-            SeatId(number).to_string()
-        };
-        forget_pod(&mut entry, uid, Some(&record));
-    }
-    assert_eq!(entry.former_uids.len(), FORMER_UIDS_MAX);
-    assert!(is_named(&entry, &record));
 }
 
 #[test]

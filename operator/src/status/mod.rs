@@ -9,12 +9,12 @@ use ftvm_protocol::record::Phase;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
-use crate::decide::{self, Decision, Want, holder, is_genesis, is_named, lease_is_strange, pod, want};
+use crate::decide::{self, Decision, Want, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod, want};
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
 pub use obstacles::{Obstacle, obstacles};
-use obstacles::{is_no_news, lease_gone};
+use obstacles::{holds_up, is_no_news, lease_gone};
 
 /// The guest runs.
 pub const READY: &str = "Ready";
@@ -71,6 +71,8 @@ fn roles<'a>(seen: &'a Observed, book: &'a [SeatEntry]) -> Roles<'a> {
     let record = record.filter(|record| record.phase == Phase::Running && !is_genesis(record));
     let active = record.and_then(|record| holder(book, record));
     let published = active.and_then(|entry| pod(seen, entry)?.published.as_ref().ok());
+    // What was said last from a node that is gone says nothing of now.
+    let published = published.filter(|_| book.iter().any(|entry| is_heard_of(seen, entry)));
     let standby = record.and_then(|record| {
         book.iter().find(|entry| {
             Some(entry.name.as_str()) != active.map(|active| active.name.as_str()) && is_named(entry, record)
@@ -191,8 +193,14 @@ fn ready(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>
             "Halted",
             "the VM is halted: set spec.runStrategy to Always to start it",
         ),
-        VmPhase::Deleting => said(READY, false, "Deleting", "the VM is being deleted"),
-        VmPhase::Stopping => said(READY, false, "Stopping", "the guest is being stopped"),
+        VmPhase::Deleting | VmPhase::Stopping => {
+            let (reason, doing) = match phase {
+                VmPhase::Deleting => ("Deleting", "the VM is being deleted"),
+                _ => ("Stopping", "the guest is being stopped"),
+            };
+            let waits = holds_up(seen, &decision.book).unwrap_or_default();
+            said(READY, false, reason, format!("{doing}{waits}"))
+        }
         VmPhase::Starting => match obstacle(seen, decision) {
             Some(obstacle) => said(READY, false, obstacle.reason, obstacle.message),
             None => {

@@ -1,15 +1,22 @@
 //! What a person has to mend before a VM can start or be protected.
 
 use ftvm_crds::SeatEntry;
-use ftvm_crds::names::{RESOURCE_SEAT, claim_name};
+use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, RESOURCE_SEAT, claim_name};
+use kube::ResourceExt;
 
 use super::API_SERVER_REFUSES;
 use crate::cpu;
-use crate::decide::{BINDING, lease_is_strange, pod, recreation, unbound_for};
+use crate::decide::{
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, away, is_genesis, is_heard_of, is_known,
+    lease_is_strange, pod, record, recreation, unbound_for, want,
+};
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Reason of a seat that waits for an image.
 const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
+/// A node that nobody can taint.
+const MISSING_NODE: &str =
+    "; its object is gone, make one of that name: docs/kubernetes.md, \"A node that is lost for good\"";
 /// Reason of a seat for which no node is left.
 const TOO_FEW_NODES: &str = "TooFewNodes";
 
@@ -41,6 +48,7 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
         )),
         _ => {}
     }
+    found.extend(nobody_boots(seen));
     if let Some(refused) = &seen.refused {
         found.push(obstacle(API_SERVER_REFUSES, refused.message.clone()));
     }
@@ -65,6 +73,79 @@ pub(super) fn lease_gone(seen: &Observed) -> String {
         "the VM's Lease was deleted, and {why}: a protected pair goes on, a failover is refused, halting and starting wait. It is made anew by itself once the active seat is alone or both seats \
          are connected and agree: bring the other seat's node back, or put a copy of the Lease back (docs/kubernetes.md, \"A Lease that is gone\")"
     )
+}
+
+/// No guest runs, as far as anybody knows, and no disk may be booted before it is known what became of a seat that the record names.
+fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
+    let found = record(seen).filter(|found| !is_genesis(&found.snapshot.record))?;
+    let record = &found.snapshot.record;
+    let book = seen.status().seats;
+    if want(seen) != Want::Run || book.iter().any(|entry| is_heard_of(seen, entry)) {
+        return None;
+    }
+    if !is_known(&book, record) {
+        let message = format!(
+            "the record's holder {} is none of the VM's seats: nothing of them is taken away; put a former copy of the Lease back, or name a holder of theirs",
+            record.holder
+        );
+        return Some(obstacle("HolderUnknown", message));
+    }
+    let mut away = book
+        .iter()
+        .filter_map(|entry| Some((entry, away(seen, entry, record)?)));
+    let Some((entry, node)) = away.next() else {
+        return book.iter().find_map(|entry| loss_refused(seen, entry));
+    };
+    let missing = if seen.nodes.contains_key(&node) {
+        ""
+    } else {
+        MISSING_NODE
+    };
+    let (vm, holder, seat) = (seen.vm.name_any(), record.holder, &entry.name);
+    let waits = accepted_loss(seen).is_some_and(|(accepted, _)| accepted == holder);
+    let waits = if waits {
+        "; that was accepted, and waits for the former"
+    } else {
+        ""
+    };
+    Some(obstacle(
+        "NodeNeeded",
+        format!(
+            "node {node} is away, and the guest is not started without knowing what seat {seat} has there: bring the node back. If it is lost for good, make sure that it is \
+             switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute{missing}), and accept that what only it has is lost (kubectl annotate ftvm {vm} --overwrite \
+             {ANNOTATION_ACCEPT_DATA_LOSS}={holder}){waits}"
+        ),
+    ))
+}
+
+/// Which seat keeps a VM from being halted or deleted, because its node is away.
+pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<String> {
+    let record = &record(seen)?.snapshot.record;
+    let mut away = book
+        .iter()
+        .filter_map(|entry| Some((entry, away(seen, entry, record)?)));
+    away.next().map(|(entry, node)| {
+        format!(
+            "; node {node} of seat {} is away: bring it back, or make sure that it is switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute)",
+            entry.name
+        )
+    })
+}
+
+/// What a seat refused that was to boot although something may be lost.
+fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
+    let done = pod(seen, entry)?.published.as_ref().ok()?.done_request.as_ref()?;
+    let why = done
+        .refused
+        .as_ref()
+        .filter(|_| done.id.starts_with(ACCEPT_DATA_LOSS))?;
+    Some(obstacle(
+        "DataLossRefused",
+        format!(
+            "seat {} does not boot over the loss that was accepted: {why}. Mend that, then write another text behind the holder in {ANNOTATION_ACCEPT_DATA_LOSS}",
+            entry.name
+        ),
+    ))
 }
 
 fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {

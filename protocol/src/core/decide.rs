@@ -126,9 +126,6 @@ impl Core {
         }
         let named = header.is_named(&record.members);
         if let Some(holder) = starting.accept_loss {
-            if named {
-                return refuse(Refusal::OverrideNotNeeded);
-            }
             if record.holder != holder {
                 return refuse(Refusal::OverrideOtherHolder);
             }

@@ -101,8 +101,8 @@ pub enum Command {
     /// To a standby that is to end (its pod goes, its node is drained): have the leader eject it, acknowledge until then, and
     /// end as [`super::EndReason::Ejected`]. Ending at once would hold up the guest's output until the leader has ejected it.
     Leave,
-    /// Boot this seat's disk although the record names another that holds alone; everything that only the holder has
-    /// is given up. Needs proof that every other seat is dead ([`GuestReport::None`]).
+    /// Boot this seat's disk although the record names another that holds alone, or although another one's header can't be read; everything that
+    /// only others have is given up. Needs proof that every other seat is dead ([`GuestReport::None`]).
     AcceptDataLoss {
         /// The holder as the person saw it; another one in the record refuses the command.
         holder: Incarnation,
@@ -211,6 +211,9 @@ pub enum Event {
         /// One a seat.
         reports: Vec<SeatReport>,
     },
+
+    /// The VM's other seats are these by now ([`super::Config::other_seats`]): one was replaced.
+    OtherSeats(Vec<SeatId>),
 
     // ---- guest
     /// The guest switched itself off (ACPI S5). The guest is paused at that point. A guest reset is no event: the driver

@@ -205,6 +205,7 @@ impl Core {
             Event::RecordRead { request, outcome } => self.on_read(request, outcome, actions),
             Event::RecordSwapped { request, outcome } => self.on_swapped(request, outcome, actions),
             Event::SeatsReported { request, reports } => self.on_reports(request, &reports, actions),
+            Event::OtherSeats(seats) => self.other_seats = seats,
             Event::GuestPoweredOff => self.on_powered_off(actions),
             Event::GuestFailed { error } => {
                 self.failure = Some(error);

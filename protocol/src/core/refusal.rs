@@ -82,7 +82,9 @@ pub enum Refusal {
     #[error("header of seat {0} can't be read: bring its node back, or a person decides (accept-data-loss)")]
     OtherHeaderUnreadable(SeatId),
     /// A guest runs, or may run, on the other seat.
-    #[error("a guest runs or may run on seat {0}")]
+    #[error(
+        "a guest runs or may run on seat {0}: bring its node back, or prove that it is switched off (rule 9 in docs/protocol.md)"
+    )]
     OtherGuest(SeatId),
     /// The holder's seat goes first.
     #[error("the holder's seat may boot too and goes first")]
@@ -90,9 +92,6 @@ pub enum Refusal {
     /// The person named another holder than the record does.
     #[error("the record's holder is not the one that the command overrides")]
     OverrideOtherHolder,
-    /// This seat is named in the record: it needs no override.
-    #[error("this seat is named in the record: it needs no override")]
-    OverrideNotNeeded,
 
     // ---- commands
     /// Only a protected active can do this.

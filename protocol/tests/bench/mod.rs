@@ -32,6 +32,8 @@ pub struct Seat {
     /// Everything that the core wanted, newest last.
     pub actions: Vec<Action>,
     pub ended: Option<EndReason>,
+    /// Its node is gone with its disk; all that can be told is this of its guest.
+    pub lost: Option<GuestReport>,
     /// Nothing that it sends arrives.
     pub mute: bool,
     /// Seals are left to the test.
@@ -59,6 +61,7 @@ impl Seat {
             arbiter: Arbiter::Works,
             actions: Vec::new(),
             ended: None,
+            lost: None,
             mute: false,
             manual_seals: false,
             epoch: 0,
@@ -147,7 +150,7 @@ impl Bench {
         let mut todo = vec![(at, event)];
         while !todo.is_empty() {
             let (at, event) = todo.remove(0);
-            if self.seats[at].ended.is_some() {
+            if self.seats[at].ended.is_some() || self.seats[at].lost.is_some() {
                 continue;
             }
             let mut actions = Vec::new();
@@ -236,6 +239,10 @@ impl Bench {
 
     fn report(&self, seat: SeatId) -> SeatReport {
         let found = self.seats.iter().find(|other| other.me.seat == seat);
+        if let Some(guest) = found.and_then(|other| other.lost) {
+            let header = HeaderReport::Unreadable;
+            return SeatReport { seat, header, guest };
+        }
         let header = found
             .and_then(|other| other.header.clone())
             .map_or(HeaderReport::Absent, HeaderReport::Found);
@@ -278,6 +285,13 @@ impl Bench {
         self.cut();
         let (me, header, other) = (self.seats[at].me, self.seats[at].header.clone(), self.seats[1 - at].me);
         self.seats[at] = Seat::new(me.seat.0, me.start + 1, header, other.seat.0, self.now_ms);
+    }
+
+    /// Both nodes lose power, and of one nothing comes back; `guest` is what can be told of it.
+    pub fn power_cut(&mut self, lost: usize, guest: GuestReport) {
+        self.link = None;
+        self.seats[lost].lost = Some(guest);
+        self.restart(1 - lost);
     }
 
     pub fn gate(&self, at: usize) -> Gate {

@@ -1,0 +1,66 @@
+//! Earlier pods of a virtual machine's seats: the record and headers name them long after they are gone (rules 8 and 9).
+
+use ftvm_protocol::core::{GuestReport, HeaderReport, SeatReport};
+use ftvm_protocol::identity::SeatId;
+use serde::{Deserialize, Serialize};
+
+use super::Seat;
+
+/// An earlier pod of a seat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Former {
+    /// Its UID.
+    pub seat_id: SeatId,
+    /// Of this seat, whose disk has its header.
+    pub own: bool,
+    /// It was on this node.
+    pub here: bool,
+    /// The book says that no engine of it runs any more.
+    pub ended: bool,
+}
+
+impl Seat {
+    /// Earlier pods, as the book has them.
+    pub fn set_former(&self, former: Vec<Former>) {
+        self.inner().former = former;
+    }
+
+    fn former(&self, seat_id: SeatId) -> Option<Former> {
+        let inner = self.inner();
+        let mut all = inner.former.iter();
+        all.find(|former| former.seat_id == seat_id).copied()
+    }
+
+    /// Of an earlier pod of this seat: what the disk that both have says, and whether it has ended. None if it is no such pod. `remembered`: this
+    /// node's daemon has not forgotten it.
+    pub fn report_of_former(&self, seat_id: SeatId, remembered: bool) -> Option<SeatReport> {
+        let former = self.former(seat_id).filter(|former| former.own)?;
+        Some(SeatReport {
+            seat: seat_id,
+            header: self.header_report(),
+            guest: former.guest(remembered),
+        })
+    }
+
+    /// That an earlier pod of any seat has ended. What its disk says only the daemon knows that has it.
+    pub fn knows_ended(&self, seat_id: SeatId, remembered: bool) -> Option<SeatReport> {
+        let guest = self.former(seat_id)?.guest(remembered);
+        let header = HeaderReport::Unreadable;
+        (guest == GuestReport::None).then_some(SeatReport {
+            seat: seat_id,
+            header,
+            guest,
+        })
+    }
+}
+
+impl Former {
+    /// A daemon forgets a pod only once its engine has ended and the API server itself has said that it is gone.
+    fn guest(self, remembered: bool) -> GuestReport {
+        if remembered || !(self.ended || self.here) {
+            GuestReport::Unknown
+        } else {
+            GuestReport::None
+        }
+    }
+}

@@ -1,0 +1,205 @@
+use ftvm_crds::FormerPod;
+use ftvm_crds::seat::{SeatExit, SeatPublished, SeatRole};
+use ftvm_protocol::record::{Members, Phase};
+use k8s_openapi::api::core::v1::Taint;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+
+use super::former::{FORMER_MAX, engine_ended, forget};
+use super::rig::World;
+use super::*;
+use crate::observe::PodPhase;
+
+/// A pod that was on this node and is gone.
+pub fn former(uid: &str, node: &str, since: Timestamp) -> FormerPod {
+    FormerPod {
+        uid: uid.to_owned(),
+        node: Some(node.to_owned()),
+        missing_since: Time(since),
+        ended: false,
+    }
+}
+
+impl World {
+    /// Can daemons, or the book, prove that no engine of this pod, which the record names, runs any more?
+    pub fn is_proven(&self, member: Incarnation) -> bool {
+        let uid = member.seat.to_string();
+        let book = self.book();
+        let mut formers = book
+            .iter()
+            .flat_map(|entry| entry.former.iter().map(move |former| (entry, former)));
+        let found = formers.find(|(_, former)| former.uid == uid);
+        found.is_none_or(|(entry, former)| {
+            let node = self.pods.get(&entry.name).and_then(|pod| pod.node.clone());
+            former.ended || self.alive(&entry.name) && node == former.node
+        })
+    }
+}
+
+fn protected() -> World {
+    let mut world = World::new(3);
+    assert!(world.settle(60) && world.is_protected(), "{:#?}", world.vm.status);
+    world
+}
+
+fn active(world: &World) -> SeatEntry {
+    let holder = world.record().unwrap().holder.seat.to_string();
+    let found = world.book().into_iter().find(|entry| entry.had_uid(&holder));
+    found.unwrap()
+}
+
+/// The active's pod is gone without having ended, and the node of its claims takes no other one.
+fn vanished() -> (World, String, String) {
+    let mut world = protected();
+    let active = active(&world);
+    let node = active.node.clone().unwrap();
+    world.nodes.get_mut(&node).unwrap().schedulable = false;
+    world.pods.remove(&active.name);
+    assert!(world.step());
+    (world, active.name, node)
+}
+
+fn ended(world: &World, seat: &str) -> Vec<bool> {
+    let entry = world.entry(seat).unwrap();
+    entry.former.iter().map(|former| former.ended).collect()
+}
+
+#[test]
+fn earlier_pods_are_bounded_and_named_ones_stay() {
+    let world = protected();
+    let mut entry = active(&world);
+    let record = world.record().unwrap().clone();
+    let named = entry.pod_uid.clone().unwrap();
+    for number in 0..30 {
+        let uid = SeatId(number).to_string();
+        let uid = if number == 0 { named.clone() } else { uid };
+        entry.node = Some("node-0".to_owned());
+        forget(&mut entry, uid, world.now, Some(&record));
+    }
+    assert_eq!(entry.former.len(), FORMER_MAX);
+    assert!(is_named(&entry, &record));
+    assert!(entry.former.iter().all(|former| !former.ended));
+}
+
+#[test]
+fn a_pod_that_was_bound_to_no_node_had_no_engine() {
+    let mut entry = SeatEntry::default();
+    forget(&mut entry, SeatId(1).to_string(), Timestamp::UNIX_EPOCH, None);
+    assert!(entry.former[0].ended);
+}
+
+/// All of it is needed: the daemon's word, kubelet's, and that nothing begins anew there.
+#[test]
+fn an_engine_has_ended_when_daemon_and_kubelet_say_so() {
+    let world = protected();
+    let mut pod = world.pods[&active(&world).name].clone();
+    let incarnation = pod.published.as_ref().unwrap().incarnation.unwrap();
+    let last_exit = Some(SeatExit {
+        incarnation,
+        code: 0,
+        message: String::new(),
+        unix_ms: 1,
+    });
+    (pod.deleting, pod.phase) = (true, PodPhase::Finished);
+    pod.published = Ok(SeatPublished {
+        last_exit,
+        ..SeatPublished::default()
+    });
+    assert!(engine_ended(&pod, None));
+    for change in [
+        (|pod: &mut PodSeen| pod.deleting = false) as fn(&mut PodSeen),
+        |pod| pod.phase = PodPhase::Running,
+        |pod| pod.published.as_mut().unwrap().last_exit = None,
+        |pod| {
+            let published = pod.published.as_mut().unwrap();
+            published.incarnation = published.last_exit.as_ref().map(|exit| exit.incarnation);
+            published.role = Some(SeatRole::Starting);
+        },
+    ] {
+        let mut pod = pod.clone();
+        change(&mut pod);
+        assert!(!engine_ended(&pod, None), "{pod:?}");
+    }
+}
+
+#[test]
+fn a_pod_that_ended_in_order_is_proven_at_once() {
+    let mut world = protected();
+    let active = active(&world);
+    world.pods.get_mut(&active.name).unwrap().deleting = true;
+    world.kubelet(&active.name);
+    assert!(world.step());
+    assert!(world.entry(&active.name).unwrap().engine_ended);
+    world.kubelet(&active.name);
+    assert!(world.step());
+    assert_eq!(ended(&world, &active.name), [true]);
+    // The next pod is another one.
+    assert!(!world.entry(&active.name).unwrap().engine_ended);
+}
+
+#[test]
+fn a_node_that_is_heard_of_long_after_its_pod_was_missed_proves_it() {
+    let (mut world, seat, node) = vanished();
+    assert_eq!(ended(&world, &seat), [false]);
+    let recheck = decide(&world.observe()).recheck.unwrap();
+    assert!(
+        recheck <= Duration::from_secs(120) && recheck > Duration::from_secs(110),
+        "{recheck:?}"
+    );
+    world.pass(119);
+    world.step();
+    assert_eq!(ended(&world, &seat), [false]);
+    // Silence proves nothing, however long.
+    world.nodes.get_mut(&node).unwrap().ready = false;
+    world.pass(3600);
+    world.step();
+    assert_eq!(ended(&world, &seat), [false]);
+    world.nodes.get_mut(&node).unwrap().ready = true;
+    let seen = world.observe();
+    let decision = decide(&seen);
+    assert!(decision.needs_certainty(&seen), "the node's state may be old");
+    world.step();
+    assert_eq!(ended(&world, &seat), [true]);
+}
+
+#[test]
+fn a_node_that_is_gone_proves_nothing_and_one_out_of_service_does() {
+    let (mut world, seat, node) = vanished();
+    let gone = world.nodes.remove(&node).unwrap();
+    world.pass(3600);
+    world.step();
+    assert_eq!(ended(&world, &seat), [false]);
+    world.nodes.insert(node.clone(), gone);
+    let node = world.nodes.get_mut(&node).unwrap();
+    node.ready = false;
+    node.taints = vec![Taint {
+        key: "node.kubernetes.io/out-of-service".to_owned(),
+        effect: "NoExecute".to_owned(),
+        ..Taint::default()
+    }];
+    // Whoever answers is not out of service.
+    let mut contradicted = world.observe();
+    contradicted.nodes.values_mut().for_each(|node| node.ready = true);
+    contradicted.now = world.now - k8s_openapi::jiff::SignedDuration::from_secs(3590);
+    let found = decide(&contradicted).book;
+    assert!(found.iter().flat_map(|entry| &entry.former).all(|former| !former.ended));
+    world.step();
+    assert_eq!(ended(&world, &seat), [true]);
+}
+
+/// What the record does not name keeps nobody from anything.
+#[test]
+fn of_pods_that_the_record_does_not_name_nothing_is_proven() {
+    let (mut world, seat, _) = vanished();
+    let (snapshot, _) = world.lease.as_mut().unwrap();
+    let other = Incarnation {
+        seat: SeatId(7),
+        start: 1,
+    };
+    (snapshot.record.holder, snapshot.record.members) = (other, Members::one(other));
+    snapshot.record.phase = Phase::Running;
+    world.pass(3600);
+    let decision = decide(&world.observe());
+    let entry = decision.book.iter().find(|entry| entry.name == seat).unwrap();
+    assert!(!entry.former[0].ended);
+}

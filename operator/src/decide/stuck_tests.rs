@@ -1,0 +1,258 @@
+//! What seats refuse, or can't answer, holds nothing up for ever.
+
+use ftvm_crds::RunStrategy;
+use ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS;
+use ftvm_crds::seat::{DoneRequest, Order, SeatPublished, SeatRequest, SeatRole};
+use ftvm_protocol::record::{Members, Phase};
+
+use super::rig::World;
+use super::*;
+use crate::observe::PodPhase;
+
+fn protected() -> World {
+    let mut world = World::new(3);
+    assert!(world.settle(60) && world.is_protected(), "{:#?}", world.vm.status);
+    world
+}
+
+/// The entries of the active and of the standby.
+fn seats(world: &World) -> (SeatEntry, SeatEntry) {
+    let holder = world.record().unwrap().holder.seat.to_string();
+    let (active, standby): (Vec<_>, Vec<_>) = world.book().into_iter().partition(|entry| entry.had_uid(&holder));
+    (active[0].clone(), standby[0].clone())
+}
+
+fn asked(world: &mut World) -> Vec<(String, SeatRequest)> {
+    let actions = decide(&world.observe()).actions;
+    let asked = actions.into_iter().filter_map(|action| match action {
+        Action::Request { seat, request, .. } => Some((seat, request)),
+        _ => None,
+    });
+    asked.collect()
+}
+
+fn deleted(world: &mut World) -> Vec<String> {
+    let actions = decide(&world.observe()).actions;
+    let deleted = actions.into_iter().filter_map(|action| match action {
+        Action::DeletePod { seat, force: false, .. } => Some(seat),
+        _ => None,
+    });
+    deleted.collect()
+}
+
+/// Its daemon answers what it was asked last.
+fn answers(world: &mut World, seat: &str, refused: Option<&str>) {
+    let pod = world.pods.get_mut(seat).unwrap();
+    let id = pod.request.clone().unwrap().id;
+    let refused = refused.map(str::to_owned);
+    pod.published.as_mut().unwrap().done_request = Some(DoneRequest { id, refused });
+}
+
+/// There is no engine, or one that waits for its turn.
+fn says(world: &mut World, seat: &str, role: Option<SeatRole>) {
+    let pod = world.pods.get_mut(seat).unwrap();
+    let known = pod.published.as_ref().unwrap();
+    pod.published = Ok(SeatPublished {
+        incarnation: known.incarnation.filter(|_| role.is_some()),
+        role,
+        done_request: known.done_request.clone(),
+        ..SeatPublished::default()
+    });
+}
+
+#[test]
+fn a_stop_that_is_refused_is_asked_for_again_and_not_at_once() {
+    let mut world = protected();
+    let (active, _) = seats(&world);
+    world.want(RunStrategy::Halted);
+    world.step();
+    let first = world.pods[&active.name].request.clone().unwrap();
+    assert_eq!(first.order, Order::Stop);
+    assert!(asked(&mut world).is_empty(), "it is under way");
+    answers(&mut world, &active.name, Some("a switchover is under way"));
+    let again = asked(&mut world);
+    assert!(
+        again[0].1.id != first.id && again[0].1.order == Order::Stop,
+        "{again:?}"
+    );
+    world.step();
+    answers(&mut world, &active.name, Some("still"));
+    let decision = decide(&world.observe());
+    assert!(
+        decision.actions.is_empty() && decision.recheck.is_some(),
+        "{decision:?}"
+    );
+    world.pass(31);
+    assert_eq!(asked(&mut world).len(), 1);
+    world.step();
+    answers(&mut world, &active.name, None);
+    world.pass(3600);
+    assert!(asked(&mut world).is_empty(), "it is done");
+}
+
+/// Neither seat's engine can have a guest, and the record says that one runs: there is nothing to stop.
+#[test]
+fn a_vm_without_any_guest_is_halted_by_taking_its_pods() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    says(&mut world, &active.name, None);
+    says(&mut world, &standby.name, Some(SeatRole::Starting));
+    world.want(RunStrategy::Halted);
+    assert_eq!(asked(&mut world).len(), 1, "it may be able to, for all that is known");
+    world.step();
+    answers(&mut world, &active.name, Some("no engine"));
+    assert_eq!(deleted(&mut world).len(), 2);
+    // Whoever has a guest, or may have one where nobody hears of it, keeps the pods.
+    let node = standby.node.clone().unwrap();
+    world.nodes.get_mut(&node).unwrap().ready = false;
+    assert!(deleted(&mut world).is_empty());
+    world.nodes.get_mut(&node).unwrap().ready = true;
+    says(&mut world, &standby.name, Some(SeatRole::Standby));
+    assert!(deleted(&mut world).is_empty());
+    // Who can't be asked is not waited for.
+    says(&mut world, &standby.name, Some(SeatRole::Starting));
+    let pod = world.pods.get_mut(&active.name).unwrap();
+    (pod.phase, pod.request) = (PodPhase::Pending, None);
+    assert_eq!(deleted(&mut world).len(), 2);
+}
+
+fn halted() -> World {
+    let mut world = protected();
+    world.want(RunStrategy::Halted);
+    assert!(world.settle(60), "{:#?}", world.vm.status);
+    assert_eq!(world.record().unwrap().phase, Phase::Stopped);
+    world.want(RunStrategy::Always);
+    for _ in 0..20 {
+        world.step();
+        for seat in world.pods.keys().cloned().collect::<Vec<_>>() {
+            world.schedule(&seat);
+            world.kubelet(&seat);
+        }
+        if world.pods.values().any(|pod| pod.request.is_some()) {
+            return world;
+        }
+    }
+    panic!("nobody is asked to start: {:#?}", world.vm.status);
+}
+
+#[test]
+fn a_start_that_is_refused_is_asked_for_again() {
+    let mut world = halted();
+    let seat = world.pods.keys().next().cloned().unwrap();
+    world.step();
+    let first = world.pods[&seat].request.clone().unwrap();
+    answers(&mut world, &seat, Some("no program within 120 s"));
+    let again = asked(&mut world);
+    assert!(
+        again
+            .iter()
+            .any(|(of, request)| *of == seat && request.id != first.id && request.order == first.order),
+        "{again:?}"
+    );
+}
+
+/// It was asked to start and can't: it is told that it shall not, and its pod goes once it has answered.
+#[test]
+fn a_start_that_comes_to_nothing_keeps_nobody_from_halting() {
+    let mut world = halted();
+    let names: Vec<String> = world.pods.keys().cloned().collect();
+    for seat in &names {
+        world.step();
+        let incarnation = Incarnation {
+            seat: world.pods[seat].uid.parse().unwrap(),
+            start: 1,
+        };
+        let pod = world.pods.get_mut(seat).unwrap();
+        pod.published.as_mut().unwrap().incarnation = Some(incarnation);
+        pod.published.as_mut().unwrap().role = Some(SeatRole::Starting);
+        answers(&mut world, seat, None);
+    }
+    world.want(RunStrategy::Halted);
+    assert!(deleted(&mut world).is_empty());
+    let stops = asked(&mut world);
+    assert!(
+        stops.len() == 2 && stops.iter().all(|(_, request)| request.order == Order::Stop),
+        "{stops:?}"
+    );
+    world.step();
+    assert!(deleted(&mut world).is_empty(), "nobody has answered");
+    for seat in &names {
+        answers(&mut world, seat, None);
+    }
+    assert_eq!(deleted(&mut world).len(), 2);
+}
+
+#[test]
+fn a_loss_is_accepted_once_nodes_that_are_away_are_proven_to_be_off() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    let holder = world.record().unwrap().holder;
+    world.kill_node_of(&standby);
+    says(&mut world, &active.name, Some(SeatRole::Starting));
+    world.step();
+    let annotations = world.vm.metadata.annotations.get_or_insert_default();
+    annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), format!("{holder} it burnt"));
+    assert!(asked(&mut world).is_empty());
+    world.pods.remove(&standby.name);
+    world.step();
+    for entry in &mut world.vm.status.as_mut().unwrap().seats {
+        entry.former.iter_mut().for_each(|former| former.ended = true);
+    }
+    let asked = asked(&mut world);
+    // The holder's own seat is who is left.
+    let order = Order::AcceptDataLoss {
+        holder,
+        over_stopped_term: None,
+    };
+    let found = asked.iter().find(|(seat, _)| *seat == active.name);
+    let (_, request) = found.unwrap_or_else(|| panic!("{asked:?}"));
+    assert!(
+        request.order == order && request.id.ends_with("-it burnt"),
+        "{request:?}"
+    );
+}
+
+/// A Stopped record needs a start as well.
+#[test]
+fn a_loss_is_accepted_over_a_stop() {
+    let mut world = halted();
+    let (holder, term) = (world.record().unwrap().holder, world.record().unwrap().term);
+    let annotations = world.vm.metadata.annotations.get_or_insert_default();
+    annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), holder.to_string());
+    let order = Order::AcceptDataLoss {
+        holder,
+        over_stopped_term: Some(term),
+    };
+    let asked = asked(&mut world);
+    assert!(
+        !asked.is_empty() && asked.iter().all(|(_, request)| request.order == order),
+        "{asked:?}"
+    );
+}
+
+/// A record that a hand, or another release, wrote.
+#[test]
+fn nothing_of_a_vm_goes_whose_holder_nobody_knows() {
+    let mut world = protected();
+    let (active, _) = seats(&world);
+    let (snapshot, _) = world.lease.as_mut().unwrap();
+    let other = Incarnation {
+        seat: SeatId(7),
+        start: 1,
+    };
+    (snapshot.record.holder, snapshot.record.members) = (other, Members::one(other));
+    world.kill_node_of(&active);
+    for _ in 0..20 {
+        world.step();
+        world.pass(60);
+    }
+    assert!(world.book().iter().all(|entry| !entry.leaving), "{:#?}", world.book());
+    assert!(world.claims.values().all(|claim| !claim.deleting));
+    world.want(RunStrategy::Halted);
+    assert!(
+        !decide(&world.observe())
+            .actions
+            .iter()
+            .any(|action| matches!(action, Action::DeletePod { force: true, .. }))
+    );
+}
