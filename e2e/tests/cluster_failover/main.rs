@@ -63,7 +63,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         let Acts { stage, cluster, .. } = acts;
         let (report, _) = stage.end();
         ensure!(report.passed(), "{:?}", report.complaints);
-        small::deleted(&cluster)
+        small::deleted(&cluster, &progress)
     })
 }
 
