@@ -18,9 +18,15 @@ mod tally;
 
 use tally::Tally;
 
-/// Test programs with two tests at a time: each test has a cluster or a machine of its own, waits for it most of the time or keeps one of two
-/// cores busy, and nothing that it judges is how long something took. All others share what they have, or measure.
-const TWO_AT_A_TIME: &[&str] = &["cluster_chart", "cluster_operator", "emulated_guest"];
+/// Test programs with two tests at a time: each test has a cluster, a machine or a folder of its own, and uses one core or waits most of the
+/// time; nothing that it judges is how long something took, nor what is left on this machine. All others share what they have, or measure.
+const TWO_AT_A_TIME: &[&str] = &[
+    "cluster_chart",
+    "cluster_operator",
+    "disks",
+    "disks_killed",
+    "emulated_guest",
+];
 
 /// Options of `cargo xtask test`.
 #[derive(Args)]
