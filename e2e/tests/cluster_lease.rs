@@ -75,7 +75,7 @@ fn next(of: &Snapshot, seat: u128, nonce: u128) -> Record {
 #[test]
 fn swaps_are_what_they_say_whatever_stands_between() -> anyhow::Result<()> {
     let options = Options {
-        nodes: 1,
+        nodes: 0,
         api_proxy: true,
         ..Options::default()
     };

@@ -57,7 +57,7 @@ impl Images {
     pub fn make(folder: &Path, profile: Profile, guest: Guest) -> anyhow::Result<Self> {
         let binaries = folder.join("image");
         fs::create_dir_all(binaries.join("programs"))?;
-        for program in binaries::build(&PROGRAMS, profile)? {
+        for program in binaries::build_as_shipped(&PROGRAMS, profile)? {
             let name = program.file_name().context("a program without a name")?;
             strip(&program, &binaries.join("programs").join(name))?;
         }

@@ -29,12 +29,38 @@ impl Profile {
     }
 }
 
+/// Who says which features the programs' dependencies have. Each choice compiles all dependencies once more that differ in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Features {
+    /// All packages of the workspace, as when all tests are built: what one test builds, all others find.
+    Workspace,
+    /// The programs' packages alone, as when users build them.
+    Own,
+}
+
+impl Features {
+    fn of_tests(profile: Profile) -> Self {
+        match profile {
+            Profile::Dev => Self::Workspace,
+            Profile::Fast | Profile::Release => Self::Own,
+        }
+    }
+}
+
 /// Builds programs, named as (package, binary), and returns where they are, in the same order. Cargo does nothing if they are fresh.
 ///
 /// # Errors
 /// If one does not compile; the compiler's messages go to standard error.
 pub fn build(programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<PathBuf>> {
-    build_targets("--bin", programs, profile)
+    build_targets("--bin", programs, profile, Features::of_tests(profile))
+}
+
+/// The same, with the features that their users get, whatever the profile: a feature that another package asks for is not there.
+///
+/// # Errors
+/// If one does not compile; the compiler's messages go to standard error.
+pub fn build_as_shipped(programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<PathBuf>> {
+    build_targets("--bin", programs, profile, Features::Own)
 }
 
 /// Builds a program that is an example of its package: one for tests and measurements.
@@ -42,11 +68,16 @@ pub fn build(programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<
 /// # Errors
 /// If it does not compile; the compiler's messages go to standard error.
 pub fn build_example(package: &str, name: &str, profile: Profile) -> anyhow::Result<PathBuf> {
-    let mut built = build_targets("--example", &[(package, name)], profile)?;
+    let mut built = build_targets("--example", &[(package, name)], profile, Features::of_tests(profile))?;
     built.pop().context("cargo built nothing")
 }
 
-fn build_targets(kind: &str, programs: &[(&str, &str)], profile: Profile) -> anyhow::Result<Vec<PathBuf>> {
+fn build_targets(
+    kind: &str,
+    programs: &[(&str, &str)],
+    profile: Profile,
+    features: Features,
+) -> anyhow::Result<Vec<PathBuf>> {
     let mut cargo = cargo();
     cargo.args(["build", "--quiet", "--message-format=json-render-diagnostics"]);
     match profile {
@@ -54,8 +85,14 @@ fn build_targets(kind: &str, programs: &[(&str, &str)], profile: Profile) -> any
         Profile::Fast => drop(cargo.args(["--profile", "fast"])),
         Profile::Release => drop(cargo.arg("--release")),
     }
+    if features == Features::Workspace {
+        cargo.arg("--workspace");
+    }
     for (package, program) in programs {
-        cargo.args(["--package", package, kind, program]);
+        if features == Features::Own {
+            cargo.args(["--package", package]);
+        }
+        cargo.args([kind, program]);
     }
     let output = cargo
         .current_dir(workspace()?)

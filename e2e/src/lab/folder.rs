@@ -2,6 +2,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::FlockOperation;
 
@@ -22,6 +23,9 @@ impl Folder {
     /// Those of the file system.
     pub(crate) fn new() -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        static MAKING: Mutex<()> = Mutex::new(());
+        // Between making the lock and taking it another thread's sweep would take it.
+        let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
         sweep()?;
         let path = parent()?.join(format!(
             "{}-{}",

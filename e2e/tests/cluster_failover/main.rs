@@ -65,7 +65,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         let (report, books) = stage.end();
         ensure!(report.passed(), "{:?}", report.complaints);
         boots::again(&cluster, books.ledger.journal_seq(), &progress)?;
-        small::deleted(&cluster)
+        small::deleted(&cluster, &progress)
     })
 }
 

@@ -487,7 +487,7 @@ impl Driver {
             .is_some_and(|leading| leading.session.0 == frame.session);
         if ours {
             let text = format!("the other side can't follow: {}", printable(&frame.payload));
-            self.troubles.session = Some(text.clone());
+            self.troubles.follower_said(SessionId(frame.session), text.clone());
             self.warn(text);
         }
     }

@@ -353,7 +353,7 @@ impl Driver {
             // A session that could not even be begun is reported too.
             Done::Failed { why } => {
                 tracing::warn!("session {} can't go on: {why}", report.session.0);
-                self.troubles.session = Some(why);
+                self.troubles.session_failed(report.session, why);
                 self.step(Event::SessionFailed {
                     session: report.session,
                 });

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ftvm_protocol::core::{ArbiterState, RoleName, Status as CoreStatus};
-use ftvm_protocol::identity::Epoch;
+use ftvm_protocol::identity::{Epoch, SessionId};
 use serde_json::{Map, Value, json};
 
 use super::{Driver, Guest, hold};
@@ -52,6 +52,8 @@ pub struct Troubles {
     pub link: Option<(u8, String)>,
     /// Why the last session failed.
     pub session: Option<String>,
+    /// The session of which its follower has said so.
+    pub told: Option<SessionId>,
     /// As a joiner: its exit code, if a person has to mend it.
     pub session_code: Option<u8>,
     /// Why the arbiter did not do what it was asked last.
@@ -71,6 +73,20 @@ impl Troubles {
     pub fn session_works(&mut self) {
         self.session = None;
         self.session_code = None;
+        self.told = None;
+    }
+
+    /// The follower's words, why it can't go on.
+    pub fn follower_said(&mut self, session: SessionId, why: String) {
+        self.session = Some(why);
+        self.told = Some(session);
+    }
+
+    /// What a session that this seat led came to. That the link is down is no reason beside the follower's own.
+    pub fn session_failed(&mut self, session: SessionId, why: String) {
+        if self.told != Some(session) {
+            self.session = Some(why);
+        }
     }
 
     /// The first of them, before what the core says.
@@ -320,6 +336,7 @@ mod tests {
         let mut troubles = Troubles {
             link: Some((18, "identity".to_owned())),
             session: Some("resync failed".to_owned()),
+            told: None,
             session_code: None,
             arbiter: None,
             connection: Some("no route".to_owned()),
@@ -334,5 +351,19 @@ mod tests {
         assert_eq!(troubles.first(), Some("resync failed"), "a link alone mends no session");
         troubles.session_works();
         assert_eq!(troubles.first(), None);
+    }
+
+    #[test]
+    fn what_a_follower_says_outlives_its_link() {
+        let mut troubles = Troubles::default();
+        troubles.follower_said(SessionId(3), "it lacks room".to_owned());
+        troubles.session_failed(SessionId(3), "the link is down".to_owned());
+        assert_eq!(troubles.first(), Some("it lacks room"));
+        troubles.session_failed(SessionId(4), "no thread".to_owned());
+        assert_eq!(troubles.first(), Some("no thread"), "another session");
+        troubles.follower_said(SessionId(5), "it lacks room".to_owned());
+        troubles.session_works();
+        troubles.session_failed(SessionId(5), "the link is down".to_owned());
+        assert_eq!(troubles.first(), Some("the link is down"), "since then it worked");
     }
 }

@@ -18,6 +18,16 @@ mod tally;
 
 use tally::Tally;
 
+/// Test programs with two tests at a time: each test has a cluster, a machine or a folder of its own, and uses one core or waits most of the
+/// time; nothing that it judges is how long something took, nor what is left on this machine. All others share what they have, or measure.
+const TWO_AT_A_TIME: &[&str] = &[
+    "cluster_chart",
+    "cluster_operator",
+    "disks",
+    "disks_killed",
+    "emulated_guest",
+];
+
 /// Options of `cargo xtask test`.
 #[derive(Args)]
 pub struct Test {
@@ -103,18 +113,6 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         .partition(|name| name.starts_with("emulated_"));
     let (cluster, native): (Vec<String>, Vec<String>) =
         others.into_iter().partition(|name| name.starts_with("cluster_"));
-    let tests = |names: &[String]| {
-        // One at a time: they measure, and they share two cores.
-        let words = ["cargo", "test", "--workspace", "--no-fail-fast"]
-            .map(str::to_owned)
-            .into_iter();
-        let words = words.chain(names.iter().flat_map(|name| ["--test".to_owned(), name.clone()]));
-        if names.is_empty() {
-            Vec::new()
-        } else {
-            vec![words.chain(["--", "--test-threads=1"].map(str::to_owned)).collect()]
-        }
-    };
     let tiers = vec![
         Tier {
             name: "check",
@@ -145,7 +143,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             // The tests start the programs of other packages.
             commands: [cargo(&["build", "--workspace", "--bins", "--examples"])]
                 .into_iter()
-                .chain(tests(&native))
+                .chain(test_commands(&native))
                 .collect(),
         },
         Tier {
@@ -160,7 +158,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             } else {
                 [vec![this.to_owned(), "cluster".to_owned(), "build".to_owned()]]
                     .into_iter()
-                    .chain(tests(&cluster))
+                    .chain(test_commands(&cluster))
                     .collect()
             },
         },
@@ -171,10 +169,28 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(45),
             build: minutes(12),
             quick: false,
-            commands: tests(&emulated),
+            commands: test_commands(&emulated),
         },
     ];
     Ok(tiers.into_iter().filter(|tier| !tier.commands.is_empty()).collect())
+}
+
+/// Commands that run these test programs: together those whose tests go one at a time, then those of [`TWO_AT_A_TIME`].
+fn test_commands(names: &[String]) -> Vec<Vec<String>> {
+    let (two, one): (Vec<_>, Vec<_>) = names
+        .iter()
+        .cloned()
+        .partition(|name| TWO_AT_A_TIME.contains(&name.as_str()));
+    [(one, 1), (two, 2)]
+        .into_iter()
+        .filter(|(names, _)| !names.is_empty())
+        .map(|(names, threads)| {
+            let words = ["cargo", "test", "--workspace", "--no-fail-fast"].map(str::to_owned);
+            let names = names.into_iter().flat_map(|name| ["--test".to_owned(), name]);
+            let options = ["--".to_owned(), format!("--test-threads={threads}")];
+            words.into_iter().chain(names).chain(options).collect()
+        })
+        .collect()
 }
 
 /// The names of all integration tests of the workspace.
@@ -264,5 +280,32 @@ fn report(outcomes: &[Outcome]) -> ExitCode {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_programs_go_together_by_how_many_of_their_tests_run_at_a_time() {
+        let names = ["cluster_bench", "cluster_chart", "cluster_up"].map(str::to_owned);
+        let commands: Vec<String> = test_commands(&names).iter().map(|words| words.join(" ")).collect();
+        let cargo = "cargo test --workspace --no-fail-fast";
+        let one = format!("{cargo} --test cluster_bench --test cluster_up -- --test-threads=1");
+        let two = format!("{cargo} --test cluster_chart -- --test-threads=2");
+        assert_eq!(commands, [one.clone(), two]);
+        let without = [&names[..1], &names[2..]].concat();
+        assert_eq!(test_commands(&without)[0].join(" "), one);
+        assert_eq!(test_commands(&without).len(), 1);
+        assert!(test_commands(&[]).is_empty());
+    }
+
+    #[test]
+    fn programs_with_two_tests_at_a_time_are_there() {
+        let all = integration_tests(&crate::root()).unwrap();
+        for name in TWO_AT_A_TIME {
+            assert!(all.iter().any(|one| one == name), "{name}");
+        }
     }
 }
