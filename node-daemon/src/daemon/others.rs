@@ -29,7 +29,8 @@ struct Elsewhere {
 }
 
 impl Daemon {
-    pub(super) fn local_report(&self, seat_id: SeatId, patience: Duration) -> Option<SeatReport> {
+    /// What is known here of a seat.
+    pub(crate) fn local_report(&self, seat_id: SeatId, patience: Duration) -> Option<SeatReport> {
         self.report(&self.all_seats(), seat_id, patience)
     }
 

@@ -42,6 +42,26 @@ fn pod(change: impl FnOnce(&mut Value)) -> Pod {
 }
 
 #[test]
+fn earlier_pods_of_all_seats_are_known() {
+    let (own, other, bad) = (VM, PEER, "nobody");
+    let since = "2026-11-27T00:00:00Z";
+    let vm = vm(|vm| {
+        vm["status"]["seats"][0]["former"] = json!([{"uid": own, "node": "one", "missingSince": since}]);
+        vm["status"]["seats"][1]["former"] = json!([
+            {"uid": other, "node": "one", "missingSince": since, "ended": true}, {"uid": bad, "missingSince": since},
+        ]);
+    });
+    let seat = seat(&pod(|_| {}), &vm, "one").unwrap();
+    let former = |uid: &str, own, ended| Former {
+        seat_id: uid.parse().unwrap(),
+        own,
+        here: true,
+        ended,
+    };
+    assert_eq!(seat.former, [former(own, true, false), former(other, false, true)]);
+}
+
+#[test]
 fn a_pod_of_the_book_is_a_seat() {
     let seat = seat(&pod(|_| {}), &vm(|_| {}), "one").unwrap();
     assert_eq!(seat.expected().seat_id.to_string(), POD);

@@ -1,3 +1,6 @@
+use std::time::Duration;
+
+use ftvm_protocol::core::GuestReport;
 use serde_json::json;
 
 use super::*;
@@ -113,6 +116,61 @@ fn an_old_pod_does_not_end_its_successor_of_the_same_name() {
     node.reconcile(&[pod(OTHER)], &[vm(OTHER)]);
     node.reconcile(&[pod(OTHER)], &[vm(OTHER)]);
     assert_eq!(seats(&node), [OTHER]);
+}
+
+/// A machine whose seat had other pods before.
+fn vm_with_former(former: &serde_json::Value) -> Arc<FaultTolerantVM> {
+    let mut vm = serde_json::to_value(&*vm(OTHER)).unwrap();
+    vm["status"]["seats"][0]["former"] = former.clone();
+    Arc::new(serde_json::from_value(vm).unwrap())
+}
+
+/// The record may name them: what the disk says, says the pod that has it now, and that they have ended, whoever can know it.
+#[test]
+fn of_earlier_pods_it_is_told_whether_they_have_ended() {
+    let folder = Folder::new("node");
+    let node = node(&folder);
+    let since = "2026-11-27T00:00:00Z";
+    let (here, elsewhere, ended): (SeatId, SeatId, SeatId) = (POD.parse().unwrap(), SeatId(0x1), SeatId(0x2));
+    let vm = vm_with_former(&json!([
+        {"uid": here.to_string(), "node": "one", "missingSince": since},
+        {"uid": elsewhere.to_string(), "node": "two", "missingSince": since},
+        {"uid": ended.to_string(), "node": "two", "missingSince": since, "ended": true},
+    ]));
+    let guest = |of: SeatId| Some(node.daemon.local_report(of, Duration::ZERO)?.guest);
+    node.reconcile(&[pod(OTHER)], &[vm.clone()]);
+    assert_eq!(guest(here), Some(GuestReport::None));
+    assert_eq!(guest(elsewhere), Some(GuestReport::Unknown));
+    assert_eq!(guest(ended), Some(GuestReport::None));
+    assert_eq!(guest(SeatId(0x3)), None, "nobody's");
+    // A pod that this node has not forgotten may have an engine that nobody could read of.
+    node.daemon.state().pod(here).unwrap();
+    node.daemon.state().pod(ended).unwrap();
+    assert_eq!(
+        (guest(here), guest(ended)),
+        (Some(GuestReport::Unknown), Some(GuestReport::Unknown))
+    );
+    node.daemon.state().forget_pod(here).unwrap();
+    assert_eq!(guest(here), Some(GuestReport::None));
+    // The book learns of it while the seat is there.
+    let known = json!([{"uid": elsewhere.to_string(), "node": "two", "missingSince": since, "ended": true}]);
+    node.reconcile(&[pod(OTHER)], &[vm_with_former(&known)]);
+    assert_eq!((guest(elsewhere), guest(here)), (Some(GuestReport::None), None));
+}
+
+/// While the former pod's engine may be there its successor is no seat, and the former one speaks for itself.
+#[test]
+fn a_pod_that_is_there_is_no_earlier_one() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let former = json!([{"uid": POD, "node": "one", "missingSince": "2026-11-27T00:00:00Z"}]);
+    node.reconcile(&[pod(OTHER)], &[vm_with_former(&former)]);
+    assert_eq!(seats(&node), [POD]);
+    assert_eq!(
+        seat.pod.seat.report(seat.known().seat_id, Duration::ZERO).guest,
+        GuestReport::Unknown
+    );
 }
 
 /// Nobody else has the guest, and no peer reaches it: a person has to do something, and is told what.

@@ -201,10 +201,12 @@ impl Checks {
         Ok(())
     }
 
-    /// What was released is given up.
+    /// What was released is given up, whoever created it in which term: a record that was made anew from what the one that is given up vouched for long
+    /// ago counts terms once more. Should that one create anything after this, it is found all the same.
     pub fn forget(&mut self) {
         self.released.clear();
         self.durable.clear();
+        self.creators.clear();
     }
 
     /// A person accepted the loss.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use ftvm_protocol::core::{Action, Config, Core, EndReason, Event, Gate, Refusal, Seal, StoredHeader};
-use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, SessionId, Term};
+use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, SeatId, SessionId, Term};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::Phase;
 
@@ -626,6 +626,10 @@ impl World {
         self.slots[slot].published = crate::world::Published::default();
         self.disks_lost += 1;
         self.lives += 1;
-        self.slots[slot].seat = ftvm_protocol::identity::SeatId(0xb000 + u128::from(self.lives));
+        let seat = SeatId(0xb000 + u128::from(self.lives));
+        self.slots[slot].seat = seat;
+        // The other one's daemon learns of it.
+        let delay_ms = self.rng.range(1, 300);
+        self.input_after(delay_ms, 1 - slot, Input::Core(Event::OtherSeats(vec![seat])));
     }
 }
