@@ -65,7 +65,7 @@ pub struct SeatPublished {
     pub protected: bool,
     /// The engine has the guest, which stands still until a standby has joined.
     pub paused: bool,
-    /// The engine has a guest, or a checkpoint that it may run.
+    /// The engine has a guest, or a checkpoint that it may run, or has written itself into the record to boot.
     pub holds_guest: bool,
     /// Term in force as the engine knows it.
     pub term: Term,

@@ -656,6 +656,23 @@ fn a_named_seat_boots_over_a_header_that_is_lost_once_a_person_says_so() {
     }
 }
 
+/// Whoever reads the record, then asks whether a guest runs here, and hears no, may override: so a seat whose write may have made it the holder
+/// already must not say no.
+#[test]
+fn a_seat_that_may_be_about_to_boot_is_no_seat_without_a_guest() {
+    let mut bench = Bench::new();
+    assert!(!bench.seats[0].core.status().holds_guest);
+    bench.seats[0].arbiter = Arbiter::SwallowsWrites;
+    bench.pass(50);
+    let status = bench.seats[0].core.status();
+    assert!(status.role == RoleName::Starting && status.holds_guest, "{status:?}");
+    // Also once it has given up to wait for the answer.
+    bench.pass(5_000);
+    let status = bench.seats[0].core.status();
+    assert!(status.role == RoleName::Starting && status.holds_guest, "{status:?}");
+    assert!(!bench.seats[1].core.status().holds_guest);
+}
+
 /// A seat that waits to boot asks for the seats that there are, not for those that there were when its engine began.
 #[test]
 fn a_seat_that_was_replaced_keeps_nobody_from_booting() {

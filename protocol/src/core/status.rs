@@ -49,8 +49,8 @@ pub struct Status {
     pub role: RoleName,
     /// Why it ended, in role [`RoleName::Ended`].
     pub ended: Option<EndReason>,
-    /// Has a running or paused guest or a checkpoint that it may run: what the daemon answers other seats with
-    /// ([`super::event::GuestReport::Present`]).
+    /// Has a running or paused guest or a checkpoint that it may run, or boots as soon as it hears that its write of the record has landed: what the
+    /// daemon answers other seats with ([`super::event::GuestReport::Present`]).
     pub holds_guest: bool,
     /// Confirmed by the arbiter: both seats are members and the session streams.
     pub protected: bool,
@@ -115,7 +115,12 @@ impl Core {
             } else {
                 None
             },
-            holds_guest: matches!(self.role, Role::Standby(_) | Role::Active(_) | Role::Frozen(_)),
+            holds_guest: match self.role {
+                Role::Standby(_) | Role::Active(_) | Role::Frozen(_) => true,
+                // Its write may have landed: then it boots as soon as it hears of that, and the record that others read is its own.
+                Role::Starting(_) => self.has_tried(),
+                Role::Joining(_) | Role::Ended(_) => false,
+            },
             protected: self.is_protected(),
             term: self.known_term,
             uid: self.known_uid,
