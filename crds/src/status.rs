@@ -148,9 +148,13 @@ pub struct FormerPod {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub node: Option<String>,
+    /// Which machine the node was when the pod was missed, and its boot: MACHINE/BOOT, as kubelet tells them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub boot: Option<String>,
     /// Since when it has been missing.
     pub missing_since: Time,
-    /// No engine of it runs any more: it was deleted in order, its node was heard of long after it was gone, or its node is out of service.
+    /// No engine of it runs any more: it was deleted in order, its machine was booted since, or its node is out of service.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ended: bool,
 }

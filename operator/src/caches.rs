@@ -237,12 +237,8 @@ fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + 
         drop(known);
         for vm in vms.state() {
             let seats = vm.status.as_ref().map_or(&[][..], |status| &status.seats);
-            let proves = nodes_to_ask(seats).any(|node| node == name);
-            if proves
-                || seats
-                    .iter()
-                    .any(|entry| entry.node.as_ref() == Some(&name) || entry.node.is_none())
-            {
+            let looks = seats.iter().any(|entry| entry.node.is_none());
+            if looks || nodes_to_ask(seats).any(|node| node == name) {
                 let _ = triggers.send(ObjectRef::from_obj(&vm));
             }
         }

@@ -10,11 +10,13 @@ use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus};
 use ftvm_protocol::identity::VmId;
 use ftvm_protocol::record::Snapshot;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ContainerStatus, Node, PersistentVolumeClaim, Pod, Taint};
+use k8s_openapi::api::core::v1::{ContainerStatus, Node, NodeSystemInfo, PersistentVolumeClaim, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
+/// Letters of what kubelet says of a node's machine and its boot: two UUIDs.
+const BOOT_MAX: usize = 128;
 /// Letters of what a container said last.
 const SAID_MAX: usize = 500;
 
@@ -150,6 +152,8 @@ pub struct NodeSeen {
     pub labels: BTreeMap<String, String>,
     /// Its taints.
     pub taints: Vec<Taint>,
+    /// Which machine it is, and which boot of it: MACHINE/BOOT.
+    pub boot: Option<String>,
     /// What its daemon says of its CPU: the annotation as it is, read when a CPU is chosen.
     pub cpu: Option<String>,
 }
@@ -317,6 +321,13 @@ pub fn claim(claim: &PersistentVolumeClaim) -> Option<(String, ClaimSeen)> {
     Some((claim.name_any(), seen))
 }
 
+/// Of a node whose kubelet has said both.
+fn boot(info: &NodeSystemInfo) -> Option<String> {
+    let known = !info.system_uuid.is_empty() && !info.boot_id.is_empty();
+    let text = format!("{}/{}", info.system_uuid, info.boot_id);
+    (known && text.len() <= BOOT_MAX).then_some(text)
+}
+
 /// A node as read.
 pub fn node(node: &Node) -> (String, NodeSeen) {
     let status = node.status.as_ref();
@@ -343,6 +354,7 @@ pub fn node(node: &Node) -> (String, NodeSeen) {
             .as_ref()
             .and_then(|spec| spec.taints.clone())
             .unwrap_or_default(),
+        boot: status.and_then(|status| status.node_info.as_ref()).and_then(boot),
         cpu: node.annotations().get(ANNOTATION_CPU).cloned(),
     };
     (node.name_any(), seen)

@@ -8,7 +8,7 @@ use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATU
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateTerminated, ContainerStatus, Node, NodeCondition, NodeSpec, NodeStatus,
-    PersistentVolumeClaim, PersistentVolumeClaimStatus, Pod, PodCondition, PodSpec, PodStatus,
+    NodeSystemInfo, PersistentVolumeClaim, PersistentVolumeClaimStatus, Pod, PodCondition, PodSpec, PodStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
@@ -143,6 +143,11 @@ pub fn node(node: &mut Node) {
             allocatable: status.allocatable,
             capacity: status.capacity,
             conditions: Some(ready.collect()),
+            node_info: status.node_info.map(|info| NodeSystemInfo {
+                system_uuid: info.system_uuid,
+                boot_id: info.boot_id,
+                ..NodeSystemInfo::default()
+            }),
             ..NodeStatus::default()
         }
     });

@@ -133,7 +133,8 @@ fn node_lost(cluster: &Cluster) -> anyhow::Result<()> {
     let said = wait_condition(cluster, VM, "Ready", "False", "NodeNeeded")?;
     let lease = cluster.get(&["lease", VM, "--namespace", NAMESPACE])?;
     let holder = lease["spec"]["holderIdentity"].as_str().context("no holder")?;
-    let accept = format!("ftvm.dev/accept-data-loss={holder}");
+    let term = vm(cluster)?["status"]["term"].clone();
+    let accept = format!("ftvm.dev/accept-data-loss={holder}@{term}");
     let taint = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute";
     ensure!(
         said.contains(&format!("kubectl taint node {lost} {taint}")) && said.contains(&accept),

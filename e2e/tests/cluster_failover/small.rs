@@ -42,20 +42,18 @@ pub fn deleted(cluster: &Cluster, progress: &Progress) -> anyhow::Result<()> {
         let (engines, _) = node.kill_processes("ftvm-engine")?;
         ensure!(engines == 0, "an engine ran on {}", node.name());
     }
-    let looks: [(&str, fn(&Cluster) -> anyhow::Result<()>); 6] = [
-        ("an image that nobody can pull", missing_image),
-        ("nodes whose KVM is none", |cluster| no_kvm(cluster, "edited")),
-        ("a Lease that people edit and delete", strange_lease),
-        ("helm test", helm_test),
-        ("ten machines at once", ten_at_once),
-        ("a CPU with less is away", common_cpu),
-    ];
-    for (name, look) in looks {
+    let look = |name: &'static str, look: fn(&Cluster) -> anyhow::Result<()>| {
         let begin = Instant::now();
         look(cluster).context(name)?;
         progress.good(format!("{name}: {:.0} s", begin.elapsed().as_secs_f64()));
-    }
-    Ok(())
+        anyhow::Ok(())
+    };
+    look("an image that nobody can pull", missing_image)?;
+    look("nodes whose KVM is none", |cluster| no_kvm(cluster, "edited"))?;
+    look("a Lease that people edit and delete", strange_lease)?;
+    look("helm test", helm_test)?;
+    look("ten machines at once", ten_at_once)?;
+    look("a CPU with less is away", common_cpu)
 }
 
 /// A node that has less than the others is away: nobody knows when it comes back, so no guest is given what it lacks. (What the guest

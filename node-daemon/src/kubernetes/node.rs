@@ -71,8 +71,12 @@ impl Node {
             let folder = node.daemon.state().pod(id);
             match folder.and_then(|folder| folder.read_json::<book::Seat>(REMEMBERED)) {
                 Ok(Some(seat)) => node.add(seat, None),
-                // Made and never used.
-                Ok(None) => {}
+                // Made and never used: nothing of this pod ever ran.
+                Ok(None) => {
+                    if let Err(error) = node.daemon.state().forget_pod(id) {
+                        tracing::warn!("{}", explain(&error));
+                    }
+                }
                 Err(error) => tracing::error!("pod {id}: {}", explain(&error)),
             }
         }

@@ -138,7 +138,7 @@ fn of_earlier_pods_it_is_told_whether_they_have_ended() {
         {"uid": ended.to_string(), "node": "two", "missingSince": since, "ended": true},
     ]));
     let guest = |of: SeatId| Some(node.daemon.local_report(of, Duration::ZERO)?.guest);
-    node.reconcile(&[pod(OTHER)], &[vm.clone()]);
+    node.reconcile(&[pod(OTHER)], &[vm]);
     assert_eq!(guest(here), Some(GuestReport::None));
     assert_eq!(guest(elsewhere), Some(GuestReport::Unknown));
     assert_eq!(guest(ended), Some(GuestReport::None));

@@ -35,9 +35,16 @@ impl Seat {
     /// node's daemon has not forgotten it.
     pub fn report_of_former(&self, seat_id: SeatId, remembered: bool) -> Option<SeatReport> {
         let former = self.former(seat_id).filter(|former| former.own)?;
+        // A disk that was made anew knows nothing of it.
+        let header = match self.header_report() {
+            HeaderReport::Found(header) if header.incarnations.iter().any(|of| of.seat == seat_id) => {
+                HeaderReport::Found(header)
+            }
+            _ => HeaderReport::Unreadable,
+        };
         Some(SeatReport {
             seat: seat_id,
-            header: self.header_report(),
+            header,
             guest: former.guest(remembered),
         })
     }

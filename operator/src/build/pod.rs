@@ -11,8 +11,9 @@ use ftvm_crds::{ClaimFile, Contents, FaultTolerantVM, SeatEntry};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, ExecAction, LocalObjectReference,
     NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod,
-    PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, Probe, ResourceRequirements, SeccompProfile,
-    SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount, WeightedPodAffinityTerm,
+    PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, PreferredSchedulingTerm, Probe,
+    ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+    WeightedPodAffinityTerm,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -70,7 +71,7 @@ pub fn pod(
             termination_grace_period_seconds: Some(GRACE_SECONDS),
             node_selector: selector,
             affinity: Some(Affinity {
-                node_affinity: unfit.map(with_cpu),
+                node_affinity: node_affinity(entry, unfit),
                 ..apart(vm)
             }),
             tolerations: Some(tolerations(vm)),
@@ -296,9 +297,32 @@ fn apart(vm: &FaultTolerantVM) -> Affinity {
     }
 }
 
+/// Where the seat's pods may be and better were.
+fn node_affinity(entry: &SeatEntry, unfit: Option<&BTreeSet<String>>) -> Option<NodeAffinity> {
+    // Only the daemon of its node can say what became of a pod that did not end in order.
+    let open = entry.former.iter().rfind(|former| !former.ended);
+    let there = open.and_then(|former| former.node.clone());
+    let preferred = there.map(|node| PreferredSchedulingTerm {
+        weight: 100,
+        preference: NodeSelectorTerm {
+            match_expressions: None,
+            match_fields: Some(vec![NodeSelectorRequirement {
+                key: "metadata.name".to_owned(),
+                operator: "In".to_owned(),
+                values: Some(vec![node]),
+            }]),
+        },
+    });
+    let required = unfit.map(with_cpu);
+    (preferred.is_some() || required.is_some()).then(|| NodeAffinity {
+        required_during_scheduling_ignored_during_execution: required,
+        preferred_during_scheduling_ignored_during_execution: preferred.map(|preferred| vec![preferred]),
+    })
+}
+
 /// On nodes that have published their CPU, but for those that are known not to have what the guest needs. So a node that comes later
 /// is tried; its engine says what it lacks.
-fn with_cpu(unfit: &BTreeSet<String>) -> NodeAffinity {
+fn with_cpu(unfit: &BTreeSet<String>) -> NodeSelector {
     let requirement = |operator: &str, values: Option<Vec<String>>| NodeSelectorRequirement {
         key: LABEL_CPU.to_owned(),
         operator: operator.to_owned(),
@@ -308,14 +332,11 @@ fn with_cpu(unfit: &BTreeSet<String>) -> NodeAffinity {
     if !unfit.is_empty() {
         expressions.push(requirement("NotIn", Some(unfit.iter().cloned().collect())));
     }
-    NodeAffinity {
-        required_during_scheduling_ignored_during_execution: Some(NodeSelector {
-            node_selector_terms: vec![NodeSelectorTerm {
-                match_expressions: Some(expressions),
-                match_fields: None,
-            }],
-        }),
-        preferred_during_scheduling_ignored_during_execution: None,
+    NodeSelector {
+        node_selector_terms: vec![NodeSelectorTerm {
+            match_expressions: Some(expressions),
+            match_fields: None,
+        }],
     }
 }
 

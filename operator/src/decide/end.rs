@@ -1,13 +1,13 @@
 //! The guest shall not run, or the VM shall go: stop it, prove it, take the pods away.
 
 use ftvm_crds::names::FINALIZER;
-use ftvm_crds::seat::{Order, SeatPublished, SeatRole};
+use ftvm_crds::seat::Order;
 use ftvm_crds::{SeatEntry, VolumePolicy};
 use ftvm_protocol::record::{Phase, Record};
 use kube::ResourceExt;
 
 use super::recreate::recreate;
-use super::run::{ask_until_done, delete_pod, is_attempt, is_known, remove_seat};
+use super::run::{ask_until_done, delete_pod, is_attempt, is_known, is_starting, remove_seat, was_asked_again};
 use super::{Action, Decision, Want, has_engine, holder, is_genesis, is_named, pod, record, want};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
@@ -112,16 +112,11 @@ fn can_answer(seen: &Observed, entry: &SeatEntry) -> bool {
     pod(seen, entry).is_some_and(|pod| pod.phase == PodPhase::Running)
 }
 
-/// It was asked for this, and refused.
+/// It was asked for this and refused, or was asked more than once and goes on waiting: the record can't be written without the other seat's word.
 fn refuses(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
     let done = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok()?.done_request.as_ref());
-    done.is_some_and(|done| is_attempt(id, &done.id) && done.refused.is_some())
-}
-
-/// Its engine has no guest, and waits for its turn or for a leader.
-fn is_starting(pod: &PodSeen) -> bool {
-    let role = |published: &SeatPublished| published.role == Some(SeatRole::Starting);
-    pod.published.as_ref().is_ok_and(role)
+    let again = was_asked_again(seen, entry, id);
+    done.is_some_and(|done| is_attempt(id, &done.id) && (done.refused.is_some() || again))
 }
 
 /// The record says Stopped: has this seat's engine ended, too, or never been of interest? One that has no guest and waits to be asked for a

@@ -3,22 +3,16 @@
 //! The record goes on naming a pod that is gone until a guest runs again, and no disk is booted before that proof: an object that the API server
 //! lacks may have been deleted by force, while its node went on.
 
-use std::time::Duration;
-
 use ftvm_crds::seat::SeatPublished;
 use ftvm_crds::{FormerPod, SeatEntry};
 use ftvm_protocol::record::{Phase, Record};
-use k8s_openapi::jiff::Timestamp;
 
-use super::run::{sooner, whole_seconds};
+use super::run::whole_seconds;
 use super::{has_engine, names};
 use crate::observe::{NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Most earlier pods of a seat that the book keeps.
 pub const FORMER_MAX: usize = 8;
-/// A node that is ready so long after a pod was missed was heard of meanwhile (it is called not ready after 40 to 50 s of silence), and its kubelet has
-/// ended what belongs to no pod.
-const HEARD_OF: Duration = Duration::from_secs(120);
 /// Put on a node by a person who made sure that it is switched off.
 pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 
@@ -31,13 +25,15 @@ pub(super) fn engine_ended(pod: &PodSeen, record: Option<&Record>) -> bool {
 }
 
 /// The pod is gone; the record and the seat's header may name it for a long time.
-pub(super) fn forget(entry: &mut SeatEntry, uid: String, now: Timestamp, record: Option<&Record>) {
+pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record: Option<&Record>) {
+    let node = entry.node.as_deref().and_then(|node| seen.nodes.get(node));
     entry.former.push(FormerPod {
         uid,
+        boot: node.and_then(|node| node.boot.clone()),
         // No daemon takes a pod for a seat of which the book does not know the node.
         ended: entry.engine_ended || entry.node.is_none(),
         node: entry.node.take(),
-        missing_since: whole_seconds(now),
+        missing_since: whole_seconds(seen.now),
     });
     if entry.former.len() > FORMER_MAX {
         let named = |former: &FormerPod| record.is_some_and(|record| names(record, &former.uid));
@@ -51,21 +47,23 @@ pub(super) fn forget(entry: &mut SeatEntry, uid: String, now: Timestamp, record:
 }
 
 /// Enters what nodes prove of pods that the record names.
-pub(super) fn prove(seen: &Observed, record: &Record, book: &mut [SeatEntry], recheck: &mut Option<Duration>) {
+pub(super) fn prove(seen: &Observed, record: &Record, book: &mut [SeatEntry]) {
     let formers = book.iter_mut().flat_map(|entry| &mut entry.former);
     for former in formers.filter(|former| !former.ended && names(record, &former.uid)) {
-        let Some(node) = former.node.as_deref().and_then(|node| seen.nodes.get(node)) else {
-            // A Node object that was deleted says nothing of the machine.
-            continue;
-        };
-        let missing = seen.now.duration_since(former.missing_since.0);
-        let missing = Duration::try_from(missing).unwrap_or_default();
-        if is_out_of_service(node) || node.ready && missing >= HEARD_OF {
-            former.ended = true;
-        } else if node.ready {
-            sooner(recheck, HEARD_OF - missing);
-        }
+        // A Node object that was deleted says nothing of the machine.
+        let node = former.node.as_deref().and_then(|node| seen.nodes.get(node));
+        former.ended = node.is_some_and(|node| is_out_of_service(node) || was_booted(former, node));
     }
+}
+
+/// Is it the same machine, and was it booted since the pod was missed? Nothing of before runs any more then. (Silence proves nothing, nor does a node
+/// that is heard of again: its kubelet may not yet have ended what belongs to no pod.)
+fn was_booted(former: &FormerPod, node: &NodeSeen) -> bool {
+    let before = former.boot.as_deref().and_then(|boot| boot.split_once('/'));
+    let now = node.boot.as_deref().and_then(|boot| boot.split_once('/'));
+    before
+        .zip(now)
+        .is_some_and(|(before, now)| before.0 == now.0 && before.1 != now.1)
 }
 
 /// A person says so, and nothing contradicts it.
@@ -83,14 +81,16 @@ pub fn away(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<Strin
     away.map(|(_, node)| node.clone())
 }
 
-/// Nodes that a proof is still to come of.
+/// Nodes that prove something, or would if a pod of theirs were missed.
 pub fn nodes_to_ask(book: &[SeatEntry]) -> impl Iterator<Item = &str> {
-    let formers = book.iter().flat_map(|entry| &entry.former);
-    let open = formers.filter(|former| !former.ended);
-    open.filter_map(|former| former.node.as_deref())
+    book.iter().flat_map(|entry| {
+        let open = entry.former.iter().filter(|former| !former.ended);
+        let formers = open.filter_map(|former| former.node.as_deref());
+        formers.chain(entry.node.as_deref())
+    })
 }
 
-/// Is a pod that is gone proven to have ended by `after` alone?
+/// Is an engine proven to have ended by `after` alone?
 pub(super) fn proves(before: &[SeatEntry], after: &[SeatEntry]) -> bool {
     let ended = |book: &[SeatEntry], uid: &str| {
         let mut formers = book.iter().flat_map(|entry| &entry.former);
@@ -98,5 +98,7 @@ pub(super) fn proves(before: &[SeatEntry], after: &[SeatEntry]) -> bool {
     };
     let formers = after.iter().flat_map(|entry| &entry.former);
     let mut ended_now = formers.filter(|former| former.ended);
-    ended_now.any(|former| !ended(before, &former.uid))
+    let engine_ended = |entry: &SeatEntry| before.iter().any(|old| old.name == entry.name && old.engine_ended);
+    let engines = after.iter().filter(|entry| entry.engine_ended);
+    ended_now.any(|former| !ended(before, &former.uid)) || engines.into_iter().any(|entry| !engine_ended(entry))
 }

@@ -28,7 +28,7 @@ use std::time::Duration;
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
 use ftvm_crds::seat::{SeatRequest, SeatRole};
 use ftvm_crds::{AskedFor, ChosenCpu, RunStrategy, SeatEntry};
-use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId, Term};
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
 
@@ -248,7 +248,7 @@ pub fn decide(seen: &Observed) -> Decision {
     }
     book_of_pods(seen, &mut decision.book);
     if let Some(record) = record(seen) {
-        former::prove(seen, &record.snapshot.record, &mut decision.book, &mut decision.recheck);
+        former::prove(seen, &record.snapshot.record, &mut decision.book);
     }
     match want(seen) {
         Want::Run => run::run(seen, &mut decision),
@@ -334,22 +334,46 @@ pub fn has_engine(pod: &PodSeen) -> bool {
     }
 }
 
-/// Does a seat's daemon, on a node that is ready, say that its engine has the guest, or a living link to the one that does?
+/// Does a seat's daemon, on a node that is ready, say that its engine has the guest, or follows the one that does? Where no node is ready it is the
+/// control plane that hears nothing.
 pub fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
     let Some(pod) = pod(seen, entry) else { return false };
     let ready = pod.node.as_deref().is_some_and(|node| seen.node_ready(node));
-    let alive = pod
-        .published
-        .as_ref()
-        .is_ok_and(|published| published.role == Some(SeatRole::Active) || published.peer_connected);
-    ready && alive
+    let deaf = seen.nodes.values().all(|node| !node.ready);
+    let has = pod.published.as_ref().is_ok_and(|published| match published.role {
+        Some(SeatRole::Active) => true,
+        Some(SeatRole::Joining | SeatRole::Standby | SeatRole::Frozen) => {
+            published.peer_connected || published.holds_guest
+        }
+        Some(SeatRole::Starting | SeatRole::Ended) | None => published.holds_guest,
+    });
+    (ready || deaf) && has
 }
 
-/// What a person wrote into the annotation for a data loss: the holder that is given up, and any text behind it, which makes another request of it.
-pub fn accepted_loss(seen: &Observed) -> Option<(Incarnation, &str)> {
+/// What a person wrote into the annotation for a data loss: `HOLDER@TERM`, and any text behind it.
+pub struct AcceptedLoss<'a> {
+    holder: Incarnation,
+    term: Term,
+    text: &'a str,
+}
+
+impl AcceptedLoss<'_> {
+    /// Of exactly this record? Whatever is written after it is another matter.
+    pub fn is_of(&self, record: &Record) -> bool {
+        (self.holder, self.term) == (record.holder, record.term)
+    }
+}
+
+/// The annotation, if it makes sense.
+pub fn accepted_loss(seen: &Observed) -> Option<AcceptedLoss<'_>> {
     let text = seen.vm.annotations().get(ANNOTATION_ACCEPT_DATA_LOSS)?.trim();
-    let (holder, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-    Some((holder.parse().ok()?, rest.trim()))
+    let (of, text) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+    let (holder, term) = of.split_once('@')?;
+    Some(AcceptedLoss {
+        holder: holder.parse().ok()?,
+        term: term.parse().ok()?,
+        text: text.trim(),
+    })
 }
 
 /// Enters where pods are, and that they are gone.
@@ -367,7 +391,7 @@ fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
                 entry.host_ip = pod.host_ip.clone().or(entry.host_ip.take());
                 entry.engine_ended = former::engine_ended(pod, record);
             }
-            None => former::forget(entry, uid, seen.now, record),
+            None => former::forget(entry, uid, seen, record),
         }
     }
 }

@@ -73,6 +73,7 @@ pub fn node(cpu: &NodeCpu) -> NodeSeen {
         seats: 10,
         labels: [(LABEL_CPU.to_owned(), cpu.label())].into(),
         cpu: Some(cpu.annotation()),
+        boot: Some("machine/first".to_owned()),
         ..NodeSeen::default()
     }
 }
@@ -459,11 +460,17 @@ impl World {
         let bound = self.claims.values().any(|claim| claim.seat == seat && claim.bound);
         let cpu = cpu::chosen(&self.vm);
         let fits = |node: &NodeSeen| cpu.as_ref().is_none_or(|cpu| cpu::lacks(node, cpu).is_none());
-        let free = self
+        let entry = self.entry(seat).unwrap_or_default();
+        let before = entry.former.iter().rfind(|former| !former.ended);
+        let before = before.and_then(|former| former.node.clone());
+        let mut free = self
             .nodes
             .iter()
-            .find(|(name, node)| node.ready && node.schedulable && fits(node) && !taken.contains(name));
-        let free = free.map(|(name, _)| name.clone()).filter(|_| !bound);
+            .filter(|(name, node)| node.ready && node.schedulable && fits(node) && !taken.contains(name))
+            .map(|(name, _)| name.clone());
+        // As the pod prefers it.
+        let preferred = free.clone().find(|name| Some(name) == before.as_ref());
+        let free = preferred.or_else(|| free.next()).filter(|_| !bound);
         let Some(pod) = self.pods.get_mut(seat) else { return };
         match free {
             Some(node) => {
@@ -571,22 +578,15 @@ impl World {
         let peer = others
             .iter()
             .find(|other| self.alive(&other.name) && is_named(other, &record));
-        let starts = self.pods[seat].request.clone().and_then(|request| match request.order {
-            Order::Start { over_stopped_term } => Some((request.id, over_stopped_term)),
-            _ => None,
-        });
-        let stops = self.pods[seat]
-            .request
-            .clone()
-            .filter(|request| request.order == Order::Stop);
+        let asked = self.pods[seat].request.clone().map(|request| request.order);
+        let over = record.term;
+        let starts = asked
+            == Some(Order::Start {
+                over_stopped_term: over,
+            });
         let named = is_named(&entry, &record);
         if record.phase == Phase::Stopped {
-            if let Some((_, term)) = starts
-                && term == record.term
-                && named
-                && !entry.leaving
-                && record.members.iter().all(|member| self.is_proven(member))
-            {
+            if starts && named && !entry.leaving && self.are_proven(&record) {
                 self.swap(|record| {
                     (record.holder, record.members, record.phase) = (me, Members::one(me), Phase::Running);
                 });
@@ -595,7 +595,7 @@ impl World {
                 self.publish_end(seat);
             }
         } else if record.holder == me {
-            if stops.is_some() {
+            if asked == Some(Order::Stop) {
                 self.swap(|record| record.phase = Phase::Stopped);
                 self.publish_end(seat);
                 return;
@@ -616,10 +616,8 @@ impl World {
                 .any(|other| other.had_uid(&record.holder.seat.to_string()) && self.alive(&other.name));
             let takes_over = record.members.contains(me) && !lives(record.holder.seat);
             let starts_cold = !record.members.contains(me)
-                && record
-                    .members
-                    .iter()
-                    .all(|member| !lives(member.seat) && self.is_proven(member))
+                && !record.members.iter().any(|member| lives(member.seat))
+                && self.are_proven(&record)
                 && (first || !waits);
             if (takes_over || starts_cold) && !entry.leaving {
                 self.swap(|record| (record.holder, record.members) = (me, Members::one(me)));

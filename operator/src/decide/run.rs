@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ftvm_crds::names::{claim_name, nodes_text, seat_name};
-use ftvm_crds::seat::{Order, SeatRequest, SeatRole};
+use ftvm_crds::seat::{Order, SeatPublished, SeatRequest, SeatRole};
 use ftvm_crds::{ChosenCpu, CpuBaseline, SeatEntry, VmPhase};
 use ftvm_protocol::record::{Phase, Record};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -19,9 +19,9 @@ use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
 use crate::status::CPU_CHOSEN;
 
-/// Between two attempts at what a seat refuses.
-const AGAIN_SECONDS: i64 = 30;
-/// Between the id of a request and the time of an attempt.
+/// Between two attempts at what a seat refuses: at first, and at most.
+const AGAIN_SECONDS: (i64, i64) = (5, 600);
+/// Between the id of a request and number and time of an attempt.
 const ATTEMPT: char = '~';
 /// How the id of a request begins by which a person accepts a loss.
 pub const ACCEPT_DATA_LOSS: &str = "accept-data-loss";
@@ -362,25 +362,33 @@ fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
     asked::follow(seen, record, decision);
 }
 
-/// A person says of which holder, and that what only others have may be lost. Who can boot is asked to: who can't refuses. Not before nodes that are away
-/// are proven to be off, for what is refused is used up. Is nothing else to be asked for?
+/// A person says so of this very record, and that what only others have may be lost. Not before nodes that are away are proven to be off. The holder's own
+/// seat goes first if it could boot, for it has the most. Is nothing else to be asked for?
 fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> bool {
-    let Some((lost, text)) = accepted_loss(seen).filter(|(lost, _)| *lost == record.holder) else {
+    let Some(accepted) = accepted_loss(seen).filter(|accepted| accepted.is_of(record)) else {
         return false;
     };
-    let mut book = decision.book.iter();
-    if book.any(|entry| is_heard_of(seen, entry) || away(seen, entry, record).is_some()) {
+    let book = decision.book.clone();
+    let mut seats = book.iter();
+    if seats.any(|entry| is_heard_of(seen, entry) || away(seen, entry, record).is_some()) {
         return false;
     }
-    let text: String = text.chars().take(asked::REQUEST_LENGTH_MAX).collect();
-    let id = format!("{ACCEPT_DATA_LOSS}-{}-{}-{text}", record.term, lost.start);
-    let id = id.trim_end_matches('-');
+    let text: String = accepted.text.chars().take(asked::REQUEST_LENGTH_MAX).collect();
+    let id = format!("{ACCEPT_DATA_LOSS}-{}-{}-{text}", record.term, record.holder.start);
     let order = Order::AcceptDataLoss {
-        holder: lost,
+        holder: record.holder,
         over_stopped_term: (record.phase == Phase::Stopped).then_some(record.term),
     };
-    for entry in decision.book.iter().filter(|entry| !entry.leaving) {
-        ask(seen, entry, id, &order, &mut decision.actions);
+    let could_boot = |entry: &&SeatEntry| {
+        let pod = pod(seen, entry).filter(|pod| pod.phase == PodPhase::Running);
+        pod.is_some_and(|pod| pod.node.as_deref().is_some_and(|node| seen.node_ready(node)))
+    };
+    let first = holder(&book, record).filter(could_boot);
+    let first = first.filter(|entry| !was_asked_again(seen, entry, &id));
+    for entry in book.iter().filter(|entry| !entry.leaving) {
+        if first.is_none_or(|first| first.name == entry.name) {
+            ask_until_done(seen, entry, &id, &order, decision);
+        }
     }
     true
 }
@@ -417,44 +425,59 @@ fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
 
 /// Is the second one the id of an attempt at what the first one names?
 pub(super) fn is_attempt(id: &str, other: &str) -> bool {
-    other
-        .strip_prefix(id)
-        .is_some_and(|rest| rest.is_empty() || rest.starts_with(ATTEMPT))
+    attempt(id, other).is_some()
 }
 
-/// Asks a seat as long as it refuses: for what is done once, however often it is asked for. A refused id is used up, so each attempt has one of its own,
-/// with the time at which it was made.
+/// Number and time of an attempt at what `id` names.
+fn attempt(id: &str, other: &str) -> Option<(u32, i64)> {
+    let (number, at) = other.strip_prefix(id)?.strip_prefix(ATTEMPT)?.split_once('-')?;
+    Some((number.parse().ok()?, at.parse().ok()?))
+}
+
+/// Its engine has no guest, and waits for its turn or for a leader.
+pub(super) fn is_starting(pod: &PodSeen) -> bool {
+    let role = |published: &SeatPublished| published.role == Some(SeatRole::Starting);
+    pod.published.as_ref().is_ok_and(role)
+}
+
+/// A second time, or more often, with the outcome of the last time.
+pub(super) fn was_asked_again(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
+    let asked = pod(seen, entry).and_then(|pod| pod.request.as_ref());
+    asked.is_some_and(|asked| attempt(id, &asked.id).is_some_and(|(number, _)| number > 0))
+}
+
+/// Asks a seat for what is done once, however often it is asked for: again and again, later and later, while it refuses, or waits with an engine that may
+/// not have been told (its predecessor was). An id is used up, so each attempt has one of its own.
 pub(super) fn ask_until_done(seen: &Observed, entry: &SeatEntry, id: &str, order: &Order, decision: &mut Decision) {
-    let refused = pod(seen, entry)
-        .and_then(|pod| {
-            Some((
-                pod.request.as_ref()?,
-                pod.published.as_ref().ok()?.done_request.as_ref()?,
-            ))
-        })
-        .filter(|(asked, done)| is_attempt(id, &asked.id) && done.id == asked.id);
-    let Some((asked, done)) = refused else {
-        let under_way = pod(seen, entry)
-            .and_then(|pod| pod.request.as_ref())
-            .filter(|asked| is_attempt(id, &asked.id));
-        let id = under_way.map_or(id, |asked| &asked.id);
-        return ask(seen, entry, id, order, &mut decision.actions);
-    };
-    if done.refused.is_none() {
-        return;
-    }
+    let Some(pod) = pod(seen, entry) else { return };
     let now = seen.now.as_second();
-    let at = asked
-        .id
-        .rsplit_once(ATTEMPT)
-        .and_then(|(_, at)| at.parse().ok())
-        .unwrap_or(0);
-    // A clock that was set back ends no wait late.
-    let rest = (at + AGAIN_SECONDS - now).max(0);
-    if rest > 0 && at <= now {
-        return sooner(&mut decision.recheck, Duration::from_secs(rest.unsigned_abs()));
-    }
-    let id = format!("{id}{ATTEMPT}{now}");
+    let last = pod
+        .request
+        .as_ref()
+        .and_then(|asked| Some((asked, attempt(id, &asked.id)?)));
+    let number = match last {
+        None => 0,
+        Some((asked, (number, at))) => {
+            let done = pod
+                .published
+                .as_ref()
+                .ok()
+                .and_then(|published| published.done_request.as_ref());
+            let Some(done) = done.filter(|done| done.id == asked.id) else {
+                return;
+            };
+            if done.refused.is_none() && !is_starting(pod) {
+                return;
+            }
+            let rest = at + (AGAIN_SECONDS.0 << number.min(16)).min(AGAIN_SECONDS.1) - now;
+            // A clock that was set back ends no wait late.
+            if rest > 0 && at <= now {
+                return sooner(&mut decision.recheck, Duration::from_secs(rest.unsigned_abs()));
+            }
+            number.saturating_add(1)
+        }
+    };
+    let id = format!("{id}{ATTEMPT}{number}-{now}");
     ask(seen, entry, &id, order, &mut decision.actions);
 }
 

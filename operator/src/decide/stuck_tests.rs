@@ -69,22 +69,23 @@ fn a_stop_that_is_refused_is_asked_for_again_and_not_at_once() {
     let first = world.pods[&active.name].request.clone().unwrap();
     assert_eq!(first.order, Order::Stop);
     assert!(asked(&mut world).is_empty(), "it is under way");
-    answers(&mut world, &active.name, Some("a switchover is under way"));
-    let again = asked(&mut world);
-    assert!(
-        again[0].1.id != first.id && again[0].1.order == Order::Stop,
-        "{again:?}"
-    );
-    world.step();
-    answers(&mut world, &active.name, Some("still"));
-    let decision = decide(&world.observe());
-    assert!(
-        decision.actions.is_empty() && decision.recheck.is_some(),
-        "{decision:?}"
-    );
-    world.pass(31);
-    assert_eq!(asked(&mut world).len(), 1);
-    world.step();
+    let mut id = first.id;
+    for pause in [5, 10, 20, 40, 80, 160, 320, 600, 600] {
+        answers(&mut world, &active.name, Some("a switchover is under way"));
+        world.pass(pause - 1);
+        let decision = decide(&world.observe());
+        let rest = Some(Duration::from_secs(1));
+        assert!(
+            decision.actions.is_empty() && decision.recheck == rest,
+            "{pause}: {decision:?}"
+        );
+        world.pass(1);
+        let again = asked(&mut world);
+        assert!(again[0].1.id != id && again[0].1.order == Order::Stop, "{again:?}");
+        world.step();
+        id = world.pods[&active.name].request.clone().unwrap().id;
+        assert!(asked(&mut world).is_empty(), "it is under way");
+    }
     answers(&mut world, &active.name, None);
     world.pass(3600);
     assert!(asked(&mut world).is_empty(), "it is done");
@@ -142,6 +143,7 @@ fn a_start_that_is_refused_is_asked_for_again() {
     world.step();
     let first = world.pods[&seat].request.clone().unwrap();
     answers(&mut world, &seat, Some("no program within 120 s"));
+    world.pass(5);
     let again = asked(&mut world);
     assert!(
         again
@@ -149,6 +151,39 @@ fn a_start_that_is_refused_is_asked_for_again() {
             .any(|(of, request)| *of == seat && request.id != first.id && request.order == first.order),
         "{again:?}"
     );
+}
+
+/// The engine that was told is gone, and the next one knows nothing of it.
+#[test]
+fn a_start_is_asked_for_again_while_a_seat_waits() {
+    let mut world = halted();
+    let seat = world.pods.keys().next().cloned().unwrap();
+    world.step();
+    says(&mut world, &seat, Some(SeatRole::Starting));
+    answers(&mut world, &seat, None);
+    let of_seat = |world: &mut World| asked(world).into_iter().filter(|(of, _)| *of == seat).count();
+    assert_eq!(of_seat(&mut world), 0);
+    world.pass(5);
+    assert_eq!(of_seat(&mut world), 1);
+    says(&mut world, &seat, Some(SeatRole::Active));
+    assert_eq!(of_seat(&mut world), 0);
+}
+
+/// A stop was begun, and can't be written: the other seat's header is lost.
+#[test]
+fn a_stop_that_waits_for_ever_ends_with_the_pods() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    says(&mut world, &active.name, Some(SeatRole::Starting));
+    world.pods.remove(&standby.name);
+    world.want(RunStrategy::Halted);
+    while world.step() {}
+    answers(&mut world, &active.name, None);
+    world.pass(10);
+    assert!(deleted(&mut world).is_empty(), "it may only need its time");
+    assert_eq!(asked(&mut world).len(), 1);
+    while world.step() {}
+    assert!(world.pods[&active.name].deleting);
 }
 
 /// It was asked to start and can't: it is told that it shall not, and its pod goes once it has answered.
@@ -182,16 +217,22 @@ fn a_start_that_comes_to_nothing_keeps_nobody_from_halting() {
     assert_eq!(deleted(&mut world).len(), 2);
 }
 
+fn accept(world: &mut World, text: &str) {
+    let (holder, term) = (world.record().unwrap().holder, world.record().unwrap().term);
+    let annotations = world.vm.metadata.annotations.get_or_insert_default();
+    annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), format!("{holder}@{term}{text}"));
+}
+
 #[test]
 fn a_loss_is_accepted_once_nodes_that_are_away_are_proven_to_be_off() {
     let mut world = protected();
     let (active, standby) = seats(&world);
     let holder = world.record().unwrap().holder;
     world.kill_node_of(&standby);
+    accept(&mut world, " it burnt");
+    assert!(asked(&mut world).is_empty(), "the guest runs");
     says(&mut world, &active.name, Some(SeatRole::Starting));
     world.step();
-    let annotations = world.vm.metadata.annotations.get_or_insert_default();
-    annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), format!("{holder} it burnt"));
     assert!(asked(&mut world).is_empty());
     world.pods.remove(&standby.name);
     world.step();
@@ -204,12 +245,48 @@ fn a_loss_is_accepted_once_nodes_that_are_away_are_proven_to_be_off() {
         holder,
         over_stopped_term: None,
     };
-    let found = asked.iter().find(|(seat, _)| *seat == active.name);
-    let (_, request) = found.unwrap_or_else(|| panic!("{asked:?}"));
+    let [(seat, request)] = &asked[..] else {
+        panic!("{asked:?}")
+    };
     assert!(
-        request.order == order && request.id.ends_with("-it burnt"),
+        *seat == active.name && request.order == order && request.id.contains("-it burnt~0-"),
         "{request:?}"
     );
+}
+
+/// The holder's seat has the most; others are asked once it was asked in vain.
+#[test]
+fn the_holders_own_seat_goes_first() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    for entry in [&active, &standby] {
+        says(&mut world, &entry.name, Some(SeatRole::Starting));
+    }
+    accept(&mut world, "");
+    let mut names = Vec::new();
+    for _ in 0..2 {
+        names.push(asked(&mut world).into_iter().map(|(seat, _)| seat).collect::<Vec<_>>());
+        world.step();
+        answers(&mut world, &active.name, None);
+        world.pass(600);
+    }
+    names.push(asked(&mut world).into_iter().map(|(seat, _)| seat).collect());
+    assert_eq!(names[..2], [vec![active.name.clone()], vec![active.name.clone()]]);
+    assert!(names[2].contains(&standby.name), "{names:?}");
+}
+
+/// What was accepted of a record says nothing of one that was written since.
+#[test]
+fn an_acceptance_does_not_outlive_its_record() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    accept(&mut world, "");
+    let (snapshot, _) = world.lease.as_mut().unwrap();
+    snapshot.record.term += 1;
+    for entry in [&active, &standby] {
+        says(&mut world, &entry.name, Some(SeatRole::Starting));
+    }
+    assert!(asked(&mut world).is_empty());
 }
 
 /// A Stopped record needs a start as well.
@@ -217,8 +294,7 @@ fn a_loss_is_accepted_once_nodes_that_are_away_are_proven_to_be_off() {
 fn a_loss_is_accepted_over_a_stop() {
     let mut world = halted();
     let (holder, term) = (world.record().unwrap().holder, world.record().unwrap().term);
-    let annotations = world.vm.metadata.annotations.get_or_insert_default();
-    annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), holder.to_string());
+    accept(&mut world, "");
     let order = Order::AcceptDataLoss {
         holder,
         over_stopped_term: Some(term),
@@ -228,6 +304,35 @@ fn a_loss_is_accepted_over_a_stop() {
         !asked.is_empty() && asked.iter().all(|(_, request)| request.order == order),
         "{asked:?}"
     );
+}
+
+/// Two engines that wait for each other have a link, and no guest.
+#[test]
+fn seats_that_wait_for_each_other_tell_of_no_guest() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    for entry in [&active, &standby] {
+        says(&mut world, &entry.name, Some(SeatRole::Starting));
+        world
+            .pods
+            .get_mut(&entry.name)
+            .unwrap()
+            .published
+            .as_mut()
+            .unwrap()
+            .peer_connected = true;
+    }
+    accept(&mut world, "");
+    assert!(!asked(&mut world).is_empty());
+    world
+        .pods
+        .get_mut(&standby.name)
+        .unwrap()
+        .published
+        .as_mut()
+        .unwrap()
+        .holds_guest = true;
+    assert!(asked(&mut world).is_empty());
 }
 
 /// A record that a hand, or another release, wrote.

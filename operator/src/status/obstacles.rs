@@ -85,7 +85,7 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     }
     if !is_known(&book, record) {
         let message = format!(
-            "the record's holder {} is none of the VM's seats: nothing of them is taken away; put a former copy of the Lease back, or name a holder of theirs",
+            "the record's holder {} is none of the VM's seats: nothing of them is taken away; put a former copy of the Lease back",
             record.holder
         );
         return Some(obstacle("HolderUnknown", message));
@@ -101,8 +101,8 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     } else {
         MISSING_NODE
     };
-    let (vm, holder, seat) = (seen.vm.name_any(), record.holder, &entry.name);
-    let waits = accepted_loss(seen).is_some_and(|(accepted, _)| accepted == holder);
+    let (vm, holder, term, seat) = (seen.vm.name_any(), record.holder, record.term, &entry.name);
+    let waits = accepted_loss(seen).is_some_and(|accepted| accepted.is_of(record));
     let waits = if waits {
         "; that was accepted, and waits for the former"
     } else {
@@ -111,9 +111,9 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     Some(obstacle(
         "NodeNeeded",
         format!(
-            "node {node} is away, and the guest is not started without knowing what seat {seat} has there: bring the node back. If it is lost for good, make sure that it is \
+            "node {node} is away, and nobody else tells of a running guest: none is started without knowing what seat {seat} has there, where it may run. Bring the node back. If it is lost for good, make sure that it is \
              switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute{missing}), and accept that what only it has is lost (kubectl annotate ftvm {vm} --overwrite \
-             {ANNOTATION_ACCEPT_DATA_LOSS}={holder}){waits}"
+             {ANNOTATION_ACCEPT_DATA_LOSS}={holder}@{term}){waits}"
         ),
     ))
 }
@@ -142,7 +142,7 @@ fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
     Some(obstacle(
         "DataLossRefused",
         format!(
-            "seat {} does not boot over the loss that was accepted: {why}. Mend that, then write another text behind the holder in {ANNOTATION_ACCEPT_DATA_LOSS}",
+            "seat {} does not boot over the loss that was accepted: {why}. It is asked again, later and later",
             entry.name
         ),
     ))
