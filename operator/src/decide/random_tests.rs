@@ -103,6 +103,15 @@ fn nothing_pends(world: &World) -> bool {
     asked.all(|asked| asked.outcome != Outcome::Pending)
 }
 
+/// Everything is mended: the VM is protected again, and then there is nothing to do. Nodes were booted: of a pod that vanished and whose successor
+/// is elsewhere, nothing else may be proven.
+fn mend(world: &mut World) {
+    for node in world.nodes.values_mut() {
+        (node.ready, node.boot) = (true, Some("machine/second".to_owned()));
+    }
+    world.claims.values_mut().for_each(|claim| claim.bound = false);
+}
+
 /// So many engines were killed as it was asked for.
 fn walk(seed: u64) -> usize {
     let mut random = Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
@@ -148,12 +157,7 @@ fn walk(seed: u64) -> usize {
         }
         check(&world, seed, step);
     }
-    // Everything is mended: the VM is protected again, and then there is nothing to do. Nodes were booted: of a pod that vanished and whose successor
-    // is elsewhere, nothing else may be proven.
-    for node in world.nodes.values_mut() {
-        (node.ready, node.boot) = (true, Some("machine/second".to_owned()));
-    }
-    world.claims.values_mut().for_each(|claim| claim.bound = false);
+    mend(&mut world);
     world.want(RunStrategy::Always);
     world.settle(200);
     if world.is_split() {
