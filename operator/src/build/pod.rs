@@ -303,7 +303,8 @@ fn node_affinity(entry: &SeatEntry, unfit: Option<&BTreeSet<String>>) -> Option<
     let open = entry.former.iter().rfind(|former| !former.ended);
     let there = open.and_then(|former| former.node.clone());
     let preferred = there.map(|node| PreferredSchedulingTerm {
-        weight: 100,
+        // Less than what keeps seats in different zones.
+        weight: 50,
         preference: NodeSelectorTerm {
             match_expressions: None,
             match_fields: Some(vec![NodeSelectorRequirement {

@@ -7,7 +7,7 @@ use ftvm_protocol::record::{Phase, Record};
 use kube::ResourceExt;
 
 use super::recreate::recreate;
-use super::run::{ask_until_done, delete_pod, is_attempt, is_known, is_starting, remove_seat, was_asked_again};
+use super::run::{ask_until_done, attempts, delete_pod, is_attempt, is_known, is_starting, remove_seat};
 use super::{Action, Decision, Want, has_engine, holder, is_genesis, is_named, pod, record, want};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
@@ -60,6 +60,9 @@ fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
     let id = format!("stop-{generation}-{}", record.term);
     if record.phase == Phase::Running {
         return stop_running(seen, record, &book, &id, decision);
+    }
+    if !is_known(&book, record) && want(seen) != Want::Delete {
+        return;
     }
     for entry in &book {
         let Some(pod) = seen.pods.get(&entry.name) else {
@@ -115,7 +118,7 @@ fn can_answer(seen: &Observed, entry: &SeatEntry) -> bool {
 /// It was asked for this and refused, or was asked more than once and goes on waiting: the record can't be written without the other seat's word.
 fn refuses(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
     let done = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok()?.done_request.as_ref());
-    let again = was_asked_again(seen, entry, id);
+    let again = attempts(seen, entry, id) > 0;
     done.is_some_and(|done| is_attempt(id, &done.id) && (done.refused.is_some() || again))
 }
 

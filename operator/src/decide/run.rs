@@ -21,6 +21,8 @@ use crate::status::CPU_CHOSEN;
 
 /// Between two attempts at what a seat refuses: at first, and at most.
 const AGAIN_SECONDS: (i64, i64) = (5, 600);
+/// So often the holder's own seat is asked again to boot before others are: 5 s, 10 s, 20 s and 40 s.
+const HOLDER_ATTEMPTS: u32 = 3;
 /// Between the id of a request and number and time of an attempt.
 const ATTEMPT: char = '~';
 /// How the id of a request begins by which a person accepts a loss.
@@ -73,6 +75,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         decision.replacements = 0;
     }
     let runs = guest_runs(seen, record, &decision.book);
+    let spare = is_spare(seen, record, &decision.book);
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
     let replacements = decision.replacements;
     let cpu = cpu::chosen(&seen.vm).filter(|_| genesis);
@@ -107,11 +110,23 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         let lost = Duration::try_from(seen.now.duration_since(since)).unwrap_or_default();
         if lost < patience {
             sooner(&mut decision.recheck, patience - lost);
-        } else if !leaving {
+        } else if !leaving && spare {
             entry.leaving = true;
             leaving = true;
         }
     }
+}
+
+/// Is a seat that the record does not name of no use any more? Only while somebody has the guest, or the holder's own disk is there to be booted: else it may
+/// be all that is left for a person to go on with.
+fn is_spare(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    let waits = |entry: &SeatEntry| {
+        let pod = pod(seen, entry).filter(|pod| pod.node.as_deref().is_some_and(|node| seen.node_ready(node)));
+        // A disk without a header knows of no term.
+        pod.is_some_and(|pod| is_starting(pod) && pod.published.as_ref().is_ok_and(|published| published.term > 0))
+    };
+    let heard = book.iter().any(|entry| is_heard_of(seen, entry));
+    is_genesis(record) || heard || holder(book, record).is_some_and(waits)
 }
 
 /// Since when the seat has been in trouble. One that runs without an engine could not have had any before its container started: images
@@ -135,7 +150,8 @@ fn is_unfit(seen: &Observed, entry: &SeatEntry, cpu: &ftvm_cpu::CpuBaseline) -> 
 fn remove_leaving(seen: &Observed, record: &Record, decision: &mut Decision) {
     let genesis = is_genesis(record);
     let leaving = decision.book.iter().find(|entry| entry.leaving).cloned();
-    let Some(entry) = leaving.filter(|entry| genesis || !is_named(entry, record)) else {
+    let spare = is_spare(seen, record, &decision.book);
+    let Some(entry) = leaving.filter(|entry| genesis || spare && !is_named(entry, record)) else {
         return;
     };
     if remove_seat(seen, &entry, &mut decision.actions) {
@@ -379,12 +395,10 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
         holder: record.holder,
         over_stopped_term: (record.phase == Phase::Stopped).then_some(record.term),
     };
-    let could_boot = |entry: &&SeatEntry| {
-        let pod = pod(seen, entry).filter(|pod| pod.phase == PodPhase::Running);
-        pod.is_some_and(|pod| pod.node.as_deref().is_some_and(|node| seen.node_ready(node)))
-    };
-    let first = holder(&book, record).filter(could_boot);
-    let first = first.filter(|entry| !was_asked_again(seen, entry, &id));
+    // Unless there is no room for it, or it was asked in vain for more than a minute.
+    let no_room = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.unschedulable.is_some());
+    let in_vain = |entry: &SeatEntry| attempts(seen, entry, &id) > HOLDER_ATTEMPTS;
+    let first = holder(&book, record).filter(|entry| !no_room(entry) && !in_vain(entry));
     for entry in book.iter().filter(|entry| !entry.leaving) {
         if first.is_none_or(|first| first.name == entry.name) {
             ask_until_done(seen, entry, &id, &order, decision);
@@ -440,10 +454,12 @@ pub(super) fn is_starting(pod: &PodSeen) -> bool {
     pod.published.as_ref().is_ok_and(role)
 }
 
-/// A second time, or more often, with the outcome of the last time.
-pub(super) fn was_asked_again(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
+/// How often it was asked again.
+pub(super) fn attempts(seen: &Observed, entry: &SeatEntry, id: &str) -> u32 {
     let asked = pod(seen, entry).and_then(|pod| pod.request.as_ref());
-    asked.is_some_and(|asked| attempt(id, &asked.id).is_some_and(|(number, _)| number > 0))
+    asked
+        .and_then(|asked| attempt(id, &asked.id))
+        .map_or(0, |(number, _)| number)
 }
 
 /// Asks a seat for what is done once, however often it is asked for: again and again, later and later, while it refuses, or waits with an engine that may

@@ -254,7 +254,7 @@ fn a_loss_is_accepted_once_nodes_that_are_away_are_proven_to_be_off() {
     );
 }
 
-/// The holder's seat has the most; others are asked once it was asked in vain.
+/// The holder's seat has the most: others are asked once it was asked in vain for more than a minute, or where there is no room for it.
 #[test]
 fn the_holders_own_seat_goes_first() {
     let mut world = protected();
@@ -263,16 +263,65 @@ fn the_holders_own_seat_goes_first() {
         says(&mut world, &entry.name, Some(SeatRole::Starting));
     }
     accept(&mut world, "");
-    let mut names = Vec::new();
-    for _ in 0..2 {
-        names.push(asked(&mut world).into_iter().map(|(seat, _)| seat).collect::<Vec<_>>());
+    let names = |world: &mut World| asked(world).into_iter().map(|(seat, _)| seat).collect::<Vec<_>>();
+    for pause in [5, 10, 20, 40, 80] {
+        assert_eq!(names(&mut world), [active.name.clone()], "{pause}");
         world.step();
-        answers(&mut world, &active.name, None);
-        world.pass(600);
+        answers(&mut world, &active.name, Some("the seat has no running engine"));
+        if pause < 80 {
+            world.pass(pause);
+        }
     }
-    names.push(asked(&mut world).into_iter().map(|(seat, _)| seat).collect());
-    assert_eq!(names[..2], [vec![active.name.clone()], vec![active.name.clone()]]);
-    assert!(names[2].contains(&standby.name), "{names:?}");
+    assert_eq!(names(&mut world), [standby.name.clone()]);
+    // A pod that is only just made anew, or gone for a moment, is one that could boot.
+    let pod = world.pods.get_mut(&active.name).unwrap();
+    (pod.phase, pod.request) = (PodPhase::Pending, None);
+    assert_eq!(names(&mut world), [active.name.clone()]);
+    world.pods.get_mut(&active.name).unwrap().unschedulable = Some("no room".to_owned());
+    assert!(names(&mut world).contains(&standby.name));
+}
+
+/// The active was alone when it died, too: the disk of its former standby may be all that is left.
+#[test]
+fn the_last_disk_is_kept_while_nobody_has_the_guest() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    world.kill_node_of(&standby);
+    world.swap_out(&standby.name);
+    world.pods.get_mut(&standby.name).unwrap().published = Ok(SeatPublished::default());
+    world.kill_node_of(&active);
+    for _ in 0..60 {
+        world.step();
+        world.pass(60);
+    }
+    assert!(world.book().iter().all(|entry| !entry.leaving), "{:#?}", world.book());
+    assert!(world.claims.values().all(|claim| !claim.deleting));
+    assert!(world.pods.contains_key(&standby.name));
+    // Also one that was to go already when the active died.
+    let book = &mut world.vm.status.as_mut().unwrap().seats;
+    let entry = book.iter_mut().find(|entry| entry.name == standby.name).unwrap();
+    entry.leaving = true;
+    for _ in 0..10 {
+        world.step();
+    }
+    assert!(world.claims.values().all(|claim| !claim.deleting) && world.pods.contains_key(&standby.name));
+    // The holder waits for that seat's word: its own disk is there.
+    let node = active.node.clone().unwrap();
+    world.nodes.get_mut(&node).unwrap().ready = true;
+    says(&mut world, &active.name, Some(SeatRole::Starting));
+    world
+        .pods
+        .get_mut(&active.name)
+        .unwrap()
+        .published
+        .as_mut()
+        .unwrap()
+        .term = 5;
+    for _ in 0..10 {
+        world.step();
+        world.volumes();
+    }
+    assert!(world.entry(&standby.name).is_none(), "{:#?}", world.book());
 }
 
 /// What was accepted of a record says nothing of one that was written since.

@@ -2,13 +2,14 @@
 
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, RESOURCE_SEAT, claim_name};
+use ftvm_protocol::record::Record;
 use kube::ResourceExt;
 
 use super::API_SERVER_REFUSES;
 use crate::cpu;
 use crate::decide::{
     ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, away, is_genesis, is_heard_of, is_known,
-    lease_is_strange, pod, record, recreation, unbound_for, want,
+    lease_is_strange, names, pod, record, recreation, unbound_for, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
@@ -16,7 +17,7 @@ use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
 /// A node that nobody can taint.
 const MISSING_NODE: &str =
-    "; its object is gone, make one of that name: docs/kubernetes.md, \"A node that is lost for good\"";
+    "its object is gone, make one of that name with the taint: docs/kubernetes.md, \"A node that is lost for good\"";
 /// Reason of a seat for which no node is left.
 const TOO_FEW_NODES: &str = "TooFewNodes";
 
@@ -92,14 +93,19 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     }
     let mut away = book
         .iter()
-        .filter_map(|entry| Some((entry, away(seen, entry, record)?)));
-    let Some((entry, node)) = away.next() else {
+        .filter_map(|entry| Some((entry, away(seen, entry, record)?, false)));
+    let off = book
+        .iter()
+        .filter_map(|entry| Some((entry, off(seen, entry, record)?, true)));
+    let Some((entry, node, proven)) = away.next().or_else(|| off.into_iter().next()) else {
         return book.iter().find_map(|entry| loss_refused(seen, entry));
     };
-    let missing = if seen.nodes.contains_key(&node) {
-        ""
-    } else {
-        MISSING_NODE
+    let say = match (proven, seen.nodes.contains_key(&node)) {
+        (true, _) => String::new(),
+        (false, true) => format!(
+            "make sure that it is switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute), and "
+        ),
+        (false, false) => format!("make sure that it is switched off and say so ({MISSING_NODE}), and "),
     };
     let (vm, holder, term, seat) = (seen.vm.name_any(), record.holder, record.term, &entry.name);
     let waits = accepted_loss(seen).is_some_and(|accepted| accepted.is_of(record));
@@ -108,14 +114,25 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     } else {
         ""
     };
+    let accept = format!("kubectl annotate ftvm {vm} --overwrite {ANNOTATION_ACCEPT_DATA_LOSS}={holder}@{term}");
     Some(obstacle(
         "NodeNeeded",
         format!(
-            "node {node} is away, and nobody else tells of a running guest: none is started without knowing what seat {seat} has there, where it may run. Bring the node back. If it is lost for good, make sure that it is \
-             switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute{missing}), and accept that what only it has is lost (kubectl annotate ftvm {vm} --overwrite \
-             {ANNOTATION_ACCEPT_DATA_LOSS}={holder}@{term}){waits}"
+            "node {node} is away, and nobody else tells of a running guest: none is started without knowing what seat {seat} has there, where it may run. Bring the node back. \
+             If it is lost for good, {say}accept that what only it has is lost ({accept}){waits}"
         ),
     ))
+}
+
+/// The node of a pod that the record names and that has ended, if it is not there, and the seat's present pod has none.
+fn off(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
+    let placed = pod(seen, entry).is_some_and(|pod| pod.node.is_some());
+    let mut former = entry
+        .former
+        .iter()
+        .filter(|former| !placed && names(record, &former.uid));
+    let node = former.find_map(|former| former.node.as_ref().filter(|node| !seen.node_ready(node)));
+    node.cloned()
 }
 
 /// Which seat keeps a VM from being halted or deleted, because its node is away.

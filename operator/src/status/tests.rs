@@ -8,6 +8,7 @@ use super::*;
 use crate::decide::rig::World;
 use crate::decide::{Action, decide};
 use crate::observe::{PodPhase, Refusal};
+use k8s_openapi::api::core::v1::Taint;
 
 fn started() -> World {
     let mut world = World::new(3);
@@ -553,4 +554,51 @@ fn messages_are_bounded() {
             .iter()
             .any(|action| matches!(action, Action::DeletePod { .. }))
     );
+}
+
+/// Both commands, while they are of use, in whatever order they are given; and nothing of it while the guest runs.
+#[test]
+fn a_node_that_is_lost_for_good_is_told_with_what_to_do() {
+    let mut world = started();
+    assert!(world.settle(60) && world.is_protected());
+    let holder = world.record().unwrap().holder;
+    let is_active = |entry: &ftvm_crds::SeatEntry| entry.had_uid(&holder.seat.to_string());
+    let (active, standby): (Vec<_>, Vec<_>) = world.book().into_iter().partition(is_active);
+    let (active, standby) = (active[0].clone(), standby[0].clone());
+    let node = world.kill_node_of(&active);
+    assert_eq!(
+        said(&mut world, READY).reason,
+        "GuestRuns",
+        "the standby's link to it lives"
+    );
+    let published = world.pods.get_mut(&standby.name).unwrap().published.as_mut().unwrap();
+    (published.role, published.peer_connected) = (Some(SeatRole::Starting), false);
+    let accept = format!("ftvm.dev/accept-data-loss={holder}@{}", world.record().unwrap().term);
+    let taint = format!("kubectl taint node {node} node.kubernetes.io/out-of-service=nodeshutdown:NoExecute");
+    let told = said(&mut world, READY);
+    expect(&told, "NodeNeeded", &accept);
+    expect(&told, "NodeNeeded", &taint);
+    // Its object is gone.
+    let object = world.nodes.remove(&node).unwrap();
+    expect(
+        &said(&mut world, READY),
+        "NodeNeeded",
+        "make one of that name with the taint",
+    );
+    world.nodes.insert(node.clone(), object);
+    // Tainted: its pods go, and what is left to do is the other half.
+    world.nodes.get_mut(&node).unwrap().taints = vec![Taint {
+        key: "node.kubernetes.io/out-of-service".to_owned(),
+        ..Taint::default()
+    }];
+    world.pods.remove(&active.name);
+    while world.step() {}
+    let told = said(&mut world, READY);
+    expect(&told, "NodeNeeded", &accept);
+    assert!(!told.message.contains("kubectl taint"), "{told:?}");
+    // Everybody is silent: that is the control plane.
+    world.nodes.values_mut().for_each(|node| node.ready = false);
+    let published = world.pods.get_mut(&standby.name).unwrap().published.as_mut().unwrap();
+    published.role = Some(SeatRole::Active);
+    assert_ne!(said(&mut world, READY).reason, "NodeNeeded");
 }
