@@ -471,7 +471,7 @@ impl Pair {
                 format!("no seat {vm}/{seat} at these daemons"),
             ));
         };
-        let command = Command::AcceptDataLoss { holder };
+        let command = Command::AcceptDataLoss { holder, term: None };
         self.ask(
             socket,
             &Request::Command {

@@ -165,6 +165,9 @@ pub enum Order {
     AcceptDataLoss {
         /// The holder as the person saw it.
         holder: Incarnation,
+        /// The record's term as the person saw it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        term: Option<Term>,
         /// Of a record that says Stopped: start over it, too.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         over_stopped_term: Option<Term>,
@@ -231,6 +234,7 @@ mod tests {
             (
                 Order::AcceptDataLoss {
                     holder: holder.parse().unwrap(),
+                    term: None,
                     over_stopped_term: None,
                 },
                 format!(r#"{{"id":"1","do":"acceptDataLoss","holder":"{holder}"}}"#),
@@ -238,9 +242,10 @@ mod tests {
             (
                 Order::AcceptDataLoss {
                     holder: holder.parse().unwrap(),
+                    term: Some(7),
                     over_stopped_term: Some(7),
                 },
-                format!(r#"{{"id":"1","do":"acceptDataLoss","holder":"{holder}","overStoppedTerm":7}}"#),
+                format!(r#"{{"id":"1","do":"acceptDataLoss","holder":"{holder}","term":7,"overStoppedTerm":7}}"#),
             ),
         ] {
             let request = SeatRequest {

@@ -626,7 +626,7 @@ fn a_refused_override_does_not_keep_a_seat_from_joining() {
     let mut bench = Bench::new();
     bench.pass(100);
     let holder = bench.seats[0].me;
-    bench.step(1, Event::Command(Command::AcceptDataLoss { holder }));
+    bench.step(1, Event::Command(Command::AcceptDataLoss { holder, term: None }));
     bench.pass(50);
     bench.connect();
     bench.pass(1_000);
@@ -645,11 +645,14 @@ fn a_named_seat_boots_over_a_header_that_is_lost_once_a_person_says_so() {
         let status = bench.seats[1].core.status();
         assert_eq!(status.role, RoleName::Starting, "{status:?}");
         assert_eq!(status.refused, Some(Refusal::OtherHeaderUnreadable(holder.seat)));
+        let now = bench.record.as_ref().map(|found| found.record.term);
         let other = Incarnation { start: 99, ..holder };
-        bench.step(1, Event::Command(Command::AcceptDataLoss { holder: other }));
-        bench.pass(2_000);
-        assert_eq!(bench.seats[1].core.status().role, RoleName::Starting);
-        bench.step(1, Event::Command(Command::AcceptDataLoss { holder }));
+        for (holder, term) in [(other, None), (other, now), (holder, now.map(|term| term + 1))] {
+            bench.step(1, Event::Command(Command::AcceptDataLoss { holder, term }));
+            bench.pass(2_000);
+            assert_eq!(bench.seats[1].core.status().role, RoleName::Starting);
+        }
+        bench.step(1, Event::Command(Command::AcceptDataLoss { holder, term: now }));
         bench.pass(2_000);
         let active = bench.seats[1].core.status().role == RoleName::Active;
         assert_eq!(active, boots, "{guest:?}");

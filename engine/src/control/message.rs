@@ -411,10 +411,13 @@ pub enum Command {
         /// Term of the Stopped record.
         over_stopped_term: Term,
     },
-    /// Override a holder that is alone and dead (rule 9).
+    /// Boot although others may have more (rule 9).
     AcceptDataLoss {
         /// The holder as the person saw it.
         holder: Incarnation,
+        /// The record's term as the person saw it, if he said so.
+        #[serde(default)]
+        term: Option<Term>,
     },
     /// Press the guest's power button.
     PowerButton,

@@ -37,7 +37,9 @@ impl Driver {
             Command::Start { over_stopped_term } => {
                 self.core_command(id, core(CoreCommand::Start { over_stopped_term }));
             }
-            Command::AcceptDataLoss { holder } => self.core_command(id, core(CoreCommand::AcceptDataLoss { holder })),
+            Command::AcceptDataLoss { holder, term } => {
+                self.core_command(id, core(CoreCommand::AcceptDataLoss { holder, term }));
+            }
             Command::PowerButton => self.of_running_guest(id, SeatMachine::press_power_button),
             Command::ConsoleInput { bytes } => self.of_running_guest(id, |machine| {
                 // What has no room is lost, as on a serial line without flow control.

@@ -192,10 +192,14 @@ fn execute(seat: &PodSeat, order: &Order) -> Result<(), String> {
         Order::Stop => Command::Stop,
         Order::AcceptDataLoss {
             holder,
+            term,
             over_stopped_term,
         } => {
             over_stopped_term.map_or(Ok(()), |term| start(seat, term))?;
-            Command::AcceptDataLoss { holder: *holder }
+            Command::AcceptDataLoss {
+                holder: *holder,
+                term: *term,
+            }
         }
         Order::Start { over_stopped_term } => return start(seat, *over_stopped_term),
         Order::Failover => return seat.seat.fail().map(drop).map_err(|error| explain(&error)),

@@ -393,6 +393,7 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
     let id = format!("{ACCEPT_DATA_LOSS}-{}-{}-{text}", record.term, record.holder.start);
     let order = Order::AcceptDataLoss {
         holder: record.holder,
+        term: Some(record.term),
         over_stopped_term: (record.phase == Phase::Stopped).then_some(record.term),
     };
     // Unless there is no room for it, or it was asked in vain for more than a minute.

@@ -243,6 +243,7 @@ fn a_loss_is_accepted_once_nodes_that_are_away_are_proven_to_be_off() {
     // The holder's own seat is who is left.
     let order = Order::AcceptDataLoss {
         holder,
+        term: world.record().map(|record| record.term),
         over_stopped_term: None,
     };
     let [(seat, request)] = &asked[..] else {
@@ -346,6 +347,7 @@ fn a_loss_is_accepted_over_a_stop() {
     accept(&mut world, "");
     let order = Order::AcceptDataLoss {
         holder,
+        term: Some(term),
         over_stopped_term: Some(term),
     };
     let asked = asked(&mut world);

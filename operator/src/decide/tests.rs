@@ -494,7 +494,7 @@ fn a_data_loss_is_accepted_only_for_the_holder_that_was_named() {
     }
     let asked = decide(&world.observe()).actions;
     assert!(
-        matches!(&asked[..], [Action::Request { request, .. }] if request.order == Order::AcceptDataLoss { holder, over_stopped_term: None })
+        matches!(&asked[..], [Action::Request { request, .. }] if request.order == Order::AcceptDataLoss { holder, term: Some(term), over_stopped_term: None })
     );
 }
 

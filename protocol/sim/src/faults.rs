@@ -352,7 +352,10 @@ impl World {
             }
             self.meet(Fault::UserOverride, slot);
             self.user.overrides = Some((by, record.holder));
-            let command = Command::AcceptDataLoss { holder: record.holder };
+            let command = Command::AcceptDataLoss {
+                holder: record.holder,
+                term: Some(record.term).filter(|_| self.rng.percent(50)),
+            };
             self.input_after(0, slot, Input::Core(Event::Command(command)));
             break;
         }

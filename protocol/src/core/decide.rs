@@ -125,8 +125,8 @@ impl Core {
             return refuse(Refusal::RecordStrange);
         }
         let named = header.is_named(&record.members);
-        if let Some(holder) = starting.accept_loss {
-            if record.holder != holder {
+        if let Some((holder, term)) = starting.accept_loss {
+            if record.holder != holder || term.is_some_and(|term| term != record.term) {
                 return refuse(Refusal::OverrideOtherHolder);
             }
             return self.decide_override(starting, snapshot, header, reports);

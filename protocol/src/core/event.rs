@@ -106,6 +106,8 @@ pub enum Command {
     AcceptDataLoss {
         /// The holder as the person saw it; another one in the record refuses the command.
         holder: Incarnation,
+        /// The record's term as the person saw it, if he said so; another one refuses the command.
+        term: Option<Term>,
     },
 }
 

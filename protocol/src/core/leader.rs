@@ -113,9 +113,9 @@ impl Core {
             Command::Start { over_stopped_term } => self.command_start(over_stopped_term, actions),
             Command::Switchover => self.command_switchover(),
             Command::Leave => self.command_leave(),
-            Command::AcceptDataLoss { holder } => match &mut self.role {
+            Command::AcceptDataLoss { holder, term } => match &mut self.role {
                 Role::Starting(starting) => {
-                    starting.accept_loss = Some(holder);
+                    starting.accept_loss = Some((holder, term));
                     self.cancel_attempt();
                     Ok(())
                 }

@@ -89,8 +89,8 @@ pub enum Refusal {
     /// The holder's seat goes first.
     #[error("the holder's seat may boot too and goes first")]
     HolderFirst,
-    /// The person named another holder than the record does.
-    #[error("the record's holder is not the one that the command overrides")]
+    /// The person named another holder, or term, than the record does.
+    #[error("the record is not the one that the command is about: it has another holder or term by now")]
     OverrideOtherHolder,
 
     // ---- commands

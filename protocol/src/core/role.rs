@@ -91,7 +91,7 @@ pub(super) struct Starting {
     /// The user asked for a start over a Stopped record of this term.
     pub(super) start_over: Option<Term>,
     /// A person accepts the loss of what only this holder has.
-    pub(super) accept_loss: Option<Incarnation>,
+    pub(super) accept_loss: Option<(Incarnation, Option<Term>)>,
     /// Since when the holder's seat could have booted in our stead.
     pub(super) holder_could_since_ms: Option<u64>,
     /// Header that has to be durable before the next swap.
