@@ -303,14 +303,18 @@ pub fn seat_id(entry: &SeatEntry) -> Option<SeatId> {
 
 /// Does the record name this seat, by any of its pods?
 pub fn is_named(entry: &SeatEntry, record: &Record) -> bool {
-    let mut members = record.members.iter().chain([record.holder]);
-    members.any(|member| entry.had_uid(&member.seat.to_string()))
+    named(record).any(|uid| entry.had_uid(&uid))
 }
 
 /// Does the record name this pod?
 pub fn names(record: &Record, uid: &str) -> bool {
-    let mut members = record.members.iter().chain([record.holder]);
-    members.any(|member| member.seat.to_string() == uid)
+    named(record).any(|named| named == uid)
+}
+
+/// UIDs of the pods that the record names.
+fn named(record: &Record) -> impl Iterator<Item = String> {
+    let members = record.members.iter().chain([record.holder]);
+    members.map(|member| member.seat.to_string())
 }
 
 /// The entry of the record's holder.
