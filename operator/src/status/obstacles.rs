@@ -8,7 +8,7 @@ use kube::ResourceExt;
 use super::API_SERVER_REFUSES;
 use crate::cpu;
 use crate::decide::{
-    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, away, is_genesis, is_heard_of, is_known,
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, is_genesis, is_known,
     lease_is_strange, names, pod, record, recreation, unbound_for, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
@@ -81,7 +81,7 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     let found = record(seen).filter(|found| !is_genesis(&found.snapshot.record))?;
     let record = &found.snapshot.record;
     let book = seen.status().seats;
-    if want(seen) != Want::Run || book.iter().any(|entry| is_heard_of(seen, entry)) {
+    if want(seen) != Want::Run || anyone_is_heard_of(seen, &book) {
         return None;
     }
     if !is_known(&book, record) {
