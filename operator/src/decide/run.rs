@@ -473,12 +473,7 @@ pub(super) fn ask_until_done(seen: &Observed, entry: &SeatEntry, id: &str, order
     let number = match last {
         None => 0,
         Some((asked, (number, at))) => {
-            let done = pod
-                .published
-                .as_ref()
-                .ok()
-                .and_then(|published| published.done_request.as_ref());
-            let Some(done) = done.filter(|done| done.id == asked.id) else {
+            let Some(done) = pod.last_answer().filter(|done| done.id == asked.id) else {
                 return;
             };
             if done.refused.is_none() && !is_starting(pod) {
@@ -505,12 +500,7 @@ pub(super) fn ask(seen: &Observed, entry: &SeatEntry, id: &str, order: &Order, a
     let Some(pod) = pod(seen, entry) else {
         return;
     };
-    let done = pod
-        .published
-        .as_ref()
-        .ok()
-        .and_then(|published| published.done_request.as_ref());
-    if was_asked(seen, entry, id) || done.is_some_and(|done| done.id == id) {
+    if was_asked(seen, entry, id) || pod.last_answer().is_some_and(|done| done.id == id) {
         return;
     }
     actions.push(Action::Request {

@@ -151,7 +151,7 @@ pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<String> {
 
 /// What a seat refused that was to boot although something may be lost.
 fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
-    let done = pod(seen, entry)?.published.as_ref().ok()?.done_request.as_ref()?;
+    let done = pod(seen, entry)?.last_answer()?;
     let why = done
         .refused
         .as_ref()
