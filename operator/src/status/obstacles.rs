@@ -100,12 +100,11 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     let Some((entry, node, proven)) = away.next().or_else(|| off.into_iter().next()) else {
         return book.iter().find_map(|entry| loss_refused(seen, entry));
     };
+    let say = |how: &str| format!("make sure that it is switched off and say so ({how}), and ");
     let say = match (proven, seen.nodes.contains_key(&node)) {
         (true, _) => String::new(),
-        (false, true) => format!(
-            "make sure that it is switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute), and "
-        ),
-        (false, false) => format!("make sure that it is switched off and say so ({MISSING_NODE}), and "),
+        (false, true) => say(&taint_command(&node)),
+        (false, false) => say(MISSING_NODE),
     };
     let (vm, holder, term, seat) = (seen.vm.name_any(), record.holder, record.term, &entry.name);
     let waits = accepted_loss(seen).is_some_and(|accepted| accepted.is_of(record));
@@ -143,10 +142,16 @@ pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<String> {
         .filter_map(|entry| Some((entry, away(seen, entry, record)?)));
     away.next().map(|(entry, node)| {
         format!(
-            "; node {node} of seat {} is away: bring it back, or make sure that it is switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute)",
-            entry.name
+            "; node {node} of seat {} is away: bring it back, or make sure that it is switched off and say so ({})",
+            entry.name,
+            taint_command(&node)
         )
     })
+}
+
+/// The command by which a person says of a node that it is switched off.
+fn taint_command(node: &str) -> String {
+    format!("kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute")
 }
 
 /// What a seat refused that was to boot although something may be lost.
