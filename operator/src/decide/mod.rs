@@ -35,7 +35,7 @@ use kube::ResourceExt;
 use crate::observe::{LeaseSeen, Observed, PodSeen};
 
 pub use claims::{BINDING, unbound_for};
-pub use former::{OUT_OF_SERVICE, away, nodes_to_ask};
+pub use former::{OUT_OF_SERVICE, absent, away, nodes_to_ask};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};
 pub use trouble::{Trouble, trouble};
@@ -307,7 +307,7 @@ pub fn is_named(entry: &SeatEntry, record: &Record) -> bool {
 }
 
 /// Does the record name this pod?
-pub fn names(record: &Record, uid: &str) -> bool {
+fn names(record: &Record, uid: &str) -> bool {
     named(record).any(|named| named == uid)
 }
 

@@ -8,8 +8,8 @@ use kube::ResourceExt;
 use super::API_SERVER_REFUSES;
 use crate::cpu;
 use crate::decide::{
-    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, is_genesis, is_known,
-    lease_is_strange, names, pod, record, recreation, unbound_for, want,
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, absent, accepted_loss, anyone_is_heard_of, away, is_genesis,
+    is_known, lease_is_strange, pod, record, recreation, unbound_for, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
@@ -126,12 +126,9 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
 /// The node of a pod that the record names and that has ended, if it is not there, and the seat's present pod has none.
 fn off(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
     let placed = pod(seen, entry).is_some_and(|pod| pod.node.is_some());
-    let mut former = entry
-        .former
-        .iter()
-        .filter(|former| !placed && names(record, &former.uid));
-    let node = former.find_map(|former| former.node.as_ref().filter(|node| !seen.node_ready(node)));
-    node.cloned()
+    absent(seen, entry, record)
+        .find(|(_, ended)| *ended && !placed)
+        .map(|(node, _)| node.to_owned())
 }
 
 /// Which seat keeps a VM from being halted or deleted, because its node is away.
