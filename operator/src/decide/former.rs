@@ -92,7 +92,8 @@ pub fn absent<'a>(
     placed.filter(move |(node, _)| !seen.node_ready(node))
 }
 
-/// Nodes that prove something, or would if a pod of theirs were missed.
+/// Nodes that prove something, or would if a pod of theirs were missed: of such a pod the boot is kept in which its node is then. A node may be told
+/// more than once.
 pub fn nodes_to_ask(book: &[SeatEntry]) -> impl Iterator<Item = &str> {
     book.iter().flat_map(|entry| {
         let open = entry.former.iter().filter(|former| !former.ended);
