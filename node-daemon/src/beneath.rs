@@ -1,4 +1,6 @@
 //! Files of folders that others filled: guest images, and claims with first contents.
+//!
+//! `seat copy` has rules of its own: it runs with the guest image as its root, among what the runtime has mounted there, and follows no link at all.
 
 use std::fs::File;
 use std::io;

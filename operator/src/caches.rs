@@ -143,7 +143,9 @@ impl Caches {
             claims.extend(claim.and_then(|claim| observe::claim(&claim)));
         }
         let mut nodes = self.nodes();
-        for name in nodes_to_ask(vm.status.as_ref().map_or(&[], |status| &status.seats)) {
+        // A seat's pods may have been on one node, one after the other.
+        let asked: BTreeSet<_> = nodes_to_ask(vm.status.as_ref().map_or(&[], |status| &status.seats)).collect();
+        for name in asked {
             match objects.node(name).await? {
                 Some(node) => nodes.insert(name.to_owned(), observe::node(&node).1),
                 None => nodes.remove(name),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ftvm_crds::lease::{self, LeaseError};
 use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_NODES, LABEL_SEAT, LABEL_VM, RESOURCE_SEAT};
-use ftvm_crds::seat::{AnnotationError, SeatPublished, SeatRequest};
+use ftvm_crds::seat::{AnnotationError, DoneRequest, SeatPublished, SeatRequest};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus};
 use ftvm_protocol::identity::VmId;
 use ftvm_protocol::record::Snapshot;
@@ -186,6 +186,13 @@ impl Observed {
     /// Is this node ready? One that is gone is not.
     pub fn node_ready(&self, node: &str) -> bool {
         self.nodes.get(node).is_some_and(|node| node.ready)
+    }
+}
+
+impl PodSeen {
+    /// What its daemon says of the request that it executed or refused last; none, too, if what it published can't be read.
+    pub fn last_answer(&self) -> Option<&DoneRequest> {
+        self.published.as_ref().ok()?.done_request.as_ref()
     }
 }
 

@@ -84,6 +84,21 @@ fn run_strategy(cluster: &Cluster, strategy: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What an operator or a kubelet would write.
+fn patch_status(cluster: &Cluster, kind: &str, name: &str, status: &Value) -> anyhow::Result<()> {
+    let patch = json!({"status": status}).to_string();
+    let words = [
+        "patch",
+        kind,
+        name,
+        "--subresource=status",
+        "--type=merge",
+        "--patch",
+        &patch,
+    ];
+    cluster.kubectl(&words).map(drop)
+}
+
 /// Says so if the message is missing, or nothing is refused.
 fn expect_refusal(answer: anyhow::Result<String>, change: &str, message: &str) -> Option<String> {
     match answer {
@@ -135,16 +150,8 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
     let rule = "spec.machine changes only while the VM is halted";
     let accepted = expect_refusal(patch(before_it_has_stopped), before_it_has_stopped, rule);
     assert_eq!(accepted, None);
-    let halted = r#"{"status":{"phase":"Halted","seats":[],"conditions":[]}}"#;
-    cluster.kubectl(&[
-        "patch",
-        "ftvm",
-        "web",
-        "--subresource=status",
-        "--type=merge",
-        "-p",
-        halted,
-    ])?;
+    let halted = json!({"phase": "Halted", "seats": [], "conditions": []});
+    patch_status(&cluster, "ftvm", "web", &halted)?;
     patch("spec: {machine: {memory: 1Gi, vcpus: 2}, boot: {cmdline: quiet}}")?;
     let other_disk = "spec: {machine: {memory: 1Gi}, disks: [{name: other, size: 1Gi}]}";
     let accepted = expect_refusal(patch(other_disk), other_disk, "spec.disks: names and order are fixed");
@@ -166,20 +173,11 @@ fn columns(cluster: &Cluster) -> anyhow::Result<()> {
     let protected = json!({
         "type": "Protected", "status": "True", "reason": "StandbyFollows", "message": "", "lastTransitionTime": "2026-01-02T03:04:05Z",
     });
-    let status = json!({"status": {
+    let status = json!({
         "phase": "Running", "active": "n1", "standby": "n2", "mode": "Checkpoint", "term": 7, "intervalMs": 20, "lagMs": 3,
         "conditions": [protected], "seats": [],
-    }});
-    let patch = status.to_string();
-    cluster.kubectl(&[
-        "patch",
-        "ftvm",
-        "web",
-        "--subresource=status",
-        "--type=merge",
-        "-p",
-        &patch,
-    ])?;
+    });
+    patch_status(cluster, "ftvm", "web", &status)?;
     let shown = |more: &[&str]| {
         let text = cluster.kubectl(&[&["get", "ftvm", "web"], more].concat())?;
         let lines = text

@@ -9,7 +9,7 @@ use ftvm_e2e::demo::cluster::{NAMESPACE, VM};
 use ftvm_e2e::report::Progress;
 use serde_json::{Value, json};
 
-use crate::PATIENCE;
+use crate::{PATIENCE, patch};
 
 /// What the guest says of its journal when it boots (`e2e/guests/embedded/src/journal.rs`).
 const JOURNAL: &str = "ftvm-guest: journal: boot ";
@@ -71,18 +71,7 @@ fn has_booted(cluster: &Cluster, boot: u64, told: u64) -> anyhow::Result<()> {
 }
 
 fn run_strategy(cluster: &Cluster, strategy: &str) -> anyhow::Result<()> {
-    let patch = json!({"spec": {"runStrategy": strategy}}).to_string();
-    let words = [
-        "patch",
-        "ftvm",
-        VM,
-        "--namespace",
-        NAMESPACE,
-        "--type=merge",
-        "--patch",
-        &patch,
-    ];
-    cluster.kubectl(&words).map(drop)
+    patch(cluster, "ftvm", VM, &json!({"spec": {"runStrategy": strategy}}))
 }
 
 fn halted_and_started(cluster: &Cluster) -> anyhow::Result<()> {

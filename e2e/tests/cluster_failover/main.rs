@@ -69,6 +69,22 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
     })
 }
 
+/// A merge patch of something in the machine's namespace.
+fn patch(cluster: &Cluster, kind: &str, name: &str, change: &Value) -> anyhow::Result<()> {
+    let change = change.to_string();
+    let words = [
+        "patch",
+        kind,
+        name,
+        "--namespace",
+        NAMESPACE,
+        "--type=merge",
+        "--patch",
+        &change,
+    ];
+    cluster.kubectl(&words).map(drop)
+}
+
 fn killed_engine(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     let pods = |acts: &Acts<'_>| -> anyhow::Result<Value> {
         let vm = acts.vm()?;

@@ -12,7 +12,7 @@ use ftvm_e2e::demo::cluster::{NAMESPACE, VM};
 use ftvm_e2e::report::Progress;
 use serde_json::{Value, json};
 
-use crate::{NEXT_TAG, PATIENCE, lease_comes_back};
+use crate::{NEXT_TAG, PATIENCE, lease_comes_back, patch};
 
 /// Bridge of a node's pods (`e2e/cluster/cni.json`).
 const POD_BRIDGE: &str = "cni0";
@@ -219,18 +219,8 @@ fn renew_daemons(cluster: &Cluster) -> anyhow::Result<()> {
 fn strange_lease(cluster: &Cluster) -> anyhow::Result<()> {
     wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
     let record = |text: &str| {
-        let patch = json!({"metadata": {"annotations": {"ftvm.dev/record": text}}}).to_string();
-        let words = [
-            "patch",
-            "lease",
-            "edited",
-            "--namespace",
-            NAMESPACE,
-            "--type=merge",
-            "--patch",
-            &patch,
-        ];
-        cluster.kubectl(&words).map(drop)
+        let change = json!({"metadata": {"annotations": {"ftvm.dev/record": text}}});
+        patch(cluster, "lease", "edited", &change)
     };
     let lease = cluster.get(&["lease", "edited", "--namespace", NAMESPACE])?;
     let good = lease["metadata"]["annotations"]["ftvm.dev/record"]

@@ -52,6 +52,18 @@ impl Tested {
         Tested { trouble }
     }
 
+    /// Tested once, with a test that ends, and goes well, when the other end says so.
+    #[cfg(test)]
+    pub(super) fn held() -> (Tested, std::sync::mpsc::Sender<()>) {
+        let (pass, passes) = channel::<()>();
+        let passes = std::sync::Arc::new(std::sync::Mutex::new(passes));
+        let test = move || {
+            let passed = passes.lock().unwrap().recv();
+            passed.map_err(|error| error.to_string())
+        };
+        (Tested::every(Duration::from_secs(3600), test), pass)
+    }
+
     /// What is wrong, if anything is.
     pub fn trouble(&self) -> Option<String> {
         self.trouble.borrow().clone()

@@ -1,8 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream as Client;
-use std::sync::Mutex;
-use std::sync::mpsc::{RecvError, Sender, channel};
+use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use ftvm_protocol::core::ReadOutcome;
@@ -31,20 +30,12 @@ impl Endpoint {
         let folder = Folder::new("metrics");
         let node = Arc::new(node(&folder));
         prepare(&node);
-        let (pass, passes) = channel();
-        let passes = Arc::new(Mutex::new(passes));
-        let test = move || {
-            passes
-                .lock()
-                .unwrap()
-                .recv()
-                .map_err(|error: RecvError| error.to_string())
-        };
+        let (tested, pass) = Tested::held();
         let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
         let sources = Sources {
             node,
             leases: Leases::new(Server::new(&config).unwrap()).unwrap(),
-            tested: Tested::every(Duration::from_secs(3600), test),
+            tested,
             health: health(&folder),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -252,9 +252,7 @@ fn request_of<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a String> {
 
 /// What a daemon says of a request that it was told.
 fn answer(seen: &Observed, book: &[SeatEntry], id: &str) -> Option<DoneRequest> {
-    let answers = book
-        .iter()
-        .filter_map(|entry| pod(seen, entry)?.published.as_ref().ok()?.done_request.as_ref());
+    let answers = book.iter().filter_map(|entry| pod(seen, entry)?.last_answer());
     answers.into_iter().find(|done| done.id == id).cloned()
 }
 

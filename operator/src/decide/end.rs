@@ -117,7 +117,7 @@ fn can_answer(seen: &Observed, entry: &SeatEntry) -> bool {
 
 /// It was asked for this and refused, or was asked more than once and goes on waiting: the record can't be written without the other seat's word.
 fn refuses(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
-    let done = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok()?.done_request.as_ref());
+    let done = pod(seen, entry).and_then(PodSeen::last_answer);
     let again = attempts(seen, entry, id) > 0;
     done.is_some_and(|done| is_attempt(id, &done.id) && (done.refused.is_some() || again))
 }
@@ -140,12 +140,8 @@ fn ended(seen: &Observed, entry: &SeatEntry, record: &Record, stop: &str) -> boo
 }
 
 fn is_done(pod: &PodSeen, id: &str) -> bool {
-    let done = pod
-        .published
-        .as_ref()
-        .ok()
-        .and_then(|published| published.done_request.as_ref());
-    done.is_some_and(|done| done.id == id && done.refused.is_none())
+    pod.last_answer()
+        .is_some_and(|done| done.id == id && done.refused.is_none())
 }
 
 /// The pods are gone: claims by policy, then the object.

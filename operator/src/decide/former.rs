@@ -73,15 +73,27 @@ fn is_out_of_service(node: &NodeSeen) -> bool {
 
 /// The node of a seat that the record names, if it is not ready and the seat's pod there not proven to have ended.
 pub fn away(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
-    let now = entry.pod_uid.iter().filter_map(|uid| Some((uid, entry.node.as_ref()?)));
-    let former = entry.former.iter().filter(|former| !former.ended);
-    let former = former.filter_map(|former| Some((&former.uid, former.node.as_ref()?)));
-    let mut named = now.chain(former).filter(|(uid, _)| names(record, uid));
-    let away = named.find(|(_, node)| !seen.node_ready(node));
-    away.map(|(_, node)| node.clone())
+    absent(seen, entry, record)
+        .find(|(_, ended)| !ended)
+        .map(|(node, _)| node.to_owned())
 }
 
-/// Nodes that prove something, or would if a pod of theirs were missed.
+/// Nodes of a seat's pods that the record names, if they are not ready; and whether the pod there is proven to have ended.
+pub fn absent<'a>(
+    seen: &'a Observed,
+    entry: &'a SeatEntry,
+    record: &'a Record,
+) -> impl Iterator<Item = (&'a str, bool)> {
+    let now = entry.pod_uid.iter().map(move |uid| (uid, &entry.node, false));
+    let former = entry.former.iter();
+    let former = former.map(|former| (&former.uid, &former.node, former.ended));
+    let named = now.chain(former).filter(move |(uid, ..)| names(record, uid));
+    let placed = named.filter_map(|(_, node, ended)| Some((node.as_deref()?, ended)));
+    placed.filter(move |(node, _)| !seen.node_ready(node))
+}
+
+/// Nodes that prove something, or would if a pod of theirs were missed: of such a pod the boot is kept in which its node is then. A node may be told
+/// more than once.
 pub fn nodes_to_ask(book: &[SeatEntry]) -> impl Iterator<Item = &str> {
     book.iter().flat_map(|entry| {
         let open = entry.former.iter().filter(|former| !former.ended);

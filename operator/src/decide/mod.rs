@@ -35,7 +35,7 @@ use kube::ResourceExt;
 use crate::observe::{LeaseSeen, Observed, PodSeen};
 
 pub use claims::{BINDING, unbound_for};
-pub use former::{OUT_OF_SERVICE, away, nodes_to_ask};
+pub use former::{OUT_OF_SERVICE, absent, away, nodes_to_ask};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};
 pub use trouble::{Trouble, trouble};
@@ -307,7 +307,7 @@ pub fn is_named(entry: &SeatEntry, record: &Record) -> bool {
 }
 
 /// Does the record name this pod?
-pub fn names(record: &Record, uid: &str) -> bool {
+fn names(record: &Record, uid: &str) -> bool {
     named(record).any(|named| named == uid)
 }
 
@@ -338,9 +338,14 @@ pub fn has_engine(pod: &PodSeen) -> bool {
     }
 }
 
+/// Does any of these seats have the guest, or follow the one that does, as far as anybody tells now?
+pub fn anyone_is_heard_of(seen: &Observed, book: &[SeatEntry]) -> bool {
+    book.iter().any(|entry| is_heard_of(seen, entry))
+}
+
 /// Does a seat's daemon, on a node that is ready, say that its engine has the guest, or follows the one that does? Where no node is ready it is the
 /// control plane that hears nothing.
-pub fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
+fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
     let Some(pod) = pod(seen, entry) else { return false };
     let ready = pod.node.as_deref().is_some_and(|node| seen.node_ready(node));
     let deaf = seen.nodes.values().all(|node| !node.ready);

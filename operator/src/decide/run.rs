@@ -12,7 +12,7 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, asked, away, claims, holder, is_genesis, is_heard_of,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, away, claims, holder, is_genesis,
     is_named, lease_is_strange, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
@@ -125,8 +125,7 @@ fn is_spare(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
         // A disk without a header knows of no term.
         pod.is_some_and(|pod| is_starting(pod) && pod.published.as_ref().is_ok_and(|published| published.term > 0))
     };
-    let heard = book.iter().any(|entry| is_heard_of(seen, entry));
-    is_genesis(record) || heard || holder(book, record).is_some_and(waits)
+    is_genesis(record) || anyone_is_heard_of(seen, book) || holder(book, record).is_some_and(waits)
 }
 
 /// Since when the seat has been in trouble. One that runs without an engine could not have had any before its container started: images
@@ -385,8 +384,7 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
         return false;
     };
     let book = decision.book.clone();
-    let mut seats = book.iter();
-    if seats.any(|entry| is_heard_of(seen, entry) || away(seen, entry, record).is_some()) {
+    if anyone_is_heard_of(seen, &book) || book.iter().any(|entry| away(seen, entry, record).is_some()) {
         return false;
     }
     let text: String = accepted.text.chars().take(asked::REQUEST_LENGTH_MAX).collect();
@@ -475,12 +473,7 @@ pub(super) fn ask_until_done(seen: &Observed, entry: &SeatEntry, id: &str, order
     let number = match last {
         None => 0,
         Some((asked, (number, at))) => {
-            let done = pod
-                .published
-                .as_ref()
-                .ok()
-                .and_then(|published| published.done_request.as_ref());
-            let Some(done) = done.filter(|done| done.id == asked.id) else {
+            let Some(done) = pod.last_answer().filter(|done| done.id == asked.id) else {
                 return;
             };
             if done.refused.is_none() && !is_starting(pod) {
@@ -507,12 +500,7 @@ pub(super) fn ask(seen: &Observed, entry: &SeatEntry, id: &str, order: &Order, a
     let Some(pod) = pod(seen, entry) else {
         return;
     };
-    let done = pod
-        .published
-        .as_ref()
-        .ok()
-        .and_then(|published| published.done_request.as_ref());
-    if was_asked(seen, entry, id) || done.is_some_and(|done| done.id == id) {
+    if was_asked(seen, entry, id) || pod.last_answer().is_some_and(|done| done.id == id) {
         return;
     }
     actions.push(Action::Request {

@@ -9,7 +9,9 @@ use ftvm_protocol::record::Phase;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
-use crate::decide::{self, Decision, Want, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod, want};
+use crate::decide::{
+    self, Decision, Want, anyone_is_heard_of, holder, is_genesis, is_named, lease_is_strange, pod, want,
+};
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
@@ -72,7 +74,7 @@ fn roles<'a>(seen: &'a Observed, book: &'a [SeatEntry]) -> Roles<'a> {
     let active = record.and_then(|record| holder(book, record));
     let published = active.and_then(|entry| pod(seen, entry)?.published.as_ref().ok());
     // What was said last from a node that is gone says nothing of now.
-    let published = published.filter(|_| book.iter().any(|entry| is_heard_of(seen, entry)));
+    let published = published.filter(|_| anyone_is_heard_of(seen, book));
     let standby = record.and_then(|record| {
         book.iter().find(|entry| {
             Some(entry.name.as_str()) != active.map(|active| active.name.as_str()) && is_named(entry, record)

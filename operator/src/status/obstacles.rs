@@ -8,8 +8,8 @@ use kube::ResourceExt;
 use super::API_SERVER_REFUSES;
 use crate::cpu;
 use crate::decide::{
-    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, away, is_genesis, is_heard_of, is_known,
-    lease_is_strange, names, pod, record, recreation, unbound_for, want,
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, absent, accepted_loss, anyone_is_heard_of, away, is_genesis,
+    is_known, lease_is_strange, pod, record, recreation, unbound_for, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
@@ -81,7 +81,7 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     let found = record(seen).filter(|found| !is_genesis(&found.snapshot.record))?;
     let record = &found.snapshot.record;
     let book = seen.status().seats;
-    if want(seen) != Want::Run || book.iter().any(|entry| is_heard_of(seen, entry)) {
+    if want(seen) != Want::Run || anyone_is_heard_of(seen, &book) {
         return None;
     }
     if !is_known(&book, record) {
@@ -100,12 +100,11 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     let Some((entry, node, proven)) = away.next().or_else(|| off.into_iter().next()) else {
         return book.iter().find_map(|entry| loss_refused(seen, entry));
     };
+    let say = |how: &str| format!("make sure that it is switched off and say so ({how}), and ");
     let say = match (proven, seen.nodes.contains_key(&node)) {
         (true, _) => String::new(),
-        (false, true) => format!(
-            "make sure that it is switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute), and "
-        ),
-        (false, false) => format!("make sure that it is switched off and say so ({MISSING_NODE}), and "),
+        (false, true) => say(&taint_command(&node)),
+        (false, false) => say(MISSING_NODE),
     };
     let (vm, holder, term, seat) = (seen.vm.name_any(), record.holder, record.term, &entry.name);
     let waits = accepted_loss(seen).is_some_and(|accepted| accepted.is_of(record));
@@ -127,12 +126,9 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
 /// The node of a pod that the record names and that has ended, if it is not there, and the seat's present pod has none.
 fn off(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
     let placed = pod(seen, entry).is_some_and(|pod| pod.node.is_some());
-    let mut former = entry
-        .former
-        .iter()
-        .filter(|former| !placed && names(record, &former.uid));
-    let node = former.find_map(|former| former.node.as_ref().filter(|node| !seen.node_ready(node)));
-    node.cloned()
+    absent(seen, entry, record)
+        .find(|(_, ended)| *ended && !placed)
+        .map(|(node, _)| node.to_owned())
 }
 
 /// Which seat keeps a VM from being halted or deleted, because its node is away.
@@ -143,15 +139,21 @@ pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<String> {
         .filter_map(|entry| Some((entry, away(seen, entry, record)?)));
     away.next().map(|(entry, node)| {
         format!(
-            "; node {node} of seat {} is away: bring it back, or make sure that it is switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute)",
-            entry.name
+            "; node {node} of seat {} is away: bring it back, or make sure that it is switched off and say so ({})",
+            entry.name,
+            taint_command(&node)
         )
     })
 }
 
+/// The command by which a person says of a node that it is switched off.
+fn taint_command(node: &str) -> String {
+    format!("kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute")
+}
+
 /// What a seat refused that was to boot although something may be lost.
 fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
-    let done = pod(seen, entry)?.published.as_ref().ok()?.done_request.as_ref()?;
+    let done = pod(seen, entry)?.last_answer()?;
     let why = done
         .refused
         .as_ref()

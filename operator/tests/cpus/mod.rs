@@ -4,7 +4,9 @@ use ftvm_cpu::CpuBaseline;
 use ftvm_crds::cpu::NodeCpu;
 use ftvm_e2e::cluster::Cluster;
 use k8s_openapi::jiff::Timestamp;
-use serde_json::{Value, json};
+use serde_json::json;
+
+use super::patch_status;
 
 /// A CPU that nobody makes.
 const CPU: &str = "tsc=2400000 0:d,756e6547,6c65746e,49656e69 1:806e8,800,80982201,781fbff 7.0:1,1807ab,0,0 \
@@ -32,16 +34,12 @@ pub fn amd() -> NodeCpu {
     changed("0:d,756e6547,6c65746e,49656e69", "0:d,68747541,444d4163,69746e65")
 }
 
-fn patch(cluster: &Cluster, node: &str, patch: &Value, more: &[&str]) -> anyhow::Result<()> {
-    let patch = patch.to_string();
-    let words = ["patch", "node", node, "--type=merge", "--patch", &patch];
-    cluster.kubectl(&[&words, more].concat()).map(drop)
-}
-
 /// What a daemon does.
 pub fn publish(cluster: &Cluster, node: &str, annotation: &str, label: &str) -> anyhow::Result<()> {
     let text = json!({"metadata": {"annotations": {"ftvm.dev/cpu": annotation}, "labels": {"ftvm.dev/cpu": label}}});
-    patch(cluster, node, &text, &[])
+    let text = text.to_string();
+    let words = ["patch", "node", node, "--type=merge", "--patch", &text];
+    cluster.kubectl(&words).map(drop)
 }
 
 /// What a kubelet does again and again: a node that is not heard of for long is not ready.
@@ -50,8 +48,8 @@ pub fn beat(cluster: &Cluster, node: &str) -> anyhow::Result<()> {
         "type": "Ready", "status": "True", "reason": "KubeletReady", "message": "", "lastHeartbeatTime": Timestamp::now().to_string(),
     });
     let seats = json!({"ftvm.dev/seat": "8"});
-    let status = json!({"status": {"conditions": [condition], "allocatable": seats, "capacity": seats}});
-    patch(cluster, node, &status, &["--subresource=status"])
+    let status = json!({"conditions": [condition], "allocatable": seats, "capacity": seats});
+    patch_status(cluster, "node", node, &status)
 }
 
 pub fn make(cluster: &Cluster, node: &str) -> anyhow::Result<()> {

@@ -7,7 +7,7 @@ use ftvm_e2e::cluster::{Cluster, wait_for};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{PATIENCE, condition, example, merge, requests, wait_event, wait_reason};
+use super::{PATIENCE, condition, example, merge, patch_status, requests, wait_event, wait_reason};
 
 /// (the VM, changes to it, reason, what condition and event say)
 const SPECS: &[(&str, &str, &str, &str)] = &[
@@ -34,17 +34,8 @@ const SPECS: &[(&str, &str, &str, &str)] = &[
 /// The one node offers seats, although nobody is there who could run them; kubelet keeps that.
 pub fn offer_seats(cluster: &Cluster) -> anyhow::Result<()> {
     let seats = json!({"ftvm.dev/seat": "4"});
-    let offer = json!({"status": {"capacity": seats, "allocatable": seats}}).to_string();
-    let words = [
-        "patch",
-        "node",
-        "n1",
-        "--subresource=status",
-        "--type=merge",
-        "-p",
-        &offer,
-    ];
-    cluster.kubectl(&words).map(drop)
+    let offer = json!({"capacity": seats, "allocatable": seats});
+    patch_status(cluster, "node", "n1", &offer)
 }
 
 /// A small VM that has the CPU of its node, for no daemon publishes any.
@@ -95,18 +86,8 @@ fn wait_pods(cluster: &Cluster, vm: &str, gone: &Value) -> anyhow::Result<Value>
 pub fn evicted(cluster: &Cluster, vm: &str) -> anyhow::Result<()> {
     let book = wait_pods(cluster, vm, &Value::Null)?;
     let seat = book[0]["name"].as_str().context("no seat")?;
-    let failed =
-        json!({"status": {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}});
-    let failed = failed.to_string();
-    cluster.kubectl(&[
-        "patch",
-        "pod",
-        seat,
-        "--subresource=status",
-        "--type=merge",
-        "-p",
-        &failed,
-    ])?;
+    let failed = json!({"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."});
+    patch_status(cluster, "pod", seat, &failed)?;
     wait_pods(cluster, vm, &book[0]["podUid"])?;
     wait_event(cluster, vm, "SeatFailed", "Evicted: The node was low on resource")
 }

@@ -4,7 +4,7 @@ use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::{Cluster, wait_for};
 use serde_json::{Value, json};
 
-use super::{PATIENCE, cpus, troubles};
+use super::{PATIENCE, cpus, patch_status, troubles};
 
 /// (name, zone, CPUs, memory). The scheduler prefers the emptier node: without a wish to be in different zones both seats would be in `a`.
 const NODES: [(&str, &str, &str, &str); 3] = [
@@ -19,16 +19,8 @@ fn make(cluster: &Cluster) -> anyhow::Result<()> {
         let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}});
         cluster.apply(&node.to_string())?;
         let room = json!({"cpu": processors, "memory": memory, "pods": "10"});
-        let room = json!({"status": {"capacity": room, "allocatable": room}}).to_string();
-        cluster.kubectl(&[
-            "patch",
-            "node",
-            name,
-            "--type=merge",
-            "--subresource=status",
-            "-p",
-            &room,
-        ])?;
+        let room = json!({"capacity": room, "allocatable": room});
+        patch_status(cluster, "node", name, &room)?;
         cpus::beat(cluster, name)?;
     }
     Ok(())

@@ -252,6 +252,7 @@ impl Endpoints {
                 Some((endpoint, Err(error))) => {
                     let error = error.to_string();
                     endpoint.unreached.store(true, Ordering::Relaxed);
+                    // Not only slow: even where there is no other one, what others have put back meanwhile is not believed in.
                     self.failed(endpoint, &error);
                     errors.push((endpoint, error));
                 }

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::testing::Folder;
-use std::sync::mpsc::{RecvError, channel};
 use std::sync::{Arc, Mutex};
 
 /// The registering side of a kubelet.
@@ -112,22 +111,14 @@ async fn next_health(answers: &mut Answers) -> String {
 #[tokio::test]
 async fn no_device_is_healthy_before_the_first_self_test_has_passed() {
     let folder = Folder::new("untested");
-    let (passed, passes) = channel::<()>();
-    let passes = Arc::new(Mutex::new(passes));
-    let test = move || {
-        passes
-            .lock()
-            .unwrap()
-            .recv()
-            .map_err(|error: RecvError| error.to_string())
-    };
+    let (tested, pass) = Tested::held();
     let plugin = Plugin {
         options: options(&folder),
-        tested: Tested::every(Duration::from_secs(3600), test),
+        tested,
     };
     let mut answers = plugin.watch();
     assert_eq!(next_health(&mut answers).await, UNHEALTHY);
-    passed.send(()).unwrap();
+    pass.send(()).unwrap();
     assert_eq!(next_health(&mut answers).await, HEALTHY);
 }
 
