@@ -126,7 +126,7 @@ pub struct SeatEntry {
     #[serde(default, rename = "hostIP", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 45))]
     pub host_ip: Option<String>,
-    /// The pod is being deleted, its container has ended, and its daemon said that no engine of it runs any more.
+    /// The pod is being deleted, and its daemon said that no engine of it runs and that none is begun any more.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub engine_ended: bool,
     /// Since when the seat has been without an engine that joins, though the VM needs one.

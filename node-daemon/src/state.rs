@@ -8,6 +8,7 @@
 //!     control.sock              its control listener
 //!     exit.json                 its exit report, written by itself
 //!     peers.json                peers that were set by request, and the configured ones in whose place they are
+//!     over.json                 of a pod that is being deleted: no engine is begun for it any more
 //!     engine.log, console.log   its messages, the guest's console
 //!     header, journal           unless the configuration puts them elsewhere
 //! ```
@@ -237,6 +238,12 @@ impl SeatFolder {
     /// Remembers an engine, durably.
     pub fn set_engine(&self, record: &EngineRecord) -> Result<(), StateError> {
         self.write_json("engine.json", record)
+    }
+
+    /// Whether it has this file.
+    pub fn has(&self, name: &str) -> Result<bool, StateError> {
+        let path = self.file(name);
+        path.try_exists().map_err(io_error("looking for", &path))
     }
 
     /// Replaces a JSON file of this folder, durably and in one step.

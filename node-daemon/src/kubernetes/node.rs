@@ -194,6 +194,7 @@ impl Node {
         added.set_seat_id(seat.seat_id);
         added.set_former(seat.former.clone());
         let pod_seat = Arc::new(PodSeat::new(added, handed, seat.recipe.clone()));
+        pod_seat.is_published();
         let node_seat = NodeSeat {
             publisher: Publisher::new(pod),
             requests,
@@ -229,7 +230,8 @@ impl Node {
     /// A seat whose pod is gone: hand over, end, forget.
     fn let_go(&self, id: SeatId, seat: &Arc<NodeSeat>) {
         seat.pod.end();
-        if seat.pod.seat.has_engine() {
+        // Not while one is only just being launched either.
+        if !seat.pod.seat.retire() {
             return;
         }
         self.daemon.forget(&seat.pod.seat);

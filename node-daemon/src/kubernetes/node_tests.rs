@@ -187,3 +187,38 @@ fn an_engine_that_is_cut_off_is_published_with_a_code() {
         (17, "halt and start it; protected by b")
     );
 }
+
+/// What is said on the pod last: once its engine has ended, and never while one may be there.
+#[test]
+fn a_deleted_pod_says_when_its_engine_has_ended_for_good() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    seat.pod.is_published();
+    let said = || seat.publisher.due(&seat).map(|(_, published)| published);
+    assert!(!said().unwrap().over);
+    seat.pod.end();
+    assert!(!said().unwrap().over, "its engine runs");
+    rig.seat.kill();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    let published = said().unwrap();
+    assert!(published.over && published.incarnation.is_none());
+    seat.publisher.written(published);
+    assert_eq!(said(), None, "it is there");
+}
+
+/// Whoever was told that its pod is gone forgets it only once none is on its way.
+#[test]
+fn a_seat_whose_pod_is_gone_is_forgotten_once_it_can_have_no_engine() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    seat.is_gone();
+    node.reconcile(&[], &[]);
+    assert_eq!(seats(&node), [POD], "its engine runs");
+    rig.seat.kill();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    node.reconcile(&[], &[]);
+    assert_eq!(seats(&node), [""; 0]);
+    assert!(seat.pod.seat.is_retired());
+}

@@ -393,7 +393,7 @@ fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
                 entry.node = pod.node.clone().or(entry.node.take());
                 entry.pod_ip = pod.pod_ip.clone().or(entry.pod_ip.take());
                 entry.host_ip = pod.host_ip.clone().or(entry.host_ip.take());
-                entry.engine_ended = former::engine_ended(pod, record);
+                entry.engine_ended = former::engine_ended(pod);
             }
             None => former::forget(entry, uid, seen, record),
         }

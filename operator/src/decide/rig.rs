@@ -507,6 +507,7 @@ impl World {
             });
             pod.published = Ok(SeatPublished {
                 last_exit,
+                over: true,
                 ..SeatPublished::default()
             });
         } else if pod.deleting {
