@@ -439,6 +439,7 @@ impl World {
             host_ip: None,
             phase: PodPhase::Pending,
             ready: false,
+            no_sandbox: false,
             deleting: false,
             unschedulable: None,
             first_start: None,
