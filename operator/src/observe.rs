@@ -194,6 +194,11 @@ impl Observed {
 }
 
 impl NodeSeen {
+    /// Which machine it is, as its kubelet tells it.
+    pub fn machine(&self) -> Option<&str> {
+        self.boot.as_deref()?.split_once('/').map(|(machine, _)| machine)
+    }
+
     /// Has it all of these labels?
     pub fn has_labels(&self, labels: &BTreeMap<String, String>) -> bool {
         let mut labels = labels.iter();

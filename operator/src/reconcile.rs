@@ -459,6 +459,7 @@ async fn admit(
         let pod = seen.pods.get(seat);
         entry.pod_uid = Some(uid.to_owned());
         entry.node = pod.and_then(|pod| pod.node.clone());
+        entry.machine = entry.node.as_deref().and_then(|node| decide::machine(seen, node));
         entry.pod_ip = pod.and_then(|pod| pod.pod_ip.clone());
         entry.host_ip = pod.and_then(|pod| pod.host_ip.clone());
     }

@@ -48,6 +48,8 @@ impl NodeSeat {
 pub struct Node {
     /// Its name.
     pub name: String,
+    /// Which machine it is, as kubelet tells it.
+    machine: Option<String>,
     daemon: Arc<Daemon>,
     leases: Leases,
     hierarchies: Hierarchies,
@@ -58,9 +60,16 @@ pub struct Node {
 
 impl Node {
     /// With the seats that an earlier daemon remembered; their engines are adopted.
-    pub fn new(name: String, daemon: Arc<Daemon>, leases: Leases, hierarchies: Hierarchies) -> Node {
+    pub fn new(
+        name: String,
+        machine: Option<String>,
+        daemon: Arc<Daemon>,
+        leases: Leases,
+        hierarchies: Hierarchies,
+    ) -> Node {
         let node = Node {
             name,
+            machine,
             daemon,
             leases,
             hierarchies,
@@ -135,7 +144,7 @@ impl Node {
             };
             let vm = vms.iter().find(is_it);
             let vm = vm.ok_or_else(|| format!("there is no FaultTolerantVM {namespace}/{name}"))?;
-            book::seat(pod, vm, &self.name)
+            book::seat(pod, vm, &self.name, self.machine.as_deref())
         });
         let existing = self.lock().get(&id).cloned();
         match genuine {

@@ -31,12 +31,13 @@ pub(in crate::kubernetes) fn node(folder: &Folder) -> Node {
     let daemon = Daemon::new(settings, StateFolder::open(&state).unwrap());
     let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
     let leases = Leases::new(Server::new(&config).unwrap()).unwrap();
-    Node::new("one".to_owned(), daemon, leases, Hierarchies::read().unwrap())
+    let machine = Some("machine".to_owned());
+    Node::new("one".to_owned(), machine, daemon, leases, Hierarchies::read().unwrap())
 }
 
 /// A seat of this node whose engine says what a test wants.
 pub(in crate::kubernetes) fn add_running(node: &Node, rig: &Rig) -> Arc<NodeSeat> {
-    let known = book::seat(&pod(POD), &vm(POD), "one").unwrap();
+    let known = book::seat(&pod(POD), &vm(POD), "one", Some("machine")).unwrap();
     let id = known.seat_id;
     let seat = Arc::new(NodeSeat {
         publisher: Publisher::new(Some(&pod(POD))),
@@ -133,7 +134,7 @@ fn of_earlier_pods_it_is_told_whether_they_have_ended() {
     let since = "2026-11-27T00:00:00Z";
     let (here, elsewhere, ended): (SeatId, SeatId, SeatId) = (POD.parse().unwrap(), SeatId(0x1), SeatId(0x2));
     let vm = vm_with_former(&json!([
-        {"uid": here.to_string(), "node": "one", "missingSince": since},
+        {"uid": here.to_string(), "node": "one", "boot": "machine/1", "missingSince": since},
         {"uid": elsewhere.to_string(), "node": "two", "missingSince": since},
         {"uid": ended.to_string(), "node": "two", "missingSince": since, "ended": true},
     ]));

@@ -25,6 +25,8 @@ pub(super) fn engine_ended(pod: &PodSeen) -> bool {
 /// The pod is gone; the record and the seat's header may name it for a long time.
 pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record: Option<&Record>) {
     let node = entry.node.as_deref().and_then(|node| seen.nodes.get(node));
+    // Another machine may have the node's name by now, whose boots and whose daemon say nothing of the one where the pod was.
+    let node = node.filter(|node| node.machine().is_some() && node.machine() == entry.machine.as_deref());
     entry.former.push(FormerPod {
         uid,
         boot: node.and_then(|node| node.boot.clone()),
@@ -39,6 +41,7 @@ pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record
         entry.former.remove(oldest);
     }
     entry.pod_uid = None;
+    entry.machine = None;
     entry.pod_ip = None;
     entry.host_ip = None;
     entry.engine_ended = false;

@@ -205,6 +205,28 @@ fn a_machine_that_was_booted_since_proves_it() {
     assert_eq!(look(true, Some("machine/second")), [true]);
 }
 
+/// A machine was set up under the name of the one where the pod was, before that was missed: its boots prove nothing of the former one, which may only be cut
+/// off, and its daemon is not asked for it.
+#[test]
+fn another_machine_of_the_nodes_name_proves_nothing() {
+    let mut world = protected();
+    let entry = active(&world);
+    assert_eq!(entry.machine.as_deref(), Some("machine"));
+    let (seat, node) = (entry.name, entry.node.unwrap());
+    let tell = |world: &mut World, boot: &str| {
+        world.nodes.get_mut(&node).unwrap().boot = Some(boot.to_owned());
+        world.step();
+    };
+    tell(&mut world, "other/first");
+    assert_eq!(world.entry(&seat).unwrap().machine.as_deref(), Some("machine"));
+    world.nodes.values_mut().for_each(|node| node.schedulable = false);
+    world.pods.remove(&seat);
+    assert!(world.step());
+    assert_eq!(world.entry(&seat).unwrap().former[0].boot, None);
+    tell(&mut world, "other/second");
+    assert_eq!(ended(&world, &seat), [false]);
+}
+
 /// What a node proves may be old in a cache.
 #[test]
 fn a_proof_is_looked_at_past_every_cache() {
