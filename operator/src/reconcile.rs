@@ -208,8 +208,9 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
             return Ok(Next::requeue(jittered(CONFLICT)));
         }
     }
-    let recheck = decision.recheck.into_iter().chain(restore(&seen, &objects, context).await?);
-    Ok(pause(recheck.min(), seen.waits()).map_or_else(Next::await_change, Next::requeue))
+    let again = restore(&seen, &objects, context).await?;
+    let recheck = decision.recheck.into_iter().chain(again).min();
+    Ok(pause(recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue))
 }
 
 /// Makes identities anew that somebody deleted: without one kubelet makes no sandbox, and nothing tells the operator why. When to look again.

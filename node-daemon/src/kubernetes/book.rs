@@ -137,7 +137,8 @@ pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) 
 /// Was it on this very machine? Another one that has the node's name by now knows nothing of what runs there.
 fn was_here(former: &FormerPod, node: &str, machine: Option<&str>) -> bool {
     let on = former.boot.as_deref().and_then(|boot| boot.split_once('/'));
-    let same = on.zip(machine).is_some_and(|((on, _), here)| on.eq_ignore_ascii_case(here));
+    let both = on.zip(machine);
+    let same = both.is_some_and(|((on, _), here)| on.eq_ignore_ascii_case(here));
     former.node.as_deref() == Some(node) && same
 }
 
@@ -152,6 +153,14 @@ fn former(of: &SeatEntry, own: &SeatEntry, node: &str, machine: Option<&str>) ->
         })
     });
     former.collect()
+}
+
+/// Is this an earlier pod of one of its seats? The operator enters one only once the API server itself has said that it is gone.
+pub fn has_former(vm: &FaultTolerantVM, pod: SeatId) -> bool {
+    let seats = vm.status.iter().flat_map(|status| &status.seats);
+    let mut former = seats.flat_map(|seat| &seat.former);
+    let uid = pod.to_string();
+    former.any(|former| former.uid == uid)
 }
 
 /// Another seat of the virtual machine, once it can be reached.

@@ -9,7 +9,7 @@ use crate::bridges::AllowedBridges;
 use crate::config::JailConfig;
 use crate::daemon::Settings;
 use crate::seat::testing::Rig;
-use crate::state::StateFolder;
+use crate::state::{EngineRecord, StateFolder, boot_id, start_time};
 use crate::testing::Folder;
 
 const POD: &str = "00000000-0000-4000-8000-00000000000a";
@@ -222,4 +222,34 @@ fn a_seat_whose_pod_is_gone_is_forgotten_once_it_can_have_no_engine() {
     node.reconcile(&[], &[]);
     assert_eq!(seats(&node), [""; 0]);
     assert!(seat.pod.seat.is_retired());
+}
+
+/// What can't be read keeps nobody waiting once nothing of it can run, and not before.
+#[test]
+fn a_pod_that_cant_be_read_is_forgotten_once_it_and_its_engine_are_gone() {
+    let folder = Folder::new("node");
+    let path = folder.path().join("state/seats").join(POD);
+    std::fs::create_dir_all(&path).unwrap();
+    std::fs::write(path.join(REMEMBERED), "{").unwrap();
+    let node = node(&folder);
+    let id: SeatId = POD.parse().unwrap();
+    let former = vm_with_former(&json!([{"uid": POD, "node": "one", "missingSince": "2026-11-27T00:00:00Z"}]));
+    let pid = std::process::id().cast_signed();
+    let mut engine = EngineRecord {
+        incarnation: ftvm_protocol::identity::Incarnation { seat: id, start: 1 },
+        pid,
+        start_time: start_time(pid).unwrap(),
+        boot_id: boot_id().unwrap(),
+        uid: None,
+    };
+    let state = node.daemon.state();
+    let look = |vm: Arc<FaultTolerantVM>, engine: &EngineRecord| {
+        state.pod(id).unwrap().set_engine(engine).unwrap();
+        node.reconcile(&[], &[vm]);
+        state.has_pod(id)
+    };
+    assert!(look(former.clone(), &engine), "its engine runs");
+    engine.start_time += 1;
+    assert!(look(vm(OTHER), &engine), "its pod may be there");
+    assert!(!look(former, &engine));
 }
