@@ -92,6 +92,9 @@ pub struct SeatPublished {
     pub last_exit: Option<SeatExit>,
     /// The last request that was executed.
     pub done_request: Option<DoneRequest>,
+    /// The pod is being deleted, no engine of it runs, and none is begun any more, by this daemon or a later one: never taken back.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub over: bool,
     /// Average length of epochs in milliseconds as of this writing; no reason to write soon.
     pub interval_ms: Option<u32>,
     /// Average time in milliseconds that output waited for the standby, as of this writing; no reason to write soon.

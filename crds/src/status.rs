@@ -118,6 +118,10 @@ pub struct SeatEntry {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub node: Option<String>,
+    /// Which machine that node was when the pod was bound to it, as its kubelet tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub machine: Option<String>,
     /// IP of the pod, where the engine's link listens (port 7000).
     #[serde(default, rename = "podIP", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 45))]
@@ -126,7 +130,7 @@ pub struct SeatEntry {
     #[serde(default, rename = "hostIP", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 45))]
     pub host_ip: Option<String>,
-    /// The pod is being deleted, its container has ended, and its daemon said that no engine of it runs any more.
+    /// The pod is being deleted, and its daemon said that no engine of it runs and that none is begun any more.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub engine_ended: bool,
     /// Since when the seat has been without an engine that joins, though the VM needs one.
@@ -148,7 +152,7 @@ pub struct FormerPod {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub node: Option<String>,
-    /// Which machine the node was when the pod was missed, and its boot: MACHINE/BOOT, as kubelet tells them.
+    /// Which machine the node was when the pod was missed, and its boot: MACHINE/BOOT, as kubelet tells them. Missing if it was another one by then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub boot: Option<String>,

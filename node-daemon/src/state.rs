@@ -8,6 +8,7 @@
 //!     control.sock              its control listener
 //!     exit.json                 its exit report, written by itself
 //!     peers.json                peers that were set by request, and the configured ones in whose place they are
+//!     over.json                 of a pod that is being deleted: no engine is begun for it any more
 //!     engine.log, console.log   its messages, the guest's console
 //!     header, journal           unless the configuration puts them elsewhere
 //! ```
@@ -234,9 +235,29 @@ impl SeatFolder {
         self.read_json("engine.json")
     }
 
+    /// Whether the engine that was started last may be running: not if the machine was booted since, or no process has its number and start time.
+    pub fn may_have_engine(&self) -> Result<bool, StateError> {
+        let Some(record) = self.engine()? else {
+            return Ok(false);
+        };
+        if boot_id()? != record.boot_id {
+            return Ok(false);
+        }
+        let process = Path::new("/proc").join(record.pid.to_string());
+        let is_there = process.try_exists().map_err(io_error("looking for", &process))?;
+        // One that can't be looked at may be it.
+        Ok(is_there && start_time(record.pid).is_none_or(|time| time == record.start_time))
+    }
+
     /// Remembers an engine, durably.
     pub fn set_engine(&self, record: &EngineRecord) -> Result<(), StateError> {
         self.write_json("engine.json", record)
+    }
+
+    /// Whether it has this file.
+    pub fn has(&self, name: &str) -> Result<bool, StateError> {
+        let path = self.file(name);
+        path.try_exists().map_err(io_error("looking for", &path))
     }
 
     /// Replaces a JSON file of this folder, durably and in one step.
@@ -326,6 +347,36 @@ mod tests {
         seat.forget_engine().unwrap();
         assert_eq!(seat.engine().unwrap(), None);
         seat.forget_engine().unwrap();
+    }
+
+    #[test]
+    fn an_engine_may_run_unless_its_process_is_gone() {
+        let folder = Folder::new("may-run");
+        let seat = StateFolder::open(folder.path()).unwrap().seat("vm", "a").unwrap();
+        assert!(!seat.may_have_engine().unwrap(), "there was none");
+        let pid = std::process::id().cast_signed();
+        let own = EngineRecord {
+            incarnation: Incarnation {
+                seat: SeatId(1),
+                start: 2,
+            },
+            pid,
+            start_time: start_time(pid).unwrap(),
+            boot_id: boot_id().unwrap(),
+            uid: None,
+        };
+        let may_run = |change: fn(&mut EngineRecord)| {
+            let mut record = own.clone();
+            change(&mut record);
+            seat.set_engine(&record).unwrap();
+            seat.may_have_engine().unwrap()
+        };
+        assert!(may_run(|_| {}));
+        assert!(!may_run(|record| record.start_time += 1));
+        assert!(!may_run(|record| record.boot_id.push('x')));
+        assert!(!may_run(|record| record.pid = i32::MAX));
+        std::fs::write(seat.file("engine.json"), "{").unwrap();
+        assert!(seat.may_have_engine().is_err());
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 use std::fmt::Debug;
 
-use ftvm_crds::names::{ANNOTATION_NODES, ANNOTATION_REQUEST, FINALIZER, MANAGED_BY, authority_secret_name};
+use ftvm_crds::names::{
+    ANNOTATION_NODES, ANNOTATION_REQUEST, FINALIZER, MANAGED_BY, authority_secret_name, identity_secret_name,
+};
 use ftvm_crds::quantity::QuantityError;
 use ftvm_crds::seat::SeatRequest;
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, lease};
@@ -354,9 +356,36 @@ impl Objects {
     /// # Errors
     /// If the authority is gone or damaged, or the API server refuses.
     pub async fn issue_identity(&self, vm: &FaultTolerantVM, seat: &str, pod_uid: &str) -> Result<(), ApiError> {
+        let Some(secret) = self.identity(vm, seat, pod_uid).await? else {
+            return Ok(());
+        };
+        self.apply(&secret).await.map(|_| ())
+    }
+
+    /// Makes the identity of a pod anew if somebody deleted it: another key for the same name under the same authority, which is all that others go by. One that
+    /// is there stays as it is. True if it was gone.
+    ///
+    /// # Errors
+    /// If the authority is gone or damaged, or the API server refuses.
+    pub async fn restore_identity(&self, vm: &FaultTolerantVM, seat: &str, pod_uid: &str) -> Result<bool, ApiError> {
+        // As with the authority: an empty patch changes nothing.
+        match self.merge::<Secret>(&identity_secret_name(seat), json!({})).await {
+            Err(error) if error.is_gone() => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(false),
+        }
+        let Some(secret) = self.identity(vm, seat, pod_uid).await? else {
+            return Ok(false);
+        };
+        // Whoever was faster is right: it is written over nothing.
+        self.create(&secret).await.map(|()| true)
+    }
+
+    /// The identity of a pod; none if it is of no seat. The VM's authority is made with the first one.
+    async fn identity(&self, vm: &FaultTolerantVM, seat: &str, pod_uid: &str) -> Result<Option<Secret>, ApiError> {
         let status = vm.status.clone().unwrap_or_default();
         let Some(entry) = status.seats.iter().find(|entry| entry.name == seat) else {
-            return Ok(());
+            return Ok(None);
         };
         let name = authority_secret_name(&vm.name_any());
         // An empty patch is answered with the object: the operator has no right to read Secrets.
@@ -378,8 +407,7 @@ impl Objects {
             }
             Err(error) => return Err(error),
         };
-        let secret = build::identity_secret(vm, entry, pod_uid, &authority)?;
-        self.apply(&secret).await.map(|_| ())
+        Ok(Some(build::identity_secret(vm, entry, pod_uid, &authority)?))
     }
 }
 
@@ -403,7 +431,9 @@ fn failed<K: Resource<DynamicType = ()>>(verb: &'static str, name: &str) -> impl
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
+    use std::sync::Arc;
 
+    use ftvm_crds::SeatEntry;
     use ftvm_crds::seat::Order;
     use http_body_util::{BodyExt, Full};
     use hyper::body::{Bytes, Incoming};
@@ -414,6 +444,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::decide::rig;
 
     /// An API server that answers everything with 409 and this reason, and what is sent to it.
     async fn conflict(reason: &'static str) -> (Objects, mpsc::UnboundedReceiver<serde_json::Value>) {
@@ -440,6 +471,82 @@ mod tests {
         });
         let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
         (Objects::new(client, Metrics::new().unwrap(), "shop"), told)
+    }
+
+    /// An API server that has these Secrets, and what is made there.
+    async fn keeping(secrets: Vec<Secret>) -> (Objects, mpsc::UnboundedReceiver<serde_json::Value>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (sent, told) = mpsc::unbounded_channel();
+        let secrets = Arc::new(secrets);
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (sent, secrets) = (sent.clone(), secrets.clone());
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let (sent, secrets) = (sent.clone(), secrets.clone());
+                    async move {
+                        let makes = request.method() == "POST";
+                        let name = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+                        let body = request.into_body().collect().await.unwrap().to_bytes();
+                        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+                        let found = secrets.iter().find(|secret| secret.name_any() == name);
+                        let (code, answer) = match found {
+                            _ if makes => (201_u16, body.clone()),
+                            Some(secret) => (200, serde_json::to_value(secret).unwrap()),
+                            None => {
+                                let status = json!({"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404});
+                                (404, status)
+                            }
+                        };
+                        if makes {
+                            sent.send(body).unwrap();
+                        }
+                        let response = Response::builder()
+                            .status(code)
+                            .header("content-type", "application/json");
+                        Ok::<_, Infallible>(response.body(Full::new(Bytes::from(answer.to_string()))).unwrap())
+                    }
+                });
+                let http = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+        (Objects::new(client, Metrics::new().unwrap(), "shop"), told)
+    }
+
+    /// Somebody deleted it, and a sandbox that is made anew needs it.
+    #[tokio::test]
+    async fn an_identity_that_is_gone_is_made_anew_and_no_other_one() {
+        let uid = "0123abcd-0000-4000-8000-0000000000aa";
+        let mut vm = rig::vm();
+        let entry = SeatEntry {
+            name: "web-a".to_owned(),
+            pod_uid: Some(uid.to_owned()),
+            ..SeatEntry::default()
+        };
+        vm.status = Some(FaultTolerantVMStatus {
+            seats: vec![entry],
+            ..FaultTolerantVMStatus::default()
+        });
+        let authority = build::secret_of_authority(&vm, &build::authority(&vm, None).unwrap());
+        let (objects, mut told) = keeping(vec![authority.clone()]).await;
+        assert!(objects.restore_identity(&vm, "web-a", uid).await.unwrap());
+        let made: Secret = serde_json::from_value(told.recv().await.unwrap()).unwrap();
+        assert_eq!(made.name_any(), "web-a-identity");
+        assert_eq!(made.owner_references()[0].uid, uid);
+        let part = |secret: &Secret, key: &str| secret.data.as_ref().unwrap()[key].clone();
+        assert_eq!(part(&made, "authority.pem"), part(&authority, "tls.crt"));
+        // One that is there is what an engine may be going by.
+        let (objects, mut told) = keeping(vec![authority, made]).await;
+        assert!(!objects.restore_identity(&vm, "web-a", uid).await.unwrap());
+        assert!(told.try_recv().is_err());
+        // Another authority would be one that nobody trusts.
+        let (objects, mut told) = keeping(Vec::new()).await;
+        let refused = objects.restore_identity(&vm, "web-a", uid).await.unwrap_err();
+        assert!(matches!(refused, ApiError::AuthorityGone(_)), "{refused}");
+        assert!(told.try_recv().is_err());
     }
 
     #[tokio::test]

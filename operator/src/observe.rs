@@ -17,6 +17,8 @@ use kube::ResourceExt;
 
 /// Letters of what kubelet says of a node's machine and its boot: two UUIDs.
 const BOOT_MAX: usize = 128;
+/// The condition of a pod that kubelet has made a sandbox for, with volumes and network (Kubernetes 1.29).
+pub const HAS_SANDBOX: &str = "PodReadyToStartContainers";
 /// Letters of what a container said last.
 const SAID_MAX: usize = 500;
 
@@ -102,6 +104,8 @@ pub struct PodSeen {
     pub phase: PodPhase,
     /// Its readiness.
     pub ready: bool,
+    /// kubelet says that it has no sandbox, which needs all its volumes, its identity among them.
+    pub no_sandbox: bool,
     /// It is being deleted.
     pub deleting: bool,
     /// What the scheduler says of it.
@@ -197,6 +201,11 @@ impl PodSeen {
 }
 
 impl NodeSeen {
+    /// Which machine it is, as its kubelet tells it.
+    pub fn machine(&self) -> Option<&str> {
+        self.boot.as_deref()?.split_once('/').map(|(machine, _)| machine)
+    }
+
     /// Has it all of these labels?
     pub fn has_labels(&self, labels: &BTreeMap<String, String>) -> bool {
         let mut labels = labels.iter();
@@ -268,6 +277,7 @@ pub fn pod(vm: &FaultTolerantVM, pod: &Pod) -> Option<(String, PodSeen)> {
         )
     });
     let ready = condition("Ready").is_some_and(|condition| condition.status == "True");
+    let no_sandbox = condition(HAS_SANDBOX).is_some_and(|condition| condition.status == "False");
     let filled = |text: Option<String>| text.filter(|text| !text.is_empty());
     let seen = PodSeen {
         uid: pod.uid().unwrap_or_default(),
@@ -278,6 +288,7 @@ pub fn pod(vm: &FaultTolerantVM, pod: &Pod) -> Option<(String, PodSeen)> {
         host_ip: filled(status.host_ip),
         phase,
         ready,
+        no_sandbox,
         deleting: pod.metadata.deletion_timestamp.is_some(),
         unschedulable: unschedulable.map(|condition| condition.message.unwrap_or_default()),
         first_start,

@@ -19,7 +19,7 @@ use crate::decide::{self, Action, Decision, Want, decide, want};
 use crate::events::{Events, RECONCILE_FAILED};
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
-use crate::observe::{Observed, Refusal};
+use crate::observe::{Observed, PodPhase, Refusal};
 use crate::refusal::{self, Last, Refused};
 use crate::{random, status};
 
@@ -29,6 +29,8 @@ const SHARED_EVERY: Duration = Duration::from_secs(3600);
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 /// Longest wait after a refusal: whoever raises a quota does not look on for minutes.
 const REFUSED_MAX: Duration = Duration::from_secs(60);
+/// A pod may be without a sandbox so long before its identity is looked for, and at most so long until the next look.
+const IDENTITY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(600));
 /// Wait after a conflict: the watch tells of the new version soon.
 const CONFLICT: Duration = Duration::from_millis(500);
 
@@ -60,8 +62,34 @@ pub struct Memory {
     /// What came of the last attempt to make something.
     last: Last,
     shared: Option<(u64, Instant)>,
+    identities: Looks,
     /// resourceVersion of the VM after what this process wrote last, and when that was.
     written: Option<(u64, Instant)>,
+}
+
+/// Looks for the identities of pods that have no sandbox, later and later.
+#[derive(Debug, Default, Clone, Copy)]
+struct Looks {
+    done: u32,
+    next: Option<Instant>,
+}
+
+impl Looks {
+    /// Whether one is due, and when the next one is; `lack`: some pod has no sandbox.
+    fn turn(&mut self, lack: bool, now: Instant) -> (bool, Option<Duration>) {
+        if !lack {
+            *self = Looks::default();
+            return (false, None);
+        }
+        let next = *self.next.get_or_insert(now + IDENTITY.0);
+        if now < next {
+            return (false, Some(next - now));
+        }
+        self.done = self.done.saturating_add(1);
+        let wait = IDENTITY.0.saturating_mul(1 << self.done.min(16)).min(IDENTITY.1);
+        self.next = Some(now + wait);
+        (true, Some(wait))
+    }
 }
 
 /// One look.
@@ -180,7 +208,31 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
             return Ok(Next::requeue(jittered(CONFLICT)));
         }
     }
-    Ok(pause(decision.recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue))
+    let again = restore(&seen, &objects, context).await?;
+    let recheck = decision.recheck.into_iter().chain(again).min();
+    Ok(pause(recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue))
+}
+
+/// Makes identities anew that somebody deleted: without one kubelet makes no sandbox, and nothing tells the operator why. When to look again.
+async fn restore(seen: &Observed, objects: &Objects, context: &Context) -> Result<Option<Duration>, ApiError> {
+    let pods = without_sandbox(seen);
+    let turn = |memory: &mut Memory| memory.identities.turn(!pods.is_empty(), Instant::now());
+    let (due, again) = context.remember(&seen.vm, turn);
+    for (seat, uid) in pods.iter().filter(|_| due) {
+        if objects.restore_identity(&seen.vm, seat, uid).await? {
+            tracing::warn!(vm = %seen.vm.name_any(), %seat, "its identity was gone and is made anew");
+        }
+    }
+    Ok(again)
+}
+
+/// Seats and UIDs of pods that are in the book, stay, and have no sandbox: no program of theirs runs, so none reads an identity that comes meanwhile.
+fn without_sandbox(seen: &Observed) -> Vec<(String, String)> {
+    let book = seen.status().seats;
+    let stay = book.iter().filter(|entry| !entry.leaving);
+    let pods = stay.filter_map(|entry| Some((entry.name.clone(), decide::pod(seen, entry)?)));
+    let lacking = pods.filter(|(_, pod)| pod.no_sandbox && !pod.deleting && pod.phase != PodPhase::Finished);
+    lacking.map(|(seat, pod)| (seat, pod.uid.clone())).collect()
 }
 
 /// What came to nothing in a look. It holds back no more than it has to.
@@ -408,6 +460,7 @@ async fn admit(
         let pod = seen.pods.get(seat);
         entry.pod_uid = Some(uid.to_owned());
         entry.node = pod.and_then(|pod| pod.node.clone());
+        entry.machine = entry.node.as_deref().and_then(|node| decide::machine(seen, node));
         entry.pod_ip = pod.and_then(|pod| pod.pod_ip.clone());
         entry.host_ip = pod.and_then(|pod| pod.host_ip.clone());
     }
@@ -663,6 +716,38 @@ mod tests {
             let words = (told.reason.as_str(), told.message.as_str());
             assert_eq!(words, (status::API_SERVER_REFUSES, "no: pay first"));
         }
+    }
+
+    /// Any pod has none for a while after it was placed, and one may have none for long for another reason.
+    #[test]
+    fn identities_are_looked_for_later_and_later() {
+        let (mut looks, begin) = (Looks::default(), Instant::now());
+        assert_eq!(looks.turn(false, begin), (false, None));
+        assert_eq!(looks.turn(true, begin), (false, Some(IDENTITY.0)));
+        let mut now = begin + IDENTITY.0;
+        for wait in [20, 40, 80, 160, 320, 600, 600].map(Duration::from_secs) {
+            assert_eq!(looks.turn(true, now), (true, Some(wait)));
+            assert_eq!(looks.turn(true, now), (false, Some(wait)), "by the way");
+            now += wait;
+        }
+        assert_eq!(looks.turn(false, now), (false, None));
+        assert_eq!(looks.turn(true, now), (false, Some(IDENTITY.0)));
+    }
+
+    #[test]
+    fn only_pods_that_stay_and_have_no_sandbox_may_lack_their_identity() {
+        let mut world = World::new(3);
+        assert!(world.settle(60));
+        let seat = world.book()[0].clone();
+        assert!(without_sandbox(&world.observe()).is_empty());
+        world.pods.get_mut(&seat.name).unwrap().no_sandbox = true;
+        let lacking = (seat.name.clone(), seat.pod_uid.unwrap());
+        assert_eq!(without_sandbox(&world.observe()), [lacking]);
+        world.pods.get_mut(&seat.name).unwrap().deleting = true;
+        assert!(without_sandbox(&world.observe()).is_empty());
+        let pod = world.pods.get_mut(&seat.name).unwrap();
+        (pod.deleting, pod.uid) = (false, "another".to_owned());
+        assert!(without_sandbox(&world.observe()).is_empty(), "not admitted");
     }
 
     #[test]

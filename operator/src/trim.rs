@@ -12,6 +12,8 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use crate::observe::HAS_SANDBOX;
+
 /// Written by `kubectl apply`: the whole object once more.
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
@@ -48,7 +50,8 @@ pub fn pod(pod: &mut Pod) {
 
 fn pod_status(status: PodStatus) -> PodStatus {
     let conditions = status.conditions.into_iter().flatten();
-    let conditions = conditions.filter(|condition| ["PodScheduled", "Ready"].contains(&condition.type_.as_str()));
+    let read = ["PodScheduled", HAS_SANDBOX, "Ready"];
+    let conditions = conditions.filter(|condition| read.contains(&condition.type_.as_str()));
     let conditions = conditions.map(|condition| PodCondition {
         type_: condition.type_,
         status: condition.status,
@@ -226,6 +229,7 @@ mod tests {
                 "status": {
                     "phase": phase, "reason": "Evicted", "message": "the node was low", "podIP": "10.0.0.1", "hostIP": "10.1.0.1", "qosClass": "Guaranteed",
                     "conditions": [
+                        {"type": "PodReadyToStartContainers", "status": "False"},
                         {"type": "Initialized", "status": "True"},
                         {"type": "PodScheduled", "status": "False", "message": "0/3 nodes", "reason": "Unschedulable"},
                         {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-02T03:04:05Z"},

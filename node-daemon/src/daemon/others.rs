@@ -40,50 +40,81 @@ impl Daemon {
             return Some(seat.report(seat_id, patience));
         }
         let remembered = self.state.has_pod(seat_id);
-        seats.iter().find_map(|seat| seat.report_of_former(seat_id, remembered))
+        let all = seats.iter();
+        all.filter_map(|seat| seat.report_of_former(seat_id, remembered))
+            .reduce(joined)
     }
 
-    /// Reports of these seats: from here, or from the daemons that the configuration names beside them.
+    /// Reports of these seats: from here, and from the daemons that the configuration names beside them.
     pub(super) fn ask_seats(&self, vm: &str, seats: &[SeatId], deadline: Duration) -> Vec<SeatReport> {
-        let until = Instant::now() + deadline;
-        seats
-            .iter()
-            .filter_map(|seat_id| self.ask_seat(vm, *seat_id, until))
+        let begin = Instant::now();
+        // Others may take all the time that they get, and an answer that comes late is none.
+        let (until, until_told) = (begin + deadline, begin + deadline * 7 / 8);
+        let mut of_vm = self.all_seats();
+        of_vm.retain(|seat| seat.config().vm == vm);
+        let here = |seat_id: &SeatId| {
+            let patience = until.saturating_duration_since(Instant::now());
+            self.report(&of_vm, *seat_id, patience.min(STATUS_PATIENCE))
+        };
+        let here: Vec<_> = seats.iter().map(here).collect();
+        let all = seats.iter().zip(here);
+        all.filter_map(|(seat_id, here)| self.ask_on(vm, &of_vm, *seat_id, here, until_told))
             .collect()
     }
 
-    fn ask_seat(&self, vm: &str, seat_id: SeatId, until: Instant) -> Option<SeatReport> {
-        let patience = until.saturating_duration_since(Instant::now());
-        if let Some(report) = self.local_report(seat_id, patience.min(STATUS_PATIENCE)) {
-            return Some(report);
+    /// Asks others for what is not known here of a seat.
+    fn ask_on(
+        &self,
+        vm: &str,
+        of_vm: &[Arc<Seat>],
+        seat_id: SeatId,
+        here: Option<SeatReport>,
+        until: Instant,
+    ) -> Option<SeatReport> {
+        let is_here = of_vm.iter().any(|seat| seat.seat_id() == Some(seat_id));
+        // Of a seat of this node, and of a pod that it has not forgotten, nobody knows more.
+        if is_here || self.state.has_pod(seat_id) {
+            return here;
+        }
+        let own = of_vm.iter().any(|seat| seat.had(seat_id));
+        let whole = |report: &SeatReport| {
+            report.guest != GuestReport::Unknown && (own || report.header != HeaderReport::Unreadable)
+        };
+        if here.as_ref().is_some_and(whole) {
+            return here;
         }
         let request = Request::SeatReport { seat_id };
-        // A daemon that does not know the seat says nothing of it.
-        let useful = |response| match response {
-            Response::SeatReport { report } if report.seat == seat_id && report != unknown(seat_id) => Some(report),
-            _ => None,
-        };
-        let here = self.peer_daemons(vm).into_iter().find_map(|socket| {
+        let local = self.peer_daemons(vm).into_iter().filter_map(|socket| {
             let patience = until.saturating_duration_since(Instant::now());
-            client::ask(&socket, &request, patience).ok().and_then(useful)
+            client::ask(&socket, &request, patience).ok()
         });
-        let elsewhere = || {
-            let mut daemons = self.elsewhere(vm);
-            if daemons.iter().any(|daemon| daemon.seat == seat_id) {
-                daemons.retain(|daemon| daemon.seat == seat_id);
+        let elsewhere = std::iter::once_with(|| self.elsewhere_of(vm, seat_id)).flatten();
+        let elsewhere = elsewhere.filter_map(|daemon| {
+            let asked = peer::ask(&daemon.own, daemon.seat, daemon.address, &request, until);
+            let told = asked.map_err(|error| tracing::warn!("seat {}: {}", daemon.seat, explain(&error)));
+            told.ok()
+        });
+        let mut known = here;
+        // One that does not know whether it has ended is not the last one that is asked.
+        for report in local.chain(elsewhere).filter_map(|response| useful(response, seat_id)) {
+            known = Some(match known {
+                Some(known) => joined(known, report),
+                None => report,
+            });
+            if known.as_ref().is_some_and(whole) {
+                break;
             }
-            // Else it may be an earlier pod of a seat that one of them has.
-            daemons.into_iter().find_map(|daemon| {
-                let asked = peer::ask(&daemon.own, daemon.seat, daemon.address, &request, until);
-                let told = asked.map_err(|error| tracing::warn!("seat {}: {}", daemon.seat, explain(&error)));
-                told.ok().and_then(useful)
-            })
-        };
-        here.or_else(elsewhere).or_else(|| {
-            let of_vm = self.all_seats().into_iter().filter(|seat| seat.config().vm == vm);
-            let remembered = self.state.has_pod(seat_id);
-            of_vm.into_iter().find_map(|seat| seat.knows_ended(seat_id, remembered))
-        })
+        }
+        known
+    }
+
+    /// Daemons of other machines to ask about a seat: the one that has it, or all, for it may be an earlier pod of a seat that one of them has.
+    fn elsewhere_of(&self, vm: &str, seat_id: SeatId) -> Vec<Elsewhere> {
+        let mut daemons = self.elsewhere(vm);
+        if daemons.iter().any(|daemon| daemon.seat == seat_id) {
+            daemons.retain(|daemon| daemon.seat == seat_id);
+        }
+        daemons
     }
 
     /// Daemons of other machines that have seats of this virtual machine.
@@ -165,6 +196,32 @@ impl Daemon {
     }
 }
 
+/// What two say of a seat: each may know what the other one does not. That somebody has the guest counts more than that nobody does.
+fn joined(one: SeatReport, other: SeatReport) -> SeatReport {
+    let header = match one.header {
+        HeaderReport::Unreadable => other.header,
+        known => known,
+    };
+    let guest = match (one.guest, other.guest) {
+        (GuestReport::Present, _) | (_, GuestReport::Present) => GuestReport::Present,
+        (GuestReport::None, _) | (_, GuestReport::None) => GuestReport::None,
+        (GuestReport::Unknown, GuestReport::Unknown) => GuestReport::Unknown,
+    };
+    SeatReport {
+        seat: one.seat,
+        header,
+        guest,
+    }
+}
+
+/// What is told of this seat. A daemon that does not know it says nothing of it.
+fn useful(response: Response, seat_id: SeatId) -> Option<SeatReport> {
+    match response {
+        Response::SeatReport { report } if report.seat == seat_id && report != unknown(seat_id) => Some(report),
+        _ => None,
+    }
+}
+
 /// What a daemon says of a seat that it does not have.
 pub(super) fn unknown(seat: SeatId) -> SeatReport {
     SeatReport {
@@ -238,3 +295,7 @@ impl Answers for ForOthers {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "others_tests.rs"]
+mod tests;

@@ -7,7 +7,8 @@ use ftvm_crds::names::{
     FILE_DISK, FILE_HEADER, FILE_JOURNAL, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PORT_DAEMON, PORT_LINK,
 };
 use ftvm_crds::{
-    Attachment, Contents, CpuBaseline, FaultTolerantVM, FileCompression, FileFormat, SeatEntry, mac, quantity,
+    Attachment, Contents, CpuBaseline, FaultTolerantVM, FileCompression, FileFormat, FormerPod, SeatEntry, mac,
+    quantity,
 };
 use ftvm_protocol::identity::{SeatId, VmId};
 use k8s_openapi::api::core::v1::Pod;
@@ -69,11 +70,11 @@ pub fn seat_id(pod: &Pod) -> Option<SeatId> {
     pod.metadata.uid.as_deref()?.parse().ok()
 }
 
-/// The seat that this pod is, or why it is none.
+/// The seat that this pod is on this node and machine, or why it is none.
 ///
 /// # Errors
 /// What does not fit, for people.
-pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str) -> Result<Seat, String> {
+pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) -> Result<Seat, String> {
     let uid = pod.metadata.uid.as_deref().unwrap_or_default();
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let namespace = pod.metadata.namespace.clone().unwrap_or_default();
@@ -126,21 +127,40 @@ pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str) -> Result<Seat, String>
         vm_id,
         seat_id,
         wanted: !entry.leaving,
-        former: book.iter().flat_map(|other| former(other, entry, node)).collect(),
+        former: book
+            .iter()
+            .flat_map(|other| former(other, entry, node, machine))
+            .collect(),
     })
 }
 
-/// Earlier pods of a seat, as they are for `own` on this node.
-fn former(of: &SeatEntry, own: &SeatEntry, node: &str) -> Vec<Former> {
+/// Was it on this very machine? Another one that has the node's name by now knows nothing of what runs there.
+fn was_here(former: &FormerPod, node: &str, machine: Option<&str>) -> bool {
+    let on = former.boot.as_deref().and_then(|boot| boot.split_once('/'));
+    let both = on.zip(machine);
+    let same = both.is_some_and(|((on, _), here)| on.eq_ignore_ascii_case(here));
+    former.node.as_deref() == Some(node) && same
+}
+
+/// Earlier pods of a seat, as they are for `own` on this node and machine.
+fn former(of: &SeatEntry, own: &SeatEntry, node: &str, machine: Option<&str>) -> Vec<Former> {
     let former = of.former.iter().filter_map(|former| {
         Some(Former {
             seat_id: former.uid.parse().ok()?,
             own: of.name == own.name,
-            here: former.node.as_deref() == Some(node),
+            here: was_here(former, node, machine),
             ended: former.ended,
         })
     });
     former.collect()
+}
+
+/// Is this an earlier pod of one of its seats? The operator enters one only once the API server itself has said that it is gone.
+pub fn has_former(vm: &FaultTolerantVM, pod: SeatId) -> bool {
+    let seats = vm.status.iter().flat_map(|status| &status.seats);
+    let mut former = seats.flat_map(|seat| &seat.former);
+    let uid = pod.to_string();
+    former.any(|former| former.uid == uid)
 }
 
 /// Another seat of the virtual machine, once it can be reached.

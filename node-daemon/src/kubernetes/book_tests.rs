@@ -41,14 +41,20 @@ fn pod(change: impl FnOnce(&mut Value)) -> Pod {
     serde_json::from_value(pod).unwrap()
 }
 
+fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str) -> Result<Seat, String> {
+    super::seat(pod, vm, node, Some("machine"))
+}
+
 #[test]
 fn earlier_pods_of_all_seats_are_known() {
     let (own, other, bad) = (VM, PEER, "nobody");
     let since = "2026-11-27T00:00:00Z";
     let vm = vm(|vm| {
-        vm["status"]["seats"][0]["former"] = json!([{"uid": own, "node": "one", "missingSince": since}]);
+        let boot = "Machine/1";
+        vm["status"]["seats"][0]["former"] = json!([{"uid": own, "node": "one", "boot": boot, "missingSince": since}]);
         vm["status"]["seats"][1]["former"] = json!([
-            {"uid": other, "node": "one", "missingSince": since, "ended": true}, {"uid": bad, "missingSince": since},
+            {"uid": other, "node": "one", "boot": boot, "missingSince": since, "ended": true},
+            {"uid": bad, "missingSince": since},
         ]);
     });
     let seat = seat(&pod(|_| {}), &vm, "one").unwrap();
@@ -59,6 +65,25 @@ fn earlier_pods_of_all_seats_are_known() {
         ended,
     };
     assert_eq!(seat.former, [former(own, true, false), former(other, false, true)]);
+}
+
+/// A machine that was set up under the name of one that is only cut off has forgotten nothing.
+#[test]
+fn an_earlier_pod_was_here_if_node_and_machine_are_the_same() {
+    let here = |former: Value, machine: Option<&str>| {
+        let vm = vm(|vm| {
+            vm["status"]["seats"][0]["former"] = json!([former]);
+            vm["status"]["seats"][0]["former"][0]["uid"] = json!(PEER);
+            vm["status"]["seats"][0]["former"][0]["missingSince"] = json!("2026-11-27T00:00:00Z");
+        });
+        super::seat(&pod(|_| {}), &vm, "one", machine).unwrap().former[0].here
+    };
+    let machine = Some("machine");
+    assert!(here(json!({"node": "one", "boot": "machine/1"}), machine));
+    assert!(!here(json!({"node": "one", "boot": "other/1"}), machine));
+    assert!(!here(json!({"node": "two", "boot": "machine/1"}), machine));
+    assert!(!here(json!({"node": "one"}), machine), "nobody knows");
+    assert!(!here(json!({"node": "one", "boot": "machine/1"}), None));
 }
 
 #[test]

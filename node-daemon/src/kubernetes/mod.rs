@@ -15,6 +15,7 @@ mod book;
 mod cpu;
 pub mod health;
 mod kvm_test;
+mod machine;
 mod metrics;
 mod missing;
 mod node;
@@ -146,6 +147,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let hierarchies = Hierarchies::read().map_err(system("reading /proc/self/mountinfo"))?;
     let node = Arc::new(Node::new(
         options.node.clone(),
+        machine::machine(),
         daemon.clone(),
         leases.clone(),
         hierarchies,

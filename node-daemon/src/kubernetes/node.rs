@@ -1,6 +1,6 @@
 //! The seats of this node, as the API server's objects and the remembered ones have it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -48,24 +48,36 @@ impl NodeSeat {
 pub struct Node {
     /// Its name.
     pub name: String,
+    /// Which machine it is, as kubelet tells it.
+    machine: Option<String>,
     daemon: Arc<Daemon>,
     leases: Leases,
     hierarchies: Hierarchies,
     seats: Mutex<BTreeMap<SeatId, Arc<NodeSeat>>>,
     /// Why pods that look like seats are none.
     refused: Mutex<BTreeMap<SeatId, String>>,
+    /// Pods of which it can't be read what they were.
+    unread: Mutex<BTreeSet<SeatId>>,
 }
 
 impl Node {
     /// With the seats that an earlier daemon remembered; their engines are adopted.
-    pub fn new(name: String, daemon: Arc<Daemon>, leases: Leases, hierarchies: Hierarchies) -> Node {
+    pub fn new(
+        name: String,
+        machine: Option<String>,
+        daemon: Arc<Daemon>,
+        leases: Leases,
+        hierarchies: Hierarchies,
+    ) -> Node {
         let node = Node {
             name,
+            machine,
             daemon,
             leases,
             hierarchies,
             seats: Mutex::default(),
             refused: Mutex::default(),
+            unread: Mutex::default(),
         };
         for id in node.daemon.state().pods().unwrap_or_default() {
             let folder = node.daemon.state().pod(id);
@@ -77,7 +89,13 @@ impl Node {
                         tracing::warn!("{}", explain(&error));
                     }
                 }
-                Err(error) => tracing::error!("pod {id}: {}", explain(&error)),
+                Err(error) => {
+                    tracing::error!(
+                        "pod {id}: {}; nothing is said of it, so guests that it had may wait. It is read anew while the pod is there, and forgotten once its VM has it as an earlier pod and its engine has ended. If that does not come: make sure that no ftvm-engine of it runs, then remove its folder",
+                        explain(&error)
+                    );
+                    node.unread().insert(id);
+                }
             }
         }
         node
@@ -89,6 +107,10 @@ impl Node {
 
     fn refused(&self) -> MutexGuard<'_, BTreeMap<SeatId, String>> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unread(&self) -> MutexGuard<'_, BTreeSet<SeatId>> {
+        self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All seats.
@@ -125,6 +147,34 @@ impl Node {
         for (id, seat) in gone {
             self.let_go(id, &seat);
         }
+        self.forget_unread(vms);
+    }
+
+    /// Of pods that can't be read: those that are gone, and whose engines have ended, are forgotten as any others.
+    fn forget_unread(&self, vms: &[Arc<FaultTolerantVM>]) {
+        let unread = self.unread().clone();
+        for id in unread {
+            if self.lock().contains_key(&id) {
+                // Its pod is there: it was entered anew.
+                self.unread().remove(&id);
+                continue;
+            }
+            if !vms.iter().any(|vm| book::has_former(vm, id)) {
+                continue;
+            }
+            let state = self.daemon.state();
+            match state.pod(id).and_then(|folder| folder.may_have_engine()) {
+                Ok(true) => {}
+                Ok(false) => match state.forget_pod(id) {
+                    Ok(()) => {
+                        self.unread().remove(&id);
+                        tracing::info!(pod = %id, "its pod and its engine are gone: what could not be read is forgotten");
+                    }
+                    Err(error) => tracing::warn!("{}", explain(&error)),
+                },
+                Err(error) => tracing::debug!("pod {id}: {}", explain(&error)),
+            }
+        }
     }
 
     fn attend(&self, id: SeatId, pod: &Pod, vms: &[Arc<FaultTolerantVM>]) {
@@ -135,7 +185,7 @@ impl Node {
             };
             let vm = vms.iter().find(is_it);
             let vm = vm.ok_or_else(|| format!("there is no FaultTolerantVM {namespace}/{name}"))?;
-            book::seat(pod, vm, &self.name)
+            book::seat(pod, vm, &self.name, self.machine.as_deref())
         });
         let existing = self.lock().get(&id).cloned();
         match genuine {
@@ -194,6 +244,7 @@ impl Node {
         added.set_seat_id(seat.seat_id);
         added.set_former(seat.former.clone());
         let pod_seat = Arc::new(PodSeat::new(added, handed, seat.recipe.clone()));
+        pod_seat.is_published();
         let node_seat = NodeSeat {
             publisher: Publisher::new(pod),
             requests,
@@ -229,7 +280,8 @@ impl Node {
     /// A seat whose pod is gone: hand over, end, forget.
     fn let_go(&self, id: SeatId, seat: &Arc<NodeSeat>) {
         seat.pod.end();
-        if seat.pod.seat.has_engine() {
+        // Not while one is only just being launched either.
+        if !seat.pod.seat.retire() {
             return;
         }
         self.daemon.forget(&seat.pod.seat);

@@ -9,7 +9,7 @@ use crate::bridges::AllowedBridges;
 use crate::config::JailConfig;
 use crate::daemon::Settings;
 use crate::seat::testing::Rig;
-use crate::state::StateFolder;
+use crate::state::{EngineRecord, StateFolder, boot_id, start_time};
 use crate::testing::Folder;
 
 const POD: &str = "00000000-0000-4000-8000-00000000000a";
@@ -31,12 +31,13 @@ pub(in crate::kubernetes) fn node(folder: &Folder) -> Node {
     let daemon = Daemon::new(settings, StateFolder::open(&state).unwrap());
     let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
     let leases = Leases::new(Server::new(&config).unwrap()).unwrap();
-    Node::new("one".to_owned(), daemon, leases, Hierarchies::read().unwrap())
+    let machine = Some("machine".to_owned());
+    Node::new("one".to_owned(), machine, daemon, leases, Hierarchies::read().unwrap())
 }
 
 /// A seat of this node whose engine says what a test wants.
 pub(in crate::kubernetes) fn add_running(node: &Node, rig: &Rig) -> Arc<NodeSeat> {
-    let known = book::seat(&pod(POD), &vm(POD), "one").unwrap();
+    let known = book::seat(&pod(POD), &vm(POD), "one", Some("machine")).unwrap();
     let id = known.seat_id;
     let seat = Arc::new(NodeSeat {
         publisher: Publisher::new(Some(&pod(POD))),
@@ -133,7 +134,7 @@ fn of_earlier_pods_it_is_told_whether_they_have_ended() {
     let since = "2026-11-27T00:00:00Z";
     let (here, elsewhere, ended): (SeatId, SeatId, SeatId) = (POD.parse().unwrap(), SeatId(0x1), SeatId(0x2));
     let vm = vm_with_former(&json!([
-        {"uid": here.to_string(), "node": "one", "missingSince": since},
+        {"uid": here.to_string(), "node": "one", "boot": "machine/1", "missingSince": since},
         {"uid": elsewhere.to_string(), "node": "two", "missingSince": since},
         {"uid": ended.to_string(), "node": "two", "missingSince": since, "ended": true},
     ]));
@@ -186,4 +187,69 @@ fn an_engine_that_is_cut_off_is_published_with_a_code() {
         (published.code, published.why.as_str()),
         (17, "halt and start it; protected by b")
     );
+}
+
+/// What is said on the pod last: once its engine has ended, and never while one may be there.
+#[test]
+fn a_deleted_pod_says_when_its_engine_has_ended_for_good() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    seat.pod.is_published();
+    let said = || seat.publisher.due(&seat).map(|(_, published)| published);
+    assert!(!said().unwrap().over);
+    seat.pod.end();
+    assert!(!said().unwrap().over, "its engine runs");
+    rig.seat.kill();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    let published = said().unwrap();
+    assert!(published.over && published.incarnation.is_none());
+    seat.publisher.written(published);
+    assert_eq!(said(), None, "it is there");
+}
+
+/// Whoever was told that its pod is gone forgets it only once none is on its way.
+#[test]
+fn a_seat_whose_pod_is_gone_is_forgotten_once_it_can_have_no_engine() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    seat.is_gone();
+    node.reconcile(&[], &[]);
+    assert_eq!(seats(&node), [POD], "its engine runs");
+    rig.seat.kill();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    node.reconcile(&[], &[]);
+    assert_eq!(seats(&node), [""; 0]);
+    assert!(seat.pod.seat.is_retired());
+}
+
+/// What can't be read keeps nobody waiting once nothing of it can run, and not before.
+#[test]
+fn a_pod_that_cant_be_read_is_forgotten_once_it_and_its_engine_are_gone() {
+    let folder = Folder::new("node");
+    let path = folder.path().join("state/seats").join(POD);
+    std::fs::create_dir_all(&path).unwrap();
+    std::fs::write(path.join(REMEMBERED), "{").unwrap();
+    let node = node(&folder);
+    let id: SeatId = POD.parse().unwrap();
+    let former = vm_with_former(&json!([{"uid": POD, "node": "one", "missingSince": "2026-11-27T00:00:00Z"}]));
+    let pid = std::process::id().cast_signed();
+    let mut engine = EngineRecord {
+        incarnation: ftvm_protocol::identity::Incarnation { seat: id, start: 1 },
+        pid,
+        start_time: start_time(pid).unwrap(),
+        boot_id: boot_id().unwrap(),
+        uid: None,
+    };
+    let state = node.daemon.state();
+    let look = |vm: Arc<FaultTolerantVM>, engine: &EngineRecord| {
+        state.pod(id).unwrap().set_engine(engine).unwrap();
+        node.reconcile(&[], &[vm]);
+        state.has_pod(id)
+    };
+    assert!(look(former.clone(), &engine), "its engine runs");
+    engine.start_time += 1;
+    assert!(look(vm(OTHER), &engine), "its pod may be there");
+    assert!(!look(former, &engine));
 }

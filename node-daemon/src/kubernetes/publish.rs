@@ -84,6 +84,9 @@ impl Publisher {
         let mut state = self.lock();
         let now = self.outlook(&mut state, seat, &status);
         let written = state.written.as_ref()?;
+        if written.over {
+            seat.pod.said_over();
+        }
         let waits = state.next.is_some_and(|next| Instant::now() < next);
         // Known for the first time, or old.
         let old = (written.interval_ms.is_none() && now.interval_ms.is_some())
@@ -137,6 +140,8 @@ impl Publisher {
     }
 
     fn outlook(&self, state: &mut State, seat: &NodeSeat, status: &SeatStatus) -> SeatPublished {
+        // Before anything else: it stays true.
+        let over = seat.pod.is_over();
         note_exit(state, status);
         note_takeover(state, status);
         match &status.engine {
@@ -153,6 +158,7 @@ impl Publisher {
             last_takeover: state.last_takeover.clone(),
             last_exit: state.last_exit.clone(),
             done_request: seat.requests.done(),
+            over,
             arbiter_reachable: true,
             interval_ms: state.pace.interval_ms,
             lag_ms: state.pace.lag_ms,

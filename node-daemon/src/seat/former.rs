@@ -31,13 +31,14 @@ impl Seat {
         all.find(|former| former.seat_id == seat_id).copied()
     }
 
-    /// Of an earlier pod of this seat: what the disk that both have says, and whether it has ended. None if it is no such pod. `remembered`: this
-    /// node's daemon has not forgotten it.
+    /// Of an earlier pod of any seat: whether it has ended, and if it was of this seat, what the disk that both have says. None if it is no such pod.
+    /// `remembered`: this node's daemon has not forgotten it.
     pub fn report_of_former(&self, seat_id: SeatId, remembered: bool) -> Option<SeatReport> {
-        let former = self.former(seat_id).filter(|former| former.own)?;
+        let former = self.former(seat_id)?;
+        let found = former.own.then(|| self.header_report());
         // A disk that was made anew knows nothing of it.
-        let header = match self.header_report() {
-            HeaderReport::Found(header) if header.incarnations.iter().any(|of| of.seat == seat_id) => {
+        let header = match found {
+            Some(HeaderReport::Found(header)) if header.incarnations.iter().any(|of| of.seat == seat_id) => {
                 HeaderReport::Found(header)
             }
             _ => HeaderReport::Unreadable,
@@ -49,15 +50,9 @@ impl Seat {
         })
     }
 
-    /// That an earlier pod of any seat has ended. What its disk says only the daemon knows that has it.
-    pub fn knows_ended(&self, seat_id: SeatId, remembered: bool) -> Option<SeatReport> {
-        let guest = self.former(seat_id)?.guest(remembered);
-        let header = HeaderReport::Unreadable;
-        (guest == GuestReport::None).then_some(SeatReport {
-            seat: seat_id,
-            header,
-            guest,
-        })
+    /// Whether it is an earlier pod of this seat, whose disk nobody else can read.
+    pub fn had(&self, seat_id: SeatId) -> bool {
+        self.former(seat_id).is_some_and(|former| former.own)
     }
 }
 

@@ -16,6 +16,7 @@ mod attend;
 pub mod failover;
 mod former;
 mod informed;
+mod over;
 mod peers;
 mod start;
 
@@ -97,6 +98,14 @@ struct Inner {
     engine: Option<Engine>,
     /// An engine may be running that could not be reached or read of: nothing is started and nothing is said of it.
     doubt: bool,
+    /// It was looked for an engine of an earlier daemon.
+    looked: bool,
+    /// An engine is being launched.
+    launching: bool,
+    /// No engine is begun any more.
+    retired: bool,
+    /// That is remembered for later daemons.
+    over: bool,
     starts: u64,
     /// Failures in a row, for the pause before the next start.
     failures: u32,
@@ -127,6 +136,10 @@ struct Engine {
 }
 
 impl Inner {
+    fn has_engine(&self) -> bool {
+        self.engine.is_some() || self.doubt || self.launching || !self.looked
+    }
+
     fn holds_swaps(&self) -> bool {
         let engine = self.engine.as_ref().map(|engine| engine.incarnation);
         self.swaps_held.is_some() && self.swaps_held == engine
@@ -187,6 +200,7 @@ impl Seat {
         })?;
         let in_force = peers::in_force(&config, &folder);
         let configured_peers = std::mem::replace(&mut config.link.peers, in_force);
+        let over = folder.has(over::FILE)?;
         let inner = Inner {
             config,
             configured_peers,
@@ -197,6 +211,10 @@ impl Seat {
             code: 0,
             engine: None,
             doubt: false,
+            looked: false,
+            launching: false,
+            retired: over,
+            over,
             starts: 0,
             failures: 0,
             next_start: None,
@@ -224,6 +242,7 @@ impl Seat {
     /// The supervising thread; returns when the seat was removed.
     pub fn run(self: &Arc<Seat>) {
         self.adopt();
+        self.inner().looked = true;
         loop {
             let (removing, has_engine) = {
                 let inner = self.inner();
@@ -235,7 +254,7 @@ impl Seat {
                 return;
             } else {
                 match self.pause_before_start() {
-                    Some(Duration::ZERO) => self.start(),
+                    Some(Duration::ZERO) => self.launch(),
                     pause => self.sleep(pause),
                 }
             }
@@ -277,7 +296,8 @@ impl Seat {
         if inner.doubt || inner.phase == Phase::Stopped {
             return None;
         }
-        if let Some(missing) = missing {
+        let retired = inner.retired.then(|| (Phase::Waiting, "its pod ends".to_owned()));
+        if let Some(missing) = missing.or(retired) {
             (inner.phase, inner.why) = missing;
             return None;
         }
@@ -368,10 +388,9 @@ impl Seat {
         self.inner().engine.as_ref().map(|engine| engine.incarnation)
     }
 
-    /// Whether an engine runs, or may be running.
+    /// Whether an engine runs, or may be running, or is about to.
     pub fn has_engine(&self) -> bool {
-        let inner = self.inner();
-        inner.engine.is_some() || inner.doubt
+        self.inner().has_engine()
     }
 
     /// Tells the engine to end, without touching the record.
@@ -474,7 +493,9 @@ impl Seat {
         let header = self.header_report();
         let (doubt, running) = {
             let inner = self.inner();
-            (inner.doubt, inner.engine.is_some())
+            let running = inner.engine.is_some();
+            // Before it was looked for one of an earlier daemon nothing is known.
+            (inner.doubt || (!inner.looked && !running), running)
         };
         let guest = match (doubt, running) {
             (true, _) => GuestReport::Unknown,

@@ -24,6 +24,10 @@ pub(super) const STATUS_PATIENCE: Duration = Duration::from_millis(500);
 const LEAVE_MAX: Duration = Duration::from_secs(40);
 /// An engine that was told to end does so within this time, or is killed.
 pub(super) const END_MAX: Duration = Duration::from_secs(5);
+/// The program of a pod that is deleted ends after what is said on the pod last; it waits at most so long for that.
+const WORD_MAX: Duration = Duration::from_secs(5);
+/// Whether its pod is deleted is told the daemon within this time after the program was.
+const NEWS_MAX: Duration = Duration::from_secs(1);
 
 /// How far a seat's program is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -76,7 +80,19 @@ pub struct PodSeat {
     recipe: Mutex<Recipe>,
     progress: Mutex<Progress>,
     ending: Mutex<Ending>,
+    farewell: Mutex<Farewell>,
     pub(super) cut_off: Mutex<Option<CutOff>>,
+}
+
+/// What is said on the pod last has to be there before the pod goes with its program.
+#[derive(Debug, Default)]
+struct Farewell {
+    /// Something is said on the pod.
+    due: bool,
+    /// It is there.
+    told: bool,
+    /// Since when the program could end but for this.
+    since: Option<Instant>,
 }
 
 /// Whether the seat is to go.
@@ -100,8 +116,23 @@ impl PodSeat {
             recipe: Mutex::new(recipe),
             progress: Mutex::default(),
             ending: Mutex::new(Ending::No),
+            farewell: Mutex::default(),
             cut_off: Mutex::default(),
         }
+    }
+
+    /// What becomes of it is said on its pod.
+    pub fn is_published(&self) {
+        self.farewell().due = true;
+    }
+
+    /// The pod says that this is over.
+    pub fn said_over(&self) {
+        self.farewell().told = true;
+    }
+
+    fn farewell(&self) -> MutexGuard<'_, Farewell> {
+        self.farewell.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How far the program is.
@@ -180,7 +211,28 @@ impl PodSeat {
             );
             *ending = Ending::No;
             self.handed.set_ending(false);
+            drop(ending);
+            self.farewell().since = None;
         }
+    }
+
+    fn is_deleted(&self) -> bool {
+        matches!(*self.ending(), Ending::ForGood)
+    }
+
+    /// Whether its pod is being deleted, no engine of it runs, and none is begun any more, by this daemon or a later one. True for good.
+    pub fn is_over(&self) -> bool {
+        (self.is_deleted() || self.seat.is_retired()) && self.seat.is_over()
+    }
+
+    /// May the program end?
+    fn may_go(&self) -> bool {
+        let patience = if self.is_deleted() { WORD_MAX } else { NEWS_MAX };
+        let mut farewell = self.farewell();
+        if !farewell.due || farewell.told {
+            return true;
+        }
+        farewell.since.get_or_insert_with(Instant::now).elapsed() >= patience
     }
 
     fn end_because(self: &Arc<Self>, why: Ending) {
@@ -214,7 +266,7 @@ impl PodSeat {
 
     /// What the program has to know now.
     pub(super) fn outlook(&self) -> ToSeat {
-        if self.ends() && !self.seat.has_engine() {
+        if self.ends() && !self.seat.has_engine() && self.may_go() {
             let why = self.seat.status(Duration::ZERO).why;
             return ToSeat::End { code: 0, why };
         }
@@ -271,3 +323,7 @@ pub fn role_name(role: Role) -> &'static str {
         Role::Ended => "ended",
     }
 }
+
+#[cfg(test)]
+#[path = "seat_tests.rs"]
+mod tests;

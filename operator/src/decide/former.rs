@@ -3,30 +3,30 @@
 //! The record goes on naming a pod that is gone until a guest runs again, and no disk is booted before that proof: an object that the API server
 //! lacks may have been deleted by force, while its node went on.
 
-use ftvm_crds::seat::SeatPublished;
 use ftvm_crds::{FormerPod, SeatEntry};
-use ftvm_protocol::record::{Phase, Record};
+use ftvm_protocol::record::Record;
 
 use super::run::whole_seconds;
 use super::{has_engine, names};
-use crate::observe::{NodeSeen, Observed, PodPhase, PodSeen};
+use crate::observe::{NodeSeen, Observed, PodSeen};
 
 /// Most earlier pods of a seat that the book keeps.
 pub const FORMER_MAX: usize = 8;
 /// Put on a node by a person who made sure that it is switched off.
 pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 
-/// The pod ends, its daemon said so of the engine that there was, and no other one is begun: all its containers have ended, or the record says Stopped.
-pub(super) fn engine_ended(pod: &PodSeen, record: Option<&Record>) -> bool {
-    let told = |published: &SeatPublished| published.last_exit.is_some();
-    let told = pod.published.as_ref().is_ok_and(told);
-    let stopped = record.is_some_and(|record| record.phase == Phase::Stopped);
-    pod.deleting && (stopped || pod.phase == PodPhase::Finished) && told && !has_engine(pod)
+/// The pod is being deleted, and its daemon said that no engine of it runs, nor is begun any more. That is true for good, whatever the record says now or
+/// later; a record that says Stopped proves nothing by itself: it may be started over, by an engine that was begun a moment before.
+pub(super) fn engine_ended(pod: &PodSeen) -> bool {
+    let over = pod.published.as_ref().is_ok_and(|published| published.over);
+    pod.deleting && over && !has_engine(pod)
 }
 
 /// The pod is gone; the record and the seat's header may name it for a long time.
 pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record: Option<&Record>) {
     let node = entry.node.as_deref().and_then(|node| seen.nodes.get(node));
+    // Another machine may have the node's name by now, whose boots and whose daemon say nothing of the one where the pod was.
+    let node = node.filter(|node| node.machine().is_some() && node.machine() == entry.machine.as_deref());
     entry.former.push(FormerPod {
         uid,
         boot: node.and_then(|node| node.boot.clone()),
@@ -41,6 +41,7 @@ pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record
         entry.former.remove(oldest);
     }
     entry.pod_uid = None;
+    entry.machine = None;
     entry.pod_ip = None;
     entry.host_ip = None;
     entry.engine_ended = false;

@@ -96,9 +96,9 @@ fn a_pod_that_was_bound_to_no_node_had_no_engine() {
     assert!(entry.former[0].ended);
 }
 
-/// All of it is needed: the daemon's word, kubelet's, and that nothing begins anew there.
+/// The daemon's word alone says it, and only of a pod that is being deleted.
 #[test]
-fn an_engine_has_ended_when_daemon_and_kubelet_say_so() {
+fn an_engine_has_ended_when_its_daemon_says_so() {
     let world = protected();
     let mut pod = world.pods[&active(&world).name].clone();
     let incarnation = pod.published.as_ref().unwrap().incarnation.unwrap();
@@ -111,23 +111,60 @@ fn an_engine_has_ended_when_daemon_and_kubelet_say_so() {
     (pod.deleting, pod.phase) = (true, PodPhase::Finished);
     pod.published = Ok(SeatPublished {
         last_exit,
+        over: true,
         ..SeatPublished::default()
     });
-    assert!(engine_ended(&pod, None));
+    assert!(engine_ended(&pod));
+    pod.phase = PodPhase::Running;
+    pod.published.as_mut().unwrap().last_exit = None;
+    assert!(engine_ended(&pod), "there was none, and the program waits to be told");
+    pod.phase = PodPhase::Finished;
     for change in [
         (|pod: &mut PodSeen| pod.deleting = false) as fn(&mut PodSeen),
-        |pod| pod.phase = PodPhase::Running,
-        |pod| pod.published.as_mut().unwrap().last_exit = None,
+        |pod| pod.published.as_mut().unwrap().over = false,
         |pod| {
             let published = pod.published.as_mut().unwrap();
-            published.incarnation = published.last_exit.as_ref().map(|exit| exit.incarnation);
+            let seat = pod.uid.parse().unwrap();
+            published.incarnation = Some(Incarnation { seat, start: 1 });
             published.role = Some(SeatRole::Starting);
         },
     ] {
         let mut pod = pod.clone();
         change(&mut pod);
-        assert!(!engine_ended(&pod, None), "{pod:?}");
+        assert!(!engine_ended(&pod), "{pod:?}");
     }
+}
+
+/// It ended, and the record says Stopped: its daemon may begin another engine before it is told of the deletion, and that one may join a guest that
+/// somebody else is asked to start.
+#[test]
+fn an_engine_that_ended_under_a_stop_proves_nothing() {
+    let mut world = protected();
+    let active = active(&world);
+    world.lease.as_mut().unwrap().0.record.phase = Phase::Stopped;
+    let pod = world.pods.get_mut(&active.name).unwrap();
+    let incarnation = pod.published.as_ref().unwrap().incarnation.unwrap();
+    pod.deleting = true;
+    pod.published = Ok(SeatPublished {
+        last_exit: Some(SeatExit {
+            incarnation,
+            code: 0,
+            message: String::new(),
+            unix_ms: 1,
+        }),
+        ..SeatPublished::default()
+    });
+    world.step();
+    assert!(!world.entry(&active.name).unwrap().engine_ended);
+    let pod = world.pods.get_mut(&active.name).unwrap();
+    pod.published.as_mut().unwrap().over = true;
+    assert!(world.step());
+    assert!(world.entry(&active.name).unwrap().engine_ended);
+    // Whatever becomes of the record.
+    world.lease.as_mut().unwrap().0.record.phase = Phase::Running;
+    world.pods.remove(&active.name);
+    assert!(world.step());
+    assert_eq!(ended(&world, &active.name), [true]);
 }
 
 #[test]
@@ -166,6 +203,28 @@ fn a_machine_that_was_booted_since_proves_it() {
     assert_eq!(look(true, Some("other/second")), [false]);
     assert_eq!(look(true, None), [false]);
     assert_eq!(look(true, Some("machine/second")), [true]);
+}
+
+/// A machine was set up under the name of the one where the pod was, before that was missed: its boots prove nothing of the former one, which may only be cut
+/// off, and its daemon is not asked for it.
+#[test]
+fn another_machine_of_the_nodes_name_proves_nothing() {
+    let mut world = protected();
+    let entry = active(&world);
+    assert_eq!(entry.machine.as_deref(), Some("machine"));
+    let (seat, node) = (entry.name, entry.node.unwrap());
+    let tell = |world: &mut World, boot: &str| {
+        world.nodes.get_mut(&node).unwrap().boot = Some(boot.to_owned());
+        world.step();
+    };
+    tell(&mut world, "other/first");
+    assert_eq!(world.entry(&seat).unwrap().machine.as_deref(), Some("machine"));
+    world.nodes.values_mut().for_each(|node| node.schedulable = false);
+    world.pods.remove(&seat);
+    assert!(world.step());
+    assert_eq!(world.entry(&seat).unwrap().former[0].boot, None);
+    tell(&mut world, "other/second");
+    assert_eq!(ended(&world, &seat), [false]);
 }
 
 /// What a node proves may be old in a cache.

@@ -373,6 +373,11 @@ impl AcceptedLoss<'_> {
     }
 }
 
+/// Which machine a node is, as its kubelet tells it.
+pub fn machine(seen: &Observed, node: &str) -> Option<String> {
+    seen.nodes.get(node)?.machine().map(str::to_owned)
+}
+
 /// The annotation, if it makes sense.
 pub fn accepted_loss(seen: &Observed) -> Option<AcceptedLoss<'_>> {
     let text = seen.vm.annotations().get(ANNOTATION_ACCEPT_DATA_LOSS)?.trim();
@@ -394,11 +399,15 @@ fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
         };
         match seen.pods.get(&entry.name).filter(|pod| pod.uid == uid) {
             Some(pod) => {
+                if entry.node.is_none() {
+                    // In one write with the node, before which no daemon takes the pod for a seat: later another machine may have its name.
+                    entry.machine = pod.node.as_deref().and_then(|node| machine(seen, node));
+                }
                 // What was known stays: a pod that ends loses its IP, and nobody needs that told.
                 entry.node = pod.node.clone().or(entry.node.take());
                 entry.pod_ip = pod.pod_ip.clone().or(entry.pod_ip.take());
                 entry.host_ip = pod.host_ip.clone().or(entry.host_ip.take());
-                entry.engine_ended = former::engine_ended(pod, record);
+                entry.engine_ended = former::engine_ended(pod);
             }
             None => former::forget(entry, uid, seen, record),
         }

@@ -439,6 +439,7 @@ impl World {
             host_ip: None,
             phase: PodPhase::Pending,
             ready: false,
+            no_sandbox: false,
             deleting: false,
             unschedulable: None,
             first_start: None,
@@ -507,6 +508,7 @@ impl World {
             });
             pod.published = Ok(SeatPublished {
                 last_exit,
+                over: true,
                 ..SeatPublished::default()
             });
         } else if pod.deleting {
