@@ -495,7 +495,8 @@ mod tests {
                             _ if makes => (201_u16, body.clone()),
                             Some(secret) => (200, serde_json::to_value(secret).unwrap()),
                             None => {
-                                let status = json!({"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404});
+                                let status =
+                                    json!({"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404});
                                 (404, status)
                             }
                         };

@@ -98,7 +98,7 @@ fn whoever_knows_something_of_an_earlier_pod_is_asked() {
         header,
         guest: GuestReport::None,
     };
-    assert_eq!(ask(), [told.clone()]);
+    assert_eq!(ask(), std::slice::from_ref(&told));
     // Also where it is one of a seat of this node, which does not know whether it has ended.
     let former = Former {
         seat_id: ASKED,

@@ -9,7 +9,9 @@ const FILES: [&str; 2] = ["/sys/class/dmi/id/product_uuid", "/proc/1/root/etc/ma
 pub fn machine() -> Option<String> {
     let found = first(&FILES.map(Path::new));
     if found.is_none() {
-        tracing::warn!("it can't be told which machine this is: nothing is said of pods that were here and are forgotten");
+        tracing::warn!(
+            "it can't be told which machine this is: nothing is said of pods that were here and are forgotten"
+        );
     }
     found
 }
