@@ -273,6 +273,15 @@ fn identities_are_what_the_engine_expects() {
 fn damaged_authorities_are_named_errors() {
     let vm = vm();
     let mut secret = secret_of_authority(&vm, &authority(&vm, None).unwrap());
+    let key = secret.data.as_mut().unwrap().get_mut("tls.key").unwrap();
+    let whole = std::mem::replace(&mut key.0, b"-----BEGIN PRIVATE KEY-----".to_vec());
+    let error = authority(&vm, Some(&secret)).err().unwrap();
+    assert!(
+        matches!(error, IdentityError::Authority { key: "tls.key", .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("restore it from a backup"), "{error}");
+    secret.data.as_mut().unwrap().get_mut("tls.key").unwrap().0 = whole;
     secret.data.as_mut().unwrap().remove("tls.crt");
     assert!(matches!(
         authority(&vm, Some(&secret)),

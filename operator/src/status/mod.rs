@@ -32,6 +32,8 @@ pub const CPU_CHOSEN: &str = "CpuChosen";
 
 /// Reason of a VM for which something can't be made.
 pub const API_SERVER_REFUSES: &str = "ApiServerRefuses";
+/// Reason of a VM whose seats can't have identities.
+pub const AUTHORITY_UNUSABLE: &str = "AuthorityUnusable";
 
 /// Reason of a guest that stands still until a standby has joined.
 const PAUSED: &str = "Paused";

@@ -51,7 +51,7 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
     }
     found.extend(nobody_boots(seen));
     if let Some(refused) = &seen.refused {
-        found.push(obstacle(API_SERVER_REFUSES, refused.message.clone()));
+        found.push(obstacle(refused.reason, refused.message.clone()));
     }
     let book = seen.status().seats;
     found.extend(

@@ -256,6 +256,7 @@ fn what_is_refused_is_told_until_it_is_made() {
     let before = world.vm.status.clone().unwrap();
     let mut seen = world.observe();
     seen.refused = Some(Refusal {
+        reason: API_SERVER_REFUSES,
         message: "the API server refuses Pod a: pay first".to_owned(),
         wait: Duration::ZERO,
     });
@@ -280,6 +281,7 @@ fn what_is_refused_is_told_until_it_is_made() {
     assert!(world.settle(60));
     let mut seen = world.observe();
     seen.refused = Some(Refusal {
+        reason: API_SERVER_REFUSES,
         message: "pay first".to_owned(),
         wait: Duration::ZERO,
     });
@@ -298,6 +300,7 @@ fn a_refusal_that_differs_in_numbers_is_told_once() {
     let mut step = |pod: &str, why: &str| {
         let mut seen = world.observe();
         seen.refused = Some(Refusal {
+            reason: API_SERVER_REFUSES,
             message: format!("the API server refuses Pod {pod} in namespace shop ({why}): pay"),
             wait: Duration::from_secs(1),
         });
