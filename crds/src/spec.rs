@@ -390,11 +390,11 @@ pub enum WhenUnprotected {
     Pause,
 }
 
-/// Where the seats may run. The two seats are never in one topology domain.
+/// Where the seats may run. The two seats are never on one node, nor in one topology domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Placement {
-    /// Label of nodes whose values tell apart what may fail together: the node's name, a zone, a rack.
+    /// Label of nodes whose values tell apart what may fail together: the node's name, a zone, a rack. A node without it gets no seat.
     #[schemars(length(min = 1, max = 316))]
     pub topology_key: String,
     /// Wishes of the first and the second seat.

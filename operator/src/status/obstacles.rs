@@ -353,12 +353,14 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
             ),
         );
     }
-    if offers < 2 || text.contains("anti-affinity") {
-        let key = &seen.vm.spec.placement.topology_key;
+    let key = &seen.vm.spec.placement.topology_key;
+    let offering = seen.nodes.iter().filter(|(_, node)| node.ready && node.seats > 0);
+    let with_key = offering.filter(|(name, node)| cpu::domain(key, name, node).is_some());
+    if with_key.count() < 2 || text.contains("anti-affinity") {
         return obstacle(
             TOO_FEW_NODES,
             format!(
-                "seat {seat} can't be placed: two seats need two ready nodes with KVM that differ in {key}, and one more to replace a lost one: add a node ({text}){cpu}"
+                "seat {seat} can't be placed: two seats need two ready nodes with KVM that have the label {key} and differ in it, and one more to replace a lost one: add a node, or the label ({text}){cpu}"
             ),
         );
     }
