@@ -52,7 +52,7 @@ pub struct FaultTolerantVMSpec {
     /// Disks, in the order in which the guest sees them. Each seat has a volume of its own for each. Names, sizes and sources are fixed for the VM's life.
     #[schemars(length(min = 1, max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub disks: Vec<Disk>,
-    /// Network cards, in the order in which the guest sees them. Names, order and MAC addresses are fixed for the VM's life.
+    /// Network cards, in the order in which the guest sees them. Names, order and MAC addresses are fixed for the VM's life, the rest may be changed only while the VM is halted.
     #[serde(default)]
     #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub networks: Vec<Network>,

@@ -129,7 +129,7 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
         .into_iter()
         .filter(|rule| !examples().any(|(_, message)| rule.contains(message)));
     assert_eq!(untried.collect::<Vec<_>>(), Vec::<String>::new());
-    // Halted, machine and boot may change.
+    // Halted, machine, boot and networks may change.
     run_strategy(&cluster, "Halted")?;
     let before_it_has_stopped = "spec: {machine: {memory: 1Gi}}";
     let rule = "spec.machine changes only while the VM is halted";
@@ -146,6 +146,7 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
         halted,
     ])?;
     patch("spec: {machine: {memory: 1Gi, vcpus: 2}, boot: {cmdline: quiet}}")?;
+    patch("spec: {networks: [{name: front, bridge: {name: br1}}]}")?;
     let other_disk = "spec: {machine: {memory: 1Gi}, disks: [{name: other, size: 1Gi}]}";
     let accepted = expect_refusal(patch(other_disk), other_disk, "spec.disks: names and order are fixed");
     assert_eq!(accepted, None);
