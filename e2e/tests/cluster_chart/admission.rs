@@ -340,6 +340,9 @@ fn notes(installed: &Installed) {
         text.contains("rollout status daemonset/ftvm-node-daemon") && !text.contains("WARNING"),
         "{text}"
     );
+    let first = text.find("kubectl delete faulttolerantvms --all").unwrap();
+    let then = text.find("helm uninstall ftvm --namespace ftvm-system").unwrap();
+    assert!(first < then, "{text}");
     let label = "pod-security.kubernetes.io/enforce=baseline";
     installed
         .cluster
