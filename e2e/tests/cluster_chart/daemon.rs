@@ -131,7 +131,8 @@ fn a_daemon_swaps_the_records_of_its_nodes_vms_alone() {
     let patch = json!({"spec": {"leaseTransitions": 9}});
     refused(one.patches("lease", SHOP, "web", &patch), "cannot patch resource").unwrap();
     refused(one.creates(&lease("new", "n1")), "cannot create resource").unwrap();
-    refused(one.does(&["get", "leases", "--namespace", SHOP]), "cannot list resource").unwrap();
+    let list = ["get", "leases", "--namespace", SHOP];
+    refused(one.does(&list), "cannot list resource").unwrap();
     let delete: &[&str] = &["delete", "lease", "web", "--namespace", SHOP, "--wait=false"];
     refused(one.does(delete), "cannot delete resource").unwrap();
     give_everything(&installed, ACCOUNT);

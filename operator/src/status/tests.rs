@@ -421,7 +421,7 @@ fn nodes_that_lack_the_topologys_label_are_told_to_be_too_few() {
     world.vm.spec.placement.topology_key = "example.com/rack".to_owned();
     let text = "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector";
     world.pods.get_mut(&name).unwrap().unschedulable = Some(text.to_owned());
-    expect(&said(&mut world, PROTECTED), "TooFewNodes", "have the label example.com/rack");
+    expect(&said(&mut world, PROTECTED), "TooFewNodes", "example.com/rack");
 }
 
 /// What a daemon says of a bridge that is not for guests (`node-daemon/tests/seat_pod.rs`) reaches condition and event whole.
