@@ -32,6 +32,8 @@ pub const ANNOTATION_REQUEST: &str = "ftvm.dev/request";
 pub const ANNOTATION_CPU: &str = "ftvm.dev/cpu";
 /// Label on a node: alike on those that can give the same.
 pub const LABEL_CPU: &str = "ftvm.dev/cpu";
+/// Label that tells nodes apart, put on each by its kubelet (Kubernetes, "Well-Known Labels").
+pub const LABEL_HOSTNAME: &str = "kubernetes.io/hostname";
 /// Annotation on a VM, for people: each new value (a time, a word) asks for one switchover.
 pub const ANNOTATION_SWITCHOVER: &str = "ftvm.dev/switchover";
 /// Annotation on a VM, for people: each new value asks for one failure of the active, if the standby would take over.

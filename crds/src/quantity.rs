@@ -1,7 +1,12 @@
 //! Sizes as people write them in a spec: a whole number and `Mi`, `Gi` or `Ti`.
 
+use std::ops::RangeInclusive;
+
 /// Pattern of a size, the same for the API server (CEL) and here.
 pub const PATTERN: &str = "^[1-9][0-9]{0,6}(Mi|Gi|Ti)$";
+
+/// Least and most memory of a guest in MiB, the same for the API server (CEL) and the node-daemon.
+pub const MEMORY_MIB: RangeInclusive<u64> = 16..=1 << 20;
 
 /// A text that is no size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

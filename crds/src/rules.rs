@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::FaultTolerantVM;
 use crate::names::VM_NAME_LENGTH_MAX;
-use crate::quantity::PATTERN as SIZE;
+use crate::quantity::{MEMORY_MIB, PATTERN as SIZE};
 
 fn rule(rule: impl AsRef<str>, message: impl AsRef<str>) -> Value {
     json!({ "rule": rule.as_ref(), "message": message.as_ref() })
@@ -35,6 +35,7 @@ fn root() -> Value {
         ),
         fixed("machine"),
         fixed("boot"),
+        fixed("networks"),
     ])
 }
 
@@ -48,6 +49,10 @@ pub(crate) fn spec() -> Value {
             "self.networks.map(n, n.name) == oldSelf.networks.map(n, n.name)",
             "spec.networks: names and order are fixed for the VM's life: put back what was there, or make another VM",
         ),
+        rule(
+            "self.networks.all(n, !self.disks.exists(d, d.name == n.name))",
+            "a network and a disk have the same name, which tells them apart: choose another name for one of them, such as net-1",
+        ),
     ])
 }
 
@@ -60,6 +65,8 @@ pub(crate) fn disk() -> Value {
 }
 
 pub(crate) fn memory() -> Value {
+    let least = format!("{}Mi", MEMORY_MIB.start());
+    let most = format!("{}Ti", MEMORY_MIB.end() >> 20);
     json!([
         rule(
             format!("self.matches('{SIZE}')"),
@@ -67,9 +74,9 @@ pub(crate) fn memory() -> Value {
         ),
         rule(
             format!(
-                "!self.matches('{SIZE}') || (quantity(self).compareTo(quantity('16Mi')) >= 0 && quantity(self).compareTo(quantity('4Ti')) <= 0)"
+                "!self.matches('{SIZE}') || (quantity(self).compareTo(quantity('{least}')) >= 0 && quantity(self).compareTo(quantity('{most}')) <= 0)"
             ),
-            "memory must be from 16Mi to 4Ti: write for example 512Mi",
+            format!("memory must be from {least} to {most}: write for example 512Mi"),
         ),
     ])
 }

@@ -60,6 +60,17 @@ fn messages_say_what_to_write() {
     }
 }
 
+/// What the API server takes, the daemon takes, too.
+#[test]
+fn memory_is_bounded_by_one_constant() {
+    let mib = |text: &str| crate::quantity::bytes(text).unwrap() >> 20;
+    assert_eq!(mib("16Mi")..=mib("1Ti"), MEMORY_MIB);
+    let rules = memory().to_string();
+    for words in ["quantity('16Mi')) >= 0", "quantity('1Ti')) <= 0", "from 16Mi to 1Ti"] {
+        assert!(rules.contains(words), "{rules}");
+    }
+}
+
 #[test]
 fn defaults_are_in_the_schema() {
     let definition = definition();

@@ -52,7 +52,7 @@ pub struct FaultTolerantVMSpec {
     /// Disks, in the order in which the guest sees them. Each seat has a volume of its own for each. Names, sizes and sources are fixed for the VM's life.
     #[schemars(length(min = 1, max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub disks: Vec<Disk>,
-    /// Network cards, in the order in which the guest sees them. Names, order and MAC addresses are fixed for the VM's life.
+    /// Network cards, in the order in which the guest sees them. Names, order and MAC addresses are fixed for the VM's life, the rest may be changed only while the VM is halted.
     #[serde(default)]
     #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub networks: Vec<Network>,
@@ -390,11 +390,11 @@ pub enum WhenUnprotected {
     Pause,
 }
 
-/// Where the seats may run. The two seats are never in one topology domain.
+/// Where the seats may run. The two seats are never on one node, nor in one topology domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Placement {
-    /// Label of nodes whose values tell apart what may fail together: the node's name, a zone, a rack.
+    /// Label of nodes whose values tell apart what may fail together: the node's name, a zone, a rack. A node without it gets no seat.
     #[schemars(length(min = 1, max = 316))]
     pub topology_key: String,
     /// Wishes of the first and the second seat.

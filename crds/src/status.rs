@@ -90,7 +90,7 @@ pub enum VmPhase {
     Paused,
     /// The guest was asked to stop, or stopped by itself and is started again soon.
     Stopping,
-    /// No seat exists; disks are kept. Machine and boot may be changed now.
+    /// No seat exists; disks are kept. Machine, boot and networks may be changed now.
     Halted,
     /// The VM is being deleted.
     Deleting,

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use ftvm_cpu::CpuBaseline;
+use ftvm_crds::quantity::MEMORY_MIB;
 use ftvm_engine::control;
 use ftvm_protocol::identity::SeatId;
 use schemars::JsonSchema;
@@ -439,11 +440,11 @@ impl SeatConfig {
                 "1 to 16 are supported",
             );
         }
-        if !(16..=1 << 20).contains(&self.machine.memory_mib) {
+        if !MEMORY_MIB.contains(&self.machine.memory_mib) {
             return refuse(
                 at("machine.memory_mib"),
                 format!("{} MiB", self.machine.memory_mib),
-                "16 MiB to 1 TiB",
+                format!("{} MiB to {} TiB", MEMORY_MIB.start(), MEMORY_MIB.end() >> 20),
             );
         }
         if let Some(Err(error)) = self.machine.cpu.as_deref().map(CpuBaseline::from_text) {

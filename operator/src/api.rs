@@ -21,7 +21,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use crate::build::{self, IdentityError};
+use crate::build::{self, Authority, IdentityError};
 use crate::metrics::Metrics;
 
 /// Why something could not be done.
@@ -45,11 +45,26 @@ pub enum ApiError {
     /// A size in the spec is none.
     #[error("the VM's spec: {0}")]
     Quantity(#[from] QuantityError),
-    /// The authority is gone although seats have its certificates.
+    /// The authority is gone, and who may live trusts it alone.
     #[error(
-        "Secret {0} is gone, and running seats trust its certificate alone: restore it from a backup, or halt the VM and delete its pods' identities"
+        "Secret {name} is gone, and {trusts} trusts that authority alone: restore the Secret from a backup, with its labels and owner; or set spec.runStrategy to Halted, wait until the VM is halted, and start it: a new one is made once nobody trusts the old one"
     )]
-    AuthorityGone(String),
+    AuthorityGone {
+        /// Name of the Secret.
+        name: String,
+        /// Who.
+        trusts: String,
+    },
+    /// The authority is another VM's of this name.
+    #[error(
+        "Secret {name} belongs to another object than this VM ({found}): wait until the deleted VM of this name is gone, or remove that Secret"
+    )]
+    AuthorityForeign {
+        /// Name of the Secret.
+        name: String,
+        /// UID of the owner, or `no owner`.
+        found: String,
+    },
     /// It is not known how guest images come into pods here.
     #[error(
         "whether the cluster has image volumes is not known ({0}): no pod of a seat is made until it is; it is asked again, or say so with the chart's value imageVolumes (always, never)"
@@ -94,6 +109,15 @@ impl ApiError {
         let of_request = (400..500).contains(&status.code) && ![401, 408, 409, 429].contains(&status.code);
         let of_webhook = status.code == 500 && status.message.contains("webhook");
         (of_request || of_webhook).then_some(status)
+    }
+
+    /// Does it need a person, and last until then? Not what could not be answered, nor what somebody changed meanwhile.
+    pub fn needs_person(&self) -> bool {
+        let of_authority = matches!(
+            self,
+            ApiError::AuthorityGone { .. } | ApiError::AuthorityForeign { .. } | ApiError::Identity(_)
+        );
+        of_authority || self.refusal().is_some()
     }
 }
 
@@ -351,64 +375,108 @@ impl Objects {
         self.create(claim).await
     }
 
-    /// Makes the identity of a pod, and the VM's authority with the first one.
+    /// The VM's authority; none if it has no Secret.
     ///
     /// # Errors
-    /// If the authority is gone or damaged, or the API server refuses.
-    pub async fn issue_identity(&self, vm: &FaultTolerantVM, seat: &str, pod_uid: &str) -> Result<(), ApiError> {
-        let Some(secret) = self.identity(vm, seat, pod_uid).await? else {
+    /// If the Secret is damaged or another VM's, or the API server refuses.
+    pub async fn authority(&self, vm: &FaultTolerantVM) -> Result<Option<Authority>, ApiError> {
+        let Some(secret) = self.own_secret(&authority_secret_name(&vm.name_any())).await? else {
+            return Ok(None);
+        };
+        check_owner(&secret, vm)?;
+        Ok(Some(build::authority(vm, Some(&secret))?))
+    }
+
+    /// Makes the VM's authority. A Secret that is there already is a conflict.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn make_authority(&self, vm: &FaultTolerantVM) -> Result<Authority, ApiError> {
+        let made = build::authority(vm, None)?;
+        let secret = build::secret_of_authority(vm, &made);
+        let created = self.api::<Secret>("create").create(&params(), &secret).await;
+        created.map_err(failed::<Secret>("create", &secret.name_any()))?;
+        Ok(made)
+    }
+
+    /// Was an identity made for this pod?
+    ///
+    /// # Errors
+    /// If the API server can't be asked.
+    pub async fn has_identity(&self, pod: &str, uid: &str) -> Result<bool, ApiError> {
+        let secret = self.own_secret(&identity_secret_name(pod)).await?;
+        let mut owners = secret.iter().flat_map(|secret| secret.owner_references());
+        Ok(owners.any(|owner| owner.uid == uid))
+    }
+
+    /// Makes the identity of a pod.
+    ///
+    /// # Errors
+    /// If a UID is none, or the API server refuses.
+    pub async fn issue_identity(
+        &self,
+        vm: &FaultTolerantVM,
+        seat: &str,
+        pod_uid: &str,
+        authority: &Authority,
+    ) -> Result<(), ApiError> {
+        let entries = vm.status.iter().flat_map(|status| &status.seats);
+        let Some(entry) = entries.into_iter().find(|entry| entry.name == seat) else {
             return Ok(());
         };
+        let secret = build::identity_secret(vm, entry, pod_uid, authority)?;
         self.apply(&secret).await.map(|_| ())
     }
 
-    /// Makes the identity of a pod anew if somebody deleted it: another key for the same name under the same authority, which is all that others go by. One that
-    /// is there stays as it is. True if it was gone.
+    /// Has a pod of this name no identity?
     ///
     /// # Errors
-    /// If the authority is gone or damaged, or the API server refuses.
-    pub async fn restore_identity(&self, vm: &FaultTolerantVM, seat: &str, pod_uid: &str) -> Result<bool, ApiError> {
-        // As with the authority: an empty patch changes nothing.
-        match self.merge::<Secret>(&identity_secret_name(seat), json!({})).await {
-            Err(error) if error.is_gone() => {}
-            Err(error) => return Err(error),
-            Ok(_) => return Ok(false),
-        }
-        let Some(secret) = self.identity(vm, seat, pod_uid).await? else {
-            return Ok(false);
-        };
-        // Whoever was faster is right: it is written over nothing.
-        self.create(&secret).await.map(|()| true)
+    /// If the API server can't be asked.
+    pub async fn lacks_identity(&self, pod: &str) -> Result<bool, ApiError> {
+        Ok(self.own_secret(&identity_secret_name(pod)).await?.is_none())
     }
 
-    /// The identity of a pod; none if it is of no seat. The VM's authority is made with the first one.
-    async fn identity(&self, vm: &FaultTolerantVM, seat: &str, pod_uid: &str) -> Result<Option<Secret>, ApiError> {
-        let status = vm.status.clone().unwrap_or_default();
-        let Some(entry) = status.seats.iter().find(|entry| entry.name == seat) else {
-            return Ok(None);
+    /// Makes the identity of a pod anew that somebody deleted: another key for the same name under the same authority, which is all that others go by. One that
+    /// is there is a conflict.
+    ///
+    /// # Errors
+    /// If a UID is none, or the API server refuses.
+    pub async fn restore_identity(
+        &self,
+        vm: &FaultTolerantVM,
+        seat: &str,
+        pod_uid: &str,
+        authority: &Authority,
+    ) -> Result<(), ApiError> {
+        let entries = vm.status.iter().flat_map(|status| &status.seats);
+        let Some(entry) = entries.into_iter().find(|entry| entry.name == seat) else {
+            return Ok(());
         };
-        let name = authority_secret_name(&vm.name_any());
-        // An empty patch is answered with the object: the operator has no right to read Secrets.
-        let authority = match self.merge::<Secret>(&name, json!({})).await {
-            Ok(secret) => build::authority(vm, Some(&secret))?,
-            Err(error) if error.is_gone() => {
-                let issued = status
-                    .seats
-                    .iter()
-                    .any(|entry| entry.pod_uid.is_some() || !entry.former.is_empty());
-                if issued {
-                    return Err(ApiError::AuthorityGone(name));
-                }
-                let made = build::authority(vm, None)?;
-                let secret = build::secret_of_authority(vm, &made);
-                let created = self.api::<Secret>("create").create(&params(), &secret).await;
-                created.map_err(failed::<Secret>("create", &name))?;
-                made
-            }
-            Err(error) => return Err(error),
-        };
-        Ok(Some(build::identity_secret(vm, entry, pod_uid, &authority)?))
+        // Whoever was faster is right: it is written over nothing.
+        self.create(&build::identity_secret(vm, entry, pod_uid, authority)?).await
     }
+
+    /// A Secret that the operator made; none if there is none. An empty patch is answered with the object: there is no right to read Secrets.
+    async fn own_secret(&self, name: &str) -> Result<Option<Secret>, ApiError> {
+        match self.merge::<Secret>(name, json!({})).await {
+            Ok(secret) => Ok(Some(secret)),
+            Err(error) if error.is_gone() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// A VM that is made anew under a name finds what its predecessor had until that is collected.
+fn check_owner(secret: &Secret, vm: &FaultTolerantVM) -> Result<(), ApiError> {
+    let owners = secret.owner_references();
+    if owners.iter().any(|owner| Some(&owner.uid) == vm.metadata.uid.as_ref()) {
+        return Ok(());
+    }
+    let found: Option<String> = owners.first().map(|owner| owner.uid.chars().take(64).collect());
+    Err(ApiError::AuthorityForeign {
+        name: secret.name_any(),
+        found: found.unwrap_or_else(|| "no owner".to_owned()),
+    })
 }
 
 fn params() -> PostParams {
@@ -531,23 +599,19 @@ mod tests {
             seats: vec![entry],
             ..FaultTolerantVMStatus::default()
         });
-        let authority = build::secret_of_authority(&vm, &build::authority(&vm, None).unwrap());
-        let (objects, mut told) = keeping(vec![authority.clone()]).await;
-        assert!(objects.restore_identity(&vm, "web-a", uid).await.unwrap());
+        let authority = build::authority(&vm, None).unwrap();
+        let (objects, mut told) = keeping(Vec::new()).await;
+        assert!(objects.lacks_identity("web-a").await.unwrap());
+        objects.restore_identity(&vm, "web-a", uid, &authority).await.unwrap();
         let made: Secret = serde_json::from_value(told.recv().await.unwrap()).unwrap();
         assert_eq!(made.name_any(), "web-a-identity");
         assert_eq!(made.owner_references()[0].uid, uid);
         let part = |secret: &Secret, key: &str| secret.data.as_ref().unwrap()[key].clone();
-        assert_eq!(part(&made, "authority.pem"), part(&authority, "tls.crt"));
+        let secret = build::secret_of_authority(&vm, &authority);
+        assert_eq!(part(&made, "authority.pem"), part(&secret, "tls.crt"));
         // One that is there is what an engine may be going by.
-        let (objects, mut told) = keeping(vec![authority, made]).await;
-        assert!(!objects.restore_identity(&vm, "web-a", uid).await.unwrap());
-        assert!(told.try_recv().is_err());
-        // Another authority would be one that nobody trusts.
-        let (objects, mut told) = keeping(Vec::new()).await;
-        let refused = objects.restore_identity(&vm, "web-a", uid).await.unwrap_err();
-        assert!(matches!(refused, ApiError::AuthorityGone(_)), "{refused}");
-        assert!(told.try_recv().is_err());
+        let (objects, _told) = keeping(vec![made]).await;
+        assert!(!objects.lacks_identity("web-a").await.unwrap());
     }
 
     #[tokio::test]
@@ -575,5 +639,21 @@ mod tests {
         objects.create(&pod).await.unwrap();
         let (objects, _told) = conflict("Conflict").await;
         assert!(objects.create(&pod).await.unwrap_err().is_conflict());
+    }
+    #[test]
+    fn an_authority_of_another_vm_is_not_taken() {
+        let vm = crate::decide::rig::vm();
+        let made = build::authority(&vm, None).unwrap();
+        let mut secret = build::secret_of_authority(&vm, &made);
+        check_owner(&secret, &vm).unwrap();
+        let mut anew = vm.clone();
+        anew.metadata.uid = Some("99999999-4567-4000-8000-0000000000ff".to_owned());
+        let error = check_owner(&secret, &anew).unwrap_err();
+        let uid = vm.uid().unwrap();
+        assert!(error.needs_person() && error.to_string().contains(&uid), "{error}");
+        assert!(error.to_string().contains("remove that Secret"), "{error}");
+        secret.metadata.owner_references = None;
+        let error = check_owner(&secret, &vm).unwrap_err().to_string();
+        assert!(error.contains("no owner"), "{error}");
     }
 }

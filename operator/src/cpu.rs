@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ftvm_cpu::CpuBaseline;
 use ftvm_crds::cpu::NodeCpu;
+use ftvm_crds::names::LABEL_HOSTNAME;
 use ftvm_crds::{CHOSEN_WHY_LENGTH_MAX, ChosenCpu, CpuBaseline as Source, FaultTolerantVM};
 use k8s_openapi::api::core::v1::{Taint, Toleration};
 
@@ -184,15 +185,22 @@ fn candidates(seen: &Observed) -> Vec<Candidate<'_>> {
         .nodes
         .iter()
         .filter(|(_, node)| node.seats.max(node.seats_in_all) > 0 && bears(node));
-    let candidates = offering.map(|(name, node)| Candidate {
-        name,
-        // Without the label nothing keeps two seats apart but the node itself.
-        domain: node.labels.get(&placement.topology_key).unwrap_or(name),
-        slots: [selects(0, node), selects(1, node)],
-        usable: node.ready && node.schedulable && node.seats > 0,
-        cpu: published(node),
+    let candidates = offering.filter_map(|(name, node)| {
+        Some(Candidate {
+            name,
+            domain: domain(&placement.topology_key, name, node)?,
+            slots: [selects(0, node), selects(1, node)],
+            usable: node.ready && node.schedulable && node.seats > 0,
+            cpu: published(node),
+        })
     });
     candidates.filter(|node| node.slots.contains(&true)).collect()
+}
+
+/// What fails together with a node. One that does not say so gets no seat; but each has a name.
+pub fn domain<'a>(key: &str, name: &'a str, node: &'a NodeSeen) -> Option<&'a str> {
+    let told = node.labels.get(key).map(String::as_str);
+    told.or((key == LABEL_HOSTNAME).then_some(name))
 }
 
 /// Whether a seat's pod bears this taint, or it says only how the node is doing now.

@@ -94,6 +94,13 @@ fn the_maker_with_most_nodes_is_taken_if_they_can_be_told_apart() {
         });
     }
     assert_eq!(common(&mut world).0, amd().baseline.to_text());
+    // Nor do nodes count that are in no zone: no seat is placed there.
+    for index in 2..5 {
+        change(&mut world, index, |node| {
+            node.labels.remove("zone");
+        });
+    }
+    assert_eq!(common(&mut world).0, amd().baseline.to_text());
     world.vm.spec.placement.topology_key = "kubernetes.io/hostname".to_owned();
     for index in 2..5 {
         change(&mut world, index, |node| node.ready = false);

@@ -4,6 +4,7 @@
 //! writes what; [`decide`] has the rules.
 
 pub mod api;
+mod authority;
 pub mod build;
 pub mod caches;
 pub mod cpu;

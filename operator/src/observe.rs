@@ -43,9 +43,11 @@ pub struct Observed {
     pub refused: Option<Refusal>,
 }
 
-/// The API server refused to make something.
+/// Something could not be made, and won't be until a person does something.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
+    /// In one word.
+    pub reason: &'static str,
     /// What, where, why, what to do.
     pub message: String,
     /// No pod and claim is asked for before this time has passed; none if it was another spec or book that was refused.

@@ -12,6 +12,7 @@ use kube::runtime::events::EventType;
 use kube::{Client, ResourceExt};
 
 use crate::api::{ApiError, Objects};
+use crate::authority::authority;
 use crate::build::{self, GuestFiles, SeatImage};
 use crate::caches::Caches;
 use crate::cpu;
@@ -219,7 +220,10 @@ async fn restore(seen: &Observed, objects: &Objects, context: &Context) -> Resul
     let turn = |memory: &mut Memory| memory.identities.turn(!pods.is_empty(), Instant::now());
     let (due, again) = context.remember(&seen.vm, turn);
     for (seat, uid) in pods.iter().filter(|_| due) {
-        if objects.restore_identity(&seen.vm, seat, uid).await? {
+        if objects.lacks_identity(seat).await? {
+            // Another authority would be one that nobody trusts.
+            let authority = authority(&seen.vm, objects, &context.caches).await?;
+            objects.restore_identity(&seen.vm, seat, uid, &authority).await?;
             tracing::warn!(vm = %seen.vm.name_any(), %seat, "its identity was gone and is made anew");
         }
     }
@@ -265,7 +269,7 @@ impl Undone {
     fn take(&mut self, action: &Action, error: ApiError) -> Result<(), ApiError> {
         if matches!(error, ApiError::ImageVolumes(_)) {
             self.unknown = self.unknown.take().or(Some(error));
-        } else if action.makes() && error.refusal().is_some() {
+        } else if action.makes() && error.needs_person() {
             self.refused = self.refused.take().or(Some(error));
             self.seats.extend(action.makes_of().map(str::to_owned));
         } else {
@@ -323,7 +327,7 @@ async fn write_status(
     Ok(after)
 }
 
-/// The API server refuses to make something: says so, and plans the next attempt.
+/// Something can't be made until a person does something, mostly because the API server refuses it: says so, and plans the next attempt.
 async fn tell_refusal(
     error: &ApiError,
     vm: FaultTolerantVM,
@@ -335,24 +339,22 @@ async fn tell_refusal(
     context.metrics.failures.with_label_values(&["refused"]).inc();
     let namespace = vm.namespace().unwrap_or_default();
     let message = refusal::message(error, &namespace).unwrap_or_else(|| error.to_string());
-    let (refused, first) = context.was_refused(&vm, message);
+    let (refused, first) = context.was_refused(&vm, refusal::reason(error), message);
     let (times, refused) = (refused.times, refused.seen(&vm, Instant::now()));
     let wait = refused.wait;
     let name = format!("{namespace}/{}", vm.name_any());
     tracing::warn!(vm = %name, %error, times, wait_ms = wait.as_millis() as u64, "something is refused");
     let recheck = decision.recheck;
     let status = with_refusal(&vm, refused.clone(), seen, decision);
-    let shown = status
-        .conditions
-        .iter()
-        .any(|told| told.reason == status::API_SERVER_REFUSES);
+    let shown = status.conditions.iter().any(|told| told.reason == refused.reason);
     if vm.status.as_ref() != Some(&status) {
         write_status(&vm, status, objects, context).await?;
     }
     if first && !shown {
         // The VM is protected, or halted: no condition has a reason to fail.
-        let (kind, reason) = (EventType::Warning, status::API_SERVER_REFUSES);
-        context.publish(&vm, kind, reason, &refused.message).await;
+        context
+            .publish(&vm, EventType::Warning, refused.reason, &refused.message)
+            .await;
     }
     Ok(Next::requeue(pause(recheck, Some(wait)).unwrap_or(wait)))
 }
@@ -413,7 +415,8 @@ async fn apply(
             objects.create(&pod).await?;
         }
         Action::Admit { seat, uid } => {
-            objects.issue_identity(&vm, seat, uid).await?;
+            let authority = authority(&vm, objects, &context.caches).await?;
+            objects.issue_identity(&vm, seat, uid, &authority).await?;
             return admit(vm, seat, uid, seen, objects).await;
         }
         Action::CreateLease { original, node } => objects.create_lease(&vm, *original, node).await?,
@@ -532,11 +535,11 @@ impl Context {
     }
 
     /// Something was refused: what is gone by now, and whether it is the first refusal to the VM as it is.
-    fn was_refused(&self, vm: &FaultTolerantVM, message: String) -> (Refused, bool) {
+    fn was_refused(&self, vm: &FaultTolerantVM, reason: &'static str, message: String) -> (Refused, bool) {
         self.remember(vm, |memory| {
             let former = memory.last.of(vm);
             let first = former.is_none();
-            let refused = Refused::next(former, vm, message, Instant::now(), refused_wait);
+            let refused = Refused::next(former, vm, (reason, message), Instant::now(), refused_wait);
             memory.last = Last::Refused(refused.clone());
             (refused, first)
         })
@@ -661,6 +664,16 @@ mod tests {
         assert!(undone.refused.is_some());
         assert!(undone.holds_back(&pod("a")) && undone.holds_back(&pod("b")));
         assert!(!undone.holds_back(&admit("a")));
+        // Nor does a seat that can't have an identity.
+        let gone = ApiError::AuthorityGone {
+            name: "web-authority".to_owned(),
+            trusts: "pod b".to_owned(),
+        };
+        let mut undone = Undone::default();
+        undone.take(&admit("a"), gone).unwrap();
+        assert!(undone.refused.is_some());
+        assert!(undone.holds_back(&pod("a")) && !undone.holds_back(&pod("b")));
+        assert!(!undone.holds_back(&admit("b")));
         // Whatever else fails ends the look.
         let other = || ApiError::Unread("web".to_owned());
         assert!(Undone::default().take(&pod("a"), other()).is_err());
@@ -705,6 +718,7 @@ mod tests {
         };
         assert!(world.carry_out(&seen, world.version, &decision));
         let refused = Refusal {
+            reason: status::API_SERVER_REFUSES,
             message: "no: pay first".to_owned(),
             wait: Duration::from_secs(1),
         };

@@ -1,4 +1,5 @@
-//! What the API server refuses to make: a quota is used up, a policy forbids it, the spec names something that does not exist.
+//! What can't be made until a person does something, mostly because the API server refuses it: a quota is used up, a policy forbids it, the
+//! spec names something that does not exist. Or the authority is gone that signs for the seats.
 //!
 //! Conditions say so, and pods and claims are asked for again later and later, up to a bound; at once if the spec changes, or the book: a
 //! pod that is gone has to be made anew, whatever was refused before. Everything else about the VM goes on.
@@ -9,7 +10,7 @@ use ftvm_crds::FaultTolerantVM;
 
 use crate::api::ApiError;
 use crate::observe::Refusal;
-use crate::status::API_SERVER_REFUSES;
+use crate::status::{API_SERVER_REFUSES, AUTHORITY_UNUSABLE};
 
 /// Longest part of a message that is the API server's own, in characters.
 const WHY_LENGTH_MAX: usize = 500;
@@ -29,6 +30,8 @@ pub enum Last {
 /// A refusal.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Refused {
+    /// In one word.
+    pub reason: &'static str,
     /// What, where, why, what to do.
     pub message: String,
     /// Generation of the spec that was made from.
@@ -48,10 +51,7 @@ impl Last {
     /// What this means for the VM as it is.
     pub fn seen(&self, vm: &FaultTolerantVM, now: Instant) -> Option<Refusal> {
         match self {
-            Last::Unknown => told(vm).map(|message| Refusal {
-                message,
-                wait: Duration::ZERO,
-            }),
+            Last::Unknown => told(vm),
             Last::Made => None,
             Last::Refused(refused) => Some(refused.seen(vm, now)),
         }
@@ -72,7 +72,7 @@ impl Refused {
     pub fn next(
         former: Option<&Refused>,
         vm: &FaultTolerantVM,
-        message: String,
+        (reason, message): (&'static str, String),
         now: Instant,
         wait: impl FnOnce(u32) -> Duration,
     ) -> Refused {
@@ -81,6 +81,7 @@ impl Refused {
         }
         let times = former.map_or(0, |former| former.times).saturating_add(1);
         Refused {
+            reason,
             message,
             generation: vm.metadata.generation,
             book: seats(vm),
@@ -93,6 +94,7 @@ impl Refused {
     pub fn seen(&self, vm: &FaultTolerantVM, now: Instant) -> Refusal {
         let wait = self.until.saturating_duration_since(now);
         Refusal {
+            reason: self.reason,
             message: self.message.clone(),
             wait: if self.is_of(vm) { wait } else { Duration::ZERO },
         }
@@ -109,14 +111,31 @@ fn seats(vm: &FaultTolerantVM) -> Seats {
 }
 
 /// The refusal that the VM's status tells of.
-fn told(vm: &FaultTolerantVM) -> Option<String> {
-    let conditions = vm.status.iter().flat_map(|status| &status.conditions);
-    let told = conditions.into_iter().find(|told| told.reason == API_SERVER_REFUSES);
-    told.map(|told| told.message.clone())
+fn told(vm: &FaultTolerantVM) -> Option<Refusal> {
+    let conditions = || vm.status.iter().flat_map(|status| &status.conditions);
+    [API_SERVER_REFUSES, AUTHORITY_UNUSABLE].into_iter().find_map(|reason| {
+        let told = conditions().find(|told| told.reason == reason)?;
+        Some(Refusal {
+            reason,
+            message: told.message.clone(),
+            wait: Duration::ZERO,
+        })
+    })
 }
 
-/// What, where, why, what to do; none if it is no refusal.
+/// In one word.
+pub fn reason(error: &ApiError) -> &'static str {
+    match error.refusal() {
+        Some(_) => API_SERVER_REFUSES,
+        None => AUTHORITY_UNUSABLE,
+    }
+}
+
+/// What, where, why, what to do; none if it needs no person.
 pub fn message(error: &ApiError, namespace: &str) -> Option<String> {
+    if error.needs_person() && error.refusal().is_none() {
+        return Some(format!("{error}. It is tried again by itself, after 1 minute at most"));
+    }
     let status = error.refusal()?;
     let ApiError::Request { kind, name, .. } = error else {
         return None;
@@ -277,13 +296,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_authority_that_is_gone_needs_a_person() {
+        let error = ApiError::AuthorityGone {
+            name: "web-authority".to_owned(),
+            trusts: "pod web-x7k2q".to_owned(),
+        };
+        assert_eq!(reason(&error), AUTHORITY_UNUSABLE);
+        let message = message(&error, "shop").unwrap();
+        for words in ["Secret web-authority is gone", "pod web-x7k2q", "tried again"] {
+            assert!(message.contains(words), "{message}");
+        }
+        assert_eq!(reason(&answered(403, "Forbidden", "no")), API_SERVER_REFUSES);
+    }
+
     /// What is told of a refusal so many seconds after `now`; the n-th in a row waits n seconds.
     fn refused(former: Option<&Refused>, vm: &FaultTolerantVM, now: Instant, later: u64) -> Refused {
         let wait = |times: u32| Duration::from_secs(u64::from(times));
         Refused::next(
             former,
             vm,
-            format!("no {later}"),
+            (API_SERVER_REFUSES, format!("no {later}")),
             now + Duration::from_secs(later),
             wait,
         )
@@ -359,7 +392,10 @@ mod tests {
         });
         let seen = Last::Unknown.seen(&vm, Instant::now()).unwrap();
         assert_eq!(seen.message, format!("{API_SERVER_REFUSES} and why"));
-        assert_eq!(seen.wait, Duration::ZERO);
+        assert_eq!((seen.reason, seen.wait), (API_SERVER_REFUSES, Duration::ZERO));
+        vm.status.as_mut().unwrap().conditions[1] = condition(AUTHORITY_UNUSABLE);
+        let seen = Last::Unknown.seen(&vm, Instant::now()).unwrap();
+        assert_eq!(seen.reason, AUTHORITY_UNUSABLE);
         assert_eq!(Last::Made.seen(&vm, Instant::now()), None);
     }
 }

@@ -144,7 +144,7 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
         .into_iter()
         .filter(|rule| !examples().any(|(_, message)| rule.contains(message)));
     assert_eq!(untried.collect::<Vec<_>>(), Vec::<String>::new());
-    // Halted, machine and boot may change.
+    // Halted, machine, boot and networks may change.
     run_strategy(&cluster, "Halted")?;
     let before_it_has_stopped = "spec: {machine: {memory: 1Gi}}";
     let rule = "spec.machine changes only while the VM is halted";
@@ -153,6 +153,7 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
     let halted = json!({"phase": "Halted", "seats": [], "conditions": []});
     patch_status(&cluster, "ftvm", "web", &halted)?;
     patch("spec: {machine: {memory: 1Gi, vcpus: 2}, boot: {cmdline: quiet}}")?;
+    patch("spec: {networks: [{name: front, bridge: {name: br1}}]}")?;
     let other_disk = "spec: {machine: {memory: 1Gi}, disks: [{name: other, size: 1Gi}]}";
     let accepted = expect_refusal(patch(other_disk), other_disk, "spec.disks: names and order are fixed");
     assert_eq!(accepted, None);
@@ -339,6 +340,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     rests(&cluster)?;
     assert_eq!(cluster.get(&["ftvm", "web"])?["status"]["seats"], Value::Array(seats));
     foreign_lease(&cluster)?;
+    former_authority(&cluster)?;
     troubles::refused(&cluster)?;
     lease_made_anew(&cluster)?;
     halt_and_delete(&cluster)?;
@@ -448,6 +450,24 @@ fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
     let advice = wait_reason(cluster, "taken", "ArbiterReachable", "LeaseUnusable")?;
     assert!(advice.contains("remove that Lease"), "{advice}");
     wait_event(cluster, "taken", "LeaseUnusable", "remove that Lease")
+}
+
+/// What a VM of the same name had is not taken, and the VM gets its own once that is gone.
+fn former_authority(cluster: &Cluster) -> anyhow::Result<()> {
+    let labels = json!({"app.kubernetes.io/managed-by": "ftvm-operator", "ftvm.dev/vm": "heir"});
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "heir-authority", "labels": labels}});
+    cluster.apply(&secret.to_string())?;
+    cluster.apply(&example("heir", Some("local")).to_string())?;
+    let advice = wait_reason(cluster, "heir", "Protected", "AuthorityUnusable")?;
+    ensure!(advice.contains("(no owner): wait"), "{advice}");
+    wait_event(cluster, "heir", "AuthorityUnusable", "remove that Secret")?;
+    cluster.kubectl(&["delete", "secret", "heir-authority"])?;
+    wait_reason(cluster, "heir", "Protected", "NoKvmNode")?;
+    let made = cluster.get(&["secret", "heir-authority"])?;
+    let vm = cluster.get(&["ftvm", "heir"])?;
+    assert_eq!(made["metadata"]["ownerReferences"][0]["uid"], vm["metadata"]["uid"]);
+    cluster.kubectl(&["delete", "ftvm", "heir", "--timeout=120s"])?;
+    Ok(())
 }
 
 /// The API server says that there is no such Lease.

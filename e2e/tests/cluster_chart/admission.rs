@@ -136,6 +136,12 @@ impl User<'_> {
         self.does(&["create", "--validate=false", "--filename", &file])
     }
 
+    /// Server-side apply.
+    pub fn applies(&self, object: &Value) -> anyhow::Result<String> {
+        let file = self.installed.file(object);
+        self.does(&["apply", "--server-side", "--validate=false", "--filename", &file])
+    }
+
     /// PUTs an object as the API server has it, with a change.
     pub fn replaces(&self, kind: &str, name: &str, change: impl FnOnce(&mut Value)) -> anyhow::Result<String> {
         let mut object = self.installed.get(kind, SHOP, name);
@@ -334,6 +340,9 @@ fn notes(installed: &Installed) {
         text.contains("rollout status daemonset/ftvm-node-daemon") && !text.contains("WARNING"),
         "{text}"
     );
+    let first = text.find("kubectl delete faulttolerantvms --all").unwrap();
+    let then = text.find("helm uninstall ftvm --namespace ftvm-system").unwrap();
+    assert!(first < then, "{text}");
     let label = "pod-security.kubernetes.io/enforce=baseline";
     installed
         .cluster

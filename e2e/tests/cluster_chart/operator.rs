@@ -92,19 +92,26 @@ fn the_operator_touches_nothing_that_it_did_not_make() {
     operator.waits_for_refusal(NOT_ITS_OWN, |user| {
         user.patches("networkpolicy", SHOP, "others", &touch)
     });
+    let delete = |kind, name| operator.does(&["delete", kind, name, "--namespace", SHOP, "--wait=false"]);
+    // What is collected with the VM is applied, and nothing else.
     for (kind, own, unlabelled) in [
-        ("persistentvolumeclaim", claim("web", &owned()), claim("new", &none)),
         ("poddisruptionbudget", budget("web", &owned()), budget("new", &none)),
         ("networkpolicy", network("web", &owned()), network("new", &none)),
     ] {
         refused(operator.patches(kind, SHOP, "others", &touch), NOT_ITS_OWN).unwrap();
-        let delete = |name| operator.does(&["delete", kind, name, "--namespace", SHOP, "--wait=false"]);
-        refused(delete("others"), NOT_ITS_OWN).unwrap();
-        refused(operator.creates(&unlabelled), UNLABELLED).unwrap();
-        operator.creates(&own).unwrap();
+        refused(operator.applies(&unlabelled), UNLABELLED).unwrap();
+        for _ in 0..2 {
+            operator.applies(&own).unwrap();
+        }
         operator.patches(kind, SHOP, "web", &touch).unwrap();
-        delete("web").unwrap();
+        refused(delete(kind, "web"), "cannot delete resource").unwrap();
     }
+    let kind = "persistentvolumeclaim";
+    refused(operator.creates(&claim("new", &none)), UNLABELLED).unwrap();
+    operator.creates(&claim("web", &owned())).unwrap();
+    refused(operator.patches(kind, SHOP, "web", &touch), "cannot patch resource").unwrap();
+    refused(delete(kind, "others"), NOT_ITS_OWN).unwrap();
+    delete(kind, "web").unwrap();
     election(&operator);
     leases(&installed, &operator);
     for (verb, kind, part) in [
@@ -112,6 +119,13 @@ fn the_operator_touches_nothing_that_it_did_not_make() {
         ("create", "serviceaccounts", ""),
         ("list", "services", ""),
         ("create", "pods", "exec"),
+        // What it has of these kinds is enough.
+        ("get", "poddisruptionbudgets.policy", ""),
+        ("list", "networkpolicies.networking.k8s.io", ""),
+        ("update", "pods", ""),
+        ("update", "persistentvolumeclaims", ""),
+        ("update", "faulttolerantvms.ftvm.dev", ""),
+        ("patch", "faulttolerantvms.ftvm.dev", "status"),
     ] {
         let part = format!("--subresource={part}");
         let answer = operator.does(&["auth", "can-i", verb, kind, &part, "--namespace", SHOP]);

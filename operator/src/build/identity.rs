@@ -29,7 +29,9 @@ pub enum IdentityError {
     #[error("certificate: {0}")]
     Certificate(#[from] rcgen::Error),
     /// The authority's Secret is not one.
-    #[error("Secret {name} has no usable {key}: restore it from a backup, or make the VM anew")]
+    #[error(
+        "Secret {name} has no usable {key}: restore it from a backup; or delete it, set spec.runStrategy to Halted, wait until the VM is halted, and start it: a new one is made then"
+    )]
     Authority {
         /// Its name.
         name: String,
@@ -71,15 +73,17 @@ pub fn authority(vm: &FaultTolerantVM, secret: Option<&Secret>) -> Result<Author
             (key, certificate)
         }
         Some(secret) => {
+            let unusable = |key: &'static str| IdentityError::Authority {
+                name: secret.name_any(),
+                key,
+            };
             let part = |key: &'static str| {
                 let bytes = secret.data.as_ref().and_then(|data| data.get(key));
                 let text = bytes.and_then(|bytes| String::from_utf8(bytes.0.clone()).ok());
-                text.ok_or_else(|| IdentityError::Authority {
-                    name: secret.name_any(),
-                    key,
-                })
+                text.ok_or_else(|| unusable(key))
             };
-            (KeyPair::from_pem(&part("tls.key")?)?, part("tls.crt")?)
+            let key = KeyPair::from_pem(&part("tls.key")?).map_err(|_| unusable("tls.key"))?;
+            (key, part("tls.crt")?)
         }
     };
     Ok(Authority {

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ftvm_crds::names::{
-    CONTAINER, LABEL_CPU, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PATH_SOURCES, PATH_STAGING, PORT_LINK,
-    RESOURCE_SEAT, claim_name, identity_secret_name,
+    CONTAINER, LABEL_CPU, LABEL_HOSTNAME, LABEL_VM, PATH_DISKS, PATH_GUEST, PATH_IDENTITY, PATH_SOURCES, PATH_STAGING,
+    PORT_LINK, RESOURCE_SEAT, claim_name, identity_secret_name,
 };
 use ftvm_crds::quantity::{self, QuantityError};
 use ftvm_crds::{ClaimFile, Contents, FaultTolerantVM, SeatEntry};
@@ -71,7 +71,7 @@ pub fn pod(
             termination_grace_period_seconds: Some(GRACE_SECONDS),
             node_selector: selector,
             affinity: Some(Affinity {
-                node_affinity: node_affinity(entry, unfit),
+                node_affinity: node_affinity(vm, entry, unfit),
                 ..apart(vm)
             }),
             tolerations: Some(tolerations(vm)),
@@ -272,8 +272,8 @@ fn volumes(vm: &FaultTolerantVM, entry: &SeatEntry, files: GuestFiles, ran: bool
     volumes
 }
 
-/// The seats of a VM never share what may fail together, and no zone either, if another one has room: not so strictly that they would wait
-/// for it. The greatest weight outweighs how full nodes are.
+/// The seats of a VM never share a node, nor what may fail together, and no zone either, if another one has room: not so strictly that they
+/// would wait for it. The greatest weight outweighs how full nodes are. (A rule about a label says nothing of nodes that lack it.)
 fn apart(vm: &FaultTolerantVM) -> Affinity {
     let term = |key: &str| PodAffinityTerm {
         label_selector: Some(LabelSelector {
@@ -284,13 +284,17 @@ fn apart(vm: &FaultTolerantVM) -> Affinity {
         ..PodAffinityTerm::default()
     };
     let key = vm.spec.placement.topology_key.as_str();
+    let mut keys = vec![LABEL_HOSTNAME];
+    if key != LABEL_HOSTNAME {
+        keys.push(key);
+    }
     let zones = (key != ZONE).then(|| WeightedPodAffinityTerm {
         weight: 100,
         pod_affinity_term: term(ZONE),
     });
     Affinity {
         pod_anti_affinity: Some(PodAntiAffinity {
-            required_during_scheduling_ignored_during_execution: Some(vec![term(key)]),
+            required_during_scheduling_ignored_during_execution: Some(keys.into_iter().map(term).collect()),
             preferred_during_scheduling_ignored_during_execution: zones.map(|zones| vec![zones]),
         }),
         ..Affinity::default()
@@ -298,7 +302,7 @@ fn apart(vm: &FaultTolerantVM) -> Affinity {
 }
 
 /// Where the seat's pods may be and better were.
-fn node_affinity(entry: &SeatEntry, unfit: Option<&BTreeSet<String>>) -> Option<NodeAffinity> {
+fn node_affinity(vm: &FaultTolerantVM, entry: &SeatEntry, unfit: Option<&BTreeSet<String>>) -> Option<NodeAffinity> {
     // Only the daemon of its node can say what became of a pod that did not end in order.
     let open = entry.former.iter().rfind(|former| !former.ended);
     let there = open.and_then(|former| former.node.clone());
@@ -314,31 +318,41 @@ fn node_affinity(entry: &SeatEntry, unfit: Option<&BTreeSet<String>>) -> Option<
             }]),
         },
     });
-    let required = unfit.map(with_cpu);
+    let required = required(vm, unfit);
     (preferred.is_some() || required.is_some()).then(|| NodeAffinity {
         required_during_scheduling_ignored_during_execution: required,
         preferred_during_scheduling_ignored_during_execution: preferred.map(|preferred| vec![preferred]),
     })
 }
 
-/// On nodes that have published their CPU, but for those that are known not to have what the guest needs. So a node that comes later
+/// On nodes that say what they may fail together with: of one that does not, nobody knows whether the other seat is far enough from it. And on
+/// nodes that have published their CPU, but for those that are known not to have what the guest needs. So a node that comes later
 /// is tried; its engine says what it lacks.
-fn with_cpu(unfit: &BTreeSet<String>) -> NodeSelector {
-    let requirement = |operator: &str, values: Option<Vec<String>>| NodeSelectorRequirement {
-        key: LABEL_CPU.to_owned(),
+fn required(vm: &FaultTolerantVM, unfit: Option<&BTreeSet<String>>) -> Option<NodeSelector> {
+    let requirement = |key: &str, operator: &str, values: Option<Vec<String>>| NodeSelectorRequirement {
+        key: key.to_owned(),
         operator: operator.to_owned(),
         values,
     };
-    let mut expressions = vec![requirement("Exists", None)];
-    if !unfit.is_empty() {
-        expressions.push(requirement("NotIn", Some(unfit.iter().cloned().collect())));
+    let mut expressions = Vec::new();
+    let key = vm.spec.placement.topology_key.as_str();
+    // Every node has a name.
+    if key != LABEL_HOSTNAME {
+        expressions.push(requirement(key, "Exists", None));
     }
-    NodeSelector {
+    if let Some(unfit) = unfit {
+        expressions.push(requirement(LABEL_CPU, "Exists", None));
+        if !unfit.is_empty() {
+            let values = unfit.iter().cloned().collect();
+            expressions.push(requirement(LABEL_CPU, "NotIn", Some(values)));
+        }
+    }
+    (!expressions.is_empty()).then(|| NodeSelector {
         node_selector_terms: vec![NodeSelectorTerm {
             match_expressions: Some(expressions),
             match_fields: None,
         }],
-    }
+    })
 }
 
 /// The arbiter decides what a lost node means, not a timer on a taint.

@@ -154,19 +154,29 @@ boot: {volume: {claimName: guest}, kernel: /boot/linux}
     );
 }
 
-/// In different domains in any case; in different zones if that can be.
+/// On different nodes and in different domains in any case; in different zones if that can be. What says which domain a node is in is there.
 #[test]
 fn seats_are_spread_over_zones() {
     let mut vm = vm();
     let zone = "topology.kubernetes.io/zone";
-    for (key, preferred) in [
-        ("kubernetes.io/hostname", vec![(100, zone)]),
-        ("example.com/rack", vec![(100, zone)]),
-        (zone, vec![]),
+    let node = "kubernetes.io/hostname";
+    for (key, apart_by, preferred) in [
+        (node, vec![node], vec![(100, zone)]),
+        ("example.com/rack", vec![node, "example.com/rack"], vec![(100, zone)]),
+        (zone, vec![node, zone], vec![]),
     ] {
         vm.spec.placement.topology_key = key.to_owned();
         let pod = pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, false).unwrap();
-        let apart = pod.spec.unwrap().affinity.unwrap().pod_anti_affinity.unwrap();
+        let affinity = pod.spec.unwrap().affinity.unwrap();
+        let selector = affinity.node_affinity.map(|affinity| {
+            let selector = affinity.required_during_scheduling_ignored_during_execution.unwrap();
+            selector.node_selector_terms[0].match_expressions.clone().unwrap()
+        });
+        let said = selector.iter().flatten();
+        let told: Vec<_> = said.map(|said| (said.key.as_str(), said.operator.as_str())).collect();
+        let expected = (key != node).then_some((key, "Exists"));
+        assert_eq!(told, expected.into_iter().collect::<Vec<_>>());
+        let apart = affinity.pod_anti_affinity.unwrap();
         let required = apart.required_during_scheduling_ignored_during_execution.unwrap();
         let wished = apart.preferred_during_scheduling_ignored_during_execution;
         let wished = wished.unwrap_or_default();
@@ -176,7 +186,7 @@ fn seats_are_spread_over_zones() {
             assert_eq!(labels.get(LABEL_VM).map(String::as_str), Some("web"));
         }
         let keys: Vec<&str> = required.iter().map(|term| term.topology_key.as_str()).collect();
-        assert_eq!(keys, [key]);
+        assert_eq!(keys, apart_by);
         let keys = wished
             .iter()
             .map(|term| (term.weight, term.pod_affinity_term.topology_key.as_str()));
@@ -273,6 +283,15 @@ fn identities_are_what_the_engine_expects() {
 fn damaged_authorities_are_named_errors() {
     let vm = vm();
     let mut secret = secret_of_authority(&vm, &authority(&vm, None).unwrap());
+    let key = secret.data.as_mut().unwrap().get_mut("tls.key").unwrap();
+    let whole = std::mem::replace(&mut key.0, b"-----BEGIN PRIVATE KEY-----".to_vec());
+    let error = authority(&vm, Some(&secret)).err().unwrap();
+    assert!(
+        matches!(error, IdentityError::Authority { key: "tls.key", .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("restore it from a backup"), "{error}");
+    secret.data.as_mut().unwrap().get_mut("tls.key").unwrap().0 = whole;
     secret.data.as_mut().unwrap().remove("tls.crt");
     assert!(matches!(
         authority(&vm, Some(&secret)),

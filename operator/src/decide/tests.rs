@@ -51,8 +51,8 @@ fn the_finalizer_and_the_book_come_first() {
 fn after_a_refusal_pods_and_claims_wait_and_nothing_else() {
     let refused = |seconds| {
         let wait = Duration::from_secs(seconds);
-        let message = "no".to_owned();
-        Some(Refusal { message, wait })
+        let (reason, message) = ("ApiServerRefuses", "no".to_owned());
+        Some(Refusal { reason, message, wait })
     };
     let mut world = World::new(3);
     while !decide(&world.observe()).actions.iter().any(Action::waits) {

@@ -34,6 +34,8 @@ pub const CPU_CHOSEN: &str = "CpuChosen";
 
 /// Reason of a VM for which something can't be made.
 pub const API_SERVER_REFUSES: &str = "ApiServerRefuses";
+/// Reason of a VM whose seats can't have identities.
+pub const AUTHORITY_UNUSABLE: &str = "AuthorityUnusable";
 
 /// Reason of a guest that stands still until a standby has joined.
 const PAUSED: &str = "Paused";
@@ -231,6 +233,19 @@ fn protection(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Role
         && is_protected(roles)
     {
         let node = standby.node.as_deref().unwrap_or("unknown");
+        if standby.node.is_some() && roles.active.is_some_and(|active| active.node == standby.node) {
+            let seat = &standby.name;
+            return said(
+                PROTECTED,
+                false,
+                "SameNode",
+                format!(
+                    "both seats are on node {node}, whose death would take both: see to it that nodes have the labels kubernetes.io/hostname and {}, \
+                     and delete pod {seat}, which is then made anew elsewhere",
+                    seen.vm.spec.placement.topology_key
+                ),
+            );
+        }
         return said(
             PROTECTED,
             true,

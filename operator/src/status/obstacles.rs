@@ -51,7 +51,7 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
     }
     found.extend(nobody_boots(seen));
     if let Some(refused) = &seen.refused {
-        found.push(obstacle(API_SERVER_REFUSES, refused.message.clone()));
+        found.push(obstacle(refused.reason, refused.message.clone()));
     }
     let book = seen.status().seats;
     found.extend(
@@ -355,12 +355,14 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
             ),
         );
     }
-    if offers < 2 || text.contains("anti-affinity") {
-        let key = &seen.vm.spec.placement.topology_key;
+    let key = &seen.vm.spec.placement.topology_key;
+    let offering = seen.nodes.iter().filter(|(_, node)| node.ready && node.seats > 0);
+    let with_key = offering.filter(|(name, node)| cpu::domain(key, name, node).is_some());
+    if with_key.count() < 2 || text.contains("anti-affinity") {
         return obstacle(
             TOO_FEW_NODES,
             format!(
-                "seat {seat} can't be placed: two seats need two ready nodes with KVM that differ in {key}, and one more to replace a lost one: add a node ({text}){cpu}"
+                "seat {seat} can't be placed: two seats need two ready nodes with KVM that have the label {key} and differ in it, and one more to replace a lost one: add a node, or the label ({text}){cpu}"
             ),
         );
     }

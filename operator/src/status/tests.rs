@@ -256,6 +256,7 @@ fn what_is_refused_is_told_until_it_is_made() {
     let before = world.vm.status.clone().unwrap();
     let mut seen = world.observe();
     seen.refused = Some(Refusal {
+        reason: API_SERVER_REFUSES,
         message: "the API server refuses Pod a: pay first".to_owned(),
         wait: Duration::ZERO,
     });
@@ -280,6 +281,7 @@ fn what_is_refused_is_told_until_it_is_made() {
     assert!(world.settle(60));
     let mut seen = world.observe();
     seen.refused = Some(Refusal {
+        reason: API_SERVER_REFUSES,
         message: "pay first".to_owned(),
         wait: Duration::ZERO,
     });
@@ -298,6 +300,7 @@ fn a_refusal_that_differs_in_numbers_is_told_once() {
     let mut step = |pod: &str, why: &str| {
         let mut seen = world.observe();
         seen.refused = Some(Refusal {
+            reason: API_SERVER_REFUSES,
             message: format!("the API server refuses Pod {pod} in namespace shop ({why}): pay"),
             wait: Duration::from_secs(1),
         });
@@ -389,6 +392,36 @@ fn what_a_seat_needs_help_with_is_told_with_its_code() {
     let pod = world.pods.get_mut(&standby).unwrap();
     pod.published.as_mut().unwrap().code = 21;
     expect(&said(&mut world, STORAGE_HEALTHY), "DiskFailed", "avx2");
+}
+
+/// Whatever the scheduler was told: made by an earlier release, or with a label that somebody changed since.
+#[test]
+fn two_seats_on_one_node_are_no_protection() {
+    let mut world = World::new(3);
+    assert!(world.settle(60) && world.is_protected());
+    let before = world.vm.status.clone().unwrap();
+    let nodes: Vec<_> = world.book().into_iter().map(|entry| entry.node.unwrap()).collect();
+    let standby = world.book()[1].name.clone();
+    world.pods.get_mut(&standby).unwrap().node = Some(nodes[0].clone());
+    let seen = world.observe();
+    let after = status(&seen, &decide(&seen));
+    let told = after.condition(PROTECTED).unwrap();
+    expect(told, "SameNode", "delete pod web-");
+    assert!(told.message.contains(&nodes[0]), "{}", told.message);
+    let events = changes(&before, &after);
+    let event = events.iter().find(|change| change.reason == "SameNode");
+    assert!(event.is_some_and(|event| event.warning), "{events:?}");
+}
+
+/// A node without the label gets no seat.
+#[test]
+fn nodes_that_lack_the_topologys_label_are_told_to_be_too_few() {
+    let mut world = started();
+    let name = first(&world).name;
+    world.vm.spec.placement.topology_key = "example.com/rack".to_owned();
+    let text = "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector";
+    world.pods.get_mut(&name).unwrap().unschedulable = Some(text.to_owned());
+    expect(&said(&mut world, PROTECTED), "TooFewNodes", "example.com/rack");
 }
 
 /// What a daemon says of a bridge that is not for guests (`node-daemon/tests/seat_pod.rs`) reaches condition and event whole.

@@ -15,8 +15,8 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "spec: {machine: {memory: 0.5Gi}}",
         "write memory as a whole number with Mi, Gi or Ti",
     ),
-    ("spec: {machine: {memory: 8Mi}}", "memory must be from 16Mi to 4Ti"),
-    ("spec: {machine: {memory: 5Ti}}", "memory must be from 16Mi to 4Ti"),
+    ("spec: {machine: {memory: 8Mi}}", "memory must be from 16Mi to 1Ti"),
+    ("spec: {machine: {memory: 2Ti}}", "memory must be from 16Mi to 1Ti"),
     ("spec: {machine: {vcpus: 17}}", "should be less than or equal to 16"),
     ("spec: {machine: {vcpus: 0}}", "should be greater than or equal to 1"),
     (
@@ -95,6 +95,10 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "name exactly one of boot.image",
     ),
     ("spec: {boot: {image: null}}", "name exactly one of boot.image"),
+    (
+        "spec: {networks: [{name: root, bridge: {name: br0}}]}",
+        "a network and a disk have the same name",
+    ),
     ("spec: {networks: [{name: front}]}", "say what the card is attached to"),
     (
         "spec: {networks: [{name: FRONT, bridge: {name: br0}}]}",
@@ -168,6 +172,10 @@ pub const AFTERWARDS: &[(&str, &str)] = &[
         "spec: {disks: [{name: root, size: 2Gi, source: {blank: {}}}]}",
         "a disk's size and source are fixed",
     ),
+    (
+        "spec: {networks: [{name: front, bridge: {name: br1}}]}",
+        "spec.networks changes only while the VM is halted",
+    ),
     ("spec: {networks: []}", "spec.networks: names and order are fixed"),
     (
         "spec: {networks: [{name: front, mac: '02:00:00:00:00:01', bridge: {name: br0}}]}",
@@ -178,7 +186,6 @@ pub const AFTERWARDS: &[(&str, &str)] = &[
 /// Changes that are accepted at any time.
 pub const ACCEPTED: &[&str] = &[
     "spec: {faultTolerance: {replaceAfterSeconds: 60}}",
-    "spec: {networks: [{name: front, bridge: {name: br1}}]}",
     "spec: {placement: {seats: [{nodeSelector: {rack: one}}]}}",
     "spec: {runStrategy: Halted}",
 ];

@@ -19,9 +19,9 @@ const SPECS: &[(&str, &str, &str, &str)] = &[
     ),
     (
         "large",
-        "machine: {memory: 2Ti}",
+        "machine: {memory: 1Ti}",
         "InsufficientMemory",
-        "no node has 2Ti and the engine's overhead free",
+        "no node has 1Ti and the engine's overhead free",
     ),
     (
         "elsewhere",
