@@ -401,6 +401,8 @@ fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
 }
 
 #[cfg(test)]
+mod claims_tests;
+#[cfg(test)]
 mod cpu_tests;
 #[cfg(test)]
 mod former_tests;
@@ -408,6 +410,8 @@ mod former_tests;
 mod random_tests;
 #[cfg(test)]
 pub(crate) mod rig;
+#[cfg(test)]
+mod rig_disks;
 #[cfg(test)]
 mod stuck_tests;
 #[cfg(test)]

@@ -115,6 +115,29 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
             leaving = true;
         }
     }
+    if genesis && !has_original(seen, record, &decision.book) {
+        // Disks of seats that were not the original are made to get everything by replication: no guest can begin there.
+        for entry in &mut decision.book {
+            if was_admitted(entry) {
+                entry.leaving = true;
+            }
+        }
+    }
+}
+
+/// While no guest ran: is the pod there that the record names, of a seat that stays?
+fn has_original(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    let original = record.holder.seat.to_string();
+    let mut pods = book
+        .iter()
+        .filter(|entry| !entry.leaving)
+        .filter_map(|entry| seen.pods.get(&entry.name));
+    pods.any(|pod| pod.uid == original)
+}
+
+/// May a daemon have taken a pod of this seat for one? Its disks are what they were prepared for then.
+fn was_admitted(entry: &SeatEntry) -> bool {
+    entry.pod_uid.is_some() || !entry.former.is_empty()
 }
 
 /// Is a seat that the record does not name of no use any more? Only while somebody has the guest, or the holder's own disk is there to be booted: else it may
@@ -294,6 +317,8 @@ fn by_need<'a>(book: &'a [SeatEntry], record: Option<&Record>) -> Vec<&'a SeatEn
 
 /// Claims, pods, admission.
 fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision) {
+    // Whoever is admitted prepares its disks by what the record says then.
+    let follows = record.is_some_and(|record| is_genesis(record) && !has_original(seen, record, &decision.book));
     for entry in by_need(&decision.book, record) {
         let seat = entry.name.clone();
         match seen.pods.get(&entry.name) {
@@ -322,7 +347,7 @@ fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision)
                     sooner(&mut decision.recheck, Duration::from_secs((wait - age).unsigned_abs()));
                 }
             }
-            Some(pod) if entry.pod_uid.is_none() && !pod.deleting => {
+            Some(pod) if entry.pod_uid.is_none() && !pod.deleting && !follows => {
                 decision.actions.push(Action::Admit {
                     seat,
                     uid: pod.uid.clone(),
@@ -346,16 +371,16 @@ fn create_lease(decision: &mut Decision) {
     }
 }
 
-/// No guest ran yet: the record follows the seat whose pod exists.
+/// No guest ran yet, and the original is gone: the record follows a seat that was entered since, before its pod is admitted.
 fn follow_original(seen: &Observed, record: &Record, decision: &mut Decision) {
-    let stays = |entry: &&SeatEntry| !entry.leaving && pod(seen, entry).is_some();
-    let seats: Vec<_> = decision.book.iter().filter(stays).filter_map(seat_id).collect();
-    let waits = decision.book.iter().any(|entry| entry.leaving);
-    if let Some(first) = seats.first()
-        && !waits
-        && !seats.contains(&record.holder.seat)
-    {
-        decision.actions.push(Action::RewriteGenesis { original: *first });
+    let book = &decision.book;
+    if has_original(seen, record, book) || book.iter().any(|entry| entry.leaving || was_admitted(entry)) {
+        return;
+    }
+    let pods = book.iter().filter_map(|entry| seen.pods.get(&entry.name));
+    let mut sound = pods.filter(|pod| !pod.deleting && pod.phase != PodPhase::Finished);
+    if let Some(original) = sound.find_map(|pod| pod.uid.parse().ok()) {
+        decision.actions.push(Action::RewriteGenesis { original });
     }
 }
 
