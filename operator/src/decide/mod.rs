@@ -12,6 +12,7 @@
 //!
 //! Invariant: a seat that the record names is never made to leave, and nothing of it is deleted but a pod that can't run a guest any more.
 //! Invariant: a Lease that is gone is made anew only from what seats vouch for ([`ftvm_protocol::recreation`]), never from what the operator remembers.
+//! Invariant: no pod of a seat that the record names is taken away while one of its claims is being deleted, unless its volumes are to go.
 //! Invariant: the book never has more than two seats.
 //! Invariant: when everything is as it should be, there is nothing to do.
 
@@ -34,7 +35,7 @@ use kube::ResourceExt;
 
 use crate::observe::{LeaseSeen, Observed, PodSeen};
 
-pub use claims::{BINDING, unbound_for};
+pub use claims::{BINDING, ClaimTrouble, claim_trouble, goes_with_vm, unbound_for};
 pub use former::{OUT_OF_SERVICE, away, nodes_to_ask};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};

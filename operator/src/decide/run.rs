@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ftvm_crds::names::{claim_name, nodes_text, seat_name};
+use ftvm_crds::names::{nodes_text, seat_name};
 use ftvm_crds::seat::{Order, SeatPublished, SeatRequest, SeatRole};
 use ftvm_crds::{ChosenCpu, CpuBaseline, SeatEntry, VmPhase};
 use ftvm_protocol::record::{Phase, Record};
@@ -12,8 +12,8 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, asked, away, claims, holder, is_genesis, is_heard_of,
-    is_named, lease_is_strange, pod, record, seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, asked, away, claim_trouble, claims, holder, is_genesis,
+    is_heard_of, is_named, lease_is_strange, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -321,21 +321,24 @@ fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision)
     let follows = record.is_some_and(|record| is_genesis(record) && !has_original(seen, record, &decision.book));
     for entry in by_need(&decision.book, record) {
         let seat = entry.name.clone();
-        match seen.pods.get(&entry.name) {
-            None if decision.held.is_some() => {}
-            None => {
-                let disks = seen.vm.spec.disks.iter().map(|disk| disk.name.clone());
-                let missing: Vec<String> = disks
-                    .filter(|disk| !seen.claims.contains_key(&claim_name(&seat, disk)))
-                    .collect();
-                if !missing.is_empty() {
-                    decision.actions.push(Action::CreateClaims {
-                        seat: seat.clone(),
-                        disks: missing,
-                    });
-                }
-                decision.actions.push(Action::CreatePod { seat });
+        let made = seen.pods.get(&entry.name);
+        // The API server lets a claim go that somebody deletes under a pod without a node.
+        let unplaced = made.is_none_or(|pod| pod.node.is_none() && pod.phase == PodPhase::Pending && !pod.deleting);
+        if unplaced && decision.held.is_none() {
+            let disks = claims::to_make(seen, entry);
+            if !disks.is_empty() {
+                let seat = seat.clone();
+                decision.actions.push(Action::CreateClaims { seat, disks });
             }
+        }
+        let keeps = record.is_some_and(|record| claims::goes_with_pod(seen, entry, record).is_some());
+        match made {
+            None if decision.held.is_some() => {}
+            // A pod could not be placed, and would keep no claim from going.
+            None if claim_trouble(seen, entry).is_some() => {}
+            None => decision.actions.push(Action::CreatePod { seat }),
+            // A disk would go with it.
+            Some(pod) if pod.phase == PodPhase::Finished && keeps => {}
             Some(pod) if pod.phase == PodPhase::Finished => {
                 let wait = REMAKE_AFTER_SECONDS << entry.former.len().min(6);
                 let age = pod
@@ -421,10 +424,12 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
         term: Some(record.term),
         over_stopped_term: (record.phase == Phase::Stopped).then_some(record.term),
     };
-    // Unless there is no room for it, or it was asked in vain for more than a minute.
+    // Unless there is no room for it, a disk of it is gone, or it was asked in vain for more than a minute.
+    let placed = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.node.is_some());
+    let no_disk = |entry: &SeatEntry| !placed(entry) && claim_trouble(seen, entry).is_some();
     let no_room = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.unschedulable.is_some());
     let in_vain = |entry: &SeatEntry| attempts(seen, entry, &id) > HOLDER_ATTEMPTS;
-    let first = holder(&book, record).filter(|entry| !no_room(entry) && !in_vain(entry));
+    let first = holder(&book, record).filter(|entry| !no_room(entry) && !no_disk(entry) && !in_vain(entry));
     for entry in book.iter().filter(|entry| !entry.leaving) {
         if first.is_none_or(|first| first.name == entry.name) {
             ask_until_done(seen, entry, &id, &order, decision);

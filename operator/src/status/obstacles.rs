@@ -6,15 +6,18 @@ use ftvm_protocol::record::Record;
 use kube::ResourceExt;
 
 use super::API_SERVER_REFUSES;
+use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
-    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, away, is_genesis, is_heard_of, is_known,
-    lease_is_strange, names, pod, record, recreation, unbound_for, want,
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, away, goes_with_vm, is_genesis, is_heard_of,
+    is_known, lease_is_strange, names, pod, record, recreation, unbound_for, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Reason of a seat that waits for an image.
 const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
+/// Reason of a VM whose record names a holder that is none of its seats.
+const HOLDER_UNKNOWN: &str = "HolderUnknown";
 /// A node that nobody can taint.
 const MISSING_NODE: &str =
     "its object is gone, make one of that name with the taint: docs/kubernetes.md, \"A node that is lost for good\"";
@@ -30,7 +33,7 @@ pub struct Obstacle {
     pub message: String,
 }
 
-fn obstacle(reason: &'static str, message: impl Into<String>) -> Obstacle {
+pub(super) fn obstacle(reason: &'static str, message: impl Into<String>) -> Obstacle {
     Obstacle {
         reason,
         message: message.into(),
@@ -89,7 +92,7 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
             "the record's holder {} is none of the VM's seats: nothing of them is taken away; put a former copy of the Lease back",
             record.holder
         );
-        return Some(obstacle("HolderUnknown", message));
+        return Some(obstacle(HOLDER_UNKNOWN, message));
     }
     let mut away = book
         .iter()
@@ -135,18 +138,27 @@ fn off(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
     node.cloned()
 }
 
-/// Which seat keeps a VM from being halted or deleted, because its node is away.
-pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<String> {
+/// What keeps a VM from being halted or deleted, and a reason if it does not go by itself and nothing else tells it.
+pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<(Option<&'static str>, String)> {
     let record = &record(seen)?.snapshot.record;
+    let wanted = want(seen);
+    if wanted != Want::Run {
+        if let Some((entry, claim)) = goes_with_vm(seen, book, record) {
+            let text = storage::holds_up(wanted, &seen.vm.name_any(), &entry.name, claim);
+            return Some((Some(CLAIM_BEING_DELETED), text));
+        }
+    }
     let mut away = book
         .iter()
         .filter_map(|entry| Some((entry, away(seen, entry, record)?)));
-    away.next().map(|(entry, node)| {
-        format!(
+    if let Some((entry, node)) = away.next() {
+        let text = format!(
             "; node {node} of seat {} is away: bring it back, or make sure that it is switched off and say so (kubectl taint node {node} {OUT_OF_SERVICE}=nodeshutdown:NoExecute)",
             entry.name
-        )
-    })
+        );
+        return Some((None, text));
+    }
+    None
 }
 
 /// What a seat refused that was to boot although something may be lost.
@@ -166,6 +178,10 @@ fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
 }
 
 fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
+    let placed = seen.pods.get(&entry.name).is_some_and(|pod| pod.node.is_some());
+    if !placed && let Some(found) = storage::of_claim(seen, entry) {
+        return Some(found);
+    }
     let seat = seen.pods.get(&entry.name)?;
     if let Some(node) = &seat.node
         && !seen.node_ready(node)
