@@ -9,7 +9,7 @@ use kube::ResourceExt;
 use super::recreate::recreate;
 use super::run::{ask_until_done, attempts, delete_pod, is_attempt, is_known, is_starting, remove_seat};
 use super::{
-    Action, Decision, Want, claims, has_engine, holder, is_genesis, is_named, pod, record, want,
+    Action, Decision, Want, claims, has_engine, holder, is_genesis, is_named, pod, record, says_active, want,
 };
 use crate::observe::{Observed, PodPhase, PodSeen};
 
@@ -63,6 +63,20 @@ fn stop_id(seen: &Observed, record: &Record) -> String {
     format!("stop-{generation}-{}", record.term)
 }
 
+/// A seat that refused to stop when it was asked last, and why.
+pub fn stop_refused<'a>(
+    seen: &'a Observed,
+    book: &'a [SeatEntry],
+    record: &Record,
+) -> Option<(&'a SeatEntry, &'a str)> {
+    let id = stop_id(seen, record);
+    book.iter().find_map(|entry| {
+        let done = pod(seen, entry)?.published.as_ref().ok()?.done_request.as_ref()?;
+        let why = done.refused.as_deref()?;
+        is_attempt(&id, &done.id).then_some((entry, why))
+    })
+}
+
 fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
     let book = decision.book.clone();
     let id = stop_id(seen, record);
@@ -96,7 +110,12 @@ fn stop_running(seen: &Observed, record: &Record, book: &[SeatEntry], id: &str, 
         }
         return;
     }
-    if let Some(active) = holder {
+    // Of a record whose holder nobody knows, whoever has the guest can still be asked before the VM goes.
+    let active = holder.or_else(|| {
+        let mut seats = book.iter().filter(|_| want(seen) == Want::Delete);
+        seats.find(|entry| says_active(seen, entry))
+    });
+    if let Some(active) = active {
         ask_until_done(seen, active, id, &Order::Stop, decision);
     }
     // With every other pod gone, what is left belongs to nobody that the record names.

@@ -36,6 +36,7 @@ use kube::ResourceExt;
 use crate::observe::{LeaseSeen, Observed, PodSeen};
 
 pub use claims::{BINDING, ClaimTrouble, claim_trouble, goes_with_vm, unbound_for};
+pub use end::stop_refused;
 pub use former::{OUT_OF_SERVICE, away, nodes_to_ask};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};
@@ -337,6 +338,12 @@ pub fn has_engine(pod: &PodSeen) -> bool {
         Err(_) => true,
         Ok(published) => published.incarnation.is_some() && published.role != Some(SeatRole::Ended),
     }
+}
+
+/// Does a seat's daemon say that its engine runs the guest?
+pub fn says_active(seen: &Observed, entry: &SeatEntry) -> bool {
+    let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
+    published.is_some_and(|published| published.role == Some(SeatRole::Active))
 }
 
 /// Does a seat's daemon, on a node that is ready, say that its engine has the guest, or follows the one that does? Where no node is ready it is the

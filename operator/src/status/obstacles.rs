@@ -10,7 +10,7 @@ use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
     ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, away, goes_with_vm, is_genesis, is_heard_of,
-    is_known, lease_is_strange, names, pod, record, recreation, unbound_for, want,
+    is_known, lease_is_strange, names, pod, record, recreation, says_active, stop_refused, unbound_for, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
@@ -147,6 +147,9 @@ pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<(Option<&'
             let text = storage::holds_up(wanted, &seen.vm.name_any(), &entry.name, claim);
             return Some((Some(CLAIM_BEING_DELETED), text));
         }
+        if !is_known(book, record) && !seen.pods.is_empty() {
+            return Some((Some(HOLDER_UNKNOWN), unknown_holder(seen, book, record)));
+        }
     }
     let mut away = book
         .iter()
@@ -158,7 +161,35 @@ pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<(Option<&'
         );
         return Some((None, text));
     }
-    None
+    let text = refusal(seen, book, record).filter(|_| wanted != Want::Run)?;
+    Some((None, text))
+}
+
+/// Nobody can be stopped in the record's name.
+fn unknown_holder(seen: &Observed, book: &[SeatEntry], record: &Record) -> String {
+    let holder = record.holder;
+    let unknown =
+        format!("; the record's holder {holder} is none of the VM's seats, so that nobody can be stopped in order");
+    if want(seen) != Want::Delete {
+        return format!("{unknown}: put a former copy of the Lease back");
+    }
+    let active = book.iter().find(|entry| says_active(seen, entry));
+    let asked = active.map_or_else(String::new, |entry| {
+        format!("; seat {}, which says that it is active, is asked to stop", entry.name)
+    });
+    let refused = refusal(seen, book, record).unwrap_or_default();
+    format!(
+        "{unknown}{asked}{refused}. Put a former copy of the Lease back, or delete the VM's pods to have it go without a stop"
+    )
+}
+
+/// What a seat said when it was asked to stop.
+fn refusal(seen: &Observed, book: &[SeatEntry], record: &Record) -> Option<String> {
+    let (entry, why) = stop_refused(seen, book, record)?;
+    let seat = &entry.name;
+    Some(format!(
+        "; seat {seat} refused to stop: {why}. It is asked again, later and later"
+    ))
 }
 
 /// What a seat refused that was to boot although something may be lost.
