@@ -78,6 +78,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     let spare = is_spare(seen, record, &decision.book);
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
     let replacements = decision.replacements;
+    let book = decision.book.clone();
     let cpu = cpu::chosen(&seen.vm).filter(|_| genesis);
     for entry in &mut decision.book {
         let named = is_named(entry, record) && !genesis;
@@ -110,7 +111,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         let lost = Duration::try_from(seen.now.duration_since(since)).unwrap_or_default();
         if lost < patience {
             sooner(&mut decision.recheck, patience - lost);
-        } else if !leaving && spare {
+        } else if !leaving && spare && (genesis || helps(seen, &book, entry, trouble.as_ref())) {
             entry.leaving = true;
             leaving = true;
         }
@@ -123,6 +124,12 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
             }
         }
     }
+}
+
+/// Would another seat be better off? Where no other node could have it, its disks are kept: its node may come back, and little has to be copied then.
+fn helps(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry, trouble: Option<&Trouble>) -> bool {
+    let of_node = matches!(trouble, Some(Trouble::Node | Trouble::Bound));
+    !of_node || claim_trouble(seen, entry).is_some() || cpu::has_other_place(seen, book, entry)
 }
 
 /// While no guest ran: is the pod there that the record names, of a seat that stays?

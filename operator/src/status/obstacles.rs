@@ -217,6 +217,15 @@ fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
     if let Some(node) = &seat.node
         && !seen.node_ready(node)
     {
+        let book = seen.status().seats;
+        if !cpu::has_other_place(seen, &book, entry) {
+            let key = &seen.vm.spec.placement.topology_key;
+            let message = format!(
+                "node {node} of seat {} is not ready, and no other ready node could have the seat: bring it back, or add a node with KVM, and the guest's CPU, that differs in {key} from that of the other seat; until then the seat and its disks are kept",
+                entry.name
+            );
+            return Some(obstacle(TOO_FEW_NODES, message));
+        }
         let message = format!(
             "node {node} of seat {} is not ready: the seat is replaced on another node after spec.faultTolerance.replaceAfterSeconds, unless the record names it",
             entry.name
