@@ -239,7 +239,10 @@ fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + 
         drop(known);
         for vm in vms.state() {
             let seats = vm.status.as_ref().map_or(&[][..], |status| &status.seats);
-            let looks = seats.iter().any(|entry| entry.node.is_none());
+            // One that has no node, or waits for another one.
+            let looks = seats
+                .iter()
+                .any(|entry| entry.node.is_none() || entry.lost_since.is_some());
             if looks || nodes_to_ask(seats).any(|node| node == name) {
                 let _ = triggers.send(ObjectRef::from_obj(&vm));
             }

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ftvm_cpu::CpuBaseline;
 use ftvm_crds::cpu::NodeCpu;
 use ftvm_crds::names::LABEL_HOSTNAME;
-use ftvm_crds::{CHOSEN_WHY_LENGTH_MAX, ChosenCpu, CpuBaseline as Source, FaultTolerantVM};
+use ftvm_crds::{CHOSEN_WHY_LENGTH_MAX, ChosenCpu, CpuBaseline as Source, FaultTolerantVM, SeatEntry};
 use k8s_openapi::api::core::v1::{Taint, Toleration};
 
 use crate::observe::{NodeSeen, Observed};
@@ -171,6 +171,30 @@ pub fn unfit(seen: &Observed) -> String {
         return unfit;
     }
     format!("; these can't give the guest's CPU: {unfit}; it is chosen anew once the VM is halted and started")
+}
+
+/// Could another node have this seat now: of its slot, with the guest's CPU, apart from the VM's other seat?
+pub fn has_other_place(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> bool {
+    let key = &seen.vm.spec.placement.topology_key;
+    let others = book
+        .iter()
+        .filter(|other| other.name != entry.name && !other.leaving);
+    let domains = others.filter_map(|other| {
+        let name = other.node.as_deref()?;
+        let label = seen.nodes.get(name).and_then(|node| node.labels.get(key));
+        Some(label.map_or(name, String::as_str))
+    });
+    let taken: Vec<&str> = domains.collect();
+    let chosen = chosen(&seen.vm);
+    candidates(seen).iter().any(|node| {
+        let cpu = node.cpu.as_ref().ok().and_then(Option::as_ref);
+        let fits = chosen
+            .as_ref()
+            .is_none_or(|chosen| cpu.is_some_and(|cpu| cpu.gives(chosen).is_ok()));
+        let slot = node.slots.get(usize::from(entry.slot)) == Some(&true);
+        let other = entry.node.as_deref() != Some(node.name) && !taken.contains(&node.domain);
+        node.usable && fits && slot && other
+    })
 }
 
 fn candidates(seen: &Observed) -> Vec<Candidate<'_>> {

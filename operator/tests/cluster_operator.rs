@@ -738,8 +738,8 @@ fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
     assert!(names.len() == 2 && names.iter().any(told), "{names:?}: {advice}");
     // Only one node is there: the other seat, which had none, would take it with its claim of the old class.
     for seat in names {
-        cluster.kubectl(&["delete", "pvc", &format!("{seat}-root"), "--timeout=60s"])?;
-        cluster.kubectl(&["delete", "pod", seat, "--timeout=60s"])?;
+        cluster.kubectl(&["delete", "pvc", &format!("{seat}-root"), "--ignore-not-found", "--timeout=60s"])?;
+        cluster.kubectl(&["delete", "pod", seat, "--ignore-not-found", "--timeout=60s"])?;
     }
     wait_for("a seat has a volume of the other class", PATIENCE, || {
         let claims = cluster.get(&["pvc", "--selector=ftvm.dev/vm=waiting"])?;

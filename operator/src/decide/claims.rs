@@ -1,11 +1,112 @@
-//! Claims that wait for a volume: nothing need ever happen to them, so they are looked at again without a cause.
+//! Claims of which something is wrong, and those that wait for a volume.
+//!
+//! Invariant: a claim that is gone is made anew, empty, only for a seat whose disks nobody ever used, or that has lost all of them while another
+//! seat that the record names has its own: a seat that kept its header would boot with what is left, and its peer would get a copy of that.
 
 use std::time::Duration;
 
-use ftvm_crds::SeatEntry;
+use ftvm_crds::names::claim_name;
+use ftvm_crds::{SeatEntry, VolumePolicy};
+use ftvm_protocol::record::Record;
 
+use super::former::FORMER_MAX;
 use super::run::sooner;
+use super::{Want, is_genesis, is_named, record, want};
 use crate::observe::{ClaimSeen, Observed, PodPhase};
+
+/// What is wrong with a claim of a seat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClaimTrouble {
+    /// It is being deleted, and goes once no pod that is bound to a node uses it.
+    Deleting,
+    /// Its volume is gone.
+    Lost,
+    /// It is gone, and is not made anew.
+    Gone,
+}
+
+/// The first claim of this seat of which something is wrong, by name.
+pub fn claim_trouble(seen: &Observed, entry: &SeatEntry) -> Option<(ClaimTrouble, String)> {
+    seen.vm.spec.disks.iter().find_map(|disk| {
+        let name = claim_name(&entry.name, &disk.name);
+        let trouble = match seen.claims.get(&name) {
+            Some(claim) if claim.deleting => ClaimTrouble::Deleting,
+            Some(claim) if claim.lost => ClaimTrouble::Lost,
+            Some(_) => return None,
+            None if may_be_made(seen, entry) => return None,
+            None => ClaimTrouble::Gone,
+        };
+        Some((trouble, name))
+    })
+}
+
+/// The disks of a seat whose claims are to be made.
+pub(super) fn to_make(seen: &Observed, entry: &SeatEntry) -> Vec<String> {
+    let disks = seen.vm.spec.disks.iter().map(|disk| disk.name.clone());
+    let missing: Vec<String> = disks
+        .filter(|disk| !seen.claims.contains_key(&claim_name(&entry.name, disk)))
+        .collect();
+    if may_be_made(seen, entry) { missing } else { Vec::new() }
+}
+
+/// May what this seat lacks be made anew, empty?
+fn may_be_made(seen: &Observed, entry: &SeatEntry) -> bool {
+    let all_gone = || seen.claims.values().all(|claim| claim.seat != entry.name);
+    !may_have_data(seen, entry) || (all_gone() && is_elsewhere(seen, entry))
+}
+
+/// May an engine have run with disks of this seat since a guest ran?
+fn may_have_data(seen: &Observed, entry: &SeatEntry) -> bool {
+    let status = seen.vm.status.as_ref();
+    let ran = match record(seen) {
+        Some(record) => !is_genesis(&record.snapshot.record),
+        None => status.is_some_and(|status| status.lease_uid.is_some()),
+    };
+    let placed = entry.node.is_some() || entry.former.iter().any(|former| former.node.is_some());
+    // No more are kept.
+    ran && (placed || entry.former.len() >= FORMER_MAX)
+}
+
+/// Does the record name another seat, whose claims are all there?
+fn is_elsewhere(seen: &Observed, entry: &SeatEntry) -> bool {
+    let Some(record) = record(seen).map(|record| &record.snapshot.record) else {
+        return false;
+    };
+    let seats = seen.vm.status.iter().flat_map(|status| &status.seats);
+    let mut others = seats.filter(|other| other.name != entry.name);
+    others.any(|other| is_named(other, record) && has_all(seen, other))
+}
+
+fn has_all(seen: &Observed, entry: &SeatEntry) -> bool {
+    seen.vm.spec.disks.iter().all(|disk| {
+        let claim = seen.claims.get(&claim_name(&entry.name, &disk.name));
+        claim.is_some_and(|claim| !claim.deleting && !claim.lost)
+    })
+}
+
+/// A claim of a seat that the record names and that is still there only because the seat's pod is: whatever ends the pod destroys a disk.
+pub(super) fn goes_with_pod<'a>(seen: &'a Observed, entry: &SeatEntry, record: &Record) -> Option<&'a str> {
+    let placed = seen.pods.get(&entry.name).is_some_and(|pod| pod.node.is_some());
+    if !placed || is_genesis(record) || !is_named(entry, record) {
+        return None;
+    }
+    let mut claims = seen.claims.iter();
+    let deleted = claims.find(|(_, claim)| claim.seat == entry.name && claim.deleting);
+    deleted.map(|(name, _)| name.as_str())
+}
+
+/// A seat, and a claim of it, that would go if the VM were halted or deleted now, though its disks are to be kept.
+pub fn goes_with_vm<'a>(
+    seen: &'a Observed,
+    book: &'a [SeatEntry],
+    record: &Record,
+) -> Option<(&'a SeatEntry, &'a str)> {
+    if want(seen) == Want::Delete && seen.vm.spec.volume_policy == VolumePolicy::Delete {
+        return None;
+    }
+    book.iter()
+        .find_map(|entry| Some((entry, goes_with_pod(seen, entry, record)?)))
+}
 
 /// A claim may be without a volume for so long before a person is told.
 pub const BINDING: Duration = Duration::from_secs(30);
@@ -18,7 +119,7 @@ pub fn unbound_for(seen: &Observed, claim: &ClaimSeen) -> Option<Duration> {
     (!claim.bound).then(|| age().unwrap_or_default())
 }
 
-/// Looks again when a person has to be told, then later and later: twice the age each time, to a bound.
+/// To those that wait for a volume nothing need ever happen: looks again when a person has to be told, then later and later: twice the age each time, to a bound.
 pub(super) fn look_again(seen: &Observed, book: &[SeatEntry], recheck: &mut Option<Duration>) {
     let (longest, shortest) = LOOKS;
     for entry in book.iter().filter(|entry| !entry.leaving) {

@@ -8,7 +8,9 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::run::{ask_until_done, attempts, delete_pod, is_attempt, is_known, is_starting, remove_seat};
-use super::{Action, Decision, Want, has_engine, holder, is_genesis, is_named, pod, record, want};
+use super::{
+    Action, Decision, Want, claims, has_engine, holder, is_genesis, is_named, pod, record, says_active, want,
+};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
 pub(super) fn end(seen: &Observed, decision: &mut Decision) {
@@ -16,6 +18,8 @@ pub(super) fn end(seen: &Observed, decision: &mut Decision) {
     let found = record(seen).map(|record| record.snapshot.record.clone());
     match &found {
         Some(record) if is_genesis(record) && !goes => begin_anew(seen, decision),
+        // The guest goes on, and conditions say what to do: only while it runs its disks can be copied to another seat.
+        Some(record) if !is_genesis(record) && claims::goes_with_vm(seen, &decision.book, record).is_some() => {}
         Some(record) if !is_genesis(record) => stop(seen, record, decision),
         // No guest ever ran, or the arbiter is gone and the VM goes with all it has.
         _ if goes || seen.status().lease_uid.is_none() => {
@@ -53,11 +57,29 @@ fn begin_anew(seen: &Observed, decision: &mut Decision) {
     decision.book.retain(|entry| !gone.contains(&entry.name));
 }
 
+/// A new id for each wish; the active may change before it is executed.
+fn stop_id(seen: &Observed, record: &Record) -> String {
+    let generation = seen.vm.metadata.generation.unwrap_or_default();
+    format!("stop-{generation}-{}", record.term)
+}
+
+/// A seat that refused to stop when it was asked last, and why.
+pub fn stop_refused<'a>(
+    seen: &'a Observed,
+    book: &'a [SeatEntry],
+    record: &Record,
+) -> Option<(&'a SeatEntry, &'a str)> {
+    let id = stop_id(seen, record);
+    book.iter().find_map(|entry| {
+        let done = pod(seen, entry)?.published.as_ref().ok()?.done_request.as_ref()?;
+        let why = done.refused.as_deref()?;
+        is_attempt(&id, &done.id).then_some((entry, why))
+    })
+}
+
 fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
     let book = decision.book.clone();
-    // A new id for each wish; the active may change before it is executed.
-    let generation = seen.vm.metadata.generation.unwrap_or_default();
-    let id = format!("stop-{generation}-{}", record.term);
+    let id = stop_id(seen, record);
     if record.phase == Phase::Running {
         return stop_running(seen, record, &book, &id, decision);
     }
@@ -88,7 +110,12 @@ fn stop_running(seen: &Observed, record: &Record, book: &[SeatEntry], id: &str, 
         }
         return;
     }
-    if let Some(active) = holder {
+    // Of a record whose holder nobody knows, whoever has the guest can still be asked before the VM goes.
+    let active = holder.or_else(|| {
+        let mut seats = book.iter().filter(|_| want(seen) == Want::Delete);
+        seats.find(|entry| says_active(seen, entry))
+    });
+    if let Some(active) = active {
         ask_until_done(seen, active, id, &Order::Stop, decision);
     }
     // With every other pod gone, what is left belongs to nobody that the record names.

@@ -12,6 +12,7 @@
 //!
 //! Invariant: a seat that the record names is never made to leave, and nothing of it is deleted but a pod that can't run a guest any more.
 //! Invariant: a Lease that is gone is made anew only from what seats vouch for ([`ftvm_protocol::recreation`]), never from what the operator remembers.
+//! Invariant: no pod of a seat that the record names is taken away while one of its claims is being deleted, unless its volumes are to go.
 //! Invariant: the book never has more than two seats.
 //! Invariant: when everything is as it should be, there is nothing to do.
 
@@ -34,7 +35,8 @@ use kube::ResourceExt;
 
 use crate::observe::{LeaseSeen, Observed, PodSeen};
 
-pub use claims::{BINDING, unbound_for};
+pub use claims::{BINDING, ClaimTrouble, claim_trouble, goes_with_vm, unbound_for};
+pub use end::stop_refused;
 pub use former::{OUT_OF_SERVICE, absent, away, nodes_to_ask};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};
@@ -307,7 +309,7 @@ pub fn is_named(entry: &SeatEntry, record: &Record) -> bool {
 }
 
 /// Does the record name this pod?
-fn names(record: &Record, uid: &str) -> bool {
+pub fn names(record: &Record, uid: &str) -> bool {
     named(record).any(|named| named == uid)
 }
 
@@ -343,9 +345,15 @@ pub fn anyone_is_heard_of(seen: &Observed, book: &[SeatEntry]) -> bool {
     book.iter().any(|entry| is_heard_of(seen, entry))
 }
 
+/// Does a seat's daemon say that its engine runs the guest?
+pub fn says_active(seen: &Observed, entry: &SeatEntry) -> bool {
+    let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
+    published.is_some_and(|published| published.role == Some(SeatRole::Active))
+}
+
 /// Does a seat's daemon, on a node that is ready, say that its engine has the guest, or follows the one that does? Where no node is ready it is the
 /// control plane that hears nothing.
-fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
+pub fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
     let Some(pod) = pod(seen, entry) else { return false };
     let ready = pod.node.as_deref().is_some_and(|node| seen.node_ready(node));
     let deaf = seen.nodes.values().all(|node| !node.ready);
@@ -415,6 +423,8 @@ fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
 }
 
 #[cfg(test)]
+mod claims_tests;
+#[cfg(test)]
 mod cpu_tests;
 #[cfg(test)]
 mod former_tests;
@@ -422,6 +432,8 @@ mod former_tests;
 mod random_tests;
 #[cfg(test)]
 pub(crate) mod rig;
+#[cfg(test)]
+mod rig_disks;
 #[cfg(test)]
 mod stuck_tests;
 #[cfg(test)]

@@ -14,6 +14,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
+use super::rig_disks::Disk;
 use super::{Action, Decision, decide, is_genesis, is_named};
 use crate::cpu;
 use crate::observe::{ClaimSeen, LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen, Record as Found};
@@ -96,6 +97,8 @@ pub struct World {
     pub kills: Vec<String>,
     /// The last request that the daemon of a pod executed, by the pod's UID: its `request.json`.
     pub executed: BTreeMap<String, DoneRequest>,
+    /// What is on the volumes, by the UID of their claims.
+    pub disks: BTreeMap<String, Disk>,
 }
 
 impl World {
@@ -118,6 +121,7 @@ impl World {
             ended: BTreeMap::new(),
             kills: Vec::new(),
             executed: BTreeMap::new(),
+            disks: BTreeMap::new(),
         }
     }
 
@@ -408,23 +412,6 @@ impl World {
         }
     }
 
-    /// Nothing of a seat that the record names is ever taken away while the VM is to exist.
-    fn delete_claim(&mut self, claim: &str, uid: &str) {
-        let Some(seen) = self.claims.get_mut(claim).filter(|seen| seen.uid == uid) else {
-            return;
-        };
-        seen.deleting = true;
-        let seat = seen.seat.clone();
-        assert!(!self.pods.contains_key(&seat), "a claim is deleted under a pod");
-        let goes = self.vm.metadata.deletion_timestamp.is_some();
-        if let (Some(entry), Some(record)) = (self.entry(&seat), self.record()) {
-            assert!(
-                goes || is_genesis(record) || !is_named(&entry, record),
-                "a claim of seat {seat} is deleted: {record:?}"
-            );
-        }
-    }
-
     fn uid(&mut self) -> String {
         SeatId(0x1000_0000_0000_0000_0000_0000_0000_0000 + u128::from(self.next())).to_string()
     }
@@ -451,10 +438,16 @@ impl World {
         }
     }
 
-    /// The scheduler: a free ready node, or the one that the claims are bound to.
+    /// The scheduler: a free ready node, or the one that the claims are bound to. A pod whose claim is missing, being deleted or lost waits.
     pub fn schedule(&mut self, seat: &str) {
         let waits = |pod: &&PodSeen| pod.node.is_none() && !pod.deleting;
         if self.pods.get(seat).filter(waits).is_none() {
+            return;
+        }
+        let usable = |claim: &Option<&ClaimSeen>| claim.is_some_and(|claim| !claim.deleting && !claim.lost);
+        if !self.claims_of(seat).iter().all(usable) {
+            let pod = self.pods.get_mut(seat).unwrap();
+            pod.unschedulable = Some("persistentvolumeclaim not found, lost or being deleted".to_owned());
             return;
         }
         let taken: Vec<String> = self.pods.values().filter_map(|pod| pod.node.clone()).collect();
@@ -493,6 +486,8 @@ impl World {
         if !ready {
             return;
         }
+        let mut claims = self.claims.values();
+        let mounts = !claims.any(|claim| claim.seat == seat && claim.deleting);
         if pod.deleting && pod.phase != PodPhase::Finished {
             // Its program is told, and its engine ends before it.
             pod.phase = PodPhase::Finished;
@@ -513,18 +508,11 @@ impl World {
             });
         } else if pod.deleting {
             self.pods.remove(seat);
-        } else if pod.node.is_some() && pod.phase == PodPhase::Pending {
+        } else if pod.node.is_some() && pod.phase == PodPhase::Pending && mounts {
             pod.phase = PodPhase::Running;
             pod.first_start = Some(self.now);
             pod.pod_ip = Some("10.1.2.3".to_owned());
         }
-    }
-
-    /// Volumes that are deleted go once no pod uses them.
-    pub fn volumes(&mut self) {
-        let pods = &self.pods;
-        self.claims
-            .retain(|_, claim| !claim.deleting || pods.contains_key(&claim.seat));
     }
 
     pub fn alive(&self, seat: &str) -> bool {
@@ -573,6 +561,7 @@ impl World {
         if !self.goes_by_lease(seat, is_named(&entry, &record)) {
             return;
         }
+        self.prepare(seat, record.holder == Incarnation::genesis(own));
         if self.execute(seat, me) {
             return;
         }
@@ -586,9 +575,12 @@ impl World {
             == Some(Order::Start {
                 over_stopped_term: over,
             });
-        let named = is_named(&entry, &record);
+        // The record says one half, the header the other.
+        let member = is_named(&entry, &record);
+        let named = member && (is_genesis(&record) || self.has_header(seat));
         if record.phase == Phase::Stopped {
             if starts && named && !entry.leaving && self.are_proven(&record) {
+                self.boots(seat, false);
                 self.swap(|record| {
                     (record.holder, record.members, record.phase) = (me, Members::one(me), Phase::Running);
                 });
@@ -613,15 +605,14 @@ impl World {
                     .any(|other| other.pod_uid == Some(seat.to_string()) && self.alive(&other.name))
             };
             let first = entry.had_uid(&record.holder.seat.to_string());
-            let waits = others
-                .iter()
-                .any(|other| other.had_uid(&record.holder.seat.to_string()) && self.alive(&other.name));
+            let waits = self.holder_could(&others, &record);
             let takes_over = record.members.contains(me) && !lives(record.holder.seat);
             let starts_cold = !record.members.contains(me)
                 && !record.members.iter().any(|member| lives(member.seat))
                 && self.are_proven(&record)
                 && (first || !waits);
             if (takes_over || starts_cold) && !entry.leaving {
+                self.boots(seat, is_genesis(&record));
                 self.swap(|record| (record.holder, record.members) = (me, Members::one(me)));
                 self.publish(seat, SeatRole::Active, me);
             } else if record.members.contains(me) {
@@ -629,6 +620,7 @@ impl World {
             }
         } else if let Some(leader) = peer
             && !entry.leaving
+            && !member
             && record.members.iter().count() == 1
             && !is_genesis(&record)
             && record.holder.start == 1
@@ -636,6 +628,7 @@ impl World {
         {
             if self.pods[seat].published.as_ref().unwrap().role == Some(SeatRole::Joining) {
                 let holder = record.holder;
+                self.holds_guest(seat);
                 self.swap(|record| record.members = Members::pair(holder, me));
             } else {
                 self.publish(seat, SeatRole::Joining, me);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ftvm_crds::names::{claim_name, nodes_text, seat_name};
+use ftvm_crds::names::{nodes_text, seat_name};
 use ftvm_crds::seat::{Order, SeatPublished, SeatRequest, SeatRole};
 use ftvm_crds::{ChosenCpu, CpuBaseline, SeatEntry, VmPhase};
 use ftvm_protocol::record::{Phase, Record};
@@ -12,8 +12,8 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, away, claims, holder, is_genesis,
-    is_named, lease_is_strange, pod, record, seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, away, claim_trouble, claims, holder,
+    is_genesis, is_named, lease_is_strange, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -78,6 +78,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     let spare = is_spare(seen, record, &decision.book);
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
     let replacements = decision.replacements;
+    let book = decision.book.clone();
     let cpu = cpu::chosen(&seen.vm).filter(|_| genesis);
     for entry in &mut decision.book {
         let named = is_named(entry, record) && !genesis;
@@ -110,11 +111,40 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         let lost = Duration::try_from(seen.now.duration_since(since)).unwrap_or_default();
         if lost < patience {
             sooner(&mut decision.recheck, patience - lost);
-        } else if !leaving && spare {
+        } else if !leaving && spare && (genesis || helps(seen, &book, entry, trouble.as_ref())) {
             entry.leaving = true;
             leaving = true;
         }
     }
+    if genesis && !has_original(seen, record, &decision.book) {
+        // Disks of seats that were not the original are made to get everything by replication: no guest can begin there.
+        for entry in &mut decision.book {
+            if was_admitted(entry) {
+                entry.leaving = true;
+            }
+        }
+    }
+}
+
+/// Would another seat be better off? Where no other node could have it, its disks are kept: its node may come back, and little has to be copied then.
+fn helps(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry, trouble: Option<&Trouble>) -> bool {
+    let of_node = matches!(trouble, Some(Trouble::Node | Trouble::Bound));
+    !of_node || claim_trouble(seen, entry).is_some() || cpu::has_other_place(seen, book, entry)
+}
+
+/// While no guest ran: is the pod there that the record names, of a seat that stays?
+fn has_original(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    let original = record.holder.seat.to_string();
+    let mut pods = book
+        .iter()
+        .filter(|entry| !entry.leaving)
+        .filter_map(|entry| seen.pods.get(&entry.name));
+    pods.any(|pod| pod.uid == original)
+}
+
+/// May a daemon have taken a pod of this seat for one? Its disks are what they were prepared for then.
+fn was_admitted(entry: &SeatEntry) -> bool {
+    entry.pod_uid.is_some() || !entry.former.is_empty()
 }
 
 /// Is a seat that the record does not name of no use any more? Only while somebody has the guest, or the holder's own disk is there to be booted: else it may
@@ -293,23 +323,28 @@ fn by_need<'a>(book: &'a [SeatEntry], record: Option<&Record>) -> Vec<&'a SeatEn
 
 /// Claims, pods, admission.
 fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision) {
+    // Whoever is admitted prepares its disks by what the record says then.
+    let follows = record.is_some_and(|record| is_genesis(record) && !has_original(seen, record, &decision.book));
     for entry in by_need(&decision.book, record) {
         let seat = entry.name.clone();
-        match seen.pods.get(&entry.name) {
-            None if decision.held.is_some() => {}
-            None => {
-                let disks = seen.vm.spec.disks.iter().map(|disk| disk.name.clone());
-                let missing: Vec<String> = disks
-                    .filter(|disk| !seen.claims.contains_key(&claim_name(&seat, disk)))
-                    .collect();
-                if !missing.is_empty() {
-                    decision.actions.push(Action::CreateClaims {
-                        seat: seat.clone(),
-                        disks: missing,
-                    });
-                }
-                decision.actions.push(Action::CreatePod { seat });
+        let made = seen.pods.get(&entry.name);
+        // The API server lets a claim go that somebody deletes under a pod without a node.
+        let unplaced = made.is_none_or(|pod| pod.node.is_none() && pod.phase == PodPhase::Pending && !pod.deleting);
+        if unplaced && decision.held.is_none() {
+            let disks = claims::to_make(seen, entry);
+            if !disks.is_empty() {
+                let seat = seat.clone();
+                decision.actions.push(Action::CreateClaims { seat, disks });
             }
+        }
+        let keeps = record.is_some_and(|record| claims::goes_with_pod(seen, entry, record).is_some());
+        match made {
+            None if decision.held.is_some() => {}
+            // A pod could not be placed, and would keep no claim from going.
+            None if claim_trouble(seen, entry).is_some() => {}
+            None => decision.actions.push(Action::CreatePod { seat }),
+            // A disk would go with it.
+            Some(pod) if pod.phase == PodPhase::Finished && keeps => {}
             Some(pod) if pod.phase == PodPhase::Finished => {
                 let wait = REMAKE_AFTER_SECONDS << entry.former.len().min(6);
                 let age = pod
@@ -321,7 +356,7 @@ fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision)
                     sooner(&mut decision.recheck, Duration::from_secs((wait - age).unsigned_abs()));
                 }
             }
-            Some(pod) if entry.pod_uid.is_none() && !pod.deleting => {
+            Some(pod) if entry.pod_uid.is_none() && !pod.deleting && !follows => {
                 decision.actions.push(Action::Admit {
                     seat,
                     uid: pod.uid.clone(),
@@ -345,16 +380,16 @@ fn create_lease(decision: &mut Decision) {
     }
 }
 
-/// No guest ran yet: the record follows the seat whose pod exists.
+/// No guest ran yet, and the original is gone: the record follows a seat that was entered since, before its pod is admitted.
 fn follow_original(seen: &Observed, record: &Record, decision: &mut Decision) {
-    let stays = |entry: &&SeatEntry| !entry.leaving && pod(seen, entry).is_some();
-    let seats: Vec<_> = decision.book.iter().filter(stays).filter_map(seat_id).collect();
-    let waits = decision.book.iter().any(|entry| entry.leaving);
-    if let Some(first) = seats.first()
-        && !waits
-        && !seats.contains(&record.holder.seat)
-    {
-        decision.actions.push(Action::RewriteGenesis { original: *first });
+    let book = &decision.book;
+    if has_original(seen, record, book) || book.iter().any(|entry| entry.leaving || was_admitted(entry)) {
+        return;
+    }
+    let pods = book.iter().filter_map(|entry| seen.pods.get(&entry.name));
+    let mut sound = pods.filter(|pod| !pod.deleting && pod.phase != PodPhase::Finished);
+    if let Some(original) = sound.find_map(|pod| pod.uid.parse().ok()) {
+        decision.actions.push(Action::RewriteGenesis { original });
     }
 }
 
@@ -394,10 +429,12 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
         term: Some(record.term),
         over_stopped_term: (record.phase == Phase::Stopped).then_some(record.term),
     };
-    // Unless there is no room for it, or it was asked in vain for more than a minute.
+    // Unless there is no room for it, a disk of it is gone, or it was asked in vain for more than a minute.
+    let placed = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.node.is_some());
+    let no_disk = |entry: &SeatEntry| !placed(entry) && claim_trouble(seen, entry).is_some();
     let no_room = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.unschedulable.is_some());
     let in_vain = |entry: &SeatEntry| attempts(seen, entry, &id) > HOLDER_ATTEMPTS;
-    let first = holder(&book, record).filter(|entry| !no_room(entry) && !in_vain(entry));
+    let first = holder(&book, record).filter(|entry| !no_room(entry) && !no_disk(entry) && !in_vain(entry));
     for entry in book.iter().filter(|entry| !entry.leaving) {
         if first.is_none_or(|first| first.name == entry.name) {
             ask_until_done(seen, entry, &id, &order, decision);

@@ -415,3 +415,57 @@ fn nothing_of_a_vm_goes_whose_holder_nobody_knows() {
             .any(|action| matches!(action, Action::DeletePod { force: true, .. }))
     );
 }
+
+fn ready(world: &World) -> (String, String) {
+    let told = world.vm.status.as_ref().unwrap().condition(crate::status::READY).unwrap();
+    (told.reason.clone(), told.message.clone())
+}
+
+#[test]
+fn a_stop_that_is_refused_is_told() {
+    let mut world = protected();
+    let (active, _) = seats(&world);
+    world.want(RunStrategy::Halted);
+    world.step();
+    answers(&mut world, &active.name, Some("a switchover is under way"));
+    world.step();
+    let (reason, message) = ready(&world);
+    let words = format!("seat {} refused to stop: a switchover is under way", active.name);
+    assert!(reason == "Stopping" && message.contains(&words), "{reason}: {message}");
+    answers(&mut world, &active.name, None);
+    world.step();
+    assert!(!ready(&world).1.contains("refused"), "{:?}", ready(&world));
+}
+
+#[test]
+fn whoever_has_the_guest_is_asked_when_a_vm_goes_whose_holder_nobody_knows() {
+    let mut world = protected();
+    let (active, _) = seats(&world);
+    let (snapshot, _) = world.lease.as_mut().unwrap();
+    let other = Incarnation {
+        seat: SeatId(7),
+        start: 1,
+    };
+    (snapshot.record.holder, snapshot.record.members) = (other, Members::one(other));
+    world.want(RunStrategy::Halted);
+    world.step();
+    let (reason, message) = ready(&world);
+    let advice = "put a former copy of the Lease back";
+    assert!(reason == "HolderUnknown" && message.contains(advice), "{reason}: {message}");
+    assert!(asked(&mut world).is_empty());
+    world.delete();
+    let stops = asked(&mut world);
+    assert!(
+        matches!(&stops[..], [(seat, request)] if *seat == active.name && request.order == Order::Stop),
+        "{stops:?}"
+    );
+    world.step();
+    answers(&mut world, &active.name, Some("the record names another holder"));
+    world.step();
+    let (reason, message) = ready(&world);
+    assert_eq!(reason, "HolderUnknown", "{message}");
+    let refused = "refused to stop: the record names another holder";
+    for words in [refused, "delete the VM's pods"] {
+        assert!(message.contains(words), "{words}: {message}");
+    }
+}

@@ -206,6 +206,31 @@ fn two_nodes_alone_say_so_and_do_not_churn() {
     assert_eq!(world.book(), before);
 }
 
+/// Its node may only be starting again.
+#[test]
+fn a_dead_standbys_disks_are_kept_while_no_other_node_could_have_its_seat() {
+    let mut world = protected(2);
+    let (active, standby) = seats(&world);
+    let die = |world: &mut World| {
+        let node = world.kill_node_of(&standby);
+        world.engine(&active.name);
+        world.settle(200);
+        let kept = world.entry(&standby.name).is_some_and(|entry| !entry.leaving);
+        assert!(kept && world.claims.len() == 4, "{:#?}", world.book());
+        node
+    };
+    let node = die(&mut world);
+    world.nodes.get_mut(&node).unwrap().ready = true;
+    assert!(world.settle(60) && world.is_protected(), "{:#?}", world.vm.status);
+    assert!(world.entry(&standby.name).is_some());
+    // With another node there is a reason to give it up.
+    die(&mut world);
+    let spare = world.nodes[active.node.as_ref().unwrap()].clone();
+    world.nodes.insert("node-2".to_owned(), spare);
+    assert!(world.settle(80) && world.is_protected(), "{:#?}", world.vm.status);
+    assert!(world.entry(&standby.name).is_none());
+}
+
 #[test]
 fn what_does_not_help_is_tried_less_and_less_often() {
     let mut world = protected(3);

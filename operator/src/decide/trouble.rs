@@ -5,7 +5,7 @@ use std::time::Duration;
 use ftvm_crds::SeatEntry;
 use ftvm_crds::seat::SeatRole;
 
-use super::pod;
+use super::{claim_trouble, pod};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
 /// What keeps a seat from joining. Another node may help with all of these but for [`Trouble::Slow`] and [`Trouble::Unplaced`].
@@ -15,7 +15,7 @@ pub enum Trouble {
     Node,
     /// Its pod failed and is made again.
     Failed,
-    /// Its volumes are where it can't be scheduled.
+    /// Its volumes are where it can't be scheduled, or one of them is gone or about to go.
     Bound,
     /// It runs, but no engine joins.
     NoEngine,
@@ -27,6 +27,9 @@ pub enum Trouble {
 
 /// What keeps this seat from joining, if anything. Not asked of seats that the record names.
 pub fn trouble(seen: &Observed, entry: &SeatEntry) -> Option<Trouble> {
+    if claim_trouble(seen, entry).is_some() {
+        return Some(Trouble::Bound);
+    }
     let Some(pod) = pod(seen, entry) else {
         // Made again, or about to be admitted.
         return seen

@@ -2,6 +2,7 @@
 
 mod changes;
 mod obstacles;
+mod storage;
 
 use ftvm_crds::seat::{SeatPublished, SeatRole};
 use ftvm_crds::{CpuBaseline, Failover, FaultTolerantVMStatus, SeatEntry, VmPhase};
@@ -17,6 +18,7 @@ use crate::observe::{LeaseSeen, Observed};
 pub use changes::{Change, changes, kept};
 pub use obstacles::{Obstacle, obstacles};
 use obstacles::{holds_up, is_no_news, lease_gone};
+use storage::storage;
 
 /// The guest runs.
 pub const READY: &str = "Ready";
@@ -24,7 +26,7 @@ pub const READY: &str = "Ready";
 pub const PROTECTED: &str = "Protected";
 /// A seat is being brought up to the other's state.
 pub const RESYNCING: &str = "Resyncing";
-/// No seat reports a failing disk.
+/// No seat reports a failing disk, and its claims are all there.
 pub const STORAGE_HEALTHY: &str = "StorageHealthy";
 /// The record can be read and written.
 pub const ARBITER_REACHABLE: &str = "ArbiterReachable";
@@ -42,8 +44,6 @@ const PAUSED: &str = "Paused";
 
 /// Longest message of a condition.
 const MESSAGE_LENGTH_MAX: usize = 1024;
-/// Exit codes that mean a failing disk (`docs/exit-codes.md`).
-const STORAGE_CODES: [u8; 2] = [16, 21];
 
 /// A condition before it has a time.
 struct Said {
@@ -202,8 +202,8 @@ fn ready(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>
                 VmPhase::Deleting => ("Deleting", "the VM is being deleted"),
                 _ => ("Stopping", "the guest is being stopped"),
             };
-            let waits = holds_up(seen, &decision.book).unwrap_or_default();
-            said(READY, false, reason, format!("{doing}{waits}"))
+            let (own, waits) = holds_up(seen, &decision.book).unwrap_or_default();
+            said(READY, false, own.unwrap_or(reason), format!("{doing}{waits}"))
         }
         VmPhase::Starting => match obstacle(seen, decision) {
             Some(obstacle) => said(READY, false, obstacle.reason, obstacle.message),
@@ -304,38 +304,6 @@ fn resyncing(joining: Option<u8>) -> Said {
         ),
         None => said(RESYNCING, false, "InStep", "no seat is being brought up to date"),
     }
-}
-
-fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
-    for entry in book {
-        let lost = seen
-            .claims
-            .iter()
-            .find(|(_, claim)| claim.seat == entry.name && claim.lost);
-        if let Some((claim, _)) = lost {
-            return said(
-                STORAGE_HEALTHY,
-                false,
-                "VolumeLost",
-                format!(
-                    "the volume of claim {claim} is gone: if the VM runs on its other seat, delete pod {} and the claim",
-                    entry.name
-                ),
-            );
-        }
-        let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
-        if let Some(published) = published
-            && STORAGE_CODES.contains(&published.code)
-        {
-            return said(
-                STORAGE_HEALTHY,
-                false,
-                "DiskFailed",
-                format!("seat {}: {}", entry.name, published.why),
-            );
-        }
-    }
-    said(STORAGE_HEALTHY, true, "NoFailures", "no seat reports a failing disk")
 }
 
 fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -> Said {

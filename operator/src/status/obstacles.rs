@@ -6,15 +6,18 @@ use ftvm_protocol::record::Record;
 use kube::ResourceExt;
 
 use super::API_SERVER_REFUSES;
+use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
-    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, absent, accepted_loss, anyone_is_heard_of, away, is_genesis,
-    is_known, lease_is_strange, pod, record, recreation, unbound_for, want,
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, absent, accepted_loss, anyone_is_heard_of, away, goes_with_vm,
+    is_genesis, is_known, lease_is_strange, pod, record, recreation, says_active, stop_refused, unbound_for, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Reason of a seat that waits for an image.
 const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
+/// Reason of a VM whose record names a holder that is none of its seats.
+const HOLDER_UNKNOWN: &str = "HolderUnknown";
 /// A node that nobody can taint.
 const MISSING_NODE: &str =
     "its object is gone, make one of that name with the taint: docs/kubernetes.md, \"A node that is lost for good\"";
@@ -30,7 +33,7 @@ pub struct Obstacle {
     pub message: String,
 }
 
-fn obstacle(reason: &'static str, message: impl Into<String>) -> Obstacle {
+pub(super) fn obstacle(reason: &'static str, message: impl Into<String>) -> Obstacle {
     Obstacle {
         reason,
         message: message.into(),
@@ -89,7 +92,7 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
             "the record's holder {} is none of the VM's seats: nothing of them is taken away; put a former copy of the Lease back",
             record.holder
         );
-        return Some(obstacle("HolderUnknown", message));
+        return Some(obstacle(HOLDER_UNKNOWN, message));
     }
     let mut away = book
         .iter()
@@ -131,19 +134,59 @@ fn off(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
         .map(|(node, _)| node.to_owned())
 }
 
-/// Which seat keeps a VM from being halted or deleted, because its node is away.
-pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<String> {
+/// What keeps a VM from being halted or deleted, and a reason if it does not go by itself and nothing else tells it.
+pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<(Option<&'static str>, String)> {
     let record = &record(seen)?.snapshot.record;
+    let wanted = want(seen);
+    if wanted != Want::Run {
+        if let Some((entry, claim)) = goes_with_vm(seen, book, record) {
+            let text = storage::holds_up(wanted, &seen.vm.name_any(), &entry.name, claim);
+            return Some((Some(CLAIM_BEING_DELETED), text));
+        }
+        if !is_known(book, record) && !seen.pods.is_empty() {
+            return Some((Some(HOLDER_UNKNOWN), unknown_holder(seen, book, record)));
+        }
+    }
     let mut away = book
         .iter()
         .filter_map(|entry| Some((entry, away(seen, entry, record)?)));
-    away.next().map(|(entry, node)| {
-        format!(
+    if let Some((entry, node)) = away.next() {
+        let text = format!(
             "; node {node} of seat {} is away: bring it back, or make sure that it is switched off and say so ({})",
             entry.name,
             taint_command(&node)
-        )
-    })
+        );
+        return Some((None, text));
+    }
+    let text = refusal(seen, book, record).filter(|_| wanted != Want::Run)?;
+    Some((None, text))
+}
+
+/// Nobody can be stopped in the record's name.
+fn unknown_holder(seen: &Observed, book: &[SeatEntry], record: &Record) -> String {
+    let holder = record.holder;
+    let unknown =
+        format!("; the record's holder {holder} is none of the VM's seats, so that nobody can be stopped in order");
+    if want(seen) != Want::Delete {
+        return format!("{unknown}: put a former copy of the Lease back");
+    }
+    let active = book.iter().find(|entry| says_active(seen, entry));
+    let asked = active.map_or_else(String::new, |entry| {
+        format!("; seat {}, which says that it is active, is asked to stop", entry.name)
+    });
+    let refused = refusal(seen, book, record).unwrap_or_default();
+    format!(
+        "{unknown}{asked}{refused}. Put a former copy of the Lease back, or delete the VM's pods to have it go without a stop"
+    )
+}
+
+/// What a seat said when it was asked to stop.
+fn refusal(seen: &Observed, book: &[SeatEntry], record: &Record) -> Option<String> {
+    let (entry, why) = stop_refused(seen, book, record)?;
+    let seat = &entry.name;
+    Some(format!(
+        "; seat {seat} refused to stop: {why}. It is asked again, later and later"
+    ))
 }
 
 /// The command by which a person says of a node that it is switched off.
@@ -168,10 +211,23 @@ fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
 }
 
 fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
+    let placed = seen.pods.get(&entry.name).is_some_and(|pod| pod.node.is_some());
+    if !placed && let Some(found) = storage::of_claim(seen, entry) {
+        return Some(found);
+    }
     let seat = seen.pods.get(&entry.name)?;
     if let Some(node) = &seat.node
         && !seen.node_ready(node)
     {
+        let book = seen.status().seats;
+        if !cpu::has_other_place(seen, &book, entry) {
+            let key = &seen.vm.spec.placement.topology_key;
+            let message = format!(
+                "node {node} of seat {} is not ready, and no other ready node could have the seat: bring it back, or add a node with KVM, and the guest's CPU, that differs in {key} from that of the other seat; until then the seat and its disks are kept",
+                entry.name
+            );
+            return Some(obstacle(TOO_FEW_NODES, message));
+        }
         let message = format!(
             "node {node} of seat {} is not ready: the seat is replaced on another node after spec.faultTolerance.replaceAfterSeconds, unless the record names it",
             entry.name

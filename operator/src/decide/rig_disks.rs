@@ -1,0 +1,105 @@
+//! What the rig's seats have on their volumes, and what a cluster does to claims.
+
+use ftvm_crds::SeatEntry;
+use ftvm_crds::names::claim_name;
+use ftvm_protocol::record::Record;
+
+use super::rig::World;
+use super::{is_genesis, is_named};
+use crate::observe::ClaimSeen;
+
+/// What is on a seat's volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disk {
+    /// Zeros: it was prepared to get everything by replication.
+    Blank,
+    /// What the VM begins with.
+    First,
+    /// What the guest wrote. On the first disk there is a complete header, too.
+    Guest,
+}
+
+impl World {
+    /// Nothing of a seat that the record names is ever taken away while the VM is to exist.
+    pub fn delete_claim(&mut self, claim: &str, uid: &str) {
+        let Some(seen) = self.claims.get_mut(claim).filter(|seen| seen.uid == uid) else {
+            return;
+        };
+        seen.deleting = true;
+        let seat = seen.seat.clone();
+        assert!(!self.pods.contains_key(&seat), "a claim is deleted under a pod");
+        let goes = self.vm.metadata.deletion_timestamp.is_some();
+        if let (Some(entry), Some(record)) = (self.entry(&seat), self.record()) {
+            assert!(
+                goes || is_genesis(record) || !is_named(&entry, record),
+                "a claim of seat {seat} is deleted: {record:?}"
+            );
+        }
+    }
+
+    /// Volumes that are deleted go once no pod that is bound to a node uses them (the controller `pvc-protection`).
+    pub fn volumes(&mut self) {
+        let pods = &self.pods;
+        let is_used = |claim: &ClaimSeen| pods.get(&claim.seat).is_some_and(|pod| pod.node.is_some());
+        self.claims.retain(|_, claim| !claim.deleting || is_used(claim));
+    }
+
+    /// The seat's claims, in the order of its disks; none of one that is missing.
+    pub fn claims_of(&self, seat: &str) -> Vec<Option<&ClaimSeen>> {
+        let disks = self.vm.spec.disks.iter();
+        disks
+            .map(|disk| self.claims.get(&claim_name(seat, &disk.name)))
+            .collect()
+    }
+
+    /// Somebody deletes a claim.
+    pub fn delete_claim_by_hand(&mut self, seat: &str, disk: &str) {
+        self.claims.get_mut(&claim_name(seat, disk)).unwrap().deleting = true;
+    }
+
+    /// The seat's program prepares disks that are new, once, by what the record says then.
+    pub fn prepare(&mut self, seat: &str, original: bool) {
+        let contents = if original { Disk::First } else { Disk::Blank };
+        let claims = self.claims_of(seat).into_iter().flatten();
+        let uids: Vec<String> = claims.map(|claim| claim.uid.clone()).collect();
+        for uid in uids {
+            self.disks.entry(uid).or_insert(contents);
+        }
+    }
+
+    /// What is on the seat's disks; none where one is missing or not prepared.
+    pub fn contents_of(&self, seat: &str) -> Vec<Option<Disk>> {
+        let claims = self.claims_of(seat).into_iter();
+        claims.map(|claim| self.disks.get(&claim?.uid).copied()).collect()
+    }
+
+    /// Is there a header, on the first disk, of a seat that has what the guest wrote?
+    pub fn has_header(&self, seat: &str) -> bool {
+        self.contents_of(seat).first() == Some(&Some(Disk::Guest))
+    }
+
+    /// Is the record's holder another seat that is there and could boot?
+    pub fn holder_could(&self, others: &[SeatEntry], record: &Record) -> bool {
+        let holder = record.holder.seat.to_string();
+        let mut found = others.iter().filter(|other| other.had_uid(&holder));
+        found.any(|other| self.alive(&other.name) && self.has_header(&other.name))
+    }
+
+    /// The guest is booted from the disks of this seat, or goes on there.
+    pub fn boots(&mut self, seat: &str, first_time: bool) {
+        let contents = self.contents_of(seat);
+        let sound = |disk: &Option<Disk>| *disk == Some(Disk::Guest) || (first_time && *disk == Some(Disk::First));
+        assert!(
+            contents.iter().all(sound),
+            "a guest runs on disks of seat {seat} that lack what it had: {contents:?}"
+        );
+        self.holds_guest(seat);
+    }
+
+    /// All that the guest wrote is on this seat's disks.
+    pub fn holds_guest(&mut self, seat: &str) {
+        let claims = self.claims_of(seat).into_iter().flatten();
+        let uids: Vec<String> = claims.map(|claim| claim.uid.clone()).collect();
+        self.disks.extend(uids.into_iter().map(|uid| (uid, Disk::Guest)));
+    }
+}

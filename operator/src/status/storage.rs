@@ -1,0 +1,163 @@
+//! What is wrong with the VM's disks, and what to do.
+
+use ftvm_crds::names::{
+    ANNOTATION_ACCEPT_DATA_LOSS, ANNOTATION_SWITCHOVER, LABEL_MANAGED_BY, LABEL_SEAT, LABEL_VM, MANAGED_BY,
+};
+use ftvm_crds::{SeatEntry, VolumePolicy};
+use ftvm_protocol::record::Record;
+use kube::ResourceExt;
+
+use super::obstacles::{Obstacle, obstacle};
+use super::{STORAGE_HEALTHY, Said, said};
+use crate::decide::{
+    self, ClaimTrouble, Want, claim_trouble, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod, want,
+};
+use crate::observe::Observed;
+
+/// Reason of a seat one of whose claims somebody deletes.
+pub(super) const CLAIM_BEING_DELETED: &str = "ClaimBeingDeleted";
+/// Reason of a seat that has lost a disk.
+const VOLUME_LOST: &str = "VolumeLost";
+/// Exit codes that mean a failing disk (`docs/exit-codes.md`).
+const STORAGE_CODES: [u8; 2] = [16, 21];
+/// How a volume outlives its claim.
+const KEEP_VOLUME: &str =
+    "(to keep the volume itself, set persistentVolumeReclaimPolicy of its PersistentVolume to Retain)";
+
+/// The condition.
+pub(super) fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
+    if let Some(found) = claims(seen, book) {
+        return said(STORAGE_HEALTHY, false, found.reason, found.message);
+    }
+    for entry in book {
+        let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
+        if let Some(published) = published
+            && STORAGE_CODES.contains(&published.code)
+        {
+            return said(
+                STORAGE_HEALTHY,
+                false,
+                "DiskFailed",
+                format!("seat {}: {}", entry.name, published.why),
+            );
+        }
+    }
+    said(STORAGE_HEALTHY, true, "NoFailures", "no seat reports a failing disk")
+}
+
+/// Of all seats that of the record's holder comes last: while it has the guest the other one can be replaced.
+fn claims(seen: &Observed, book: &[SeatEntry]) -> Option<Obstacle> {
+    if want(seen) == Want::Delete && seen.vm.spec.volume_policy == VolumePolicy::Delete {
+        return None;
+    }
+    let holder = decide::record(seen).and_then(|record| holder(book, &record.snapshot.record));
+    let mut seats: Vec<_> = book.iter().filter(|entry| !entry.leaving).collect();
+    seats.sort_by_key(|entry| holder.is_some_and(|holder| holder.name == entry.name));
+    seats.into_iter().find_map(|entry| of_claim(seen, entry))
+}
+
+/// What is wrong with a claim of this seat.
+pub(super) fn of_claim(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
+    let (trouble, claim) = claim_trouble(seen, entry)?;
+    let seat = &entry.name;
+    let (reason, what) = match trouble {
+        ClaimTrouble::Deleting => {
+            let what = format!("claim {claim} of seat {seat} is being deleted, which can't be taken back");
+            (CLAIM_BEING_DELETED, what)
+        }
+        ClaimTrouble::Lost => (
+            VOLUME_LOST,
+            format!("the volume of claim {claim} of seat {seat} is gone"),
+        ),
+        ClaimTrouble::Gone => (
+            VOLUME_LOST,
+            format!("claim {claim} of seat {seat} is gone, and no empty disk takes its place"),
+        ),
+    };
+    let advice = advice(seen, entry, trouble);
+    Some(obstacle(reason, format!("{what}: {advice}")))
+}
+
+fn advice(seen: &Observed, entry: &SeatEntry, trouble: ClaimTrouble) -> String {
+    if lease_is_strange(seen) {
+        return "what becomes of the seat waits for the VM's Lease, see the condition ArbiterReachable".to_owned();
+    }
+    let book = seen.status().seats;
+    let record = decide::record(seen).map(|record| &record.snapshot.record);
+    let named = record.filter(|record| !is_genesis(record) && is_named(entry, record));
+    let placed = seen.pods.get(&entry.name).is_some_and(|pod| pod.node.is_some());
+    let mut others = book.iter().filter(|other| other.name != entry.name && !other.leaving);
+    let runs_elsewhere = others.clone().any(|other| is_heard_of(seen, other));
+    match named {
+        Some(record) if placed => with_pod(seen, &book, entry, record),
+        Some(record) if !runs_elsewhere => {
+            let other = others.find(|other| claim_trouble(seen, other).is_none());
+            without_pod(seen, entry, record, trouble, other)
+        }
+        // It is not named for long, or not at all.
+        _ => "the seat is replaced once the other one has the guest and spec.faultTolerance.replaceAfterSeconds have passed; \
+              one that was never used gets another claim when this one is gone"
+            .to_owned(),
+    }
+}
+
+/// Its pod is on a node, and holds the claim.
+fn with_pod(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry, record: &Record) -> String {
+    let (vm, seat) = (seen.vm.name_any(), &entry.name);
+    let holds = holder(book, record).is_some_and(|holder| holder.name == entry.name);
+    if !holds {
+        return format!(
+            "its copy of the disk goes with pod {seat}: while the guest runs on the other seat delete pod {seat}, the seat is replaced then {KEEP_VOLUME}"
+        );
+    }
+    let mut others = book.iter().filter(|other| other.name != entry.name);
+    if others.any(|other| is_named(other, record) && claim_trouble(seen, other).is_none()) {
+        return format!(
+            "its copy of the disk goes with pod {seat}: switch over (kubectl annotate ftvm {vm} --overwrite {ANNOTATION_SWITCHOVER}=\"$(date)\"), then delete pod {seat}, the seat is replaced then {KEEP_VOLUME}"
+        );
+    }
+    format!(
+        "the only whole copy of the disk goes with pod {seat}: keep that pod until the VM is protected by a seat with claims of its own, then switch over, or copy the data out of the guest {KEEP_VOLUME}"
+    )
+}
+
+/// No pod is on a node, and nobody runs the guest: a person decides.
+fn without_pod(
+    seen: &Observed,
+    entry: &SeatEntry,
+    record: &Record,
+    trouble: ClaimTrouble,
+    other: Option<&SeatEntry>,
+) -> String {
+    let (vm, seat) = (seen.vm.name_any(), &entry.name);
+    let first = match trouble {
+        ClaimTrouble::Deleting | ClaimTrouble::Gone => "",
+        ClaimTrouble::Lost => "delete it, and ",
+    };
+    let put_back = format!(
+        "{first}put a claim of that name back, over its former volume or a copy of it, with the labels {LABEL_MANAGED_BY}={MANAGED_BY},{LABEL_VM}={vm},{LABEL_SEAT}={seat}"
+    );
+    let (holder, term) = (record.holder, record.term);
+    match other {
+        Some(other) => format!(
+            "{put_back}; or go on with the disks of seat {} and lose what only seat {seat} has: kubectl annotate ftvm {vm} --overwrite {ANNOTATION_ACCEPT_DATA_LOSS}={holder}@{term}, seat {seat} is replaced then",
+            other.name
+        ),
+        None => format!("{put_back}; no other seat has its disks"),
+    }
+}
+
+/// What a halt or a deletion waits for.
+pub(super) fn holds_up(wanted: Want, vm: &str, seat: &str, claim: &str) -> String {
+    let waits = format!(
+        "; it waits, and the guest goes on: claim {claim} of seat {seat} is being deleted, and its copy of the disk goes with pod {seat}"
+    );
+    match wanted {
+        Want::Delete => format!(
+            "{waits}. To give the disks up set spec.volumePolicy to Delete (kubectl patch ftvm {vm} --type=merge --patch '{{\"spec\":{{\"volumePolicy\":\"Delete\"}}}}'), or delete pod {seat} {KEEP_VOLUME}"
+        ),
+        Want::Run | Want::Halt => format!(
+            "{waits}. Set spec.runStrategy to Always, do what the condition StorageHealthy says, and halt then; or give this copy up and delete pod {seat} {KEEP_VOLUME}"
+        ),
+    }
+}
