@@ -66,3 +66,24 @@ fn whoever_waits_for_the_old_file_never_gets_the_new_ones_place() {
     drop(new);
     assert!(matches!(lock(&path, &late), Err(DiskError::InUse)));
 }
+
+/// A guest's disk is complete for good: whatever else is found there is not the guest's disk.
+#[test]
+fn nothing_is_made_in_the_place_of_a_disk_that_a_guest_used() {
+    let folder = crate::testing::Folder::new("anew");
+    let used = Job {
+        used: true,
+        ..job(folder.path())
+    };
+    let refused = || matches!(prepare(&used, &|_, _, _| ()), Err(DiskError::MarkGone { .. }));
+    assert!(refused(), "no mark");
+    let begun = Mark {
+        size_bytes: SIZE,
+        done_bytes: SIZE / 2,
+        source: Some("blank".to_owned()),
+        ..Mark::default()
+    };
+    MarkFile::new(used.mark.clone()).write(&begun).unwrap();
+    assert!(refused(), "a volume that was made anew, and begun");
+    assert!(!used.path.exists());
+}

@@ -98,8 +98,11 @@ pub enum DiskError {
         /// Why.
         why: String,
     },
-    /// There was a guest, and no mark.
-    #[error("it was used by a guest and its mark {path} is gone: a person decides whether the disk counts")]
+    /// There was a guest, and no mark, or one of a disk that was never complete.
+    #[error(
+        "it was used by a guest, and its mark {path} is gone or not complete, as on a volume that was made anew: a person decides. Put the \
+         volume back, or the mark if the disk counts; or give the seat up whole, if the other one has the guest's disks"
+    )]
     MarkGone {
         /// The mark.
         path: PathBuf,
@@ -209,7 +212,7 @@ pub struct Job {
     pub staging: PathBuf,
     /// The importer.
     pub importer: PathBuf,
-    /// Whether a guest ever used it.
+    /// Whether a guest ever used it: then it is complete, or nothing is done to it.
     pub used: bool,
 }
 
@@ -220,10 +223,10 @@ pub struct Job {
 pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
     let marks = MarkFile::new(job.mark.clone());
     let mark = marks.read()?;
-    if mark.is_none() && job.used {
+    let mut mark = mark.unwrap_or_default();
+    if job.used && !mark.complete {
         return Err(DiskError::MarkGone { path: job.mark.clone() });
     }
-    let mut mark = mark.unwrap_or_default();
     if mark.complete {
         return complete(job, &mark, progress);
     }
