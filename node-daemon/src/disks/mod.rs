@@ -41,6 +41,9 @@ const MARK_BYTES: u64 = 32 << 20;
 /// A file to download may be so much larger than the disk: what its format adds.
 const DOWNLOAD_EXTRA_BYTES: u64 = 64 << 20;
 
+/// Where the contents of a disk without a source come from, as its mark has it.
+const BLANK: &str = "blank";
+
 /// Why a disk can't be prepared. The path is said by whoever asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -214,6 +217,8 @@ pub struct Job {
     pub importer: PathBuf,
     /// Whether a guest ever used it: then it is complete, or nothing is done to it.
     pub used: bool,
+    /// Whether no guest of the virtual machine ever ran, on any seat: contents of another source are replaced then, complete or not.
+    pub original: bool,
 }
 
 /// Prepares a disk: does what is left of it. Returns once it is complete, durably.
@@ -227,7 +232,7 @@ pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
     if job.used && !mark.complete {
         return Err(DiskError::MarkGone { path: job.mark.clone() });
     }
-    if mark.complete {
+    if mark.complete && !is_of_another_source(job, &mark)? {
         return complete(job, &mark, progress);
     }
     let mut file = open(&job.path)?;
@@ -285,6 +290,19 @@ pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
     forget(&job.staging)?;
     progress(Step::Writing, job.size_bytes, job.size_bytes);
     Ok(())
+}
+
+/// Whether a disk is complete with other contents than the guest is to begin with: those of a seat that was not the original when it was made.
+fn is_of_another_source(job: &Job, mark: &Mark) -> Result<bool, DiskError> {
+    if job.used || !job.original {
+        return Ok(false);
+    }
+    match origin(job) {
+        Ok(origin) => Ok(mark.source != Some(origin)),
+        // It may be gone since the disk was filled from it.
+        Err(_) if mark.source.as_deref() != Some(BLANK) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// A disk that was completed before, perhaps with a guest on it: its contents are not touched.
@@ -373,7 +391,7 @@ fn allocate(file: &File, size_bytes: u64, fresh: bool) -> Result<bool, DiskError
 /// What the contents come from, so that two sources are never mixed.
 fn origin(job: &Job) -> Result<String, DiskError> {
     let Some(source) = &job.source else {
-        return Ok("blank".to_owned());
+        return Ok(BLANK.to_owned());
     };
     let reading = source.reading().map_err(|why| of_source(source, why))?;
     let what = match (&source.sha256, &job.file) {

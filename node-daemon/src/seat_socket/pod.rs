@@ -261,6 +261,23 @@ impl Peer {
     }
 }
 
+#[cfg(test)]
+impl Peer {
+    /// This process, as the program of a pod.
+    pub(super) fn own(pod: SeatId) -> Peer {
+        let pid = std::process::id().cast_signed();
+        let network = File::open("/proc/self/ns/net").unwrap();
+        Peer {
+            pod,
+            pid,
+            pidfd: rustix::process::pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap(),
+            netns: Netns::of_descriptor(&network).unwrap(),
+            network: Arc::new(network.into()),
+            cgroups: Vec::new(),
+        }
+    }
+}
+
 fn make_leaf(pod: &Path) -> Result<PathBuf, PodError> {
     let leaf = pod.join(LEAF);
     let failed = |path: &Path| {

@@ -192,6 +192,9 @@ impl Talk<'_> {
             if let Some((message, fds)) = self.receive(LOOK)? {
                 self.handle(message, fds)?;
             }
+            if self.disks.is_none() && !self.seat.handed.is_whole() {
+                return Err("what it handed over is not used: it is asked anew".to_owned());
+            }
             self.seat.follow_network();
             self.tell()?;
         }
@@ -279,7 +282,6 @@ impl Talk<'_> {
                     .disks
                     .take()
                     .ok_or("it was not asked for files, or gave them before")?;
-                let disks: Vec<_> = disks.into_iter().map(|disk| (disk.name, disk.size_bytes)).collect();
                 let expected = self.seat.handed.expected();
                 let held = Held::check(expected, &disks, initrd, fds, self.peer.clone());
                 match held {

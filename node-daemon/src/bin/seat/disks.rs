@@ -130,6 +130,7 @@ fn prepare(layout: &Layout, disk: &DiskToPrepare, used: bool, progress: disks::P
         staging: layout.path("staging").join(&disk.name),
         importer: importer.unwrap_or_else(|_| PathBuf::from("/importer")),
         used,
+        original: disk.original,
         path,
     };
     disks::prepare(&job, progress).map_err(|error| disks::told(&disk.name, &job.path, &error))
