@@ -8,7 +8,9 @@ use crate::arbiter::Server;
 use crate::bridges::AllowedBridges;
 use crate::config::JailConfig;
 use crate::daemon::Settings;
+use crate::disks::Step;
 use crate::seat::testing::Rig;
+use crate::seat_socket::DiskProgress;
 use crate::state::StateFolder;
 use crate::testing::Folder;
 
@@ -186,4 +188,46 @@ fn an_engine_that_is_cut_off_is_published_with_a_code() {
         (published.code, published.why.as_str()),
         (17, "halt and start it; protected by b")
     );
+}
+
+/// A seat that only tries again and again does not count as one that joins, and is not told of anew at each attempt.
+#[test]
+fn a_disk_that_cant_be_prepared_is_told_once_and_is_no_progress() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    rig.seat.kill();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    let due = || seat.publisher.due(&seat).map(|(_, published)| published);
+    let at = |name: &str, mib: u64| {
+        let disk = DiskProgress {
+            disk: name.to_owned(),
+            step: Step::Writing,
+            done_bytes: mib << 20,
+            total_bytes: 64 << 20,
+        };
+        seat.pod.set_progress(|progress| progress.preparing(disk));
+    };
+    let fails = || seat.pod.set_progress(|progress| progress.trouble = Some("no room".to_owned()));
+    // Of the second one nothing is done yet.
+    for (name, mib) in [("root", 0), ("data", 0), ("root", 32), ("data", 0)] {
+        at(name, mib);
+    }
+    let published = due().unwrap();
+    assert_eq!(published.resync_percent, Some(50));
+    assert!(published.why.contains("disk root"), "{}", published.why);
+    fails();
+    let published = due().unwrap();
+    assert_eq!((published.resync_percent, published.why.as_str()), (None, "no room"));
+    seat.publisher.written(published);
+    for _ in 0..3 {
+        for mib in [0, 8, 32] {
+            at("root", mib);
+            assert_eq!(due(), None, "at {mib} MiB once more");
+        }
+        fails();
+        assert_eq!(due(), None);
+    }
+    at("root", 33);
+    assert_eq!(due().unwrap().resync_percent, Some(51), "it goes on");
 }

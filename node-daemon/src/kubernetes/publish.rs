@@ -145,11 +145,13 @@ impl Publisher {
         }
         let incarnation = seat.pod.seat.incarnation();
         let progress = seat.pod.progress();
+        // A disk that can't be prepared is no progress: whoever waits for this seat waits in vain.
+        let preparing = progress.disk.as_ref().filter(|_| progress.trouble.is_none());
         let mut published = SeatPublished {
             incarnation,
             why: clip(&status.why),
             code: status.code,
-            resync_percent: progress.disk.as_ref().map(DiskProgress::percent),
+            resync_percent: preparing.map(DiskProgress::percent),
             last_takeover: state.last_takeover.clone(),
             last_exit: state.last_exit.clone(),
             done_request: seat.requests.done(),

@@ -1,5 +1,6 @@
 //! A seat that is a pod: the daemon's seat, what its program handed over, and how far the program is.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,31 @@ pub struct Progress {
     pub connected: bool,
     /// Why the engine goes on in a network that the pod does not have any more, if it does.
     pub cut_off: Option<String>,
+    /// How far each disk ever was.
+    farthest: BTreeMap<String, (Step, u64)>,
+}
+
+impl Progress {
+    /// A disk is so far. Whatever the program couldn't do is over only once one is further than it ever was: each attempt begins at the
+    /// beginning, also one that fails where the last one did.
+    pub(crate) fn preparing(&mut self, disk: DiskProgress) {
+        let begun = disk.done_bytes > 0;
+        let now = (disk.step, disk.done_bytes);
+        if begun && self.farthest.get(&disk.disk).is_none_or(|before| now > *before) {
+            self.farthest.insert(disk.disk.clone(), now);
+            self.trouble = None;
+        }
+        // The one that is being prepared: those before it are done, those after it are not begun.
+        if (begun && disk.done_bytes < disk.total_bytes) || self.disk.is_none() {
+            self.disk = Some(disk);
+        }
+    }
+
+    /// All is handed over.
+    fn done(&mut self) {
+        (self.disk, self.trouble) = (None, None);
+        self.farthest.clear();
+    }
 }
 
 /// How far a disk is.
@@ -139,10 +165,7 @@ impl PodSeat {
     pub(super) fn ready(&self, held: Held) {
         self.handed.put(held);
         tracing::info!(seat = self.seat.config().label(), "its program handed its files over");
-        self.set_progress(|progress| {
-            progress.disk = None;
-            progress.trouble = None;
-        });
+        self.set_progress(Progress::done);
         self.seat.try_soon();
     }
 

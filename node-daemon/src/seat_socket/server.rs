@@ -258,18 +258,13 @@ impl Talk<'_> {
                 if !known {
                     return Err("progress of something that it was not asked for".to_owned());
                 }
-                self.seat.set_progress(|progress| {
-                    progress.trouble = None;
-                    // The one that is being prepared: those before it are done.
-                    if done_bytes < total_bytes || progress.disk.is_none() {
-                        progress.disk = Some(DiskProgress {
-                            disk,
-                            step,
-                            done_bytes,
-                            total_bytes,
-                        });
-                    }
-                });
+                let disk = DiskProgress {
+                    disk,
+                    step,
+                    done_bytes,
+                    total_bytes,
+                };
+                self.seat.set_progress(|progress| progress.preparing(disk));
                 Ok(())
             }
             FromSeat::Failed { why } => {
