@@ -45,6 +45,7 @@ pub(in crate::kubernetes) fn add_running(node: &Node, rig: &Rig) -> Arc<NodeSeat
         requests: Requests::new(rig.seat.folder().clone()),
         pod: rig.pod(),
         known: Mutex::new(known),
+        refusal: Mutex::default(),
         gone: AtomicBool::new(false),
     });
     node.lock().insert(id, seat.clone());
@@ -230,4 +231,64 @@ fn a_disk_that_cant_be_prepared_is_told_once_and_is_no_progress() {
     }
     at("root", 33);
     assert_eq!(due().unwrap().resync_percent, Some(51), "it goes on");
+}
+
+/// A machine whose disk and network share a name.
+fn vm_with_one_name_twice() -> Arc<FaultTolerantVM> {
+    let mut vm = serde_json::to_value(&*vm(POD)).unwrap();
+    vm["spec"]["networks"] = json!([{"name": "root", "bridge": {"name": "vm-front"}}]);
+    Arc::new(serde_json::from_value(vm).unwrap())
+}
+
+/// It was nowhere to be read but in the log of the pod's program, which waited for ever.
+#[test]
+fn a_pod_that_can_be_no_seat_says_why() {
+    let folder = Folder::new("node");
+    let node = node(&folder);
+    let (pods, wrong, good) = ([pod(POD)], [vm_with_one_name_twice()], [vm(POD)]);
+    node.reconcile(&pods, &[vm(OTHER)]);
+    assert!(node.words(&pods).is_empty(), "the book may have it soon");
+    node.reconcile(&pods, &wrong);
+    assert_eq!(seats(&node), [""; 0]);
+    let words = node.words(&pods);
+    let [word] = &words[..] else { panic!("{words:?}") };
+    assert_eq!((word.namespace.as_str(), word.pod.as_str()), ("shop", "web-a"));
+    let metadata = &word.patch["metadata"];
+    assert_eq!(metadata["uid"], POD);
+    let text = metadata["annotations"]["ftvm.dev/seat-status"].as_str().unwrap();
+    let published: serde_json::Value = serde_json::from_str(text).unwrap();
+    assert_eq!(published["code"], 10);
+    let why = published["why"].as_str().unwrap();
+    assert!(why.contains("`root` appears twice"), "{why}");
+    assert!(node.words(&pods).is_empty(), "not again at once");
+    // Once it is mended, a seat's status is written by its publisher.
+    node.reconcile(&pods, &good);
+    assert_eq!(seats(&node), [POD]);
+    node.reconcile(&pods, &wrong);
+    assert!(node.words(&pods).is_empty());
+    let seat = node.seats().remove(0);
+    let said = || seat.publisher.due(&seat).unwrap().1;
+    assert_eq!(said().code, 10);
+    assert!(said().why.contains("`root` appears twice"), "{}", said().why);
+    node.reconcile(&pods, &good);
+    assert_eq!(said().code, 0);
+}
+
+/// What is there already is not written again, by a later daemon either.
+#[test]
+fn what_a_pod_says_is_said_once() {
+    let folder = Folder::new("node");
+    let (first, wrong) = (node(&folder), [vm_with_one_name_twice()]);
+    let pods = [pod(POD)];
+    first.reconcile(&pods, &wrong);
+    let word = first.words(&pods).remove(0);
+    let text = word.patch["metadata"]["annotations"]["ftvm.dev/seat-status"].as_str();
+    let mut told = (*pods[0]).clone();
+    let annotation = ("ftvm.dev/seat-status".to_owned(), text.unwrap().to_owned());
+    told.metadata.annotations = Some([annotation].into());
+    let folder = Folder::new("node");
+    let later = node(&folder);
+    later.reconcile(&pods, &wrong);
+    assert!(later.words(&[Arc::new(told)]).is_empty());
+    assert_eq!(later.words(&pods).len(), 1);
 }

@@ -186,6 +186,8 @@ impl Publisher {
                 published.term = written.term;
             }
             "the engine does not answer".clone_into(&mut published.why);
+        } else if let Some(refusal) = seat.refusal().filter(|refusal| refusal.code != 0) {
+            (published.why, published.code) = (clip(&refusal.why), refusal.code);
         } else if let Some(trouble) = progress.trouble {
             published.why = clip(&trouble);
         } else if let Some(disk) = &progress.disk {
@@ -207,7 +209,7 @@ fn same(one: &SeatPublished, other: &SeatPublished) -> bool {
     worth(one) == worth(other)
 }
 
-fn clip(text: &str) -> String {
+pub(super) fn clip(text: &str) -> String {
     text.chars().take(WHY_CHARS_MAX).collect()
 }
 

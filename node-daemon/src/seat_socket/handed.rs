@@ -405,9 +405,10 @@ impl Source for Handed {
                     .map_err(|error| refuse(&error))
             }
             (Answer::Read(ReadOutcome::Found(_)), _) => Ok(()),
-            (_, why) => Err(not_yet(
-                why.unwrap_or_else(|| "its virtual machine has no record yet".to_owned()),
-            )),
+            (_, why) => {
+                let why = why.unwrap_or_else(|| "its virtual machine has no record yet".to_owned());
+                Err(not_yet(why))
+            }
         }
     }
 
