@@ -292,3 +292,22 @@ fn what_a_pod_says_is_said_once() {
     assert!(later.words(&[Arc::new(told)]).is_empty());
     assert_eq!(later.words(&pods).len(), 1);
 }
+
+/// The guest has the errors; who keeps its disks has to hear of them, too.
+#[test]
+fn a_failing_disk_is_published_by_its_name() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let storage = || seat.publisher.due(&seat).unwrap().1.storage;
+    assert_eq!(storage(), None);
+    rig.say(|status| {
+        status.failing_disks = vec![ftvm_engine::control::FailingDisk {
+            disk: 0,
+            why: "writing 512 bytes at 0: I/O error".to_owned(),
+        }];
+    });
+    assert_eq!(storage().unwrap(), "disk root: writing 512 bytes at 0: I/O error");
+    rig.say(|status| status.failing_disks.clear());
+    assert_eq!(storage(), None);
+}

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ftvm_crds::names::{ANNOTATION_SEAT_STATUS, LABEL_ROLE, ROLE_ACTIVE, ROLE_STANDBY};
 use ftvm_crds::seat::{SeatExit, SeatPublished, SeatRole, Takeover};
-use ftvm_engine::control::{Event, Role, exit_code};
+use ftvm_engine::control::{Event, FailingDisk, Role, exit_code};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
@@ -173,6 +173,7 @@ impl Publisher {
             published.lease_uid = engine.arbiter_uid;
             published.vouches.clone_from(&engine.vouches);
             published.resync_percent = engine.resync_percent;
+            published.storage = failing(&engine.failing_disks, seat);
             if let Some(why) = progress.cut_off {
                 published.why = clip(&format!("{why}; {}", engine.why));
                 published.code = exit_code::NETWORK;
@@ -184,6 +185,7 @@ impl Publisher {
                 published.paused = written.paused;
                 published.holds_guest = written.holds_guest;
                 published.term = written.term;
+                published.storage.clone_from(&written.storage);
             }
             "the engine does not answer".clone_into(&mut published.why);
         } else if let Some(refusal) = seat.refusal().filter(|refusal| refusal.code != 0) {
@@ -211,6 +213,19 @@ fn same(one: &SeatPublished, other: &SeatPublished) -> bool {
 
 pub(super) fn clip(text: &str) -> String {
     text.chars().take(WHY_CHARS_MAX).collect()
+}
+
+/// Failing disks by name; none: all work.
+fn failing(disks: &[FailingDisk], seat: &NodeSeat) -> Option<String> {
+    if disks.is_empty() {
+        return None;
+    }
+    let names = seat.known().config.disks;
+    let told = disks.iter().map(|failing| {
+        let name = names.get(failing.disk).map_or("?", |disk| disk.name.as_str());
+        format!("disk {name}: {}", failing.why)
+    });
+    Some(clip(&told.collect::<Vec<_>>().join("; ")))
 }
 
 fn unix_ms() -> u64 {

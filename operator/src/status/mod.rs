@@ -3,11 +3,13 @@
 mod changes;
 mod obstacles;
 
+use ftvm_crds::names::ANNOTATION_SWITCHOVER;
 use ftvm_crds::seat::{SeatPublished, SeatRole};
 use ftvm_crds::{CpuBaseline, Failover, FaultTolerantVMStatus, SeatEntry, VmPhase};
 use ftvm_protocol::record::Phase;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
 
 use crate::decide::{self, Decision, Want, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod, want};
 use crate::observe::{LeaseSeen, Observed};
@@ -308,6 +310,16 @@ fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
         }
         let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
         if let Some(published) = published
+            && let Some(failing) = &published.storage
+        {
+            return said(
+                STORAGE_HEALTHY,
+                false,
+                "DiskFailed",
+                disk_failed(seen, entry, published, failing),
+            );
+        }
+        if let Some(published) = published
             && STORAGE_CODES.contains(&published.code)
         {
             return said(
@@ -319,6 +331,19 @@ fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
         }
     }
     said(STORAGE_HEALTHY, true, "NoFailures", "no seat reports a failing disk")
+}
+
+/// What an engine says of its own disks, and what to do about it.
+fn disk_failed(seen: &Observed, entry: &SeatEntry, published: &SeatPublished, failing: &str) -> String {
+    let (vm, seat) = (seen.vm.name_any(), &entry.name);
+    let hand_over = if published.role == Some(SeatRole::Active) {
+        format!(
+            "the guest got the error. Hand it over (kubectl annotate ftvm {vm} --overwrite {ANNOTATION_SWITCHOVER}=\"$(date)\"), and once the other seat is active"
+        )
+    } else {
+        "the guest got the error while it ran there. While the other seat is active".to_owned()
+    };
+    format!("seat {seat}: {failing}; {hand_over}, replace its volumes: delete pod {seat} and its claims")
 }
 
 fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -> Said {
