@@ -11,6 +11,8 @@ use ftvm_protocol::record::{self, Record, Snapshot};
 use super::*;
 use crate::arbiter::{Arbiter, Said};
 use crate::config::Config;
+use crate::seat::testing::{Rig, healthy};
+use crate::seat_socket::message::Recipe;
 use crate::testing::unnamed_file;
 
 const OWN: SeatId = SeatId(0xa);
@@ -88,4 +90,32 @@ fn a_guest_begins_only_on_disks_that_were_prepared_for_it() {
     handed.put(held(true));
     settle(&handed, OWN).unwrap();
     assert!(matches!(header(&handed), StoredHeader::Found(_)));
+}
+
+/// A daemon that starts while the API server is away takes the programs of its engines all the same.
+#[test]
+fn a_program_whose_engine_runs_is_asked_without_a_record() {
+    let rig = Rig::new();
+    let pod = rig.pod();
+    pod.set_recipe(Recipe {
+        kernel: "/boot/vmlinuz".to_owned(),
+        initrd: None,
+        disks: vec![DiskToPrepare {
+            name: "root".to_owned(),
+            size_bytes: 1 << 20,
+            original: false,
+            source: None,
+        }],
+    });
+    let (_, mut first) = healthy(1);
+    first.record = Record::genesis(OWN, record::Phase::Running);
+    for record in [None, Some(first.clone())] {
+        rig.write(record);
+        assert!(!pod.recipe().unwrap().disks[0].original, "its engine has them");
+    }
+    rig.seat.kill();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    assert!(pod.recipe().unwrap().disks[0].original);
+    rig.write(None);
+    assert_eq!(pod.recipe().unwrap_err(), "no route to it");
 }

@@ -148,18 +148,23 @@ impl PodSeat {
         *self.recipe.lock().unwrap_or_else(PoisonError::into_inner) = recipe;
     }
 
-    /// What the program has to prepare. The first contents belong on the disks of the seat that the first record names: while
-    /// it does, no guest ever ran.
+    /// What the program has to prepare. The disks of an engine that runs are complete and stay as they are, so that a program is also taken
+    /// while the record can't be read.
     pub(super) fn recipe(&self) -> Result<Recipe, String> {
-        let original = match self.seat.arbiter().ask(&Ask::ReadRecord, RECORD_PATIENCE) {
-            (Answer::Read(ReadOutcome::Found(found)), _) => {
-                found.record.holder == Incarnation::genesis(self.handed.expected().seat_id)
-            }
-            (_, why) => return Err(why.unwrap_or_else(|| "the virtual machine has no record yet".to_owned())),
-        };
+        let original = self.seat.incarnation().is_none() && self.is_original()?;
         let mut recipe = self.recipe.lock().unwrap_or_else(PoisonError::into_inner).clone();
         recipe.disks.iter_mut().for_each(|disk| disk.original = original);
         Ok(recipe)
+    }
+
+    /// The first contents belong on the disks of the seat that the first record names: while it does, no guest ever ran.
+    fn is_original(&self) -> Result<bool, String> {
+        match self.seat.arbiter().ask(&Ask::ReadRecord, RECORD_PATIENCE) {
+            (Answer::Read(ReadOutcome::Found(found)), _) => {
+                Ok(found.record.holder == Incarnation::genesis(self.handed.expected().seat_id))
+            }
+            (_, why) => Err(why.unwrap_or_else(|| "the virtual machine has no record yet".to_owned())),
+        }
     }
 
     pub(super) fn ready(&self, held: Held) {
