@@ -448,6 +448,10 @@ impl Source for Handed {
         })
     }
 
+    fn has_process(&self) -> bool {
+        self.hierarchies.has_engine(self.expected.seat_id)
+    }
+
     fn left(&self) {
         remove_leaves(&self.leaves.lock().unwrap_or_else(PoisonError::into_inner));
     }

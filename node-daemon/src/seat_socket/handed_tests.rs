@@ -109,7 +109,7 @@ fn a_program_whose_engine_runs_is_asked_without_a_record() {
     });
     let (_, mut first) = healthy(1);
     first.record = Record::genesis(OWN, record::Phase::Running);
-    for record in [None, Some(first.clone())] {
+    for record in [None, Some(first)] {
         rig.write(record);
         assert!(!pod.recipe().unwrap().disks[0].original, "its engine has them");
     }
