@@ -150,7 +150,8 @@ fn a_blank_disk_gets_first_contents_if_its_seat_becomes_the_original() {
         download: None,
     };
     marks.write(&filled).unwrap();
-    File::options().write(true).open(&blank.path).unwrap().set_len(SIZE).unwrap();
+    let file = File::options().write(true).open(&blank.path).unwrap();
+    file.set_len(SIZE).unwrap();
     prepare(&original, &|_, _, _| ()).unwrap();
     std::fs::remove_file(&image).unwrap();
     prepare(&original, &|_, _, _| ()).unwrap();

@@ -302,7 +302,8 @@ mod tests {
             seat: "web-a".to_owned(),
             seat_id: SeatId(0xc),
         };
-        let leaf = cgroups.path().join(format!("kubepods/pod{}/ftvm-engine", expected.seat_id));
+        let leaf = format!("kubepods/pod{}/ftvm-engine", expected.seat_id);
+        let leaf = cgroups.path().join(leaf);
         std::fs::create_dir_all(&leaf).unwrap();
         std::fs::write(leaf.join("cgroup.procs"), "4711\n").unwrap();
         let source = Arc::new(Handed::new(expected, Hierarchies::at(cgroups.path())));
