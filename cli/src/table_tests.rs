@@ -30,6 +30,7 @@ fn seat(name: &str, role: Option<Role>, protected: bool, term: u64) -> SeatStatu
         arbiter_uid: None,
         vouches: None,
         resync_percent: None,
+        failing_disks: Vec::new(),
         code: 0,
         counters: serde_json::Map::new(),
     });

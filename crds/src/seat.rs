@@ -86,6 +86,9 @@ pub struct SeatPublished {
     pub vouches: Option<Record>,
     /// Progress of preparing disks or of a resync, 0 to 100.
     pub resync_percent: Option<u8>,
+    /// Which disks of the seat failed what the guest asked for, and why, as long as they have not worked since.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub storage: Option<String>,
     /// The last time that this seat became active.
     pub last_takeover: Option<Takeover>,
     /// How the last engine ended.

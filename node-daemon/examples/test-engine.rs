@@ -256,6 +256,7 @@ impl Engine {
             arbiter_uid: None,
             vouches: None,
             resync_percent: None,
+            failing_disks: Vec::new(),
             code: 0,
             counters: [("nic_mtus".to_owned(), launch.nics.iter().map(|nic| nic.mtu).collect())]
                 .into_iter()

@@ -116,6 +116,8 @@ impl Import {
             file: self.file.clone().map(FileAt::Path),
             importer: importer.with_file_name("importer"),
             used: false,
+            // Others may have written the disk since.
+            original: false,
         })
     }
 

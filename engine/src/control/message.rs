@@ -539,8 +539,20 @@ pub struct Status {
     pub vouches: Option<Record>,
     /// Progress of a resync, 0 to 100.
     pub resync_percent: Option<u8>,
+    /// Own disks that failed what the guest asked for, and have not worked since. Empty from an engine of an earlier version.
+    #[serde(default)]
+    pub failing_disks: Vec<FailingDisk>,
     /// Everything that counts or measures, by stable name with its unit last (`pause_us_p99`, `link_sent_bytes`).
     pub counters: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A failing disk in [`Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailingDisk {
+    /// Its position in [`Launch::disks`].
+    pub disk: usize,
+    /// What failed first, with the operating system's error.
+    pub why: String,
 }
 
 /// A peer in [`Status`].

@@ -214,6 +214,7 @@ pub struct Driver {
     pause_over: Option<epochs::PauseOver>,
     figures: status::Figures,
     troubles: status::Troubles,
+    failing_disks: status::FailingDisks,
     told: status::Told,
     leaving: Option<leave::Leaving>,
     ended: Option<Ended>,
@@ -261,6 +262,7 @@ impl Driver {
             pause_over: None,
             figures: status::Figures::default(),
             troubles: status::Troubles::default(),
+            failing_disks: status::FailingDisks::default(),
             told: status::Told::default(),
             leaving: None,
             ended: None,
@@ -433,7 +435,10 @@ impl Driver {
                 self.step(Event::GuestPoweredOff);
             }
             VmEvent::Fatal(error) => self.step(Event::GuestFailed { error }),
-            VmEvent::Device(event) => self.warn(event.to_string()),
+            VmEvent::Device(event) => {
+                self.failing_disks.noticed(&event);
+                self.warn(event.to_string());
+            }
         }
     }
 

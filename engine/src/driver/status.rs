@@ -1,5 +1,6 @@
 //! What the driver tells: status, events, figures.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ftvm_protocol::core::{ArbiterState, RoleName, Status as CoreStatus};
@@ -8,7 +9,8 @@ use serde_json::{Map, Value, json};
 
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
-use crate::control::{Digest, Event, PeerStatus, Role, StandbyStatus, Status};
+use crate::control::{Digest, Event, FailingDisk, PeerStatus, Role, StandbyStatus, Status};
+use crate::devices::event::DeviceEvent;
 use crate::pause::clock::{PauseClock, SlowestPauses};
 use crate::replication::epoch::EpochStats;
 use crate::replication::pages::PageStats;
@@ -112,6 +114,36 @@ impl Figures {
     pub fn sent(&mut self, stats: &EpochStats) {
         self.pages.add(&stats.pages);
         self.epoch_bytes += stats.payload_bytes;
+    }
+}
+
+/// Disks that failed what the guest asked for, and have not worked since, with what they said.
+#[derive(Debug, Default)]
+pub struct FailingDisks(BTreeMap<usize, String>);
+
+impl FailingDisks {
+    /// Takes what a device says of itself.
+    pub fn noticed(&mut self, event: &DeviceEvent) {
+        match event {
+            DeviceEvent::DiskError { disk, message } => {
+                self.0.entry(*disk).or_insert_with(|| message.clone());
+            }
+            DeviceEvent::DiskRecovered { disk } => {
+                self.0.remove(disk);
+            }
+            DeviceEvent::Reset
+            | DeviceEvent::PowerOff
+            | DeviceEvent::NetError { .. }
+            | DeviceEvent::NeedsReset { .. } => {}
+        }
+    }
+
+    fn told(&self) -> Vec<FailingDisk> {
+        let told = |(disk, why): (&usize, &String)| FailingDisk {
+            disk: *disk,
+            why: why.clone(),
+        };
+        self.0.iter().map(told).collect()
     }
 }
 
@@ -267,6 +299,7 @@ impl Driver {
             arbiter_uid: status.uid,
             vouches: status.recreate.clone(),
             resync_percent: self.seat.resync_percent(),
+            failing_disks: self.failing_disks.told(),
             counters: self.counters(),
         }
     }
@@ -351,6 +384,31 @@ mod tests {
         assert_eq!(troubles.first(), Some("resync failed"), "a link alone mends no session");
         troubles.session_works();
         assert_eq!(troubles.first(), None);
+    }
+
+    #[test]
+    fn a_disk_fails_until_it_works_again() {
+        let mut failing = FailingDisks::default();
+        let mut fails = |disk, message: &str| {
+            failing.noticed(&DeviceEvent::DiskError {
+                disk,
+                message: message.to_owned(),
+            });
+            failing.told()
+        };
+        let disk = |disk, why: &str| FailingDisk {
+            disk,
+            why: why.to_owned(),
+        };
+        assert_eq!(fails(1, "writing"), [disk(1, "writing")]);
+        assert_eq!(fails(0, "reading"), [disk(0, "reading"), disk(1, "writing")]);
+        assert_eq!(fails(1, "flushing"), [disk(0, "reading"), disk(1, "writing")]);
+        failing.noticed(&DeviceEvent::Reset);
+        failing.noticed(&DeviceEvent::DiskRecovered { disk: 1 });
+        assert_eq!(failing.told(), [disk(0, "reading")]);
+        failing.noticed(&DeviceEvent::DiskRecovered { disk: 1 });
+        failing.noticed(&DeviceEvent::DiskRecovered { disk: 0 });
+        assert!(failing.told().is_empty());
     }
 
     #[test]

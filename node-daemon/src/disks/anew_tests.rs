@@ -15,6 +15,7 @@ fn job(folder: &Path) -> Job {
         staging: folder.join("staging"),
         importer: folder.join("importer"),
         used: false,
+        original: false,
     }
 }
 
@@ -65,4 +66,94 @@ fn whoever_waits_for_the_old_file_never_gets_the_new_ones_place() {
     );
     drop(new);
     assert!(matches!(lock(&path, &late), Err(DiskError::InUse)));
+}
+
+/// A guest's disk is complete for good: whatever else is found there is not the guest's disk.
+#[test]
+fn nothing_is_made_in_the_place_of_a_disk_that_a_guest_used() {
+    let folder = crate::testing::Folder::new("anew");
+    let used = Job {
+        used: true,
+        ..job(folder.path())
+    };
+    let refused = || matches!(prepare(&used, &|_, _, _| ()), Err(DiskError::MarkGone { .. }));
+    assert!(refused(), "no mark");
+    let begun = Mark {
+        size_bytes: SIZE,
+        done_bytes: SIZE / 2,
+        source: Some(BLANK.to_owned()),
+        ..Mark::default()
+    };
+    MarkFile::new(used.mark.clone()).write(&begun).unwrap();
+    assert!(refused(), "a volume that was made anew, and begun");
+    assert!(!used.path.exists());
+}
+
+/// The second seat's disk is blank and complete; if the first one goes before the guest ran, the guest begins on the second.
+#[test]
+fn a_blank_disk_gets_first_contents_if_its_seat_becomes_the_original() {
+    let folder = crate::testing::Folder::new("anew");
+    let blank = job(folder.path());
+    prepare(&blank, &|_, _, _| ()).unwrap();
+    let (made, marks) = (known_by(&blank), MarkFile::new(blank.mark.clone()));
+    let _held = File::open(&blank.path).unwrap();
+    let image = folder.path().join("root.raw");
+    std::fs::write(&image, [7; 4096]).unwrap();
+    let original = Job {
+        original: true,
+        source: Some(Source {
+            place: Place::Image {
+                path: "/root.raw".to_owned(),
+            },
+            format: Some(source::Format::Raw),
+            compression: None,
+            sha256: None,
+        }),
+        file: Some(FileAt::Path(image.clone())),
+        ..blank.clone()
+    };
+    let is_untouched = || known_by(&blank) == made && marks.read().unwrap().unwrap().complete;
+    // A guest ran, or the disk is to be zeros, or its seat is not the original.
+    for job in [
+        Job {
+            used: true,
+            ..original.clone()
+        },
+        Job {
+            source: None,
+            file: None,
+            ..original.clone()
+        },
+        Job {
+            original: false,
+            ..original.clone()
+        },
+    ] {
+        prepare(&job, &|_, _, _| ()).unwrap();
+        assert!(is_untouched(), "{job:?}");
+    }
+    let unreadable = Job {
+        file: Some(FileAt::Path(folder.path().join("nothing"))),
+        ..original.clone()
+    };
+    assert!(prepare(&unreadable, &|_, _, _| ()).is_err());
+    assert!(is_untouched());
+    assert!(prepare(&original, &|_, _, _| ()).is_err(), "there is no importer here");
+    assert_ne!(known_by(&blank).0, made.0, "it is begun anew");
+    assert!(!marks.read().unwrap().unwrap().complete);
+    // One that was filled stays, also when its source goes.
+    let filled = Mark {
+        size_bytes: SIZE,
+        done_bytes: SIZE,
+        complete: true,
+        source: Some(origin(&original).unwrap()),
+        download: None,
+    };
+    marks.write(&filled).unwrap();
+    let file = File::options().write(true).open(&blank.path).unwrap();
+    file.set_len(SIZE).unwrap();
+    prepare(&original, &|_, _, _| ()).unwrap();
+    std::fs::remove_file(&image).unwrap();
+    prepare(&original, &|_, _, _| ()).unwrap();
+    assert_eq!(marks.read().unwrap(), Some(filled));
 }

@@ -41,6 +41,9 @@ const MARK_BYTES: u64 = 32 << 20;
 /// A file to download may be so much larger than the disk: what its format adds.
 const DOWNLOAD_EXTRA_BYTES: u64 = 64 << 20;
 
+/// Where the contents of a disk without a source come from, as its mark has it.
+const BLANK: &str = "blank";
+
 /// Why a disk can't be prepared. The path is said by whoever asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -98,8 +101,11 @@ pub enum DiskError {
         /// Why.
         why: String,
     },
-    /// There was a guest, and no mark.
-    #[error("it was used by a guest and its mark {path} is gone: a person decides whether the disk counts")]
+    /// There was a guest, and no mark, or one of a disk that was never complete.
+    #[error(
+        "it was used by a guest, and its mark {path} is gone or not complete, as on a volume that was made anew: a person decides. Put the \
+         volume back, or the mark if the disk counts; or give the seat up whole, if the other one has the guest's disks"
+    )]
     MarkGone {
         /// The mark.
         path: PathBuf,
@@ -147,8 +153,8 @@ impl DiskError {
     }
 }
 
-/// What is being done to a disk.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+/// What is being done to a disk, in this order.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
     /// Its first contents are downloaded.
@@ -209,8 +215,10 @@ pub struct Job {
     pub staging: PathBuf,
     /// The importer.
     pub importer: PathBuf,
-    /// Whether a guest ever used it.
+    /// Whether a guest ever used it: then it is complete, or nothing is done to it.
     pub used: bool,
+    /// Whether no guest of the virtual machine ever ran, on any seat: contents of another source are replaced then, complete or not.
+    pub original: bool,
 }
 
 /// Prepares a disk: does what is left of it. Returns once it is complete, durably.
@@ -220,11 +228,11 @@ pub struct Job {
 pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
     let marks = MarkFile::new(job.mark.clone());
     let mark = marks.read()?;
-    if mark.is_none() && job.used {
+    let mut mark = mark.unwrap_or_default();
+    if job.used && !mark.complete {
         return Err(DiskError::MarkGone { path: job.mark.clone() });
     }
-    let mut mark = mark.unwrap_or_default();
-    if mark.complete {
+    if mark.complete && !is_of_another_source(job, &mark)? {
         return complete(job, &mark, progress);
     }
     let mut file = open(&job.path)?;
@@ -282,6 +290,19 @@ pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
     forget(&job.staging)?;
     progress(Step::Writing, job.size_bytes, job.size_bytes);
     Ok(())
+}
+
+/// Whether a disk is complete with other contents than the guest is to begin with: those of a seat that was not the original when it was made.
+fn is_of_another_source(job: &Job, mark: &Mark) -> Result<bool, DiskError> {
+    if job.used || !job.original {
+        return Ok(false);
+    }
+    match origin(job) {
+        Ok(origin) => Ok(mark.source != Some(origin)),
+        // It may be gone since the disk was filled from it.
+        Err(_) if mark.source.as_deref() != Some(BLANK) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// A disk that was completed before, perhaps with a guest on it: its contents are not touched.
@@ -370,7 +391,7 @@ fn allocate(file: &File, size_bytes: u64, fresh: bool) -> Result<bool, DiskError
 /// What the contents come from, so that two sources are never mixed.
 fn origin(job: &Job) -> Result<String, DiskError> {
     let Some(source) = &job.source else {
-        return Ok("blank".to_owned());
+        return Ok(BLANK.to_owned());
     };
     let reading = source.reading().map_err(|why| of_source(source, why))?;
     let what = match (&source.sha256, &job.file) {

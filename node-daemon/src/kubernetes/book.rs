@@ -10,6 +10,7 @@ use ftvm_crds::{
     Attachment, Contents, CpuBaseline, FaultTolerantVM, FileCompression, FileFormat, FormerPod, SeatEntry, mac,
     quantity,
 };
+use ftvm_engine::control::exit_code;
 use ftvm_protocol::identity::{SeatId, VmId};
 use k8s_openapi::api::core::v1::Pod;
 use serde::{Deserialize, Serialize};
@@ -59,6 +60,32 @@ impl Seat {
     }
 }
 
+/// Why a pod is no seat of this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, thiserror::Error)]
+#[error("{why}")]
+pub struct Refusal {
+    /// What does not fit, for people.
+    pub why: String,
+    /// Exit code if a person has to mend it; 0 if it may become a seat by itself, or was never meant to be one.
+    pub code: u8,
+}
+
+impl Refusal {
+    /// What the virtual machine is to be can't be.
+    fn of_spec(why: impl Into<String>) -> Refusal {
+        Refusal {
+            why: why.into(),
+            code: exit_code::CONFIG,
+        }
+    }
+}
+
+impl From<String> for Refusal {
+    fn from(why: String) -> Refusal {
+        Refusal { why, code: 0 }
+    }
+}
+
 /// `NAMESPACE/NAME` of the virtual machine that a pod claims to belong to.
 pub fn vm_of(pod: &Pod) -> Option<(String, String)> {
     let vm = pod.metadata.labels.as_ref()?.get(LABEL_VM)?;
@@ -73,14 +100,14 @@ pub fn seat_id(pod: &Pod) -> Option<SeatId> {
 /// The seat that this pod is on this node and machine, or why it is none.
 ///
 /// # Errors
-/// What does not fit, for people.
-pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) -> Result<Seat, String> {
+/// What does not fit.
+pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) -> Result<Seat, Refusal> {
     let uid = pod.metadata.uid.as_deref().unwrap_or_default();
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let namespace = pod.metadata.namespace.clone().unwrap_or_default();
     let vm_name = vm.metadata.name.clone().unwrap_or_default();
     if vm.metadata.namespace.as_deref() != Some(&namespace) {
-        return Err(format!("FaultTolerantVM {vm_name} is not in namespace {namespace}"));
+        return Err(format!("FaultTolerantVM {vm_name} is not in namespace {namespace}").into());
     }
     let vm_uid = vm.metadata.uid.as_deref().unwrap_or_default();
     let vm_id = vm_uid
@@ -99,7 +126,7 @@ pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) 
         entry.ok_or_else(|| format!("the book of FaultTolerantVM {vm_name} has no pod {name} with UID {uid}"))?;
     if pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) != Some(node) || entry.node.as_deref() != Some(node)
     {
-        return Err(format!("pod {name} is not on node {node} by the book"));
+        return Err(format!("pod {name} is not on node {node} by the book").into());
     }
     let ip = entry
         .pod_ip
@@ -178,8 +205,8 @@ fn peer(entry: &SeatEntry) -> Option<PeerConfig> {
     })
 }
 
-fn bytes(text: &str) -> Result<u64, String> {
-    quantity::bytes(text).map_err(|error| error.to_string())
+fn bytes(text: &str) -> Result<u64, Refusal> {
+    quantity::bytes(text).map_err(|error| Refusal::of_spec(error.to_string()))
 }
 
 fn config(
@@ -190,13 +217,13 @@ fn config(
     vm_id: VmId,
     listen: SocketAddr,
     peers: Vec<PeerConfig>,
-) -> Result<SeatConfig, String> {
+) -> Result<SeatConfig, Refusal> {
     let spec = &vm.spec;
     let inside = |path: &str| PathBuf::from(format!("{PATH_GUEST}{path}"));
     let first = spec
         .disks
         .first()
-        .ok_or("a virtual machine without disks has no place for its seats' headers")?;
+        .ok_or_else(|| Refusal::of_spec("a virtual machine without disks has no place for its seats' headers"))?;
     let beside = |file: &str| Some(PathBuf::from(format!("{PATH_DISKS}/{}/{file}", first.name)));
     let disks = spec.disks.iter().map(|disk| {
         Ok(DiskConfig {
@@ -224,7 +251,7 @@ fn config(
             cmdline: spec.boot.cmdline.clone(),
         },
         nics: nics(vm, seat_id, vm_id)?,
-        disks: disks.collect::<Result<_, String>>()?,
+        disks: disks.collect::<Result<_, Refusal>>()?,
         header: beside(FILE_HEADER),
         journal: beside(FILE_JOURNAL),
         link: LinkConfig { listen, peers },
@@ -240,7 +267,9 @@ fn config(
             ftvm_crds::WhenUnprotected::Pause => WhenUnprotected::Pause,
         },
     };
-    config.check_contents().map_err(|error| crate::explain(&error))?;
+    config
+        .check_contents()
+        .map_err(|error| Refusal::of_spec(crate::explain(&error)))?;
     Ok(config)
 }
 
@@ -255,12 +284,12 @@ fn cpu(vm: &FaultTolerantVM) -> Result<Option<String>, String> {
     Ok(chosen.baseline.clone())
 }
 
-fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicConfig>, String> {
+fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicConfig>, Refusal> {
     let nic = |(index, network): (usize, &ftvm_crds::Network)| {
         let Some(Attachment::Bridge(bridge)) = network.attachment() else {
-            return Err(format!("network {} is attached to nothing", network.name));
+            return Err(Refusal::of_spec(format!("network {} is attached to nothing", network.name)));
         };
-        let card = u8::try_from(index).map_err(|_| "too many networks".to_owned())?;
+        let card = u8::try_from(index).map_err(|_| Refusal::of_spec("too many networks"))?;
         Ok(NicConfig {
             name: network.name.clone(),
             mac: network.mac.clone().unwrap_or_else(|| mac::of(vm_id, card)),
@@ -274,7 +303,7 @@ fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicCon
     vm.spec.networks.iter().enumerate().map(nic).collect()
 }
 
-fn recipe(vm: &FaultTolerantVM) -> Result<Recipe, String> {
+fn recipe(vm: &FaultTolerantVM) -> Result<Recipe, Refusal> {
     let disks = vm.spec.disks.iter().map(|disk| {
         Ok(DiskToPrepare {
             name: disk.name.clone(),
@@ -286,7 +315,7 @@ fn recipe(vm: &FaultTolerantVM) -> Result<Recipe, String> {
     Ok(Recipe {
         kernel: vm.spec.boot.kernel.clone(),
         initrd: vm.spec.boot.initrd.clone(),
-        disks: disks.collect::<Result<_, String>>()?,
+        disks: disks.collect::<Result<_, Refusal>>()?,
     })
 }
 

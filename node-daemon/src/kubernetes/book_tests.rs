@@ -172,7 +172,8 @@ fn what_is_not_in_the_book_is_no_seat() {
     ];
     for (pod, vm, node, expected) in cases {
         let refused = seat(&pod, &vm, node).unwrap_err();
-        assert!(refused.contains(expected), "{refused}");
+        assert!(refused.why.contains(expected), "{refused}");
+        assert_eq!(refused.code, 0, "it may come, or is no seat: {refused}");
     }
 }
 
@@ -190,12 +191,13 @@ fn the_guests_cpu_is_the_one_that_was_chosen() {
     assert_eq!(with(host.clone(), "Common"), Ok(None));
     assert_eq!(with(json!(null), "Host"), Ok(None));
     let refused = with(json!(null), "Common").unwrap_err();
-    assert!(refused.contains("has not chosen the guest's CPU yet"), "{refused}");
+    assert!(refused.why.contains("has not chosen the guest's CPU yet"), "{refused}");
+    assert_eq!(refused.code, 0, "it will be");
     let former = json!({"source": "Common", "baseline": CPU, "why": "", "former": true});
     assert!(with(former, "Common").is_err());
     let damaged = json!({"source": "Common", "baseline": "tsc=1", "why": ""});
     let refused = with(damaged, "Common").unwrap_err();
-    assert!(refused.contains("machine.cpu: a CPU as text lacks fpu"), "{refused}");
+    assert!(refused.why.contains("machine.cpu: a CPU as text lacks fpu"), "{refused}");
 }
 
 #[test]
@@ -220,7 +222,8 @@ fn objects_that_the_api_servers_rules_would_have_refused_are_refused_here_too() 
         (json!({"memory": "1Mi", "vcpus": 1}), "1 MiB"),
     ] {
         let refused = seat(&pod(|_| {}), &vm(|vm| vm["spec"]["machine"] = change), "one").unwrap_err();
-        assert!(refused.contains(expected), "{refused}");
+        assert!(refused.why.contains(expected), "{refused}");
+        assert_eq!(refused.code, 10, "a person has to mend it: {refused}");
     }
     let refused = seat(
         &pod(|_| {}),
@@ -228,5 +231,5 @@ fn objects_that_the_api_servers_rules_would_have_refused_are_refused_here_too() 
         "one",
     )
     .unwrap_err();
-    assert!(refused.contains("attached to nothing"), "{refused}");
+    assert!(refused.why.contains("attached to nothing"), "{refused}");
 }

@@ -22,6 +22,7 @@ mod node;
 mod pace;
 mod plugin;
 mod publish;
+mod refused;
 mod request;
 mod timing;
 mod watch;

@@ -8,8 +8,9 @@ use ftvm_crds::FaultTolerantVM;
 use ftvm_protocol::identity::SeatId;
 use k8s_openapi::api::core::v1::Pod;
 
-use super::book;
+use super::book::{self, Refusal};
 use super::publish::Publisher;
+use super::refused::{RefusedPods, Word};
 use super::request::Requests;
 use crate::arbiter::Leases;
 use crate::daemon::{Daemon, DaemonError};
@@ -28,6 +29,8 @@ pub struct NodeSeat {
     /// What it was asked to do.
     pub requests: Requests,
     known: Mutex<book::Seat>,
+    /// Why its pod is no seat any more by what the API server has now.
+    refusal: Mutex<Option<Refusal>>,
     /// The API server itself said that its pod is gone.
     gone: AtomicBool,
 }
@@ -36,6 +39,15 @@ impl NodeSeat {
     /// The API server was asked past every cache: there is no such pod any more.
     pub fn is_gone(&self) {
         self.gone.store(true, Ordering::SeqCst);
+    }
+
+    fn refuse(&self, refusal: Option<Refusal>) {
+        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = refusal;
+    }
+
+    /// Why no engine is started for it, if what the API server has now is none of a seat.
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// As the book had it last.
@@ -55,7 +67,7 @@ pub struct Node {
     hierarchies: Hierarchies,
     seats: Mutex<BTreeMap<SeatId, Arc<NodeSeat>>>,
     /// Why pods that look like seats are none.
-    refused: Mutex<BTreeMap<SeatId, String>>,
+    refused: RefusedPods,
     /// Pods of which it can't be read what they were.
     unread: Mutex<BTreeSet<SeatId>>,
 }
@@ -76,7 +88,7 @@ impl Node {
             leases,
             hierarchies,
             seats: Mutex::default(),
-            refused: Mutex::default(),
+            refused: RefusedPods::default(),
             unread: Mutex::default(),
         };
         for id in node.daemon.state().pods().unwrap_or_default() {
@@ -105,10 +117,6 @@ impl Node {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn refused(&self) -> MutexGuard<'_, BTreeMap<SeatId, String>> {
-        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn unread(&self) -> MutexGuard<'_, BTreeSet<SeatId>> {
         self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -116,6 +124,17 @@ impl Node {
     /// All seats.
     pub fn seats(&self) -> Vec<Arc<NodeSeat>> {
         self.lock().values().cloned().collect()
+    }
+
+    /// What is to be said on pods that are no seats.
+    pub fn words(&self, pods: &[Arc<Pod>]) -> Vec<Word> {
+        let seats = self.lock();
+        // What is said of seats has a publisher.
+        let others = pods.iter().filter(|pod| {
+            let id = book::seat_id(pod);
+            id.is_none_or(|id| !seats.contains_key(&id))
+        });
+        self.refused.words(others)
     }
 
     /// Seats whose pods a watch does not have. They may be there all the same: a list, and the watch that goes on from it, may be old. So
@@ -137,7 +156,7 @@ impl Node {
             seen.push(id);
             self.attend(id, pod, vms);
         }
-        self.refused().retain(|id, _| seen.contains(id));
+        self.refused.keep(&seen);
         let gone: Vec<_> = self
             .lock()
             .iter()
@@ -178,7 +197,7 @@ impl Node {
     }
 
     fn attend(&self, id: SeatId, pod: &Pod, vms: &[Arc<FaultTolerantVM>]) {
-        let found = book::vm_of(pod).ok_or_else(|| "the pod has no label ftvm.dev/vm".to_owned());
+        let found = book::vm_of(pod).ok_or_else(|| Refusal::from("the pod has no label ftvm.dev/vm".to_owned()));
         let genuine = found.and_then(|(namespace, name)| {
             let is_it = |vm: &&Arc<FaultTolerantVM>| {
                 vm.metadata.name.as_deref() == Some(&name) && vm.metadata.namespace.as_deref() == Some(&namespace)
@@ -189,19 +208,21 @@ impl Node {
         });
         let existing = self.lock().get(&id).cloned();
         match genuine {
-            Ok(seat) => {
-                self.refused().remove(&id);
-                match &existing {
-                    Some(existing) => self.update(existing, seat),
-                    None if pod.metadata.deletion_timestamp.is_none() => self.add(seat, Some(pod)),
-                    None => {}
+            Ok(seat) => match &existing {
+                Some(existing) => {
+                    self.refused.accept(id);
+                    existing.refuse(None);
+                    self.update(existing, seat);
                 }
-            }
-            Err(why) => {
+                None if pod.metadata.deletion_timestamp.is_none() => self.add(seat, Some(pod)),
+                None => self.refused.accept(id),
+            },
+            Err(refusal) => {
                 if let Some(existing) = &existing {
                     existing.pod.handed.allow(false);
+                    existing.refuse(Some(refusal.clone()));
                 }
-                self.refused().insert(id, why);
+                self.refused.refuse(id, refusal);
             }
         }
         let Some(seat) = self.lock().get(&id).cloned() else {
@@ -218,9 +239,13 @@ impl Node {
     fn add(&self, seat: book::Seat, pod: Option<&Pod>) {
         let id = seat.seat_id;
         let label = seat.config.label();
-        if let Err(error) = self.try_add(seat, pod) {
-            tracing::error!(seat = label, "pod {id} can't be a seat: {}", explain(&error));
-            self.refused().insert(id, explain(&error));
+        match self.try_add(seat, pod) {
+            Ok(()) => self.refused.accept(id),
+            Err(error) => {
+                let (why, code) = (explain(&error), error.exit_code());
+                tracing::error!(seat = label, "pod {id} can't be a seat: {why}");
+                self.refused.refuse(id, Refusal { why, code });
+            }
         }
     }
 
@@ -250,6 +275,7 @@ impl Node {
             requests,
             pod: pod_seat,
             known: Mutex::new(seat.clone()),
+            refusal: Mutex::default(),
             gone: AtomicBool::new(false),
         };
         self.lock().insert(seat.seat_id, Arc::new(node_seat));
@@ -298,7 +324,7 @@ impl Pods for Node {
         if let Some(seat) = self.lock().get(&pod) {
             return Ok(seat.pod.clone());
         }
-        let why = self.refused().get(&pod).cloned();
+        let why = self.refused.why(pod);
         Err(why.unwrap_or_else(|| format!("pod {pod} is not known as a seat of this node yet")))
     }
 }

@@ -8,7 +8,9 @@ use crate::arbiter::Server;
 use crate::bridges::AllowedBridges;
 use crate::config::JailConfig;
 use crate::daemon::Settings;
+use crate::disks::Step;
 use crate::seat::testing::Rig;
+use crate::seat_socket::DiskProgress;
 use crate::state::{EngineRecord, StateFolder, boot_id, start_time};
 use crate::testing::Folder;
 
@@ -44,6 +46,7 @@ pub(in crate::kubernetes) fn add_running(node: &Node, rig: &Rig) -> Arc<NodeSeat
         requests: Requests::new(rig.seat.folder().clone()),
         pod: rig.pod(),
         known: Mutex::new(known),
+        refusal: Mutex::default(),
         gone: AtomicBool::new(false),
     });
     node.lock().insert(id, seat.clone());
@@ -252,4 +255,125 @@ fn a_pod_that_cant_be_read_is_forgotten_once_it_and_its_engine_are_gone() {
     engine.start_time += 1;
     assert!(look(vm(OTHER), &engine), "its pod may be there");
     assert!(!look(former, &engine));
+}
+
+/// A seat that only tries again and again does not count as one that joins, and is not told of anew at each attempt.
+#[test]
+fn a_disk_that_cant_be_prepared_is_told_once_and_is_no_progress() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    rig.seat.kill();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    let due = || seat.publisher.due(&seat).map(|(_, published)| published);
+    let at = |name: &str, mib: u64| {
+        let disk = DiskProgress {
+            disk: name.to_owned(),
+            step: Step::Writing,
+            done_bytes: mib << 20,
+            total_bytes: 64 << 20,
+        };
+        seat.pod.set_progress(|progress| progress.preparing(disk));
+    };
+    let fails = || seat.pod.set_progress(|progress| progress.trouble = Some("no room".to_owned()));
+    // Of the second one nothing is done yet.
+    for (name, mib) in [("root", 0), ("data", 0), ("root", 32), ("data", 0)] {
+        at(name, mib);
+    }
+    let published = due().unwrap();
+    assert_eq!(published.resync_percent, Some(50));
+    assert!(published.why.contains("disk root"), "{}", published.why);
+    fails();
+    let published = due().unwrap();
+    assert_eq!((published.resync_percent, published.why.as_str()), (None, "no room"));
+    seat.publisher.written(published);
+    for _ in 0..3 {
+        for mib in [0, 8, 32] {
+            at("root", mib);
+            assert_eq!(due(), None, "at {mib} MiB once more");
+        }
+        fails();
+        assert_eq!(due(), None);
+    }
+    at("root", 33);
+    assert_eq!(due().unwrap().resync_percent, Some(51), "it goes on");
+}
+
+/// A machine whose disk and network share a name.
+fn vm_with_one_name_twice() -> Arc<FaultTolerantVM> {
+    let mut vm = serde_json::to_value(&*vm(POD)).unwrap();
+    vm["spec"]["networks"] = json!([{"name": "root", "bridge": {"name": "vm-front"}}]);
+    Arc::new(serde_json::from_value(vm).unwrap())
+}
+
+/// It was nowhere to be read but in the log of the pod's program, which waited for ever.
+#[test]
+fn a_pod_that_can_be_no_seat_says_why() {
+    let folder = Folder::new("node");
+    let node = node(&folder);
+    let (pods, wrong, good) = ([pod(POD)], [vm_with_one_name_twice()], [vm(POD)]);
+    node.reconcile(&pods, &[vm(OTHER)]);
+    assert!(node.words(&pods).is_empty(), "the book may have it soon");
+    node.reconcile(&pods, &wrong);
+    assert_eq!(seats(&node), [""; 0]);
+    let words = node.words(&pods);
+    let [word] = &words[..] else { panic!("{words:?}") };
+    assert_eq!((word.namespace.as_str(), word.pod.as_str()), ("shop", "web-a"));
+    let metadata = &word.patch["metadata"];
+    assert_eq!(metadata["uid"], POD);
+    let text = metadata["annotations"]["ftvm.dev/seat-status"].as_str().unwrap();
+    let published: serde_json::Value = serde_json::from_str(text).unwrap();
+    assert_eq!(published["code"], 10);
+    let why = published["why"].as_str().unwrap();
+    assert!(why.contains("`root` appears twice"), "{why}");
+    assert!(node.words(&pods).is_empty(), "not again at once");
+    // Once it is mended, a seat's status is written by its publisher.
+    node.reconcile(&pods, &good);
+    assert_eq!(seats(&node), [POD]);
+    node.reconcile(&pods, &wrong);
+    assert!(node.words(&pods).is_empty());
+    let seat = node.seats().remove(0);
+    let said = || seat.publisher.due(&seat).unwrap().1;
+    assert_eq!(said().code, 10);
+    assert!(said().why.contains("`root` appears twice"), "{}", said().why);
+    node.reconcile(&pods, &good);
+    assert_eq!(said().code, 0);
+}
+
+/// What is there already is not written again, by a later daemon either.
+#[test]
+fn what_a_pod_says_is_said_once() {
+    let folder = Folder::new("node");
+    let (first, wrong) = (node(&folder), [vm_with_one_name_twice()]);
+    let pods = [pod(POD)];
+    first.reconcile(&pods, &wrong);
+    let word = first.words(&pods).remove(0);
+    let text = word.patch["metadata"]["annotations"]["ftvm.dev/seat-status"].as_str();
+    let mut told = (*pods[0]).clone();
+    let annotation = ("ftvm.dev/seat-status".to_owned(), text.unwrap().to_owned());
+    told.metadata.annotations = Some([annotation].into());
+    let folder = Folder::new("node");
+    let later = node(&folder);
+    later.reconcile(&pods, &wrong);
+    assert!(later.words(&[Arc::new(told)]).is_empty());
+    assert_eq!(later.words(&pods).len(), 1);
+}
+
+/// The guest has the errors; who keeps its disks has to hear of them, too.
+#[test]
+fn a_failing_disk_is_published_by_its_name() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let storage = || seat.publisher.due(&seat).unwrap().1.storage;
+    assert_eq!(storage(), None);
+    rig.say(|status| {
+        status.failing_disks = vec![ftvm_engine::control::FailingDisk {
+            disk: 0,
+            why: "writing 512 bytes at 0: I/O error".to_owned(),
+        }];
+    });
+    assert_eq!(storage().unwrap(), "disk root: writing 512 bytes at 0: I/O error");
+    rig.say(|status| status.failing_disks.clear());
+    assert_eq!(storage(), None);
 }

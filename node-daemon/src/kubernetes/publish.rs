@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ftvm_crds::names::{ANNOTATION_SEAT_STATUS, LABEL_ROLE, ROLE_ACTIVE, ROLE_STANDBY};
 use ftvm_crds::seat::{SeatExit, SeatPublished, SeatRole, Takeover};
-use ftvm_engine::control::{Event, Role, exit_code};
+use ftvm_engine::control::{Event, FailingDisk, Role, exit_code};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
@@ -150,11 +150,13 @@ impl Publisher {
         }
         let incarnation = seat.pod.seat.incarnation();
         let progress = seat.pod.progress();
+        // A disk that can't be prepared is no progress: whoever waits for this seat waits in vain.
+        let preparing = progress.disk.as_ref().filter(|_| progress.trouble.is_none());
         let mut published = SeatPublished {
             incarnation,
             why: clip(&status.why),
             code: status.code,
-            resync_percent: progress.disk.as_ref().map(DiskProgress::percent),
+            resync_percent: preparing.map(DiskProgress::percent),
             last_takeover: state.last_takeover.clone(),
             last_exit: state.last_exit.clone(),
             done_request: seat.requests.done(),
@@ -177,6 +179,7 @@ impl Publisher {
             published.lease_uid = engine.arbiter_uid;
             published.vouches.clone_from(&engine.vouches);
             published.resync_percent = engine.resync_percent;
+            published.storage = failing(&engine.failing_disks, seat);
             if let Some(why) = progress.cut_off {
                 published.why = clip(&format!("{why}; {}", engine.why));
                 published.code = exit_code::NETWORK;
@@ -188,8 +191,11 @@ impl Publisher {
                 published.paused = written.paused;
                 published.holds_guest = written.holds_guest;
                 published.term = written.term;
+                published.storage.clone_from(&written.storage);
             }
             "the engine does not answer".clone_into(&mut published.why);
+        } else if let Some(refusal) = seat.refusal().filter(|refusal| refusal.code != 0) {
+            (published.why, published.code) = (clip(&refusal.why), refusal.code);
         } else if let Some(trouble) = progress.trouble {
             published.why = clip(&trouble);
         } else if let Some(disk) = &progress.disk {
@@ -211,8 +217,21 @@ fn same(one: &SeatPublished, other: &SeatPublished) -> bool {
     worth(one) == worth(other)
 }
 
-fn clip(text: &str) -> String {
+pub(super) fn clip(text: &str) -> String {
     text.chars().take(WHY_CHARS_MAX).collect()
+}
+
+/// Failing disks by name; none: all work.
+fn failing(disks: &[FailingDisk], seat: &NodeSeat) -> Option<String> {
+    if disks.is_empty() {
+        return None;
+    }
+    let names = seat.known().config.disks;
+    let told = disks.iter().map(|failing| {
+        let name = names.get(failing.disk).map_or("?", |disk| disk.name.as_str());
+        format!("disk {name}: {}", failing.why)
+    });
+    Some(clip(&told.collect::<Vec<_>>().join("; ")))
 }
 
 fn unix_ms() -> u64 {

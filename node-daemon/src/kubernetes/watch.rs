@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use super::health::Health;
 use super::missing::Missing;
 use super::node::{Node, NodeSeat};
+use super::refused::Word;
 use crate::explain;
 
 /// How often it is looked at the seats.
@@ -62,11 +63,14 @@ pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
             if ready {
                 node.reconcile(&pods, &vms);
             }
-            due(&node.seats())
+            let words = if ready { node.words(&pods) } else { Vec::new() };
+            (due(&node.seats()), words)
         });
         // A panic there was told by its hook; the next round tries again.
-        let due = work.await.unwrap_or_default();
-        futures::future::join_all(due.into_iter().map(|due| write(&client, due))).await;
+        let (due, words) = work.await.unwrap_or_default();
+        let writing = futures::future::join_all(due.into_iter().map(|due| write(&client, due)));
+        let telling = futures::future::join_all(words.into_iter().map(|word| tell(&client, word)));
+        futures::future::join(writing, telling).await;
         health.beat();
     }
 }
@@ -124,5 +128,15 @@ async fn write(client: &Client, due: Due) {
             due.seat.publisher.failed();
         }
         Err(_) => due.seat.publisher.failed(),
+    }
+}
+
+async fn tell(client: &Client, word: Word) {
+    let api: Api<Pod> = Api::namespaced(client.clone(), &word.namespace);
+    let (parameters, patch) = (PatchParams::default(), Patch::Merge(&word.patch));
+    let writing = api.patch_metadata(&word.pod, &parameters, &patch);
+    // What was not written is due again.
+    if let Ok(Err(error)) = tokio::time::timeout(WRITE_MAX, writing).await {
+        tracing::warn!(pod = word.pod, "why it is no seat is not published: {}", explain(&error));
     }
 }

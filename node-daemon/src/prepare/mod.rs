@@ -194,6 +194,11 @@ pub trait Source: Send + Sync + 'static {
     /// Cgroups and network of the next engine.
     fn place(&self) -> Result<Place, SeatError>;
 
+    /// Whether a process is where engines of this seat live, as far as that can be known.
+    fn has_process(&self) -> bool {
+        false
+    }
+
     /// The engine has ended: its cgroups may go.
     fn left(&self) {}
 }

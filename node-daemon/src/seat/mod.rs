@@ -46,6 +46,8 @@ use informed::Informed;
 const EVENTS_MAX: usize = 64;
 /// Engine log: renamed at the start of an engine once it is larger.
 const LOG_BYTES_MAX: u64 = 16 << 20;
+/// Whether a doubt is over is looked at this often.
+const DOUBT: Duration = Duration::from_secs(2);
 /// Requests of one engine that are worked on at a time; more are refused.
 const REQUESTS_MAX: usize = 8;
 
@@ -252,6 +254,9 @@ impl Seat {
                 self.attend();
             } else if removing {
                 return;
+            } else if self.doubts() {
+                self.sleep(Some(DOUBT));
+                self.adopt();
             } else {
                 match self.pause_before_start() {
                     Some(Duration::ZERO) => self.launch(),

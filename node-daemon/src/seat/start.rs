@@ -122,10 +122,18 @@ impl Seat {
         own.is_root() && own.as_raw() != uid && is_mapped("uid_map", uid) && is_mapped("gid_map", uid)
     }
 
-    /// Takes over an engine that an earlier daemon started.
+    /// Takes over an engine that an earlier daemon started. With an engine that nobody remembers, nothing can be told to it or of it until it
+    /// has ended.
     pub(super) fn adopt(self: &Arc<Seat>) {
         let record = match self.folder.engine() {
-            Ok(None) => return,
+            Ok(None) if self.source.has_process() => {
+                let folder = self.folder.path().display();
+                return self.doubt(format!(
+                    "an engine runs in its pod that {folder} knows nothing of (was the state folder emptied?): it is left alone, and none is started beside it. \
+                     Delete the pod: the other seat goes on"
+                ));
+            }
+            Ok(None) => return self.no_doubt(),
             Ok(Some(record)) => record,
             Err(error) => return self.doubt(explain(&error)),
         };
@@ -138,7 +146,7 @@ impl Seat {
             self.collect_report(record.incarnation, jail::Ended::Unseen);
             // A failure to forget only means that the next daemon looks again.
             let _ = self.folder.forget_engine();
-            return;
+            return self.no_doubt();
         };
         self.set_seat_id(record.incarnation.seat);
         tracing::info!(
@@ -148,7 +156,7 @@ impl Seat {
         );
         let mut inner = self.inner();
         inner.phase = Phase::Running;
-        (inner.why, inner.code) = (String::new(), 0);
+        (inner.doubt, inner.why, inner.code) = (false, String::new(), 0);
         inner.engine = Some(Engine {
             incarnation: record.incarnation,
             pid: record.pid,
@@ -191,9 +199,24 @@ impl Seat {
         true
     }
 
-    fn doubt(&self, why: String) {
-        tracing::error!(seat = self.config().label(), "{why}");
+    /// Whether an engine may be running that could not be reached or read of.
+    pub(super) fn doubts(&self) -> bool {
+        self.inner().doubt
+    }
+
+    fn no_doubt(&self) {
         let mut inner = self.inner();
+        if inner.doubt {
+            (inner.doubt, inner.why, inner.code) = (false, "not started yet".to_owned(), 0);
+        }
+    }
+
+    fn doubt(&self, why: String) {
+        let mut inner = self.inner();
+        if inner.doubt && inner.why == why {
+            return;
+        }
+        tracing::error!(seat = inner.config.label(), "{why}");
         inner.doubt = true;
         inner.why = why;
         inner.code = ftvm_engine::control::exit_code::STATE_FOLDER;
@@ -258,4 +281,47 @@ fn is_mapped(map: &str, id: u32) -> bool {
         let (first, count) = (first.unwrap_or(0), count.unwrap_or(0));
         (first..first.saturating_add(count)).contains(&u64::from(id))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seat::testing::Rig;
+    use crate::seat_socket::{Expected, Handed, Hierarchies};
+    use crate::testing::Folder;
+    use ftvm_protocol::core::GuestReport;
+    use ftvm_protocol::identity::{SeatId, VmId};
+
+    /// The state folder is empty: another engine beside it, or the word that there is none, would be wrong.
+    #[test]
+    fn an_engine_that_nobody_remembers_is_in_doubt_until_it_is_gone() {
+        let (rig, cgroups) = (Rig::new(), Folder::new("cgroups"));
+        let expected = Expected {
+            vm: "web".to_owned(),
+            vm_id: VmId(1),
+            seat: "web-a".to_owned(),
+            seat_id: SeatId(0xc),
+        };
+        let leaf = format!("kubepods/pod{}/ftvm-engine", expected.seat_id);
+        let leaf = cgroups.path().join(leaf);
+        std::fs::create_dir_all(&leaf).unwrap();
+        std::fs::write(leaf.join("cgroup.procs"), "4711\n").unwrap();
+        let source = Arc::new(Handed::new(expected, Hierarchies::at(cgroups.path())));
+        let (config, folder) = (rig.seat.config(), rig.seat.folder().clone());
+        let (arbiter, surroundings) = (rig.seat.arbiter().clone(), rig.seat.surroundings.clone());
+        let seat = Seat::new(config, folder, source, arbiter, surroundings, 0).unwrap();
+        for _ in 0..2 {
+            seat.adopt();
+            assert!(seat.doubts() && seat.has_engine());
+            assert_eq!(seat.report(SeatId(0xc), Duration::ZERO).guest, GuestReport::Unknown);
+            assert_eq!(seat.pause_before_start(), None, "none is started beside it");
+            let status = seat.status(Duration::ZERO);
+            assert!(status.why.contains("Delete the pod"), "{}", status.why);
+            assert_eq!(status.code, 11);
+        }
+        std::fs::write(leaf.join("cgroup.procs"), "").unwrap();
+        seat.adopt();
+        assert!(!seat.doubts());
+        assert_eq!(seat.status(Duration::ZERO).code, 0);
+    }
 }

@@ -109,6 +109,7 @@ pub fn healthy(start: u64) -> (Status, Snapshot) {
         arbiter_uid: Some(UID),
         vouches: None,
         resync_percent: None,
+        failing_disks: Vec::new(),
         counters: serde_json::Map::new(),
     };
     let version = 5;

@@ -16,7 +16,7 @@ use ftvm_protocol::header::SeatHeader;
 use ftvm_protocol::identity::{Incarnation, SeatId, VmId};
 use rustix::fs::{FileType, Mode, OFlags};
 
-use super::message::descriptor_names;
+use super::message::{DiskToPrepare, descriptor_names};
 use super::pod::{Hierarchies, Peer, remove_leaves};
 use crate::api::Phase;
 use crate::arbiter::Bounded;
@@ -81,6 +81,8 @@ pub struct Held {
     kernel: File,
     initrd: Option<File>,
     disks: Vec<File>,
+    /// The disks got the guest's first contents: the record named this seat as the first one when they were asked for.
+    original: bool,
     header: File,
     journal: File,
     console: File,
@@ -94,15 +96,15 @@ enum Access {
 }
 
 impl Held {
-    /// Checks what came with `Ready`. `disks` are names and sizes as asked for. The error names the descriptor and why.
+    /// Checks what came with `Ready`. `disks` are those that were asked for. The error names the descriptor and why.
     pub fn check(
         expected: &Expected,
-        disks: &[(String, u64)],
+        disks: &[DiskToPrepare],
         initrd: bool,
         fds: Vec<OwnedFd>,
         peer: Arc<Peer>,
     ) -> Result<Held, String> {
-        let names: Vec<String> = disks.iter().map(|(name, _)| name.clone()).collect();
+        let names: Vec<String> = disks.iter().map(|disk| disk.name.clone()).collect();
         let names = descriptor_names(&names, initrd);
         if names.len() != fds.len() {
             return Err(format!("{} descriptors came, {} were expected", fds.len(), names.len()));
@@ -124,11 +126,11 @@ impl Held {
             None
         };
         let mut files = Vec::new();
-        for (name, size_bytes) in disks {
+        for disk in disks {
             let file = regular(next()?, Access::ReadWrite)?;
             let found = length(&file)?;
-            if found != *size_bytes {
-                return Err(format!("disk {name} has {found} bytes, not {size_bytes}"));
+            if found != disk.size_bytes {
+                return Err(format!("disk {} has {found} bytes, not {}", disk.name, disk.size_bytes));
             }
             files.push(file);
         }
@@ -146,6 +148,7 @@ impl Held {
             kernel,
             initrd,
             disks: files,
+            original: disks.iter().all(|disk| disk.original),
             header,
             journal,
             console,
@@ -307,6 +310,11 @@ impl Handed {
         }
     }
 
+    /// Whether files are held that a program gave.
+    pub fn is_whole(&self) -> bool {
+        self.held().is_some()
+    }
+
     /// Whether engines may be started: not while the seat is being removed, or its pod proved not to be genuine.
     /// True if that has changed.
     pub fn allow(&self, wanted: bool) -> bool {
@@ -369,16 +377,26 @@ impl Source for Handed {
         Some((Phase::Waiting, why))
     }
 
-    /// The genesis header of the seat that the first record names: written once, before its first engine.
+    /// The genesis header of the seat that the first record names: written once, before its first engine, and only beside disks with the
+    /// guest's first contents. A seat that became the first one later has blank ones: what its program gave is not used, and it is asked anew.
     fn settle(&self, _: &SeatConfig, arbiter: &Bounded) -> Result<(), SeatError> {
         let held = self.whole()?;
         let refuse = |error: &dyn std::fmt::Display| self.refuse("header", error.to_string());
         if read_header(&held.header).map_err(|error| refuse(&error))? != StoredHeader::Absent {
             return Ok(());
         }
+        let not_yet = |why| SeatError::NotYet {
+            seat: self.expected.seat.clone(),
+            why,
+        };
         let seat_id: SeatId = self.expected.seat_id;
         match arbiter.ask(&Ask::ReadRecord, RECORD_PATIENCE) {
             (Answer::Read(ReadOutcome::Found(found)), _) if found.record.holder == Incarnation::genesis(seat_id) => {
+                if !held.original {
+                    self.take_back(&held.peer);
+                    let why = "its disks were prepared before it became the first seat: its program is asked anew";
+                    return Err(not_yet(why.to_owned()));
+                }
                 let file = self.copy("header", &held.header)?;
                 let (mut header, _) = HeaderFile::open(file).map_err(|error| refuse(&error))?;
                 header
@@ -387,10 +405,10 @@ impl Source for Handed {
                     .map_err(|error| refuse(&error))
             }
             (Answer::Read(ReadOutcome::Found(_)), _) => Ok(()),
-            (_, why) => Err(SeatError::NotYet {
-                seat: self.expected.seat.clone(),
-                why: why.unwrap_or_else(|| "its virtual machine has no record yet".to_owned()),
-            }),
+            (_, why) => {
+                let why = why.unwrap_or_else(|| "its virtual machine has no record yet".to_owned());
+                Err(not_yet(why))
+            }
         }
     }
 
@@ -430,7 +448,15 @@ impl Source for Handed {
         })
     }
 
+    fn has_process(&self) -> bool {
+        self.hierarchies.has_engine(self.expected.seat_id)
+    }
+
     fn left(&self) {
         remove_leaves(&self.leaves.lock().unwrap_or_else(PoisonError::into_inner));
     }
 }
+
+#[cfg(test)]
+#[path = "handed_tests.rs"]
+mod tests;

@@ -19,6 +19,8 @@ use crate::netns::Netns;
 const SO_PEERPIDFD: libc::c_int = 77;
 /// The leaf of a pod's cgroup that its engine lives in.
 const LEAF: &str = "ftvm-engine";
+/// Pods' cgroups are not looked for deeper than this.
+const DEPTH_MAX: u32 = 8;
 
 /// Why a process is no seat's program.
 #[derive(Debug, thiserror::Error)]
@@ -160,6 +162,16 @@ impl Hierarchies {
         Hierarchies(text.lines().filter_map(line).collect())
     }
 
+    /// Whether a process is where engines of this pod live, in any hierarchy. The pod's program need not be there.
+    pub fn has_engine(&self, pod: SeatId) -> bool {
+        self.0.iter().any(|mount| {
+            let folder = find_pod(&mount.point, &mount.root, pod, DEPTH_MAX);
+            // A leaf that is not there, or goes now, has nobody.
+            let processes = folder.map(|folder| std::fs::read_to_string(folder.join(LEAF).join("cgroup.procs")));
+            processes.is_some_and(|text| text.is_ok_and(|text| !text.trim().is_empty()))
+        })
+    }
+
     /// The folder of a cgroup.
     fn folder(&self, cgroup: &Cgroup) -> Option<PathBuf> {
         let has_all = |options: &[String]| {
@@ -180,6 +192,21 @@ impl Hierarchies {
         // A mount of a part of the hierarchy shows only what is below its root.
         mounts.find_map(|mount| Some(mount.point.join(cgroup.path.strip_prefix(&mount.root).ok()?)))
     }
+}
+
+/// The folder of a pod's own cgroup below this one, which is the cgroup `path`.
+fn find_pod(folder: &Path, path: &Path, pod: SeatId, depth: u32) -> Option<PathBuf> {
+    // What goes meanwhile is not it.
+    let below = std::fs::read_dir(folder).ok()?.flatten();
+    let mut below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    below.find_map(|entry| {
+        let path = path.join(entry.file_name());
+        match pod_of(&path) {
+            Some((found, _)) => (found == pod).then(|| entry.path()),
+            None if depth > 0 => find_pod(&entry.path(), &path, pod, depth - 1),
+            None => None,
+        }
+    })
 }
 
 /// A process at the other end of a connection, and the pod that it belongs to.
@@ -258,6 +285,35 @@ impl Peer {
             });
         }
         Ok(folders)
+    }
+}
+
+#[cfg(test)]
+impl Hierarchies {
+    /// One hierarchy, of version 2, in this folder.
+    pub(crate) fn at(point: &Path) -> Hierarchies {
+        Hierarchies(vec![Mount {
+            controllers: None,
+            root: "/".into(),
+            point: point.to_owned(),
+        }])
+    }
+}
+
+#[cfg(test)]
+impl Peer {
+    /// This process, as the program of a pod.
+    pub(super) fn own(pod: SeatId) -> Peer {
+        let pid = std::process::id().cast_signed();
+        let network = File::open("/proc/self/ns/net").unwrap();
+        Peer {
+            pod,
+            pid,
+            pidfd: rustix::process::pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap(),
+            netns: Netns::of_descriptor(&network).unwrap(),
+            network: Arc::new(network.into()),
+            cgroups: Vec::new(),
+        }
     }
 }
 
@@ -369,6 +425,30 @@ mod tests {
         // A pod that makes a cgroup with another pod's name below its own stays itself.
         let nested = format!("/kubepods/pod{UID}/container/kubepods/pod{other}");
         assert_eq!(pod(&nested).unwrap().0, UID);
+    }
+
+    #[test]
+    fn an_engine_is_found_where_its_pod_is() {
+        let pod: SeatId = UID.parse().unwrap();
+        let under = UID.replace('-', "_");
+        for path in [
+            format!("kubepods/burstable/pod{UID}"),
+            format!("lab-one/kubepods/pod{UID}"),
+            format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{under}.slice"),
+        ] {
+            let root = crate::testing::Folder::new("cgroups");
+            let hierarchies = Hierarchies::at(root.path());
+            assert!(!hierarchies.has_engine(pod), "{path}: no pod");
+            let leaf = root.path().join(&path).join(LEAF);
+            std::fs::create_dir_all(&leaf).unwrap();
+            std::fs::create_dir_all(root.path().join("system.slice/some.service")).unwrap();
+            assert!(!hierarchies.has_engine(pod), "{path}: nothing is known of it");
+            std::fs::write(leaf.join("cgroup.procs"), "").unwrap();
+            assert!(!hierarchies.has_engine(pod), "{path}: empty");
+            std::fs::write(leaf.join("cgroup.procs"), "4711\n").unwrap();
+            assert!(hierarchies.has_engine(pod), "{path}");
+            assert!(!hierarchies.has_engine(SeatId(1)), "{path}: another pod's");
+        }
     }
 
     #[test]

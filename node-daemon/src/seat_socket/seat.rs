@@ -1,5 +1,6 @@
 //! A seat that is a pod: the daemon's seat, what its program handed over, and how far the program is.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,31 @@ pub struct Progress {
     pub connected: bool,
     /// Why the engine goes on in a network that the pod does not have any more, if it does.
     pub cut_off: Option<String>,
+    /// How far each disk ever was.
+    farthest: BTreeMap<String, (Step, u64)>,
+}
+
+impl Progress {
+    /// A disk is so far. Whatever the program couldn't do is over only once one is further than it ever was: each attempt begins at the
+    /// beginning, also one that fails where the last one did.
+    pub(crate) fn preparing(&mut self, disk: DiskProgress) {
+        let begun = disk.done_bytes > 0;
+        let now = (disk.step, disk.done_bytes);
+        if begun && self.farthest.get(&disk.disk).is_none_or(|before| now > *before) {
+            self.farthest.insert(disk.disk.clone(), now);
+            self.trouble = None;
+        }
+        // The one that is being prepared: those before it are done, those after it are not begun.
+        if (begun && disk.done_bytes < disk.total_bytes) || self.disk.is_none() {
+            self.disk = Some(disk);
+        }
+    }
+
+    /// All is handed over.
+    fn done(&mut self) {
+        (self.disk, self.trouble) = (None, None);
+        self.farthest.clear();
+    }
 }
 
 /// How far a disk is.
@@ -153,27 +179,29 @@ impl PodSeat {
         *self.recipe.lock().unwrap_or_else(PoisonError::into_inner) = recipe;
     }
 
-    /// What the program has to prepare. The first contents belong on the disks of the seat that the first record names: while
-    /// it does, no guest ever ran.
+    /// What the program has to prepare. The disks of an engine that runs are complete and stay as they are, so that a program is also taken
+    /// while the record can't be read.
     pub(super) fn recipe(&self) -> Result<Recipe, String> {
-        let original = match self.seat.arbiter().ask(&Ask::ReadRecord, RECORD_PATIENCE) {
-            (Answer::Read(ReadOutcome::Found(found)), _) => {
-                found.record.holder == Incarnation::genesis(self.handed.expected().seat_id)
-            }
-            (_, why) => return Err(why.unwrap_or_else(|| "the virtual machine has no record yet".to_owned())),
-        };
+        let original = self.seat.incarnation().is_none() && self.is_original()?;
         let mut recipe = self.recipe.lock().unwrap_or_else(PoisonError::into_inner).clone();
         recipe.disks.iter_mut().for_each(|disk| disk.original = original);
         Ok(recipe)
     }
 
+    /// The first contents belong on the disks of the seat that the first record names: while it does, no guest ever ran.
+    fn is_original(&self) -> Result<bool, String> {
+        match self.seat.arbiter().ask(&Ask::ReadRecord, RECORD_PATIENCE) {
+            (Answer::Read(ReadOutcome::Found(found)), _) => {
+                Ok(found.record.holder == Incarnation::genesis(self.handed.expected().seat_id))
+            }
+            (_, why) => Err(why.unwrap_or_else(|| "the virtual machine has no record yet".to_owned())),
+        }
+    }
+
     pub(super) fn ready(&self, held: Held) {
         self.handed.put(held);
         tracing::info!(seat = self.seat.config().label(), "its program handed its files over");
-        self.set_progress(|progress| {
-            progress.disk = None;
-            progress.trouble = None;
-        });
+        self.set_progress(Progress::done);
         self.seat.try_soon();
     }
 

@@ -192,6 +192,9 @@ impl Talk<'_> {
             if let Some((message, fds)) = self.receive(LOOK)? {
                 self.handle(message, fds)?;
             }
+            if self.disks.is_none() && !self.seat.handed.is_whole() {
+                return Err("what it handed over is not used: it is asked anew".to_owned());
+            }
             self.seat.follow_network();
             self.tell()?;
         }
@@ -255,18 +258,13 @@ impl Talk<'_> {
                 if !known {
                     return Err("progress of something that it was not asked for".to_owned());
                 }
-                self.seat.set_progress(|progress| {
-                    progress.trouble = None;
-                    // The one that is being prepared: those before it are done.
-                    if done_bytes < total_bytes || progress.disk.is_none() {
-                        progress.disk = Some(DiskProgress {
-                            disk,
-                            step,
-                            done_bytes,
-                            total_bytes,
-                        });
-                    }
-                });
+                let disk = DiskProgress {
+                    disk,
+                    step,
+                    done_bytes,
+                    total_bytes,
+                };
+                self.seat.set_progress(|progress| progress.preparing(disk));
                 Ok(())
             }
             FromSeat::Failed { why } => {
@@ -279,7 +277,6 @@ impl Talk<'_> {
                     .disks
                     .take()
                     .ok_or("it was not asked for files, or gave them before")?;
-                let disks: Vec<_> = disks.into_iter().map(|disk| (disk.name, disk.size_bytes)).collect();
                 let expected = self.seat.handed.expected();
                 let held = Held::check(expected, &disks, initrd, fds, self.peer.clone());
                 match held {

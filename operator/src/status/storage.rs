@@ -3,6 +3,7 @@
 use ftvm_crds::names::{
     ANNOTATION_ACCEPT_DATA_LOSS, ANNOTATION_SWITCHOVER, LABEL_MANAGED_BY, LABEL_SEAT, LABEL_VM, MANAGED_BY,
 };
+use ftvm_crds::seat::{SeatPublished, SeatRole};
 use ftvm_crds::{SeatEntry, VolumePolicy};
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
@@ -32,6 +33,16 @@ pub(super) fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
     for entry in book {
         let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
         if let Some(published) = published
+            && let Some(failing) = &published.storage
+        {
+            return said(
+                STORAGE_HEALTHY,
+                false,
+                "DiskFailed",
+                disk_failed(seen, entry, published, failing),
+            );
+        }
+        if let Some(published) = published
             && STORAGE_CODES.contains(&published.code)
         {
             return said(
@@ -43,6 +54,19 @@ pub(super) fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
         }
     }
     said(STORAGE_HEALTHY, true, "NoFailures", "no seat reports a failing disk")
+}
+
+/// What an engine says of its own disks, and what to do about it.
+fn disk_failed(seen: &Observed, entry: &SeatEntry, published: &SeatPublished, failing: &str) -> String {
+    let (vm, seat) = (seen.vm.name_any(), &entry.name);
+    let hand_over = if published.role == Some(SeatRole::Active) {
+        format!(
+            "the guest got the error. Hand it over (kubectl annotate ftvm {vm} --overwrite {ANNOTATION_SWITCHOVER}=\"$(date)\"), and once the other seat is active"
+        )
+    } else {
+        "the guest got the error while it ran there. While the other seat is active".to_owned()
+    };
+    format!("seat {seat}: {failing}; {hand_over}, replace its volumes: delete pod {seat} and its claims")
 }
 
 /// Of all seats that of the record's holder comes last: while it has the guest the other one can be replaced.

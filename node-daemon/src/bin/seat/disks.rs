@@ -7,6 +7,7 @@
 //!   staging/NAME            a download, until the disk is complete
 //! ```
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -51,17 +52,19 @@ impl Work {
         };
         let (disks, progress, outcome) = (work.recipe.disks.clone(), work.progress.clone(), work.outcome.clone());
         let thread = move || {
-            let mut all = disks.iter().enumerate();
-            let result = all.try_for_each(|(index, disk)| {
-                prepare(&layout, disk, &|step, done_bytes, total_bytes| {
-                    let mut all = progress.lock().unwrap_or_else(PoisonError::into_inner);
-                    all[index] = Progress {
-                        step,
-                        done_bytes,
-                        total_bytes,
-                    };
+            let prepare_all = |used: bool| {
+                disks.iter().enumerate().try_for_each(|(index, disk)| {
+                    prepare(&layout, disk, used, &|step, done_bytes, total_bytes| {
+                        let mut all = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                        all[index] = Progress {
+                            step,
+                            done_bytes,
+                            total_bytes,
+                        };
+                    })
                 })
-            });
+            };
+            let result = are_used(&layout, &disks).and_then(prepare_all);
             *outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
         };
         if let Err(error) = std::thread::Builder::new().name("disks".to_owned()).spawn(thread) {
@@ -94,7 +97,22 @@ impl Work {
     }
 }
 
-fn prepare(layout: &Layout, disk: &DiskToPrepare, progress: disks::Progress<'_>) -> Result<(), String> {
+/// Whether a seat ever ran with these disks: its header, which lies beside the first one, counts for all of them. One that can't be looked at
+/// proves nothing.
+fn are_used(layout: &Layout, disks: &[DiskToPrepare]) -> Result<bool, String> {
+    let Some(first) = disks.first() else { return Ok(false) };
+    let header = disk_path(layout, &first.name).with_file_name("ftvm-header");
+    match std::fs::metadata(&header) {
+        Ok(data) => Ok(data.len() > 0),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(format!(
+            "{} can't be looked at ({error}): check the claim and its permissions",
+            header.display()
+        )),
+    }
+}
+
+fn prepare(layout: &Layout, disk: &DiskToPrepare, used: bool, progress: disks::Progress<'_>) -> Result<(), String> {
     let path = disk_path(layout, &disk.name);
     let folder = path.parent().unwrap_or(Path::new("/"));
     let source = disk.source.clone().filter(|_| disk.original);
@@ -111,9 +129,13 @@ fn prepare(layout: &Layout, disk: &DiskToPrepare, progress: disks::Progress<'_>)
         file,
         staging: layout.path("staging").join(&disk.name),
         importer: importer.unwrap_or_else(|_| PathBuf::from("/importer")),
-        // Whether a seat ever ran with the disks of this folder.
-        used: std::fs::metadata(folder.join("ftvm-header")).is_ok_and(|data| data.len() > 0),
+        used,
+        original: disk.original,
         path,
     };
     disks::prepare(&job, progress).map_err(|error| disks::told(&disk.name, &job.path, &error))
 }
+
+#[cfg(test)]
+#[path = "disks_tests.rs"]
+mod tests;

@@ -24,8 +24,9 @@ use ftvm_engine::control::{Connection, Message, SocketError};
 use ftvm_node_daemon::seat_socket::message::{FromSeat, Recipe, SOCKET, ToSeat, VERSION};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-/// Pause before the daemon is called again.
+/// Pause before the daemon is called again, doubled with each attempt in a row at which files couldn't be had.
 const AGAIN: Duration = Duration::from_millis(500);
+const AGAIN_MAX: Duration = Duration::from_secs(30);
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_millis(500);
 /// After SIGTERM, a daemon that can't be reached is waited for this long; then the engine hands over by itself.
@@ -82,6 +83,8 @@ struct Seat {
     console: Option<files::Console>,
     /// When SIGTERM came.
     terminating: Option<Instant>,
+    /// Attempts in a row at which disks or files couldn't be had.
+    failures: u32,
     said: String,
 }
 
@@ -103,6 +106,7 @@ impl Seat {
             signals,
             work: None,
             terminating: None,
+            failures: 0,
             said: String::new(),
         })
     }
@@ -117,7 +121,9 @@ impl Seat {
                 }
                 Err(error) => self.say(format!("no node daemon yet: {error}")),
             }
-            self.wait(None, Some(AGAIN));
+            // Whoever ends the pod waits for nothing.
+            let failures = self.terminating.map_or(self.failures, |_| 0);
+            self.wait(None, Some(pause(failures)));
             if self.terminating.is_some_and(|since| since.elapsed() > DAEMON_PATIENCE) {
                 self.say("the pod ends and no node daemon answers: the engine hands over by itself".to_owned());
                 return 0;
@@ -260,10 +266,7 @@ impl Seat {
             }
             Some(Err(why)) => {
                 self.work = None;
-                self.say(why.clone());
-                // The daemon publishes it; the next conversation tries again.
-                let _ = connection.send(&FromSeat::Failed { why }, &[]);
-                Err(Over::Again)
+                Err(self.failed(connection, why))
             }
             Some(Ok(())) => {
                 let recipe = work.recipe().clone();
@@ -276,18 +279,31 @@ impl Seat {
         let opened = files::open(&self.layout, recipe, &mut self.console);
         let (fds, initrd) = match opened {
             Ok(opened) => opened,
-            Err(why) => {
-                self.say(why.clone());
-                let _ = connection.send(&FromSeat::Failed { why }, &[]);
-                return Err(Over::Again);
-            }
+            Err(why) => return Err(self.failed(connection, why)),
         };
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         match connection.send(&FromSeat::Ready { initrd }, &fds) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                self.failures = 0;
+                Ok(true)
+            }
             Err(_) => Err(Over::Again),
         }
     }
+
+    /// The daemon publishes it; a later conversation tries again.
+    fn failed(&mut self, connection: &Connection, why: String) -> Over {
+        self.failures = self.failures.saturating_add(1);
+        self.say(why.clone());
+        // If it is gone, it hears of it the next time.
+        let _ = connection.send(&FromSeat::Failed { why }, &[]);
+        Over::Again
+    }
+}
+
+/// How long to wait after so many failures in a row.
+fn pause(failures: u32) -> Duration {
+    AGAIN.saturating_mul(1 << failures.min(6)).min(AGAIN_MAX)
 }
 
 /// SIGTERM and SIGINT as a descriptor (signalfd(2)); blocked before there are threads, so in all of them.
@@ -303,5 +319,17 @@ fn block_signals() -> std::io::Result<OwnedFd> {
             -1 => Err(std::io::Error::last_os_error()),
             fd => Ok(OwnedFd::from_raw_fd(fd)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_again_and_again_is_tried_later_and_later() {
+        let pauses: Vec<_> = (0..9).map(|failures| pause(failures).as_millis()).collect();
+        assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 16000, 30000, 30000, 30000]);
+        assert_eq!(pause(u32::MAX), AGAIN_MAX);
     }
 }

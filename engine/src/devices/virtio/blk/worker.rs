@@ -17,8 +17,60 @@ use crate::memory::GuestMem;
 const BATCH_REQUESTS: usize = 16;
 /// Buffers that have grown beyond this are given back to the allocator.
 const KEPT_BUFFER_BYTES: usize = 64 << 10;
-/// A disk counts as working again when nothing has failed for this long.
+/// A disk counts as working again when nothing has failed for this long, and what failed last is done again.
 const RECOVERED_AFTER: Duration = Duration::from_secs(10);
+
+/// What a request asks of the backend, as far as it fails apart from the others: a file system that turned read-only is still read, and
+/// a flush without writes succeeds on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Change,
+    Flush,
+}
+
+impl Kind {
+    /// None: the backend is not asked.
+    fn of(action: &Action) -> Option<Kind> {
+        match action {
+            Action::Read { .. } => Some(Kind::Read),
+            Action::Write { .. } | Action::Discard(_) | Action::WriteZeroes(_) => Some(Kind::Change),
+            Action::Flush => Some(Kind::Flush),
+            Action::GetId | Action::Refuse(_) => None,
+        }
+    }
+}
+
+/// What is new about a disk's health.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum News {
+    Fails,
+    Recovered,
+}
+
+/// Whether a disk works, by its requests.
+#[derive(Debug, Default)]
+struct Health {
+    /// When the last request failed, and which kind that was, unless the recovery was told since.
+    failed: Option<(Instant, Kind)>,
+}
+
+impl Health {
+    /// Tells the first of several failures, and success once nothing has failed for a while.
+    fn judge(&mut self, kind: Kind, works: bool, now: Instant) -> Option<News> {
+        match (works, self.failed) {
+            (false, before) => {
+                self.failed = Some((now, kind));
+                before.is_none().then_some(News::Fails)
+            }
+            (true, Some((at, failed))) if kind == failed && now.duration_since(at) >= RECOVERED_AFTER => {
+                self.failed = None;
+                Some(News::Recovered)
+            }
+            (true, _) => None,
+        }
+    }
+}
 
 /// Whether a disk's thread is using its backend right now.
 #[derive(Debug, Default)]
@@ -56,8 +108,7 @@ pub(crate) struct BlkWorker {
     executing: Arc<Executing>,
     chain: Chain,
     buffers: Vec<Vec<u8>>,
-    /// When the last request failed, unless the recovery was reported since.
-    failed_at: Option<Instant>,
+    health: Health,
 }
 
 impl BlkWorker {
@@ -89,7 +140,7 @@ impl BlkWorker {
             executing: Arc::default(),
             chain: Chain::default(),
             buffers: Vec::new(),
-            failed_at: None,
+            health: Health::default(),
         }
     }
 
@@ -185,21 +236,16 @@ impl BlkWorker {
         }
     }
 
-    /// Reports the first of several failures, and success once nothing has failed for a while.
-    fn judge(&mut self, result: Result<(), String>) {
+    /// Reports what a request says of the disk's health, if that is news.
+    fn judge(&mut self, kind: Kind, result: Result<(), String>) {
         let disk = self.index;
-        match (result, self.failed_at) {
-            (Err(message), before) => {
-                self.failed_at = Some(Instant::now());
-                if before.is_none() {
-                    self.events.report(DeviceEvent::DiskError { disk, message });
-                }
+        match self.health.judge(kind, result.is_ok(), Instant::now()) {
+            Some(News::Fails) => {
+                let message = result.err().unwrap_or_default();
+                self.events.report(DeviceEvent::DiskError { disk, message });
             }
-            (Ok(()), Some(when)) if when.elapsed() >= RECOVERED_AFTER => {
-                self.failed_at = None;
-                self.events.report(DeviceEvent::DiskRecovered { disk });
-            }
-            (Ok(()), _) => {}
+            Some(News::Recovered) => self.events.report(DeviceEvent::DiskRecovered { disk }),
+            None => {}
         }
     }
 }
@@ -243,11 +289,32 @@ impl Worker for BlkWorker {
         let mut batch = std::mem::take(&mut self.batch);
         for request in &mut batch {
             let result = request.execute(self.disk.as_mut(), &self.serial);
-            if !matches!(request.action, Action::Refuse(_) | Action::GetId) {
-                self.judge(result);
+            if let Some(kind) = Kind::of(&request.action) {
+                self.judge(kind, result);
             }
         }
         self.batch = batch;
         self.executing.set(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_works_again_once_what_failed_is_done_again() {
+        let (mut health, began) = (Health::default(), Instant::now());
+        let mut at = |seconds, kind, works| health.judge(kind, works, began + Duration::from_secs(seconds));
+        assert_eq!(at(0, Kind::Change, true), None);
+        assert_eq!(at(1, Kind::Change, false), Some(News::Fails));
+        assert_eq!(at(2, Kind::Change, false), None, "told once");
+        // Its file system turned read-only: that it is read, and flushed without writes, proves nothing.
+        assert_eq!(at(60, Kind::Read, true), None);
+        assert_eq!(at(60, Kind::Flush, true), None);
+        assert_eq!(at(60, Kind::Change, true), Some(News::Recovered));
+        assert_eq!(at(61, Kind::Flush, false), Some(News::Fails));
+        assert_eq!(at(62, Kind::Flush, true), None, "too soon");
+        assert_eq!(at(71, Kind::Flush, true), Some(News::Recovered));
     }
 }
