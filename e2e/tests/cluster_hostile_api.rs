@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::install::NAMESPACE as SYSTEM;
 use ftvm_e2e::cluster::leadership::{self, ELECTION};
+use ftvm_e2e::cluster::record_history::record_history;
 use ftvm_e2e::cluster::{Asked, Asker, Deeds, Dice, Fault, wait_for};
 use ftvm_e2e::demo::cluster::acts::Acts;
 use ftvm_e2e::demo::cluster::{GUEST_ADDRESS, NAMESPACE, Setting, VM, on_stage};
@@ -342,6 +343,11 @@ fn act_under(
             acts.stage.system().make_spare(host)?;
         }
         acts.stage.pair()?;
+        // A standby whose membership its active never learns of may win the record before any status tells of it.
+        let history = record_history(&proxy.writes(), NAMESPACE, VM);
+        let nodes: Vec<String> = (0..cluster.nodes().len()).map(|host| acts.node(host)).collect();
+        acts.stage
+            .explain(|host, at| history.holder_at(at) == Some(nodes[host].as_str()));
         no_hot_loop(&deeds, &proxy.deeds(), begin.elapsed())?;
         let dead = killed.map(|host| acts.node(host));
         for (pod, count) in restarts(acts, dead.as_deref())? {

@@ -32,6 +32,7 @@ pub mod plan;
 mod preload;
 pub mod programs;
 mod raw;
+pub mod record_history;
 pub mod wait;
 
 pub use api_proxy::{ApiProxy, Asked, Asker, Deeds, Dice, Fault, PodWrite};

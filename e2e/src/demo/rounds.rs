@@ -476,6 +476,11 @@ impl<'a, W: Witness> Stage<'a, W> {
         self.nothing_lost()
     }
 
+    /// Tells the observer who held the arbiter's record when ([`crate::judge::emission::Emissions::explain`]).
+    pub fn explain(&mut self, held: impl Fn(usize, Instant) -> bool) {
+        self.sniffer.emissions().explain(held);
+    }
+
     /// What client and observer found so far is nothing.
     ///
     /// # Errors

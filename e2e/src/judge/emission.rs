@@ -6,13 +6,18 @@
 //! over and the former one is **deposed**. Two things are forbidden:
 //!
 //! 1. A deposed host brings new content (it is active in a term that is not its own), unless it was rebuilt from the
-//!    winner first ([`Emissions::rebuilt`]). It may repeat what was said before, that is an ordinary network duplicate;
+//!    winner first ([`Emissions::rebuilt`]), or holds the arbiter's record by then ([`Emissions::explain`]). It may repeat what was said before, that is an ordinary network duplicate;
 //!    such frames are counted apart.
 //! 2. A host sends other bytes at a position of a stream than were sent there before: two histories.
+//!
+//! A host that was rebuilt has to be told before it speaks. Where nobody can know in time (a standby that became a member by a write whose
+//! answer never came may win the record before any status says so), whoever keeps the record's history explains it afterwards: from the
+//! first news of a deposed host on, every change of the speaker counts until the record named each of them at that moment.
 //!
 //! Frames that the sniffer missed can hide new content, so a verdict is only as good as its count of missed frames.
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddrV4;
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -30,7 +35,7 @@ pub struct EmissionReport {
     pub frames: BTreeMap<usize, u64>,
     /// How often the speaker changed.
     pub handovers: u64,
-    /// Frames with new content from a deposed host.
+    /// Frames with new content from a deposed host, and what was said after those, by whomever.
     pub dual_active: u64,
     /// Frames whose bytes differ from those that were sent at the same place of their stream before.
     pub rewritten: u64,
@@ -64,19 +69,29 @@ struct Effect {
     rewritten: bool,
 }
 
+/// A host that began to bring new content out of turn.
+#[derive(Debug)]
+struct Return {
+    host: usize,
+    at: Instant,
+    frames: u64,
+}
+
 /// Follows the guest's frames on the client network.
 #[derive(Debug, Default)]
 pub struct Emissions {
     streams: HashMap<(SocketAddrV4, SocketAddrV4), Stream>,
     speaker: Option<usize>,
     deposed: BTreeSet<usize>,
+    /// The first news of a deposed host, and every change of who speaks since.
+    returns: Vec<Return>,
     report: EmissionReport,
     observed: u64,
 }
 
 impl Emissions {
-    /// Enters a frame with the guest's MAC address that came from `host`.
-    pub fn observe(&mut self, host: usize, packet: &Packet<'_>) {
+    /// Enters a frame with the guest's MAC address that came from `host` at this time.
+    pub fn observe(&mut self, at: Instant, host: usize, packet: &Packet<'_>) {
         self.observed += 1;
         *self.report.frames.entry(host).or_default() += 1;
         let effect = match packet {
@@ -84,11 +99,35 @@ impl Emissions {
             Packet::ReverseArp | Packet::Other => Effect::default(),
         };
         self.report.rewritten += u64::from(effect.rewritten);
-        match (effect.new, self.deposed.contains(&host)) {
-            (true, true) => self.report.dual_active += 1,
-            (true, false) => self.speaks(host),
-            (false, true) => self.report.late_repeats += 1,
-            (false, false) => {}
+        let deposed = self.deposed.contains(&host);
+        if !effect.new {
+            self.report.late_repeats += u64::from(deposed);
+        } else if deposed || !self.returns.is_empty() {
+            self.returns(at, host);
+        } else {
+            self.speaks(host);
+        }
+    }
+
+    /// News that are out of turn, or come after such.
+    fn returns(&mut self, at: Instant, host: usize) {
+        self.report.dual_active += 1;
+        match self.returns.last_mut().filter(|last| last.host == host) {
+            Some(last) => last.frames += 1,
+            None => self.returns.push(Return { host, at, frames: 1 }),
+        }
+    }
+
+    /// If each host that spoke out of turn held the arbiter's record when it began to, none of it counts: they took over from each other.
+    /// If one did not, all of it does.
+    pub fn explain(&mut self, held: impl Fn(usize, Instant) -> bool) {
+        if !self.returns.iter().all(|one| held(one.host, one.at)) {
+            return;
+        }
+        for one in std::mem::take(&mut self.returns) {
+            self.report.dual_active -= one.frames;
+            self.deposed.remove(&one.host);
+            self.speaks(one.host);
         }
     }
 

@@ -1,4 +1,6 @@
 //! Synthetic captures.
+use std::time::{Duration, Instant};
+
 use super::*;
 
 const A: usize = 0;
@@ -29,7 +31,7 @@ fn after(frames: &[(usize, Packet<'_>)]) -> EmissionReport {
     let mut emissions = Emissions::default();
     frames
         .iter()
-        .for_each(|(host, packet)| emissions.observe(*host, packet));
+        .for_each(|(host, packet)| emissions.observe(Instant::now(), *host, packet));
     emissions.report().clone()
 }
 
@@ -108,15 +110,55 @@ fn other_bytes_at_the_same_place_are_two_histories() {
 #[test]
 fn a_rebuilt_host_may_speak_again() {
     let mut emissions = Emissions::default();
-    emissions.observe(A, &data(1000, b"one"));
-    emissions.observe(B, &data(1003, b"two"));
+    emissions.observe(Instant::now(), A, &data(1000, b"one"));
+    emissions.observe(Instant::now(), B, &data(1003, b"two"));
     emissions.rebuilt(A);
-    emissions.observe(A, &data(1006, b"three"));
+    emissions.observe(Instant::now(), A, &data(1006, b"three"));
     assert_eq!((emissions.report().handovers, emissions.report().dual_active), (2, 0));
     assert_eq!(emissions.speaker(), Some(A));
     // Now the other one is deposed.
-    emissions.observe(B, &data(1011, b"four"));
+    emissions.observe(Instant::now(), B, &data(1011, b"four"));
     assert_eq!(emissions.report().dual_active, 1);
+}
+
+/// It took over twice before any status said that it was rebuilt: the record's history does.
+#[test]
+fn a_host_that_held_the_record_was_rebuilt() {
+    let begin = Instant::now();
+    let at = |ms: u64| begin + Duration::from_millis(ms);
+    let play = || {
+        let mut emissions = Emissions::default();
+        emissions.observe(at(0), A, &data(1000, b"one"));
+        emissions.observe(at(10), B, &data(1003, b"two"));
+        emissions.observe(at(20), A, &data(1006, b"three"));
+        emissions.observe(at(21), A, &data(1011, b"four"));
+        emissions
+    };
+    let dual = |emissions: &Emissions| emissions.report().dual_active;
+    // The holders, by when they won.
+    let holders = |changes: &'static [(u64, usize)]| {
+        move |host: usize, when: Instant| {
+            let mut before = changes.iter().rev().filter(|(ms, _)| at(*ms) <= when);
+            before.next().is_some_and(|(_, holder)| *holder == host)
+        }
+    };
+    let mut emissions = play();
+    assert_eq!(dual(&emissions), 2);
+    emissions.explain(holders(&[(0, A), (9, B)]));
+    assert_eq!(dual(&emissions), 2, "B holds it");
+    emissions.explain(holders(&[(0, A), (9, B), (20, A)]));
+    assert_eq!((dual(&emissions), emissions.report().handovers), (0, 2));
+    assert_eq!(emissions.speaker(), Some(A));
+    emissions.observe(at(30), A, &data(1015, b"five"));
+    assert_eq!(dual(&emissions), 0);
+    // Deposed now, as if nobody had been explained.
+    emissions.observe(at(31), B, &data(1019, b"six"));
+    assert_eq!(dual(&emissions), 1);
+    // Two at once: the former one goes on, though the record went to the other.
+    let mut emissions = play();
+    emissions.observe(at(22), B, &data(1015, b"five"));
+    emissions.explain(holders(&[(0, A), (9, B), (20, A)]));
+    assert_eq!(dual(&emissions), 3);
 }
 
 #[test]
@@ -187,12 +229,12 @@ fn memory_is_bounded() {
     let mut emissions = Emissions::default();
     let payload = vec![7; 60_000];
     for index in 0..100u32 {
-        emissions.observe(A, &data(index * 60_000, &payload));
+        emissions.observe(Instant::now(), A, &data(index * 60_000, &payload));
     }
     assert!(emissions.streams.values().all(|stream| stream.tail.len() <= KEPT_BYTES));
     for port in 0..=u16::MAX {
         let packet = with(data(1, b"x"), |segment| segment.destination.set_port(port));
-        emissions.observe(A, &packet);
+        emissions.observe(Instant::now(), A, &packet);
     }
     assert!(emissions.streams.len() <= STREAMS_MAX);
 }

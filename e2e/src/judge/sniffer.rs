@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::emission::Emissions;
 use super::packet::{self, Mac};
@@ -184,13 +184,14 @@ fn listen(socket: &OwnedFd, guest: Mac, ports: &[String], seen: &Seen, end: &Ato
             let (Some(host), Some((source, packet))) = (host, packet::parse(&buffer[..length])) else {
                 continue;
             };
+            let arrived = arrival(socket);
             let direction = if source == guest {
-                lock(&seen.emissions).observe(host, &packet);
+                lock(&seen.emissions).observe(instant(arrived), host, &packet);
                 Direction::FromGuest
             } else {
                 Direction::ToGuest
             };
-            lock(&seen.timeline).add(arrival(socket), host, direction, &packet);
+            lock(&seen.timeline).add(arrived, host, direction, &packet);
         }
         if last_look {
             return missed(socket);
@@ -244,6 +245,13 @@ fn arrival(socket: &OwnedFd) -> Duration {
     // SAFETY: SIOCGSTAMPNS fills a timespec. Before the first call the kernel has no time; then it is zero.
     unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSTAMPNS, &raw mut time) };
     Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec as u32)
+}
+
+/// The same on the clock that only goes forward.
+fn instant(arrived: Duration) -> Instant {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let age = now.saturating_sub(arrived);
+    Instant::now().checked_sub(age).unwrap_or_else(Instant::now)
 }
 
 fn link_name(index: i32) -> Option<String> {
