@@ -453,7 +453,8 @@ impl Objects {
             return Ok(());
         };
         // Whoever was faster is right: it is written over nothing.
-        self.create(&build::identity_secret(vm, entry, pod_uid, authority)?).await
+        self.create(&build::identity_secret(vm, entry, pod_uid, authority)?)
+            .await
     }
 
     /// A Secret that the operator made; none if there is none. An empty patch is answered with the object: there is no right to read Secrets.

@@ -176,9 +176,7 @@ pub fn unfit(seen: &Observed) -> String {
 /// Could another node have this seat now: of its slot, with the guest's CPU, apart from the VM's other seat?
 pub fn has_other_place(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> bool {
     let key = &seen.vm.spec.placement.topology_key;
-    let others = book
-        .iter()
-        .filter(|other| other.name != entry.name && !other.leaving);
+    let others = book.iter().filter(|other| other.name != entry.name && !other.leaving);
     let domains = others.filter_map(|other| {
         let name = other.node.as_deref()?;
         let label = seen.nodes.get(name).and_then(|node| node.labels.get(key));

@@ -455,7 +455,8 @@ fn foreign_lease(cluster: &Cluster) -> anyhow::Result<()> {
 /// What a VM of the same name had is not taken, and the VM gets its own once that is gone.
 fn former_authority(cluster: &Cluster) -> anyhow::Result<()> {
     let labels = json!({"app.kubernetes.io/managed-by": "ftvm-operator", "ftvm.dev/vm": "heir"});
-    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "heir-authority", "labels": labels}});
+    let secret =
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "heir-authority", "labels": labels}});
     cluster.apply(&secret.to_string())?;
     cluster.apply(&example("heir", Some("local")).to_string())?;
     let advice = wait_reason(cluster, "heir", "Protected", "AuthorityUnusable")?;
@@ -738,7 +739,13 @@ fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
     assert!(names.len() == 2 && names.iter().any(told), "{names:?}: {advice}");
     // Only one node is there: the other seat, which had none, would take it with its claim of the old class.
     for seat in names {
-        cluster.kubectl(&["delete", "pvc", &format!("{seat}-root"), "--ignore-not-found", "--timeout=60s"])?;
+        cluster.kubectl(&[
+            "delete",
+            "pvc",
+            &format!("{seat}-root"),
+            "--ignore-not-found",
+            "--timeout=60s",
+        ])?;
         cluster.kubectl(&["delete", "pod", seat, "--ignore-not-found", "--timeout=60s"])?;
     }
     wait_for("a seat has a volume of the other class", PATIENCE, || {

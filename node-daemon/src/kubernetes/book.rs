@@ -287,7 +287,10 @@ fn cpu(vm: &FaultTolerantVM) -> Result<Option<String>, String> {
 fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicConfig>, Refusal> {
     let nic = |(index, network): (usize, &ftvm_crds::Network)| {
         let Some(Attachment::Bridge(bridge)) = network.attachment() else {
-            return Err(Refusal::of_spec(format!("network {} is attached to nothing", network.name)));
+            return Err(Refusal::of_spec(format!(
+                "network {} is attached to nothing",
+                network.name
+            )));
         };
         let card = u8::try_from(index).map_err(|_| Refusal::of_spec("too many networks"))?;
         Ok(NicConfig {

@@ -41,7 +41,7 @@ fn pod(change: impl FnOnce(&mut Value)) -> Pod {
     serde_json::from_value(pod).unwrap()
 }
 
-fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str) -> Result<Seat, String> {
+fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str) -> Result<Seat, Refusal> {
     super::seat(pod, vm, node, Some("machine"))
 }
 
@@ -197,7 +197,10 @@ fn the_guests_cpu_is_the_one_that_was_chosen() {
     assert!(with(former, "Common").is_err());
     let damaged = json!({"source": "Common", "baseline": "tsc=1", "why": ""});
     let refused = with(damaged, "Common").unwrap_err();
-    assert!(refused.why.contains("machine.cpu: a CPU as text lacks fpu"), "{refused}");
+    assert!(
+        refused.why.contains("machine.cpu: a CPU as text lacks fpu"),
+        "{refused}"
+    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ftvm_protocol::core::GuestReport;
 use serde_json::json;
@@ -84,6 +84,16 @@ fn seats(node: &Node) -> Vec<String> {
     seats.iter().map(|seat| seat.known().seat_id.to_string()).collect()
 }
 
+/// Looks until the node has these seats: one is forgotten only once it is known that an earlier daemon left no engine of it.
+fn reconcile_until(node: &Node, (pods, vms): (&[Arc<Pod>], &[Arc<FaultTolerantVM>]), expected: &[&str]) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while seats(node) != expected {
+        assert!(Instant::now() < end, "{:?}, {expected:?} expected", seats(node));
+        node.reconcile(pods, vms);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// A list from before the seat's pod was made ends nothing: only the API server's own word does.
 #[test]
 fn a_seat_that_is_missing_in_a_list_stays_until_it_is_proven_to_be_gone() {
@@ -102,8 +112,7 @@ fn a_seat_that_is_missing_in_a_list_stays_until_it_is_proven_to_be_gone() {
     node.reconcile(&[pod(POD)], &[vm(POD)]);
     assert!(node.missing(&[pod(POD)]).is_empty());
     missing[0].is_gone();
-    node.reconcile(&[], &[vm(POD)]);
-    assert_eq!(seats(&node), [""; 0]);
+    reconcile_until(&node, (&[], &[vm(POD)]), &[]);
 }
 
 /// A list, and a book, from before a pod was made anew under its name end nothing of the new one.
@@ -117,9 +126,7 @@ fn an_old_pod_does_not_end_its_successor_of_the_same_name() {
     assert!(!node.seats()[0].pod.ends());
     // Where the other one is the newer one, its turn comes.
     node.missing(&[pod(OTHER)])[0].is_gone();
-    node.reconcile(&[pod(OTHER)], &[vm(OTHER)]);
-    node.reconcile(&[pod(OTHER)], &[vm(OTHER)]);
-    assert_eq!(seats(&node), [OTHER]);
+    reconcile_until(&node, (&[pod(OTHER)], &[vm(OTHER)]), &[OTHER]);
 }
 
 /// A machine whose seat had other pods before.
@@ -275,7 +282,10 @@ fn a_disk_that_cant_be_prepared_is_told_once_and_is_no_progress() {
         };
         seat.pod.set_progress(|progress| progress.preparing(disk));
     };
-    let fails = || seat.pod.set_progress(|progress| progress.trouble = Some("no room".to_owned()));
+    let fails = || {
+        seat.pod
+            .set_progress(|progress| progress.trouble = Some("no room".to_owned()))
+    };
     // Of the second one nothing is done yet.
     for (name, mib) in [("root", 0), ("data", 0), ("root", 32), ("data", 0)] {
         at(name, mib);

@@ -137,6 +137,10 @@ async fn tell(client: &Client, word: Word) {
     let writing = api.patch_metadata(&word.pod, &parameters, &patch);
     // What was not written is due again.
     if let Ok(Err(error)) = tokio::time::timeout(WRITE_MAX, writing).await {
-        tracing::warn!(pod = word.pod, "why it is no seat is not published: {}", explain(&error));
+        tracing::warn!(
+            pod = word.pod,
+            "why it is no seat is not published: {}",
+            explain(&error)
+        );
     }
 }

@@ -8,9 +8,7 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::run::{ask_until_done, attempts, delete_pod, is_attempt, is_known, is_starting, remove_seat};
-use super::{
-    Action, Decision, Want, claims, has_engine, holder, is_genesis, is_named, pod, record, says_active, want,
-};
+use super::{Action, Decision, Want, claims, has_engine, holder, is_genesis, is_named, pod, record, says_active, want};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
 pub(super) fn end(seen: &Observed, decision: &mut Decision) {

@@ -12,8 +12,8 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, away, claim_trouble, claims, holder,
-    is_genesis, is_named, lease_is_strange, pod, record, seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, away, claim_trouble, claims,
+    holder, is_genesis, is_named, lease_is_strange, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};

@@ -417,7 +417,13 @@ fn nothing_of_a_vm_goes_whose_holder_nobody_knows() {
 }
 
 fn ready(world: &World) -> (String, String) {
-    let told = world.vm.status.as_ref().unwrap().condition(crate::status::READY).unwrap();
+    let told = world
+        .vm
+        .status
+        .as_ref()
+        .unwrap()
+        .condition(crate::status::READY)
+        .unwrap();
     (told.reason.clone(), told.message.clone())
 }
 
@@ -451,7 +457,10 @@ fn whoever_has_the_guest_is_asked_when_a_vm_goes_whose_holder_nobody_knows() {
     world.step();
     let (reason, message) = ready(&world);
     let advice = "put a former copy of the Lease back";
-    assert!(reason == "HolderUnknown" && message.contains(advice), "{reason}: {message}");
+    assert!(
+        reason == "HolderUnknown" && message.contains(advice),
+        "{reason}: {message}"
+    );
     assert!(asked(&mut world).is_empty());
     world.delete();
     let stops = asked(&mut world);

@@ -4,6 +4,8 @@ use ftvm_crds::SeatEntry;
 use ftvm_crds::lease::LeaseError;
 use ftvm_crds::seat::{SeatPublished, Takeover};
 
+use kube::ResourceExt;
+
 use super::*;
 use crate::decide::rig::World;
 use crate::decide::{Action, decide};
@@ -439,7 +441,10 @@ fn a_disk_that_fails_under_the_guest_is_told_with_what_to_do() {
     pod.published.as_mut().unwrap().storage = Some(why.to_owned());
     let condition = said(&mut world, STORAGE_HEALTHY);
     expect(&condition, "DiskFailed", why);
-    let command = format!("kubectl annotate ftvm {} --overwrite ftvm.dev/switchover=", world.vm.name_any());
+    let command = format!(
+        "kubectl annotate ftvm {} --overwrite ftvm.dev/switchover=",
+        world.vm.name_any()
+    );
     assert!(condition.message.contains(&command), "{}", condition.message);
     assert_eq!(said(&mut world, PROTECTED).status, "True");
 }

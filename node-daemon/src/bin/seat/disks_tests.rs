@@ -79,7 +79,10 @@ fn a_claim_that_was_lost_is_not_replaced_by_zeros_once_a_guest_ran() {
             continue;
         }
         let why = claims.prepare().unwrap_err();
-        assert!(why.contains("disk data") && why.contains("was used by a guest"), "{why}");
+        assert!(
+            why.contains("disk data") && why.contains("was used by a guest"),
+            "{why}"
+        );
         assert!(!claims.folder("data").join("disk.raw").exists(), "nothing is made");
     }
 }
