@@ -98,6 +98,9 @@ pub struct SeatPublished {
     /// The pod is being deleted, no engine of it runs, and none is begun any more, by this daemon or a later one: never taken back.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub over: bool,
+    /// The machine that the daemon is on, as kubelet tells machines: what it says of engines it says of that one. Missing if it can't tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
     /// Average length of epochs in milliseconds as of this writing; no reason to write soon.
     pub interval_ms: Option<u32>,
     /// Average time in milliseconds that output waited for the standby, as of this writing; no reason to write soon.

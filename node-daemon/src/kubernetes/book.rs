@@ -128,6 +128,7 @@ pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) 
     {
         return Err(format!("pod {name} is not on node {node} by the book").into());
     }
+    on_this_machine(name, entry, node, machine)?;
     let ip = entry
         .pod_ip
         .as_deref()
@@ -158,6 +159,24 @@ pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) 
             .iter()
             .flat_map(|other| former(other, entry, node, machine))
             .collect(),
+    })
+}
+
+/// Its engine may run on the machine that had the node's name when the pod was bound to it: nobody else says that none does, or begins one.
+fn on_this_machine(pod: &str, entry: &SeatEntry, node: &str, machine: Option<&str>) -> Result<(), Refusal> {
+    let Some(on) = entry.machine.as_deref() else {
+        return Ok(());
+    };
+    if machine.is_some_and(|here| on.eq_ignore_ascii_case(here)) {
+        return Ok(());
+    }
+    let here = machine.unwrap_or("one that can't be told");
+    Err(Refusal {
+        why: format!(
+            "pod {pod} was bound to node {node} when that was machine {on}, and this is {here}: its engine may run there, so none is started here and \
+             nothing is said of it. Switch that machine off, or see to it that no ftvm-engine runs on it; then delete the pod"
+        ),
+        code: exit_code::STATE_FOLDER,
     })
 }
 

@@ -86,6 +86,22 @@ fn an_earlier_pod_was_here_if_node_and_machine_are_the_same() {
     assert!(!here(json!({"node": "one", "boot": "machine/1"}), None));
 }
 
+/// A machine that took the name of one that is only cut off would say that no guest is here, while the former one runs it.
+#[test]
+fn a_pod_that_was_bound_to_another_machine_is_no_seat_here() {
+    let bound_to = |on: &str, here: Option<&str>| {
+        let vm = vm(|vm| vm["status"]["seats"][0]["machine"] = json!(on));
+        super::seat(&pod(|_| {}), &vm, "one", here)
+    };
+    assert!(bound_to("Machine", Some("machine")).is_ok());
+    for here in [Some("other"), None] {
+        let refused = bound_to("machine", here).unwrap_err();
+        assert!(refused.why.contains("was machine machine"), "{refused}");
+        assert_ne!(refused.code, 0, "a person has to do something: {refused}");
+    }
+    assert!(super::seat(&pod(|_| {}), &vm(|_| {}), "one", None).is_ok());
+}
+
 #[test]
 fn a_pod_of_the_book_is_a_seat() {
     let seat = seat(&pod(|_| {}), &vm(|_| {}), "one").unwrap();

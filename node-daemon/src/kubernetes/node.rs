@@ -28,6 +28,8 @@ pub struct NodeSeat {
     pub publisher: Publisher,
     /// What it was asked to do.
     pub requests: Requests,
+    /// The machine that this is said on.
+    pub machine: Option<String>,
     known: Mutex<book::Seat>,
     /// Why its pod is no seat any more by what the API server has now.
     refusal: Mutex<Option<Refusal>>,
@@ -274,6 +276,7 @@ impl Node {
             publisher: Publisher::new(pod),
             requests,
             pod: pod_seat,
+            machine: self.machine.clone(),
             known: Mutex::new(seat.clone()),
             refusal: Mutex::default(),
             gone: AtomicBool::new(false),

@@ -45,6 +45,7 @@ pub(in crate::kubernetes) fn add_running(node: &Node, rig: &Rig) -> Arc<NodeSeat
         publisher: Publisher::new(Some(&pod(POD))),
         requests: Requests::new(rig.seat.folder().clone()),
         pod: rig.pod(),
+        machine: node.machine.clone(),
         known: Mutex::new(known),
         refusal: Mutex::default(),
         gone: AtomicBool::new(false),
@@ -214,6 +215,7 @@ fn a_deleted_pod_says_when_its_engine_has_ended_for_good() {
     rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
     let published = said().unwrap();
     assert!(published.over && published.incarnation.is_none());
+    assert_eq!(published.machine.as_deref(), Some("machine"), "of which it is said");
     seat.publisher.written(published);
     assert_eq!(said(), None, "it is there");
 }

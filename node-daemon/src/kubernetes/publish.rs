@@ -161,6 +161,7 @@ impl Publisher {
             last_exit: state.last_exit.clone(),
             done_request: seat.requests.done(),
             over,
+            machine: seat.machine.clone(),
             arbiter_reachable: true,
             interval_ms: state.pace.interval_ms,
             lag_ms: state.pace.lag_ms,
