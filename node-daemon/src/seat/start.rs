@@ -1,7 +1,7 @@
 //! Starting a seat's engine, and adopting one that an earlier daemon started.
 
 use std::fs::OpenOptions;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::api::Phase;
 use crate::explain;
 use crate::jail::{self, Child, Jail, Program};
 use crate::prepare::{Place, SeatError, prepare};
-use crate::state::{self, EngineRecord};
+use crate::state::{self, EngineRecord, StateError};
 
 /// Pauses before the next start, by failures in a row.
 const PAUSES_MS: [u64; 7] = [0, 500, 1_000, 2_000, 5_000, 10_000, 30_000];
@@ -88,8 +88,8 @@ impl Seat {
         let record = EngineRecord {
             incarnation,
             pid: child.pid,
-            // A child that ended already is noticed by its pidfd; no process has this start time.
-            start_time: state::start_time(child.pid).unwrap_or(u64::MAX),
+            // A child that has ended is there until it is waited for. Without its start time a later daemon would take it for ended.
+            start_time: state::start_time(child.pid).ok_or_else(|| unknown(child.pid, std::io::ErrorKind::Other.into()))?,
             boot_id: state::boot_id()?,
             uid: jail.user.map(|(uid, _)| uid),
         };
@@ -137,7 +137,19 @@ impl Seat {
             Ok(Some(record)) => record,
             Err(error) => return self.doubt(explain(&error)),
         };
-        let Some(pidfd) = living(&record) else {
+        let found = match living(&record) {
+            Ok(found) => found,
+            Err(error) => return self.doubt(explain(&error)),
+        };
+        let Some(pidfd) = found else {
+            if self.source.has_process() {
+                return self.doubt(format!(
+                    "the engine that {} knows of (process {}) has ended, and another process is where engines of its pod live, or it can't be told: none is started beside it. \
+                     If this stays: delete the pod, the other seat goes on",
+                    self.folder.path().display(),
+                    record.pid
+                ));
+            }
             tracing::info!(
                 seat = self.config().label(),
                 pid = record.pid,
@@ -254,17 +266,49 @@ fn greeting(connection: &Connection) -> Option<Hello> {
     }
 }
 
-/// A pidfd of the very process that was remembered, if it lives.
-fn living(record: &EngineRecord) -> Option<std::os::fd::OwnedFd> {
-    if state::boot_id().ok()? != record.boot_id {
-        return None;
+/// A pidfd of the very process that was remembered; none once it has ended. An error is a doubt: the process can't be looked at, for want of
+/// descriptors or memory, for instance, and may be there.
+fn living(record: &EngineRecord) -> Result<Option<OwnedFd>, StateError> {
+    if state::boot_id()? != record.boot_id {
+        return Ok(None);
     }
+    // Zero is nobody's number.
+    let number = Pid::from_raw(record.pid).ok_or_else(|| unknown(record.pid, std::io::ErrorKind::InvalidData.into()))?;
     // The descriptor first: then the start time read below is of the process that the descriptor holds.
-    let pidfd = rustix::process::pidfd_open(Pid::from_raw(record.pid)?, PidfdFlags::empty()).ok()?;
-    (state::start_time(record.pid)? == record.start_time && !has_ended(&pidfd)).then_some(pidfd)
+    let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty());
+    judge(record, pidfd, state::start_time)
 }
 
-pub(super) fn has_ended(pidfd: &std::os::fd::OwnedFd) -> bool {
+/// The same from what the kernel said, and what it says then.
+fn judge(
+    record: &EngineRecord,
+    pidfd: rustix::io::Result<OwnedFd>,
+    start_time: impl Fn(i32) -> Option<u64>,
+) -> Result<Option<OwnedFd>, StateError> {
+    let pidfd = match pidfd {
+        Ok(pidfd) => pidfd,
+        Err(rustix::io::Errno::SRCH) => return Ok(None),
+        Err(errno) => return Err(unknown(record.pid, errno.into())),
+    };
+    let started = start_time(record.pid);
+    if has_ended(&pidfd) {
+        return Ok(None);
+    }
+    match started {
+        Some(time) => Ok((time == record.start_time).then_some(pidfd)),
+        None => Err(unknown(record.pid, std::io::ErrorKind::Other.into())),
+    }
+}
+
+fn unknown(pid: i32, source: std::io::Error) -> StateError {
+    StateError::Io {
+        what: "looking at the engine's process",
+        path: format!("/proc/{pid}/stat").into(),
+        source,
+    }
+}
+
+pub(super) fn has_ended(pidfd: &OwnedFd) -> bool {
     let mut fds = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
     let now = super::timespec(Some(Duration::ZERO));
     rustix::event::poll(&mut fds, now.as_ref()).is_ok_and(|ready| ready > 0)
@@ -291,6 +335,36 @@ mod tests {
     use crate::testing::Folder;
     use ftvm_protocol::core::GuestReport;
     use ftvm_protocol::identity::{SeatId, VmId};
+
+    /// Want of descriptors is no proof: a second engine would begin on the same disks.
+    #[test]
+    fn an_engine_that_cant_be_looked_at_may_run() {
+        use rustix::io::Errno;
+        let pid = std::process::id().cast_signed();
+        let record = EngineRecord {
+            incarnation: Incarnation {
+                seat: SeatId(0xa),
+                start: 1,
+            },
+            pid,
+            start_time: state::start_time(pid).unwrap(),
+            boot_id: state::boot_id().unwrap(),
+            uid: None,
+        };
+        let open = || rustix::process::pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty());
+        assert!(living(&record).unwrap().is_some());
+        assert!(judge(&record, Err(Errno::SRCH), state::start_time).unwrap().is_none());
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+            assert!(judge(&record, Err(errno), state::start_time).is_err(), "{errno}");
+        }
+        assert!(judge(&record, open(), |_| None).is_err());
+        assert!(judge(&record, open(), |_| Some(0)).unwrap().is_none(), "another process");
+        let booted = EngineRecord {
+            boot_id: "another".to_owned(),
+            ..record
+        };
+        assert!(living(&booted).unwrap().is_none());
+    }
 
     /// The state folder is empty: another engine beside it, or the word that there is none, would be wrong.
     #[test]

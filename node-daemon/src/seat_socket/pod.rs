@@ -162,14 +162,11 @@ impl Hierarchies {
         Hierarchies(text.lines().filter_map(line).collect())
     }
 
-    /// Whether a process is where engines of this pod live, in any hierarchy. The pod's program need not be there.
+    /// Whether a process is where engines of this pod live, in any hierarchy, or may be: what can't be looked at may have one. The pod's program
+    /// need not be there.
     pub fn has_engine(&self, pod: SeatId) -> bool {
-        self.0.iter().any(|mount| {
-            let folder = find_pod(&mount.point, &mount.root, pod, DEPTH_MAX);
-            // A leaf that is not there, or goes now, has nobody.
-            let processes = folder.map(|folder| std::fs::read_to_string(folder.join(LEAF).join("cgroup.procs")));
-            processes.is_some_and(|text| text.is_ok_and(|text| !text.trim().is_empty()))
-        })
+        let mut mounts = self.0.iter();
+        mounts.any(|mount| may_have_engine(&mount.point, &mount.root, pod, DEPTH_MAX))
     }
 
     /// The folder of a cgroup.
@@ -194,19 +191,38 @@ impl Hierarchies {
     }
 }
 
-/// The folder of a pod's own cgroup below this one, which is the cgroup `path`.
-fn find_pod(folder: &Path, path: &Path, pod: SeatId, depth: u32) -> Option<PathBuf> {
-    // What goes meanwhile is not it.
-    let below = std::fs::read_dir(folder).ok()?.flatten();
-    let mut below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    below.find_map(|entry| {
+/// Whether an engine of the pod may be below this folder, which is the cgroup `path`: in whichever cgroup is called like the pod's own.
+fn may_have_engine(folder: &Path, path: &Path, pod: SeatId, depth: u32) -> bool {
+    let mut below = match std::fs::read_dir(folder) {
+        Ok(below) => below,
+        Err(error) => return !is_gone(&error),
+    };
+    below.any(|entry| {
+        let kind = entry.and_then(|entry| Ok((entry.file_type()?, entry)));
+        let entry = match kind {
+            Ok((kind, _)) if !kind.is_dir() => return false,
+            Ok((_, entry)) => entry,
+            Err(error) => return !is_gone(&error),
+        };
         let path = path.join(entry.file_name());
         match pod_of(&path) {
-            Some((found, _)) => (found == pod).then(|| entry.path()),
-            None if depth > 0 => find_pod(&entry.path(), &path, pod, depth - 1),
-            None => None,
+            Some((found, _)) => found == pod && has_processes(&entry.path().join(LEAF)),
+            None => depth > 0 && may_have_engine(&entry.path(), &path, pod, depth - 1),
         }
     })
+}
+
+/// Whether a cgroup has processes, or may have.
+fn has_processes(cgroup: &Path) -> bool {
+    match std::fs::read_to_string(cgroup.join("cgroup.procs")) {
+        Ok(text) => !text.trim().is_empty(),
+        Err(error) => !is_gone(&error),
+    }
+}
+
+/// A cgroup that is not there, or goes while it is looked at, has nobody; of one that can't be looked at nothing is known.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 /// A process at the other end of a connection, and the pod that it belongs to.
@@ -449,6 +465,26 @@ mod tests {
             assert!(hierarchies.has_engine(pod), "{path}");
             assert!(!hierarchies.has_engine(SeatId(1)), "{path}: another pod's");
         }
+    }
+
+    /// Whatever the kernel refuses, and not only what it does not have.
+    #[test]
+    fn what_cant_be_looked_at_may_have_an_engine() {
+        let pod: SeatId = UID.parse().unwrap();
+        let root = crate::testing::Folder::new("cgroups");
+        let hierarchies = Hierarchies::at(root.path());
+        let leaf = root.path().join(format!("kubepods/pod{UID}")).join(LEAF);
+        // Reading a folder is an error that says nothing of processes.
+        std::fs::create_dir_all(leaf.join("cgroup.procs")).unwrap();
+        assert!(hierarchies.has_engine(pod));
+        std::fs::remove_dir(leaf.join("cgroup.procs")).unwrap();
+        assert!(!hierarchies.has_engine(pod));
+        assert!(!is_gone(&io::Error::from_raw_os_error(libc::EMFILE)));
+        assert!(is_gone(&io::Error::from_raw_os_error(libc::ENODEV)));
+        // No folder at all: this can't be listed.
+        let file = root.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(Hierarchies::at(&file).has_engine(pod));
     }
 
     #[test]
