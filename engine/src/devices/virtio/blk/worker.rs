@@ -1,5 +1,6 @@
 //! The thread of one disk.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,12 +18,12 @@ use crate::memory::GuestMem;
 const BATCH_REQUESTS: usize = 16;
 /// Buffers that have grown beyond this are given back to the allocator.
 const KEPT_BUFFER_BYTES: usize = 64 << 10;
-/// A disk counts as working again when nothing has failed for this long, and what failed last is done again.
+/// A disk counts as working again when each kind of request that failed is done again so long after it failed last.
 const RECOVERED_AFTER: Duration = Duration::from_secs(10);
 
 /// What a request asks of the backend, as far as it fails apart from the others: a file system that turned read-only is still read, and
 /// a flush without writes succeeds on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Read,
     Change,
@@ -51,24 +52,24 @@ enum News {
 /// Whether a disk works, by its requests.
 #[derive(Debug, Default)]
 struct Health {
-    /// When the last request failed, and which kind that was, unless the recovery was told since.
-    failed: Option<(Instant, Kind)>,
+    /// When a request of each kind failed last, unless that kind has worked again since.
+    failed: BTreeMap<Kind, Instant>,
 }
 
 impl Health {
-    /// Tells the first of several failures, and success once nothing has failed for a while.
+    /// Tells the first of several failures, and success once every kind that failed has worked again after a while.
     fn judge(&mut self, kind: Kind, works: bool, now: Instant) -> Option<News> {
-        match (works, self.failed) {
-            (false, before) => {
-                self.failed = Some((now, kind));
-                before.is_none().then_some(News::Fails)
-            }
-            (true, Some((at, failed))) if kind == failed && now.duration_since(at) >= RECOVERED_AFTER => {
-                self.failed = None;
-                Some(News::Recovered)
-            }
-            (true, _) => None,
+        if !works {
+            let first = self.failed.is_empty();
+            self.failed.insert(kind, now);
+            return first.then_some(News::Fails);
         }
+        let failed = *self.failed.get(&kind)?;
+        if now.duration_since(failed) < RECOVERED_AFTER {
+            return None;
+        }
+        self.failed.remove(&kind);
+        self.failed.is_empty().then_some(News::Recovered)
     }
 }
 
@@ -316,5 +317,18 @@ mod tests {
         assert_eq!(at(61, Kind::Flush, false), Some(News::Fails));
         assert_eq!(at(62, Kind::Flush, true), None, "too soon");
         assert_eq!(at(71, Kind::Flush, true), Some(News::Recovered));
+    }
+
+    /// A file system turned read-only, and a sector can't be read either: that the sector was mended says nothing of writes.
+    #[test]
+    fn what_fails_beside_it_hides_no_failure() {
+        let (mut health, began) = (Health::default(), Instant::now());
+        let mut at = |seconds, kind, works| health.judge(kind, works, began + Duration::from_secs(seconds));
+        assert_eq!(at(0, Kind::Change, false), Some(News::Fails));
+        assert_eq!(at(1, Kind::Read, false), None, "told once");
+        assert_eq!(at(60, Kind::Read, true), None, "writes still fail");
+        assert_eq!(at(61, Kind::Change, false), None, "it has not recovered meanwhile");
+        assert_eq!(at(62, Kind::Change, true), None, "too soon");
+        assert_eq!(at(72, Kind::Change, true), Some(News::Recovered));
     }
 }
