@@ -199,6 +199,11 @@ pub trait Source: Send + Sync + 'static {
         false
     }
 
+    /// Whether the seat was told to go: no engine is begun then.
+    fn ends(&self) -> bool {
+        false
+    }
+
     /// The engine has ended: its cgroups may go.
     fn left(&self) {}
 }

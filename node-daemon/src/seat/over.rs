@@ -8,12 +8,15 @@
 //! looked for, counts as one that runs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Seat;
 use crate::explain;
 
 /// In the seat's folder: no engine is begun for it any more.
 pub(super) const FILE: &str = "over.json";
+/// How often it is looked whether an engine is still being launched.
+const LOOK: Duration = Duration::from_millis(20);
 
 impl Seat {
     /// Starts an engine, unless the seat was retired or removed since it was looked whether to.
@@ -25,8 +28,24 @@ impl Seat {
             }
             inner.launching = true;
         }
-        self.start();
+        // Whoever ends the seat after this look waits for what is launched.
+        if !self.source.ends() {
+            self.start();
+        }
         self.inner().launching = false;
+    }
+
+    /// Waits until it is known which engine there is: none is being launched, and one of an earlier daemon was looked for.
+    pub fn wait_for_launch(&self) {
+        loop {
+            {
+                let inner = self.inner();
+                if inner.removing || (inner.looked && !inner.launching) {
+                    return;
+                }
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Begins no engine any more. True if none runs either, or may be running: it stays so.
@@ -64,6 +83,7 @@ mod tests {
     use super::super::Inner;
     use super::*;
     use crate::seat::testing::Rig;
+    use ftvm_engine::control::Command;
 
     fn without_engine() -> Rig {
         let rig = Rig::new();
@@ -108,6 +128,34 @@ mod tests {
         let failures = rig.seat.inner().failures;
         rig.seat.launch();
         assert_eq!(rig.seat.inner().failures, failures, "removed");
+    }
+
+    /// It is one as well, once it is there.
+    #[test]
+    fn an_engine_that_is_being_launched_is_told_to_leave() {
+        let rig = without_engine();
+        rig.seat.inner().launching = true;
+        rig.pod().end();
+        // Long enough for a thread that would not wait.
+        std::thread::sleep(10 * LOOK);
+        rig.launch(2);
+        rig.seat.inner().launching = false;
+        rig.wait("it is told to leave", |rig| {
+            rig.commands()
+                .iter()
+                .any(|command| matches!(command, Command::Leave { .. }))
+        });
+    }
+
+    /// Its thread had looked whether to start before the seat was told to go.
+    #[test]
+    fn a_seat_that_ends_launches_nothing() {
+        let rig = without_engine();
+        let failures = rig.seat.inner().failures;
+        rig.pod().end();
+        rig.seat.launch();
+        assert_eq!(rig.seat.inner().failures, failures);
+        assert!(!rig.seat.has_engine());
     }
 
     /// The daemon that comes next, without an API server.

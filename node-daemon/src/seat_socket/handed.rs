@@ -452,6 +452,10 @@ impl Source for Handed {
         self.hierarchies.has_engine(self.expected.seat_id)
     }
 
+    fn ends(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+    }
+
     fn left(&self) {
         remove_leaves(&self.leaves.lock().unwrap_or_else(PoisonError::into_inner));
     }

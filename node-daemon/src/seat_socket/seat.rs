@@ -274,14 +274,20 @@ impl PodSeat {
         if ends_already {
             return;
         }
-        let seat = self.seat.clone();
-        let engine = seat.incarnation();
-        // One that is started after it, for a later program, is left alone.
-        let is_there = move |seat: &Seat| seat.has_engine() && seat.incarnation() == engine;
+        let pod = self.clone();
         let work = move || {
-            if !told_to_leave(&seat, &is_there) || !has_ended(&seat, &is_there, LEAVE_MAX + END_MAX) {
+            let seat = &pod.seat;
+            // One that is just being launched is to go, too.
+            seat.wait_for_launch();
+            let engine = seat.incarnation();
+            if !pod.ends() {
+                return;
+            }
+            // One that is started after it, for a later program, is left alone.
+            let is_there = move |seat: &Seat| seat.has_engine() && seat.incarnation() == engine;
+            if !told_to_leave(seat, &is_there) || !has_ended(seat, &is_there, LEAVE_MAX + END_MAX) {
                 seat.end_engine();
-                if !has_ended(&seat, &is_there, END_MAX) {
+                if !has_ended(seat, &is_there, END_MAX) {
                     seat.kill();
                 }
             }
