@@ -20,6 +20,7 @@ use crate::config::{
     WhenUnprotected,
 };
 use crate::disks::source::{Compression, Format, Place, Source};
+use crate::kubernetes::machine::is_placeholder;
 use crate::kubernetes::timing::timing;
 use crate::seat::Former;
 use crate::seat_socket::Expected;
@@ -164,7 +165,8 @@ pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) 
 
 /// Its engine may run on the machine that had the node's name when the pod was bound to it: nobody else says that none does, or begins one.
 fn on_this_machine(pod: &str, entry: &SeatEntry, node: &str, machine: Option<&str>) -> Result<(), Refusal> {
-    let Some(on) = entry.machine.as_deref() else {
+    // An id that many machines have tells none from another.
+    let Some(on) = entry.machine.as_deref().filter(|on| !is_placeholder(on)) else {
         return Ok(());
     };
     if machine.is_some_and(|here| on.eq_ignore_ascii_case(here)) {
@@ -183,7 +185,7 @@ fn on_this_machine(pod: &str, entry: &SeatEntry, node: &str, machine: Option<&st
 /// Was it on this very machine? Another one that has the node's name by now knows nothing of what runs there.
 fn was_here(former: &FormerPod, node: &str, machine: Option<&str>) -> bool {
     let on = former.boot.as_deref().and_then(|boot| boot.split_once('/'));
-    let both = on.zip(machine);
+    let both = on.filter(|(on, _)| !is_placeholder(on)).zip(machine);
     let same = both.is_some_and(|((on, _), here)| on.eq_ignore_ascii_case(here));
     former.node.as_deref() == Some(node) && same
 }

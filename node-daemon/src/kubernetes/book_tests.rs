@@ -100,6 +100,8 @@ fn a_pod_that_was_bound_to_another_machine_is_no_seat_here() {
         assert_ne!(refused.code, 0, "a person has to do something: {refused}");
     }
     assert!(super::seat(&pod(|_| {}), &vm(|_| {}), "one", None).is_ok());
+    // Entered by an earlier release.
+    assert!(bound_to("FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF", None).is_ok());
 }
 
 #[test]

@@ -13,6 +13,7 @@ use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 
 use super::kvm_test::Tested;
+use super::machine::other_than_kubelets;
 use crate::{explain, random};
 
 /// First and longest pause after a failure.
@@ -21,14 +22,14 @@ const PAUSE_MAX: Duration = Duration::from_secs(300);
 /// A write that takes longer is taken for failed.
 const WRITE_MAX: Duration = Duration::from_secs(5);
 
-/// Publishes the CPU as soon as KVM works; tries until that is done.
-pub async fn publish(config: kube::Config, node: String, mut tested: Tested) {
+/// Publishes the CPU as soon as KVM works; tries until that is done. The Node as it is then also says which machine kubelet takes it for.
+pub async fn publish(config: kube::Config, node: String, machine: Option<String>, mut tested: Tested) {
     while tested.trouble().is_some() {
         tested.changed().await;
     }
     let mut pause = PAUSE_MIN;
     loop {
-        match write(&config, &node).await {
+        match write(&config, &node, machine.as_deref()).await {
             Ok(label) => return tracing::info!(label, "this node's CPU is published"),
             Err(why) => tracing::warn!("this node's CPU is not published, no VM is placed for it: {why}"),
         }
@@ -38,7 +39,7 @@ pub async fn publish(config: kube::Config, node: String, mut tested: Tested) {
     }
 }
 
-async fn write(config: &kube::Config, node: &str) -> Result<String, String> {
+async fn write(config: &kube::Config, node: &str, machine: Option<&str>) -> Result<String, String> {
     let read = tokio::task::spawn_blocking(of_host).await;
     let cpu = read.map_err(|error| error.to_string())??;
     let client = Client::try_from(config.clone()).map_err(|error| explain(&error))?;
@@ -46,9 +47,16 @@ async fn write(config: &kube::Config, node: &str) -> Result<String, String> {
     let patch = json!({"metadata": {"annotations": {ANNOTATION_CPU: cpu.annotation()}, "labels": {LABEL_CPU: label}}});
     let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));
     let nodes: Api<Node> = Api::all(client);
-    let writing = nodes.patch_metadata(node, &parameters, &patch);
+    let writing = nodes.patch(node, &parameters, &patch);
     match tokio::time::timeout(WRITE_MAX, writing).await {
-        Ok(Ok(_)) => Ok(label),
+        Ok(Ok(written)) => {
+            let info = written.status.and_then(|status| status.node_info);
+            let told = info.map(|info| info.system_uuid).unwrap_or_default();
+            if let Some(why) = other_than_kubelets(machine, &told) {
+                tracing::warn!("{why}");
+            }
+            Ok(label)
+        }
         Ok(Err(error)) => Err(explain(&error)),
         Err(_) => Err(format!("the API server has not answered for {} s", WRITE_MAX.as_secs())),
     }

@@ -146,9 +146,10 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let daemon = Daemon::new(settings, state);
     answer_others(&daemon);
     let hierarchies = Hierarchies::read().map_err(system("reading /proc/self/mountinfo"))?;
+    let machine = machine::machine();
     let node = Arc::new(Node::new(
         options.node.clone(),
-        machine::machine(),
+        machine.clone(),
         daemon.clone(),
         leases.clone(),
         hierarchies,
@@ -180,7 +181,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
             },
         ));
         tokio::spawn(plugin::run(plugin::Options::new(options, folder), tested.clone()));
-        tokio::spawn(cpu::publish(config.clone(), options.node.clone(), tested));
+        tokio::spawn(cpu::publish(config.clone(), options.node.clone(), machine, tested));
         watch::run(config, node, health).await;
     });
     Ok(())
