@@ -1,4 +1,4 @@
-//! Seats whose pods a watch does not have: the API server itself is asked for each, past every cache. A list may be old, and then its watch
+//! Seats whose pods a watch does not have, or may not yet have as deleted: the API server itself is asked for each, past every cache. A list may be old, and then its watch
 //! is, too.
 
 use std::collections::BTreeMap;
@@ -93,7 +93,7 @@ fn attend(seat: &NodeSeat, known: &book::Seat, answer: Answer, warned: &mut bool
     match answer {
         Answer::Gone => seat.is_gone(),
         Answer::There { ends } => {
-            if !std::mem::replace(warned, true) {
+            if !seat.pod.ends() && !std::mem::replace(warned, true) {
                 tracing::warn!(
                     seat = known.config.label(),
                     "the watch lacks a pod that is there: it is old, or the pod lost a label"

@@ -140,11 +140,14 @@ impl Node {
     }
 
     /// Seats whose pods a watch does not have. They may be there all the same: a list, and the watch that goes on from it, may be old. So
-    /// each is asked for, until the answer is that it is gone.
+    /// each is asked for, until the answer is that it is gone. So is one whose program was told to end, for a watch that lags does not yet say
+    /// whether its pod is deleted.
     pub fn missing(&self, pods: &[Arc<Pod>]) -> Vec<Arc<NodeSeat>> {
         let seen: Vec<_> = pods.iter().filter_map(|pod| book::seat_id(pod)).collect();
         let seats = self.lock();
-        let missing = seats.iter().filter(|(id, _)| !seen.contains(id));
+        let missing = seats
+            .iter()
+            .filter(|(id, seat)| !seen.contains(id) || seat.pod.awaits_news());
         let missing = missing.filter(|(_, seat)| !seat.gone.load(Ordering::SeqCst));
         missing.map(|(_, seat)| seat.clone()).collect()
     }

@@ -10,7 +10,7 @@ use crate::config::JailConfig;
 use crate::daemon::Settings;
 use crate::disks::Step;
 use crate::seat::testing::Rig;
-use crate::seat_socket::DiskProgress;
+use crate::seat_socket::{DiskProgress, Peer};
 use crate::state::{EngineRecord, StateFolder, boot_id, start_time};
 use crate::testing::Folder;
 
@@ -181,6 +181,19 @@ fn a_pod_that_is_there_is_no_earlier_one() {
     assert_eq!(seats(&node), [POD]);
     let report = seat.pod.seat.report(seat.known().seat_id, Duration::from_secs(20));
     assert_eq!(report.guest, GuestReport::Present);
+}
+
+/// A watch may lag by more than its program waits, and then nobody would be told that it ended in order.
+#[test]
+fn a_pod_whose_program_is_told_to_end_is_asked_for() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    assert!(node.missing(&[pod(POD)]).is_empty());
+    seat.pod.end_with(&Arc::new(Peer::own(POD.parse().unwrap())));
+    assert_eq!(node.missing(&[pod(POD)]).len(), 1);
+    seat.pod.end();
+    assert!(node.missing(&[pod(POD)]).is_empty(), "it is known");
 }
 
 /// Nobody else has the guest, and no peer reaches it: a person has to do something, and is told what.

@@ -319,7 +319,7 @@ impl Hierarchies {
 #[cfg(test)]
 impl Peer {
     /// This process, as the program of a pod.
-    pub(super) fn own(pod: SeatId) -> Peer {
+    pub(crate) fn own(pod: SeatId) -> Peer {
         let pid = std::process::id().cast_signed();
         let network = File::open("/proc/self/ns/net").unwrap();
         Peer {

@@ -27,8 +27,8 @@ const LEAVE_MAX: Duration = Duration::from_secs(40);
 pub(super) const END_MAX: Duration = Duration::from_secs(5);
 /// The program of a pod that is deleted ends after what is said on the pod last; it waits at most so long for that.
 const WORD_MAX: Duration = Duration::from_secs(5);
-/// Whether its pod is deleted is told the daemon within this time after the program was.
-const NEWS_MAX: Duration = Duration::from_secs(1);
+/// Whether its pod is deleted the daemon knows within this time after the program was told to end: by its watch, or because it asks.
+const NEWS_MAX: Duration = Duration::from_secs(10);
 
 /// How far a seat's program is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -225,7 +225,7 @@ impl PodSeat {
     }
 
     /// The same until there is another program.
-    pub(super) fn end_with(self: &Arc<Self>, program: &Arc<Peer>) {
+    pub(crate) fn end_with(self: &Arc<Self>, program: &Arc<Peer>) {
         self.end_because(Ending::WithProgram(program.clone()));
     }
 
@@ -242,6 +242,11 @@ impl PodSeat {
             drop(ending);
             self.farewell().since = None;
         }
+    }
+
+    /// Whether its program was told to end, and it is not known whether that is because its pod is deleted.
+    pub fn awaits_news(&self) -> bool {
+        matches!(*self.ending(), Ending::WithProgram(_))
     }
 
     fn is_deleted(&self) -> bool {
