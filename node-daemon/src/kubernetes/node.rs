@@ -70,7 +70,7 @@ pub struct Node {
     seats: Mutex<BTreeMap<SeatId, Arc<NodeSeat>>>,
     /// Why pods that look like seats are none.
     refused: RefusedPods,
-    /// Pods of which it can't be read what they were.
+    /// Pods of which it can't be read what they were, or whose folder could not be removed.
     unread: Mutex<BTreeSet<SeatId>>,
 }
 
@@ -192,7 +192,7 @@ impl Node {
                 Ok(false) => match state.forget_pod(id) {
                     Ok(()) => {
                         self.unread().remove(&id);
-                        tracing::info!(pod = %id, "its pod and its engine are gone: what could not be read is forgotten");
+                        tracing::info!(pod = %id, "its pod and its engine are gone: what could not be read or removed is forgotten");
                     }
                     Err(error) => tracing::warn!("{}", explain(&error)),
                 },
@@ -319,7 +319,9 @@ impl Node {
         self.daemon.forget(&seat.pod.seat);
         self.lock().remove(&id);
         if let Err(error) = self.daemon.state().forget_pod(id) {
-            tracing::warn!("{}", explain(&error));
+            // As long as it has a folder nobody is told that it has ended.
+            tracing::warn!("{}; it is tried again", explain(&error));
+            self.unread().insert(id);
         }
         tracing::info!(pod = %id, "its pod is gone");
     }

@@ -249,6 +249,30 @@ fn a_seat_whose_pod_is_gone_is_forgotten_once_it_can_have_no_engine() {
     assert!(seat.pod.seat.is_retired());
 }
 
+/// Else its VM would wait until the next daemon.
+#[test]
+fn a_folder_that_cant_be_removed_is_tried_again() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    rig.seat.kill();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    let id: SeatId = POD.parse().unwrap();
+    let path = folder.path().join("state/seats").join(POD);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    // A file can't be removed as a folder.
+    std::fs::write(&path, "").unwrap();
+    seat.is_gone();
+    node.reconcile(&[], &[]);
+    assert_eq!(seats(&node), [""; 0]);
+    assert!(node.daemon.state().has_pod(id));
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    let former = vm_with_former(&json!([{"uid": POD, "node": "one", "missingSince": "2026-11-27T00:00:00Z"}]));
+    node.reconcile(&[], &[former]);
+    assert!(!node.daemon.state().has_pod(id));
+}
+
 /// What can't be read keeps nobody waiting once nothing of it can run, and not before.
 #[test]
 fn a_pod_that_cant_be_read_is_forgotten_once_it_and_its_engine_are_gone() {
