@@ -97,6 +97,10 @@ impl Node {
             let folder = node.daemon.state().pod(id);
             match folder.and_then(|folder| folder.read_json::<book::Seat>(REMEMBERED)) {
                 Ok(Some(seat)) => node.add(seat, None),
+                Ok(None) if node.hierarchies.has_engine(id) => {
+                    tracing::error!("pod {id}: an engine runs in it, or may, and nothing is remembered of it: nothing is said of it");
+                    node.unread().insert(id);
+                }
                 // Made and never used: nothing of this pod ever ran.
                 Ok(None) => {
                     if let Err(error) = node.daemon.state().forget_pod(id) {
@@ -189,6 +193,8 @@ impl Node {
             let state = self.daemon.state();
             match state.pod(id).and_then(|folder| folder.may_have_engine()) {
                 Ok(true) => {}
+                // Whatever is remembered of it.
+                Ok(false) if self.hierarchies.has_engine(id) => {}
                 Ok(false) => match state.forget_pod(id) {
                     Ok(()) => {
                         self.unread().remove(&id);

@@ -19,6 +19,11 @@ const OTHER: &str = "00000000-0000-4000-8000-00000000000b";
 
 /// A daemon of a node without an API server, and without an engine: no seat's program comes.
 pub(in crate::kubernetes) fn node(folder: &Folder) -> Node {
+    node_in(folder, Hierarchies::read().unwrap())
+}
+
+/// The same with these cgroups.
+fn node_in(folder: &Folder, hierarchies: Hierarchies) -> Node {
     let state = folder.path().join("state");
     let settings = Settings {
         node: "one".to_owned(),
@@ -34,7 +39,7 @@ pub(in crate::kubernetes) fn node(folder: &Folder) -> Node {
     let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
     let leases = Leases::new(Server::new(&config).unwrap()).unwrap();
     let machine = Some("machine".to_owned());
-    Node::new("one".to_owned(), machine, daemon, leases, Hierarchies::read().unwrap())
+    Node::new("one".to_owned(), machine, daemon, leases, hierarchies)
 }
 
 /// A seat of this node whose engine says what a test wants.
@@ -247,6 +252,36 @@ fn a_seat_whose_pod_is_gone_is_forgotten_once_it_can_have_no_engine() {
     node.reconcile(&[], &[]);
     assert_eq!(seats(&node), [""; 0]);
     assert!(seat.pod.seat.is_retired());
+}
+
+/// Whatever the state folder says, or does not say any more.
+#[test]
+fn nothing_is_said_of_an_earlier_pod_while_a_process_is_where_its_engine_lives() {
+    let (folder, cgroups) = (Folder::new("node"), Folder::new("cgroups"));
+    let leaf = cgroups.path().join(format!("kubepods/pod{POD}/ftvm-engine"));
+    std::fs::create_dir_all(&leaf).unwrap();
+    let running = |runs: bool| std::fs::write(leaf.join("cgroup.procs"), if runs { "4711\n" } else { "" }).unwrap();
+    running(true);
+    let id: SeatId = POD.parse().unwrap();
+    let path = folder.path().join("state/seats").join(POD);
+    std::fs::create_dir_all(&path).unwrap();
+    let node = node_in(&folder, Hierarchies::at(cgroups.path()));
+    let state = node.daemon.state();
+    assert!(state.has_pod(id), "its daemon begins, and knows nothing of it");
+    let since = "2026-11-27T00:00:00Z";
+    let former = json!([{"uid": POD, "node": "one", "boot": "machine/1", "missingSince": since}]);
+    let vms = [vm_with_former(&former)];
+    node.reconcile(&[pod(OTHER)], &vms);
+    assert!(state.has_pod(id));
+    // Somebody removes it by hand.
+    state.forget_pod(id).unwrap();
+    let guest = || node.daemon.local_report(id, Duration::ZERO).unwrap().guest;
+    assert_eq!(guest(), GuestReport::Unknown);
+    running(false);
+    assert_eq!(guest(), GuestReport::None);
+    state.pod(id).unwrap();
+    node.reconcile(&[pod(OTHER)], &vms);
+    assert!(!state.has_pod(id));
 }
 
 /// Else its VM would wait until the next daemon.

@@ -199,6 +199,11 @@ pub trait Source: Send + Sync + 'static {
         false
     }
 
+    /// The same of another pod of this node.
+    fn has_process_of(&self, _pod: ftvm_protocol::identity::SeatId) -> bool {
+        false
+    }
+
     /// Whether the seat was told to go: no engine is begun then.
     fn ends(&self) -> bool {
         false

@@ -35,6 +35,8 @@ impl Seat {
     /// `remembered`: this node's daemon has not forgotten it.
     pub fn report_of_former(&self, seat_id: SeatId, remembered: bool) -> Option<SeatReport> {
         let former = self.former(seat_id)?;
+        // Its folder may have been removed by hand while its engine runs.
+        let remembered = remembered || self.source.has_process_of(seat_id);
         let found = former.own.then(|| self.header_report());
         // A disk that was made anew knows nothing of it.
         let header = match found {

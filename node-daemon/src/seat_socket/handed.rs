@@ -452,6 +452,10 @@ impl Source for Handed {
         self.hierarchies.has_engine(self.expected.seat_id)
     }
 
+    fn has_process_of(&self, pod: SeatId) -> bool {
+        self.hierarchies.has_engine(pod)
+    }
+
     fn ends(&self) -> bool {
         self.ending.load(Ordering::SeqCst)
     }
