@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_protocol::identity::SeatId;
@@ -250,6 +251,9 @@ impl Node {
     fn add(&self, seat: book::Seat, pod: Option<&Pod>) {
         let id = seat.seat_id;
         let label = seat.config.label();
+        if let Some(refusal) = self.waits_for_another(&seat) {
+            return self.refused.refuse(id, refusal);
+        }
         match self.try_add(seat, pod) {
             Ok(()) => self.refused.accept(id),
             Err(error) => {
@@ -260,16 +264,22 @@ impl Node {
         }
     }
 
-    fn try_add(&self, seat: book::Seat, pod: Option<&Pod>) -> Result<(), DaemonError> {
-        let same_name = self.seats().into_iter().find(|other| {
+    /// A pod that was made anew under its name: the former one goes first, once it is proven to be gone. Or what is told of this one is old,
+    /// and the one that runs is its successor.
+    fn waits_for_another(&self, seat: &book::Seat) -> Option<Refusal> {
+        let other = self.seats().into_iter().find(|other| {
             let other = other.known();
             (other.namespace, other.config.seat) == (seat.namespace.clone(), seat.config.seat.clone())
-        });
-        if same_name.is_some() {
-            // A pod that was made anew under its name: the former one goes first, once it is proven to be gone. Or what is told of
-            // this one is old, and the one that runs is its successor.
-            return Ok(());
-        }
+        })?;
+        let status = other.pod.seat.status(Duration::ZERO);
+        let (former, why) = (other.known().seat_id, &status.why);
+        Some(Refusal {
+            why: format!("another pod of this name, {former}, goes first: its engine may run here ({why})"),
+            code: status.code,
+        })
+    }
+
+    fn try_add(&self, seat: book::Seat, pod: Option<&Pod>) -> Result<(), DaemonError> {
         let folder = self.daemon.state().pod(seat.seat_id)?;
         folder.write_json(REMEMBERED, &seat)?;
         let handed = Arc::new(Handed::new(seat.expected(), self.hierarchies.clone()));

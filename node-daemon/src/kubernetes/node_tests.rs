@@ -1,4 +1,4 @@
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ftvm_protocol::core::GuestReport;
 use serde_json::json;
@@ -130,6 +130,8 @@ fn an_old_pod_does_not_end_its_successor_of_the_same_name() {
     node.reconcile(&[pod(OTHER)], &[vm(OTHER)]);
     assert_eq!(seats(&node), [POD]);
     assert!(!node.seats()[0].pod.ends());
+    let why = node.find(OTHER.parse().unwrap()).err().unwrap();
+    assert!(why.contains(POD), "who waits is told for whom: {why}");
     // Where the other one is the newer one, its turn comes.
     node.missing(&[pod(OTHER)])[0].is_gone();
     reconcile_until(&node, (&[pod(OTHER)], &[vm(OTHER)]), &[OTHER]);
