@@ -200,7 +200,7 @@ pub trait Source: Send + Sync + 'static {
     }
 
     /// The same of another pod of this node.
-    fn has_process_of(&self, _pod: ftvm_protocol::identity::SeatId) -> bool {
+    fn has_process_of(&self, _pod: SeatId) -> bool {
         false
     }
 

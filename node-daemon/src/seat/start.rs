@@ -85,11 +85,13 @@ impl Seat {
     }
 
     fn remember(&self, child: &Child, incarnation: Incarnation, jail: &Jail) -> Result<(), SeatError> {
+        // A child that has ended is there until it is waited for. Without its start time a later daemon would take it for ended.
+        let start_time = state::start_time(child.pid);
+        let start_time = start_time.ok_or_else(|| unknown(child.pid, std::io::ErrorKind::Other.into()))?;
         let record = EngineRecord {
             incarnation,
             pid: child.pid,
-            // A child that has ended is there until it is waited for. Without its start time a later daemon would take it for ended.
-            start_time: state::start_time(child.pid).ok_or_else(|| unknown(child.pid, std::io::ErrorKind::Other.into()))?,
+            start_time,
             boot_id: state::boot_id()?,
             uid: jail.user.map(|(uid, _)| uid),
         };
