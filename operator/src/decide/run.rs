@@ -13,7 +13,7 @@ use kube::ResourceExt;
 use super::recreate::recreate;
 use super::{
     Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, away, claim_trouble, claims,
-    holder, is_genesis, is_named, lease_is_strange, pod, record, seat_id, trouble,
+    former, holder, is_genesis, is_named, lease_is_strange, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -53,6 +53,7 @@ pub(super) fn run(seen: &Observed, decision: &mut Decision) {
     match &found {
         None => create_lease(decision),
         Some(record) => {
+            former::look_again(seen, record, &decision.book, &mut decision.recheck);
             tell_nodes(seen, decision);
             if is_genesis(record) {
                 follow_original(seen, record, decision);
