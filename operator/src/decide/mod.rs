@@ -427,6 +427,8 @@ mod claims_tests;
 #[cfg(test)]
 mod cpu_tests;
 #[cfg(test)]
+mod first_tests;
+#[cfg(test)]
 mod former_tests;
 #[cfg(test)]
 mod random_tests;
