@@ -54,7 +54,7 @@ pub enum Action {
     CreateClaims {
         /// The seat.
         seat: String,
-        /// Its disks that have none.
+        /// Its disks that have none, in the order in which they are made.
         disks: Vec<String>,
     },
     /// Make a seat's pod.
