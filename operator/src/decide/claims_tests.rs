@@ -324,6 +324,32 @@ fn a_failed_pod_stays_while_it_holds_a_claim_that_is_being_deleted() {
     expect(&world, STORAGE_HEALTHY, "ClaimBeingDeleted", &[&active.name]);
 }
 
+/// Nobody has the guest: what else there is to do while it runs is no advice.
+#[test]
+fn what_a_failed_pod_keeps_is_told_with_what_to_do() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    let pod = world.pods.get_mut(&active.name).unwrap();
+    (pod.phase, pod.failed) = (PodPhase::Finished, Some("NodeAffinity".to_owned()));
+    for pod in world.pods.values_mut() {
+        pod.published = Ok(Default::default());
+    }
+    delete_claims(&mut world, &active.name, &["data"]);
+    world.pass(600);
+    world.step();
+    let delete = format!("to Retain, delete pod {}", active.name);
+    let advice = [
+        delete.as_str(),
+        "put a claim of that name back",
+        ANNOTATION_ACCEPT_DATA_LOSS,
+        &standby.name,
+    ];
+    for kind in [READY, STORAGE_HEALTHY] {
+        expect(&world, kind, "ClaimBeingDeleted", &advice);
+    }
+    assert!(world.pods.contains_key(&active.name));
+}
+
 /// The other seat's disks were made to get everything by replication: a guest that began there would find zeros.
 #[test]
 fn no_guest_begins_on_disks_that_were_not_the_originals() {

@@ -242,8 +242,12 @@ fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
 }
 
 fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
-    let placed = seen.pods.get(&entry.name).is_some_and(|pod| pod.node.is_some());
-    if !placed && let Some(found) = storage::of_claim(seen, entry) {
+    // A pod that is on a node, and has or follows the guest, goes on with a claim that is being deleted.
+    let goes_on = |pod: &PodSeen| pod.node.is_some() && pod.phase != PodPhase::Finished;
+    let placed = seen.pods.get(&entry.name).is_some_and(goes_on);
+    if !(placed && anyone_is_heard_of(seen, &seen.status().seats))
+        && let Some(found) = storage::of_claim(seen, entry)
+    {
         return Some(found);
     }
     let seat = seen.pods.get(&entry.name)?;
