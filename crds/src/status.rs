@@ -152,7 +152,7 @@ pub struct FormerPod {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub node: Option<String>,
-    /// Which machine the node was when the pod was missed, and its boot: MACHINE/BOOT, as kubelet tells them. Missing if it was another one by then.
+    /// Which machine the node was when the pod was missed, and its boot: MACHINE/BOOT, as kubelet tells them. BOOT is empty if there was no Node object then. Missing if it was another one by then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub boot: Option<String>,

@@ -397,8 +397,8 @@ async fn apply(
         }
         Action::CreateClaims { seat, disks } => {
             let Some(entry) = entry(seat) else { return Ok(vm) };
-            for (index, disk) in vm.spec.disks.iter().enumerate() {
-                if disks.contains(&disk.name) {
+            for name in disks {
+                if let Some(index) = vm.spec.disks.iter().position(|disk| disk.name == *name) {
                     objects.create_claim(&build::claim(&vm, &entry, index)?).await?;
                 }
             }

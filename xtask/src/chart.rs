@@ -153,6 +153,8 @@ impl Chart {
         schema_leaves("", &schema, &mut allowed);
         // Helm gives it to every chart.
         allowed.remove("global");
+        // Earlier releases had it, and values of theirs may be used again; it has no effect.
+        allowed.remove("crds.keep");
         Ok(Self {
             defaults,
             comments: comments(values),
@@ -297,6 +299,13 @@ mod tests {
 
     fn chart(values: &str, schema: &str, template: &str) -> Chart {
         Chart::of(values, schema, template.to_owned()).unwrap()
+    }
+
+    #[test]
+    fn values_of_earlier_releases_are_not_refused() {
+        let schema = include_str!("../../charts/fault-tolerant-vm/values.schema.json");
+        let schema: Value = serde_json::from_str(schema).unwrap();
+        assert!(schema["properties"]["crds"]["properties"]["keep"].is_object());
     }
 
     #[test]

@@ -80,6 +80,10 @@ fn an_earlier_pod_was_here_if_node_and_machine_are_the_same() {
     };
     let machine = Some("machine");
     assert!(here(json!({"node": "one", "boot": "machine/1"}), machine));
+    assert!(
+        here(json!({"node": "one", "boot": "machine/"}), machine),
+        "its boot is not known"
+    );
     assert!(!here(json!({"node": "one", "boot": "other/1"}), machine));
     assert!(!here(json!({"node": "two", "boot": "machine/1"}), machine));
     assert!(!here(json!({"node": "one"}), machine), "nobody knows");

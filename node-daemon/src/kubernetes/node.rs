@@ -99,7 +99,9 @@ impl Node {
             match folder.and_then(|folder| folder.read_json::<book::Seat>(REMEMBERED)) {
                 Ok(Some(seat)) => node.add(seat, None),
                 Ok(None) if node.hierarchies.has_engine(id) => {
-                    tracing::error!("pod {id}: an engine runs in it, or may, and nothing is remembered of it: nothing is said of it");
+                    tracing::error!(
+                        "pod {id}: an engine runs in it, or may, and nothing is remembered of it: nothing is said of it"
+                    );
                     node.unread().insert(id);
                 }
                 // Made and never used: nothing of this pod ever ran.

@@ -372,6 +372,8 @@ fn a_disk_that_cant_be_prepared_is_told_once_and_is_no_progress() {
     fails();
     let published = due().unwrap();
     assert_eq!((published.resync_percent, published.why.as_str()), (None, "no room"));
+    let code = ftvm_engine::control::exit_code::DISK;
+    assert_eq!(published.code, code, "a person has to mend it");
     seat.publisher.written(published);
     for _ in 0..3 {
         for mib in [0, 8, 32] {

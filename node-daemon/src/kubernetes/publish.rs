@@ -198,7 +198,7 @@ impl Publisher {
         } else if let Some(refusal) = seat.refusal().filter(|refusal| refusal.code != 0) {
             (published.why, published.code) = (clip(&refusal.why), refusal.code);
         } else if let Some(trouble) = progress.trouble {
-            published.why = clip(&trouble);
+            (published.why, published.code) = (clip(&trouble), exit_code::DISK);
         } else if let Some(disk) = &progress.disk {
             published.why = clip(&disk.to_string());
         } else if !progress.connected {

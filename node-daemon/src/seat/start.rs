@@ -275,7 +275,8 @@ fn living(record: &EngineRecord) -> Result<Option<OwnedFd>, StateError> {
         return Ok(None);
     }
     // Zero is nobody's number.
-    let number = Pid::from_raw(record.pid).ok_or_else(|| unknown(record.pid, std::io::ErrorKind::InvalidData.into()))?;
+    let number =
+        Pid::from_raw(record.pid).ok_or_else(|| unknown(record.pid, std::io::ErrorKind::InvalidData.into()))?;
     // The descriptor first: then the start time read below is of the process that the descriptor holds.
     let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty());
     judge(record, pidfd, state::start_time)
@@ -360,7 +361,10 @@ mod tests {
             assert!(judge(&record, Err(errno), state::start_time).is_err(), "{errno}");
         }
         assert!(judge(&record, open(), |_| None).is_err());
-        assert!(judge(&record, open(), |_| Some(0)).unwrap().is_none(), "another process");
+        assert!(
+            judge(&record, open(), |_| Some(0)).unwrap().is_none(),
+            "another process"
+        );
         let booted = EngineRecord {
             boot_id: "another".to_owned(),
             ..record

@@ -1,7 +1,8 @@
 //! Claims of which something is wrong, and those that wait for a volume.
 //!
-//! Invariant: a claim that is gone is made anew, empty, only for a seat whose disks nobody ever used, or that has lost all of them while another
-//! seat that the record names has its own: a seat that kept its header would boot with what is left, and its peer would get a copy of that.
+//! Invariant: a claim that is gone is made anew, empty, only for a seat whose disks nobody ever used, or that has lost the first of them, where its header
+//! was, while another seat that the record names says that it has its own: a seat that kept its header would boot with what is left, and its peer
+//! would get a copy of that.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use ftvm_protocol::record::Record;
 
 use super::former::FORMER_MAX;
 use super::run::sooner;
-use super::{Want, is_genesis, is_named, record, want};
+use super::{Want, is_genesis, is_heard_of, is_named, pod, record, want};
 use crate::observe::{ClaimSeen, Observed, PodPhase};
 
 /// What is wrong with a claim of a seat.
@@ -40,9 +41,9 @@ pub fn claim_trouble(seen: &Observed, entry: &SeatEntry) -> Option<(ClaimTrouble
     })
 }
 
-/// The disks of a seat whose claims are to be made.
+/// The disks of a seat whose claims are to be made, in this order: whether any may be made anew is seen by that of the first disk, so it comes last.
 pub(super) fn to_make(seen: &Observed, entry: &SeatEntry) -> Vec<String> {
-    let disks = seen.vm.spec.disks.iter().map(|disk| disk.name.clone());
+    let disks = seen.vm.spec.disks.iter().rev().map(|disk| disk.name.clone());
     let missing: Vec<String> = disks
         .filter(|disk| !seen.claims.contains_key(&claim_name(&entry.name, disk)))
         .collect();
@@ -51,8 +52,10 @@ pub(super) fn to_make(seen: &Observed, entry: &SeatEntry) -> Vec<String> {
 
 /// May what this seat lacks be made anew, empty?
 fn may_be_made(seen: &Observed, entry: &SeatEntry) -> bool {
-    let all_gone = || seen.claims.values().all(|claim| claim.seat != entry.name);
-    !may_have_data(seen, entry) || (all_gone() && is_elsewhere(seen, entry))
+    let first = seen.vm.spec.disks.first();
+    // Without its header it boots nothing, and gets everything from the other seat.
+    let no_header = first.is_none_or(|disk| !seen.claims.contains_key(&claim_name(&entry.name, &disk.name)));
+    !may_have_data(seen, entry) || (no_header && is_elsewhere(seen, entry))
 }
 
 /// May an engine have run with disks of this seat since a guest ran?
@@ -67,14 +70,19 @@ fn may_have_data(seen: &Observed, entry: &SeatEntry) -> bool {
     ran && (placed || entry.former.len() >= FORMER_MAX)
 }
 
-/// Does the record name another seat, whose claims are all there?
+/// Does the record name another seat, whose claims are all there, and not only since a moment ago: it knows a term, or has the guest or follows it?
 fn is_elsewhere(seen: &Observed, entry: &SeatEntry) -> bool {
     let Some(record) = record(seen).map(|record| &record.snapshot.record) else {
         return false;
     };
     let seats = seen.vm.status.iter().flat_map(|status| &status.seats);
     let mut others = seats.filter(|other| other.name != entry.name);
-    others.any(|other| is_named(other, record) && has_all(seen, other))
+    // A disk without a header knows of no term.
+    let knows = |other: &SeatEntry| {
+        let published = pod(seen, other).and_then(|pod| pod.published.as_ref().ok());
+        published.is_some_and(|published| published.term > 0) || is_heard_of(seen, other)
+    };
+    others.any(|other| is_named(other, record) && has_all(seen, other) && knows(other))
 }
 
 fn has_all(seen: &Observed, entry: &SeatEntry) -> bool {

@@ -133,6 +133,44 @@ fn a_seat_that_lost_everything_is_made_anew_beside_one_that_has_it() {
     assert!(is_healthy(&world) && world.entry(&standby.name).is_some());
 }
 
+/// The API server may make one claim and refuse the next one. The first disk's, where the header is, comes last.
+#[test]
+fn what_was_made_of_a_seats_claims_is_gone_on_with() {
+    let mut world = protected();
+    let (_, standby) = seats(&world);
+    halt(&mut world);
+    delete_claims(&mut world, &standby.name, &["root", "data"]);
+    let (seat, version) = (standby.name.clone(), world.version);
+    let disks = vec!["data".to_owned()];
+    world.apply(&Action::CreateClaims { seat, disks }, version);
+    world.want(RunStrategy::Always);
+    assert!(world.settle(80) && world.is_protected(), "{:#?}", world.vm.status);
+    assert!(is_healthy(&world) && world.entry(&standby.name).is_some());
+    let mut world = World::new(3);
+    let made = loop {
+        let actions = decide(&world.observe()).actions;
+        if let Some(Action::CreateClaims { disks, .. }) = actions.first() {
+            break disks.clone();
+        }
+        assert!(world.step());
+    };
+    assert_eq!(made, ["data", "root"]);
+}
+
+/// Claims that are there may have been made a moment ago, empty.
+#[test]
+fn nothing_is_made_anew_before_the_other_seat_says_that_it_has_it() {
+    let mut world = protected();
+    let (_, standby) = seats(&world);
+    halt(&mut world);
+    delete_claims(&mut world, &standby.name, &["root", "data"]);
+    world.want(RunStrategy::Always);
+    without_engines(&mut world);
+    assert!(world.claims.values().all(|claim| claim.seat != standby.name));
+    assert!(world.settle(80) && world.is_protected(), "{:#?}", world.vm.status);
+    assert!(is_healthy(&world) && world.claims.len() == 4);
+}
+
 /// An empty claim would only be in the way of the one that a person puts back.
 #[test]
 fn the_only_disks_that_the_record_names_are_not_replaced() {
@@ -284,6 +322,32 @@ fn a_failed_pod_stays_while_it_holds_a_claim_that_is_being_deleted() {
     assert!(!deletes(&mut world));
     world.step();
     expect(&world, STORAGE_HEALTHY, "ClaimBeingDeleted", &[&active.name]);
+}
+
+/// Nobody has the guest: what else there is to do while it runs is no advice.
+#[test]
+fn what_a_failed_pod_keeps_is_told_with_what_to_do() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    let pod = world.pods.get_mut(&active.name).unwrap();
+    (pod.phase, pod.failed) = (PodPhase::Finished, Some("NodeAffinity".to_owned()));
+    for pod in world.pods.values_mut() {
+        pod.published = Ok(Default::default());
+    }
+    delete_claims(&mut world, &active.name, &["data"]);
+    world.pass(600);
+    world.step();
+    let delete = format!("to Retain, delete pod {}", active.name);
+    let advice = [
+        delete.as_str(),
+        "put a claim of that name back",
+        ANNOTATION_ACCEPT_DATA_LOSS,
+        &standby.name,
+    ];
+    for kind in [READY, STORAGE_HEALTHY] {
+        expect(&world, kind, "ClaimBeingDeleted", &advice);
+    }
+    assert!(world.pods.contains_key(&active.name));
 }
 
 /// The other seat's disks were made to get everything by replication: a guest that began there would find zeros.

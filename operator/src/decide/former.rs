@@ -3,12 +3,15 @@
 //! The record goes on naming a pod that is gone until a guest runs again, and no disk is booted before that proof: an object that the API server
 //! lacks may have been deleted by force, while its node went on.
 
+use std::time::Duration;
+
 use ftvm_crds::{FormerPod, SeatEntry};
 use ftvm_protocol::record::Record;
+use k8s_openapi::jiff::Timestamp;
 
-use super::run::whole_seconds;
-use super::{has_engine, names};
-use crate::observe::{NodeSeen, Observed, PodSeen};
+use super::run::{sooner, whole_seconds};
+use super::{anyone_is_heard_of, has_engine, names, pod};
+use crate::observe::{NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Most earlier pods of a seat that the book keeps.
 pub const FORMER_MAX: usize = 8;
@@ -24,12 +27,9 @@ pub(super) fn engine_ended(pod: &PodSeen) -> bool {
 
 /// The pod is gone; the record and the seat's header may name it for a long time.
 pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record: Option<&Record>) {
-    let node = entry.node.as_deref().and_then(|node| seen.nodes.get(node));
-    // Another machine may have the node's name by now, whose boots and whose daemon say nothing of the one where the pod was.
-    let node = node.filter(|node| node.machine().is_some() && node.machine() == entry.machine.as_deref());
     entry.former.push(FormerPod {
         uid,
-        boot: node.and_then(|node| node.boot.clone()),
+        boot: boot(entry, seen),
         // No daemon takes a pod for a seat of which the book does not know the node.
         ended: entry.engine_ended || entry.node.is_none(),
         node: entry.node.take(),
@@ -45,6 +45,61 @@ pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record
     entry.pod_ip = None;
     entry.host_ip = None;
     entry.engine_ended = false;
+}
+
+/// Machine and boot of the node where the seat's pod was. Where the Node object is gone its boot is not known: the machine alone remains, whose daemon
+/// can tell what became of the pod once it is there again.
+fn boot(entry: &SeatEntry, seen: &Observed) -> Option<String> {
+    let machine = entry.machine.as_deref()?;
+    match seen.nodes.get(entry.node.as_deref()?) {
+        None => Some(format!("{machine}/")),
+        // Another machine may have the node's name by now, whose boots and whose daemon say nothing of the one where the pod was.
+        Some(node) => node.boot.clone().filter(|_| node.machine() == Some(machine)),
+    }
+}
+
+/// A pod that the record names, on a node that is ready, of which the book does not prove that it has ended; and since when the program of
+/// its successor has run. A daemon of the same machine may still prove it.
+pub fn unproven<'a>(
+    seen: &'a Observed,
+    entry: &'a SeatEntry,
+    record: &'a Record,
+) -> Option<(&'a FormerPod, &'a str, Option<Timestamp>)> {
+    let mut open = entry
+        .former
+        .iter()
+        .filter(|former| !former.ended && names(record, &former.uid));
+    let found = open.find_map(|former| {
+        let node = former.node.as_deref().filter(|node| seen.node_ready(node))?;
+        Some((former, node))
+    });
+    let (former, node) = found?;
+    let next = pod(seen, entry).filter(|pod| pod.phase == PodPhase::Running);
+    Some((former, node, next.and_then(|pod| pod.first_start.or(pod.created))))
+}
+
+/// So long after a seat's program was started a daemon that can prove something has done it.
+const PROOF: Duration = Duration::from_secs(60);
+
+/// Is a person to be told that it is not proven? At once if no daemon can prove it, since nobody knows on which machine it was. None: yes; else not
+/// before this time has passed.
+pub fn proof_may_come(seen: &Observed, former: &FormerPod, since: Option<Timestamp>) -> Option<Duration> {
+    former.boot.as_ref()?;
+    let age = since.and_then(|since| Duration::try_from(seen.now.duration_since(since)).ok());
+    let left = PROOF.saturating_sub(age.unwrap_or_default());
+    Some(left).filter(|left| !left.is_zero())
+}
+
+/// Looks again when a person has to be told.
+pub(super) fn look_again(seen: &Observed, record: &Record, book: &[SeatEntry], recheck: &mut Option<Duration>) {
+    for entry in book {
+        if let Some((former, _, Some(since))) = unproven(seen, entry, record)
+            && let Some(left) = proof_may_come(seen, former, Some(since))
+            && !anyone_is_heard_of(seen, book)
+        {
+            sooner(recheck, left);
+        }
+    }
 }
 
 /// Enters what nodes prove of pods that the record names.
@@ -64,6 +119,8 @@ fn was_booted(former: &FormerPod, node: &NodeSeen) -> bool {
     let now = node.boot.as_deref().and_then(|boot| boot.split_once('/'));
     before
         .zip(now)
+        // An empty one is not known.
+        .filter(|(before, now)| !before.1.is_empty() && !now.1.is_empty())
         .is_some_and(|(before, now)| before.0 == now.0 && before.1 != now.1)
 }
 

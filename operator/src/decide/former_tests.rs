@@ -9,6 +9,7 @@ use super::former::{FORMER_MAX, engine_ended, forget};
 use super::rig::World;
 use super::*;
 use crate::observe::PodPhase;
+use crate::status::READY;
 
 /// A pod that was on this node and is gone.
 pub fn former(uid: &str, node: &str, since: Timestamp) -> FormerPod {
@@ -279,4 +280,66 @@ fn of_pods_that_the_record_does_not_name_nothing_is_proven() {
     let decision = decide(&world.observe());
     let entry = decision.book.iter().find(|entry| entry.name == seat).unwrap();
     assert!(!entry.former[0].ended);
+}
+
+/// Whoever deletes a Node object removes the pods there, too, while the object is missing; the same machine joins again.
+#[test]
+fn of_a_node_that_is_gone_the_machine_is_kept() {
+    let mut world = protected();
+    let entry = active(&world);
+    let (seat, node) = (entry.name, entry.node.unwrap());
+    let mut back = world.nodes.remove(&node).unwrap();
+    world.pods.remove(&seat);
+    assert!(world.step());
+    let boot = world.entry(&seat).unwrap().former[0].boot.clone();
+    assert_eq!(boot.as_deref(), Some("machine/"));
+    // Its daemon can tell; its boots can't, for nobody knows in which one the pod was.
+    back.schedulable = false;
+    for boot in ["machine/first", "machine/second", "machine/", "other/first"] {
+        back.boot = Some(boot.to_owned());
+        world.nodes.insert(node.clone(), back.clone());
+        world.step();
+        assert_eq!(ended(&world, &seat), [false], "{boot}");
+    }
+}
+
+fn ready_reason(world: &World) -> (String, String) {
+    let status = world.vm.status.as_ref().unwrap();
+    let told = status.condition(READY).unwrap();
+    (told.reason.clone(), told.message.clone())
+}
+
+/// Both pods are gone, without having ended, and made anew; nobody proves anything of the former ones.
+#[test]
+fn a_proof_that_is_missing_is_told() {
+    let mut world = protected();
+    world.pods.clear();
+    world.claims.values_mut().for_each(|claim| claim.bound = false);
+    for _ in 0..4 {
+        world.step();
+        for seat in world.pods.keys().cloned().collect::<Vec<_>>() {
+            world.schedule(&seat);
+            world.kubelet(&seat);
+        }
+    }
+    assert!(world.pods.values().all(|pod| pod.phase == PodPhase::Running));
+    assert_eq!(ready_reason(&world).0, "Starting", "their daemons may know");
+    assert!(decide(&world.observe()).recheck.is_some());
+    let mut unknown = world.vm.clone();
+    world.pass(61);
+    world.step();
+    let (reason, message) = ready_reason(&world);
+    assert_eq!(reason, "EndNotProven");
+    assert!(message.contains(": boot node node-"), "{message}");
+    assert_eq!(decide(&world.observe()).recheck, None);
+    // Nobody knows on which machine it was: no daemon will prove it, and no boot.
+    world.pass(-61);
+    for entry in &mut unknown.status.as_mut().unwrap().seats {
+        entry.former.iter_mut().for_each(|former| former.boot = None);
+    }
+    world.vm = unknown;
+    world.step();
+    let (reason, message) = ready_reason(&world);
+    assert_eq!(reason, "EndNotProven");
+    assert!(message.contains(OUT_OF_SERVICE), "{message}");
 }

@@ -37,7 +37,7 @@ use crate::observe::{LeaseSeen, Observed, PodSeen};
 
 pub use claims::{BINDING, ClaimTrouble, claim_trouble, goes_with_vm, unbound_for};
 pub use end::stop_refused;
-pub use former::{OUT_OF_SERVICE, absent, away, nodes_to_ask};
+pub use former::{OUT_OF_SERVICE, absent, away, nodes_to_ask, proof_may_come, unproven};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};
 pub use trouble::{Trouble, trouble};
@@ -54,7 +54,7 @@ pub enum Action {
     CreateClaims {
         /// The seat.
         seat: String,
-        /// Its disks that have none.
+        /// Its disks that have none, in the order in which they are made.
         disks: Vec<String>,
     },
     /// Make a seat's pod.
@@ -426,6 +426,8 @@ fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
 mod claims_tests;
 #[cfg(test)]
 mod cpu_tests;
+#[cfg(test)]
+mod first_tests;
 #[cfg(test)]
 mod former_tests;
 #[cfg(test)]

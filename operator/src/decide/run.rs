@@ -13,7 +13,7 @@ use kube::ResourceExt;
 use super::recreate::recreate;
 use super::{
     Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, away, claim_trouble, claims,
-    holder, is_genesis, is_named, lease_is_strange, pod, record, seat_id, trouble,
+    former, holder, is_genesis, is_named, lease_is_strange, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -51,8 +51,9 @@ pub(super) fn run(seen: &Observed, decision: &mut Decision) {
     make_seats(seen, found.as_ref(), decision);
     claims::look_again(seen, &decision.book, &mut decision.recheck);
     match &found {
-        None => create_lease(decision),
+        None => create_lease(seen, decision),
         Some(record) => {
+            former::look_again(seen, record, &decision.book, &mut decision.recheck);
             tell_nodes(seen, decision);
             if is_genesis(record) {
                 follow_original(seen, record, decision);
@@ -367,10 +368,19 @@ fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision)
     }
 }
 
-/// The first seat has the original disks.
-fn create_lease(decision: &mut Decision) {
-    let original = decision.book.iter().find(|entry| !entry.leaving);
-    if let Some(entry) = original
+/// Is it bound to a node that is ready, and does it stay? A guest can begin there.
+fn is_placed(seen: &Observed, pod: &PodSeen) -> bool {
+    let ready = pod.node.as_deref().is_some_and(|node| seen.node_ready(node));
+    ready && !pod.deleting && pod.phase != PodPhase::Finished
+}
+
+/// The first seat that a node has taken has the original disks: a pod that no node can take would keep the guest from starting.
+fn create_lease(seen: &Observed, decision: &mut Decision) {
+    let stay = || decision.book.iter().filter(|entry| !entry.leaving);
+    let placed = stay().find(|entry| pod(seen, entry).is_some_and(|pod| is_placed(seen, pod)));
+    // Or one that has to be replaced, which needs a record.
+    let lost = |entry: &&SeatEntry| matches!(super::trouble(seen, entry), Some(Trouble::Node | Trouble::Bound));
+    if let Some(entry) = placed.or_else(|| stay().find(lost))
         && let Some(id) = seat_id(entry)
     {
         decision.actions.push(Action::CreateLease {
@@ -380,15 +390,16 @@ fn create_lease(decision: &mut Decision) {
     }
 }
 
-/// No guest ran yet, and the original is gone: the record follows a seat that was entered since, before its pod is admitted.
+/// No guest ran yet, and the original is gone: the record follows a seat that was entered since, once a node has taken its pod and
+/// before that is admitted.
 fn follow_original(seen: &Observed, record: &Record, decision: &mut Decision) {
     let book = &decision.book;
     if has_original(seen, record, book) || book.iter().any(|entry| entry.leaving || was_admitted(entry)) {
         return;
     }
     let pods = book.iter().filter_map(|entry| seen.pods.get(&entry.name));
-    let mut sound = pods.filter(|pod| !pod.deleting && pod.phase != PodPhase::Finished);
-    if let Some(original) = sound.find_map(|pod| pod.uid.parse().ok()) {
+    let mut placed = pods.filter(|pod| is_placed(seen, pod));
+    if let Some(original) = placed.find_map(|pod| pod.uid.parse().ok()) {
         decision.actions.push(Action::RewriteGenesis { original });
     }
 }

@@ -172,6 +172,18 @@ fn preparing<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a str> {
     Some(published.why.as_str()).filter(|why| !engine && !why.is_empty())
 }
 
+/// What an engine or a program says of why it does not go on: while nobody has the guest, that of any seat.
+fn why(seen: &Observed, book: &[SeatEntry], roles: &Roles<'_>) -> Option<String> {
+    if let Some(published) = roles.published {
+        return Some(published.why.clone()).filter(|why| !why.is_empty());
+    }
+    book.iter().find_map(|entry| {
+        let published = pod(seen, entry)?.published.as_ref().ok()?;
+        let why = Some(published.why.as_str()).filter(|why| !why.is_empty())?;
+        Some(format!("seat {}: {why}", entry.name))
+    })
+}
+
 /// What a person has to mend first.
 fn obstacle(seen: &Observed, decision: &Decision) -> Option<Obstacle> {
     let held = decision.held.as_ref().map(|held| Obstacle {
@@ -208,7 +220,7 @@ fn ready(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>
         VmPhase::Starting => match obstacle(seen, decision) {
             Some(obstacle) => said(READY, false, obstacle.reason, obstacle.message),
             None => {
-                let why = roles.published.map_or("", |published| published.why.as_str());
+                let why = why(seen, &decision.book, roles).unwrap_or_default();
                 said(
                     READY,
                     false,
@@ -277,11 +289,7 @@ fn protection(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Role
             ),
         };
     }
-    let why = roles
-        .published
-        .map(|published| published.why.as_str())
-        .filter(|why| !why.is_empty());
-    let why = why.unwrap_or("a standby is being prepared");
+    let why = why(seen, &decision.book, roles).unwrap_or_else(|| "a standby is being prepared".to_owned());
     said(
         PROTECTED,
         false,

@@ -10,7 +10,8 @@ use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
     ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, absent, accepted_loss, anyone_is_heard_of, away, goes_with_vm,
-    is_genesis, is_known, lease_is_strange, pod, record, recreation, says_active, stop_refused, unbound_for, want,
+    is_genesis, is_known, lease_is_strange, pod, proof_may_come, record, recreation, says_active, stop_refused,
+    unbound_for, unproven, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
@@ -62,6 +63,7 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
             .filter(|entry| !entry.leaving)
             .filter_map(|entry| of_seat(seen, entry)),
     );
+    found.extend(unproven_end(seen));
     // A guest starts without a second node: whatever else there is has to be mended before.
     found.sort_by_key(|obstacle| obstacle.reason == TOO_FEW_NODES);
     found
@@ -124,6 +126,35 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
              If it is lost for good, {say}accept that what only it has is lost ({accept}){waits}"
         ),
     ))
+}
+
+/// Nobody has the guest, and of an earlier pod on a node that is ready it is not proven that its engine has ended.
+fn unproven_end(seen: &Observed) -> Option<Obstacle> {
+    let record = &record(seen)?.snapshot.record;
+    let book = seen.status().seats;
+    if want(seen) != Want::Run || is_genesis(record) || anyone_is_heard_of(seen, &book) {
+        return None;
+    }
+    let mut open = book.iter().filter_map(|entry| {
+        let (former, node, since) = unproven(seen, entry, record)?;
+        proof_may_come(seen, former, since)
+            .is_none()
+            .then_some((entry, former, node))
+    });
+    let (entry, former, node) = open.next()?;
+    let (seat, uid) = (&entry.name, &former.uid);
+    let boot = former.boot.as_deref().and_then(|boot| boot.split_once('/'));
+    let mend = match boot {
+        Some((_, boot)) if !boot.is_empty() => format!("boot node {node}"),
+        _ => format!(
+            "switch node {node} off, say so ({}), and remove the taint before it is switched on again",
+            taint_command(node)
+        ),
+    };
+    let message = format!(
+        "it is not proven that an earlier pod of seat {seat} ({uid}, on node {node}) has ended, and no guest is booted before: {mend}"
+    );
+    Some(obstacle("EndNotProven", message))
 }
 
 /// The node of a pod that the record names and that has ended, if it is not there, and the seat's present pod has none.
@@ -211,8 +242,12 @@ fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
 }
 
 fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
-    let placed = seen.pods.get(&entry.name).is_some_and(|pod| pod.node.is_some());
-    if !placed && let Some(found) = storage::of_claim(seen, entry) {
+    // A pod that is on a node, and has or follows the guest, goes on with a claim that is being deleted.
+    let goes_on = |pod: &PodSeen| pod.node.is_some() && pod.phase != PodPhase::Finished;
+    let placed = seen.pods.get(&entry.name).is_some_and(goes_on);
+    if !(placed && anyone_is_heard_of(seen, &seen.status().seats))
+        && let Some(found) = storage::of_claim(seen, entry)
+    {
         return Some(found);
     }
     let seat = seen.pods.get(&entry.name)?;

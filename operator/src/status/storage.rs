@@ -13,7 +13,7 @@ use super::{STORAGE_HEALTHY, Said, said};
 use crate::decide::{
     self, ClaimTrouble, Want, claim_trouble, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod, want,
 };
-use crate::observe::Observed;
+use crate::observe::{Observed, PodPhase};
 
 /// Reason of a seat one of whose claims somebody deletes.
 pub(super) const CLAIM_BEING_DELETED: &str = "ClaimBeingDeleted";
@@ -113,6 +113,15 @@ fn advice(seen: &Observed, entry: &SeatEntry, trouble: ClaimTrouble) -> String {
     let mut others = book.iter().filter(|other| other.name != entry.name && !other.leaving);
     let runs_elsewhere = others.clone().any(|other| is_heard_of(seen, other));
     match named {
+        Some(record) if placed && !runs_elsewhere && is_idle(seen, entry) => {
+            let other = others.find(|other| claim_trouble(seen, other).is_none());
+            let keep = match trouble {
+                ClaimTrouble::Deleting => "set persistentVolumeReclaimPolicy of its PersistentVolume to Retain, ",
+                ClaimTrouble::Lost | ClaimTrouble::Gone => "",
+            };
+            let then = without_pod(seen, entry, record, trouble, other);
+            format!("no guest runs: {keep}delete pod {seat}, and then {then}", seat = entry.name)
+        }
         Some(record) if placed => with_pod(seen, &book, entry, record),
         Some(record) if !runs_elsewhere => {
             let other = others.find(|other| claim_trouble(seen, other).is_none());
@@ -123,6 +132,12 @@ fn advice(seen: &Observed, entry: &SeatEntry, trouble: ClaimTrouble) -> String {
               one that was never used gets another claim when this one is gone"
             .to_owned(),
     }
+}
+
+/// Has the seat's pod failed, or does nobody say that it has the guest or follows it?
+fn is_idle(seen: &Observed, entry: &SeatEntry) -> bool {
+    let failed = pod(seen, entry).is_some_and(|pod| pod.phase == PodPhase::Finished);
+    failed || !is_heard_of(seen, entry)
 }
 
 /// Its pod is on a node, and holds the claim.

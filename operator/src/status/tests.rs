@@ -134,6 +134,31 @@ fn each_obstacle_says_what_to_do() {
     );
 }
 
+/// While no guest ever ran there is nobody but the seats' programs who says anything.
+#[test]
+fn what_any_seat_says_is_told_while_nobody_has_the_guest() {
+    let mut world = started();
+    let name = world.book()[1].name.clone();
+    let say = |world: &mut World, why: &str, code: u8| {
+        world.pods.get_mut(&name).unwrap().published = Ok(SeatPublished {
+            why: why.to_owned(),
+            code,
+            ..SeatPublished::default()
+        });
+    };
+    say(&mut world, "its program is not connected", 0);
+    for kind in [READY, PROTECTED] {
+        let told = said(&mut world, kind);
+        expect(&told, "Starting", &format!("seat {name}: its program is not connected"));
+    }
+    // A disk that can't be prepared.
+    say(&mut world, "disk root: no room", 16);
+    for kind in [READY, PROTECTED] {
+        expect(&said(&mut world, kind), "SeatNeedsHelp", "disk root: no room");
+    }
+    expect(&said(&mut world, STORAGE_HEALTHY), "DiskFailed", "disk root: no room");
+}
+
 /// The scheduler joins what it says of nodes, in any order.
 #[test]
 fn what_to_mend_does_not_depend_on_the_order_of_what_is_said() {
