@@ -1,7 +1,6 @@
 //! Before the guest ran for the first time: which seat begins.
 
 use super::rig::World;
-use super::*;
 
 /// Everybody but engines does what they can; no node takes this seat.
 fn without(world: &mut World, seat: &str) {
