@@ -113,6 +113,21 @@ fn mend(world: &mut World) {
     world.claims.values_mut().for_each(|claim| claim.bound = false);
 }
 
+/// A Lease that was made anew may be deleted before everybody goes by its successor, and then all pods go: a person does what the condition says.
+fn delete_strange(world: &mut World, seed: u64) {
+    let status = world.vm.status.clone().unwrap_or_default();
+    let strange = |(found, _): &(Snapshot, String)| Some(found.uid.to_string()) != status.lease_uid;
+    if world.pods.is_empty() && world.lease.as_ref().is_some_and(strange) {
+        let said = status.conditions.iter().find(|said| said.reason == "LeaseReplaced");
+        assert!(
+            said.is_some_and(|said| said.message.contains("delete it")),
+            "seed {seed}: {status:#?}"
+        );
+        world.delete_lease();
+        world.settle(200);
+    }
+}
+
 /// So many engines were killed as it was asked for.
 fn walk(seed: u64) -> usize {
     let mut random = Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
@@ -161,18 +176,7 @@ fn walk(seed: u64) -> usize {
     mend(&mut world);
     world.want(RunStrategy::Always);
     world.settle(200);
-    let status = world.vm.status.clone().unwrap_or_default();
-    let strange = |(found, _): &(Snapshot, String)| Some(found.uid.to_string()) != status.lease_uid;
-    if world.pods.is_empty() && world.lease.as_ref().is_some_and(strange) {
-        // One that was made anew was deleted before everybody went by it, and then all pods went: a person does what the condition says.
-        let said = status.conditions.iter().find(|said| said.reason == "LeaseReplaced");
-        assert!(
-            said.is_some_and(|said| said.message.contains("delete it")),
-            "seed {seed}: {status:#?}"
-        );
-        world.delete_lease();
-        world.settle(200);
-    }
+    delete_strange(&mut world, seed);
     if world.is_split() {
         // Deleted twice in a row: told as gone, and a person's to mend.
         return world.kills.len();
