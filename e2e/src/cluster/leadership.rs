@@ -2,9 +2,7 @@
 //! replicas sent, not by what they say.
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::Value;
-
-use super::api_proxy::PodWrite;
+use super::api_proxy::{PodWrite, version_of};
 
 /// The election's Lease.
 pub const ELECTION: &str = "ftvm-operator";
@@ -20,10 +18,6 @@ pub struct Leadership {
     pub writes: BTreeMap<String, usize>,
     /// What must not be.
     pub complaints: Vec<String>,
-}
-
-fn version(object: &Value) -> Option<u64> {
-    object["metadata"]["resourceVersion"].as_str()?.parse().ok()
 }
 
 /// Whether it is about the election's Lease, taken or not: what candidates may write. It is in the replicas' own namespace, as their user says.
@@ -49,7 +43,7 @@ pub fn judge(writes: &[PodWrite], is_operator: impl Fn(&str) -> bool) -> Leaders
         .iter()
         .filter(|write| is_operator(&write.asked.asker.user))
         .partition(|write| is_election(write));
-    let made = |write: &PodWrite| write.made.as_ref().and_then(version);
+    let made = |write: &PodWrite| write.made.as_ref().and_then(version_of);
     elections.retain(|write| made(write).is_some());
     elections.sort_by_key(|write| made(write));
     let holder = |write: &PodWrite| {
@@ -94,8 +88,8 @@ pub fn harm(writes: &[PodWrite], namespace: &str, vm: &str) -> Vec<String> {
     for (_, asked, made) in taken {
         let name = made["metadata"]["name"].as_str().unwrap_or_default();
         match (asked.resource.as_str(), asked.method.as_str()) {
-            ("faulttolerantvms", _) if name == vm && version(made) > Some(newest) => {
-                newest = version(made).unwrap_or(newest);
+            ("faulttolerantvms", _) if name == vm && version_of(made) > Some(newest) => {
+                newest = version_of(made).unwrap_or(newest);
                 let seats = made["status"]["seats"].as_array().into_iter().flatten();
                 book = seats
                     .filter_map(|seat| seat["name"].as_str().map(str::to_owned))
@@ -128,7 +122,7 @@ pub fn harm(writes: &[PodWrite], namespace: &str, vm: &str) -> Vec<String> {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::super::api_proxy::{Asked, Asker};
     use super::*;

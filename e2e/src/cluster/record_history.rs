@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::api_proxy::PodWrite;
+use super::api_proxy::{PodWrite, version_of};
 
 /// The record's holders.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub fn record_history(writes: &[PodWrite], namespace: &str, vm: &str) -> RecordH
 }
 
 fn holder(lease: &Value) -> Option<(u64, String)> {
-    let version = lease["metadata"]["resourceVersion"].as_str()?.parse().ok()?;
+    let version = version_of(lease)?;
     let record = lease["metadata"]["annotations"]["ftvm.dev/record"].as_str()?;
     let record: Value = serde_json::from_str(record).ok()?;
     // An incarnation: `UID/start`.

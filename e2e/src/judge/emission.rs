@@ -6,8 +6,8 @@
 //! over and the former one is **deposed**. Two things are forbidden:
 //!
 //! 1. A deposed host brings new content (it is active in a term that is not its own), unless it was rebuilt from the
-//!    winner first ([`Emissions::rebuilt`]), or holds the arbiter's record by then ([`Emissions::explain`]). It may repeat what was said before, that is an ordinary network duplicate;
-//!    such frames are counted apart.
+//!    winner first ([`Emissions::rebuilt`]), or holds the arbiter's record by then ([`Emissions::explain`]). It may
+//!    repeat what was said before, that is an ordinary network duplicate; such frames are counted apart.
 //! 2. A host sends other bytes at a position of a stream than were sent there before: two histories.
 //!
 //! A host that was rebuilt has to be told before it speaks. Where nobody can know in time (a standby that became a member by a write whose

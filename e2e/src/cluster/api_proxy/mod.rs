@@ -40,6 +40,7 @@ use tokio::sync::{oneshot, watch as signal};
 
 pub use fault::{Dice, Fault};
 pub use path::{Asked, Asker};
+pub(super) use serve::version_of;
 
 use self::history::History;
 use self::upstream::Upstream;

@@ -339,7 +339,7 @@ impl Conversation {
 }
 
 /// The version of an object, or of a list.
-pub(super) fn version_of(object: &Value) -> Option<u64> {
+pub(in crate::cluster) fn version_of(object: &Value) -> Option<u64> {
     object["metadata"]["resourceVersion"].as_str()?.parse().ok()
 }
 
