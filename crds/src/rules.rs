@@ -3,7 +3,7 @@
 //! Lists and texts that a rule looks at are bounded in the schema: the API server refuses rules whose estimated cost is too high.
 
 use kube::CustomResourceExt as _;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::FaultTolerantVM;
 use crate::names::VM_NAME_LENGTH_MAX;
@@ -255,11 +255,30 @@ pub fn messages() -> Vec<String> {
     found
 }
 
-/// Takes out what the API server would only warn of: Rust's unsigned formats, and `default: null`.
+/// Largest whole number that all programs that read JSON agree on.
+const WHOLE_MAX: u64 = (1 << 53) - 1;
+
+/// An integer's bounds become those of its Rust type: the API server takes any number, and one that a type can't hold makes the object unreadable.
+fn bound(integer: &mut Map<String, Value>, format: &str) {
+    let (minimum, maximum) = match format {
+        "int32" => (json!(i32::MIN), u64::from(u32::MAX >> 1)),
+        "int64" => (json!(-(WHOLE_MAX as i64)), WHOLE_MAX),
+        "uint32" => (json!(0), u64::from(u32::MAX)),
+        "uint64" => (json!(0), WHOLE_MAX),
+        _ => return,
+    };
+    integer.entry("minimum").or_insert(minimum);
+    integer.entry("maximum").or_insert(json!(maximum));
+}
+
+/// Bounds integers, and takes out what the API server would only warn of: Rust's unsigned formats, and `default: null`.
 fn simplify(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             let unsigned = |format: &Value| format.as_str().is_some_and(|format| format.starts_with("uint"));
+            if let Some(format) = fields.get("format").and_then(Value::as_str).map(str::to_owned) {
+                bound(fields, &format);
+            }
             if fields.get("format").is_some_and(unsigned) {
                 fields.remove("format");
             }

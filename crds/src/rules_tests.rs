@@ -48,6 +48,21 @@ fn what_rules_look_at_is_bounded() {
     assert_eq!(unbounded, Vec::<String>::new());
 }
 
+/// Of the status, too: an object that can't be read is nobody's any more.
+#[test]
+fn no_integer_is_larger_than_its_type() {
+    let definition = definition();
+    let mut unbounded = Vec::new();
+    properties(schema(&definition), "", &mut |path, field| {
+        if field["type"] == "integer" && (field["minimum"].is_null() || field["maximum"].is_null()) {
+            unbounded.push(path.to_owned());
+        }
+    });
+    assert_eq!(unbounded, Vec::<String>::new());
+    let status = &schema(&definition)["properties"]["status"]["properties"];
+    assert_eq!(status["replacements"]["maximum"], u32::MAX);
+}
+
 #[test]
 fn messages_say_what_to_write() {
     let messages = messages();

@@ -9,8 +9,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ftvm_crds::FaultTolerantVM;
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use kube::{Client, Resource, ResourceExt};
+use kube::{Client, ResourceExt};
 
 /// Longest reason and note; the API server takes 128 and 1024 bytes.
 const REASON_CHARS_MAX: usize = 128;
@@ -26,6 +27,13 @@ const FAILURE_AGAIN: Duration = Duration::from_secs(360);
 
 /// Reason of a look that failed.
 pub const RECONCILE_FAILED: &str = "ReconcileFailed";
+/// Reason where a look is not possible: the operator can't read the VM.
+pub const UNREADABLE: &str = "Unreadable";
+
+/// What is told again and again while it stays.
+fn is_failure(reason: &str) -> bool {
+    [RECONCILE_FAILED, UNREADABLE].contains(&reason)
+}
 
 /// Is an event told?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +83,7 @@ impl Lately {
     }
 
     fn judge(&mut self, reason: &str, note: &str, now: Instant) -> Verdict {
-        let fails = reason == RECONCILE_FAILED;
+        let fails = is_failure(reason);
         if fails && self.failure.as_ref().is_some_and(|(told, _)| told == note) {
             return Verdict::Repeated;
         }
@@ -104,7 +112,7 @@ impl Bounds {
 
     /// An event was lost: if it was of a failure, that was told to nobody.
     fn lost(&mut self, vm: &str, reason: &str) {
-        if let Some(lately) = self.0.get_mut(vm).filter(|_| reason == RECONCILE_FAILED) {
+        if let Some(lately) = self.0.get_mut(vm).filter(|_| is_failure(reason)) {
             lately.failure = None;
         }
     }
@@ -147,18 +155,18 @@ impl Events {
     /// The API server's.
     pub async fn publish(
         &self,
-        vm: &FaultTolerantVM,
+        vm: &ObjectReference,
         type_: EventType,
         reason: &str,
         note: &str,
     ) -> Result<(), kube::Error> {
-        let uid = vm.uid().unwrap_or_default();
+        let uid = vm.uid.clone().unwrap_or_default();
         let verdict = self.bounds().judge(&uid, reason, note, Instant::now());
         match verdict {
             Verdict::Told => {}
             Verdict::Repeated => return Ok(()),
             Verdict::TooMany => {
-                tracing::warn!(vm = %vm.name_any(), reason, note, "not told as an event: too many of this VM");
+                tracing::warn!(vm = vm.name.as_deref(), reason, note, "not told as an event: too many of this VM");
                 return Ok(());
             }
         }
@@ -170,7 +178,7 @@ impl Events {
             secondary: None,
         };
         let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
-        let published = recorder.publish(&event, &vm.object_ref(&())).await;
+        let published = recorder.publish(&event, vm).await;
         if published.is_err() {
             self.bounds().lost(&uid, reason);
         }
@@ -188,7 +196,7 @@ mod tests {
     use hyper::service::service_fn;
     use hyper::{Method, Request, Response};
     use hyper_util::rt::TokioIo;
-    use kube::Config;
+    use kube::{Config, Resource};
     use serde_json::Value;
     use tokio::net::TcpListener;
 
@@ -310,12 +318,12 @@ mod tests {
         last.left = 1;
         events.bounds().0.insert(vm.uid().unwrap_or_default(), last);
         for note in ["first", "second", "third"] {
-            let told = events.publish(&vm, EventType::Normal, "SeatFailed", note).await;
+            let told = events.publish(&vm.object_ref(&()), EventType::Normal, "SeatFailed", note).await;
             told.unwrap();
         }
         assert_eq!(sent(), 1);
         events.forget(&vm);
-        let told = events.publish(&vm, EventType::Normal, "SeatFailed", "").await;
+        let told = events.publish(&vm.object_ref(&()), EventType::Normal, "SeatFailed", "").await;
         told.unwrap();
         assert_eq!(sent(), 2);
     }
@@ -330,7 +338,7 @@ mod tests {
         ];
         for note in notes {
             let vm = rig::vm();
-            let told = events.publish(&vm, EventType::Normal, "ActiveChanged", note).await;
+            let told = events.publish(&vm.object_ref(&()), EventType::Normal, "ActiveChanged", note).await;
             told.unwrap();
         }
         let taken = taken.lock().unwrap();

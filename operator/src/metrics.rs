@@ -20,6 +20,8 @@ pub struct Metrics {
     pub vms: IntGaugeVec,
     /// VMs whose guest runs without protection.
     pub unprotected: IntGauge,
+    /// VMs that this operator can't read.
+    pub unreadable: IntGauge,
     /// 1 while this replica is the leader.
     pub leader: IntGauge,
 }
@@ -53,6 +55,10 @@ impl Metrics {
             )?,
             vms: IntGaugeVec::new(Opts::new("ftvm_vms", "Fault-tolerant VMs by phase"), &["phase"])?,
             unprotected: IntGauge::new("ftvm_vms_unprotected", "VMs whose guest runs without protection")?,
+            unreadable: IntGauge::new(
+                "ftvm_vms_unreadable",
+                "VMs that the operator does nothing for, because it can't read them",
+            )?,
             leader: IntGauge::new("ftvm_operator_leader", "1 while this replica is the leader")?,
             registry,
         };
@@ -63,6 +69,7 @@ impl Metrics {
         registry.register(Box::new(metrics.requests.clone()))?;
         registry.register(Box::new(metrics.vms.clone()))?;
         registry.register(Box::new(metrics.unprotected.clone()))?;
+        registry.register(Box::new(metrics.unreadable.clone()))?;
         registry.register(Box::new(metrics.leader.clone()))?;
         Ok(metrics)
     }
@@ -72,6 +79,7 @@ impl Metrics {
         self.leader.set(0);
         self.vms.reset();
         self.unprotected.set(0);
+        self.unreadable.set(0);
     }
 
     /// In Prometheus' text format.
@@ -95,6 +103,7 @@ mod tests {
         metrics.leader.set(1);
         metrics.vms.with_label_values(&["running"]).set(7);
         metrics.unprotected.set(2);
+        metrics.unreadable.set(1);
         assert!(metrics.text().contains("ftvm_vms{phase=\"running\"} 7"));
         metrics.leads_no_longer();
         assert_eq!(metrics.text(), follower);

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, VmPhase};
+use ftvm_watch::UnreadableObjects;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::runtime::controller::Action as Next;
 use kube::runtime::events::EventType;
-use kube::{Client, ResourceExt};
+use kube::{Client, Resource, ResourceExt};
 
 use crate::api::{ApiError, Objects};
 use crate::authority::authority;
@@ -44,6 +45,8 @@ pub struct Context {
     pub client: Client,
     /// What the watches told.
     pub caches: Caches,
+    /// VMs that are there and can't be read.
+    pub unreadable: UnreadableObjects,
     /// How seats' pods are made.
     pub image: SeatImage,
     /// How guest images come into them.
@@ -98,6 +101,10 @@ impl Looks {
 /// # Errors
 /// What the API server refused; [`again`] says when to look again.
 pub async fn reconcile(vm: Arc<FaultTolerantVM>, context: Arc<Context>) -> Result<Next, ApiError> {
+    if context.unreadable.has(&*vm) {
+        // What is known of it is old; an event says so. It is looked at once it can be read.
+        return Ok(Next::await_change());
+    }
     context.metrics.reconciles.inc();
     if context.is_old(&vm) {
         // The watch is about to tell what this process wrote itself: whatever is decided of the object before that comes to nothing.
@@ -510,7 +517,7 @@ async fn tell(old: &FaultTolerantVMStatus, vm: &FaultTolerantVM, context: &Conte
 impl Context {
     /// Events are for people: that one is lost is logged and changes nothing.
     async fn publish(&self, vm: &FaultTolerantVM, type_: EventType, reason: &str, note: &str) {
-        if let Err(error) = self.events.publish(vm, type_, reason, note).await {
+        if let Err(error) = self.events.publish(&vm.object_ref(&()), type_, reason, note).await {
             tracing::warn!(vm = %vm.name_any(), %error, reason, "an event could not be published");
         }
     }

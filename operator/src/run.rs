@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ftvm_crds::FaultTolerantVM;
-use ftvm_watch::lasting;
+use ftvm_watch::{Unreadable, UnreadableObjects, lasting_readable};
 use futures::StreamExt;
+use kube::runtime::events::EventType;
 use kube::runtime::{Controller, WatchStreamExt, controller, reflector, watcher};
-use kube::{Api, Client, Config};
+use kube::{Client, Config};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -16,7 +17,7 @@ use crate::api::Objects;
 use crate::build::SeatImage;
 use crate::caches::Caches;
 use crate::election::{Election, TIMES};
-use crate::events::Events;
+use crate::events::{Events, UNREADABLE};
 use crate::image_volumes::{ImageVolumes, Setting};
 use crate::metrics::Metrics;
 use crate::reconcile::{Context, again, count, reconcile};
@@ -125,17 +126,19 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
     let (vms, kept) = reflector::store();
     let caches = Caches::watch(&client, &triggers, vms.clone());
     caches.ready().await?;
+    let unreadable = UnreadableObjects::default();
     let own = Objects::new(client.clone(), metrics.clone(), &options.pod_namespace);
     let context = Arc::new(Context {
         client: client.clone(),
         caches,
+        unreadable: unreadable.clone(),
         image_volumes: ImageVolumes::new(options.image_volumes, options.image.clone(), own),
         image: options.image,
         events: Events::new(client.clone(), options.pod_name),
         metrics: metrics.clone(),
         memory: Mutex::default(),
     });
-    let watched = lasting(Api::<FaultTolerantVM>::all(client), watcher::Config::default());
+    let watched = lasting_readable::<FaultTolerantVM>(client, watcher::Config::default(), vms.clone(), unreadable.clone());
     let watched = watched.modify(trim::vm).reflect(kept).applied_objects();
     let controller = Controller::for_stream(watched, vms.clone()).with_config(
         controller::Config::default()
@@ -148,7 +151,7 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
     });
     let mut results = controller
         .reconcile_on(triggered)
-        .run(reconcile, again, context)
+        .run(reconcile, again, context.clone())
         .boxed();
     // Not after each look: with many VMs each look would cost as much as all of them.
     let mut counts = tokio::time::interval(COUNT_EVERY);
@@ -160,7 +163,25 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
                 Some(Ok(_)) => {}
                 None => return Ok(()),
             },
-            _ = counts.tick() => count(vms.state().iter().map(|vm| &**vm), &metrics),
+            _ = counts.tick() => {
+                count(vms.state().iter().map(|vm| &**vm), &metrics);
+                tell_unreadable(&unreadable.all(), &context).await;
+            }
+        }
+    }
+}
+
+/// Says of each that nothing is done for it. What was said lately is not repeated.
+async fn tell_unreadable(vms: &[Unreadable], context: &Context) {
+    context.metrics.unreadable.set(i64::try_from(vms.len()).unwrap_or(i64::MAX));
+    for Unreadable { object, why } in vms {
+        let note = format!(
+            "this operator ({}) can't read the VM: {why}. Nothing is done for it until it can: seats go on as they are, failover included, \
+             but lost ones are not replaced. Correct that field, or bring the operator to the release that wrote it",
+            env!("CARGO_PKG_VERSION")
+        );
+        if let Err(error) = context.events.publish(object, EventType::Warning, UNREADABLE, &note).await {
+            tracing::warn!(vm = object.name.as_deref(), namespace = object.namespace.as_deref(), %error, note, "an event could not be published");
         }
     }
 }

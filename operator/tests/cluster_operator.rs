@@ -9,6 +9,7 @@ use ftvm_e2e::cluster::{Cluster, Options, leadership, wait_for};
 use serde_json::{Value, json};
 
 mod cpus;
+mod newer;
 mod refused;
 mod troubles;
 mod zones;
@@ -325,6 +326,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     let asked = requests(&cluster)?.into_iter();
     let finalizers = asked.filter(|asked| asked == "patch faulttolerantvms web");
     assert_eq!(finalizers.count(), 1, "the finalizer is put on once");
+    newer::apply(&cluster)?;
     // Another replica takes over; nothing is made twice.
     let first = leader(&cluster)?;
     for (name, operator) in &mut replicas {
@@ -337,6 +339,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
         ensure!(now != first, "{now} still leads");
         Ok(())
     })?;
+    newer::correct(&cluster)?;
     rests(&cluster)?;
     assert_eq!(cluster.get(&["ftvm", "web"])?["status"]["seats"], Value::Array(seats));
     foreign_lease(&cluster)?;

@@ -8,6 +8,10 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 
+mod readable;
+
+pub use crate::readable::{Unreadable, UnreadableObjects, lasting_readable};
+
 /// First and longest pause before a watch begins anew that just did.
 const ANEW: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 

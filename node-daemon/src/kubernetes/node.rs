@@ -217,7 +217,7 @@ impl Node {
                 vm.metadata.name.as_deref() == Some(&name) && vm.metadata.namespace.as_deref() == Some(&namespace)
             };
             let vm = vms.iter().find(is_it);
-            let vm = vm.ok_or_else(|| format!("there is no FaultTolerantVM {namespace}/{name}"))?;
+            let vm = vm.ok_or_else(|| format!("there is no FaultTolerantVM {namespace}/{name}, or this daemon never could read it (the operator's events say why)"))?;
             book::seat(pod, vm, &self.name, self.machine.as_deref())
         });
         let existing = self.lock().get(&id).cloned();

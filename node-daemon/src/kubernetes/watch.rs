@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{LABEL_MANAGED_BY, MANAGED_BY};
-use ftvm_watch::lasting;
-use futures::StreamExt;
+use ftvm_watch::{UnreadableObjects, lasting, lasting_readable};
+use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, Patch, PatchParams};
-use kube::runtime::reflector::{self, Store};
+use kube::runtime::reflector::{self, Store, store::Writer};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource};
 use tokio::sync::Notify;
@@ -42,8 +42,13 @@ pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
     let pods = watcher::Config::default()
         .fields(&format!("spec.nodeName={}", node.name))
         .labels(&format!("{LABEL_MANAGED_BY}={MANAGED_BY}"));
-    let pods = follow::<Pod>(Api::all(client.clone()), pods, changed.clone());
-    let vms = follow::<FaultTolerantVM>(Api::all(client.clone()), watcher::Config::default(), changed.clone());
+    let pods = lasting(Api::<Pod>::all(client.clone()), pods);
+    let pods = follow(pods, reflector::store(), changed.clone());
+    let kept = reflector::store();
+    // One that can't be read stays as it was read last; the operator says so.
+    let unreadable = UnreadableObjects::default();
+    let vms = lasting_readable(client.clone(), watcher::Config::default(), kept.0.clone(), unreadable);
+    let vms = follow::<FaultTolerantVM>(vms, kept, changed.clone());
     let (mut ready, mut missing) = (false, Missing::default());
     loop {
         // Whichever comes first; both are looked at.
@@ -76,13 +81,16 @@ pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
 }
 
 /// Keeps a store of these objects, whatever becomes of the connection.
-fn follow<K>(api: Api<K>, config: watcher::Config, changed: Arc<Notify>) -> Store<K>
+fn follow<K>(
+    events: impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send + 'static,
+    (store, writer): (Store<K>, Writer<K>),
+    changed: Arc<Notify>,
+) -> Store<K>
 where
-    K: Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
+    K: Resource<DynamicType = ()> + Clone + Send + Sync + 'static,
 {
-    let (store, writer) = reflector::store();
     // The back-off is the one that client-go has, with jitter.
-    let events = lasting(api, config).default_backoff().reflect(writer);
+    let events = events.default_backoff().reflect(writer);
     tokio::spawn(async move {
         let mut events = std::pin::pin!(events);
         while let Some(event) = events.next().await {

@@ -140,6 +140,11 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "spec: {resources: {memoryOverhead: '100'}}",
         "write a size as a whole number with Mi, Gi or Ti",
     ),
+    // More than any program could hold: the operator could read no VM any more.
+    (
+        "spec: {placement: {tolerations: [{key: a, tolerationSeconds: 1e30}]}}",
+        "tolerationSeconds",
+    ),
     (
         "spec: {runStrategy: Sometimes}",
         "supported values: \"Always\", \"Halted\"",

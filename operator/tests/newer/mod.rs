@@ -1,0 +1,49 @@
+//! A VM that says what only another release of the operator knows: it is told so, and no other VM notices.
+
+use anyhow::ensure;
+use ftvm_e2e::cluster::{Cluster, wait_for};
+use serde_json::json;
+
+use super::troubles::small;
+use super::{DEFINITION, PATIENCE, merge, wait_event, wait_reason};
+
+/// The resource as a newer release might define it.
+fn define_more(cluster: &Cluster) -> anyhow::Result<()> {
+    let strategies = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/runStrategy/enum/-";
+    let patch = json!([{"op": "add", "path": strategies, "value": "Sometimes"}]).to_string();
+    let definition = "crd/faulttolerantvms.ftvm.dev";
+    cluster
+        .kubectl(&["patch", definition, "--type=json", "--patch", &patch])
+        .map(drop)
+}
+
+/// Makes one; the operator tells of it.
+pub fn apply(cluster: &Cluster) -> anyhow::Result<()> {
+    define_more(cluster)?;
+    let mut vm = small("newer", "local");
+    merge(&mut vm["spec"], &json!({"runStrategy": "Sometimes"}));
+    wait_for("the API server takes the newer definition", PATIENCE, || {
+        cluster.apply(&vm.to_string())
+    })?;
+    wait_event(cluster, "newer", "Unreadable", "spec.runStrategy: unknown variant `Sometimes`")?;
+    beside(cluster, "beside")
+}
+
+/// Another VM is attended to.
+pub fn beside(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
+    cluster.apply(&small(name, "local").to_string())?;
+    wait_reason(cluster, name, "Protected", "NoKvmNode")?;
+    cluster.kubectl(&["delete", "ftvm", name, "--timeout=60s"]).map(drop)
+}
+
+/// Whoever leads now attends to others, and to this one once it can be read.
+pub fn correct(cluster: &Cluster) -> anyhow::Result<()> {
+    beside(cluster, "beside-too")?;
+    let untouched = cluster.get(&["ftvm", "newer"])?;
+    ensure!(untouched["status"].is_null(), "{untouched}");
+    let halt = json!({"spec": {"runStrategy": "Halted"}}).to_string();
+    cluster.kubectl(&["patch", "ftvm", "newer", "--type=merge", "-p", &halt])?;
+    wait_reason(cluster, "newer", "Ready", "Halted")?;
+    cluster.kubectl(&["delete", "ftvm", "newer", "--timeout=60s"])?;
+    cluster.apply(DEFINITION).map(drop)
+}
