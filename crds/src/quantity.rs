@@ -8,6 +8,9 @@ pub const PATTERN: &str = "^[1-9][0-9]{0,6}(Mi|Gi|Ti)$";
 /// Least and most memory of a guest in MiB, the same for the API server (CEL) and the node-daemon.
 pub const MEMORY_MIB: RangeInclusive<u64> = 16..=1 << 20;
 
+/// Largest whole number that all programs that read JSON agree on.
+pub const WHOLE_MAX: u64 = (1 << 53) - 1;
+
 /// A text that is no size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not a size: write a whole number with Mi, Gi or Ti, such as 512Mi or 4Gi")]

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::FaultTolerantVM;
 use crate::names::VM_NAME_LENGTH_MAX;
-use crate::quantity::{MEMORY_MIB, PATTERN as SIZE};
+use crate::quantity::{MEMORY_MIB, PATTERN as SIZE, WHOLE_MAX};
 
 fn rule(rule: impl AsRef<str>, message: impl AsRef<str>) -> Value {
     json!({ "rule": rule.as_ref(), "message": message.as_ref() })
@@ -254,9 +254,6 @@ pub fn messages() -> Vec<String> {
     found.dedup();
     found
 }
-
-/// Largest whole number that all programs that read JSON agree on.
-const WHOLE_MAX: u64 = (1 << 53) - 1;
 
 /// An integer's bounds become those of its Rust type: the API server takes any number, and one that a type can't hold makes the object unreadable.
 fn bound(integer: &mut Map<String, Value>, format: &str) {

@@ -14,8 +14,8 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, ResourceExt};
 
 /// Longest reason and note; the API server takes 128 and 1024 bytes.
-const REASON_CHARS_MAX: usize = 128;
-const NOTE_CHARS_MAX: usize = 1000;
+const REASON_BYTES_MAX: usize = 128;
+const NOTE_BYTES_MAX: usize = 1024;
 /// So many events of a VM may follow each other at once.
 const BURST: u32 = 200;
 /// So many of them are not for looks that fail.
@@ -29,6 +29,11 @@ const FAILURE_AGAIN: Duration = Duration::from_secs(360);
 pub const RECONCILE_FAILED: &str = "ReconcileFailed";
 /// Reason where a look is not possible: the operator can't read the VM.
 pub const UNREADABLE: &str = "Unreadable";
+
+/// At most so many bytes of a text.
+pub fn clipped(text: &str, bytes_max: usize) -> &str {
+    &text[..text.floor_char_boundary(bytes_max)]
+}
 
 /// What is told again and again while it stays.
 fn is_failure(reason: &str) -> bool {
@@ -166,14 +171,19 @@ impl Events {
             Verdict::Told => {}
             Verdict::Repeated => return Ok(()),
             Verdict::TooMany => {
-                tracing::warn!(vm = vm.name.as_deref(), reason, note, "not told as an event: too many of this VM");
+                tracing::warn!(
+                    vm = vm.name.as_deref(),
+                    reason,
+                    note,
+                    "not told as an event: too many of this VM"
+                );
                 return Ok(());
             }
         }
         let event = Event {
             type_,
-            reason: reason.chars().take(REASON_CHARS_MAX).collect(),
-            note: Some(note.chars().take(NOTE_CHARS_MAX).collect()),
+            reason: clipped(reason, REASON_BYTES_MAX).to_owned(),
+            note: Some(clipped(note, NOTE_BYTES_MAX).to_owned()),
             action: "Reconcile".to_owned(),
             secondary: None,
         };
@@ -318,12 +328,16 @@ mod tests {
         last.left = 1;
         events.bounds().0.insert(vm.uid().unwrap_or_default(), last);
         for note in ["first", "second", "third"] {
-            let told = events.publish(&vm.object_ref(&()), EventType::Normal, "SeatFailed", note).await;
+            let told = events
+                .publish(&vm.object_ref(&()), EventType::Normal, "SeatFailed", note)
+                .await;
             told.unwrap();
         }
         assert_eq!(sent(), 1);
         events.forget(&vm);
-        let told = events.publish(&vm.object_ref(&()), EventType::Normal, "SeatFailed", "").await;
+        let told = events
+            .publish(&vm.object_ref(&()), EventType::Normal, "SeatFailed", "")
+            .await;
         told.unwrap();
         assert_eq!(sent(), 2);
     }
@@ -338,7 +352,9 @@ mod tests {
         ];
         for note in notes {
             let vm = rig::vm();
-            let told = events.publish(&vm.object_ref(&()), EventType::Normal, "ActiveChanged", note).await;
+            let told = events
+                .publish(&vm.object_ref(&()), EventType::Normal, "ActiveChanged", note)
+                .await;
             told.unwrap();
         }
         let taken = taken.lock().unwrap();

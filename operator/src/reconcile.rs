@@ -36,6 +36,9 @@ const IDENTITY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_
 /// Wait after a conflict: the watch tells of the new version soon.
 const CONFLICT: Duration = Duration::from_millis(500);
 
+/// Wait while a VM can't be read: nothing is asked of anybody.
+const UNREADABLE_AGAIN: Duration = Duration::from_secs(10);
+
 /// A watch tells of an own write within this time. Later, whatever it says counts: the API server may have been restored from a backup.
 const WATCH_TELLS: Duration = Duration::from_secs(10);
 
@@ -101,9 +104,9 @@ impl Looks {
 /// # Errors
 /// What the API server refused; [`again`] says when to look again.
 pub async fn reconcile(vm: Arc<FaultTolerantVM>, context: Arc<Context>) -> Result<Next, ApiError> {
-    if context.unreadable.has(&*vm) {
-        // What is known of it is old; an event says so. It is looked at once it can be read.
-        return Ok(Next::await_change());
+    if context.unreadable.has(vm.namespace().as_deref(), &vm.name_any()) {
+        // What is known of it is old; an event says so. That a list with a version that can be read has ended triggers no look.
+        return Ok(Next::requeue(jittered(UNREADABLE_AGAIN)));
     }
     context.metrics.reconciles.inc();
     if context.is_old(&vm) {

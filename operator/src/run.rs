@@ -17,7 +17,7 @@ use crate::api::Objects;
 use crate::build::SeatImage;
 use crate::caches::Caches;
 use crate::election::{Election, TIMES};
-use crate::events::{Events, UNREADABLE};
+use crate::events::{Events, UNREADABLE, clipped};
 use crate::image_volumes::{ImageVolumes, Setting};
 use crate::metrics::Metrics;
 use crate::reconcile::{Context, again, count, reconcile};
@@ -27,6 +27,13 @@ use crate::{serve, trim};
 const CONCURRENCY: u16 = 8;
 /// VMs are counted for the metrics so often.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
+
+/// It is told of VMs that can't be read so often; longest wait while that fails.
+const TELL_UNREADABLE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
+/// The API server has so long to take such an event.
+const TELL_MAX: Duration = Duration::from_secs(10);
+/// So much of what is wrong with a VM is told.
+const WHY_BYTES_MAX: usize = 400;
 
 /// What the command line says.
 #[derive(Debug, Clone)]
@@ -138,7 +145,9 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
         metrics: metrics.clone(),
         memory: Mutex::default(),
     });
-    let watched = lasting_readable::<FaultTolerantVM>(client, watcher::Config::default(), vms.clone(), unreadable.clone());
+    let telling = context.clone();
+    let watched =
+        lasting_readable::<FaultTolerantVM>(client, watcher::Config::default(), vms.clone(), unreadable.clone());
     let watched = watched.modify(trim::vm).reflect(kept).applied_objects();
     let controller = Controller::for_stream(watched, vms.clone()).with_config(
         controller::Config::default()
@@ -151,10 +160,11 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
     });
     let mut results = controller
         .reconcile_on(triggered)
-        .run(reconcile, again, context.clone())
+        .run(reconcile, again, context)
         .boxed();
     // Not after each look: with many VMs each look would cost as much as all of them.
     let mut counts = tokio::time::interval(COUNT_EVERY);
+    let mut telling = std::pin::pin!(tell_unreadable(&unreadable, &telling));
     loop {
         tokio::select! {
             result = results.next() => match result {
@@ -165,23 +175,39 @@ pub async fn lead(client: Client, options: Options, metrics: Metrics) -> Result<
             },
             _ = counts.tick() => {
                 count(vms.state().iter().map(|vm| &**vm), &metrics);
-                tell_unreadable(&unreadable.all(), &context).await;
+                metrics.unreadable.set(unreadable.all().len().try_into().unwrap_or(i64::MAX));
             }
+            () = &mut telling => {}
         }
     }
 }
 
-/// Says of each that nothing is done for it. What was said lately is not repeated.
-async fn tell_unreadable(vms: &[Unreadable], context: &Context) {
-    context.metrics.unreadable.set(i64::try_from(vms.len()).unwrap_or(i64::MAX));
-    for Unreadable { object, why } in vms {
-        let note = format!(
-            "this operator ({}) can't read the VM: {why}. Nothing is done for it until it can: seats go on as they are, failover included, \
-             but lost ones are not replaced. Correct that field, or bring the operator to the release that wrote it",
-            env!("CARGO_PKG_VERSION")
-        );
-        if let Err(error) = context.events.publish(object, EventType::Warning, UNREADABLE, &note).await {
-            tracing::warn!(vm = object.name.as_deref(), namespace = object.namespace.as_deref(), %error, note, "an event could not be published");
+/// Says for ever of each VM that can't be read that nothing is done for it. What was said lately is not repeated; what could not be said is
+/// tried again later and later.
+async fn tell_unreadable(vms: &UnreadableObjects, context: &Context) {
+    let mut wait = TELL_UNREADABLE.0;
+    loop {
+        tokio::time::sleep(wait).await;
+        let mut told = true;
+        for Unreadable { object, why } in vms.all() {
+            let note = format!(
+                "this operator ({}) can't read the VM: {}. Nothing is done for it until it can: its seats go on as they are, failover \
+                 included, but lost ones are not replaced. Correct that field, or bring the operator to the release that wrote it",
+                env!("CARGO_PKG_VERSION"),
+                clipped(&why, WHY_BYTES_MAX)
+            );
+            let telling = context.events.publish(&object, EventType::Warning, UNREADABLE, &note);
+            let done = tokio::time::timeout(TELL_MAX, telling).await;
+            if !matches!(done, Ok(Ok(()))) {
+                told = false;
+                let (vm, namespace) = (object.name.as_deref(), object.namespace.as_deref());
+                tracing::warn!(vm, namespace, ?done, note, "an event could not be published");
+            }
         }
+        wait = if told {
+            TELL_UNREADABLE.0
+        } else {
+            (2 * wait).min(TELL_UNREADABLE.1)
+        };
     }
 }

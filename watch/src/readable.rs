@@ -11,8 +11,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
-use serde::de::{DeserializeOwned, Deserializer, Error as _};
 use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, Error as _};
 use serde_json::Value;
 
 use crate::lasting;
@@ -49,8 +49,20 @@ impl UnreadableObjects {
     }
 
     /// Whether the newest version of this object can't be read: what is known of it is old.
-    pub fn has<K: Resource>(&self, object: &K) -> bool {
-        self.lock().contains_key(&key(object))
+    #[must_use]
+    pub fn has(&self, namespace: Option<&str>, name: &str) -> bool {
+        self.lock()
+            .contains_key(&(namespace.map(str::to_owned), name.to_owned()))
+    }
+}
+
+impl FromIterator<Unreadable> for UnreadableObjects {
+    fn from_iter<I: IntoIterator<Item = Unreadable>>(objects: I) -> Self {
+        let keyed = objects.into_iter().map(|one| {
+            let name = one.object.name.clone().unwrap_or_default();
+            ((one.object.namespace.clone(), name), one)
+        });
+        Self(Arc::new(Mutex::new(keyed.collect())))
     }
 }
 
@@ -65,7 +77,11 @@ pub fn lasting_readable<K>(
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
-    let mut sieve = Sieve { store, unreadable, listed: BTreeSet::new() };
+    let mut sieve = Sieve {
+        store,
+        unreadable,
+        listed: BTreeSet::new(),
+    };
     lasting(Api::<Told<K>>::all(client), config)
         .filter_map(move |event| std::future::ready(event.map(|event| sieve.pass(event)).transpose()))
 }
@@ -74,7 +90,7 @@ where
 #[derive(Debug, Clone)]
 enum Told<K> {
     Read(K),
-    Not { metadata: ObjectMeta, why: String },
+    Not { metadata: Box<ObjectMeta>, why: String },
 }
 
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Told<K> {
@@ -84,7 +100,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Told<K> {
             Ok(object) => Ok(Told::Read(object)),
             Err(error) => {
                 // The API server's own part of every object.
-                let metadata = ObjectMeta::deserialize(&value["metadata"]).map_err(D::Error::custom)?;
+                let metadata = Box::new(ObjectMeta::deserialize(&value["metadata"]).map_err(D::Error::custom)?);
                 let why = error.to_string();
                 Ok(Told::Not { metadata, why })
             }
@@ -142,45 +158,43 @@ impl<K: Resource<DynamicType = ()> + Clone + 'static> Sieve<K> {
                 self.listed.clear();
                 Some(Event::Init)
             }
-            Event::InitApply(told) => self.take(told).map(Event::InitApply),
+            // Its mark goes with the end of the list: until then the store has what it had.
+            Event::InitApply(Told::Read(object)) => Some(Event::InitApply(object)),
+            Event::InitApply(told) => {
+                self.listed.insert(key(&told));
+                self.mark(&told);
+                self.last(&told).map(Event::InitApply)
+            }
             Event::InitDone => {
                 let listed = std::mem::take(&mut self.listed);
                 self.unreadable.lock().retain(|key, _| listed.contains(key));
                 Some(Event::InitDone)
             }
-            Event::Apply(told) => match told {
-                Told::Read(_) => self.take(told).map(Event::Apply),
-                // The store has the last one already.
-                Told::Not { .. } => {
-                    self.take(told);
-                    None
-                }
-            },
+            Event::Apply(Told::Read(object)) => {
+                self.unreadable.lock().remove(&key(&object));
+                Some(Event::Apply(object))
+            }
+            // The store has the last one already.
+            Event::Apply(told) => {
+                self.mark(&told);
+                None
+            }
             Event::Delete(told) => {
                 self.unreadable.lock().remove(&key(&told));
-                match told {
+                let object = match told {
                     Told::Read(object) => Some(object),
                     Told::Not { .. } => self.last(&told),
-                }
-                .map(Event::Delete)
+                };
+                object.map(Event::Delete)
             }
         }
     }
 
-    /// The object, or its last version that could be read.
-    fn take(&mut self, told: Told<K>) -> Option<K> {
-        let key = key(&told);
-        match &told {
-            Told::Read(_) => self.unreadable.lock().remove(&key),
-            Told::Not { why, .. } => {
-                let (object, why) = (told.object_ref(&()), why.clone());
-                self.listed.insert(key.clone());
-                self.unreadable.lock().insert(key, Unreadable { object, why })
-            }
-        };
-        match told {
-            Told::Read(object) => Some(object),
-            Told::Not { .. } => self.last(&told),
+    /// Enters it in the books if it can't be read.
+    fn mark(&self, told: &Told<K>) {
+        if let Told::Not { why, .. } = told {
+            let (object, why) = (told.object_ref(&()), why.clone());
+            self.unreadable.lock().insert(key(told), Unreadable { object, why });
         }
     }
 
@@ -225,7 +239,11 @@ mod tests {
     impl Watch {
         fn new() -> Watch {
             let (store, writer) = reflector::store();
-            let sieve = Sieve { store, unreadable: UnreadableObjects::default(), listed: BTreeSet::new() };
+            let sieve = Sieve {
+                store,
+                unreadable: UnreadableObjects::default(),
+                listed: BTreeSet::new(),
+            };
             Watch { sieve, writer }
         }
 
@@ -236,10 +254,19 @@ mod tests {
                     self.writer.apply_watcher_event(&event);
                 }
             }
-            let mut known: Vec<_> = self.sieve.store.state().iter().map(|object| object.name_any()).collect();
+            let mut known: Vec<_> = self
+                .sieve
+                .store
+                .state()
+                .iter()
+                .map(|object| object.name_any())
+                .collect();
             known.sort();
             let unreadable = self.sieve.unreadable.all();
-            (known, unreadable.into_iter().filter_map(|one| one.object.name).collect())
+            (
+                known,
+                unreadable.into_iter().filter_map(|one| one.object.name).collect(),
+            )
         }
     }
 
@@ -249,16 +276,26 @@ mod tests {
 
     fn list(objects: impl IntoIterator<Item = Told<ConfigMap>>) -> Vec<Event<Told<ConfigMap>>> {
         let objects = objects.into_iter().map(Event::InitApply);
-        [Event::Init].into_iter().chain(objects).chain([Event::InitDone]).collect()
+        [Event::Init]
+            .into_iter()
+            .chain(objects)
+            .chain([Event::InitDone])
+            .collect()
     }
 
     #[test]
     fn what_cant_be_read_says_which_field_and_keeps_its_version() {
         let told = bad("web");
         assert_eq!(told.resource_version().as_deref(), Some("7"));
-        assert!(matches!(&told, Told::Not { why, .. } if why.starts_with("data.colour: invalid type: integer `7`")), "{told:?}");
+        assert!(
+            matches!(&told, Told::Not { why, .. } if why.starts_with("data.colour: invalid type: integer `7`")),
+            "{told:?}"
+        );
         let reference = told.object_ref(&());
-        assert_eq!((reference.kind.as_deref(), reference.uid.as_deref()), (Some("ConfigMap"), Some("web")));
+        assert_eq!(
+            (reference.kind.as_deref(), reference.uid.as_deref()),
+            (Some("ConfigMap"), Some("web"))
+        );
     }
 
     #[test]
@@ -266,7 +303,11 @@ mod tests {
         let mut watch = Watch::new();
         let after = watch.after(list([bad("a"), good("b"), bad("c")]));
         assert_eq!(after, (names(&["b"]), names(&["a", "c"])));
-        let after = watch.after([Event::Apply(good("a")), Event::Delete(bad("c")), Event::Apply(good("d"))]);
+        let after = watch.after([
+            Event::Apply(good("a")),
+            Event::Delete(bad("c")),
+            Event::Apply(good("d")),
+        ]);
         assert_eq!(after, (names(&["a", "b", "d"]), names(&[])));
     }
 
@@ -274,10 +315,17 @@ mod tests {
     fn one_that_can_be_read_no_longer_is_not_taken_for_deleted() {
         let mut watch = Watch::new();
         watch.after(list([good("a"), good("b")]));
-        assert_eq!(watch.after([Event::Apply(bad("a"))]), (names(&["a", "b"]), names(&["a"])));
+        assert_eq!(
+            watch.after([Event::Apply(bad("a"))]),
+            (names(&["a", "b"]), names(&["a"]))
+        );
         // Nor by a list.
-        assert_eq!(watch.after(list([bad("a"), good("b")])), (names(&["a", "b"]), names(&["a"])));
-        assert!(watch.sieve.unreadable.has(&good("a")) && !watch.sieve.unreadable.has(&good("b")));
+        assert_eq!(
+            watch.after(list([bad("a"), good("b")])),
+            (names(&["a", "b"]), names(&["a"]))
+        );
+        let has = |name| watch.sieve.unreadable.has(Some("shop"), name);
+        assert!(has("a") && !has("b"));
         assert_eq!(watch.after([Event::Delete(bad("a"))]), (names(&["b"]), names(&[])));
     }
 
@@ -285,6 +333,17 @@ mod tests {
     fn what_a_list_lacks_is_gone() {
         let mut watch = Watch::new();
         watch.after(list([good("a"), bad("b")]));
+        assert_eq!(watch.after(list([good("a")])), (names(&["a"]), names(&[])));
+    }
+
+    /// A list may end in the middle and begin anew.
+    #[test]
+    fn until_a_list_ends_what_is_known_is_old() {
+        let mut watch = Watch::new();
+        watch.after(list([good("a")]));
+        watch.after([Event::Apply(bad("a"))]);
+        let after = watch.after([Event::Init, Event::InitApply(good("a")), Event::Init]);
+        assert_eq!(after, (names(&["a"]), names(&["a"])));
         assert_eq!(watch.after(list([good("a")])), (names(&["a"]), names(&[])));
     }
 

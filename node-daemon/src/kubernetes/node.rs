@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_protocol::identity::SeatId;
+use ftvm_watch::UnreadableObjects;
 use k8s_openapi::api::core::v1::Pod;
 
 use super::book::{self, Refusal};
@@ -59,6 +60,17 @@ impl NodeSeat {
     }
 }
 
+/// Why a pod has no VM.
+#[derive(Debug, thiserror::Error)]
+enum NoVm {
+    #[error("the pod has no label ftvm.dev/vm")]
+    NoLabel,
+    #[error("there is no FaultTolerantVM {namespace}/{name}")]
+    Missing { namespace: String, name: String },
+    #[error("this release can't read the pod's FaultTolerantVM; an event of it says why")]
+    Unreadable,
+}
+
 /// The seats of this node.
 pub struct Node {
     /// Its name.
@@ -73,6 +85,8 @@ pub struct Node {
     refused: RefusedPods,
     /// Pods of which it can't be read what they were, or whose folder could not be removed.
     unread: Mutex<BTreeSet<SeatId>>,
+    /// Virtual machines that are there and can't be read.
+    pub unreadable: UnreadableObjects,
 }
 
 impl Node {
@@ -93,6 +107,7 @@ impl Node {
             seats: Mutex::default(),
             refused: RefusedPods::default(),
             unread: Mutex::default(),
+            unreadable: UnreadableObjects::default(),
         };
         for id in node.daemon.state().pods().unwrap_or_default() {
             let folder = node.daemon.state().pod(id);
@@ -211,16 +226,13 @@ impl Node {
     }
 
     fn attend(&self, id: SeatId, pod: &Pod, vms: &[Arc<FaultTolerantVM>]) {
-        let found = book::vm_of(pod).ok_or_else(|| Refusal::from("the pod has no label ftvm.dev/vm".to_owned()));
-        let genuine = found.and_then(|(namespace, name)| {
-            let is_it = |vm: &&Arc<FaultTolerantVM>| {
-                vm.metadata.name.as_deref() == Some(&name) && vm.metadata.namespace.as_deref() == Some(&namespace)
-            };
-            let vm = vms.iter().find(is_it);
-            let vm = vm.ok_or_else(|| format!("there is no FaultTolerantVM {namespace}/{name}, or this daemon never could read it (the operator's events say why)"))?;
-            book::seat(pod, vm, &self.name, self.machine.as_deref())
-        });
         let existing = self.lock().get(&id).cloned();
+        let genuine = match self.vm_of(pod, vms) {
+            Ok(vm) => book::seat(pod, vm, &self.name, self.machine.as_deref()),
+            // What is remembered of the seat holds until its VM can be read.
+            Err(NoVm::Unreadable) if existing.is_some() => return self.notice(&existing, pod),
+            Err(refusal) => Err(Refusal::from(refusal.to_string())),
+        };
         match genuine {
             Ok(seat) => match &existing {
                 Some(existing) => {
@@ -239,9 +251,26 @@ impl Node {
                 self.refused.refuse(id, refusal);
             }
         }
-        let Some(seat) = self.lock().get(&id).cloned() else {
-            return;
+        let seat = self.lock().get(&id).cloned();
+        self.notice(&seat, pod);
+    }
+
+    /// The VM that the pod says it belongs to.
+    fn vm_of<'a>(&self, pod: &Pod, vms: &'a [Arc<FaultTolerantVM>]) -> Result<&'a FaultTolerantVM, NoVm> {
+        let (namespace, name) = book::vm_of(pod).ok_or(NoVm::NoLabel)?;
+        let is_it = |vm: &&Arc<FaultTolerantVM>| {
+            vm.metadata.name.as_deref() == Some(&name) && vm.metadata.namespace.as_deref() == Some(&namespace)
         };
+        match vms.iter().find(is_it) {
+            Some(vm) => Ok(vm),
+            None if self.unreadable.has(Some(&namespace), &name) => Err(NoVm::Unreadable),
+            None => Err(NoVm::Missing { namespace, name }),
+        }
+    }
+
+    /// What else its pod says of a seat.
+    fn notice(&self, seat: &Option<Arc<NodeSeat>>, pod: &Pod) {
+        let Some(seat) = seat else { return };
         if pod.metadata.deletion_timestamp.is_some() {
             // Its program is told by kubelet, too; but it may not be there.
             seat.pod.end();

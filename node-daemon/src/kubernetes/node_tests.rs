@@ -1,6 +1,7 @@
 use std::time::Instant;
 
 use ftvm_protocol::core::GuestReport;
+use kube::Resource;
 use serde_json::json;
 
 use super::*;
@@ -426,6 +427,30 @@ fn a_pod_that_can_be_no_seat_says_why() {
     assert!(said().why.contains("`root` appears twice"), "{}", said().why);
     node.reconcile(&pods, &good);
     assert_eq!(said().code, 0);
+}
+
+/// A daemon that begins while the VM can't be read goes on with the seats that the former one had: they get engines as before.
+#[test]
+fn a_vm_that_cant_be_read_changes_nothing_for_its_seats() {
+    let folder = Folder::new("node");
+    node(&folder).reconcile(&[pod(POD)], &[vm(POD)]);
+    let mut later = node(&folder);
+    let unreadable = ftvm_watch::Unreadable {
+        object: vm(POD).object_ref(&()),
+        why: "spec.runStrategy: unknown variant".to_owned(),
+    };
+    later.unreadable = [unreadable].into_iter().collect();
+    // Of a pod that nobody remembers nothing is known.
+    let pods = [pod(POD), pod(OTHER)];
+    later.reconcile(&pods, &[]);
+    assert_eq!(seats(&later), [POD]);
+    let seat = later.seats().remove(0);
+    assert_eq!(seat.publisher.due(&seat).unwrap().1.code, 0);
+    assert!(!seat.pod.handed.allow(true), "it is allowed");
+    // Whereas one whose VM is gone gets no engine any more.
+    later.unreadable = UnreadableObjects::default();
+    later.reconcile(&pods, &[]);
+    assert!(seat.pod.handed.allow(true), "it is not allowed");
 }
 
 /// What is there already is not written again, by a later daemon either.

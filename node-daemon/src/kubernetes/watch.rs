@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{LABEL_MANAGED_BY, MANAGED_BY};
-use ftvm_watch::{UnreadableObjects, lasting, lasting_readable};
+use ftvm_watch::{lasting, lasting_readable};
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, Patch, PatchParams};
@@ -45,9 +45,12 @@ pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
     let pods = lasting(Api::<Pod>::all(client.clone()), pods);
     let pods = follow(pods, reflector::store(), changed.clone());
     let kept = reflector::store();
-    // One that can't be read stays as it was read last; the operator says so.
-    let unreadable = UnreadableObjects::default();
-    let vms = lasting_readable(client.clone(), watcher::Config::default(), kept.0.clone(), unreadable);
+    let vms = lasting_readable(
+        client.clone(),
+        watcher::Config::default(),
+        kept.0.clone(),
+        node.unreadable.clone(),
+    );
     let vms = follow::<FaultTolerantVM>(vms, kept, changed.clone());
     let (mut ready, mut missing) = (false, Missing::default());
     loop {

@@ -4,6 +4,7 @@ mod changes;
 mod obstacles;
 mod storage;
 
+use ftvm_crds::quantity::WHOLE_MAX;
 use ftvm_crds::seat::{SeatPublished, SeatRole};
 use ftvm_crds::{CpuBaseline, Failover, FaultTolerantVMStatus, SeatEntry, VmPhase};
 use ftvm_protocol::record::Phase;
@@ -115,7 +116,7 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         term: decide::record(seen)
             // Of a successor by which not every seat goes nothing is kept: there may be another one yet.
             .filter(|record| decision.lease_uid == Some(record.snapshot.uid.to_string()))
-            .map(|record| record.snapshot.record.term)
+            .map(|record| record.snapshot.record.term.min(WHOLE_MAX))
             .or(old.term),
         interval_ms: roles.published.and_then(|published| published.interval_ms),
         lag_ms: roles.published.and_then(|published| published.lag_ms),
@@ -419,7 +420,7 @@ fn failover(seen: &Observed, book: &[SeatEntry]) -> Option<Failover> {
         reason: takeover.reason.chars().take(256).collect(),
         seat: entry.name.clone(),
         node: entry.node.clone(),
-        gap_microseconds: takeover.microseconds,
+        gap_microseconds: takeover.microseconds.min(WHOLE_MAX),
     })
 }
 

@@ -5,13 +5,14 @@ use ftvm_e2e::cluster::{Cluster, wait_for};
 use serde_json::json;
 
 use super::troubles::small;
-use super::{DEFINITION, PATIENCE, merge, wait_event, wait_reason};
+use super::{PATIENCE, merge, wait_event, wait_reason};
 
-/// The resource as a newer release might define it.
-fn define_more(cluster: &Cluster) -> anyhow::Result<()> {
-    let strategies = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/runStrategy/enum/-";
-    let patch = json!([{"op": "add", "path": strategies, "value": "Sometimes"}]).to_string();
-    let definition = "crd/faulttolerantvms.ftvm.dev";
+/// Where the definition has the third run strategy, which a newer release might have.
+const THIRD: &str = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/runStrategy/enum/2";
+
+/// Changes the definition.
+fn define(cluster: &Cluster, patch: &serde_json::Value) -> anyhow::Result<()> {
+    let (definition, patch) = ("crd/faulttolerantvms.ftvm.dev", patch.to_string());
     cluster
         .kubectl(&["patch", definition, "--type=json", "--patch", &patch])
         .map(drop)
@@ -19,13 +20,18 @@ fn define_more(cluster: &Cluster) -> anyhow::Result<()> {
 
 /// Makes one; the operator tells of it.
 pub fn apply(cluster: &Cluster) -> anyhow::Result<()> {
-    define_more(cluster)?;
+    define(cluster, &json!([{"op": "add", "path": THIRD, "value": "Sometimes"}]))?;
     let mut vm = small("newer", "local");
     merge(&mut vm["spec"], &json!({"runStrategy": "Sometimes"}));
     wait_for("the API server takes the newer definition", PATIENCE, || {
         cluster.apply(&vm.to_string())
     })?;
-    wait_event(cluster, "newer", "Unreadable", "spec.runStrategy: unknown variant `Sometimes`")?;
+    wait_event(
+        cluster,
+        "newer",
+        "Unreadable",
+        "spec.runStrategy: unknown variant `Sometimes`",
+    )?;
     beside(cluster, "beside")
 }
 
@@ -45,5 +51,9 @@ pub fn correct(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.kubectl(&["patch", "ftvm", "newer", "--type=merge", "-p", &halt])?;
     wait_reason(cluster, "newer", "Ready", "Halted")?;
     cluster.kubectl(&["delete", "ftvm", "newer", "--timeout=60s"])?;
-    cluster.apply(DEFINITION).map(drop)
+    let third = json!([
+        {"op": "test", "path": THIRD, "value": "Sometimes"},
+        {"op": "remove", "path": THIRD},
+    ]);
+    define(cluster, &third)
 }

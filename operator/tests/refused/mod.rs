@@ -142,8 +142,8 @@ pub const AT_CREATION: &[(&str, &str)] = &[
     ),
     // More than any program could hold: the operator could read no VM any more.
     (
-        "spec: {placement: {tolerations: [{key: a, tolerationSeconds: 1e30}]}}",
-        "tolerationSeconds",
+        "spec: {placement: {tolerations: [{key: a, tolerationSeconds: 9007199254740993}]}}",
+        "should be less than or equal to 9007199254740991",
     ),
     (
         "spec: {runStrategy: Sometimes}",

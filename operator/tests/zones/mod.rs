@@ -27,7 +27,7 @@ fn make(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// A class whose volumes are everywhere, and a volume of it for each seat.
-fn volumes() -> Value {
+pub fn volumes() -> Value {
     let class = json!({
         "apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "anywhere"},
         "provisioner": "kubernetes.io/no-provisioner", "volumeBindingMode": "Immediate",
