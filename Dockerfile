@@ -12,7 +12,9 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     cargo build --release --locked --package ftvm-operator --package ftvm-node-daemon --package ftvm-engine --bins \
     && mkdir /programs \
     && cd target/x86_64-unknown-linux-gnu/release \
-    && cp ftvm-operator ftvm-node-daemon ftvm-engine seat importer /programs/
+    && for program in ftvm-operator ftvm-node-daemon ftvm-engine seat importer; do \
+         strip --strip-debug -o /programs/$program $program || exit 1; \
+       done
 
 FROM scratch
 ARG VERSION=0.1.0
