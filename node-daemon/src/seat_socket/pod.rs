@@ -92,7 +92,8 @@ fn parse_cgroups(text: &str) -> Vec<Cgroup> {
 ///
 /// The cgroupfs driver writes `kubepods/burstable/podUID`, the systemd driver
 /// `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podUID.slice` with underscores for dashes (kubelet's
-/// `pkg/kubelet/cm/cgroup_manager_linux.go`). What a pod makes below its own cgroup can't be outermost.
+/// `pkg/kubelet/cm/cgroup_manager_linux.go`), and with `--cgroup-root` the names of all slices above in front of each, such as
+/// `kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-podUID.slice`. What a pod makes below its own cgroup can't be outermost.
 pub fn pod_of(path: &Path) -> Option<(SeatId, PathBuf)> {
     let mut pod = PathBuf::new();
     let mut inside = false;
@@ -106,13 +107,15 @@ pub fn pod_of(path: &Path) -> Option<(SeatId, PathBuf)> {
         };
         let name = name.to_str()?;
         let slice = name.strip_suffix(".slice");
-        inside |= slice.unwrap_or(name) == "kubepods" || name.starts_with("kubepods-");
+        inside |= slice.map_or(name == "kubepods", is_root) || name.starts_with("kubepods-");
         let uid = match slice {
             None => name.strip_prefix("pod").map(str::to_owned),
-            Some(slice) => slice
-                .strip_prefix("kubepods")
-                .and_then(|rest| rest.rsplit_once("-pod"))
-                .map(|(_, uid)| uid.replace('_', "-")),
+            Some(slice) => slice.rsplit_once("-pod").and_then(|(above, uid)| {
+                let quality = ["-burstable", "-besteffort"]
+                    .iter()
+                    .find_map(|quality| above.strip_suffix(quality));
+                is_root(quality.unwrap_or(above)).then(|| uid.replace('_', "-"))
+            }),
         };
         if let Some(uid) = uid.and_then(|uid| uid.parse::<SeatId>().ok())
             && inside
@@ -121,6 +124,11 @@ pub fn pod_of(path: &Path) -> Option<(SeatId, PathBuf)> {
         }
     }
     None
+}
+
+/// Is it the slice of all pods?
+fn is_root(slice: &str) -> bool {
+    slice == "kubepods" || slice.ends_with("-kubepods")
 }
 
 /// Where each hierarchy of cgroups is mounted.
@@ -416,6 +424,10 @@ mod tests {
             format!("/lab-one/kubepods/besteffort/pod{UID}"),
             format!("/kubepods.slice/kubepods-pod{under}.slice"),
             format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{under}.slice"),
+            // With a root of their own, as in clusters that are containers.
+            format!("/kubelet/kubepods/burstable/pod{UID}"),
+            format!("/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{under}.slice"),
+            format!("/a.slice/a-b.slice/a-b-kubepods.slice/a-b-kubepods-besteffort.slice/a-b-kubepods-besteffort-pod{under}.slice"),
         ] {
             let found = Some((UID.to_owned(), pod_path.clone()));
             assert_eq!(pod(&format!("{pod_path}/cri-containerd-abc.scope")), found);
@@ -431,6 +443,8 @@ mod tests {
             "/system.slice/ftvm.service",
             &format!("/pod{UID}"),
             &format!("/user.slice/pod{UID}"),
+            &format!("/system.slice/xkubepods-pod{}.slice", UID.replace('-', "_")),
+            &format!("/kubepods.slice/other-pod{}.slice", UID.replace('-', "_")),
             &format!("/../kubepods/pod{UID}"),
             "/kubepods/burstable/podx",
             &format!("/kubepods/burstable/xpod{UID}"),
@@ -451,6 +465,7 @@ mod tests {
             format!("kubepods/burstable/pod{UID}"),
             format!("lab-one/kubepods/pod{UID}"),
             format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{under}.slice"),
+            format!("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{under}.slice"),
         ] {
             let root = crate::testing::Folder::new("cgroups");
             let hierarchies = Hierarchies::at(root.path());
