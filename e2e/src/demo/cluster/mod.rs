@@ -50,7 +50,8 @@ const NATIVE: Patience = Patience {
 const EMULATED_NODES: u8 = 2;
 /// Everything is slower by a factor of ten to a hundred in emulated nodes.
 const EMULATED: Patience = Patience {
-    protected: Duration::from_secs(1200),
+    // Debian answered 15 minutes after it was applied on one day, and had not booted after 20 on another.
+    protected: Duration::from_secs(3600),
     calm: Duration::from_secs(5),
     stalled: Duration::from_secs(240),
     hold: Duration::from_secs(10),
