@@ -420,12 +420,10 @@ impl Objects {
         pod_uid: &str,
         authority: &Authority,
     ) -> Result<(), ApiError> {
-        let entries = vm.status.iter().flat_map(|status| &status.seats);
-        let Some(entry) = entries.into_iter().find(|entry| entry.name == seat) else {
-            return Ok(());
-        };
-        let secret = build::identity_secret(vm, entry, pod_uid, authority)?;
-        self.apply(&secret).await.map(|_| ())
+        match identity_of(vm, seat, pod_uid, authority)? {
+            Some(secret) => self.apply(&secret).await.map(|_| ()),
+            None => Ok(()),
+        }
     }
 
     /// Has a pod of this name no identity?
@@ -448,13 +446,11 @@ impl Objects {
         pod_uid: &str,
         authority: &Authority,
     ) -> Result<(), ApiError> {
-        let entries = vm.status.iter().flat_map(|status| &status.seats);
-        let Some(entry) = entries.into_iter().find(|entry| entry.name == seat) else {
-            return Ok(());
-        };
-        // Whoever was faster is right: it is written over nothing.
-        self.create(&build::identity_secret(vm, entry, pod_uid, authority)?)
-            .await
+        match identity_of(vm, seat, pod_uid, authority)? {
+            // Whoever was faster is right: it is written over nothing.
+            Some(secret) => self.create(&secret).await,
+            None => Ok(()),
+        }
     }
 
     /// A Secret that the operator made; none if there is none. An empty patch is answered with the object: there is no right to read Secrets.
@@ -465,6 +461,20 @@ impl Objects {
             Err(error) => Err(error),
         }
     }
+}
+
+/// The identity of a seat's pod; none if the book has no such seat.
+fn identity_of(
+    vm: &FaultTolerantVM,
+    seat: &str,
+    pod_uid: &str,
+    authority: &Authority,
+) -> Result<Option<Secret>, IdentityError> {
+    let mut entries = vm.status.iter().flat_map(|status| &status.seats);
+    let entry = entries.find(|entry| entry.name == seat);
+    entry
+        .map(|entry| build::identity_secret(vm, entry, pod_uid, authority))
+        .transpose()
 }
 
 /// A VM that is made anew under a name finds what its predecessor had until that is collected.

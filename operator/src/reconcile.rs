@@ -23,19 +23,13 @@ use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, PodPhase, Refusal};
 use crate::refusal::{self, Last, Refused};
-use crate::{random, status};
+use crate::status;
+use crate::waits::{Looks, backoff, jittered, pause, refused_wait};
 
 /// What a VM has once is applied anew after this time, so that a deleted object comes back.
 const SHARED_EVERY: Duration = Duration::from_secs(3600);
-/// First and longest wait after failures.
-const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
-/// Longest wait after a refusal: whoever raises a quota does not look on for minutes.
-const REFUSED_MAX: Duration = Duration::from_secs(60);
-/// A pod may be without a sandbox so long before its identity is looked for, and at most so long until the next look.
-const IDENTITY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(600));
 /// Wait after a conflict: the watch tells of the new version soon.
 const CONFLICT: Duration = Duration::from_millis(500);
-
 /// Wait while a VM can't be read: nothing is asked of anybody.
 const UNREADABLE_AGAIN: Duration = Duration::from_secs(10);
 
@@ -72,31 +66,6 @@ pub struct Memory {
     identities: Looks,
     /// resourceVersion of the VM after what this process wrote last, and when that was.
     written: Option<(u64, Instant)>,
-}
-
-/// Looks for the identities of pods that have no sandbox, later and later.
-#[derive(Debug, Default, Clone, Copy)]
-struct Looks {
-    done: u32,
-    next: Option<Instant>,
-}
-
-impl Looks {
-    /// Whether one is due, and when the next one is; `lack`: some pod has no sandbox.
-    fn turn(&mut self, lack: bool, now: Instant) -> (bool, Option<Duration>) {
-        if !lack {
-            *self = Looks::default();
-            return (false, None);
-        }
-        let next = *self.next.get_or_insert(now + IDENTITY.0);
-        if now < next {
-            return (false, Some(next - now));
-        }
-        self.done = self.done.saturating_add(1);
-        let wait = IDENTITY.0.saturating_mul(1 << self.done.min(16)).min(IDENTITY.1);
-        self.next = Some(now + wait);
-        (true, Some(wait))
-    }
 }
 
 /// One look.
@@ -144,33 +113,6 @@ pub fn again(vm: Arc<FaultTolerantVM>, error: &ApiError, context: Arc<Context>) 
     let wait = jittered(backoff(failures));
     tracing::warn!(vm = %name, %error, failures, wait_ms = wait.as_millis() as u64, "a reconcile failed");
     Next::requeue(wait)
-}
-
-fn backoff(failures: u32) -> Duration {
-    let (first, longest) = BACKOFF;
-    first
-        .saturating_mul(1 << failures.saturating_sub(1).min(16))
-        .min(longest)
-}
-
-/// Between three quarters and five quarters.
-fn jittered(wait: Duration) -> Duration {
-    let percent = 75 + random::u64() % 51;
-    wait.saturating_mul(percent as u32) / 100
-}
-
-/// After so many refusals in a row.
-fn refused_wait(times: u32) -> Duration {
-    jittered(backoff(times).min(REFUSED_MAX)).min(REFUSED_MAX)
-}
-
-/// When to look again. A wait after a refusal differs from VM to VM already, and is never made longer.
-fn pause(recheck: Option<Duration>, refused: Option<Duration>) -> Option<Duration> {
-    match (recheck, refused) {
-        (Some(recheck), Some(wait)) if recheck < wait => Some(jittered(recheck).min(wait)),
-        (_, Some(wait)) => Some(wait),
-        (recheck, None) => recheck.map(jittered),
-    }
 }
 
 async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError> {
@@ -742,22 +684,6 @@ mod tests {
         }
     }
 
-    /// Any pod has none for a while after it was placed, and one may have none for long for another reason.
-    #[test]
-    fn identities_are_looked_for_later_and_later() {
-        let (mut looks, begin) = (Looks::default(), Instant::now());
-        assert_eq!(looks.turn(false, begin), (false, None));
-        assert_eq!(looks.turn(true, begin), (false, Some(IDENTITY.0)));
-        let mut now = begin + IDENTITY.0;
-        for wait in [20, 40, 80, 160, 320, 600, 600].map(Duration::from_secs) {
-            assert_eq!(looks.turn(true, now), (true, Some(wait)));
-            assert_eq!(looks.turn(true, now), (false, Some(wait)), "by the way");
-            now += wait;
-        }
-        assert_eq!(looks.turn(false, now), (false, None));
-        assert_eq!(looks.turn(true, now), (false, Some(IDENTITY.0)));
-    }
-
     #[test]
     fn only_pods_that_stay_and_have_no_sandbox_may_lack_their_identity() {
         let mut world = World::new(3);
@@ -772,39 +698,5 @@ mod tests {
         let pod = world.pods.get_mut(&seat.name).unwrap();
         (pod.deleting, pod.uid) = (false, "another".to_owned());
         assert!(without_sandbox(&world.observe()).is_empty(), "not admitted");
-    }
-
-    #[test]
-    fn waits_grow_to_a_bound_and_differ() {
-        let waits: Vec<_> = (1..20).map(backoff).collect();
-        assert!(waits.windows(2).all(|pair| pair[0] <= pair[1]));
-        assert_eq!((waits[0], waits[1], waits[18]), (BACKOFF.0, 2 * BACKOFF.0, BACKOFF.1));
-        assert_eq!(backoff(u32::MAX), BACKOFF.1);
-        let some: std::collections::BTreeSet<_> = (0..50).map(|_| jittered(BACKOFF.1)).collect();
-        assert!(some.len() > 5);
-        let (low, high) = (BACKOFF.1 * 3 / 4, BACKOFF.1 * 5 / 4);
-        assert!(some.iter().all(|wait| (low..=high).contains(wait)));
-    }
-
-    #[test]
-    fn after_refusals_nobody_waits_longer_than_was_said() {
-        for times in [1, 3, 6, 7, 9, 30, u32::MAX] {
-            for _ in 0..50 {
-                let wait = refused_wait(times);
-                assert!(
-                    wait <= REFUSED_MAX && wait >= backoff(times).min(REFUSED_MAX) * 3 / 4,
-                    "{wait:?}"
-                );
-            }
-        }
-        let (some, more) = (Duration::from_secs(10), Duration::from_secs(40));
-        for _ in 0..50 {
-            assert_eq!(pause(Some(more), Some(some)), Some(some));
-            assert_eq!(pause(Some(some), Some(some)), Some(some), "made longer");
-            let sooner = pause(Some(some), Some(more)).unwrap();
-            assert!(sooner < more && sooner >= some * 3 / 4, "{sooner:?}");
-        }
-        assert_eq!((pause(None, Some(some)), pause(None, None)), (Some(some), None));
-        assert!(pause(Some(more), None).unwrap() >= more * 3 / 4);
     }
 }

@@ -427,7 +427,9 @@ mod tests {
             // With a root of their own, as in clusters that are containers.
             format!("/kubelet/kubepods/burstable/pod{UID}"),
             format!("/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{under}.slice"),
-            format!("/a.slice/a-b.slice/a-b-kubepods.slice/a-b-kubepods-besteffort.slice/a-b-kubepods-besteffort-pod{under}.slice"),
+            format!(
+                "/a.slice/a-b.slice/a-b-kubepods.slice/a-b-kubepods-besteffort.slice/a-b-kubepods-besteffort-pod{under}.slice"
+            ),
         ] {
             let found = Some((UID.to_owned(), pod_path.clone()));
             assert_eq!(pod(&format!("{pod_path}/cri-containerd-abc.scope")), found);
@@ -465,7 +467,9 @@ mod tests {
             format!("kubepods/burstable/pod{UID}"),
             format!("lab-one/kubepods/pod{UID}"),
             format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{under}.slice"),
-            format!("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{under}.slice"),
+            format!(
+                "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{under}.slice"
+            ),
         ] {
             let root = crate::testing::Folder::new("cgroups");
             let hierarchies = Hierarchies::at(root.path());

@@ -8,22 +8,10 @@ use ftvm_protocol::record::Phase;
 
 use super::rig::World;
 use super::rig_disks::Disk;
+use super::stuck_tests::{protected, seats};
 use super::*;
 use crate::observe::PodPhase;
 use crate::status::{READY, STORAGE_HEALTHY};
-
-fn protected() -> World {
-    let mut world = World::new(3);
-    assert!(world.settle(60) && world.is_protected(), "{:#?}", world.vm.status);
-    world
-}
-
-/// The entries of the active and of the standby.
-fn seats(world: &World) -> (SeatEntry, SeatEntry) {
-    let holder = world.record().unwrap().holder.seat.to_string();
-    let (active, standby): (Vec<_>, Vec<_>) = world.book().into_iter().partition(|entry| entry.had_uid(&holder));
-    (active[0].clone(), standby[0].clone())
-}
 
 fn halt(world: &mut World) {
     world.want(RunStrategy::Halted);

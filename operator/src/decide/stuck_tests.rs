@@ -9,17 +9,27 @@ use super::rig::World;
 use super::*;
 use crate::observe::PodPhase;
 
-fn protected() -> World {
+pub(super) fn protected() -> World {
     let mut world = World::new(3);
     assert!(world.settle(60) && world.is_protected(), "{:#?}", world.vm.status);
     world
 }
 
 /// The entries of the active and of the standby.
-fn seats(world: &World) -> (SeatEntry, SeatEntry) {
+pub(super) fn seats(world: &World) -> (SeatEntry, SeatEntry) {
     let holder = world.record().unwrap().holder.seat.to_string();
     let (active, standby): (Vec<_>, Vec<_>) = world.book().into_iter().partition(|entry| entry.had_uid(&holder));
     (active[0].clone(), standby[0].clone())
+}
+
+/// The record names a holder that is no seat: a hand, or another release, wrote it.
+fn name_a_stranger(world: &mut World) {
+    let (snapshot, _) = world.lease.as_mut().unwrap();
+    let other = Incarnation {
+        seat: SeatId(7),
+        start: 1,
+    };
+    (snapshot.record.holder, snapshot.record.members) = (other, Members::one(other));
 }
 
 fn asked(world: &mut World) -> Vec<(String, SeatRequest)> {
@@ -389,17 +399,11 @@ fn seats_that_wait_for_each_other_tell_of_no_guest() {
     assert!(asked(&mut world).is_empty());
 }
 
-/// A record that a hand, or another release, wrote.
 #[test]
 fn nothing_of_a_vm_goes_whose_holder_nobody_knows() {
     let mut world = protected();
     let (active, _) = seats(&world);
-    let (snapshot, _) = world.lease.as_mut().unwrap();
-    let other = Incarnation {
-        seat: SeatId(7),
-        start: 1,
-    };
-    (snapshot.record.holder, snapshot.record.members) = (other, Members::one(other));
+    name_a_stranger(&mut world);
     world.kill_node_of(&active);
     for _ in 0..20 {
         world.step();
@@ -447,12 +451,7 @@ fn a_stop_that_is_refused_is_told() {
 fn whoever_has_the_guest_is_asked_when_a_vm_goes_whose_holder_nobody_knows() {
     let mut world = protected();
     let (active, _) = seats(&world);
-    let (snapshot, _) = world.lease.as_mut().unwrap();
-    let other = Incarnation {
-        seat: SeatId(7),
-        start: 1,
-    };
-    (snapshot.record.holder, snapshot.record.members) = (other, Members::one(other));
+    name_a_stranger(&mut world);
     world.want(RunStrategy::Halted);
     world.step();
     let (reason, message) = ready(&world);
