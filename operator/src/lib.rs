@@ -22,3 +22,4 @@ pub mod run;
 mod serve;
 pub mod status;
 pub mod trim;
+pub mod uninstall;
