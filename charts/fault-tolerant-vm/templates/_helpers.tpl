@@ -65,7 +65,7 @@ helm.sh/hook-weight: "-1"
 helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}
 
-{{/* Annotations of what the hook of `helm uninstall` needs: made before its Job, taken away after it, whatever came of it. */}}
+{{/* Annotations of what the hook of `helm uninstall` needs: made before its Job, taken away after it, whatever came of it (unless the API server refused the Job itself). */}}
 {{- define "ftvm.uninstall.rights" -}}
 helm.sh/hook: pre-delete
 helm.sh/hook-weight: "-1"

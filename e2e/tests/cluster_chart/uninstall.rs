@@ -29,7 +29,11 @@ fn the_hook_runs_where_the_operator_does() {
     let everything = format!("--values={}", chart().join("ci/everything-values.yaml").display());
     let with_hook = "--set=uninstall.evenWithVms=false";
     let named = "--set=fullnameOverride=ftvm";
-    let hook = objects(&[HOOK, &everything, with_hook, named]);
+    let nodes = json!({"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+        {"matchExpressions": [{"key": "kubernetes.io/arch", "operator": "In", "values": ["amd64"]}]},
+    ]}});
+    let nodes_set = format!("--set-json=operator.affinity.nodeAffinity={nodes}");
+    let hook = objects(&[HOOK, &everything, &nodes_set, with_hook, named]);
     let mut kinds: Vec<&str> = hook.iter().filter_map(|object| object["kind"].as_str()).collect();
     kinds.sort_unstable();
     assert_eq!(kinds, ["ClusterRole", "ClusterRoleBinding", "Job", "ServiceAccount"]);
@@ -45,6 +49,7 @@ fn the_hook_runs_where_the_operator_does() {
     }
     let job = of_kind(&hook, "Job");
     assert_eq!(job["spec"]["backoffLimit"], 0);
+    assert!(job["spec"]["activeDeadlineSeconds"].as_u64() > Some(300), "{job}");
     assert_eq!(
         job["metadata"]["annotations"]["helm.sh/hook-output-log-policy"],
         "hook-failed"
@@ -59,6 +64,8 @@ fn the_hook_runs_where_the_operator_does() {
         assert!(!pod[field].is_null(), "no {field}");
         assert_eq!(pod[field], of_operator[field], "{field}");
     }
+    // On its nodes, and not away from its pods as its replicas are from each other.
+    assert_eq!(pod["affinity"], json!({"nodeAffinity": nodes}));
     let (container, of_operator) = (&pod["containers"][0], &of_operator["containers"][0]);
     for field in ["image", "imagePullPolicy"] {
         assert_eq!(container[field], of_operator[field], "{field}");
