@@ -22,4 +22,5 @@ pub mod run;
 mod serve;
 pub mod status;
 pub mod trim;
+pub mod uninstall;
 mod waits;

@@ -1,6 +1,5 @@
 //! `ftvm-operator`: makes and keeps the Kubernetes objects of fault-tolerant VMs.
 
-use std::fmt::Display;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,6 +10,7 @@ use ftvm_operator::build::SeatImage;
 use ftvm_operator::helm_test;
 use ftvm_operator::image_volumes::Setting;
 use ftvm_operator::run::{Options, run};
+use ftvm_operator::uninstall;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as PlainError;
@@ -30,6 +30,8 @@ enum Command {
     Run(Run),
     /// Make a VM, have its active killed, hand it over as planned, judge both, delete it: what `helm test` runs. Ends with 0 only if everything held.
     HelmTest(HelmTest),
+    /// Ends with 0 only if there is no FaultTolerantVM: what `helm uninstall` runs before it deletes anything.
+    UninstallCheck(UninstallCheck),
 }
 
 #[derive(Args)]
@@ -116,10 +118,36 @@ impl HelmTest {
     }
 }
 
+#[derive(Args)]
+struct UninstallCheck {
+    /// Name of the Helm release.
+    #[arg(long)]
+    release: String,
+    /// Its revision.
+    #[arg(long)]
+    revision: u64,
+    /// Its namespace.
+    #[arg(long, env = "POD_NAMESPACE")]
+    namespace: String,
+}
+
+impl UninstallCheck {
+    fn release(self) -> uninstall::Release {
+        uninstall::Release {
+            name: self.release,
+            namespace: self.namespace,
+            revision: self.revision,
+        }
+    }
+}
+
 /// By the names that the resource has for them.
 fn pull_policy(text: &str) -> Result<PullPolicy, PlainError> {
     PullPolicy::deserialize(text.into_deserializer())
 }
+
+/// Exit code of what failed and has none of its own.
+const FAILURE: u8 = 1;
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("FTVM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
@@ -130,22 +158,26 @@ fn main() -> ExitCode {
     let command = Cli::parse().command;
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return failed(&format!("no runtime: {error}")),
+        Err(error) => return failed(FAILURE, &format!("no runtime: {error}")),
     };
     let failure = match command {
-        Command::Run(arguments) => runtime
-            .block_on(run(arguments.options()))
-            .err()
-            .map(|error| error.to_string()),
+        Command::Run(arguments) => {
+            let ended = runtime.block_on(run(arguments.options()));
+            ended.err().map(|error| (FAILURE, error.to_string()))
+        }
         Command::HelmTest(arguments) => {
             let ended = runtime.block_on(helm_test::run(arguments.options()));
-            ended.err().map(|error| error.to_string())
+            ended.err().map(|error| (FAILURE, error.to_string()))
+        }
+        Command::UninstallCheck(arguments) => {
+            let ended = runtime.block_on(uninstall::check(arguments.release()));
+            ended.err().map(|error| (error.exit_code(), error.to_string()))
         }
     };
-    failure.map_or(ExitCode::SUCCESS, |error| failed(&error))
+    failure.map_or(ExitCode::SUCCESS, |(code, error)| failed(code, &error))
 }
 
-fn failed(error: &dyn Display) -> ExitCode {
+fn failed(code: u8, error: &str) -> ExitCode {
     eprintln!("error: {error}");
-    ExitCode::FAILURE
+    ExitCode::from(code)
 }

@@ -46,6 +46,10 @@ app.kubernetes.io/instance: {{ $root.Release.Name }}
 {{ include "ftvm.name" . }}-test
 {{- end }}
 
+{{- define "ftvm.uninstall.name" -}}
+{{ include "ftvm.name" . }}-uninstall
+{{- end }}
+
 {{/* Not empty if guests may be connected to a bridge. Argument: a list of root and the bridge. */}}
 {{- define "ftvm.bridgeIsAllowed" -}}
 {{- $bridge := index . 1 -}}
@@ -57,6 +61,13 @@ app.kubernetes.io/instance: {{ $root.Release.Name }}
 {{/* Annotations of what the test's pod needs: made before it, taken away after it. */}}
 {{- define "ftvm.test.rights" -}}
 helm.sh/hook: test
+helm.sh/hook-weight: "-1"
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}
+
+{{/* Annotations of what the hook of `helm uninstall` needs: made before its Job, taken away after it, whatever came of it (unless the API server refused the Job itself). */}}
+{{- define "ftvm.uninstall.rights" -}}
+helm.sh/hook: pre-delete
 helm.sh/hook-weight: "-1"
 helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}

@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::{Cluster, Options, wait_for};
 use serde_json::{Value, json};
 
-use crate::{chart, value_sets};
+use crate::{chart, uninstall, value_sets};
 
 /// Where the chart is installed.
 pub const SYSTEM: &str = "ftvm-system";
@@ -259,6 +259,7 @@ fn every_set_of_values_is_taken_and_typechecks() {
         }
     }
     typecheck(&installed);
+    uninstall::hook(&installed);
     notes(&installed);
 }
 

@@ -4,6 +4,7 @@ mod daemon;
 mod operator;
 mod people;
 mod render;
+mod uninstall;
 
 use std::path::{Path, PathBuf};
 

@@ -22,7 +22,7 @@ fn text(output: &Output) -> String {
 }
 
 /// What `helm template` makes of the chart with these arguments.
-fn template(arguments: &[&str]) -> Output {
+pub fn template(arguments: &[&str]) -> Output {
     let chart = chart();
     let head = [
         "template",
@@ -154,6 +154,11 @@ const REFUSED: &[(&[&str], &[&str])] = &[
     (&["test.bridge=a/b"], &["/test/bridge", "does not match pattern"]),
     (&["test.timeoutSeconds=0"], &["/test/timeoutSeconds", "minimum"]),
     (
+        &["uninstall.evenWithVms=maybe"],
+        &["/uninstall/evenWithVms", "want boolean"],
+    ),
+    (&["uninstall.always=true"], &["/uninstall", "'always' not allowed"]),
+    (
         &["commonLabels.team=a b"],
         &["/commonLabels/team", "does not match pattern"],
     ),
@@ -196,7 +201,8 @@ fn switches_switch() {
         ("priorityClasses.create", "PriorityClass", 0, 2),
         ("networkPolicy.enabled", "NetworkPolicy", 0, 1),
         ("monitors.enabled", "ServiceMonitor", 0, 2),
-        ("rbac.aggregate", "ClusterRole", 2, 4),
+        ("rbac.aggregate", "ClusterRole", 3, 5),
+        ("uninstall.evenWithVms", "Job", 1, 0),
     ] {
         assert_eq!(count(&[&format!("--set={value}=false")], kind), off, "{value} off");
         assert_eq!(count(&[&format!("--set={value}=true")], kind), on, "{value} on");
@@ -268,7 +274,7 @@ fn the_daemons_probes_are_those_of_the_values() {
 fn the_test_is_rendered_when_it_has_a_guest() {
     let shown = "--show-only=templates/tests/failover.yaml";
     let without = template(&[]);
-    assert!(without.status.success() && !text(&without).contains("helm.sh/hook"));
+    assert!(without.status.success() && !text(&without).contains("helm.sh/hook: test"));
     let with = text(&template(&[shown, "--set=test.guestImage=a"]));
     assert_eq!(with.matches("\nkind: ").count(), 4, "{with}");
     assert_eq!(with.matches("helm.sh/hook: test\n").count(), 4, "{with}");

@@ -1,4 +1,4 @@
-//! What is looked at once the machine is gone: others that lack something, `helm test`, many at once.
+//! What is looked at once the machine is gone: others that lack something, `helm test`, many at once, and the end of the release.
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -12,7 +12,7 @@ use ftvm_e2e::demo::cluster::{NAMESPACE, VM};
 use ftvm_e2e::report::Progress;
 use serde_json::{Value, json};
 
-use crate::{NEXT_TAG, PATIENCE, lease_comes_back, patch};
+use crate::{NEXT_TAG, PATIENCE, lease_comes_back, patch, rollout};
 
 /// Bridge of a node's pods (`e2e/cluster/cni.json`).
 const POD_BRIDGE: &str = "cni0";
@@ -53,7 +53,8 @@ pub fn deleted(cluster: &Cluster, progress: &Progress) -> anyhow::Result<()> {
     look("a Lease that people edit and delete", strange_lease)?;
     look("helm test", helm_test)?;
     look("ten machines at once", ten_at_once)?;
-    look("a CPU with less is away", common_cpu)
+    look("a CPU with less is away", common_cpu)?;
+    look("helm uninstall", uninstalled)
 }
 
 /// A node that has less than the others is away: nobody knows when it comes back, so no guest is given what it lacks. (What the guest
@@ -326,4 +327,61 @@ fn ten_at_once(cluster: &Cluster) -> anyhow::Result<()> {
     }
     cluster.kubectl(&["delete", "ftvm", "--all", "--namespace", NAMESPACE, "--timeout=180s"])?;
     Ok(())
+}
+
+/// The release stays while a machine is left, though it be halted, and says which. Nothing is changed by that but what Helm has written down of the
+/// release, and that is mended as people are told. Without machines it goes.
+fn uninstalled(cluster: &Cluster) -> anyhow::Result<()> {
+    let mut kept = small("kept", GUEST_IMAGE);
+    kept["spec"]["runStrategy"] = json!("Halted");
+    cluster.apply(&kept.to_string())?;
+    let uninstall = || cluster.helm(&["uninstall", RELEASE, "--namespace", SYSTEM, "--timeout", "180s"]);
+    let Err(error) = uninstall() else {
+        bail!("the release went while there was a machine");
+    };
+    let told = format!("{error:#}");
+    let log = cluster.kubectl(&["logs", "job/ftvm-uninstall", "--namespace", SYSTEM])?;
+    let words = format!("not uninstalled because of 1 FaultTolerantVM: {NAMESPACE}/kept");
+    ensure!(told.contains(&words), "no {words:?} in what Helm said: {told}");
+    ensure!(log.contains(&words), "no {words:?} in the log: {log}");
+    let job = "--selector=job-name=ftvm-uninstall";
+    let pods = cluster.get(&["pods", "--namespace", SYSTEM, job])?;
+    let ended = &pods["items"][0]["status"]["containerStatuses"][0]["state"]["terminated"];
+    ensure!(ended["exitCode"] == 26, "{pods}");
+    rollout(cluster)?;
+    let rights = ["get", "clusterroles,clusterrolebindings", "--output=name"];
+    let rights = cluster.kubectl(&rights)?;
+    ensure!(!rights.contains("ftvm-uninstall"), "{rights}");
+    goes_on(cluster, &log)?;
+    cluster.kubectl(&["delete", "ftvm", "kept", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    uninstall()?;
+    let kinds = [
+        "deployments,daemonsets,jobs,serviceaccounts,networkpolicies",
+        "clusterroles,clusterrolebindings,validatingadmissionpolicies",
+    ];
+    let kinds = kinds.join(",");
+    let of_release = format!("--selector=app.kubernetes.io/instance={RELEASE}");
+    wait_for("nothing is left of the release", PATIENCE, || {
+        let left = cluster.kubectl(&["get", &kinds, "--namespace", SYSTEM, &of_release, "--output=name"])?;
+        ensure!(left.trim().is_empty(), "{left}");
+        Ok(())
+    })?;
+    cluster.kubectl(&["get", "crd", "faulttolerantvms.ftvm.dev"]).map(drop)
+}
+
+/// A release that is to be kept is upgraded again once Helm was told what the hook's log says.
+fn goes_on(cluster: &Cluster, log: &str) -> anyhow::Result<()> {
+    let tag = format!("image.tag={NEXT_TAG}");
+    let upgrade = || cluster.helm_install("upgrade", &["--reuse-values", "--set", &tag, "--dry-run=server"]);
+    let Err(error) = upgrade() else {
+        bail!("Helm upgrades what it calls uninstalling: no rollback is needed any more");
+    };
+    let told = format!("{error:#}");
+    ensure!(told.contains("has no deployed releases"), "{told}");
+    let mut commands = log.split('`');
+    let rollback = commands.find(|words| words.starts_with("helm rollback "));
+    let rollback = rollback.context("no word of a rollback")?;
+    let words: Vec<&str> = rollback.split(' ').skip(1).collect();
+    cluster.helm(&words)?;
+    upgrade()
 }

@@ -50,6 +50,8 @@ pub const TIMEOUT: u8 = 28;
 pub const GUEST: u8 = 29;
 /// A file of the guest image could not be copied into the seat's pod.
 pub const GUEST_IMAGE: u8 = 30;
+/// The API server of Kubernetes has not said what has to be known (of the operator's program alone, which has a copy of this number).
+pub const API_SERVER: u8 = 31;
 
 /// What an engine exits with when its core ends it.
 pub fn of_end(reason: EndReason) -> u8 {
@@ -87,4 +89,5 @@ pub const ALL: &[(u8, &str)] = &[
     (TIMEOUT, "timeout"),
     (GUEST, "guest"),
     (GUEST_IMAGE, "guest-image"),
+    (API_SERVER, "api-server"),
 ];
