@@ -646,9 +646,11 @@ impl World {
             return false;
         }
         let uid = pod.uid.clone();
-        let refused = (request.order == Order::Failover)
-            .then(|| self.fail(me, &request.id))
-            .and_then(Result::err);
+        let refused = match request.order {
+            Order::Failover => self.fail(me, &request.id).err(),
+            Order::TakeBack => Some("taken back".to_owned()),
+            _ => None,
+        };
         let killed = request.order == Order::Failover && refused.is_none();
         let id = request.id;
         self.executed.insert(uid, DoneRequest { id, refused });
