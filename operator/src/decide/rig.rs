@@ -503,6 +503,7 @@ impl World {
             });
             pod.published = Ok(SeatPublished {
                 last_exit,
+                done_request: self.executed.get(&pod.uid).cloned(),
                 over: true,
                 ..SeatPublished::default()
             });
@@ -708,6 +709,7 @@ impl World {
         let pod = self.pods.get_mut(seat).unwrap();
         pod.published = Ok(SeatPublished {
             role: Some(SeatRole::Ended),
+            done_request: self.executed.get(&pod.uid).cloned(),
             ..SeatPublished::default()
         });
     }
