@@ -423,7 +423,8 @@ fn final_word(
         return ended();
     }
     let status = status?;
-    if Some(status.incarnation) != told {
+    // One that is about to go boots no more: its successor is to be asked.
+    if Some(status.incarnation) != told || status.role == Role::Ended {
         return ended();
     }
     if status.role != Role::Starting {

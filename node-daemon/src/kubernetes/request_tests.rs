@@ -284,7 +284,9 @@ fn only_the_engine_that_was_told_has_the_last_word_of_a_loss() {
     assert_eq!(final_word(told, told, Some(&status)), Some(Ok(())));
     let (successor, _) = crate::seat::testing::healthy(2);
     let runs = Some(successor.incarnation);
-    for (runs, status) in [(runs, &successor), (None, &status), (told, &successor)] {
+    let (mut ends, _) = crate::seat::testing::healthy(1);
+    ends.role = Role::Ended;
+    for (runs, status) in [(runs, &successor), (None, &status), (told, &successor), (told, &ends)] {
         let word = final_word(told, runs, Some(status));
         assert!(word.is_some_and(|word| word.is_err_and(|why| why.contains("ended"))));
     }
