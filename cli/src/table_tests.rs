@@ -31,6 +31,7 @@ fn seat(name: &str, role: Option<Role>, protected: bool, term: u64) -> SeatStatu
         vouches: None,
         resync_percent: None,
         failing_disks: Vec::new(),
+        accepted_loss: None,
         code: 0,
         counters: serde_json::Map::new(),
     });

@@ -1,6 +1,7 @@
 //! What daemon and operator tell each other through annotations of a seat's pod.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Term};
 use ftvm_protocol::record::Record;
@@ -8,6 +9,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS};
+
+/// A failure on request ([`Order::Failover`]) that its daemon has not begun within this time does not come any more.
+pub const FAILOVER_WITHIN: Duration = Duration::from_secs(60);
 
 /// Most bytes of one of these annotations.
 pub const BYTES_MAX: usize = 8 * 1024;
@@ -95,6 +99,10 @@ pub struct SeatPublished {
     pub last_exit: Option<SeatExit>,
     /// The last request that was executed.
     pub done_request: Option<DoneRequest>,
+    /// Id of a failure ([`Order::Failover`]) that its daemon brings about. Written only over a pod that asks for it, so that whoever takes that
+    /// back, over a pod without this, knows that it never comes. Stays until the answer is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub begun: Option<String>,
     /// The pod is being deleted, no engine of it runs, and none is begun any more, by this daemon or a later one: never taken back.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub over: bool,
@@ -152,6 +160,9 @@ pub struct SeatRequest {
     /// What to do.
     #[serde(flatten)]
     pub order: Order,
+    /// Of a failure: until when it is meant, in milliseconds since 1970 by the operator's clock. Missing from an operator of an earlier release.
+    #[serde(default, rename = "untilUnixMs", skip_serializing_if = "Option::is_none")]
+    pub until_unix_ms: Option<u64>,
 }
 
 /// What to do, in the words of the engine's commands where it is one.
@@ -163,6 +174,8 @@ pub enum Order {
     /// Kill the engine as a crash would end it, if it is active and its standby would take over. Not a command of the engine:
     /// its daemon does it.
     Failover,
+    /// The failure that was asked for under this id is not wanted any more. A daemon that has not begun it never does.
+    TakeBack,
     /// Stop the virtual machine (rule 7).
     Stop,
     /// Start over a record that says Stopped at exactly this term (rule 7).
@@ -235,6 +248,7 @@ mod tests {
         for (order, text) in [
             (Order::Switchover, r#"{"id":"1","do":"switchover"}"#.to_owned()),
             (Order::Failover, r#"{"id":"1","do":"failover"}"#.to_owned()),
+            (Order::TakeBack, r#"{"id":"1","do":"takeBack"}"#.to_owned()),
             (Order::Stop, r#"{"id":"1","do":"stop"}"#.to_owned()),
             (
                 Order::Start { over_stopped_term: 7 },
@@ -260,6 +274,7 @@ mod tests {
             let request = SeatRequest {
                 id: "1".to_owned(),
                 order,
+                until_unix_ms: None,
             };
             assert_eq!(serde_json::to_string(&request).unwrap(), text);
             assert_eq!(
@@ -267,6 +282,14 @@ mod tests {
                 Ok(Some(request))
             );
         }
+        let meant = SeatRequest {
+            id: "1".to_owned(),
+            order: Order::Failover,
+            until_unix_ms: Some(7),
+        };
+        let text = r#"{"id":"1","do":"failover","untilUnixMs":7}"#;
+        assert_eq!(serde_json::to_string(&meant).unwrap(), text);
+        assert_eq!(SeatRequest::of(&annotated(ANNOTATION_REQUEST, text)), Ok(Some(meant)));
     }
 
     #[test]

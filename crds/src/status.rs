@@ -227,6 +227,9 @@ pub struct Told {
     /// Id of the request that the pod had until then: as long as it has that one, this one is still to be written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
+    /// Of a failover: if its daemon has not begun it by then, it is taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<Time>,
 }
 
 /// What came of something that was asked for.

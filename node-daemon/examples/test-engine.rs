@@ -257,6 +257,7 @@ impl Engine {
             vouches: None,
             resync_percent: None,
             failing_disks: Vec::new(),
+            accepted_loss: None,
             code: 0,
             counters: [("nic_mtus".to_owned(), launch.nics.iter().map(|nic| nic.mtu).collect())]
                 .into_iter()

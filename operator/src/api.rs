@@ -631,6 +631,7 @@ mod tests {
         let request = SeatRequest {
             id: "switchover-a".to_owned(),
             order: Order::Switchover,
+            until_unix_ms: None,
         };
         let asked = objects.request("web-a", "uid", "7", &request).await;
         assert!(asked.unwrap_err().is_conflict());

@@ -3,7 +3,7 @@
 mod bench;
 
 use bench::{Arbiter, Bench};
-use ftvm_protocol::core::{Action, Command, EndReason, Event, Gate, GuestReport, Refusal, RoleName, Seal};
+use ftvm_protocol::core::{AcceptedLoss, Action, Command, EndReason, Event, Gate, GuestReport, Refusal, RoleName, Seal};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::{Members, Phase, Snapshot};
@@ -650,12 +650,23 @@ fn a_named_seat_boots_over_a_header_that_is_lost_once_a_person_says_so() {
         for (holder, term) in [(other, None), (other, now), (holder, now.map(|term| term + 1))] {
             bench.step(1, Event::Command(Command::AcceptDataLoss { holder, term }));
             bench.pass(2_000);
-            assert_eq!(bench.seats[1].core.status().role, RoleName::Starting);
+            let status = bench.seats[1].core.status();
+            assert_eq!(status.role, RoleName::Starting);
+            // By now it waits for something else again.
+            let refused = AcceptedLoss::Refused(Refusal::OverrideOtherHolder);
+            assert_eq!(status.accepted_loss, Some(refused), "{status:?}");
         }
+        bench.seats[1].arbiter = Arbiter::Away;
         bench.step(1, Event::Command(Command::AcceptDataLoss { holder, term: now }));
         bench.pass(2_000);
-        let active = bench.seats[1].core.status().role == RoleName::Active;
-        assert_eq!(active, boots, "{guest:?}");
+        let waits = bench.seats[1].core.status().accepted_loss;
+        assert_eq!(waits, Some(AcceptedLoss::UnderWay), "nobody has decided");
+        bench.seats[1].arbiter = Arbiter::Works;
+        bench.pass(5_000);
+        let status = bench.seats[1].core.status();
+        assert_eq!(status.role == RoleName::Active, boots, "{guest:?}");
+        let refused = AcceptedLoss::Refused(Refusal::OtherGuest(holder.seat));
+        assert_eq!(status.accepted_loss, (!boots).then_some(refused));
     }
 }
 

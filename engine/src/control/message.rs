@@ -542,8 +542,25 @@ pub struct Status {
     /// Own disks that failed what the guest asked for, and have not worked since. Empty from an engine of an earlier version.
     #[serde(default)]
     pub failing_disks: Vec<FailingDisk>,
+    /// What became of the last [`Command::AcceptDataLoss`], which is decided after its reply. None: there was none, the seat does not wait any
+    /// more, or the engine is of an earlier version.
+    #[serde(default)]
+    pub accepted_loss: Option<AcceptedLoss>,
     /// Everything that counts or measures, by stable name with its unit last (`pause_us_p99`, `link_sent_bytes`).
     pub counters: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A loss that a person accepted, in the [`Status`] of a seat that has not booted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum AcceptedLoss {
+    /// Not decided: the arbiter or the other seats' daemons are asked.
+    UnderWay,
+    /// The seat does not boot for it.
+    Refused {
+        /// Why, and what to do.
+        why: String,
+    },
 }
 
 /// A failing disk in [`Status`].

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ftvm_protocol::core::{ArbiterState, RoleName, Status as CoreStatus};
+use ftvm_protocol::core::{AcceptedLoss as CoreLoss, ArbiterState, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::{Epoch, SessionId};
 use serde_json::{Map, Value, json};
 
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
-use crate::control::{Digest, Event, FailingDisk, PeerStatus, Role, StandbyStatus, Status};
+use crate::control::{AcceptedLoss, Digest, Event, FailingDisk, PeerStatus, Role, StandbyStatus, Status};
 use crate::devices::event::DeviceEvent;
 use crate::pause::clock::{PauseClock, SlowestPauses};
 use crate::replication::epoch::EpochStats;
@@ -300,6 +300,12 @@ impl Driver {
             vouches: status.recreate.clone(),
             resync_percent: self.seat.resync_percent(),
             failing_disks: self.failing_disks.told(),
+            accepted_loss: status.accepted_loss.map(|loss| match loss {
+                CoreLoss::UnderWay => AcceptedLoss::UnderWay,
+                CoreLoss::Refused(refusal) => AcceptedLoss::Refused {
+                    why: refusal.to_string(),
+                },
+            }),
             counters: self.counters(),
         }
     }

@@ -472,6 +472,36 @@ fn what_a_pod_says_is_said_once() {
     assert_eq!(later.words(&pods).len(), 1);
 }
 
+/// Over another version nobody may say that a failure is begun: it may have been taken back. All else that is published is written over any.
+#[test]
+fn a_failure_is_said_to_be_begun_over_the_pod_that_asks_for_it_alone() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let version = |patch: &serde_json::Value| patch["metadata"]["resourceVersion"].clone();
+    let (patch, published) = seat.publisher.due(&seat).unwrap();
+    assert_eq!((version(&patch), published.begun.clone()), (json!(null), None));
+    seat.publisher.written(published);
+    let mut asks = Pod::clone(&pod(POD));
+    asks.metadata.resource_version = Some("41".to_owned());
+    let request = json!({"id": "failover-x", "do": "failover"}).to_string();
+    asks.metadata.annotations = Some([("ftvm.dev/request".to_owned(), request)].into());
+    seat.requests.noticed(&asks, &seat.pod);
+    let (patch, published) = seat.publisher.due(&seat).unwrap();
+    let begun = Some("failover-x".to_owned());
+    assert_eq!((version(&patch), published.begun.clone()), (json!("41"), begun.clone()));
+    // One that an earlier daemon wrote says nothing of the pod as it is now.
+    seat.publisher.written(published.clone());
+    let (patch, again) = seat.publisher.due(&seat).unwrap();
+    assert_eq!((version(&patch), &again.begun), (json!("41"), &begun));
+    seat.requests.granted("failover-x", Instant::now());
+    assert_eq!(seat.publisher.due(&seat).map(|(_, published)| published), None);
+    rig.say(|status| status.term += 1);
+    let (patch, published) = seat.publisher.due(&seat).unwrap();
+    assert_eq!((version(&patch), published.begun), (json!(null), begun));
+    rig.assert_alive();
+}
+
 /// The guest has the errors; who keeps its disks has to hear of them, too.
 #[test]
 fn a_failing_disk_is_published_by_its_name() {

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::node::NodeSeat;
 use super::pace::Pace;
+use super::request::Told;
 use crate::api::SeatStatus;
 use crate::random;
 use crate::seat_socket::DiskProgress;
@@ -82,7 +83,9 @@ impl Publisher {
     pub fn due(&self, seat: &NodeSeat) -> Option<(Value, SeatPublished)> {
         let status = seat.pod.seat.status(STATUS_PATIENCE);
         let mut state = self.lock();
-        let now = self.outlook(&mut state, seat, &status);
+        let told = seat.requests.told();
+        let over = told.over.clone();
+        let now = self.outlook(&mut state, seat, &status, told);
         let written = state.written.as_ref()?;
         if written.over {
             seat.pod.said_over();
@@ -91,7 +94,7 @@ impl Publisher {
         // Known for the first time, or old.
         let old = (written.interval_ms.is_none() && now.interval_ms.is_some())
             || (state.written_at.is_some_and(|at| at.elapsed() >= REFRESH) && *written != now);
-        if waits || (same(written, &now) && !old) {
+        if waits || (same(written, &now) && !old && over.is_none()) {
             return None;
         }
         let only_progress = same(
@@ -101,7 +104,7 @@ impl Publisher {
             },
             &now,
         );
-        if only_progress && state.written_at.is_some_and(|at| at.elapsed() < PROGRESS) {
+        if only_progress && over.is_none() && state.written_at.is_some_and(|at| at.elapsed() < PROGRESS) {
             return None;
         }
         let role = match now.role {
@@ -110,7 +113,7 @@ impl Publisher {
             _ => None,
         };
         let text = serde_json::to_string(&now).ok()?;
-        let patch = json!({
+        let mut patch = json!({
             "metadata": {
                 // Another pod of this name is not this seat.
                 "uid": seat.known().seat_id.to_string(),
@@ -118,6 +121,10 @@ impl Publisher {
                 "labels": {LABEL_ROLE: role},
             },
         });
+        if let Some(version) = over {
+            // Of a pod that asks for what is said to be begun: it may have been taken back since.
+            patch["metadata"]["resourceVersion"] = version.into();
+        }
         Some((patch, now))
     }
 
@@ -139,7 +146,7 @@ impl Publisher {
         state.next = Some(Instant::now() + pause.mul_f64(0.5 + part / 2.0));
     }
 
-    fn outlook(&self, state: &mut State, seat: &NodeSeat, status: &SeatStatus) -> SeatPublished {
+    fn outlook(&self, state: &mut State, seat: &NodeSeat, status: &SeatStatus, told: Told) -> SeatPublished {
         // Before anything else: it stays true.
         let over = seat.pod.is_over();
         note_exit(state, status);
@@ -159,7 +166,8 @@ impl Publisher {
             resync_percent: preparing.map(DiskProgress::percent),
             last_takeover: state.last_takeover.clone(),
             last_exit: state.last_exit.clone(),
-            done_request: seat.requests.done(),
+            done_request: told.done,
+            begun: told.begun,
             over,
             machine: seat.machine.clone(),
             arbiter_reachable: true,
@@ -235,7 +243,8 @@ fn failing(disks: &[FailingDisk], seat: &NodeSeat) -> Option<String> {
     Some(clip(&told.collect::<Vec<_>>().join("; ")))
 }
 
-fn unix_ms() -> u64 {
+/// Now, in milliseconds since 1970.
+pub(super) fn unix_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

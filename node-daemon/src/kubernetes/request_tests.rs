@@ -4,22 +4,37 @@ use serde_json::json;
 use super::*;
 use crate::seat::testing::Rig;
 
-fn pod(text: &str) -> Pod {
-    serde_json::from_value(json!({"metadata": {"annotations": {ANNOTATION_REQUEST: text}}})).unwrap()
+fn pod(version: &str, request: &serde_json::Value) -> Pod {
+    let annotations = json!({ANNOTATION_REQUEST: request.to_string()});
+    let metadata = json!({"resourceVersion": version, "annotations": annotations});
+    serde_json::from_value(json!({ "metadata": metadata })).unwrap()
+}
+
+fn failover_at(version: &str, id: &str) -> Pod {
+    pod(version, &json!({"id": id, "do": "failover"}))
 }
 
 fn failover(id: &str) -> Pod {
-    pod(&json!({"id": id, "do": "failover"}).to_string())
+    failover_at("7", id)
 }
 
-/// The daemon looks at the pod again and again.
+/// What is to be written over a version of the pod is: nobody changed it.
+fn write(requests: &Requests) {
+    let Told { begun, over, .. } = requests.told();
+    if let (Some(id), Some(_)) = (begun, over) {
+        requests.granted(&id, Instant::now());
+    }
+}
+
+/// The daemon looks at the pod again and again, and publishes what is to be published.
 fn look_until_done(rig: &Rig, requests: &Requests, pod: &Pod, id: &str) -> DoneRequest {
     let seat = rig.pod();
     rig.wait("the request is answered", |_| {
         requests.noticed(pod, &seat);
-        requests.done().is_some_and(|done| done.id == id)
+        write(requests);
+        requests.told().done.is_some_and(|done| done.id == id)
     });
-    requests.done().unwrap()
+    requests.told().done.unwrap()
 }
 
 #[test]
@@ -36,8 +51,9 @@ fn a_failure_is_brought_about_once_for_each_id() {
     for requests in [&requests, &successor] {
         for _ in 0..20 {
             requests.noticed(&failover("failover-x"), &rig.pod());
+            write(requests);
         }
-        assert_eq!(requests.done(), Some(done.clone()));
+        assert_eq!(requests.told().done, Some(done.clone()));
     }
     assert!(rig.seat.has_engine() && rig.gone().len() == 1, "{:?}", rig.gone());
     let done = look_until_done(&rig, &successor, &failover("failover-y"), "failover-y");
@@ -55,6 +71,7 @@ fn a_failure_that_is_refused_says_why_and_is_not_tried_again() {
     rig.say(|status| status.protected = true);
     for _ in 0..20 {
         requests.noticed(&failover("failover-x"), &rig.pod());
+        write(&requests);
     }
     rig.assert_alive();
 }
@@ -66,6 +83,8 @@ fn a_daemon_that_died_in_between_is_succeeded_by_one_that_kills_nothing() {
     let folder = rig.seat.folder().clone();
     let requests = Requests::new(folder.clone());
     requests.noticed(&failover("failover-x"), &rig.pod());
+    write(&requests);
+    requests.noticed(&failover("failover-x"), &rig.pod());
     let remembered: Last = folder.read_json(FILE).unwrap().expect("remembered when it is begun");
     assert_eq!(remembered.id, "failover-x");
     rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
@@ -76,15 +95,17 @@ fn a_daemon_that_died_in_between_is_succeeded_by_one_that_kills_nothing() {
         former: Vec::new(),
         version: None,
         again: None,
+        before: None,
     };
-    rig.wait("the first daemon is done with it", |_| requests.done().is_some());
+    rig.wait("the first daemon is done with it", |_| requests.told().done.is_some());
     folder.write_json(FILE, &begun).unwrap();
     rig.launch(2);
     let successor = Requests::new(folder);
     for _ in 0..20 {
         successor.noticed(&failover("failover-x"), &rig.pod());
+        write(&successor);
     }
-    let done = successor.done().unwrap();
+    let done = successor.told().done.unwrap();
     assert!(done.refused.is_some_and(|why| why.contains("not known")));
     assert!(rig.seat.has_engine() && rig.gone().len() == 1, "{:?}", rig.gone());
 }
@@ -97,9 +118,178 @@ fn what_cant_be_remembered_is_not_begun() {
     std::fs::remove_dir_all(folder.path()).unwrap();
     for _ in 0..20 {
         requests.noticed(&failover("failover-x"), &rig.pod());
+        write(&requests);
     }
-    assert_eq!(requests.done(), None);
+    assert_eq!(requests.told().done, None);
     rig.assert_alive();
+}
+
+/// Whatever a watch says that lags: only what was written over a pod that asks is begun. Whoever takes it back over a pod without that word knows
+/// that it never comes.
+#[test]
+fn a_failure_begins_once_it_is_written_over_a_pod_that_asks_for_it() {
+    let rig = Rig::new();
+    let (requests, seat) = (Requests::new(rig.seat.folder().clone()), rig.pod());
+    let told = |begun: bool, over: Option<&str>| Told {
+        begun: begun.then(|| "failover-x".to_owned()),
+        over: over.map(str::to_owned),
+        done: None,
+    };
+    for _ in 0..20 {
+        requests.noticed(&failover_at("7", "failover-x"), &seat);
+        assert_eq!(requests.told(), told(true, Some("7")));
+    }
+    // Somebody wrote the pod: not tried again before it is seen as it is now.
+    requests.outrun("failover-x", "7");
+    requests.noticed(&failover_at("7", "failover-x"), &seat);
+    assert_eq!(requests.told(), told(false, None));
+    requests.noticed(&failover_at("8", "failover-x"), &seat);
+    assert_eq!(requests.told(), told(true, Some("8")));
+    requests.outrun("failover-x", "8");
+    requests.noticed(&pod("9", &json!({"id": "failover-x", "do": "takeBack"})), &seat);
+    let Told { begun, over, done } = requests.told();
+    assert_eq!((begun, over), (None, None));
+    assert!(done.unwrap().refused.is_some_and(|why| why.contains("taken back")));
+    // Neither by an answer that is late, nor by an old state, nor by the next daemon.
+    requests.granted("failover-x", Instant::now());
+    for requests in [&requests, &Requests::new(rig.seat.folder().clone())] {
+        for version in ["8", "10"] {
+            requests.noticed(&failover_at(version, "failover-x"), &seat);
+            write(requests);
+        }
+        assert_eq!(requests.told().begun, None);
+    }
+    rig.assert_alive();
+}
+
+/// What was asked for before it could begin is asked for by nobody any more; so is what another request took the place of.
+#[test]
+fn what_a_pod_does_not_ask_for_any_more_does_not_begin() {
+    let rig = Rig::new();
+    let (requests, seat) = (Requests::new(rig.seat.folder().clone()), rig.pod());
+    let nothing: Pod = serde_json::from_value(json!({"metadata": {"resourceVersion": "9"}})).unwrap();
+    for instead in [nothing, pod("9", &json!({"id": "failover-y", "do": "failover"}))] {
+        requests.noticed(&failover_at("8", "failover-x"), &seat);
+        write(&requests);
+        requests.noticed(&instead, &seat);
+        assert_ne!(requests.told().begun.as_deref(), Some("failover-x"));
+        requests.granted("failover-x", Instant::now());
+        requests.noticed(&instead, &seat);
+    }
+    rig.assert_alive();
+}
+
+/// A process that stood still after it was told that it may begin asks once more.
+#[test]
+fn that_a_failure_may_begin_does_not_count_for_long() {
+    let rig = Rig::new();
+    let (requests, seat) = (Requests::new(rig.seat.folder().clone()), rig.pod());
+    requests.noticed(&failover_at("7", "failover-x"), &seat);
+    let long_ago = Instant::now().checked_sub(2 * GRANT).unwrap();
+    requests.granted("failover-x", long_ago);
+    requests.noticed(&failover_at("8", "failover-x"), &seat);
+    let told = requests.told();
+    assert_eq!(
+        (told.begun.as_deref(), told.over.as_deref()),
+        (Some("failover-x"), Some("8"))
+    );
+    rig.assert_alive();
+}
+
+#[test]
+fn a_failure_that_comes_too_late_by_this_clock_is_refused() {
+    let ms = |seconds: u64| 1_000_000_000_000 + 1000 * seconds;
+    let within = FAILOVER_WITHIN.as_secs();
+    for (now, words) in [
+        (ms(within) + 1, Some("too late")),
+        (ms(within), None),
+        (ms(0), None),
+        (ms(0) - 29_000, None),
+        (ms(0) - 31_000, Some("clock is 31 s behind")),
+    ] {
+        let why = timely(Some(ms(within)), now).err();
+        let told = why.as_deref().zip(words);
+        assert_eq!(why.is_some(), words.is_some(), "{now}: {why:?}");
+        assert!(told.is_none_or(|(why, words)| why.contains(words)), "{now}: {why:?}");
+    }
+    assert_eq!(timely(None, 7), Ok(()), "an operator of an earlier release");
+    let rig = Rig::new();
+    let requests = Requests::new(rig.seat.folder().clone());
+    let late = json!({"id": "failover-x", "do": "failover", "untilUnixMs": unix_ms() - 1});
+    let done = look_until_done(&rig, &requests, &pod("7", &late), "failover-x");
+    assert!(done.refused.is_some_and(|why| why.contains("too late")));
+    let in_time = json!({"id": "failover-y", "do": "failover", "untilUnixMs": unix_ms() + 1000 * within});
+    let done = look_until_done(&rig, &requests, &pod("8", &in_time), "failover-y");
+    assert_eq!(done.refused, None);
+    rig.wait("its end is noticed", |rig| rig.gone().len() == 1);
+}
+
+fn accepts_loss(id: &str) -> Pod {
+    let holder = "0123abcd-0000-4000-8000-0000000000ff/000000000000beef";
+    pod("7", &json!({"id": id, "do": "acceptDataLoss", "holder": holder, "term": 3}))
+}
+
+fn says(rig: &Rig, role: Role, loss: Option<AcceptedLoss>) {
+    rig.say(|status| (status.role, status.accepted_loss) = (role, loss));
+}
+
+fn no(why: &str) -> Option<AcceptedLoss> {
+    Some(AcceptedLoss::Refused { why: why.to_owned() })
+}
+
+/// The engine takes the command at once, and decides later.
+#[test]
+fn an_accepted_loss_is_answered_with_what_the_engine_decides() {
+    let rig = Rig::new();
+    let (requests, seat) = (Requests::new(rig.seat.folder().clone()), rig.pod());
+    says(&rig, Role::Starting, Some(AcceptedLoss::UnderWay));
+    requests.noticed(&accepts_loss("accept-data-loss-3~0-1"), &seat);
+    rig.wait("it was told", |rig| !rig.commands().is_empty());
+    assert_eq!(requests.told().done, None, "it has not decided");
+    says(&rig, Role::Starting, no("a guest may run on seat b"));
+    let done = look_until_done(
+        &rig,
+        &requests,
+        &accepts_loss("accept-data-loss-3~0-1"),
+        "accept-data-loss-3~0-1",
+    );
+    assert_eq!(done.refused.as_deref(), Some("a guest may run on seat b"));
+    // It stays told while the next attempt is under way, and is told once.
+    says(&rig, Role::Starting, Some(AcceptedLoss::UnderWay));
+    requests.noticed(&accepts_loss("accept-data-loss-3~1-9"), &seat);
+    rig.wait("it was told again", |rig| rig.commands().len() == 2);
+    assert_eq!(requests.told().done, Some(done));
+    says(&rig, Role::Active, None);
+    let done = look_until_done(
+        &rig,
+        &requests,
+        &accepts_loss("accept-data-loss-3~1-9"),
+        "accept-data-loss-3~1-9",
+    );
+    assert_eq!(done.refused, None);
+}
+
+#[test]
+fn only_the_engine_that_was_told_has_the_last_word_of_a_loss() {
+    let (mut status, _) = crate::seat::testing::healthy(1);
+    let told = Some(status.incarnation);
+    status.role = Role::Starting;
+    status.accepted_loss = Some(AcceptedLoss::UnderWay);
+    assert_eq!(final_word(told, told, Some(&status)), None);
+    assert_eq!(final_word(told, told, None), None, "it may answer yet");
+    status.accepted_loss = no("why");
+    assert_eq!(final_word(told, told, Some(&status)), Some(Err("why".to_owned())));
+    // An engine of an earlier version does not tell.
+    status.accepted_loss = None;
+    assert_eq!(final_word(told, told, Some(&status)), Some(Ok(())));
+    let (successor, _) = crate::seat::testing::healthy(2);
+    let runs = Some(successor.incarnation);
+    let (mut ends, _) = crate::seat::testing::healthy(1);
+    ends.role = Role::Ended;
+    for (runs, status) in [(runs, &successor), (None, &status), (told, &successor), (told, &ends)] {
+        let word = final_word(told, runs, Some(status));
+        assert!(word.is_some_and(|word| word.is_err_and(|why| why.contains("ended"))));
+    }
 }
 
 fn done(last: Option<&Last>, id: &str) -> Last {

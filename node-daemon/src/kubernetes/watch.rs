@@ -1,7 +1,7 @@
 //! The loop: objects of the API server in, seats and their annotations out.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::{LABEL_MANAGED_BY, MANAGED_BY};
@@ -131,15 +131,35 @@ async fn write(client: &Client, due: Due) {
     let known = due.seat.known();
     let api: Api<Pod> = Api::namespaced(client.clone(), &known.namespace);
     let (parameters, patch) = (PatchParams::default(), Patch::Merge(&due.patch));
+    let (begins, sent) = (begins(&due), Instant::now());
     let writing = api.patch_metadata(&known.config.seat, &parameters, &patch);
     match tokio::time::timeout(WRITE_MAX, writing).await {
-        Ok(Ok(_)) => due.seat.publisher.written(due.published),
+        Ok(Ok(_)) => {
+            due.seat.publisher.written(due.published);
+            if let Some((id, _)) = begins {
+                due.seat.requests.granted(&id, sent);
+            }
+        }
         Ok(Err(error)) => {
+            if let Some((id, version)) = begins.filter(|_| is_conflict(&error)) {
+                tracing::debug!(seat = known.config.label(), id, "the pod was changed before this could begin");
+                return due.seat.requests.outrun(&id, &version);
+            }
             tracing::warn!(seat = known.config.label(), "status not published: {}", explain(&error));
             due.seat.publisher.failed();
         }
         Err(_) => due.seat.publisher.failed(),
     }
+}
+
+/// The failure that may begin once this is written, and the version of the pod that asks for it.
+fn begins(due: &Due) -> Option<(String, String)> {
+    let version = due.patch["metadata"]["resourceVersion"].as_str()?;
+    Some((due.published.begun.clone()?, version.to_owned()))
+}
+
+fn is_conflict(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 409)
 }
 
 async fn tell(client: &Client, word: Word) {

@@ -110,6 +110,7 @@ pub fn healthy(start: u64) -> (Status, Snapshot) {
         vouches: None,
         resync_percent: None,
         failing_disks: Vec::new(),
+        accepted_loss: None,
         counters: serde_json::Map::new(),
     };
     let version = 5;

@@ -1,5 +1,5 @@
 use ftvm_crds::RunStrategy;
-use ftvm_crds::seat::SeatRequest;
+use ftvm_crds::seat::SeatPublished;
 use ftvm_protocol::identity::ArbiterUid;
 
 use super::*;
@@ -203,15 +203,151 @@ fn one_of_both_is_under_way_at_a_time() {
     assert_eq!(failover(&world).request, "beside it");
     assert_eq!(world.kills, ["failover-again"]);
     assert_eq!(switchover(&world).outcome, Outcome::Done);
-    // Also if nobody wants it any more.
+}
+
+/// The order that the told pod has.
+fn order(world: &World, told: &SeatEntry) -> Option<Order> {
+    let request = world.pods[&told.name].request.as_ref();
+    request.map(|request| request.order.clone())
+}
+
+fn removes(world: &mut World, annotation: &str) {
+    world.vm.metadata.annotations.as_mut().unwrap().remove(annotation);
+    world.version += 1;
+}
+
+/// The daemon of the active's node is away: whenever it is there again, nothing comes. A clock that was set back ends no time late.
+#[test]
+fn a_failure_that_no_daemon_begins_in_time_is_taken_back() {
+    for seconds in [61, -1] {
+        let mut world = protected();
+        let told = active(&world);
+        wants(&mut world, ANNOTATION_FAILOVER, "now");
+        world.step();
+        let until = u64::try_from(world.now.as_millisecond()).unwrap() + 60_000;
+        let request = world.pods[&told.name].request.clone().unwrap();
+        assert_eq!(
+            (request.order, request.until_unix_ms),
+            (Order::Failover, Some(until)),
+            "the daemon is told until when"
+        );
+        world.pass(seconds.clamp(0, 60));
+        let decision = decide(&world.observe());
+        assert!(decision.actions.is_empty() && decision.recheck.is_some(), "in time");
+        world.pass(seconds - seconds.clamp(0, 60));
+        world.step();
+        assert_eq!(order(&world, &told), Some(Order::TakeBack), "{seconds} s");
+        assert_eq!(failover(&world).outcome, Outcome::Pending, "not before it is written");
+        world.step();
+        refused(&failover(&world), "nothing was done");
+        assert!(world.settle(60) && world.is_protected() && world.kills.is_empty());
+        refused(&failover(&world), "nothing was done");
+        wants(&mut world, ANNOTATION_FAILOVER, "again");
+        assert!(world.settle(60) && world.is_protected());
+        assert_eq!(world.kills, ["failover-again"]);
+    }
+}
+
+/// Nobody is told that it won't come as long as it may have been begun.
+#[test]
+fn what_was_begun_before_it_was_taken_back_is_waited_for() {
+    let mut world = protected();
+    let told = active(&world);
+    wants(&mut world, ANNOTATION_FAILOVER, "now");
+    world.step();
+    let published = |world: &mut World, change: fn(&mut SeatPublished)| {
+        let pod = world.pods.get_mut(&told.name).unwrap();
+        change(pod.published.as_mut().unwrap());
+    };
+    published(&mut world, |published| published.begun = Some("failover-now".to_owned()));
+    world.pass(61);
+    for _ in 0..3 {
+        world.step();
+        assert_eq!(order(&world, &told), Some(Order::TakeBack));
+        assert_eq!(failover(&world).outcome, Outcome::Pending);
+    }
+    let why = failover(&world).why.unwrap();
+    assert!(why.contains("may have begun it"), "{why}");
+    published(&mut world, |published| {
+        published.begun = None;
+        published.done_request = Some(DoneRequest {
+            id: "failover-now".to_owned(),
+            refused: None,
+        });
+    });
+    world.step();
+    assert_eq!(failover(&world).outcome, Outcome::Done);
+}
+
+#[test]
+fn whoever_removes_the_annotation_takes_the_failure_back() {
+    let mut world = protected();
+    let told = active(&world);
     wants(&mut world, ANNOTATION_FAILOVER, "withdrawn");
     world.step();
-    world.vm.metadata.annotations.as_mut().unwrap().clear();
-    assert!(world.settle(60) && world.is_protected());
-    assert_eq!(
-        (failover(&world).request.as_str(), failover(&world).outcome),
-        ("withdrawn", Outcome::Done)
+    removes(&mut world, ANNOTATION_FAILOVER);
+    world.step();
+    assert_eq!(order(&world, &told), Some(Order::TakeBack));
+    assert!(failover(&world).why.unwrap().contains("was removed"));
+    assert!(world.settle(60) && world.is_protected() && world.kills.is_empty());
+    assert_eq!(failover(&world).outcome, Outcome::Refused);
+    // What a former leader wrote may be on its way: it has to find another version of the pod.
+    wants(&mut world, ANNOTATION_FAILOVER, "not written");
+    let seen = world.observe();
+    world.vm.status = Some(crate::status::status(&seen, &decide(&seen)));
+    removes(&mut world, ANNOTATION_FAILOVER);
+    let decision = decide(&world.observe());
+    assert!(
+        matches!(&decision.actions[..], [Action::Request { seat, request, .. }]
+            if *seat == told.name && request.order == Order::TakeBack && request.id == "failover-not written"),
+        "{:?}",
+        decision.actions
     );
+    assert!(world.settle(60) && world.kills.is_empty());
+    assert_eq!(failover(&world).outcome, Outcome::Refused);
+    // A switchover that was told comes to its end.
+    wants(&mut world, ANNOTATION_SWITCHOVER, "told");
+    world.step();
+    removes(&mut world, ANNOTATION_SWITCHOVER);
+    assert!(world.settle(60));
+    assert_eq!(switchover(&world).outcome, Outcome::Done);
+}
+
+/// Whatever else is the matter with the VM.
+#[test]
+fn with_a_strange_lease_what_is_too_late_is_taken_back() {
+    let mut world = protected();
+    let told = active(&world);
+    wants(&mut world, ANNOTATION_FAILOVER, "now");
+    world.step();
+    let (snapshot, nodes) = world.lease.clone().unwrap();
+    let mut foreign = snapshot.clone();
+    foreign.uid = ArbiterUid(999);
+    world.lease = Some((foreign, nodes.clone()));
+    world.pass(61);
+    world.step();
+    assert_eq!(order(&world, &told), Some(Order::TakeBack));
+    world.step();
+    refused(&failover(&world), "nothing was done");
+    world.lease = Some((snapshot, nodes));
+    assert!(world.settle(60) && world.is_protected() && world.kills.is_empty());
+}
+
+/// It set no time: that begins with the first look.
+#[test]
+fn what_an_earlier_operator_told_gets_its_time() {
+    let mut world = protected();
+    let told = active(&world);
+    wants(&mut world, ANNOTATION_FAILOVER, "now");
+    world.step();
+    let asked = world.vm.status.as_mut().unwrap().failover.as_mut().unwrap();
+    asked.told.as_mut().unwrap().until = None;
+    world.pass(100_000);
+    world.step();
+    assert_eq!(order(&world, &told), Some(Order::Failover));
+    world.pass(61);
+    world.step();
+    assert_eq!(order(&world, &told), Some(Order::TakeBack));
 }
 
 #[test]
@@ -299,6 +435,7 @@ fn an_operator_that_died_before_it_told_is_succeeded() {
             world.pods.get_mut(&told.name).unwrap().request = Some(SeatRequest {
                 id: "switchover-earlier".to_owned(),
                 order: Order::Switchover,
+                until_unix_ms: None,
             });
         }
         wants(&mut world, ANNOTATION_FAILOVER, "now");
@@ -325,6 +462,7 @@ fn what_looks_lost_in_a_cache_is_looked_at_again() {
     let other = SeatRequest {
         id: "switchover-earlier".to_owned(),
         order: Order::Switchover,
+        until_unix_ms: None,
     };
     wants(&mut world, ANNOTATION_FAILOVER, "now");
     world.step();

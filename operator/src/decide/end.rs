@@ -157,7 +157,7 @@ fn ended(seen: &Observed, entry: &SeatEntry, record: &Record, stop: &str) -> boo
             Order::Start { over_stopped_term } => over_stopped_term == over,
             Order::AcceptDataLoss { over_stopped_term, .. } => over_stopped_term == Some(over),
             Order::Stop => is_attempt(stop, &request.id) && !is_done(pod, &request.id),
-            Order::Switchover | Order::Failover => false,
+            Order::Switchover | Order::Failover | Order::TakeBack => false,
         });
         !asked && is_starting(pod)
     };

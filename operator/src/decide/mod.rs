@@ -254,7 +254,10 @@ pub fn decide(seen: &Observed) -> Decision {
     }
     match want(seen) {
         Want::Run => run::run(seen, &mut decision),
-        Want::Halt | Want::Delete => end::end(seen, &mut decision),
+        Want::Halt | Want::Delete => {
+            end::end(seen, &mut decision);
+            asked::come_to_an_end(seen, &mut decision);
+        }
     }
     if decision.book != status.seats || decision.lease_uid != status.lease_uid || decision.cpu != status.cpu {
         decision.actions.clear();

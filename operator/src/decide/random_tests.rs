@@ -45,6 +45,17 @@ fn check(world: &World, seed: u64, step: u32) {
         "seed {seed}, step {step}: one text killed twice: {:?}",
         world.kills
     );
+    let failover = world.vm.status.clone().unwrap_or_default().failover;
+    if let Some(AskedFor {
+        request,
+        why: Some(why),
+        ..
+    }) = failover
+    {
+        let done = world.kills.contains(&format!("failover-{request}"));
+        let denied = why.contains("nothing was done");
+        assert!(!done || !denied, "seed {seed}, step {step}: {request} was done: {why}");
+    }
     let mut slots: Vec<_> = book.iter().map(|entry| entry.slot).collect();
     slots.dedup();
     assert_eq!(slots.len(), book.len(), "seed {seed}, step {step}: {book:#?}");

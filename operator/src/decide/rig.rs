@@ -503,6 +503,7 @@ impl World {
             });
             pod.published = Ok(SeatPublished {
                 last_exit,
+                done_request: self.executed.get(&pod.uid).cloned(),
                 over: true,
                 ..SeatPublished::default()
             });
@@ -646,9 +647,11 @@ impl World {
             return false;
         }
         let uid = pod.uid.clone();
-        let refused = (request.order == Order::Failover)
-            .then(|| self.fail(me, &request.id))
-            .and_then(Result::err);
+        let refused = match request.order {
+            Order::Failover => self.fail(me, &request.id).err(),
+            Order::TakeBack => Some("taken back".to_owned()),
+            _ => None,
+        };
         let killed = request.order == Order::Failover && refused.is_none();
         let id = request.id;
         self.executed.insert(uid, DoneRequest { id, refused });
@@ -706,6 +709,7 @@ impl World {
         let pod = self.pods.get_mut(seat).unwrap();
         pod.published = Ok(SeatPublished {
             role: Some(SeatRole::Ended),
+            done_request: self.executed.get(&pod.uid).cloned(),
             ..SeatPublished::default()
         });
     }

@@ -415,10 +415,11 @@ fn tell_nodes(seen: &Observed, decision: &mut Decision) {
 
 fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
     if give_up_holder(seen, record, decision) {
-        return;
+        return asked::come_to_an_end(seen, decision);
     }
     if record.phase == Phase::Stopped {
-        return start(seen, record, decision);
+        start(seen, record, decision);
+        return asked::come_to_an_end(seen, decision);
     }
     asked::follow(seen, record, decision);
 }
@@ -536,7 +537,12 @@ pub(super) fn ask_until_done(seen: &Observed, entry: &SeatEntry, id: &str, order
         }
     };
     let id = format!("{id}{ATTEMPT}{number}-{now}");
-    ask(seen, entry, &id, order, &mut decision.actions);
+    let request = SeatRequest {
+        id,
+        order: order.clone(),
+        until_unix_ms: None,
+    };
+    ask(seen, entry, &request, &mut decision.actions);
 }
 
 fn was_asked(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
@@ -544,20 +550,17 @@ fn was_asked(seen: &Observed, entry: &SeatEntry, id: &str) -> bool {
 }
 
 /// Asks a seat, unless it was asked or has answered already.
-pub(super) fn ask(seen: &Observed, entry: &SeatEntry, id: &str, order: &Order, actions: &mut Vec<Action>) {
+pub(super) fn ask(seen: &Observed, entry: &SeatEntry, request: &SeatRequest, actions: &mut Vec<Action>) {
     let Some(pod) = pod(seen, entry) else {
         return;
     };
-    if was_asked(seen, entry, id) || pod.last_answer().is_some_and(|done| done.id == id) {
+    if was_asked(seen, entry, &request.id) || pod.last_answer().is_some_and(|done| done.id == request.id) {
         return;
     }
     actions.push(Action::Request {
         seat: entry.name.clone(),
         uid: pod.uid.clone(),
-        request: SeatRequest {
-            id: id.to_owned(),
-            order: order.clone(),
-        },
+        request: request.clone(),
     });
 }
 

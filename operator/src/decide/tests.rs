@@ -391,6 +391,7 @@ fn an_engine_that_was_begun_after_the_stop_keeps_nobody_waiting() {
         order: Order::Start {
             over_stopped_term: world.record().unwrap().term,
         },
+        until_unix_ms: None,
     });
     let actions = decide(&world.observe()).actions;
     assert!(

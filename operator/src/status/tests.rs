@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use ftvm_crds::SeatEntry;
 use ftvm_crds::lease::LeaseError;
-use ftvm_crds::seat::{SeatPublished, Takeover};
+use ftvm_crds::seat::{DoneRequest, SeatPublished, Takeover};
 
 use kube::ResourceExt;
 
@@ -637,6 +637,40 @@ fn messages_are_bounded() {
             .iter()
             .any(|action| matches!(action, Action::DeletePod { .. }))
     );
+}
+
+/// It is asked again, later and later, and each attempt is refused: that is one event.
+#[test]
+fn a_loss_that_an_engine_decides_against_is_told_once() {
+    let mut world = started();
+    assert!(world.settle(60) && world.is_protected());
+    for pod in world.pods.values_mut() {
+        let published = pod.published.as_mut().unwrap();
+        (published.role, published.peer_connected) = (Some(SeatRole::Starting), false);
+    }
+    let seat = first(&world).name;
+    let now = |world: &mut World| {
+        let seen = world.observe();
+        status(&seen, &decide(&seen))
+    };
+    let mut before = now(&mut world);
+    for attempt in 0..3 {
+        let pod = world.pods.get_mut(&seat).unwrap();
+        pod.published.as_mut().unwrap().done_request = Some(DoneRequest {
+            id: format!("accept-data-loss-3-1-~{attempt}-9"),
+            refused: Some("a guest may run on the other seat".to_owned()),
+        });
+        let after = now(&mut world);
+        expect(
+            after.condition(READY).unwrap(),
+            "DataLossRefused",
+            "a guest may run on the other seat",
+        );
+        let events = changes(&before, &after);
+        let told = events.iter().any(|change| change.reason == "DataLossRefused");
+        assert_eq!(told, attempt == 0, "attempt {attempt}: {events:?}");
+        before = after;
+    }
 }
 
 /// Both commands, while they are of use, in whatever order they are given; and nothing of it while the guest runs.

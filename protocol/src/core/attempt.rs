@@ -200,7 +200,9 @@ impl Core {
                 }
                 if let Role::Starting(starting) = &mut self.role {
                     // Accepting a loss is for what the person saw then: a refusal answers it.
-                    starting.accept_loss = None;
+                    if starting.accept_loss.take().is_some() {
+                        starting.loss_refused = Some(refusal);
+                    }
                 }
                 self.conclude(self.timing.retry_ms);
                 self.refuse(refusal, actions);

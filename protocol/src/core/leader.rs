@@ -116,6 +116,7 @@ impl Core {
             Command::AcceptDataLoss { holder, term } => match &mut self.role {
                 Role::Starting(starting) => {
                     starting.accept_loss = Some((holder, term));
+                    starting.loss_refused = None;
                     self.cancel_attempt();
                     Ok(())
                 }

@@ -41,7 +41,7 @@ pub use action::{Action, EndReason, Gate};
 pub use config::{Config, StoredHeader, Timing};
 pub use event::{Command, Event, GuestReport, HeaderReport, ReadOutcome, Seal, SeatReport, SwapOutcome};
 pub use refusal::Refusal;
-pub use status::{ArbiterState, RoleName, Status};
+pub use status::{AcceptedLoss, ArbiterState, RoleName, Status};
 
 use crate::header::SeatHeader;
 use crate::identity::{ArbiterUid, Incarnation, LinkId, Nonce, RequestId, SeatId, SessionId, Term};
@@ -130,6 +130,7 @@ impl Core {
                 stop: false,
                 start_over: None,
                 accept_loss: None,
+                loss_refused: None,
                 holder_could_since_ms: None,
                 prepare: None,
                 stopped: None,

@@ -92,6 +92,8 @@ pub(super) struct Starting {
     pub(super) start_over: Option<Term>,
     /// A person accepts the loss of what only this holder has.
     pub(super) accept_loss: Option<(Incarnation, Option<Term>)>,
+    /// Why the last acceptance of a loss came to nothing; what the seat waits for since is another matter.
+    pub(super) loss_refused: Option<Refusal>,
     /// Since when the holder's seat could have booted in our stead.
     pub(super) holder_could_since_ms: Option<u64>,
     /// Header that has to be durable before the next swap.

@@ -40,6 +40,15 @@ pub enum ArbiterState {
     Strange,
 }
 
+/// What became of the last [`super::Command::AcceptDataLoss`] of a seat that has not booted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AcceptedLoss {
+    /// Not decided: the arbiter or the other seats' daemons are asked.
+    UnderWay,
+    /// The seat does not boot for it.
+    Refused(Refusal),
+}
+
 /// A snapshot of the core.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Status {
@@ -88,6 +97,8 @@ pub struct Status {
     pub stopping: bool,
     /// Why the last attempt or command was refused; what a person sees when it waits.
     pub refused: Option<Refusal>,
+    /// What became of a loss that a person accepted. `None`: there was none, or the seat does not wait any more.
+    pub accepted_loss: Option<AcceptedLoss>,
     /// The record that the operator may create if it is gone: what this seat vouches for ([`crate::recreation`]).
     pub recreate: Option<Record>,
     /// Text of a guest failure.
@@ -143,6 +154,11 @@ impl Core {
             leaving: matches!(&self.role, Role::Standby(standby) if standby.leave_ms.is_some()),
             stopping: active.is_some_and(|active| active.stop.is_some()),
             refused: self.refused,
+            accepted_loss: match &self.role {
+                Role::Starting(starting) if starting.accept_loss.is_some() => Some(AcceptedLoss::UnderWay),
+                Role::Starting(starting) => starting.loss_refused.map(AcceptedLoss::Refused),
+                Role::Joining(_) | Role::Standby(_) | Role::Active(_) | Role::Frozen(_) | Role::Ended(_) => None,
+            },
             recreate: self.recreate_consent(),
             failure: self.failure.clone(),
         }
