@@ -63,9 +63,10 @@ fn boot(entry: &SeatEntry, seen: &Observed) -> Option<String> {
     }
 }
 
-/// Does whoever is to boot a disk ask after this pod: because the record names it, or as the one that the book has for its seat?
+/// Does whoever is to boot a disk ask after this pod: because the record names it, or as the one that the book has for its seat? A seat that is being removed
+/// is waited for only until it is out of the book, and nothing has to be proven of it before.
 fn is_asked_after(entry: &SeatEntry, record: &Record, uid: &str) -> bool {
-    names(record, uid) || entry.asked_as().any(|asked| asked == uid)
+    names(record, uid) || !entry.leaving && entry.asked_as().any(|asked| asked == uid)
 }
 
 /// A pod that whoever boots asks after, on a node that is ready, of which the book does not prove that it has ended; and since when the program of
@@ -153,17 +154,13 @@ pub fn away(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<Strin
         .map(|(node, _)| node.to_owned())
 }
 
-/// Nodes of a seat's pods that whoever boots asks after, if they are not ready; and whether the pod there is proven to have ended. A seat that is being
-/// removed is waited for only until it is out of the book.
+/// Nodes of a seat's pods that whoever boots asks after, if they are not ready; and whether the pod there is proven to have ended.
 pub fn needed<'a>(
     seen: &'a Observed,
     entry: &'a SeatEntry,
     record: &'a Record,
 ) -> impl Iterator<Item = (&'a str, bool)> {
-    let stays = !entry.leaving;
-    absent(seen, entry, move |uid| {
-        names(record, uid) || stays && is_asked_after(entry, record, uid)
-    })
+    absent(seen, entry, move |uid| is_asked_after(entry, record, uid))
 }
 
 /// Nodes of those of a seat's pods, if they are not ready; and whether the pod there is proven to have ended.

@@ -25,6 +25,9 @@ const MISSING_NODE: &str =
 /// Reason of a seat for which no node is left.
 const TOO_FEW_NODES: &str = "TooFewNodes";
 
+/// So much of a pod's trouble, which may be told at any length, stands before the commands, which must not be cut off with the message.
+const TROUBLE_CHARS_MAX: usize = 500;
+
 /// Something that a person has to mend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Obstacle {
@@ -54,10 +57,16 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
         _ => {}
     }
     found.extend(nobody_boots(seen));
-    if let Some(refused) = &seen.refused {
-        found.push(obstacle(refused.reason, refused.message.clone()));
-    }
     let book = seen.status().seats;
+    if let Some(refused) = &seen.refused {
+        let refused = obstacle(refused.reason, refused.message.clone());
+        // Where a quota has room for one pod alone it is the other one that is refused.
+        let mut stay = book.iter().filter(|entry| !entry.leaving);
+        found.push(match stay.find(|entry| !seen.pods.contains_key(&entry.name)) {
+            Some(entry) => holds_boot(seen, entry, refused),
+            None => refused,
+        });
+    }
     found.extend(
         book.iter()
             .filter(|entry| !entry.leaving)
@@ -111,9 +120,10 @@ fn holds_boot(seen: &Observed, entry: &SeatEntry, mut found: Obstacle) -> Obstac
         ),
         None => String::new(),
     };
-    let (what, accept) = (&found.message, accept_command(seen, record));
+    let what: String = found.message.chars().take(TROUBLE_CHARS_MAX).collect();
+    let (seat, accept) = (&entry.name, accept_command(seen, record));
     found.message = format!(
-        "{what}. No guest is booted before it is known what this seat's disk has; if that is lost for good, {before}accept it ({accept})"
+        "{what}. No guest is booted before it is known what the disk of seat {seat} has; if that is lost for good, {before}accept it ({accept})"
     );
     found
 }

@@ -737,6 +737,19 @@ fn a_pod_that_does_not_start_is_told_to_hold_the_guest_up() {
     expect(&told, "InsufficientMemory", &accept);
     let boot = format!("boot node {}", standby.node.as_deref().unwrap());
     expect(&told, "InsufficientMemory", &boot);
+    // However much the scheduler says.
+    let long = format!("{text}{}", "x".repeat(10_000));
+    world.pods.get_mut(&standby.name).unwrap().unschedulable = Some(long);
+    expect(&said(&mut world, READY), "InsufficientMemory", &accept);
+    // A quota may have no room for it.
+    let mut lacking = world.observe();
+    lacking.pods.remove(&standby.name);
+    lacking.refused = Some(Refusal {
+        reason: API_SERVER_REFUSES,
+        message: "no room".to_owned(),
+        wait: Duration::ZERO,
+    });
+    expect(&said_of(&lacking, READY), API_SERVER_REFUSES, &accept);
     let mut fresh = world.observe();
     for entry in &mut fresh.vm.status.as_mut().unwrap().seats {
         entry.former.clear();
