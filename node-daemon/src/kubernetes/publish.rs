@@ -228,7 +228,7 @@ fn with_name(why: &str, absent: &[AbsentSeat]) -> String {
     let meant = absent.iter().find(|absent| why.contains(&absent.seat_id.to_string()));
     match meant {
         Some(AbsentSeat { seat, .. }) => format!(
-            "{why}. That was a pod of seat {seat}, whose present one can't be asked yet: see to it that pod {seat} starts"
+            "{why}. That is seat {seat}, which can't be asked now: see to it that pod {seat} starts, or is gone if it is being deleted"
         ),
         None => why.to_owned(),
     }
