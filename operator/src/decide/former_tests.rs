@@ -303,6 +303,7 @@ fn of_pods_that_nobody_asks_after_nothing_is_proven() {
     assert!(proven(|_| {}));
     let admit = |entry: &mut SeatEntry| entry.pod_uid = Some(SeatId(8).to_string());
     assert!(proven(admit), "it has no address yet");
+    assert!(!proven(|entry| entry.leaving = true), "it is out of the book soon");
     assert!(!proven(|entry| {
         entry.pod_uid = Some(SeatId(8).to_string());
         entry.pod_ip = Some("10.1.2.3".to_owned());
