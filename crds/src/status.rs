@@ -244,6 +244,21 @@ pub enum Outcome {
 }
 
 impl SeatEntry {
+    /// UIDs of this seat's pods that whoever is to boot a disk of the VM asks after (rule 8 in docs/protocol.md): that of its present one, once it has an
+    /// address, before which no daemon takes it for a seat. Until then earlier ones stand for it: the last one that a node took, whose disk it is, and those
+    /// that are not proven to have ended. None: no engine ever ran here.
+    pub fn asked_as(&self) -> impl Iterator<Item = &str> {
+        let present = self.pod_uid.as_deref().filter(|_| self.pod_ip.is_some());
+        let earlier: &[FormerPod] = if present.is_some() { &[] } else { &self.former };
+        // The operator keeps those longest that a node took.
+        let last = earlier.iter().rposition(|former| former.node.is_some());
+        let asked = earlier.iter().enumerate().filter(move |(index, former)| {
+            let open = former.node.is_some() && !former.ended;
+            open || Some(*index) == last
+        });
+        present.into_iter().chain(asked.map(|(_, former)| former.uid.as_str()))
+    }
+
     /// Was this UID ever a pod of this seat?
     pub fn had_uid(&self, uid: &str) -> bool {
         self.pod_uid.as_deref() == Some(uid) || self.former.iter().any(|former| former.uid == uid)

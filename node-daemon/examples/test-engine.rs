@@ -135,7 +135,10 @@ impl Engine {
                 self.swap_to = Some(Phase::Running);
                 self.ask(Ask::ReadRecord);
             }
-            Command::SetPeers { peers } => self.launch.link.peers = peers,
+            Command::SetPeers { peers, absent } => {
+                self.launch.other_seats = peers.iter().map(|peer| peer.seat_id).chain(absent).collect();
+                self.launch.link.peers = peers;
+            }
             Command::SetProtection { protection } => self.launch.protection = protection,
             Command::PeerGone { incarnation, .. } => self.said = format!("gone {incarnation}"),
             Command::Leave { .. } | Command::Quit => self.exit(0),
@@ -259,9 +262,15 @@ impl Engine {
             failing_disks: Vec::new(),
             accepted_loss: None,
             code: 0,
-            counters: [("nic_mtus".to_owned(), launch.nics.iter().map(|nic| nic.mtu).collect())]
-                .into_iter()
-                .collect(),
+            counters: [
+                ("nic_mtus".to_owned(), launch.nics.iter().map(|nic| nic.mtu).collect()),
+                (
+                    "other_seats".to_owned(),
+                    launch.other_seats.iter().map(ToString::to_string).collect(),
+                ),
+            ]
+            .into_iter()
+            .collect(),
         }
     }
 }

@@ -247,6 +247,21 @@ pub struct LinkConfig {
     /// The other seats.
     #[serde(default)]
     pub peers: Vec<PeerConfig>,
+    /// Seats that can't be dialled now, and whose disks may have more: on Kubernetes those of the book whose pods are just being made anew, or that are being
+    /// removed. Nothing that a file says: a peer that is configured is asked after whether it answers or not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(skip)]
+    pub absent: Vec<AbsentSeat>,
+}
+
+/// A seat that can't be dialled now. Until somebody answers for it no disk is booted (rule 8).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AbsentSeat {
+    /// Its name, for people.
+    pub seat: String,
+    /// As which it is asked after: one of its pods that may have had an engine.
+    pub seat_id: SeatId,
 }
 
 /// Another seat of the same virtual machine.

@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 
 use ftvm_node_daemon::api::{Request, Response};
-use ftvm_node_daemon::config::PeerConfig;
+use ftvm_node_daemon::config::{AbsentSeat, PeerConfig};
+use ftvm_protocol::identity::SeatId;
 use support::Node;
 
 fn address(port: u16) -> SocketAddr {
@@ -140,4 +141,53 @@ fn a_seat_that_is_removed_leaves_no_peers_behind() {
     assert_eq!(node.ask(&Request::ApplySeat { seat }), Response::Done);
     node.wait_running();
     wait_known(&mut node, 1);
+}
+
+/// Whom the engine itself says to ask before it boots.
+fn asked_after(node: &Node) -> Option<Vec<String>> {
+    let counters = node.seat()?.engine?.counters;
+    let seats = counters.get("other_seats")?.as_array()?.iter();
+    Some(seats.filter_map(|seat| seat.as_str().map(str::to_owned)).collect())
+}
+
+fn wait_asked_after(node: &mut Node, expected: &[String]) {
+    node.wait("the engine knows whom to ask", |node| {
+        (asked_after(node)? == expected).then_some(())
+    });
+}
+
+/// Whether it runs, is adopted or starts: it is never told of the one without the other.
+#[test]
+fn an_engine_asks_after_seats_that_cant_be_dialled() {
+    let mut node = Node::new(|_| {});
+    let first = node.start_seat();
+    let peer = asked_after(&node).unwrap();
+    assert_eq!(peer.len(), 1, "as configured: {peer:?}");
+    let mut config = node.config.seats[0].clone();
+    let absent = SeatId(0xb1);
+    config.link.absent = vec![AbsentSeat {
+        seat: "c".into(),
+        seat_id: absent,
+    }];
+    let apply = |node: &Node, seat| node.ask(&Request::ApplySeat { seat: Box::new(seat) });
+    assert_eq!(apply(&node, config.clone()), Response::Done);
+    wait_asked_after(&mut node, &[peer[0].clone(), absent.to_string()]);
+    config.link.peers.clear();
+    assert_eq!(apply(&node, config.clone()), Response::Done);
+    wait_asked_after(&mut node, &[absent.to_string()]);
+    let pid = first.pid.unwrap();
+    assert_eq!(node.seat().unwrap().pid, Some(pid), "the same engine all along");
+    node.kill_daemon();
+    node.config.seats[0] = config;
+    node.config.seats[0].link.absent[0].seat_id = SeatId(0xb2);
+    node.write_config();
+    node.start();
+    wait_asked_after(&mut node, &[SeatId(0xb2).to_string()]);
+    assert_eq!(node.seat().unwrap().pid, Some(pid), "adopted");
+    node.script("exit 23");
+    node.wait("another engine answers", |node| {
+        node.seat()
+            .filter(|seat| seat.engine.is_some() && seat.pid != Some(pid))
+    });
+    wait_asked_after(&mut node, &[SeatId(0xb2).to_string()]);
 }

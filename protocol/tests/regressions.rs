@@ -1,6 +1,7 @@
 //! What the simulator found, each as a short script; and the paths that a driver's author wants to see once in full.
 
 mod bench;
+mod cold_start;
 
 use bench::{Arbiter, Bench};
 use ftvm_protocol::core::{AcceptedLoss, Action, Command, EndReason, Event, Gate, GuestReport, Refusal, RoleName, Seal};
@@ -685,23 +686,6 @@ fn a_seat_that_may_be_about_to_boot_is_no_seat_without_a_guest() {
     let status = bench.seats[0].core.status();
     assert!(status.role == RoleName::Starting && status.holds_guest, "{status:?}");
     assert!(!bench.seats[1].core.status().holds_guest);
-}
-
-/// A seat that waits to boot asks for the seats that there are, not for those that there were when its engine began.
-#[test]
-fn a_seat_that_was_replaced_keeps_nobody_from_booting() {
-    let mut bench = Bench::new();
-    bench.pass(100);
-    bench.power_cut(1, GuestReport::Unknown);
-    bench.pass(2_000);
-    let waiting = bench.seats[0].core.status();
-    assert_eq!(
-        waiting.refused,
-        Some(Refusal::OtherHeaderUnreadable(bench.seats[1].me.seat))
-    );
-    bench.step(0, Event::OtherSeats(vec![SeatId(3)]));
-    bench.pass(2_000);
-    assert_eq!(bench.seats[0].core.status().role, RoleName::Active);
 }
 
 /// The leader's word that a session is over can get lost: a standby that hears of another one reads the record.

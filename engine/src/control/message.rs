@@ -118,7 +118,7 @@ pub struct Launch {
     pub seat: String,
     /// This run of the engine, never used before and never again.
     pub incarnation: Incarnation,
-    /// Every other seat of this VM that the daemon knows of.
+    /// Every other seat of this VM that the daemon knows of and that may have had an engine, whether it can be dialled now or not.
     pub other_seats: Vec<SeatId>,
     /// `machine::MachineConfig` as JSON: memory, vCPUs, CPU baseline, firmware tables.
     pub machine: serde_json::Value,
@@ -389,6 +389,9 @@ pub enum Command {
     SetPeers {
         /// The peers.
         peers: Vec<Peer>,
+        /// Other seats of this VM that can't be dialled now, and are asked after before a disk is booted as the peers are.
+        #[serde(default)]
+        absent: Vec<SeatId>,
     },
     /// Protect the guest in this way from now on.
     SetProtection {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ftvm_protocol::core::{Command as CoreCommand, Event, ReadOutcome, SwapOutcome};
-use ftvm_protocol::identity::RequestId;
+use ftvm_protocol::identity::{RequestId, SeatId};
 
 use super::guest::SeatMachine;
 use super::trace::Step;
@@ -19,8 +19,8 @@ impl Driver {
                 let status = self.status();
                 self.control.reply(id, Reply::Status(Box::new(status)));
             }
-            Command::SetPeers { peers } => {
-                self.set_peers(peers);
+            Command::SetPeers { peers, absent } => {
+                self.set_peers(peers, absent);
                 self.control.reply(id, Reply::Ok);
             }
             Command::SetProtection { protection } => {
@@ -76,8 +76,8 @@ impl Driver {
         self.control.reply(id, Reply::Ok);
     }
 
-    /// Dials these seats and no others, and lets no others connect.
-    fn set_peers(&mut self, peers: Vec<Peer>) {
+    /// Dials these seats and no others, and lets no others connect. Those that can't be dialled are asked after all the same.
+    fn set_peers(&mut self, peers: Vec<Peer>, absent: Vec<SeatId>) {
         for old in &self.seat.peers {
             if peers.iter().all(|peer| peer.seat_id != old.seat_id) {
                 self.hub.remove_peer(old.seat_id);
@@ -86,7 +86,7 @@ impl Driver {
         for peer in &peers {
             self.hub.add_peer(peer.seat_id, Some(peer.address));
         }
-        let seats = peers.iter().map(|peer| peer.seat_id).collect();
+        let seats = peers.iter().map(|peer| peer.seat_id).chain(absent).collect();
         self.seat.peers = peers;
         // A seat that was replaced is asked for nothing any more: nobody answers for it.
         self.step(Event::OtherSeats(seats));

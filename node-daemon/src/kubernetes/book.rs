@@ -16,7 +16,7 @@ use k8s_openapi::api::core::v1::Pod;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    BootConfig, CheckpointConfig, DiskConfig, LinkConfig, MachineConfig, NicConfig, PeerConfig, SeatConfig,
+    AbsentSeat, BootConfig, CheckpointConfig, DiskConfig, LinkConfig, MachineConfig, NicConfig, PeerConfig, SeatConfig,
     WhenUnprotected,
 };
 use crate::disks::source::{Compression, Format, Place, Source};
@@ -135,21 +135,14 @@ pub fn seat(pod: &Pod, vm: &FaultTolerantVM, node: &str, machine: Option<&str>) 
         .as_deref()
         .ok_or_else(|| format!("the book has no IP of pod {name} yet"))?;
     let ip: IpAddr = ip.parse().map_err(|_| format!("pod {name}: `{ip}` is no IP address"))?;
-    let peers = book
-        .iter()
-        .filter(|other| other.name != entry.name)
-        .filter_map(peer)
-        .collect();
+    let others = || book.iter().filter(move |other| other.name != entry.name);
+    let link = LinkConfig {
+        listen: SocketAddr::new(ip, PORT_LINK),
+        peers: others().filter_map(peer).collect(),
+        absent: others().flat_map(absent).collect(),
+    };
     Ok(Seat {
-        config: config(
-            vm,
-            &namespace,
-            entry,
-            seat_id,
-            vm_id,
-            SocketAddr::new(ip, PORT_LINK),
-            peers,
-        )?,
+        config: config(vm, &namespace, entry, (seat_id, vm_id), link)?,
         recipe: recipe(vm)?,
         namespace,
         vm: vm_name,
@@ -226,6 +219,20 @@ fn peer(entry: &SeatEntry) -> Option<PeerConfig> {
     })
 }
 
+/// A seat of the book that can't be dialled, as whom it is asked after: whoever boots waits for what its disk says. One that never ran keeps nobody waiting.
+fn absent(entry: &SeatEntry) -> Vec<AbsentSeat> {
+    if peer(entry).is_some() {
+        return Vec::new();
+    }
+    let named = entry.asked_as().filter_map(|uid| {
+        Some(AbsentSeat {
+            seat: entry.name.clone(),
+            seat_id: uid.parse().ok()?,
+        })
+    });
+    named.collect()
+}
+
 fn bytes(text: &str) -> Result<u64, Refusal> {
     quantity::bytes(text).map_err(|error| Refusal::of_spec(error.to_string()))
 }
@@ -234,10 +241,8 @@ fn config(
     vm: &FaultTolerantVM,
     namespace: &str,
     entry: &SeatEntry,
-    seat_id: SeatId,
-    vm_id: VmId,
-    listen: SocketAddr,
-    peers: Vec<PeerConfig>,
+    (seat_id, vm_id): (SeatId, VmId),
+    link: LinkConfig,
 ) -> Result<SeatConfig, Refusal> {
     let spec = &vm.spec;
     let inside = |path: &str| PathBuf::from(format!("{PATH_GUEST}{path}"));
@@ -275,7 +280,7 @@ fn config(
         disks: disks.collect::<Result<_, Refusal>>()?,
         header: beside(FILE_HEADER),
         journal: beside(FILE_JOURNAL),
-        link: LinkConfig { listen, peers },
+        link,
         timing: timing(tolerance.detection_ms),
         checkpoint: CheckpointConfig {
             interval_min_us: microseconds(tolerance.interval.min_ms),

@@ -67,6 +67,50 @@ fn earlier_pods_of_all_seats_are_known() {
     assert_eq!(seat.former, [former(own, true, false), former(other, false, true)]);
 }
 
+/// Whoever boots waits for what its disk says (rule 8): a seat is left out neither for the moment in which its pod is made anew, nor while it is removed.
+#[test]
+fn a_seat_that_cant_be_dialled_is_asked_after() {
+    const FIRST: &str = "00000000-0000-4000-8000-0000000000b1";
+    const SECOND: &str = "00000000-0000-4000-8000-0000000000b2";
+    let since = "2026-11-27T00:00:00Z";
+    let former = |uid: &str, node: Option<&str>, ended: bool| {
+        json!({"uid": uid, "node": node, "missingSince": since, "ended": ended})
+    };
+    let (two, nowhere) = (Some("two"), None);
+    let absent = |change: Value| {
+        let vm = vm(|vm| {
+            vm["status"]["seats"][1] = change;
+            vm["status"]["seats"][1]["name"] = json!("web-bbbbb");
+        });
+        let link = seat(&pod(|_| {}), &vm, "one").unwrap().config.link;
+        assert!(link.peers.is_empty(), "{:?}", link.peers);
+        assert!(link.absent.iter().all(|absent| absent.seat == "web-bbbbb"));
+        let ids = link.absent.iter().map(|absent| absent.seat_id.to_string());
+        ids.collect::<Vec<_>>()
+    };
+    let earlier = json!([former(FIRST, two, true)]);
+    assert_eq!(absent(json!({"former": earlier})), [FIRST], "for its disk");
+    let bound = json!({"podUid": PEER, "node": "two", "hostIP": "192.0.2.2", "former": earlier});
+    assert_eq!(absent(bound), [FIRST]);
+    let open = json!({"former": [former(FIRST, two, false), former(SECOND, two, true)]});
+    assert_eq!(absent(open), [FIRST, SECOND], "the first may run");
+    let unplaced = json!({"former": [former(FIRST, two, true), former(SECOND, nowhere, true)]});
+    assert_eq!(absent(unplaced), [FIRST]);
+    let leaving = json!({"podUid": PEER, "podIP": "10.0.0.2", "leaving": true, "former": earlier});
+    assert_eq!(absent(leaving), [PEER]);
+    // One that never ran has nothing to say, or no guest would ever begin.
+    let none: [&str; 0] = [];
+    assert_eq!(absent(json!({})), none);
+    let bound = json!({"podUid": PEER, "node": "two", "hostIP": "192.0.2.2"});
+    assert_eq!(absent(bound), none);
+    let unplaced = json!({"former": [former(FIRST, nowhere, true)]});
+    assert_eq!(absent(unplaced), none);
+    // As soon as it can be dialled it answers for itself.
+    let dialled = vm(|vm| vm["status"]["seats"][1]["former"] = earlier);
+    let link = seat(&pod(|_| {}), &dialled, "one").unwrap().config.link;
+    assert_eq!((link.peers.len(), link.absent), (1, Vec::new()));
+}
+
 /// A machine that was set up under the name of one that is only cut off has forgotten nothing.
 #[test]
 fn an_earlier_pod_was_here_if_node_and_machine_are_the_same() {

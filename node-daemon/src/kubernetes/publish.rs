@@ -14,6 +14,7 @@ use super::node::NodeSeat;
 use super::pace::Pace;
 use super::request::Told;
 use crate::api::SeatStatus;
+use crate::config::AbsentSeat;
 use crate::random;
 use crate::seat_socket::DiskProgress;
 
@@ -181,7 +182,7 @@ impl Publisher {
             published.paused = engine.paused;
             published.holds_guest = engine.holds_guest;
             published.term = engine.term;
-            published.why = clip(&engine.why);
+            published.why = clip(&with_name(&engine.why, &seat.known().config.link.absent));
             published.code = engine.code;
             published.peer_connected = engine.peer.as_ref().is_some_and(|peer| peer.connected);
             published.arbiter_reachable = engine.arbiter_reachable;
@@ -228,6 +229,17 @@ fn same(one: &SeatPublished, other: &SeatPublished) -> bool {
 
 pub(super) fn clip(text: &str) -> String {
     text.chars().take(WHY_CHARS_MAX).collect()
+}
+
+/// An engine knows seats that can't be dialled by their ids alone, and people by their names.
+fn with_name(why: &str, absent: &[AbsentSeat]) -> String {
+    let meant = absent.iter().find(|absent| why.contains(&absent.seat_id.to_string()));
+    match meant {
+        Some(AbsentSeat { seat, .. }) => format!(
+            "{why}. That is seat {seat}, which can't be asked now: see to it that pod {seat} starts, or is gone if it is being deleted"
+        ),
+        None => why.to_owned(),
+    }
 }
 
 /// Failing disks by name; none: all work.
@@ -292,5 +304,28 @@ fn role(role: Role) -> SeatRole {
         Role::Active => SeatRole::Active,
         Role::Frozen => SeatRole::Frozen,
         Role::Ended => SeatRole::Ended,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ftvm_protocol::core::Refusal;
+    use ftvm_protocol::identity::SeatId;
+
+    use super::*;
+
+    #[test]
+    fn a_seat_that_cant_be_asked_yet_is_told_by_its_name() {
+        let absent = [AbsentSeat {
+            seat: "web-b".to_owned(),
+            seat_id: SeatId(0xb),
+        }];
+        let told = with_name(&Refusal::OtherHeaderUnreadable(SeatId(0xb)).to_string(), &absent);
+        assert!(
+            told.contains("accept-data-loss") && told.contains("pod web-b starts"),
+            "{told}"
+        );
+        let other = Refusal::OtherHeaderUnreadable(SeatId(0xc)).to_string();
+        assert_eq!(with_name(&other, &absent), other);
     }
 }

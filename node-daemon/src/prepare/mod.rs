@@ -300,7 +300,7 @@ pub fn prepare(
             seat: who.seat_id,
             start: random::nonzero_u64(),
         },
-        other_seats: peers.iter().map(|peer| peer.seat_id).collect(),
+        other_seats: peers.iter().map(|peer| peer.seat_id).chain(absent(config)).collect(),
         machine: serde_json::json!({
             "memory_bytes": config.machine.memory_mib << 20,
             "vcpus": config.machine.vcpus,
@@ -359,6 +359,11 @@ pub fn peers(config: &SeatConfig, who: &SeatIdentity) -> Result<Vec<Peer>, SeatE
         .iter()
         .map(|peer| peer_of(config, who, peer))
         .collect()
+}
+
+/// Other seats that can't be dialled now, and are asked after all the same.
+pub fn absent(config: &SeatConfig) -> Vec<SeatId> {
+    config.link.absent.iter().map(|absent| absent.seat_id).collect()
 }
 
 /// The identity of a peer, if the configuration or the seat's own identity knows it.

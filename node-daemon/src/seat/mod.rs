@@ -35,7 +35,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use crate::api::{Phase, SeatStatus, TimedEvent};
 use crate::arbiter::Bounded;
 use crate::bridges::AllowedBridges;
-use crate::config::{JailConfig, PeerConfig, SeatConfig};
+use crate::config::{JailConfig, LinkConfig, PeerConfig, SeatConfig};
 use crate::netns::Netns;
 use crate::prepare::Source;
 use crate::state::{SeatFolder, StateError};
@@ -133,7 +133,7 @@ struct Engine {
     own_user: bool,
     since: Instant,
     connection: Option<Arc<Connection>>,
-    introduced: Informed<Vec<PeerConfig>>,
+    introduced: Informed<LinkConfig>,
     protection: Informed<Protection>,
 }
 

@@ -9,6 +9,9 @@
 //!
 //! What the engine knows is compared with what is in force whenever the seat's thread wakes, so that it does not matter
 //! whether peers were set before, while or after an engine started or was adopted.
+//!
+//! Invariant: peers and the seats that can't be dialled ([`crate::config::LinkConfig::absent`]) change together. In between an engine would take a seat that
+//! goes from one to the other for one that there is not, and could boot without its word.
 
 use ftvm_engine::control::{Command, Connection};
 use serde::{Deserialize, Serialize};
@@ -84,7 +87,7 @@ impl Seat {
         let config = {
             let inner = self.inner();
             let Some(engine) = &inner.engine else { return true };
-            if !engine.introduced.lacks(&inner.config.link.peers) {
+            if !engine.introduced.lacks(&inner.config.link) {
                 return true;
             }
             inner.config.clone()
@@ -101,12 +104,13 @@ impl Seat {
             }
         };
         let mut inner = self.inner();
-        let Some(command) = inner.tell(connection, Command::SetPeers { peers }) else {
+        let absent = prepare::absent(&config);
+        let Some(command) = inner.tell(connection, Command::SetPeers { peers, absent }) else {
             return false;
         };
         inner.why.clear();
         if let Some(engine) = &mut inner.engine {
-            let what = config.link.peers;
+            let what = config.link;
             engine.introduced = Informed::Told { command, what };
         }
         true

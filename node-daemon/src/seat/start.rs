@@ -79,7 +79,7 @@ impl Seat {
             since: Instant::now(),
             connection: Some(Arc::new(ours)),
             protection: Informed::Knows(config.protection()),
-            introduced: Informed::Knows(config.link.peers),
+            introduced: Informed::Knows(config.link),
         });
         Ok(())
     }

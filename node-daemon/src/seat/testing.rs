@@ -201,7 +201,7 @@ impl Rig {
             since: Instant::now(),
             connection: Some(Arc::new(ours)),
             protection: Informed::Knows(config.protection()),
-            introduced: Informed::Knows(config.link.peers),
+            introduced: Informed::Knows(config.link),
         });
         self.seat.wake();
     }

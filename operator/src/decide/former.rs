@@ -36,9 +36,14 @@ pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record
         missing_since: whole_seconds(seen.now),
     });
     if entry.former.len() > FORMER_MAX {
-        let named = |former: &FormerPod| record.is_some_and(|record| names(record, &former.uid));
-        let oldest = entry.former.iter().position(|former| !named(former)).unwrap_or(0);
-        entry.former.remove(oldest);
+        let spare = |former: &FormerPod| !record.is_some_and(|record| names(record, &former.uid));
+        // That a node once took one is what says that the seat's disk may have something.
+        let idle = entry
+            .former
+            .iter()
+            .position(|former| spare(former) && former.node.is_none());
+        let oldest = idle.or_else(|| entry.former.iter().position(spare));
+        entry.former.remove(oldest.unwrap_or(0));
     }
     entry.pod_uid = None;
     entry.machine = None;
@@ -58,7 +63,13 @@ fn boot(entry: &SeatEntry, seen: &Observed) -> Option<String> {
     }
 }
 
-/// A pod that the record names, on a node that is ready, of which the book does not prove that it has ended; and since when the program of
+/// Does whoever is to boot a disk ask after this pod: because the record names it, or as the one that the book has for its seat? A seat that is being removed
+/// is waited for only until it is out of the book, and nothing has to be proven of it before.
+fn is_asked_after(entry: &SeatEntry, record: &Record, uid: &str) -> bool {
+    names(record, uid) || !entry.leaving && entry.asked_as().any(|asked| asked == uid)
+}
+
+/// A pod that whoever boots asks after, on a node that is ready, of which the book does not prove that it has ended; and since when the program of
 /// its successor has run. A daemon of the same machine may still prove it.
 pub fn unproven<'a>(
     seen: &'a Observed,
@@ -68,7 +79,7 @@ pub fn unproven<'a>(
     let mut open = entry
         .former
         .iter()
-        .filter(|former| !former.ended && names(record, &former.uid));
+        .filter(|former| !former.ended && is_asked_after(entry, record, &former.uid));
     let found = open.find_map(|former| {
         let node = former.node.as_deref().filter(|node| seen.node_ready(node))?;
         Some((former, node))
@@ -102,13 +113,20 @@ pub(super) fn look_again(seen: &Observed, record: &Record, book: &[SeatEntry], r
     }
 }
 
-/// Enters what nodes prove of pods that the record names.
+/// Enters what nodes prove of pods that whoever boots asks after.
 pub(super) fn prove(seen: &Observed, record: &Record, book: &mut [SeatEntry]) {
-    let formers = book.iter_mut().flat_map(|entry| &mut entry.former);
-    for former in formers.filter(|former| !former.ended && names(record, &former.uid)) {
-        // A Node object that was deleted says nothing of the machine.
-        let node = former.node.as_deref().and_then(|node| seen.nodes.get(node));
-        former.ended = node.is_some_and(|node| is_out_of_service(node) || was_booted(former, node));
+    for entry in book {
+        let asked: Vec<_> = entry
+            .former
+            .iter()
+            .map(|former| !former.ended && is_asked_after(entry, record, &former.uid))
+            .collect();
+        let formers = entry.former.iter_mut().zip(asked);
+        for (former, _) in formers.filter(|(_, asked)| *asked) {
+            // A Node object that was deleted says nothing of the machine.
+            let node = former.node.as_deref().and_then(|node| seen.nodes.get(node));
+            former.ended = node.is_some_and(|node| is_out_of_service(node) || was_booted(former, node));
+        }
     }
 }
 
@@ -131,22 +149,31 @@ fn is_out_of_service(node: &NodeSeen) -> bool {
 
 /// The node of a seat that the record names, if it is not ready and the seat's pod there not proven to have ended.
 pub fn away(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
-    absent(seen, entry, record)
+    absent(seen, entry, |uid| names(record, uid))
         .find(|(_, ended)| !ended)
         .map(|(node, _)| node.to_owned())
 }
 
-/// Nodes of a seat's pods that the record names, if they are not ready; and whether the pod there is proven to have ended.
-pub fn absent<'a>(
+/// Nodes of a seat's pods that whoever boots asks after, if they are not ready; and whether the pod there is proven to have ended.
+pub fn needed<'a>(
     seen: &'a Observed,
     entry: &'a SeatEntry,
     record: &'a Record,
 ) -> impl Iterator<Item = (&'a str, bool)> {
+    absent(seen, entry, move |uid| is_asked_after(entry, record, uid))
+}
+
+/// Nodes of those of a seat's pods, if they are not ready; and whether the pod there is proven to have ended.
+fn absent<'a>(
+    seen: &'a Observed,
+    entry: &'a SeatEntry,
+    which: impl Fn(&str) -> bool + 'a,
+) -> impl Iterator<Item = (&'a str, bool)> {
     let now = entry.pod_uid.iter().map(move |uid| (uid, &entry.node, false));
     let former = entry.former.iter();
     let former = former.map(|former| (&former.uid, &former.node, former.ended));
-    let named = now.chain(former).filter(move |(uid, ..)| names(record, uid));
-    let placed = named.filter_map(|(_, node, ended)| Some((node.as_deref()?, ended)));
+    let which = now.chain(former).filter(move |(uid, ..)| which(uid));
+    let placed = which.filter_map(|(_, node, ended)| Some((node.as_deref()?, ended)));
     placed.filter(move |(node, _)| !seen.node_ready(node))
 }
 

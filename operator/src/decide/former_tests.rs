@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1::Taint;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
-use super::former::{FORMER_MAX, engine_ended, forget};
+use super::former::{FORMER_MAX, engine_ended, forget, prove};
 use super::rig::World;
 use super::*;
 use crate::observe::PodPhase;
@@ -88,6 +88,22 @@ fn earlier_pods_are_bounded_and_named_ones_stay() {
     assert_eq!(entry.former.len(), FORMER_MAX);
     assert!(is_named(&entry, &record));
     assert!(entry.former.iter().all(|former| !former.ended));
+}
+
+/// That a node once took a pod is what says that the seat's disk may have something, however many came after it.
+#[test]
+fn pods_that_no_node_took_are_forgotten_first() {
+    let mut entry = SeatEntry {
+        node: Some("node-0".to_owned()),
+        ..SeatEntry::default()
+    };
+    let seen = World::new(1).observe();
+    for number in 0..30 {
+        forget(&mut entry, SeatId(number).to_string(), &seen, None);
+    }
+    assert_eq!(entry.former.len(), FORMER_MAX);
+    let first = SeatId(0).to_string();
+    assert_eq!(entry.asked_as().collect::<Vec<_>>(), [first.as_str()]);
 }
 
 #[test]
@@ -265,21 +281,33 @@ fn a_node_that_is_gone_proves_nothing_and_one_out_of_service_does() {
     assert_eq!(ended(&world, &seat), [true]);
 }
 
-/// What the record does not name keeps nobody from anything.
+/// The record names somebody else. A seat without a pod that could be asked is asked after as its earlier ones; any other one answers for itself.
 #[test]
-fn of_pods_that_the_record_does_not_name_nothing_is_proven() {
-    let (mut world, seat, _) = vanished();
-    let (snapshot, _) = world.lease.as_mut().unwrap();
+fn of_pods_that_nobody_asks_after_nothing_is_proven() {
+    let (mut world, seat, node) = vanished();
+    let mut record = world.record().unwrap().clone();
     let other = Incarnation {
         seat: SeatId(7),
         start: 1,
     };
-    (snapshot.record.holder, snapshot.record.members) = (other, Members::one(other));
-    snapshot.record.phase = Phase::Running;
-    world.pass(3600);
-    let decision = decide(&world.observe());
-    let entry = decision.book.iter().find(|entry| entry.name == seat).unwrap();
-    assert!(!entry.former[0].ended);
+    (record.holder, record.members) = (other, Members::one(other));
+    world.nodes.get_mut(&node).unwrap().boot = Some("machine/second".to_owned());
+    let seen = world.observe();
+    let proven = |change: fn(&mut SeatEntry)| {
+        let mut book = world.book();
+        let at = book.iter().position(|entry| entry.name == seat).unwrap();
+        change(&mut book[at]);
+        prove(&seen, &record, &mut book);
+        book[at].former[0].ended
+    };
+    assert!(proven(|_| {}));
+    let admit = |entry: &mut SeatEntry| entry.pod_uid = Some(SeatId(8).to_string());
+    assert!(proven(admit), "it has no address yet");
+    assert!(!proven(|entry| entry.leaving = true), "it is out of the book soon");
+    assert!(!proven(|entry| {
+        entry.pod_uid = Some(SeatId(8).to_string());
+        entry.pod_ip = Some("10.1.2.3".to_owned());
+    }));
 }
 
 /// Whoever deletes a Node object removes the pods there, too, while the object is missing; the same machine joins again.

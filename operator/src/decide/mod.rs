@@ -37,7 +37,7 @@ use crate::observe::{LeaseSeen, Observed, PodSeen};
 
 pub use claims::{BINDING, ClaimTrouble, claim_trouble, goes_with_vm, unbound_for};
 pub use end::stop_refused;
-pub use former::{OUT_OF_SERVICE, absent, away, nodes_to_ask, proof_may_come, unproven};
+pub use former::{OUT_OF_SERVICE, away, needed, nodes_to_ask, proof_may_come, unproven};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};
 pub use trouble::{Trouble, trouble};

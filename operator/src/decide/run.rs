@@ -12,8 +12,8 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, away, claim_trouble, claims,
-    former, holder, is_genesis, is_named, lease_is_strange, pod, record, seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, claim_trouble, claims, former,
+    holder, is_genesis, is_named, lease_is_strange, needed, pod, record, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -431,7 +431,8 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
         return false;
     };
     let book = decision.book.clone();
-    if anyone_is_heard_of(seen, &book) || book.iter().any(|entry| away(seen, entry, record).is_some()) {
+    let away = |entry: &SeatEntry| needed(seen, entry, record).any(|(_, ended)| !ended);
+    if anyone_is_heard_of(seen, &book) || book.iter().any(away) {
         return false;
     }
     let text: String = accepted.text.chars().take(asked::REQUEST_LENGTH_MAX).collect();

@@ -4,6 +4,7 @@ use ftvm_crds::RunStrategy;
 use ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS;
 use ftvm_crds::seat::{DoneRequest, Order, SeatPublished, SeatRequest, SeatRole};
 use ftvm_protocol::record::{Members, Phase};
+use k8s_openapi::api::core::v1::Taint;
 
 use super::rig::World;
 use super::*;
@@ -263,6 +264,35 @@ fn a_loss_is_accepted_once_nodes_that_are_away_are_proven_to_be_off() {
         *seat == active.name && request.order == order && request.id.contains("-it burnt~0-"),
         "{request:?}"
     );
+}
+
+/// The record names the active alone, and may be an old one: the other seat's engine may run where nobody hears of it.
+#[test]
+fn a_loss_is_accepted_once_every_seat_of_the_book_is_proven_to_be_off() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    let node = world.kill_node_of(&standby);
+    world.swap_out(&standby.name);
+    says(&mut world, &active.name, Some(SeatRole::Starting));
+    accept(&mut world, "");
+    assert!(asked(&mut world).is_empty());
+    world.pods.remove(&standby.name);
+    world.step();
+    assert!(
+        asked(&mut world).is_empty(),
+        "a pod that was deleted by force proves nothing"
+    );
+    world.nodes.get_mut(&node).unwrap().taints = vec![Taint {
+        key: OUT_OF_SERVICE.to_owned(),
+        ..Taint::default()
+    }];
+    world.step();
+    let asked = asked(&mut world);
+    let [(seat, request)] = &asked[..] else {
+        panic!("{asked:?}")
+    };
+    assert_eq!(*seat, active.name);
+    assert!(matches!(request.order, Order::AcceptDataLoss { .. }), "{request:?}");
 }
 
 /// The holder's seat has the most: others are asked once it was asked in vain for more than a minute, or where there is no room for it.

@@ -9,8 +9,8 @@ use super::API_SERVER_REFUSES;
 use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
-    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, absent, accepted_loss, anyone_is_heard_of, away, goes_with_vm,
-    is_genesis, is_known, lease_is_strange, pod, proof_may_come, record, recreation, says_active, stop_refused,
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, goes_with_vm, is_genesis,
+    is_known, is_named, lease_is_strange, needed, pod, proof_may_come, record, recreation, says_active, stop_refused,
     unbound_for, unproven, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
@@ -24,6 +24,9 @@ const MISSING_NODE: &str =
     "its object is gone, make one of that name with the taint: docs/kubernetes.md, \"A node that is lost for good\"";
 /// Reason of a seat for which no node is left.
 const TOO_FEW_NODES: &str = "TooFewNodes";
+
+/// So much of a pod's trouble, which may be told at any length, stands before the commands, which must not be cut off with the message.
+const TROUBLE_CHARS_MAX: usize = 500;
 
 /// Something that a person has to mend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,18 +57,25 @@ pub fn obstacles(seen: &Observed) -> Vec<Obstacle> {
         _ => {}
     }
     found.extend(nobody_boots(seen));
-    if let Some(refused) = &seen.refused {
-        found.push(obstacle(refused.reason, refused.message.clone()));
-    }
     let book = seen.status().seats;
+    if let Some(refused) = &seen.refused {
+        let refused = obstacle(refused.reason, refused.message.clone());
+        // Where a quota has room for one pod alone it is the other one that is refused.
+        let mut stay = book.iter().filter(|entry| !entry.leaving);
+        found.push(match stay.find(|entry| !seen.pods.contains_key(&entry.name)) {
+            Some(entry) => holds_boot(seen, entry, refused),
+            None => refused,
+        });
+    }
     found.extend(
         book.iter()
             .filter(|entry| !entry.leaving)
-            .filter_map(|entry| of_seat(seen, entry)),
+            .filter_map(|entry| Some(holds_boot(seen, entry, of_seat(seen, entry)?))),
     );
     found.extend(unproven_end(seen));
-    // A guest starts without a second node: whatever else there is has to be mended before.
-    found.sort_by_key(|obstacle| obstacle.reason == TOO_FEW_NODES);
+    // A guest starts without a second node, unless it waits for a disk: whatever else there is has to be mended before.
+    let holds = |found: &Obstacle| found.message.contains(ANNOTATION_ACCEPT_DATA_LOSS);
+    found.sort_by_key(|obstacle| obstacle.reason == TOO_FEW_NODES && !holds(obstacle));
     found
 }
 
@@ -81,7 +91,44 @@ pub(super) fn lease_gone(seen: &Observed) -> String {
     )
 }
 
-/// No guest runs, as far as anybody knows, and no disk may be booted before it is known what became of a seat that the record names.
+/// The command by which a person says that whatever only other seats have may be lost.
+fn accept_command(seen: &Observed, record: &Record) -> String {
+    let (vm, holder, term) = (seen.vm.name_any(), record.holder, record.term);
+    format!("kubectl annotate ftvm {vm} --overwrite {ANNOTATION_ACCEPT_DATA_LOSS}={holder}@{term}")
+}
+
+/// What keeps a seat's pod from starting keeps the guest from being booted, too, while nobody has it and nobody else can say what that seat's disk has.
+fn holds_boot(seen: &Observed, entry: &SeatEntry, mut found: Obstacle) -> Obstacle {
+    let ran = record(seen).filter(|found| !is_genesis(&found.snapshot.record));
+    let silent = entry.pod_ip.is_none() && entry.asked_as().next().is_some();
+    let told = found.message.contains(ANNOTATION_ACCEPT_DATA_LOSS);
+    let (Some(ran), true, false) = (ran, silent && want(seen) == Want::Run, told) else {
+        return found;
+    };
+    if anyone_is_heard_of(seen, &seen.status().seats) {
+        return found;
+    }
+    let record = &ran.snapshot.record;
+    let open = entry.former.iter().find(|former| {
+        let asked = entry.asked_as().any(|uid| uid == former.uid);
+        asked && !former.ended
+    });
+    let before = match open.and_then(|former| former.node.as_deref()) {
+        Some(node) => format!(
+            "boot node {node}, or switch it off and say so ({}), for an earlier pod of the seat may run there, and ",
+            taint_command(node)
+        ),
+        None => String::new(),
+    };
+    let what: String = found.message.chars().take(TROUBLE_CHARS_MAX).collect();
+    let (seat, accept) = (&entry.name, accept_command(seen, record));
+    found.message = format!(
+        "{what}. No guest is booted before it is known what the disk of seat {seat} has; if that is lost for good, {before}accept it ({accept})"
+    );
+    found
+}
+
+/// No guest runs, as far as anybody knows, and no disk may be booted before it is known what became of a seat that whoever boots asks after.
 fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     let found = record(seen).filter(|found| !is_genesis(&found.snapshot.record))?;
     let record = &found.snapshot.record;
@@ -96,13 +143,12 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
         );
         return Some(obstacle(HOLDER_UNKNOWN, message));
     }
-    let mut away = book
-        .iter()
-        .filter_map(|entry| Some((entry, away(seen, entry, record)?, false)));
-    let off = book
-        .iter()
-        .filter_map(|entry| Some((entry, off(seen, entry, record)?, true)));
-    let Some((entry, node, proven)) = away.next().or_else(|| off.into_iter().next()) else {
+    // A seat that the record does not name, and that another node could have, is replaced.
+    let stays = |entry: &&SeatEntry| is_named(entry, record) || !cpu::has_other_place(seen, &book, entry);
+    let waits = || book.iter().filter(stays);
+    let away = waits().find_map(|entry| Some((entry, gone(seen, entry, record)?, false)));
+    let off = || waits().find_map(|entry| Some((entry, off(seen, entry, record)?, true)));
+    let Some((entry, node, proven)) = away.or_else(off) else {
         return book.iter().find_map(|entry| loss_refused(seen, entry));
     };
     let say = |how: &str| format!("make sure that it is switched off and say so ({how}), and ");
@@ -111,14 +157,14 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
         (false, true) => say(&taint_command(&node)),
         (false, false) => say(MISSING_NODE),
     };
-    let (vm, holder, term, seat) = (seen.vm.name_any(), record.holder, record.term, &entry.name);
+    let seat = &entry.name;
     let waits = accepted_loss(seen).is_some_and(|accepted| accepted.is_of(record));
     let waits = if waits {
         "; that was accepted, and waits for the former"
     } else {
         ""
     };
-    let accept = format!("kubectl annotate ftvm {vm} --overwrite {ANNOTATION_ACCEPT_DATA_LOSS}={holder}@{term}");
+    let accept = accept_command(seen, record);
     Some(obstacle(
         "NodeNeeded",
         format!(
@@ -157,10 +203,17 @@ fn unproven_end(seen: &Observed) -> Option<Obstacle> {
     Some(obstacle("EndNotProven", message))
 }
 
-/// The node of a pod that the record names and that has ended, if it is not there, and the seat's present pod has none.
+/// The node of a pod that whoever boots asks after, if it is not there and the pod not proven to have ended.
+fn gone(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
+    needed(seen, entry, record)
+        .find(|(_, ended)| !ended)
+        .map(|(node, _)| node.to_owned())
+}
+
+/// The node of such a pod that has ended, if it is not there, and the seat's present pod has none.
 fn off(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
     let placed = pod(seen, entry).is_some_and(|pod| pod.node.is_some());
-    absent(seen, entry, record)
+    needed(seen, entry, record)
         .find(|(_, ended)| *ended && !placed)
         .map(|(node, _)| node.to_owned())
 }

@@ -719,3 +719,80 @@ fn a_node_that_is_lost_for_good_is_told_with_what_to_do() {
     published.role = Some(SeatRole::Active);
     assert_ne!(said(&mut world, READY).reason, "NodeNeeded");
 }
+
+/// The active was alone when its engine ended, and the other seat is not there: a record that names the active alone may be an old one. Of two nodes, so that
+/// the seat is not replaced.
+fn alone() -> (World, SeatEntry, String) {
+    let mut world = World::new(2);
+    assert!(world.settle(60) && world.is_protected());
+    let holder = world.record().unwrap().holder.seat.to_string();
+    let (active, standby): (Vec<_>, Vec<_>) = world.book().into_iter().partition(|entry| entry.had_uid(&holder));
+    let standby = standby[0].clone();
+    world.swap_out(&standby.name);
+    let published = world.pods.get_mut(&active[0].name).unwrap().published.as_mut().unwrap();
+    (published.role, published.peer_connected) = (Some(SeatRole::Starting), false);
+    let (holder, term) = (world.record().unwrap().holder, world.record().unwrap().term);
+    (world, standby, format!("ftvm.dev/accept-data-loss={holder}@{term}"))
+}
+
+#[test]
+fn the_node_of_a_seat_that_the_record_does_not_name_is_waited_for() {
+    let (mut world, standby, accept) = alone();
+    let node = world.kill_node_of(&standby);
+    let told = said(&mut world, READY);
+    expect(&told, "NodeNeeded", &accept);
+    expect(&told, "NodeNeeded", &format!("kubectl taint node {node}"));
+    world.nodes.get_mut(&node).unwrap().taints = vec![Taint {
+        key: "node.kubernetes.io/out-of-service".to_owned(),
+        ..Taint::default()
+    }];
+    world.pods.remove(&standby.name);
+    while world.step() {}
+    let told = said(&mut world, READY);
+    expect(&told, "NodeNeeded", &accept);
+    assert!(!told.message.contains("kubectl taint"), "{told:?}");
+    // Where another node could have the seat it is replaced, and nobody waits for this one.
+    let (mut world, standby, _) = alone();
+    let third = World::new(3).nodes.remove("node-2").unwrap();
+    world.nodes.insert("node-2".to_owned(), third);
+    world.kill_node_of(&standby);
+    expect(&said(&mut world, READY), "NodeNotReady", "replaced");
+}
+
+/// Only while nobody has the guest, and the seat may have had it.
+#[test]
+fn a_pod_that_does_not_start_is_told_to_hold_the_guest_up() {
+    let (mut world, standby, accept) = alone();
+    world.pods.remove(&standby.name);
+    while world.step() {}
+    let text = "0/2 nodes are available: 1 Insufficient memory";
+    world.pods.get_mut(&standby.name).unwrap().unschedulable = Some(text.to_owned());
+    let told = said(&mut world, READY);
+    expect(&told, "InsufficientMemory", &accept);
+    let boot = format!("boot node {}", standby.node.as_deref().unwrap());
+    expect(&told, "InsufficientMemory", &boot);
+    // However much the scheduler says.
+    let long = format!("{text}{}", "x".repeat(10_000));
+    world.pods.get_mut(&standby.name).unwrap().unschedulable = Some(long);
+    expect(&said(&mut world, READY), "InsufficientMemory", &accept);
+    // A quota may have no room for it.
+    let mut lacking = world.observe();
+    lacking.pods.remove(&standby.name);
+    lacking.refused = Some(Refusal {
+        reason: API_SERVER_REFUSES,
+        message: "no room".to_owned(),
+        wait: Duration::ZERO,
+    });
+    expect(&said_of(&lacking, READY), API_SERVER_REFUSES, &accept);
+    let mut fresh = world.observe();
+    for entry in &mut fresh.vm.status.as_mut().unwrap().seats {
+        entry.former.clear();
+    }
+    assert!(!said_of(&fresh, READY).message.contains(&accept));
+    let mut published = world.pods.values_mut().filter_map(|pod| pod.published.as_mut().ok());
+    let active = published.find(|published| published.role.is_some());
+    active.unwrap().role = Some(SeatRole::Active);
+    let told = said(&mut world, PROTECTED);
+    expect(&told, "InsufficientMemory", "free memory");
+    assert!(!told.message.contains(&accept), "{told:?}");
+}

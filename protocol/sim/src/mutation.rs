@@ -8,7 +8,7 @@ use ftvm_protocol::core::{
     Timing,
 };
 use ftvm_protocol::header::SeatHeader;
-use ftvm_protocol::identity::{ArbiterUid, Epoch, LinkId, RequestId, SessionId};
+use ftvm_protocol::identity::{ArbiterUid, Epoch, LinkId, RequestId, SeatId, SessionId};
 use ftvm_protocol::message::{Message, PeerRole};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
 use ftvm_protocol::recreation::Vouched;
@@ -74,6 +74,7 @@ mutations! {
     BootUnnamed = 8, "boot although not named";
     BootBesideLiving = 8, "boot without asking the other seats";
     BootIncomplete = 8, "boot from an incomplete resync";
+    UnnamedLeftOut = 8, "seats that the record does not name left out";
     IgnoreHeaderTerms = 8, "terms of headers not compared";
     SameIncarnation = 8, "identity without incarnation";
     OverrideWithoutProof = 9, "override without proof of death";
@@ -125,9 +126,19 @@ impl World {
             Event::SeatsReported { request, mut reports } => {
                 let starting = status.role == RoleName::Starting;
                 let overriding = self.user.overrides.is_some_and(|(by, _)| by == status.incarnation);
+                let record = self.arbiter.get().map(|snapshot| &snapshot.record);
+                let is_named = |seat: SeatId| {
+                    let mut members = record.into_iter().flat_map(|record| record.members.iter());
+                    members.any(|member| member.seat == seat)
+                };
                 for report in &mut reports {
                     match mutation {
                         Mutation::BootBesideLiving if starting => {
+                            report.guest = GuestReport::None;
+                            report.header = HeaderReport::Absent;
+                        }
+                        // As if its daemon's configuration did not have it.
+                        Mutation::UnnamedLeftOut if starting && !is_named(report.seat) => {
                             report.guest = GuestReport::None;
                             report.header = HeaderReport::Absent;
                         }

@@ -61,7 +61,8 @@ pub struct Config {
     pub incarnation: Incarnation,
     /// The seat's header file.
     pub header: StoredHeader,
-    /// Every other seat of this VM that the daemon knows of; asked before a cold start along with the record's.
+    /// Every other seat of this VM that the daemon knows of and that may have had an engine, whether it can be reached now or not; asked before a cold start
+    /// along with the record's. One that nobody answers for keeps this seat from booting.
     pub other_seats: Vec<SeatId>,
     /// Times.
     pub timing: Timing,
