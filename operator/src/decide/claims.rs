@@ -12,7 +12,8 @@ use ftvm_protocol::record::Record;
 
 use super::former::FORMER_MAX;
 use super::run::sooner;
-use super::{Want, is_genesis, is_heard_of, is_named, pod, record, want};
+use super::spare::never_ran;
+use super::{Want, is_heard_of, is_named, pod, record, want};
 use crate::observe::{ClaimSeen, Observed, PodPhase};
 
 /// What is wrong with a claim of a seat.
@@ -62,7 +63,7 @@ fn may_be_made(seen: &Observed, entry: &SeatEntry) -> bool {
 fn may_have_data(seen: &Observed, entry: &SeatEntry) -> bool {
     let status = seen.vm.status.as_ref();
     let ran = match record(seen) {
-        Some(record) => !is_genesis(&record.snapshot.record),
+        Some(record) => !never_ran(seen, &record.snapshot.record, &seen.status().seats),
         None => status.is_some_and(|status| status.lease_uid.is_some()),
     };
     let placed = entry.node.is_some() || entry.former.iter().any(|former| former.node.is_some());
@@ -95,7 +96,7 @@ fn has_all(seen: &Observed, entry: &SeatEntry) -> bool {
 /// A claim of a seat that the record names and that is still there only because the seat's pod is: whatever ends the pod destroys a disk.
 pub(super) fn goes_with_pod<'a>(seen: &'a Observed, entry: &SeatEntry, record: &Record) -> Option<&'a str> {
     let placed = seen.pods.get(&entry.name).is_some_and(|pod| pod.node.is_some());
-    if !placed || is_genesis(record) || !is_named(entry, record) {
+    if !placed || never_ran(seen, record, &seen.status().seats) || !is_named(entry, record) {
         return None;
     }
     let mut claims = seen.claims.iter();

@@ -8,17 +8,18 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::run::{ask_until_done, attempts, delete_pod, is_attempt, is_known, is_starting, remove_seat};
-use super::{Action, Decision, Want, claims, has_engine, holder, is_genesis, is_named, pod, record, says_active, want};
+use super::spare::never_ran;
+use super::{Action, Decision, Want, claims, has_engine, holder, is_named, pod, record, says_active, want};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
 pub(super) fn end(seen: &Observed, decision: &mut Decision) {
     let goes = want(seen) == Want::Delete;
     let found = record(seen).map(|record| record.snapshot.record.clone());
     match &found {
-        Some(record) if is_genesis(record) && !goes => begin_anew(seen, decision),
+        Some(record) if never_ran(seen, record, &decision.book) && !goes => begin_anew(seen, decision),
         // The guest goes on, and conditions say what to do: only while it runs its disks can be copied to another seat.
-        Some(record) if !is_genesis(record) && claims::goes_with_vm(seen, &decision.book, record).is_some() => {}
-        Some(record) if !is_genesis(record) => stop(seen, record, decision),
+        Some(record) if claims::goes_with_vm(seen, &decision.book, record).is_some() => {}
+        Some(record) if !never_ran(seen, record, &decision.book) => stop(seen, record, decision),
         // No guest ever ran, or the arbiter is gone and the VM goes with all it has.
         _ if goes || seen.status().lease_uid.is_none() => {
             for entry in &decision.book {
@@ -37,7 +38,7 @@ pub(super) fn end(seen: &Observed, decision: &mut Decision) {
     decision.at_rest = pods_gone;
     if !goes && pods_gone && decision.book.iter().all(|entry| entry.pod_uid.is_none()) {
         // The next start chooses anew. Where no guest ran there are no volumes to go back to.
-        let ran = found.as_ref().is_some_and(|record| !is_genesis(record));
+        let ran = found.as_ref().is_some_and(|record| !never_ran(seen, record, &decision.book));
         decision.cpu = decision.cpu.take().filter(|cpu| ran && cpu.baseline.is_some());
         decision.cpu.iter_mut().for_each(|cpu| cpu.former = true);
     }

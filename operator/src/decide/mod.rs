@@ -22,6 +22,7 @@ mod end;
 mod former;
 mod recreate;
 mod run;
+mod spare;
 mod trouble;
 
 use std::time::Duration;
@@ -40,6 +41,7 @@ pub use end::stop_refused;
 pub use former::{OUT_OF_SERVICE, away, needed, nodes_to_ask, proof_may_come, unproven};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};
+pub use spare::{is_old_copy, is_spare};
 pub use trouble::{Trouble, trouble};
 
 /// Seats of a VM.
@@ -439,6 +441,8 @@ mod random_tests;
 pub(crate) mod rig;
 #[cfg(test)]
 mod rig_disks;
+#[cfg(test)]
+mod spare_tests;
 #[cfg(test)]
 mod stuck_tests;
 #[cfg(test)]

@@ -683,15 +683,15 @@ impl World {
     fn publish(&mut self, seat: &str, role: SeatRole, me: Incarnation) {
         let known = self.known.get(seat).copied();
         let last = known.and_then(|uid| self.ended.get(&uid));
-        let protected = self
-            .record()
-            .or(last)
-            .is_some_and(|record| record.members.iter().count() > 1);
+        let record = self.record().or(last);
+        let protected = record.is_some_and(|record| record.members.iter().count() > 1);
+        let term = record.map_or(0, |record| record.term);
         let next = self.next().to_string();
         let pod = self.pods.get_mut(seat).unwrap();
         let published = SeatPublished {
             incarnation: Some(me),
             role: Some(role),
+            term,
             protected,
             peer_connected: protected || role == SeatRole::Joining,
             arbiter_reachable: true,

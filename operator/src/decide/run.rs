@@ -11,6 +11,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use super::recreate::recreate;
+use super::spare::{is_spare, never_ran, newest};
 use super::{
     Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, claim_trouble, claims, former,
     holder, is_genesis, is_named, lease_is_strange, needed, pod, record, seat_id, trouble,
@@ -55,7 +56,7 @@ pub(super) fn run(seen: &Observed, decision: &mut Decision) {
         Some(record) => {
             former::look_again(seen, record, &decision.book, &mut decision.recheck);
             tell_nodes(seen, decision);
-            if is_genesis(record) {
+            if never_ran(seen, record, &decision.book) {
                 follow_original(seen, record, decision);
             }
             requests(seen, record, decision);
@@ -70,7 +71,7 @@ pub fn is_known(book: &[SeatEntry], record: &Record) -> bool {
 
 /// Marks a seat that was in trouble for long while the other one is alone, and forgets troubles that ended.
 fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
-    let genesis = is_genesis(record);
+    let genesis = never_ran(seen, record, &decision.book);
     let alone = record.members.iter().count() == 1;
     if !alone {
         decision.replacements = 0;
@@ -148,17 +149,6 @@ fn was_admitted(entry: &SeatEntry) -> bool {
     entry.pod_uid.is_some() || !entry.former.is_empty()
 }
 
-/// Is a seat that the record does not name of no use any more? Only while somebody has the guest, or the holder's own disk is there to be booted: else it may
-/// be all that is left for a person to go on with.
-fn is_spare(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
-    let waits = |entry: &SeatEntry| {
-        let pod = pod(seen, entry).filter(|pod| pod.node.as_deref().is_some_and(|node| seen.node_ready(node)));
-        // A disk without a header knows of no term.
-        pod.is_some_and(|pod| is_starting(pod) && pod.published.as_ref().is_ok_and(|published| published.term > 0))
-    };
-    is_genesis(record) || anyone_is_heard_of(seen, book) || holder(book, record).is_some_and(waits)
-}
-
 /// Since when the seat has been in trouble. One that runs without an engine could not have had any before its container started: images
 /// and volumes have their own, longer, time.
 fn lost_since(seen: &Observed, entry: &SeatEntry, trouble: Option<&Trouble>) -> Timestamp {
@@ -178,7 +168,7 @@ fn is_unfit(seen: &Observed, entry: &SeatEntry, cpu: &ftvm_cpu::CpuBaseline) -> 
 
 /// Takes away what a leaving seat has, then the seat.
 fn remove_leaving(seen: &Observed, record: &Record, decision: &mut Decision) {
-    let genesis = is_genesis(record);
+    let genesis = never_ran(seen, record, &decision.book);
     let leaving = decision.book.iter().find(|entry| entry.leaving).cloned();
     let spare = is_spare(seen, record, &decision.book);
     let Some(entry) = leaving.filter(|entry| genesis || spare && !is_named(entry, record)) else {
@@ -325,7 +315,9 @@ fn by_need<'a>(book: &'a [SeatEntry], record: Option<&Record>) -> Vec<&'a SeatEn
 /// Claims, pods, admission.
 fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision) {
     // Whoever is admitted prepares its disks by what the record says then.
-    let follows = record.is_some_and(|record| is_genesis(record) && !has_original(seen, record, &decision.book));
+    let follows = record.is_some_and(|record| {
+        never_ran(seen, record, &decision.book) && !has_original(seen, record, &decision.book)
+    });
     for entry in by_need(&decision.book, record) {
         let seat = entry.name.clone();
         let made = seen.pods.get(&entry.name);
@@ -425,7 +417,8 @@ fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
 }
 
 /// A person says so of this very record, and that what only others have may be lost. Not before nodes that are away are proven to be off. The holder's own
-/// seat goes first if it could boot, for it has the most. Is nothing else to be asked for?
+/// seat goes first if it could boot, for it has the most; or, where seats know later terms than the record, the one that knows the latest. Is nothing else to be
+/// asked for?
 fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> bool {
     let Some(accepted) = accepted_loss(seen).filter(|accepted| accepted.is_of(record)) else {
         return false;
@@ -447,7 +440,8 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
     let no_disk = |entry: &SeatEntry| !placed(entry) && claim_trouble(seen, entry).is_some();
     let no_room = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.unschedulable.is_some());
     let in_vain = |entry: &SeatEntry| attempts(seen, entry, &id) > HOLDER_ATTEMPTS;
-    let first = holder(&book, record).filter(|entry| !no_room(entry) && !no_disk(entry) && !in_vain(entry));
+    let could = |entry: &&SeatEntry| !no_room(entry) && !no_disk(entry) && !in_vain(entry);
+    let first = newest(seen, record, &book).or_else(|| holder(&book, record)).filter(could);
     for entry in book.iter().filter(|entry| !entry.leaving) {
         if first.is_none_or(|first| first.name == entry.name) {
             ask_until_done(seen, entry, &id, &order, decision);

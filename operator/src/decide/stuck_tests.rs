@@ -33,7 +33,7 @@ fn name_a_stranger(world: &mut World) {
     (snapshot.record.holder, snapshot.record.members) = (other, Members::one(other));
 }
 
-fn asked(world: &mut World) -> Vec<(String, SeatRequest)> {
+pub(super) fn asked(world: &mut World) -> Vec<(String, SeatRequest)> {
     let actions = decide(&world.observe()).actions;
     let asked = actions.into_iter().filter_map(|action| match action {
         Action::Request { seat, request, .. } => Some((seat, request)),
@@ -60,7 +60,7 @@ fn answers(world: &mut World, seat: &str, refused: Option<&str>) {
 }
 
 /// There is no engine, or one that waits for its turn.
-fn says(world: &mut World, seat: &str, role: Option<SeatRole>) {
+pub(super) fn says(world: &mut World, seat: &str, role: Option<SeatRole>) {
     let pod = world.pods.get_mut(seat).unwrap();
     let known = pod.published.as_ref().unwrap();
     pod.published = Ok(SeatPublished {
@@ -69,6 +69,14 @@ fn says(world: &mut World, seat: &str, role: Option<SeatRole>) {
         done_request: known.done_request.clone(),
         ..SeatPublished::default()
     });
+}
+
+/// Its engine waits to boot, and this is its header's term.
+pub(super) fn waits(world: &mut World, seat: &str, term: Term) {
+    let lease_uid = world.lease.as_ref().map(|(lease, _)| lease.uid);
+    says(world, seat, Some(SeatRole::Starting));
+    let published = world.pods.get_mut(seat).unwrap().published.as_mut().unwrap();
+    (published.term, published.lease_uid) = (term, lease_uid);
 }
 
 #[test]
@@ -228,7 +236,7 @@ fn a_start_that_comes_to_nothing_keeps_nobody_from_halting() {
     assert_eq!(deleted(&mut world).len(), 2);
 }
 
-fn accept(world: &mut World, text: &str) {
+pub(super) fn accept(world: &mut World, text: &str) {
     let (holder, term) = (world.record().unwrap().holder, world.record().unwrap().term);
     let annotations = world.vm.metadata.annotations.get_or_insert_default();
     annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), format!("{holder}@{term}{text}"));
@@ -352,15 +360,8 @@ fn the_last_disk_is_kept_while_nobody_has_the_guest() {
     // The holder waits for that seat's word: its own disk is there.
     let node = active.node.clone().unwrap();
     world.nodes.get_mut(&node).unwrap().ready = true;
-    says(&mut world, &active.name, Some(SeatRole::Starting));
-    world
-        .pods
-        .get_mut(&active.name)
-        .unwrap()
-        .published
-        .as_mut()
-        .unwrap()
-        .term = 5;
+    let term = world.record().unwrap().term;
+    waits(&mut world, &active.name, term);
     for _ in 0..10 {
         world.step();
         world.volumes();

@@ -18,7 +18,7 @@ use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
 pub use obstacles::{Obstacle, obstacles};
-use obstacles::{holds_up, is_no_news, lease_gone};
+use obstacles::{holds_up, is_no_news, lease_gone, lease_older};
 use storage::storage;
 
 /// The guest runs.
@@ -117,7 +117,8 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
             // Of a successor by which not every seat goes nothing is kept: there may be another one yet.
             .filter(|record| decision.lease_uid == Some(record.snapshot.uid.to_string()))
             .map(|record| record.snapshot.record.term.min(WHOLE_MAX))
-            .or(old.term),
+            // That the record was put back to an earlier one is to be seen for good.
+            .max(old.term),
         interval_ms: roles.published.and_then(|published| published.interval_ms),
         lag_ms: roles.published.and_then(|published| published.lag_ms),
         resync_percent: joining,
@@ -328,6 +329,9 @@ fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -
                 "LeaseReplaced",
                 "the VM's Lease is another object than the operator made (other UID): a protected pair goes on, a failover is refused; delete it: it is made anew from what the seats know",
             );
+        }
+        LeaseSeen::Found(record) if seen.status().term > Some(record.snapshot.record.term) => {
+            return said(ARBITER_REACHABLE, false, "LeaseOlder", lease_older(seen, record.snapshot.record.term));
         }
         LeaseSeen::Found(record) if decision_uid != Some(&record.snapshot.uid.to_string()) => {
             return said(

@@ -2,6 +2,7 @@
 
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, RESOURCE_SEAT, claim_name};
+use ftvm_protocol::identity::Term;
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
 
@@ -10,7 +11,7 @@ use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
     ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, goes_with_vm, is_genesis,
-    is_known, is_named, lease_is_strange, needed, pod, proof_may_come, record, recreation, says_active, stop_refused,
+    is_known, is_named, is_spare, lease_is_strange, needed, pod, proof_may_come, record, recreation, says_active, stop_refused,
     unbound_for, unproven, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
@@ -91,6 +92,15 @@ pub(super) fn lease_gone(seen: &Observed) -> String {
     )
 }
 
+/// The Lease was at a later term already.
+pub(super) fn lease_older(seen: &Observed, says: Term) -> String {
+    let knew = seen.status().term.unwrap_or_default();
+    format!(
+        "the VM's Lease says term {says}, and said {knew} before: it is an old copy, from a backup or of a hand. A protected pair goes on, a failover is refused, no seat is replaced. While a seat has \
+         the guest, delete the Lease: it is made anew from what the seats know. Else put the last record back (docs/kubernetes.md, \"A Lease that is gone\")"
+    )
+}
+
 /// The command by which a person says that whatever only other seats have may be lost.
 fn accept_command(seen: &Observed, record: &Record) -> String {
     let (vm, holder, term) = (seen.vm.name_any(), record.holder, record.term);
@@ -143,8 +153,9 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
         );
         return Some(obstacle(HOLDER_UNKNOWN, message));
     }
-    // A seat that the record does not name, and that another node could have, is replaced.
-    let stays = |entry: &&SeatEntry| is_named(entry, record) || !cpu::has_other_place(seen, &book, entry);
+    // A seat that the record does not name, that is of no use any more and that another node could have, is replaced.
+    let goes = is_spare(seen, record, &book);
+    let stays = |entry: &&SeatEntry| !goes || is_named(entry, record) || !cpu::has_other_place(seen, &book, entry);
     let waits = || book.iter().filter(stays);
     let away = waits().find_map(|entry| Some((entry, gone(seen, entry, record)?, false)));
     let off = || waits().find_map(|entry| Some((entry, off(seen, entry, record)?, true)));
