@@ -4,7 +4,9 @@ mod bench;
 mod cold_start;
 
 use bench::{Arbiter, Bench};
-use ftvm_protocol::core::{AcceptedLoss, Action, Command, EndReason, Event, Gate, GuestReport, Refusal, RoleName, Seal};
+use ftvm_protocol::core::{
+    AcceptedLoss, Action, Command, EndReason, Event, Gate, GuestReport, Refusal, RoleName, Seal,
+};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::{Members, Phase, Snapshot};

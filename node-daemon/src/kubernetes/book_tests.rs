@@ -73,9 +73,7 @@ fn a_seat_that_cant_be_dialled_is_asked_after() {
     const FIRST: &str = "00000000-0000-4000-8000-0000000000b1";
     const SECOND: &str = "00000000-0000-4000-8000-0000000000b2";
     let since = "2026-11-27T00:00:00Z";
-    let former = |uid: &str, node: Option<&str>, ended: bool| {
-        json!({"uid": uid, "node": node, "missingSince": since, "ended": ended})
-    };
+    let former = |uid: &str, node: Option<&str>, ended: bool| json!({"uid": uid, "node": node, "missingSince": since, "ended": ended});
     let (two, nowhere) = (Some("two"), None);
     let absent = |change: Value| {
         let vm = vm(|vm| {

@@ -418,7 +418,11 @@ fn final_word(
     runs: Option<Incarnation>,
     status: Option<&Status>,
 ) -> Option<Result<(), String>> {
-    let ended = || Some(Err("its engine ended before it had decided: see why in its log".to_owned()));
+    let ended = || {
+        Some(Err(
+            "its engine ended before it had decided: see why in its log".to_owned()
+        ))
+    };
     if runs != told {
         return ended();
     }

@@ -226,7 +226,10 @@ fn a_failure_that_comes_too_late_by_this_clock_is_refused() {
 
 fn accepts_loss(id: &str) -> Pod {
     let holder = "0123abcd-0000-4000-8000-0000000000ff/000000000000beef";
-    pod("7", &json!({"id": id, "do": "acceptDataLoss", "holder": holder, "term": 3}))
+    pod(
+        "7",
+        &json!({"id": id, "do": "acceptDataLoss", "holder": holder, "term": 3}),
+    )
 }
 
 fn says(rig: &Rig, role: Role, loss: Option<AcceptedLoss>) {

@@ -142,7 +142,11 @@ async fn write(client: &Client, due: Due) {
         }
         Ok(Err(error)) => {
             if let Some((id, version)) = begins.filter(|_| is_conflict(&error)) {
-                tracing::debug!(seat = known.config.label(), id, "the pod was changed before this could begin");
+                tracing::debug!(
+                    seat = known.config.label(),
+                    id,
+                    "the pod was changed before this could begin"
+                );
                 return due.seat.requests.outrun(&id, &version);
             }
             tracing::warn!(seat = known.config.label(), "status not published: {}", explain(&error));

@@ -259,7 +259,9 @@ fn what_was_begun_before_it_was_taken_back_is_waited_for() {
         let pod = world.pods.get_mut(&told.name).unwrap();
         change(pod.published.as_mut().unwrap());
     };
-    published(&mut world, |published| published.begun = Some("failover-now".to_owned()));
+    published(&mut world, |published| {
+        published.begun = Some("failover-now".to_owned())
+    });
     world.pass(61);
     for _ in 0..3 {
         world.step();

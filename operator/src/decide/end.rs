@@ -38,7 +38,9 @@ pub(super) fn end(seen: &Observed, decision: &mut Decision) {
     decision.at_rest = pods_gone;
     if !goes && pods_gone && decision.book.iter().all(|entry| entry.pod_uid.is_none()) {
         // The next start chooses anew. Where no guest ran there are no volumes to go back to.
-        let ran = found.as_ref().is_some_and(|record| !never_ran(seen, record, &decision.book));
+        let ran = found
+            .as_ref()
+            .is_some_and(|record| !never_ran(seen, record, &decision.book));
         decision.cpu = decision.cpu.take().filter(|cpu| ran && cpu.baseline.is_some());
         decision.cpu.iter_mut().for_each(|cpu| cpu.former = true);
     }

@@ -315,9 +315,8 @@ fn by_need<'a>(book: &'a [SeatEntry], record: Option<&Record>) -> Vec<&'a SeatEn
 /// Claims, pods, admission.
 fn make_seats(seen: &Observed, record: Option<&Record>, decision: &mut Decision) {
     // Whoever is admitted prepares its disks by what the record says then.
-    let follows = record.is_some_and(|record| {
-        never_ran(seen, record, &decision.book) && !has_original(seen, record, &decision.book)
-    });
+    let follows = record
+        .is_some_and(|record| never_ran(seen, record, &decision.book) && !has_original(seen, record, &decision.book));
     for entry in by_need(&decision.book, record) {
         let seat = entry.name.clone();
         let made = seen.pods.get(&entry.name);
@@ -441,7 +440,9 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
     let no_room = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.unschedulable.is_some());
     let in_vain = |entry: &SeatEntry| attempts(seen, entry, &id) > HOLDER_ATTEMPTS;
     let could = |entry: &&SeatEntry| !no_room(entry) && !no_disk(entry) && !in_vain(entry);
-    let first = newest(seen, record, &book).or_else(|| holder(&book, record)).filter(could);
+    let first = newest(seen, record, &book)
+        .or_else(|| holder(&book, record))
+        .filter(could);
     for entry in book.iter().filter(|entry| !entry.leaving) {
         if first.is_none_or(|first| first.name == entry.name) {
             ask_until_done(seen, entry, &id, &order, decision);

@@ -49,14 +49,33 @@ fn published<'a>(world: &'a mut World, seat: &SeatEntry) -> &'a mut SeatPublishe
 #[test]
 fn beside_a_record_that_may_be_an_old_copy_no_seat_is_replaced() {
     assert!(!is_kept_beside(|_, _| ()), "its holder ran by it as it is");
-    assert!(is_kept_beside(|world, active| published(world, active).term += 1), "went on since");
-    assert!(is_kept_beside(|world, active| published(world, active).term -= 1), "never ran by it");
-    assert!(is_kept_beside(|world, active| published(world, active).term = 0), "has no header");
+    assert!(
+        is_kept_beside(|world, active| published(world, active).term += 1),
+        "went on since"
+    );
+    assert!(
+        is_kept_beside(|world, active| published(world, active).term -= 1),
+        "never ran by it"
+    );
+    assert!(
+        is_kept_beside(|world, active| published(world, active).term = 0),
+        "has no header"
+    );
     let other = Some(ArbiterUid(7));
-    assert!(is_kept_beside(|world, active| published(world, active).lease_uid = other));
-    assert!(is_kept_beside(|world, active| published(world, active).role = Some(SeatRole::Ended)));
+    assert!(is_kept_beside(
+        |world, active| published(world, active).lease_uid = other
+    ));
+    assert!(is_kept_beside(
+        |world, active| published(world, active).role = Some(SeatRole::Ended)
+    ));
     // The status read a later one.
-    assert!(is_kept_beside(|world, _| world.lease.as_mut().unwrap().0.record.term -= 1));
+    assert!(is_kept_beside(|world, _| world
+        .lease
+        .as_mut()
+        .unwrap()
+        .0
+        .record
+        .term -= 1));
 }
 
 /// The same holds of an active, which tells soon by which record it goes.

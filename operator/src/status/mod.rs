@@ -331,7 +331,12 @@ fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -
             );
         }
         LeaseSeen::Found(record) if seen.status().term > Some(record.snapshot.record.term) => {
-            return said(ARBITER_REACHABLE, false, "LeaseOlder", lease_older(seen, record.snapshot.record.term));
+            return said(
+                ARBITER_REACHABLE,
+                false,
+                "LeaseOlder",
+                lease_older(seen, record.snapshot.record.term),
+            );
         }
         LeaseSeen::Found(record) if decision_uid != Some(&record.snapshot.uid.to_string()) => {
             return said(
