@@ -103,10 +103,24 @@ pub fn markdown(report: &Report) -> String {
     }
     tables(report).iter().for_each(|table| table.markdown(&mut out));
     for complaint in &report.complaints {
-        let _ = writeln!(out, "\nNot measured: {complaint}");
+        let _ = writeln!(out, "\nNot measured: {}", in_short(complaint));
     }
     // Two blanks at a line's end are a line break in Markdown, and untidy: a backslash says the same.
     out.replace("  \n", "\\\n")
+}
+
+/// The part and what was said last: a program may have printed a screenful before. No character of it is Markdown, or a section's mark.
+fn in_short(complaint: &str) -> String {
+    let (part, why) = complaint.split_at(complaint.find(": ").map_or(0, |colon| colon + 2));
+    let last = why.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
+    let mut short = String::new();
+    for letter in part.chars().chain(last.trim().chars()) {
+        if r"\`*_<>[]|".contains(letter) {
+            short.push('\\');
+        }
+        short.push(letter);
+    }
+    short
 }
 
 /// Prints a report and writes it where it was asked for; `logs` is told if something could not be measured.
@@ -628,6 +642,20 @@ mod tests {
         let text = markdown(&report());
         assert!(text.contains("| --- | --:"), "{text}");
         assert!(text.lines().all(|line| !line.ends_with(' ')), "{text}");
+    }
+
+    /// The terminal has all of it.
+    #[test]
+    fn of_a_long_complaint_the_page_has_its_part_and_its_last_line() {
+        let mut report = report();
+        let said = "colo: qemu: 1 of 2\n\n2 of 2\n  Error: no <a|b> in *my_list*  \n \n";
+        report.complaints = vec![said.to_owned(), "gap: no answer: none".to_owned()];
+        let page = markdown(&report);
+        let expected = r"Not measured: colo: Error: no \<a\|b\> in \*my\_list\*";
+        let lines: Vec<&str> = page.lines().filter(|line| line.starts_with("Not measured")).collect();
+        assert_eq!(lines, [expected, "Not measured: gap: no answer: none"]);
+        assert!(!page.contains("of 2"), "{page}");
+        assert!(text(&report).contains(said));
     }
 
     #[test]

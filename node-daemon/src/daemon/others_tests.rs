@@ -6,31 +6,13 @@ use ftvm_protocol::identity::{ArbiterUid, VmId};
 
 use super::*;
 use crate::arbiter::FileArbiter;
-use crate::bridges::AllowedBridges;
-use crate::config::{Config, JailConfig, PeerConfig};
-use crate::daemon::Settings;
+use crate::config::{Config, PeerConfig};
 use crate::seat::Former;
 use crate::seat_socket::{Expected, Handed, Hierarchies};
-use crate::state::StateFolder;
-use crate::testing::Folder;
+use crate::testing::{Folder, daemon};
 
 /// An earlier pod that is asked for.
 const ASKED: SeatId = SeatId(0xa);
-
-fn daemon(folder: &Folder) -> Arc<Daemon> {
-    let state = folder.path().join("state");
-    let settings = Settings {
-        node: "one".to_owned(),
-        state_folder: state.clone(),
-        control_socket: folder.path().join("daemon.sock"),
-        peer_listen: None,
-        engine: "/bin/false".into(),
-        jail: JailConfig::default(),
-        bridges: AllowedBridges::Listed(Vec::new()),
-        arbiter_folder: None,
-    };
-    Daemon::new(settings, StateFolder::open(&state).unwrap())
-}
 
 /// Another daemon, which says this of every seat.
 fn other(folder: &Folder, name: &str, header: HeaderReport, guest: GuestReport) -> PathBuf {

@@ -6,14 +6,11 @@ use serde_json::json;
 
 use super::*;
 use crate::arbiter::Server;
-use crate::bridges::AllowedBridges;
-use crate::config::JailConfig;
-use crate::daemon::Settings;
 use crate::disks::Step;
 use crate::seat::testing::Rig;
 use crate::seat_socket::{DiskProgress, Peer};
-use crate::state::{EngineRecord, StateFolder, boot_id, start_time};
-use crate::testing::Folder;
+use crate::state::{EngineRecord, boot_id, start_time};
+use crate::testing::{Folder, daemon};
 
 const POD: &str = "00000000-0000-4000-8000-00000000000a";
 const OTHER: &str = "00000000-0000-4000-8000-00000000000b";
@@ -25,22 +22,10 @@ pub(in crate::kubernetes) fn node(folder: &Folder) -> Node {
 
 /// The same with these cgroups.
 fn node_in(folder: &Folder, hierarchies: Hierarchies) -> Node {
-    let state = folder.path().join("state");
-    let settings = Settings {
-        node: "one".to_owned(),
-        state_folder: state.clone(),
-        control_socket: folder.path().join("daemon.sock"),
-        peer_listen: None,
-        engine: "/bin/false".into(),
-        jail: JailConfig::default(),
-        bridges: AllowedBridges::Listed(Vec::new()),
-        arbiter_folder: None,
-    };
-    let daemon = Daemon::new(settings, StateFolder::open(&state).unwrap());
     let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
     let leases = Leases::new(Server::new(&config).unwrap()).unwrap();
     let machine = Some("machine".to_owned());
-    Node::new("one".to_owned(), machine, daemon, leases, hierarchies)
+    Node::new("one".to_owned(), machine, daemon(folder), leases, hierarchies)
 }
 
 /// A seat of this node whose engine says what a test wants.

@@ -29,19 +29,6 @@ fn delete_claims(world: &mut World, seat: &str, disks: &[&str]) {
     world.volumes();
 }
 
-/// Everybody but engines and daemons does what they can.
-fn without_engines(world: &mut World) {
-    for _ in 0..20 {
-        world.step();
-        for seat in world.pods.keys().cloned().collect::<Vec<_>>() {
-            world.schedule(&seat);
-            world.kubelet(&seat);
-        }
-        world.volumes();
-        world.pass(2);
-    }
-}
-
 /// What the condition says: it fails for this reason, and tells all of this.
 fn expect(world: &World, kind: &str, reason: &str, advice: &[&str]) {
     let status = world.vm.status.as_ref().unwrap();
@@ -70,7 +57,7 @@ fn a_claim_that_is_gone_is_not_replaced_by_an_empty_one() {
     world.step();
     expect(&world, STORAGE_HEALTHY, "VolumeLost", &[&name]);
     world.want(RunStrategy::Always);
-    without_engines(&mut world);
+    world.without_engines(20);
     assert!(!world.claims.contains_key(&name), "an empty one took its place");
     assert!(!world.pods.contains_key(&active.name), "it can't run without its disk");
     assert!(world.pods.contains_key(&standby.name));
@@ -153,7 +140,7 @@ fn nothing_is_made_anew_before_the_other_seat_says_that_it_has_it() {
     halt(&mut world);
     delete_claims(&mut world, &standby.name, &["root", "data"]);
     world.want(RunStrategy::Always);
-    without_engines(&mut world);
+    world.without_engines(20);
     assert!(world.claims.values().all(|claim| claim.seat != standby.name));
     assert!(world.settle(80) && world.is_protected(), "{:#?}", world.vm.status);
     assert!(is_healthy(&world) && world.claims.len() == 4);
@@ -169,7 +156,7 @@ fn the_only_disks_that_the_record_names_are_not_replaced() {
     assert_eq!(world.record().unwrap().members.iter().count(), 1);
     delete_claims(&mut world, &active.name, &["root", "data"]);
     world.want(RunStrategy::Always);
-    without_engines(&mut world);
+    world.without_engines(20);
     assert!(world.claims.values().all(|claim| claim.seat == standby.name));
     assert!(world.book().iter().all(|entry| !entry.leaving), "{:#?}", world.book());
     let advice = ["put a claim of that name back", ANNOTATION_ACCEPT_DATA_LOSS];
@@ -247,7 +234,7 @@ fn a_seat_without_its_claims_is_in_trouble() {
     world.claims.get_mut(&name).unwrap().lost = true;
     world.step();
     world.pass(60);
-    without_engines(&mut world);
+    world.without_engines(20);
     assert!(world.entry(&standby.name).is_none(), "{:#?}", world.book());
     assert!(world.entry(&active.name).is_some_and(|entry| !entry.leaving));
 }

@@ -72,7 +72,7 @@ pub fn stop_refused<'a>(
 ) -> Option<(&'a SeatEntry, &'a str)> {
     let id = stop_id(seen, record);
     book.iter().find_map(|entry| {
-        let done = pod(seen, entry)?.published.as_ref().ok()?.done_request.as_ref()?;
+        let done = pod(seen, entry)?.last_answer()?;
         let why = done.refused.as_deref()?;
         is_attempt(&id, &done.id).then_some((entry, why))
     })

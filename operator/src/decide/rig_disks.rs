@@ -1,4 +1,4 @@
-//! What the rig's seats have on their volumes, and what a cluster does to claims.
+//! What the rig's seats have on their volumes, what a cluster does to claims, and what it does while no engine does anything.
 
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::claim_name;
@@ -42,6 +42,19 @@ impl World {
         let pods = &self.pods;
         let is_used = |claim: &ClaimSeen| pods.get(&claim.seat).is_some_and(|pod| pod.node.is_some());
         self.claims.retain(|_, claim| !claim.deleting || is_used(claim));
+    }
+
+    /// Everybody but engines and daemons does what they can, for so many rounds.
+    pub fn without_engines(&mut self, rounds: usize) {
+        for _ in 0..rounds {
+            self.step();
+            for seat in self.pods.keys().cloned().collect::<Vec<_>>() {
+                self.schedule(&seat);
+                self.kubelet(&seat);
+            }
+            self.volumes();
+            self.pass(2);
+        }
     }
 
     /// The seat's claims, in the order of its disks; none of one that is missing.
