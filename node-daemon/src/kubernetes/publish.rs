@@ -201,6 +201,7 @@ impl Publisher {
                 published.paused = written.paused;
                 published.holds_guest = written.holds_guest;
                 published.term = written.term;
+                published.lease_uid = written.lease_uid;
                 published.storage.clone_from(&written.storage);
             }
             "the engine does not answer".clone_into(&mut published.why);

@@ -2,7 +2,7 @@
 //! nothing waits without a word.
 
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, claim_name};
-use ftvm_crds::seat::Order;
+use ftvm_crds::seat::{Order, SeatPublished};
 use ftvm_crds::{RunStrategy, VmPhase, VolumePolicy};
 use ftvm_protocol::record::Phase;
 
@@ -354,6 +354,11 @@ fn the_record_follows_a_pod_before_it_is_admitted() {
     // As if nobody had begun yet.
     let genesis = Record::genesis(SeatId(7), Phase::Running);
     world.lease.as_mut().unwrap().0.record = genesis;
+    // And nobody knows of a later one.
+    world.vm.status.as_mut().unwrap().term = None;
+    for pod in world.pods.values_mut() {
+        pod.published = Ok(SeatPublished::default());
+    }
     let mut rewritten = false;
     for _ in 0..60 {
         let before = world.book();

@@ -8,7 +8,7 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::run::{ask_until_done, attempts, delete_pod, is_attempt, is_known, is_starting, remove_seat};
-use super::spare::never_ran;
+use super::spare::{is_old_copy, never_ran};
 use super::{Action, Decision, Want, claims, has_engine, holder, is_named, pod, record, says_active, want};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
@@ -119,10 +119,10 @@ fn stop_running(seen: &Observed, record: &Record, book: &[SeatEntry], id: &str, 
     if let Some(active) = active {
         ask_until_done(seen, active, id, &Order::Stop, decision);
     }
-    // With every other pod gone, what is left belongs to nobody that the record names.
+    // With every other pod gone, what is left belongs to nobody that the record names. An old copy may lack the one that has the guest.
     for entry in book
         .iter()
-        .filter(|entry| !is_named(entry, record) && is_known(book, record))
+        .filter(|entry| !is_named(entry, record) && is_known(book, record) && !is_old_copy(seen, record, book))
     {
         if let Some(pod) = seen.pods.get(&entry.name) {
             delete_pod(seen, entry, pod, true, &mut decision.actions);

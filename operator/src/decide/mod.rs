@@ -203,7 +203,13 @@ impl Decision {
                 after.leaving != before.leaving || (before.pod_uid.is_some() && after.pod_uid.is_none())
             })
         });
-        lost || former::proves(old, &self.book) || self.settles || self.actions.iter().any(Action::needs_certainty)
+        // A cache may be behind what the status was written by.
+        let older = record(seen).is_some_and(|found| seen.status().term > Some(found.snapshot.record.term));
+        older
+            || lost
+            || former::proves(old, &self.book)
+            || self.settles
+            || self.actions.iter().any(Action::needs_certainty)
     }
 }
 

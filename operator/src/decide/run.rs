@@ -84,7 +84,8 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     let cpu = cpu::chosen(&seen.vm).filter(|_| genesis);
     for entry in &mut decision.book {
         let named = is_named(entry, record) && !genesis;
-        if entry.leaving && named {
+        // Or is not known to be of no use: while it leaves nobody could go on with what it has, nor without it.
+        if entry.leaving && (named || !spare) {
             entry.leaving = false;
         }
         if entry.leaving {

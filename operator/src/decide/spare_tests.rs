@@ -69,13 +69,11 @@ fn beside_a_record_that_may_be_an_old_copy_no_seat_is_replaced() {
         |world, active| published(world, active).role = Some(SeatRole::Ended)
     ));
     // The status read a later one.
-    assert!(is_kept_beside(|world, _| world
-        .lease
-        .as_mut()
-        .unwrap()
-        .0
-        .record
-        .term -= 1));
+    assert!(is_kept_beside(|world, active| {
+        world.step();
+        world.lease.as_mut().unwrap().0.record.term -= 1;
+        published(world, active).term -= 1;
+    }));
 }
 
 /// The same holds of an active, which tells soon by which record it goes.
@@ -130,7 +128,7 @@ fn the_seat_that_knows_the_latest_term_goes_first() {
         waits(&mut world, &standby.name, terms[1]);
         accept(&mut world, "");
         let asked: Vec<_> = asked(&mut world).into_iter().map(|(seat, _)| seat).collect();
-        assert_eq!(asked, [first.name.clone()], "{terms:?}");
+        assert_eq!(asked, std::slice::from_ref(&first.name), "{terms:?}");
     }
 }
 
@@ -147,4 +145,27 @@ fn an_old_copy_is_told() {
     assert_eq!(knew, says + 2);
     let words = format!("says term {says}, and said {knew} before");
     assert!(told.reason == "LeaseOlder" && told.message.contains(&words), "{told:?}");
+}
+
+/// Its disk is not overwritten, and nobody but a person can say that it is not wanted.
+#[test]
+fn a_seat_that_is_newer_than_the_record_is_told() {
+    let (mut world, _, standby) = alone();
+    world.nodes.values_mut().for_each(|node| node.ready = true);
+    let term = world.record().unwrap().term;
+    let told = |world: &mut World| {
+        while world.step() {}
+        let status = world.vm.status.clone().unwrap();
+        status.condition(crate::status::PROTECTED).unwrap().clone()
+    };
+    waits(&mut world, &standby.name, term + 1);
+    let newer = told(&mut world);
+    assert!(
+        newer.reason == "SeatIsNewer" && newer.message.contains(&standby.name),
+        "{newer:?}"
+    );
+    hours(&mut world);
+    assert!(is_kept(&world, &standby));
+    waits(&mut world, &standby.name, term);
+    assert_ne!(told(&mut world).reason, "SeatIsNewer");
 }

@@ -2,6 +2,7 @@
 
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, RESOURCE_SEAT, claim_name};
+use ftvm_crds::seat::{SeatPublished, SeatRole};
 use ftvm_protocol::identity::Term;
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
@@ -99,6 +100,16 @@ pub(super) fn lease_older(seen: &Observed, says: Term) -> String {
         "the VM's Lease says term {says}, and said {knew} before: it is an old copy, from a backup or of a hand. A protected pair goes on, a failover is refused, no seat is replaced. While a seat has \
          the guest, delete the Lease: it is made anew from what the seats know. Else put the last record back (docs/kubernetes.md, \"A Lease that is gone\")"
     )
+}
+
+/// Does the seat wait with a disk that is newer than the record, which does not name it?
+fn is_newer(seen: &Observed, entry: &SeatEntry, published: &SeatPublished) -> bool {
+    let waits = published.role == Some(SeatRole::Starting);
+    let of = |found: &crate::observe::Record| {
+        let record = &found.snapshot.record;
+        published.term > record.term && !is_named(entry, record)
+    };
+    waits && record(seen).is_some_and(of)
 }
 
 /// The command by which a person says that whatever only other seats have may be lost.
@@ -374,6 +385,13 @@ fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
             format!(
                 "seat {}: {} (code {}, see docs/exit-codes.md)",
                 entry.name, published.why, published.code
+            ),
+        )),
+        Ok(published) if is_newer(seen, entry, published) => Some(obstacle(
+            "SeatIsNewer",
+            format!(
+                "seat {0} knows a later term than the record, does not join and is kept: if what its disk has is not wanted, delete pod {0} and its claims",
+                entry.name
             ),
         )),
         Ok(_) => None,
