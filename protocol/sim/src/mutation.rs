@@ -74,7 +74,7 @@ mutations! {
     BootUnnamed = 8, "boot although not named";
     BootBesideLiving = 8, "boot without asking the other seats";
     BootIncomplete = 8, "boot from an incomplete resync";
-    UnnamedLeftOut = 8, "seats that the record does not name left out";
+    UnreachableLeftOut = 8, "seats that nobody answers for left out unless the record names them";
     IgnoreHeaderTerms = 8, "terms of headers not compared";
     SameIncarnation = 8, "identity without incarnation";
     OverrideWithoutProof = 9, "override without proof of death";
@@ -138,7 +138,9 @@ impl World {
                             report.header = HeaderReport::Absent;
                         }
                         // As if its daemon's configuration did not have it.
-                        Mutation::UnnamedLeftOut if starting && !is_named(report.seat) => {
+                        Mutation::UnreachableLeftOut
+                            if starting && report.header == HeaderReport::Unreadable && !is_named(report.seat) =>
+                        {
                             report.guest = GuestReport::None;
                             report.header = HeaderReport::Absent;
                         }
