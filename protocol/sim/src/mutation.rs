@@ -8,7 +8,7 @@ use ftvm_protocol::core::{
     Timing,
 };
 use ftvm_protocol::header::SeatHeader;
-use ftvm_protocol::identity::{ArbiterUid, Epoch, LinkId, RequestId, SeatId, SessionId};
+use ftvm_protocol::identity::{ArbiterUid, Epoch, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::{Message, PeerRole};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
 use ftvm_protocol::recreation::Vouched;
@@ -74,7 +74,6 @@ mutations! {
     BootUnnamed = 8, "boot although not named";
     BootBesideLiving = 8, "boot without asking the other seats";
     BootIncomplete = 8, "boot from an incomplete resync";
-    UnreachableLeftOut = 8, "seats that nobody answers for left out unless the record names them";
     IgnoreHeaderTerms = 8, "terms of headers not compared";
     SameIncarnation = 8, "identity without incarnation";
     OverrideWithoutProof = 9, "override without proof of death";
@@ -126,21 +125,9 @@ impl World {
             Event::SeatsReported { request, mut reports } => {
                 let starting = status.role == RoleName::Starting;
                 let overriding = self.user.overrides.is_some_and(|(by, _)| by == status.incarnation);
-                let record = self.arbiter.get().map(|snapshot| &snapshot.record);
-                let is_named = |seat: SeatId| {
-                    let mut members = record.into_iter().flat_map(|record| record.members.iter());
-                    members.any(|member| member.seat == seat)
-                };
                 for report in &mut reports {
                     match mutation {
                         Mutation::BootBesideLiving if starting => {
-                            report.guest = GuestReport::None;
-                            report.header = HeaderReport::Absent;
-                        }
-                        // As if its daemon's configuration did not have it.
-                        Mutation::UnreachableLeftOut
-                            if starting && report.header == HeaderReport::Unreadable && !is_named(report.seat) =>
-                        {
                             report.guest = GuestReport::None;
                             report.header = HeaderReport::Absent;
                         }
