@@ -161,6 +161,9 @@ pub struct FormerPod {
     /// No engine of it runs any more: it was deleted in order, its machine was booted since, or its node is out of service.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ended: bool,
+    /// Once it had ended another seat had the guest alone: what this one left on the seat's disk is older.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub older: bool,
 }
 
 /// The CPU that was chosen for a guest.
@@ -246,12 +249,13 @@ pub enum Outcome {
 impl SeatEntry {
     /// UIDs of this seat's pods that whoever is to boot a disk of the VM asks after (rule 8 in docs/protocol.md): that of its present one, once it has an
     /// address, before which no daemon takes it for a seat. Until then earlier ones stand for it: the last one that a node took, whose disk it is, and those
-    /// that are not proven to have ended. None: no engine ever ran here.
+    /// that are not proven to have ended. None: no engine ever ran here, or what is on the disk is known to be older than another one's.
     pub fn asked_as(&self) -> impl Iterator<Item = &str> {
         let present = self.pod_uid.as_deref().filter(|_| self.pod_ip.is_some());
         let earlier: &[FormerPod] = if present.is_some() { &[] } else { &self.former };
         // The operator keeps those longest that a node took.
         let last = earlier.iter().rposition(|former| former.node.is_some());
+        let last = last.filter(|last| !earlier[*last].older);
         let asked = earlier.iter().enumerate().filter(move |(index, former)| {
             let open = former.node.is_some() && !former.ended;
             open || Some(*index) == last

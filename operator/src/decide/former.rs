@@ -10,7 +10,7 @@ use ftvm_protocol::record::Record;
 use k8s_openapi::jiff::Timestamp;
 
 use super::run::{sooner, whole_seconds};
-use super::{anyone_is_heard_of, has_engine, names, pod};
+use super::{anyone_is_heard_of, has_engine, is_named, names, pod, spare};
 use crate::observe::{NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Most earlier pods of a seat that the book keeps.
@@ -34,6 +34,7 @@ pub(super) fn forget(entry: &mut SeatEntry, uid: String, seen: &Observed, record
         ended: entry.engine_ended || entry.node.is_none(),
         node: entry.node.take(),
         missing_since: whole_seconds(seen.now),
+        older: false,
     });
     if entry.former.len() > FORMER_MAX {
         let spare = |former: &FormerPod| !record.is_some_and(|record| names(record, &former.uid));
@@ -127,6 +128,17 @@ pub(super) fn prove(seen: &Observed, record: &Record, book: &mut [SeatEntry]) {
             let node = former.node.as_deref().and_then(|node| seen.nodes.get(node));
             former.ended = node.is_some_and(|node| is_out_of_service(node) || was_booted(former, node));
         }
+    }
+}
+
+/// Enters of which pods the disk is older: they have ended, and another seat has the guest alone. Whatever becomes of that one, nobody has to ask what they left.
+pub(super) fn outlive(seen: &Observed, record: &Record, book: &mut [SeatEntry]) {
+    if !spare::goes_on_alone(seen, record, book) {
+        return;
+    }
+    for entry in book.iter_mut().filter(|entry| !is_named(entry, record)) {
+        let ended = entry.former.iter_mut().filter(|former| former.ended);
+        ended.for_each(|former| former.older = true);
     }
 }
 

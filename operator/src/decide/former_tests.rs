@@ -7,6 +7,7 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::former::{FORMER_MAX, engine_ended, forget, prove};
 use super::rig::World;
+use super::stuck_tests::{seats, waits};
 use super::*;
 use crate::observe::PodPhase;
 use crate::status::READY;
@@ -17,6 +18,7 @@ pub fn former(uid: &str, node: &str, since: Timestamp) -> FormerPod {
         uid: uid.to_owned(),
         node: Some(node.to_owned()),
         boot: None,
+        older: false,
         missing_since: Time(since),
         ended: false,
     }
@@ -308,6 +310,46 @@ fn of_pods_that_nobody_asks_after_nothing_is_proven() {
         entry.pod_uid = Some(SeatId(8).to_string());
         entry.pod_ip = Some("10.1.2.3".to_owned());
     }));
+}
+
+/// A person says once that the other seat's node is lost; the VM is started by itself from then on, until that seat has run again.
+#[test]
+fn what_ended_before_another_seat_was_alone_keeps_nobody_waiting() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    world.swap_out(&standby.name);
+    let node = world.kill_node_of(&standby);
+    world.pods.remove(&standby.name);
+    while world.step() {}
+    let asked = |world: &mut World| {
+        while world.step() {}
+        let entry = world.entry(&standby.name).unwrap();
+        entry.asked_as().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let uid = standby.pod_uid.clone().unwrap();
+    assert_eq!(asked(&mut world), [uid.as_str()], "it may run there");
+    let record = world.record().unwrap().clone();
+    waits(&mut world, &active.name, record.term);
+    world.nodes.get_mut(&node).unwrap().taints = vec![Taint {
+        key: OUT_OF_SERVICE.to_owned(),
+        ..Taint::default()
+    }];
+    assert_eq!(asked(&mut world), [uid.as_str()], "nobody has the guest");
+    let says_active = |world: &mut World, term: Term| {
+        let published = world.pods.get_mut(&active.name).unwrap().published.as_mut().unwrap();
+        (published.role, published.term) = (Some(SeatRole::Active), term);
+    };
+    says_active(&mut world, record.term - 1);
+    assert_eq!(asked(&mut world), [uid.as_str()], "by another record");
+    says_active(&mut world, record.term);
+    assert!(asked(&mut world).is_empty());
+    waits(&mut world, &active.name, record.term);
+    assert!(asked(&mut world).is_empty(), "it stays so");
+    // A later pod of the seat may have joined.
+    let book = &mut world.vm.status.as_mut().unwrap().seats;
+    let entry = book.iter_mut().find(|entry| entry.name == standby.name).unwrap();
+    entry.former.push(former("later", "node-9", world.now));
+    assert_eq!(asked(&mut world), ["later"]);
 }
 
 /// Whoever deletes a Node object removes the pods there, too, while the object is missing; the same machine joins again.

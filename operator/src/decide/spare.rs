@@ -9,7 +9,7 @@ use ftvm_crds::seat::{SeatPublished, SeatRole};
 use ftvm_protocol::identity::Term;
 use ftvm_protocol::record::Record;
 
-use super::{holder, is_genesis, is_heard_of, pod, record};
+use super::{holder, is_genesis, is_heard_of, pod, record, says_active};
 use crate::observe::Observed;
 
 fn published<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a SeatPublished> {
@@ -42,6 +42,13 @@ pub(super) fn never_ran(seen: &Observed, record: &Record, book: &[SeatEntry]) ->
 pub fn is_spare(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
     let ran_by_it = || holder(book, record).is_some_and(|entry| has_run_by(seen, record, entry));
     !is_old_copy(seen, record, book) && (is_genesis(record) || ran_by_it())
+}
+
+/// Is the holder the only member, and does it have the guest by this very record?
+pub(super) fn goes_on_alone(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    let has_guest = |entry: &SeatEntry| says_active(seen, entry) && has_run_by(seen, record, entry);
+    let alone = record.members.is_only(record.holder) && !is_old_copy(seen, record, book);
+    alone && holder(book, record).is_some_and(has_guest)
 }
 
 /// Is the holder's seat heard of, and does its header have this record's UID and term?
