@@ -357,6 +357,8 @@ fn the_last_disk_is_kept_while_nobody_has_the_guest() {
         world.step();
     }
     assert!(world.claims.values().all(|claim| !claim.deleting) && world.pods.contains_key(&standby.name));
+    // While it leaves nobody could ask what it has.
+    assert!(world.book().iter().all(|entry| !entry.leaving), "{:#?}", world.book());
     // The holder waits for that seat's word: its own disk is there.
     let node = active.node.clone().unwrap();
     world.nodes.get_mut(&node).unwrap().ready = true;
