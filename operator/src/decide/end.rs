@@ -87,11 +87,14 @@ fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
     if !is_known(&book, record) && want(seen) != Want::Delete {
         return;
     }
+    // By an old copy a seat that it does not name may have the guest.
+    let old = is_old_copy(seen, record, &book);
     for entry in &book {
         let Some(pod) = seen.pods.get(&entry.name) else {
             continue;
         };
-        if ended(seen, entry, record, &id) {
+        let may_go = !old || is_named(entry, record) || has_nothing(seen, entry);
+        if may_go && ended(seen, entry, record, &id) {
             delete_pod(seen, entry, pod, !is_named(entry, record), &mut decision.actions);
         } else if is_starting(pod) {
             ask_until_done(seen, entry, &id, &Order::Stop, decision);

@@ -199,7 +199,7 @@ pub fn nodes_to_ask(book: &[SeatEntry]) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Is an engine proven to have ended by `after` alone?
+/// Is an engine proven to have ended by `after` alone, or what it left to be older?
 pub(super) fn proves(before: &[SeatEntry], after: &[SeatEntry]) -> bool {
     let ended = |book: &[SeatEntry], uid: &str| {
         let mut formers = book.iter().flat_map(|entry| &entry.former);
@@ -207,7 +207,12 @@ pub(super) fn proves(before: &[SeatEntry], after: &[SeatEntry]) -> bool {
     };
     let formers = after.iter().flat_map(|entry| &entry.former);
     let mut ended_now = formers.filter(|former| former.ended);
+    let older = |book: &[SeatEntry]| {
+        let formers = book.iter().flat_map(|entry| &entry.former);
+        formers.filter(|former| former.older).count()
+    };
     let engine_ended = |entry: &SeatEntry| before.iter().any(|old| old.name == entry.name && old.engine_ended);
     let engines = after.iter().filter(|entry| entry.engine_ended);
-    ended_now.any(|former| !ended(before, &former.uid)) || engines.into_iter().any(|entry| !engine_ended(entry))
+    let marked = older(after) > older(before);
+    marked || ended_now.any(|former| !ended(before, &former.uid)) || engines.into_iter().any(|entry| !engine_ended(entry))
 }

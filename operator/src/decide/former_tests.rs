@@ -342,13 +342,18 @@ fn what_ended_before_another_seat_was_alone_keeps_nobody_waiting() {
     says_active(&mut world, record.term - 1);
     assert_eq!(asked(&mut world), [uid.as_str()], "by another record");
     says_active(&mut world, record.term);
+    let seen = world.observe();
+    assert!(decide(&seen).needs_certainty(&seen));
     assert!(asked(&mut world).is_empty());
     waits(&mut world, &active.name, record.term);
     assert!(asked(&mut world).is_empty(), "it stays so");
     // A later pod of the seat may have joined.
     let book = &mut world.vm.status.as_mut().unwrap().seats;
     let entry = book.iter_mut().find(|entry| entry.name == standby.name).unwrap();
-    entry.former.push(former("later", "node-9", world.now));
+    entry.former.push(FormerPod {
+        ended: true,
+        ..former("later", "node-9", world.now)
+    });
     assert_eq!(asked(&mut world), ["later"]);
 }
 

@@ -58,7 +58,8 @@ fn has_run_by(seen: &Observed, of: &Record, entry: &SeatEntry) -> bool {
     };
     let node = pod(seen, entry).and_then(|pod| pod.node.as_deref());
     let is_there = match published.role {
-        Some(SeatRole::Active) => is_heard_of(seen, entry),
+        // A daemon repeats what an engine said last until the next one answers.
+        Some(SeatRole::Active) => is_heard_of(seen, entry) && published.incarnation == Some(of.holder),
         // It knows no term but its header's.
         Some(SeatRole::Starting) => node.is_some_and(|node| seen.node_ready(node)),
         _ => false,

@@ -12,7 +12,7 @@ use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
     ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, goes_with_vm, is_genesis,
-    is_known, is_named, is_spare, lease_is_strange, needed, pod, proof_may_come, record, recreation, says_active,
+    is_known, is_named, is_old_copy, is_spare, lease_is_strange, needed, pod, proof_may_come, record, recreation, says_active,
     stop_refused, unbound_for, unproven, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
@@ -21,6 +21,8 @@ use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
 /// Reason of a VM whose record names a holder that is none of its seats.
 const HOLDER_UNKNOWN: &str = "HolderUnknown";
+/// Reason of a VM whose Lease said a later term before.
+pub(super) const LEASE_OLDER: &str = "LeaseOlder";
 /// A node that nobody can taint.
 const MISSING_NODE: &str =
     "its object is gone, make one of that name with the taint: docs/kubernetes.md, \"A node that is lost for good\"";
@@ -102,14 +104,25 @@ pub(super) fn lease_older(seen: &Observed, says: Term) -> String {
     )
 }
 
-/// Does the seat wait with a disk that is newer than the record, which does not name it?
-fn is_newer(seen: &Observed, entry: &SeatEntry, published: &SeatPublished) -> bool {
+/// The seat waits with a disk that is newer than the record, which does not name it.
+fn newer(seen: &Observed, entry: &SeatEntry, published: &SeatPublished) -> Option<Obstacle> {
+    let record = &record(seen)?.snapshot.record;
     let waits = published.role == Some(SeatRole::Starting);
-    let of = |found: &crate::observe::Record| {
-        let record = &found.snapshot.record;
-        published.term > record.term && !is_named(entry, record)
+    if !waits || published.term <= record.term || is_named(entry, record) {
+        return None;
+    }
+    let seat = &entry.name;
+    let message = if anyone_is_heard_of(seen, &seen.status().seats) {
+        format!(
+            "seat {seat} knows a later term than the record, does not join and is kept: if what its disk has is not wanted, delete pod {seat} and its claims"
+        )
+    } else {
+        let accept = accept_command(seen, record);
+        format!(
+            "seat {seat} knows a later term than the record, which may be an old copy: put the last record back, or go on with the newest disk ({accept})"
+        )
     };
-    waits && record(seen).is_some_and(of)
+    Some(obstacle("SeatIsNewer", message))
 }
 
 /// The command by which a person says that whatever only other seats have may be lost.
@@ -252,6 +265,12 @@ pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<(Option<&'
         if !is_known(book, record) && !seen.pods.is_empty() {
             return Some((Some(HOLDER_UNKNOWN), unknown_holder(seen, book, record)));
         }
+        let unnamed = |entry: &SeatEntry| says_active(seen, entry) && !is_named(entry, record);
+        let lower = seen.status().term > Some(record.term);
+        if is_old_copy(seen, record, book) && (lower || book.iter().any(unnamed)) {
+            let text = "; the VM's Lease is an old copy: delete it, whoever has the guest is stopped by the one that is made anew";
+            return Some((Some(LEASE_OLDER), text.to_owned()));
+        }
     }
     let mut away = book
         .iter()
@@ -387,14 +406,7 @@ fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
                 entry.name, published.why, published.code
             ),
         )),
-        Ok(published) if is_newer(seen, entry, published) => Some(obstacle(
-            "SeatIsNewer",
-            format!(
-                "seat {0} knows a later term than the record, does not join and is kept: if what its disk has is not wanted, delete pod {0} and its claims",
-                entry.name
-            ),
-        )),
-        Ok(_) => None,
+        Ok(published) => newer(seen, entry, published),
     }
 }
 
