@@ -214,5 +214,7 @@ pub(super) fn proves(before: &[SeatEntry], after: &[SeatEntry]) -> bool {
     let engine_ended = |entry: &SeatEntry| before.iter().any(|old| old.name == entry.name && old.engine_ended);
     let engines = after.iter().filter(|entry| entry.engine_ended);
     let marked = older(after) > older(before);
-    marked || ended_now.any(|former| !ended(before, &former.uid)) || engines.into_iter().any(|entry| !engine_ended(entry))
+    marked
+        || ended_now.any(|former| !ended(before, &former.uid))
+        || engines.into_iter().any(|entry| !engine_ended(entry))
 }

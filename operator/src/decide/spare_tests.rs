@@ -1,8 +1,9 @@
 //! A record that may be an old copy costs no disk.
 
 use ftvm_crds::RunStrategy;
+use ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS;
 use ftvm_crds::seat::{SeatPublished, SeatRole};
-use ftvm_protocol::record::Members;
+use ftvm_protocol::record::{Members, Phase};
 
 use super::rig::World;
 use super::stuck_tests::{accept, asked, protected, seats, waits};
@@ -49,6 +50,12 @@ fn published<'a>(world: &'a mut World, seat: &SeatEntry) -> &'a mut SeatPublishe
 #[test]
 fn beside_a_record_that_may_be_an_old_copy_no_seat_is_replaced() {
     assert!(!is_kept_beside(|_, _| ()), "its holder ran by it as it is");
+    let repeats = |world: &mut World, active: &SeatEntry| {
+        let published = published(world, active);
+        published.role = Some(SeatRole::Active);
+        published.incarnation.as_mut().unwrap().start += 1;
+    };
+    assert!(is_kept_beside(repeats), "another engine said so");
     assert!(
         is_kept_beside(|world, active| published(world, active).term += 1),
         "went on since"
@@ -150,7 +157,7 @@ fn an_old_copy_is_told() {
 /// Its disk is not overwritten, and nobody but a person can say that it is not wanted.
 #[test]
 fn a_seat_that_is_newer_than_the_record_is_told() {
-    let (mut world, _, standby) = alone();
+    let (mut world, active, standby) = alone();
     world.nodes.values_mut().for_each(|node| node.ready = true);
     let term = world.record().unwrap().term;
     let told = |world: &mut World| {
@@ -168,4 +175,37 @@ fn a_seat_that_is_newer_than_the_record_is_told() {
     assert!(is_kept(&world, &standby));
     waits(&mut world, &standby.name, term);
     assert_ne!(told(&mut world).reason, "SeatIsNewer");
+    // Nobody has the guest: it may be what is to go on.
+    waits(&mut world, &standby.name, term + 1);
+    waits(&mut world, &active.name, term);
+    let newer = told(&mut world);
+    assert!(newer.message.contains(ANNOTATION_ACCEPT_DATA_LOSS), "{newer:?}");
+}
+
+/// A halt takes no pod that the old copy does not name: it may have the guest.
+#[test]
+fn a_halt_by_an_old_copy_takes_nothing_from_the_active() {
+    for phase in [Phase::Running, Phase::Stopped] {
+        let mut world = protected();
+        let (active, standby) = seats(&world);
+        world.swap_out(&standby.name);
+        // A copy of when the other one was alone.
+        let (snapshot, _) = world.lease.as_mut().unwrap();
+        let other = Incarnation {
+            seat: standby.pod_uid.as_deref().unwrap().parse().unwrap(),
+            start: 1,
+        };
+        let record = &mut snapshot.record;
+        (record.holder, record.members, record.phase) = (other, Members::one(other), phase);
+        record.term -= 1;
+        world.want(RunStrategy::Halted);
+        hours(&mut world);
+        assert!(
+            is_kept(&world, &active) && !world.pods[&active.name].deleting,
+            "{phase:?}"
+        );
+        let status = world.vm.status.clone().unwrap();
+        let told = status.condition(crate::status::READY).unwrap();
+        assert!(told.message.contains("old copy: delete it"), "{phase:?}: {told:?}");
+    }
 }

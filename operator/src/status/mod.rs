@@ -17,8 +17,8 @@ use crate::decide::{
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
+use obstacles::{LEASE_OLDER, holds_up, is_no_news, lease_gone, lease_older};
 pub use obstacles::{Obstacle, obstacles};
-use obstacles::{holds_up, is_no_news, lease_gone, lease_older};
 use storage::storage;
 
 /// The guest runs.
@@ -334,7 +334,7 @@ fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -
             return said(
                 ARBITER_REACHABLE,
                 false,
-                "LeaseOlder",
+                LEASE_OLDER,
                 lease_older(seen, record.snapshot.record.term),
             );
         }

@@ -12,8 +12,8 @@ use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
     ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, goes_with_vm, is_genesis,
-    is_known, is_named, is_old_copy, is_spare, lease_is_strange, needed, pod, proof_may_come, record, recreation, says_active,
-    stop_refused, unbound_for, unproven, want,
+    is_known, is_named, is_old_copy, is_spare, lease_is_strange, needed, pod, proof_may_come, record, recreation,
+    says_active, stop_refused, unbound_for, unproven, want,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
