@@ -22,7 +22,7 @@ use ftvm_operator::caches::{Caches, Triggers};
 use ftvm_operator::observe::{Observed, PodPhase, PodSeen};
 use ftvm_operator::status::PROTECTED;
 use ftvm_protocol::identity::{Incarnation, Nonce, SeatId};
-use ftvm_protocol::record::{Members, Record};
+use ftvm_protocol::record::{Members, Record, Snapshot};
 use futures::StreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, Pod};
@@ -264,7 +264,7 @@ async fn look(vm: Arc<FaultTolerantVM>, fleet: Arc<Fleet>) -> Result<Next, kube:
         return Ok(Next::await_change());
     }
     for (id, name, pod) in alive {
-        publish(&pods, &found.snapshot.record, id, name, pod).await?;
+        publish(&pods, &found.snapshot, id, name, pod).await?;
     }
     Ok(Next::await_change())
 }
@@ -336,7 +336,13 @@ fn next(record: &Record, alive: &[SeatId]) -> Option<Record> {
     }
 }
 
-async fn publish(pods: &Api<Pod>, record: &Record, id: SeatId, name: &str, pod: &PodSeen) -> Result<(), kube::Error> {
+async fn publish(
+    pods: &Api<Pod>,
+    Snapshot { record, uid, .. }: &Snapshot,
+    id: SeatId,
+    name: &str,
+    pod: &PodSeen,
+) -> Result<(), kube::Error> {
     let incarnation = Incarnation { seat: id, start: START };
     if !record.members.contains(incarnation) {
         return Ok(());
@@ -360,6 +366,7 @@ async fn publish(pods: &Api<Pod>, record: &Record, id: SeatId, name: &str, pod: 
         why: if pair { "the standby follows" } else { "alone" }.to_owned(),
         peer_connected: pair,
         arbiter_reachable: true,
+        lease_uid: Some(*uid),
         last_takeover: takeover.or(before.last_takeover.clone()),
         ..SeatPublished::default()
     };
