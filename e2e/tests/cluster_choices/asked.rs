@@ -25,9 +25,9 @@ pub fn taken_back(cluster: &Rc<Cluster>) -> anyhow::Result<()> {
     own.annotate("ftvm.dev/failover-")?;
     let why = came_to(&own, "regretted", "Refused")?;
     let words = "taken back before it was begun, nothing was done";
+    drop(stopped);
     ensure!(why.contains(words), "{why}");
     wait_event(cluster, own.name(), "FailoverRefused", words)?;
-    drop(stopped);
     wait_for("its daemon knows that it was taken back", PATIENCE, || {
         let said = own.said("ftvm.dev/seat-status")?;
         let mut done = said.iter().map(|published| &published["doneRequest"]);
