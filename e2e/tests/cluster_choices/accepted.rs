@@ -10,6 +10,8 @@ use serde_json::json;
 
 use crate::{OUT_OF_SERVICE, cordon, is_away, third, uncordon};
 
+/// The program that runs guests.
+const ENGINE: &str = "ftvm-engine";
 /// Nobody has the guest, and a node is away that may have more than the others.
 const NODE_NEEDED: &[(&str, &str, &str)] = &[("Ready", "False", "NodeNeeded")];
 /// The guest runs.
@@ -75,7 +77,12 @@ pub fn refused_late(cluster: &Rc<Cluster>) -> anyhow::Result<()> {
         let said = message(&status, "Ready")?;
         let roles = own.said("ftvm.dev/seat-status")?;
         let waits = roles.iter().any(|published| published["role"] == "starting");
-        ensure!(said.contains(&accept) && waits, "{said}, {roles:?}");
+        // The former ones may still write the record while they go.
+        let left = cluster.node(&standby)?.native()?.processes_in_pods(ENGINE)?;
+        ensure!(
+            said.contains(&accept) && waits && left.is_empty(),
+            "{said}, {roles:?}, {left:?}"
+        );
         Ok(accept)
     })?;
     let early = looks::events(cluster, own.name(), "DataLossRefused")?;
