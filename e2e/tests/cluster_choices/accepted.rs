@@ -103,7 +103,10 @@ pub fn refused_late(cluster: &Rc<Cluster>) -> anyhow::Result<()> {
 
 /// The standby is lost, the active goes on alone, and then is lost for good: only what it did alone is lost with it, and all of that.
 pub fn of_a_dead_holder(cluster: &Rc<Cluster>) -> anyhow::Result<()> {
-    let own = Own::apply(cluster, "outlived", 4, |_| {})?;
+    let own = Own::apply(cluster, "outlived", 4, |spec| {
+        // As long as nobody knows that the active is dead, too, a standby that is back and can't join would be replaced.
+        spec["faultTolerance"]["replaceAfterSeconds"] = json!(600);
+    })?;
     let (active, standby) = own.protected()?;
     cordon(cluster, &third(cluster, (&active, &standby))?)?;
     let client = own.client()?;
