@@ -199,7 +199,7 @@ impl Own {
         let texts = pods.iter();
         let texts = texts.filter_map(|pod| pod["metadata"]["annotations"][annotation].as_str());
         texts
-            .map(|text| serde_json::from_str(text).with_context(|| format!("{annotation}: {text}")))
+            .map(|text| serde_json::from_str::<Value>(text).with_context(|| format!("{annotation}: {text}")))
             .collect()
     }
 
