@@ -15,6 +15,8 @@ pub fn taken_back(cluster: &Rc<Cluster>) -> anyhow::Result<()> {
     let own = Own::apply(cluster, "asked", 5, |spec| {
         // The engine's own questions wait longer than its daemon stands still.
         spec["faultTolerance"]["detectionMs"] = json!(3000);
+        // However long its next engine takes, the seat whose engine was killed joins again: no other node gets it.
+        spec["faultTolerance"]["replaceAfterSeconds"] = json!(600);
     })?;
     let (active, standby) = own.protected()?;
     let client = own.client()?;
