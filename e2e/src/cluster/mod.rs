@@ -38,7 +38,7 @@ pub mod wait;
 pub use api_proxy::{ApiProxy, Asked, Asker, Deeds, Dice, Fault, PodWrite};
 pub use audit::AuditEvent;
 pub use control_plane::Component;
-pub use native::Native;
+pub use native::{Native, Stopped};
 pub use node::{Node, NodeProgram};
 pub use plan::{NodeKind, NodePlan, Options, Say};
 pub use wait::wait_for;

@@ -1,6 +1,7 @@
 //! A native node's machine: namespaces and control groups of its own on this machine's kernel.
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -33,6 +34,18 @@ pub struct Native {
 struct Life {
     programs: BTreeMap<NodeProgram, HostProcess>,
     init: Init,
+}
+
+/// Processes that stand still until this is dropped.
+pub struct Stopped(Vec<OwnedFd>);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for process in &self.0 {
+            // One that has ended meanwhile can't go on.
+            namespace::signal(process, libc::SIGCONT).ok();
+        }
+    }
 }
 
 impl Native {
@@ -76,6 +89,21 @@ impl Native {
         let init = self.with_life(|life| Ok(life.init.pid()))?;
         let found = processes::below(init, program)?;
         Ok(found.into_iter().map(|process| process.pid).collect())
+    }
+
+    /// Stops a program in the node's containers in time, and nothing else of the node, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// If the node does not run, or no such program on it.
+    pub fn stop_in_pods(&self, program: &str) -> anyhow::Result<Stopped> {
+        let init = self.with_life(|life| Ok(life.init.pid()))?;
+        let stopped = Stopped(processes::stop_below(init, program)?);
+        ensure!(
+            !stopped.0.is_empty(),
+            "no {program} runs in the pods of {}",
+            self.name()
+        );
+        Ok(stopped)
     }
 
     /// The folder of one of its local volumes, on this machine.

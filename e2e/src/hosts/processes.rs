@@ -1,6 +1,7 @@
 //! Processes of a pid namespace, found by the process id of its init.
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
@@ -86,6 +87,18 @@ pub(crate) fn kill(init: i32, program: &str) -> Result<(usize, Instant), HostsEr
         }
     }
     Ok((killed, Instant::now()))
+}
+
+/// Sends SIGSTOP to every process of this program, in namespaces below, too; returns handles on those that it reached.
+pub(crate) fn stop_below(init: i32, program: &str) -> Result<Vec<OwnedFd>, HostsError> {
+    let found = below(init, program)?;
+    let stopped = found.into_iter().filter_map(|process| {
+        // As in `kill`. One that has ended meanwhile needs no stopping.
+        let handle = namespace::pidfd_open(process.pid).ok()?;
+        let same = information(process.pid).is_some_and(|now| now.program == program);
+        (same && namespace::signal(&handle, libc::SIGSTOP).is_ok()).then_some(handle)
+    });
+    Ok(stopped.collect())
 }
 
 fn information(pid: i32) -> Option<ProcessInfo> {

@@ -5,14 +5,12 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::{Cluster, Component, wait_for};
 use ftvm_e2e::demo::cluster::acts::wait_condition;
+use ftvm_e2e::demo::cluster::looks::has_booted;
 use ftvm_e2e::demo::cluster::{NAMESPACE, VM};
 use ftvm_e2e::report::Progress;
 use serde_json::{Value, json};
 
 use crate::{PATIENCE, patch};
-
-/// What the guest says of its journal when it boots (`e2e/guests/embedded/src/journal.rs`).
-const JOURNAL: &str = "ftvm-guest: journal: boot ";
 
 /// All of the above; `told` is the last record of the guest's journal that a client was told to be durable.
 pub fn again(cluster: &Cluster, told: u64, progress: &Progress) -> anyhow::Result<()> {
@@ -23,7 +21,7 @@ pub fn again(cluster: &Cluster, told: u64, progress: &Progress) -> anyhow::Resul
         boot += 1;
         let played = act(cluster).and_then(|()| {
             wait_condition(cluster, VM, "Protected", "True", "StandbyFollows")?;
-            has_booted(cluster, boot, told)
+            has_booted(cluster, VM, boot, &(told..=u64::MAX))
         });
         let seconds = begin.elapsed().as_secs_f64();
         progress.good(format!("{name}: {seconds:.0} s"));
@@ -38,36 +36,14 @@ fn vm(cluster: &Cluster) -> anyhow::Result<Value> {
     cluster.get(&["ftvm", VM, "--namespace", NAMESPACE])
 }
 
-/// Selects the machine's pods; those with these labels, too.
-fn of_vm(labels: &str) -> String {
-    format!("--selector=ftvm.dev/vm={VM}{labels}")
+/// Selects the machine's pods.
+fn of_vm() -> String {
+    format!("--selector=ftvm.dev/vm={VM}")
 }
 
 fn pods(cluster: &Cluster) -> anyhow::Result<Vec<String>> {
-    let names = cluster.kubectl(&["get", "pods", "--namespace", NAMESPACE, &of_vm(""), "--output=name"])?;
+    let names = cluster.kubectl(&["get", "pods", "--namespace", NAMESPACE, &of_vm(), "--output=name"])?;
     Ok(names.lines().map(str::to_owned).collect())
-}
-
-/// The disk is the one that it was: the guest counts its boots on it, and its journal has what was told.
-fn has_booted(cluster: &Cluster, boot: u64, told: u64) -> anyhow::Result<()> {
-    let words = ["logs", "--namespace", NAMESPACE, "--tail=-1"];
-    let active = of_vm(",ftvm.dev/role=active");
-    wait_for("the guest says what its disk has", PATIENCE, || {
-        let log = cluster.kubectl(&[&words[..], &[&active]].concat())?;
-        let said = log.lines().rev().find_map(|line| line.strip_prefix(JOURNAL));
-        let said = said.with_context(|| format!("nothing of a journal: {log}"))?;
-        let mut numbers = said.split(", ").map(|part| {
-            let digits: String = part.chars().filter(char::is_ascii_digit).collect();
-            digits.parse::<u64>().with_context(|| said.to_owned())
-        });
-        let mut next = || numbers.next().with_context(|| said.to_owned())?;
-        let (found, records, _, errors) = (next()?, next()?, next()?, next()?);
-        ensure!(
-            found == boot && records >= told && errors == 0,
-            "boot {boot} with record {told} is due: {said}"
-        );
-        Ok(())
-    })
 }
 
 fn run_strategy(cluster: &Cluster, strategy: &str) -> anyhow::Result<()> {
@@ -96,15 +72,13 @@ fn pods_deleted(cluster: &Cluster) -> anyhow::Result<()> {
         "pods",
         "--namespace",
         NAMESPACE,
-        &of_vm(""),
+        &of_vm(),
         "--force",
         "--grace-period=0",
     ];
     cluster.kubectl(&words)?;
     ensure!(before.len() == 2, "{before:?}");
-    wait_for("the guest is booted by another pod", PATIENCE, || {
-        has_booted(cluster, 3, 0)
-    })
+    has_booted(cluster, VM, 3, &(0..=u64::MAX)).context("by another pod")
 }
 
 /// Both nodes lose power, and only the standby's comes back: a person says that the other one is switched off, and what may be lost.

@@ -3,6 +3,7 @@
 //! All of it follows the machine a little later: each look is repeated until it shows what it should. What is judged are texts and objects, so that
 //! each judge has its negative control below.
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -23,6 +24,8 @@ const COLUMNS: [&str; 7] = ["NAME", "STATUS", "PROTECTED", "ACTIVE", "STANDBY", 
 const WIDE: [&str; 3] = ["TERM", "INTERVAL", "LAG"];
 /// How each line of the embedded guest's console begins (`e2e/guests/embedded/src/serial.rs`).
 const CONSOLE: &str = "ftvm-guest: ";
+/// What it says there of its journal when it boots (`e2e/guests/embedded/src/journal.rs`).
+const JOURNAL: &str = "ftvm-guest: journal: boot ";
 /// Ports of metrics: of a daemon, on its node's address, and of an operator, on its pod's.
 const DAEMON_PORT: u16 = 7401;
 const OPERATOR_PORT: u16 = 8080;
@@ -80,6 +83,29 @@ pub fn console(cluster: &Cluster, seats: &Seats) -> anyhow::Result<()> {
         seats.standby
     );
     Ok(())
+}
+
+/// Whether any seat's pod of a machine has something of the guest's console.
+///
+/// # Errors
+/// If the logs can't be read.
+pub fn has_spoken(cluster: &Cluster, vm: &str) -> anyhow::Result<bool> {
+    let of_vm = format!("--selector=ftvm.dev/vm={vm}");
+    let words = ["logs", "--namespace", NAMESPACE, "--tail=-1", "--ignore-errors", &of_vm];
+    let log = cluster.kubectl(&words)?;
+    Ok(log.lines().any(|line| line.starts_with(CONSOLE)))
+}
+
+/// Waits until the guest says that it was booted for this time, with so many records in its journal and no error: its disk is the one that it was.
+///
+/// # Errors
+/// What it says instead.
+pub fn has_booted(cluster: &Cluster, vm: &str, boot: u64, records: &RangeInclusive<u64>) -> anyhow::Result<()> {
+    let active = format!("--selector=ftvm.dev/vm={vm},ftvm.dev/role=active");
+    let words = ["logs", "--namespace", NAMESPACE, "--tail=-1", &active];
+    wait_for(&format!("the guest of {vm} says what its disk has"), PATIENCE, || {
+        judge_journal(&cluster.kubectl(&words)?, boot, records)
+    })
 }
 
 /// The daemons' probes say that they are well, and there is nothing else to see.
@@ -258,6 +284,23 @@ fn judge_pods(pods: &[Value], (active, standby): (&str, &str)) -> anyhow::Result
     })
 }
 
+/// The last that a guest's console has of the journal: the guest counts its boots on its disk.
+fn judge_journal(log: &str, boot: u64, records: &RangeInclusive<u64>) -> anyhow::Result<()> {
+    let said = log.lines().rev().find_map(|line| line.strip_prefix(JOURNAL));
+    let said = said.with_context(|| format!("nothing of a journal: {log}"))?;
+    let mut numbers = said.split(", ").map(|part| {
+        let digits: String = part.chars().filter(char::is_ascii_digit).collect();
+        digits.parse::<u64>().with_context(|| said.to_owned())
+    });
+    let mut next = || numbers.next().with_context(|| said.to_owned())?;
+    let (found, has, _, errors) = (next()?, next()?, next()?, next()?);
+    ensure!(
+        found == boot && records.contains(&has) && errors == 0,
+        "boot {boot} with {records:?} records is due: {said}"
+    );
+    Ok(())
+}
+
 fn is_ready(pod: &Value) -> bool {
     let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
     conditions.any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
@@ -353,6 +396,23 @@ mod tests {
         let unready = [first.clone(), pod("b", "n2", "standby", "False")];
         assert!(fault(judge(&unready)).contains("not ready"));
         assert!(fault(judge(&[first, pod("b", "n3", "standby", "True")])).contains("no pod on n2"));
+    }
+
+    #[test]
+    fn a_guest_that_was_booted_too_often_or_lacks_something_is_found() {
+        let line = |boot: u64, records: u64, errors: u64| {
+            format!("{CONSOLE}hello\n{JOURNAL}{boot}, {records} records, capacity 16000, {errors} errors\nother\n")
+        };
+        judge_journal(&line(2, 70, 0), 2, &(70..=70)).unwrap();
+        // The last boot counts.
+        judge_journal(&(line(1, 0, 0) + &line(2, 71, 0)), 2, &(70..=u64::MAX)).unwrap();
+        let wrong = |log: &str, records| fault(judge_journal(log, 2, &records));
+        assert!(wrong(&line(3, 70, 0), 70..=70).contains("boot 2"));
+        assert!(wrong(&line(2, 69, 0), 70..=u64::MAX).contains("69 records"));
+        assert!(wrong(&line(2, 71, 0), 0..=70).contains("71 records"));
+        assert!(wrong(&line(2, 70, 1), 70..=70).contains("1 errors"));
+        assert!(wrong("ftvm-guest: hello\n", 0..=70).contains("nothing of a journal"));
+        assert!(wrong(&format!("{JOURNAL}2, 70 records\n"), 70..=70).contains("70 records"));
     }
 
     #[test]

@@ -6,6 +6,7 @@ pub mod acts;
 mod groups;
 pub mod looks;
 mod machines;
+pub mod own;
 mod system;
 
 use std::path::Path;
@@ -18,6 +19,7 @@ use serde_json::json;
 
 use self::machines::Nodes;
 use self::system::Kubernetes;
+pub use self::system::story;
 use super::linux::witness::RedisWitness;
 use super::prerequisites;
 use super::rounds::{Patience, Stage};
@@ -114,7 +116,7 @@ fn play_on_stage(options: &Options, profile: Profile, folder: &Path, progress: &
 fn act<W: Witness>(stage: Stage<'_, W>, cluster: &Cluster, folder: &Path, progress: &Progress) -> Report {
     let (report, _) = stage.keep_frames(folder).play();
     if !report.passed() {
-        progress.say(system::story(cluster));
+        progress.say(story(cluster));
         keep_logs(cluster, folder);
     }
     report
@@ -148,22 +150,37 @@ fn prepare<W: Witness, T>(
     client: impl FnOnce(&Cluster) -> anyhow::Result<W>,
     acts: impl FnOnce(Stage<'_, W>, &Rc<Cluster>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
+    on_cluster(options, setting, folder, progress, |cluster| {
+        let nodes = Nodes(Rc::clone(cluster));
+        let (patience, mac) = match options.guest {
+            Guest::Embedded => (NATIVE, GUEST_MAC),
+            Guest::Linux => (EMULATED, guest::MAC),
+        };
+        let mut system = Kubernetes::new(Rc::clone(cluster), options);
+        let stage = Stage::prepare(options, patience, progress, (&nodes, mac), &mut system, || {
+            client(cluster)
+        })?;
+        acts(stage, cluster)
+    })
+}
+
+/// Installs the chart on a new cluster and calls `acts`, which have machines of their own ([`own`]). After an error logs are in `folder`.
+///
+/// # Errors
+/// What went wrong, with what the machines' objects and pods say; those of `acts`.
+pub fn on_cluster<T>(
+    options: &Options,
+    setting: Setting,
+    folder: &Path,
+    progress: &Progress,
+    acts: impl FnOnce(&Rc<Cluster>) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let cluster = Rc::new(start(options, setting, folder, progress)?);
     // Seats need no exception.
     cluster.make_namespace(NAMESPACE, &json!({"pod-security.kubernetes.io/enforce": "restricted"}))?;
-    let nodes = Nodes(Rc::clone(&cluster));
-    let (patience, mac) = match options.guest {
-        Guest::Embedded => (NATIVE, GUEST_MAC),
-        Guest::Linux => (EMULATED, guest::MAC),
-    };
-    let mut system = Kubernetes::new(Rc::clone(&cluster), options);
-    Stage::prepare(options, patience, progress, (&nodes, mac), &mut system, || {
-        client(&cluster)
-    })
-    .and_then(|stage| acts(stage, &cluster))
-    .map_err(|error| {
+    acts(&cluster).map_err(|error| {
         keep_logs(&cluster, folder);
-        error.context(system::story(&cluster))
+        error.context(story(&cluster))
     })
 }
 

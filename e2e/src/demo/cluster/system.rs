@@ -190,13 +190,20 @@ pub(super) fn start_drain(cluster: &Cluster, node: &str) -> anyhow::Result<Child
     ])
 }
 
-/// What `kubectl get ftvm` shows, and what the pods say: for who waits in vain.
+/// What `kubectl get ftvm` shows, the machines' whole status, and what the pods say: for who waits in vain.
+#[must_use]
 pub fn story(cluster: &Cluster) -> String {
     let shown = ["get", "ftvm", "--namespace", NAMESPACE, "--output=wide"];
     let shown = cluster.kubectl(&shown).unwrap_or_else(|error| format!("{error:#}"));
-    let machine = cluster.get(&["ftvm", "--namespace", NAMESPACE, VM]);
-    let status = machine.map_or_else(|error| format!("{error:#}"), |vm| format!("{:#}", vm["status"]));
-    format!("{shown}\n{status}\n{}", cluster.pods_story(NAMESPACE))
+    let machines = cluster.get(&["ftvm", "--namespace", NAMESPACE]);
+    let machines = machines.map_or_else(|error| format!("{error:#}"), |list| statuses(&list));
+    format!("{shown}\n{machines}\n{}", cluster.pods_story(NAMESPACE))
+}
+
+fn statuses(list: &Value) -> String {
+    let machines = list["items"].as_array().into_iter().flatten();
+    let lines = machines.map(|vm| format!("{}: {:#}\n", vm["metadata"]["name"], vm["status"]));
+    lines.collect()
 }
 
 impl System for Kubernetes {
