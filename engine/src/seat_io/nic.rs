@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 
+use super::claims::Guard;
 use crate::backends::{ConsoleBackend, NetBackend};
 use crate::outbox::{Outbox, Output, Sink};
 use crate::pause::PauseGate;
@@ -303,19 +304,21 @@ pub struct SeatNic {
     tap: File,
     /// An epoll set that is readable while the tap has frames, or the inbox has.
     readable: OwnedFd,
+    guard: Guard,
     gate: Arc<PauseGate>,
     outbox: Arc<Outbox>,
     inbox: Arc<Inbox>,
 }
 
 impl SeatNic {
-    /// A backend on a non-blocking tap without any header.
+    /// A backend on a non-blocking tap without any header. What `guard` does not admit never becomes output.
     ///
     /// # Errors
     /// The process has no descriptor left, or the inbox has no such NIC.
     pub fn new(
         place: NicPlace,
         tap: File,
+        guard: Guard,
         gate: Arc<PauseGate>,
         outbox: Arc<Outbox>,
         inbox: Arc<Inbox>,
@@ -331,6 +334,7 @@ impl SeatNic {
             mac: place.mac,
             tap,
             readable,
+            guard,
             gate,
             outbox,
             inbox,
@@ -367,6 +371,9 @@ fn read_queued(mut tap: &File, mut take: impl FnMut(&[u8]) -> bool) {
 
 impl NetBackend for SeatNic {
     fn transmit(&mut self, frame: &[u8]) {
+        if !self.guard.admits(frame) {
+            return;
+        }
         let output = Output::Frame {
             nic: self.nic,
             bytes: Arc::from(frame),
@@ -426,6 +433,7 @@ mod tests {
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+    use super::super::claims::{Claims, Refused};
     use super::*;
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -435,6 +443,10 @@ mod tests {
 
     impl Sink for Nowhere {
         fn emit(&self, _output: &Output) {}
+    }
+
+    fn guard() -> Guard {
+        Guard::new(Claims::new(MAC, &[]), Arc::new(Refused::default()), |_| {})
     }
 
     fn frame(from: [u8; 6], content: u8) -> Vec<u8> {
@@ -491,7 +503,15 @@ mod tests {
         let gate = Arc::new(PauseGate::new_closed(1));
         let outbox = Arc::new(Outbox::new(Box::new(Nowhere), crate::outbox::admitted));
         let place = NicPlace { nic: 0, mac: MAC };
-        let mut nic = SeatNic::new(place, File::from(OwnedFd::from(tap)), gate, outbox, inbox.clone()).unwrap();
+        let mut nic = SeatNic::new(
+            place,
+            File::from(OwnedFd::from(tap)),
+            guard(),
+            gate,
+            outbox,
+            inbox.clone(),
+        )
+        .unwrap();
         assert!(!readable(nic.wake_fd()));
         network.send(&frame([2, 0, 0, 0, 0, 9], 4)).unwrap();
         assert!(readable(nic.wake_fd()), "the tap has a frame");
@@ -514,6 +534,31 @@ mod tests {
         inbox.forget();
         inbox.take_offered();
         assert!(!readable(nic.wake_fd()));
+    }
+
+    /// Nothing of it waits for a release, or is there to be sent once more after a takeover.
+    #[test]
+    fn a_frame_that_is_refused_is_in_no_epoch() {
+        let (_network, tap) = UnixDatagram::pair().unwrap();
+        let inbox = Arc::new(Inbox::new(1, || {}).unwrap());
+        let gate = Arc::new(PauseGate::new_closed(1));
+        let outbox = Arc::new(Outbox::new(Box::new(Nowhere), crate::outbox::admitted));
+        let place = NicPlace { nic: 0, mac: MAC };
+        let tap = File::from(OwnedFd::from(tap));
+        let mut nic = SeatNic::new(place, tap, guard(), gate.clone(), outbox.clone(), inbox).unwrap();
+        let (own, others) = (frame(MAC, 1), frame([2, 0, 0, 0, 0, 9], 2));
+        nic.transmit(&others);
+        assert!(outbox.of_epoch(gate.epoch()).is_empty());
+        nic.transmit(&own);
+        nic.transmit(&others);
+        let held = outbox.of_epoch(gate.epoch());
+        assert_eq!(
+            held,
+            [Output::Frame {
+                nic: 0,
+                bytes: Arc::from(own)
+            }]
+        );
     }
 
     /// Two switchovers in a row: what came late for the first is passed on with the second.
