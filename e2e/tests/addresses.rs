@@ -229,13 +229,13 @@ fn unheard(
 
 /// Asks for the guest in vain until frames of the guest were refused for this reason.
 fn ask_until_refused(scene: &mut scene::Scene<Sniffer>, reason: &str) {
-    let entrance = scene.lab.client_entrance().expect("the client's namespace");
-    let asked = std::thread::spawn(move || {
-        entrance().expect("the client's namespace");
-        TcpStream::connect_timeout(&scene::guest(), Duration::from_secs(2)).is_ok()
-    });
-    assert!(!asked.join().expect("no panic"), "the guest was heard");
     scene.wait_for("refusal", |scene| {
+        let entrance = scene.lab.client_entrance().expect("the client's namespace");
+        let asked = std::thread::spawn(move || {
+            entrance().expect("the client's namespace");
+            TcpStream::connect_timeout(&scene::guest(), Duration::from_secs(1)).is_ok()
+        });
+        assert!(!asked.join().expect("no panic"), "the guest was heard");
         let seat = scene.system.seat(0);
         seat.is_some_and(|seat| seat.counters["nic_refused"]["net0"][reason].as_u64() > Some(0))
     });
