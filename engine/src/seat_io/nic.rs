@@ -391,6 +391,11 @@ impl NetBackend for SeatNic {
             None => match self.tap.read(buf) {
                 Ok(len) => {
                     self.inbox.look(self.mac, &buf[..len]);
+                    // What another seat announces, or sends late, with the guest's address is not for the guest, which would see somebody
+                    // else claim what it is about to claim. The tap stays readable if it has more.
+                    if is_from(self.mac, &buf[..len]) {
+                        return Ok(None);
+                    }
                     len
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -559,6 +564,35 @@ mod tests {
                 bytes: Arc::from(own)
             }]
         );
+    }
+
+    #[test]
+    fn what_is_said_elsewhere_as_the_guest_does_not_reach_it() {
+        let (network, tap) = UnixDatagram::pair().unwrap();
+        tap.set_nonblocking(true).unwrap();
+        let told = Arc::new(AtomicU64::new(0));
+        let counter = told.clone();
+        let inbox = Inbox::new(1, move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        let inbox = Arc::new(inbox.unwrap());
+        let gate = Arc::new(PauseGate::new_closed(1));
+        let outbox = Arc::new(Outbox::new(Box::new(Nowhere), crate::outbox::admitted));
+        let place = NicPlace { nic: 0, mac: MAC };
+        let tap = File::from(OwnedFd::from(tap));
+        let mut nic = SeatNic::new(place, tap, guard(), gate, outbox, inbox.clone()).unwrap();
+        network.send(&frame(MAC, 1)).unwrap();
+        network.send(&frame([2, 0, 0, 0, 0, 9], 2)).unwrap();
+        let mut buf = [0; 64];
+        assert_eq!(nic.receive(&mut buf).unwrap(), None);
+        assert_eq!(
+            (told.load(Ordering::SeqCst), inbox.frames()),
+            (1, 0),
+            "the driver hears of it"
+        );
+        assert!(readable(nic.wake_fd()), "the other one waits");
+        let len = nic.receive(&mut buf).unwrap().unwrap();
+        assert_eq!((buf[len - 1], inbox.frames()), (2, 1));
     }
 
     /// Two switchovers in a row: what came late for the first is passed on with the second.
