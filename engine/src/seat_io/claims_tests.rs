@@ -262,7 +262,7 @@ fn vlan_tags_hide_nothing() {
         &[0x88, 0xa8, 0, 5, 0x81, 0, 0, 6],
         &[0x91, 0, 0, 5, 0x81, 0, 0, 6],
     ] {
-        let kind = [tags, &[8, 6]].concat();
+        let kind: Vec<u8> = [tags, &[8, 6]].concat();
         assert_eq!(judge(&frame(&kind, &fits)), Ok(()), "{tags:02x?}");
         assert_eq!(judge(&frame(&kind, &lies)), Err(Reason::Arp), "{tags:02x?}");
     }
