@@ -386,7 +386,7 @@ fn random_frames_do_no_harm() {
     let mut admitted = 0;
     for round in 0..200_000_u64 {
         let mut frame = samples[seeded.below(samples.len() as u64) as usize].clone();
-        if round % 4 == 0 {
+        if round.is_multiple_of(4) {
             frame[14..].fill_with(|| seeded.next() as u8);
         }
         for _ in 0..seeded.below(4) {
