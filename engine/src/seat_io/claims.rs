@@ -4,7 +4,7 @@
 //! and IPv6 with these addresses alone, whether in VLANs or not; what would give it another's traffic (ARP and neighbour discovery
 //! for other addresses, router advertisements, redirects, answers of a DHCP server) does not leave, and neither does what can't be
 //! read whole, for whoever receives it may read it otherwise. Of IPv6's link-local addresses the one that follows from the MAC
-//! address (RFC 4291, appendix A) is the guest's; others have to be listed.
+//! address (RFC 4291, appendix A) is the guest's; others have to be listed, for the network's router may have any.
 //!
 //! Invariant: a frame that is refused never was output: it is in no epoch, so no seat sends it, now or after a takeover. Judged is what
 //! comes out of the guest's queue, and nothing else.
@@ -38,13 +38,21 @@ const IPV6_HEADER_BYTES: usize = 40;
 const IPV6_HEADERS_MAX: usize = 8;
 
 const UDP: u8 = 17;
+const ICMP: u8 = 1;
+/// Redirects and router advertisements (RFC 792, RFC 1256).
+const ICMP_OF_ROUTERS: [u8; 2] = [5, 9];
 const IGMP: u8 = 2;
 const IGMP_QUERY: u8 = 0x11;
 const ICMPV6: u8 = 58;
 const NO_NEXT_HEADER: u8 = 59;
 
 /// Extension headers of one form (RFC 6564): hop-by-hop, routing, destination, mobility, HIP, Shim6.
-const EXTENSIONS: [u8; 6] = [0, 43, 60, 135, 139, 140];
+const EXTENSIONS: [u8; 6] = [0, 43, DESTINATION_OPTIONS, 135, 139, 140];
+const DESTINATION_OPTIONS: u8 = 60;
+/// Of destination options: the address that whoever receives it takes for the source (RFC 6275, section 6.3).
+const HOME_ADDRESS: u8 = 0xc9;
+/// The option that has no length.
+const PAD1: u8 = 0;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 
@@ -128,10 +136,12 @@ impl Reason {
                 "is neither IPv4 nor ARP nor IPv6: take the addresses out of this card's configuration if the guest needs it"
             }
             Self::Malformed => "is cut off, contradicts itself or hides what it is",
-            Self::Ip => "has a source that is not among its card's addresses: add it there if it is the guest's",
+            Self::Ip => {
+                "has a source that is not among its card's addresses: add it there if it is the guest's (link-local ones, too, unless they follow from the MAC address)"
+            }
             Self::Arp => "claims in ARP an address that is not among its card's: add it there if it is the guest's",
             Self::Neighbour => {
-                "claims in neighbour discovery an address that is not among its card's: add it there if it is the guest's (link-local ones, too)"
+                "claims in neighbour discovery an address that is not among its card's: add it there if it is the guest's (link-local ones, too, unless they follow from the MAC address)"
             }
             Self::Router => {
                 "is a router's advertisement or redirect: take the addresses out of this card's configuration if the guest is a router"
@@ -200,10 +210,7 @@ impl Claims {
         if bytes::<6>(packet, 0)? != ARP_OF_IPV4 {
             return Err(Reason::Protocol);
         }
-        let (sender, target) = (v4(packet, 14)?, v4(packet, 24)?);
-        // Whether somebody has an address is asked by whoever is about to take it (RFC 5227).
-        let probe = be16(packet, 6)? == ARP_REQUEST && sender.is_unspecified();
-        let claimed = if probe { target } else { sender };
+        let claimed = claimed_by_arp(packet)?;
         if bytes::<6>(packet, 8)? != self.mac || !self.has(claimed) {
             return Err(Reason::Arp);
         }
@@ -232,7 +239,11 @@ impl Claims {
         if !self.has(source) {
             return Err(Reason::Ip);
         }
-        if udp { no_server(payload, &DHCP) } else { Ok(()) }
+        if udp {
+            return no_server(payload, &DHCP);
+        }
+        let of_a_router = protocol == ICMP && begins && ICMP_OF_ROUTERS.contains(&byte(payload, 0)?);
+        if of_a_router { Err(Reason::Router) } else { Ok(()) }
     }
 
     fn ipv6(&self, packet: &[u8]) -> Result<(), Reason> {
@@ -302,6 +313,29 @@ fn link_local(mac: [u8; 6]) -> Ipv6Addr {
     Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
 }
 
+/// The address that ARP says is its sender's. Whether somebody has an address is asked by whoever is about to take it (RFC 5227).
+fn claimed_by_arp(packet: &[u8]) -> Result<Ipv4Addr, Reason> {
+    let (sender, target) = (v4(packet, 14)?, v4(packet, 24)?);
+    let probe = be16(packet, 6)? == ARP_REQUEST && sender.is_unspecified();
+    Ok(if probe { target } else { sender })
+}
+
+/// The address that a frame claims which was refused for this reason: whoever is told shall not have to look for it.
+fn claimed(reason: Reason, frame: &[u8]) -> Option<IpAddr> {
+    let (kind, packet) = untagged(frame).ok()?;
+    let address = match (reason, kind) {
+        (Reason::Arp, _) => claimed_by_arp(packet).map(IpAddr::V4),
+        (Reason::Ip, IPV4) => v4(packet, 12).map(IpAddr::V4),
+        (Reason::Ip, IPV6) => v6(packet, 8).map(IpAddr::V6),
+        (Reason::Neighbour, _) => {
+            let upper = upper(byte(packet, 6).ok()?, packet.get(IPV6_HEADER_BYTES..)?).ok()?;
+            v6(upper.bytes, 8).map(IpAddr::V6)
+        }
+        _ => return None,
+    };
+    address.ok()
+}
+
 /// The EtherType behind a frame's VLAN tags, and what follows it.
 fn untagged(frame: &[u8]) -> Result<(u16, &[u8]), Reason> {
     for tags in 0..=VLAN_TAGS_MAX {
@@ -343,10 +377,30 @@ fn upper(first: u8, payload: &[u8]) -> Result<Upper<'_>, Reason> {
                 });
             }
         };
-        protocol = byte(bytes, 0)?;
-        bytes = bytes.get(length..).ok_or(Reason::Malformed)?;
+        let (header, rest) = bytes.split_at_checked(length).ok_or(Reason::Malformed)?;
+        if protocol == DESTINATION_OPTIONS && has_home_address(header)? {
+            return Err(Reason::Ip);
+        }
+        protocol = byte(header, 0)?;
+        bytes = rest;
     }
     Err(Reason::Malformed)
+}
+
+fn has_home_address(header: &[u8]) -> Result<bool, Reason> {
+    let mut options = header.get(2..).unwrap_or_default();
+    while let [kind, rest @ ..] = options {
+        if *kind == HOME_ADDRESS {
+            return Ok(true);
+        }
+        let content_bytes = if *kind == PAD1 {
+            0
+        } else {
+            usize::from(byte(rest, 0)?) + 1
+        };
+        options = rest.get(content_bytes..).ok_or(Reason::Malformed)?;
+    }
+    Ok(false)
 }
 
 /// Source and destination of a UDP datagram.
@@ -426,13 +480,13 @@ impl Guard {
         match self.claims.judge(frame) {
             Ok(()) => true,
             Err(reason) => {
-                self.refuse(reason, Instant::now());
+                self.refuse(reason, frame, Instant::now());
                 false
             }
         }
     }
 
-    fn refuse(&mut self, reason: Reason, now: Instant) {
+    fn refuse(&mut self, reason: Reason, frame: &[u8], now: Instant) {
         self.refused.of(reason).fetch_add(1, Ordering::Relaxed);
         let silent = self
             .told
@@ -441,9 +495,11 @@ impl Guard {
             return;
         }
         self.told = Some(now);
+        let claims = claimed(reason, frame).map(|address| format!(" (it claims {address})"));
         let mut text = format!(
-            "a frame of the guest does not leave: it {}. Refused so far:",
-            reason.text()
+            "a frame of the guest does not leave: it {}{}. Refused so far:",
+            reason.text(),
+            claims.unwrap_or_default()
         );
         for (label, count) in self.refused.counts().filter(|(_, count)| *count > 0) {
             // Writing to a string can't fail.

@@ -172,6 +172,26 @@ fn a_guest_is_no_dhcp_server() {
 }
 
 #[test]
+fn a_guest_is_no_router() {
+    for kind in ICMP_OF_ROUTERS {
+        for fragment in [0, 0x2000] {
+            let message = ipv4(OWN, OTHER, ICMP, fragment, &[kind, 0, 0, 0, 0, 0, 0, 0]);
+            assert_eq!(judge_v4(&message), Err(Reason::Router), "{kind}");
+        }
+    }
+    for other in [0, 3, 8, 10, 11] {
+        let message = ipv4(OWN, OTHER, ICMP, 0, &[other, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(judge_v4(&message), Ok(()), "{other}");
+    }
+    assert_eq!(
+        judge_v4(&ipv4(OWN, OTHER, ICMP, 3, &[5; 8])),
+        Ok(()),
+        "more of an echo request"
+    );
+    assert_eq!(judge_v4(&ipv4(OWN, OTHER, ICMP, 0, &[])), Err(Reason::Malformed));
+}
+
+#[test]
 fn ipv6_has_the_guests_source() {
     for own in [OWN_V6, LINK_LOCAL] {
         assert_eq!(judge_v6(&ipv6(own, 6, &[0; 20])), Ok(()));
@@ -341,6 +361,45 @@ fn extension_headers_and_fragments_hide_nothing() {
     assert_eq!(judge_v6(&from_other), Err(Reason::Ip));
 }
 
+/// Mobile IPv6: the address in the option, not that of the header, is taken for the source.
+#[test]
+fn no_home_address_stands_in_for_the_source() {
+    let home: Ipv6Addr = OTHER_V6.parse().unwrap();
+    let home = [&[HOME_ADDRESS, 16][..], &home.octets()].concat();
+    let with = |options: &[u8]| {
+        let header = [&[6, 2][..], options, &vec![PAD1; 22 - options.len()]].concat();
+        judge_v6(&ipv6(OWN_V6, DESTINATION_OPTIONS, &[&header[..], &[0; 20]].concat()))
+    };
+    assert_eq!(with(&[]), Ok(()));
+    assert_eq!(with(&[1, 2, 0, 0, 5, 2, 0, 0]), Ok(()), "padding and others");
+    for before in [&[0; 0][..], &[PAD1], &[1, 0], &[5, 2, 0, 0]] {
+        assert_eq!(with(&[before, &home].concat()), Err(Reason::Ip), "{before:?}");
+    }
+    assert_eq!(with(&[1, 21]), Err(Reason::Malformed), "longer than its header");
+}
+
+#[test]
+fn whoever_is_told_learns_which_address_it_was() {
+    let packets = [
+        (frame(&[8, 6], &arp(2, MAC, OTHER, OWN)), "192.0.2.8"),
+        (frame(&[8, 6], &arp(1, MAC, NOBODY, OTHER)), "192.0.2.8"),
+        (frame(&[0x81, 0, 0, 5, 8, 0], &ipv4(OTHER, OWN, 6, 0, &[])), "192.0.2.8"),
+        (frame(&[0x86, 0xdd], &ipv6("fe80::1", 6, &[])), "fe80::1"),
+        (
+            frame(&[0x86, 0xdd], &ipv6(OWN_V6, ICMPV6, &neighbour(136, OTHER_V6, None))),
+            OTHER_V6,
+        ),
+    ];
+    for (frame, address) in packets {
+        let reason = judge(&frame).unwrap_err();
+        assert_eq!(claimed(reason, &frame), address.parse::<IpAddr>().ok(), "{reason:?}");
+        for cut in 0..frame.len() {
+            claimed(reason, &frame[..cut]);
+        }
+    }
+    assert_eq!(claimed(Reason::Malformed, &frame(&[8, 0], &[])), None);
+}
+
 #[test]
 fn lengths_that_lie_are_refused() {
     let packet = ipv4(OWN, OTHER, UDP, 0, &udp(9, 9));
@@ -433,10 +492,10 @@ fn refusals_are_counted_and_told_now_and_then() {
     let first = told.lock().unwrap().clone();
     assert_eq!(first.len(), 1, "{first:?}");
     assert!(
-        first[0].contains("claims in ARP") && first[0].ends_with("arp 1"),
+        first[0].contains("claims in ARP") && first[0].ends_with("(it claims 192.0.2.8). Refused so far: arp 1"),
         "{first:?}"
     );
-    guard.refuse(Reason::Mac, Instant::now() + TELL_EVERY);
+    guard.refuse(Reason::Mac, &frame(&[8, 0], &[]), Instant::now() + TELL_EVERY);
     let second = told.lock().unwrap().clone();
     assert_eq!(second.len(), 2);
     assert!(second[1].ends_with("mac 1 arp 1000"), "{second:?}");
