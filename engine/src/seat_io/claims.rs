@@ -139,9 +139,11 @@ impl Reason {
             Self::Ip => {
                 "has a source that is not among its card's addresses: add it there if it is the guest's (link-local ones, too, unless they follow from the MAC address)"
             }
-            Self::Arp => "claims in ARP an address that is not among its card's: add it there if it is the guest's",
+            Self::Arp => {
+                "claims in ARP an address that is not among its card's, or that its own is at another MAC address: add it there if it is the guest's"
+            }
             Self::Neighbour => {
-                "claims in neighbour discovery an address that is not among its card's: add it there if it is the guest's (link-local ones, too, unless they follow from the MAC address)"
+                "claims in neighbour discovery an address that is not among its card's, or that its own is at another MAC address: add it there if it is the guest's (link-local ones, too, unless they follow from the MAC address)"
             }
             Self::Router => {
                 "is a router's advertisement or redirect: take the addresses out of this card's configuration if the guest is a router"
