@@ -381,7 +381,7 @@ fn upper(first: u8, payload: &[u8]) -> Result<Upper<'_>, Reason> {
         };
         let (header, rest) = bytes.split_at_checked(length).ok_or(Reason::Malformed)?;
         if protocol == DESTINATION_OPTIONS && has_home_address(header)? {
-            return Err(Reason::Ip);
+            return Err(Reason::Malformed);
         }
         protocol = byte(header, 0)?;
         bytes = rest;
