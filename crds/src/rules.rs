@@ -192,6 +192,19 @@ pub(crate) fn mac() -> Value {
     )])
 }
 
+pub(crate) fn addresses() -> Value {
+    json!([
+        rule(
+            "self.all(a, isIP(a) && ip.isCanonical(a))",
+            "write the guest's addresses without prefixes and in their shortest form, such as 192.0.2.7 or 2001:db8::7",
+        ),
+        rule(
+            "self.all(a, !isIP(a) || ip(a).isGlobalUnicast() || ip(a).isLinkLocalUnicast())",
+            "write addresses that one host has, such as 192.0.2.7, no multicast, loopback, broadcast or unspecified ones",
+        ),
+    ])
+}
+
 pub(crate) fn interface() -> Value {
     json!([rule(
         "self.matches('^[A-Za-z0-9_][A-Za-z0-9._-]*$')",

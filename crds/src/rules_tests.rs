@@ -75,6 +75,18 @@ fn messages_say_what_to_write() {
     }
 }
 
+#[test]
+fn a_card_has_at_most_as_many_addresses_as_the_daemon_takes() {
+    let definition = definition();
+    let networks = &schema(&definition)["properties"]["spec"]["properties"]["networks"];
+    let addresses = &networks["items"]["properties"]["addresses"];
+    assert_eq!(addresses["maxItems"], crate::ADDRESSES_MAX);
+    assert_eq!(
+        addresses["items"]["maxLength"],
+        "2001:db8:1111:2222:3333:4444:5555:6666".len()
+    );
+}
+
 /// What the API server takes, the daemon takes, too.
 #[test]
 fn memory_is_bounded_by_one_constant() {

@@ -303,10 +303,17 @@ pub struct Network {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 17), extend("x-kubernetes-validations" = rules::mac()))]
     pub mac: Option<String>,
+    /// The guest's IP addresses there, IPv4 and IPv6, without prefixes. The guest speaks with no others, and they are announced with its MAC address where it takes over. If missing, nobody knows which it has, and its MAC address alone is seen to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(max = 39)), extend("x-kubernetes-list-type" = "set", "x-kubernetes-validations" = rules::addresses()))]
+    pub addresses: Vec<String>,
     /// A bridge of the nodes. The one kind of network so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<Bridge>,
 }
+
+/// Most IP addresses of a card, as its schema has it.
+pub const ADDRESSES_MAX: usize = 16;
 
 /// A bridge of the nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -1,16 +1,20 @@
-//! Where the network believes the guest to be: frames for it must reach the seat that will answer.
+//! Where the network believes the guest to be: frames for it must reach the seat that will answer. And as whom the guest may speak.
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
 use ftvm_e2e::demo::programs::{self, Profile, Programs};
+use ftvm_e2e::demo::standalone::Standalone;
 use ftvm_e2e::demo::system::System as _;
-use ftvm_e2e::demo::{GUEST_MAC, Options};
+use ftvm_e2e::demo::{GUEST_MAC, Options, mac_text};
 use ftvm_e2e::guest_protocol::{ANSWER_BYTES, Answer, Op, Request};
 use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::hosts::{Host, Lab, net};
+use ftvm_e2e::judge::packet::Mac;
 use ftvm_e2e::judge::sniffer::Sniffer;
 use ftvm_e2e::judge::timeline::{Direction, Kind};
 use ftvm_e2e::scene::{self, PATIENCE};
@@ -65,22 +69,33 @@ struct Client {
 
 type Scene = scene::Scene<Client>;
 
-/// A protected pair on the first two hosts, and a client that has had an answer and is silent.
-fn scene(test: &str, programs: &Programs) -> Scene {
-    let place = (env!("CARGO_TARGET_TMPDIR"), test);
-    // No frozen process may count as a dead machine here: the default is 0.3 s.
-    let options = Options {
+/// No frozen process may count as a dead machine here: the default is 0.3 s.
+fn options() -> Options {
+    Options {
         peer_lost_ms: Some(3_000),
         ..Options::default()
+    }
+}
+
+fn sniffer(lab: &Lab, source: Mac) -> Sniffer {
+    let ports = lab.hosts().iter().map(Host::client_port).collect();
+    Sniffer::start(source, ports).expect("a sniffer")
+}
+
+/// A protected pair on the first two hosts, and a client that has had an answer and is silent.
+fn scene(test: &str, programs: &Programs) -> Scene {
+    scene_of(test, programs, &[])
+}
+
+/// The same with a guest that has these IP addresses; none: nobody knows.
+fn scene_of(test: &str, programs: &Programs, addresses: &[&str]) -> Scene {
+    let place = (env!("CARGO_TARGET_TMPDIR"), test);
+    let client = |lab: &Lab| Client {
+        sniffer: sniffer(lab, GUEST_MAC),
+        asker: Asker::start(lab),
     };
-    let client = |lab: &Lab| {
-        let ports = lab.hosts().iter().map(Host::client_port).collect();
-        Client {
-            sniffer: Sniffer::start(GUEST_MAC, ports).expect("a sniffer"),
-            asker: Asker::start(lab),
-        }
-    };
-    let mut scene = Scene::new(place, programs, &options, |_, system| system, client);
+    let prepare = |_: &Lab, system: Standalone| system.with_addresses(addresses);
+    let mut scene = Scene::new(place, programs, &options(), prepare, client);
     scene.client.asker.ask();
     scene.client.asker.wait();
     scene.wait_for_protection(0);
@@ -105,10 +120,10 @@ fn signal_daemon(scene: &Scene, host: usize, signal: libc::c_int) {
     assert_eq!(unsafe { libc::kill(daemons[0].pid, signal) }, 0);
 }
 
-/// Sends a broadcast out of a host's link to the client network, as the guest.
-fn speak_as_the_guest(host: &Host) {
+/// Sends a broadcast out of a host's link to the client network, with this source.
+fn speak_as(source: Mac, host: &Host) {
     let mut frame = vec![0xff; 6];
-    frame.extend_from_slice(&GUEST_MAC);
+    frame.extend_from_slice(&source);
     // An EtherType for experiments (IEEE 802).
     frame.extend_from_slice(&[0x88, 0xb5]);
     frame.resize(60, 0);
@@ -156,6 +171,123 @@ fn a_request_that_is_sent_during_a_takeover_reaches_the_successor() {
         signal_daemon(&scene, 1, libc::SIGCONT);
         scene.client.asker.wait();
         assert_eq!(requests(&scene, 0), before, "something was sent to the dead engine");
+        assert_eq!(
+            frames(&scene, 1, Direction::FromGuest, Kind::GratuitousArp),
+            0,
+            "nobody said which IP addresses the guest has"
+        );
+    });
+}
+
+/// Whether the second host announced an IPv4 address of the guest, and an IPv6 address.
+fn announced(scene: &Scene) -> [bool; 2] {
+    let kinds = [Kind::GratuitousArp, Kind::NeighbourAdvertisement];
+    kinds.map(|kind| frames(scene, 1, Direction::FromGuest, kind) > 0)
+}
+
+/// What neighbours know of its IP addresses is the guest's to say: it is said by the side that is active, not by one that only asks for
+/// the guest's frames.
+#[test]
+fn a_successor_announces_the_guests_ip_addresses_once_it_is_active() {
+    const TEST: &str = "a_successor_announces_the_guests_ip_addresses_once_it_is_active";
+    let _turn = scene::turn();
+    let programs = built(TEST);
+    test_inside(TEST, || {
+        let mut scene = scene_of(TEST, &programs, &["10.77.0.2", "2001:db8::2"]);
+        signal_daemon(&scene, 1, libc::SIGSTOP);
+        let (killed, _) = scene.lab.host(0).kill_program("ftvm-engine").expect("a kill");
+        assert_eq!(killed, 1);
+        scene.wait_for("call from the successor", |scene| {
+            frames(scene, 1, Direction::FromGuest, Kind::Announcement) > 0
+        });
+        assert_eq!(announced(&scene), [false; 2], "it is not active");
+        signal_daemon(&scene, 1, libc::SIGCONT);
+        scene.wait_for("announcements", |scene| announced(scene) == [true; 2]);
+        scene.client.asker.ask();
+        scene.client.asker.wait();
+        let seat = scene.seat(1);
+        let refused = &seat.counters["nic_refused"]["net0"];
+        let all = refused.as_object().expect("by reason");
+        assert!(!all.is_empty() && all.values().all(|count| *count == 0), "{refused}");
+    });
+}
+
+/// A protected pair whose guest nobody can reach, and who looks for frames with this source.
+fn unheard(
+    test: &str,
+    programs: &Programs,
+    source: Mac,
+    prepare: impl FnOnce(Standalone) -> Standalone,
+) -> scene::Scene<Sniffer> {
+    let place = (env!("CARGO_TARGET_TMPDIR"), test);
+    let prepare = |_: &Lab, system: Standalone| prepare(system);
+    let client = |lab: &Lab| sniffer(lab, source);
+    let mut scene = scene::Scene::new(place, programs, &options(), prepare, client);
+    scene.wait_for_protection(0);
+    scene
+}
+
+/// Asks for the guest in vain until frames of the guest were refused for this reason.
+fn ask_until_refused(scene: &mut scene::Scene<Sniffer>, reason: &str) {
+    scene.wait_for("refusal", |scene| {
+        let entrance = scene.lab.client_entrance().expect("the client's namespace");
+        let asked = std::thread::spawn(move || {
+            entrance().expect("the client's namespace");
+            TcpStream::connect_timeout(&scene::guest(), Duration::from_secs(1)).is_ok()
+        });
+        assert!(!asked.join().expect("no panic"), "the guest was heard");
+        let seat = scene.system.seat(0);
+        seat.is_some_and(|seat| seat.counters["nic_refused"]["net0"][reason].as_u64() > Some(0))
+    });
+}
+
+/// Frames of the guest that came out of the host where it runs, and are no announcements of the engine's.
+fn heard(scene: &scene::Scene<Sniffer>) -> usize {
+    let timeline = scene.client.timeline();
+    let of = |kind| timeline.count(0, Direction::FromGuest, kind);
+    of(Kind::Tcp) + of(Kind::Other)
+}
+
+/// The guest answers for an address that is not the one it was given. (With the one it has, and with none known, it is heard: all the
+/// other tests.)
+#[test]
+fn a_guest_is_not_heard_with_anothers_ip_address() {
+    const TEST: &str = "a_guest_is_not_heard_with_anothers_ip_address";
+    let _turn = scene::turn();
+    let programs = built(TEST);
+    test_inside(TEST, || {
+        let mut scene = unheard(TEST, &programs, GUEST_MAC, |system| {
+            system.with_addresses(&["10.77.0.99"])
+        });
+        ask_until_refused(&mut scene, "arp");
+        assert_eq!(heard(&scene), 0);
+        // Its successor goes by the same.
+        scene.lab.host(0).kill().expect("a host that dies");
+        scene.wait_for_active(1);
+        scene.wait_for("announcement of the address that it was given", |scene| {
+            let timeline = scene.client.timeline();
+            timeline.count(1, Direction::FromGuest, Kind::GratuitousArp) > 0
+        });
+        let timeline = scene.client.timeline();
+        let of = |kind| timeline.count(1, Direction::FromGuest, kind);
+        assert_eq!((of(Kind::Tcp), of(Kind::Other)), (0, 0));
+    });
+}
+
+#[test]
+fn a_guest_is_not_heard_with_anothers_mac_address() {
+    const TEST: &str = "a_guest_is_not_heard_with_anothers_mac_address";
+    const OTHER: Mac = [0x02, 0xF7, 0x00, 0x00, 0x00, 0x09];
+    let _turn = scene::turn();
+    let programs = built(TEST);
+    test_inside(TEST, || {
+        let words = format!("mac={}", mac_text(OTHER));
+        let mut scene = unheard(TEST, &programs, OTHER, |system| system.with_command_line(&words));
+        ask_until_refused(&mut scene, "mac");
+        assert_eq!(heard(&scene), 0);
+        // Were there one, it would be seen.
+        speak_as(OTHER, scene.lab.host(0));
+        scene.wait_for("frame", |scene| heard(scene) > 0);
     });
 }
 
@@ -168,7 +300,7 @@ fn the_active_side_announces_the_guest_when_somebody_else_speaks_with_its_addres
     test_inside(TEST, || {
         let mut scene = scene(TEST, &programs);
         for round in 1..=3 {
-            speak_as_the_guest(scene.lab.host(2));
+            speak_as(GUEST_MAC, scene.lab.host(2));
             scene.wait_for("announcement", |scene| announced_after_the_speech(scene, round));
             scene.client.asker.ask();
             scene.client.asker.wait();

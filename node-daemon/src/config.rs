@@ -4,10 +4,11 @@
 //! `docs/standalone-schema.json`; a test compares it with these types.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ftvm_cpu::CpuBaseline;
+use ftvm_crds::ADDRESSES_MAX;
 use ftvm_crds::quantity::MEMORY_MIB;
 use ftvm_engine::control;
 use ftvm_protocol::identity::SeatId;
@@ -205,8 +206,13 @@ pub struct BootConfig {
 pub struct NicConfig {
     /// Name in messages and metrics.
     pub name: String,
-    /// MAC address, the same on both seats.
+    /// MAC address, the same on both seats. Frames of the guest with another source do not leave.
     pub mac: String,
+    /// The guest's IP addresses there, at most 16, without prefixes, the same on both seats: it speaks with no others, and they are
+    /// announced with its MAC address. If missing, nobody knows which it has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(with = "Vec<String>")]
+    pub addresses: Vec<IpAddr>,
     /// Name of the tap.
     pub tap: String,
     /// Bridge to put the tap into.
@@ -518,6 +524,9 @@ impl SeatConfig {
                     "write six hexadecimal pairs, such as 02:00:00:00:00:01",
                 );
             }
+            if let Some((why, advice)) = wrong_addresses(&nic.addresses) {
+                return refuse(at("nics.addresses"), why, advice);
+            }
             if nic.tap.is_empty() || nic.tap.len() > 15 || nic.tap.contains(['/', ' ', ':', '%']) {
                 return refuse(
                     at("nics.tap"),
@@ -592,6 +601,34 @@ pub fn check_name(place: &str, name: &str) -> Result<(), ConfigError> {
         );
     }
     Ok(())
+}
+
+/// What is wrong with the addresses of a card, and what to write instead.
+fn wrong_addresses(addresses: &[IpAddr]) -> Option<(String, &'static str)> {
+    if addresses.len() > ADDRESSES_MAX {
+        return Some((
+            format!("{} addresses", addresses.len()),
+            "list 16 at most, or none, and nobody knows which the guest has",
+        ));
+    }
+    let of_no_host = addresses.iter().find(|address| !is_of_a_host(**address));
+    if let Some(address) = of_no_host {
+        let advice = "write addresses that one host has, such as 192.0.2.7 or 2001:db8::7";
+        return Some((format!("no host has {address} in a network"), advice));
+    }
+    let mut known = BTreeSet::new();
+    let twice = addresses.iter().find(|address| !known.insert(**address))?;
+    Some((format!("{twice} appears twice"), "leave it out once"))
+}
+
+/// As the resource's rule has it (`crds/src/rules.rs`): neither multicast nor loopback, broadcast, unspecified or mapped.
+fn is_of_a_host(address: IpAddr) -> bool {
+    let special = address.is_multicast() || address.is_loopback() || address.is_unspecified();
+    let other = match address {
+        IpAddr::V4(address) => address.is_broadcast(),
+        IpAddr::V6(address) => address.to_ipv4_mapped().is_some(),
+    };
+    !special && !other
 }
 
 /// A unicast MAC address from text.

@@ -46,6 +46,23 @@ fn unknown_fields_are_refused_with_their_place() {
 }
 
 #[test]
+fn the_addresses_of_a_card_are_read_and_what_is_none_is_refused() {
+    const MAC: &str = "        mac: 02:00:00:00:00:01\n";
+    assert!(EXAMPLE.contains(MAC) && example().seats[0].nics[0].addresses.is_empty());
+    let with = |addresses: &str| {
+        let text = EXAMPLE.replace(MAC, &format!("{MAC}        addresses: {addresses}\n"));
+        parse(&text).and_then(|config| config.check().map(|()| config))
+    };
+    let config = with("[192.0.2.7, '2001:db8::7']").unwrap();
+    let known: [std::net::IpAddr; 2] = [[192, 0, 2, 7].into(), "2001:db8::7".parse().unwrap()];
+    assert_eq!(config.seats[0].nics[0].addresses, known);
+    assert_eq!(parse(&config.to_yaml()).unwrap(), config);
+    for none in ["[192.0.2.7/24]", "[web]", "192.0.2.7"] {
+        assert!(with(none).is_err(), "{none}");
+    }
+}
+
+#[test]
 fn contradictions_are_refused_with_a_reason() {
     type Change = fn(&mut Config);
     let cases: &[(&str, Change)] = &[
@@ -58,6 +75,18 @@ fn contradictions_are_refused_with_a_reason() {
         }),
         ("no unicast MAC", |c| {
             c.seats[0].nics[0].mac = "ff:ff:ff:ff:ff:ff".into()
+        }),
+        ("no host has 224.0.0.1", |c| {
+            c.seats[0].nics[0].addresses = vec![[224, 0, 0, 1].into()]
+        }),
+        ("no host has ::ffff:192.0.2.7", |c| {
+            c.seats[0].nics[0].addresses = vec!["::ffff:192.0.2.7".parse().unwrap()]
+        }),
+        ("192.0.2.7 appears twice", |c| {
+            c.seats[0].nics[0].addresses = vec![[192, 0, 2, 7].into(); 2]
+        }),
+        ("17 addresses", |c| {
+            c.seats[0].nics[0].addresses = (1..=17).map(|host| [192, 0, 2, host].into()).collect()
         }),
         ("no device name", |c| {
             c.seats[0].nics[0].tap = "a-very-long-tap-name".into()

@@ -247,6 +247,7 @@ fn with_nic(bridge: Option<&str>, existing: bool) -> Node {
         n.config.seats[0].nics.push(NicConfig {
             name: "eth0".into(),
             mac: "02:00:00:00:00:01".into(),
+            addresses: Vec::new(),
             tap: "ftvmtest0".into(),
             bridge: bridge.map(str::to_owned),
             mtu: Some(1400),

@@ -55,6 +55,10 @@ pub struct Standalone {
     checkpoint: Value,
     /// The seats' `when_unprotected`, likewise.
     when_unprotected: &'static str,
+    /// The `addresses` of their card, likewise.
+    addresses: Value,
+    /// What else the guest is told at its start.
+    told_more: String,
     /// The first two daemons talk over the network, not by their sockets.
     apart: bool,
     daemons: Vec<Option<HostProcess>>,
@@ -75,6 +79,8 @@ impl Standalone {
             engine: programs.folder.join(ENGINE),
             checkpoint: json!({}),
             when_unprotected: "continue",
+            told_more: String::new(),
+            addresses: json!([]),
             apart: false,
             timing: match options.peer_lost_ms {
                 Some(peer_lost_ms) => json!({ "peer_lost_ms": peer_lost_ms }),
@@ -99,6 +105,18 @@ impl Standalone {
     /// With a guest that stands still while there is no standby.
     pub fn with_pause(mut self) -> Self {
         self.when_unprotected = "pause";
+        self
+    }
+
+    /// With a guest that is told this, too, at its start.
+    pub fn with_command_line(mut self, words: &str) -> Self {
+        self.told_more = format!(" {words}");
+        self
+    }
+
+    /// With a guest that has these IP addresses and no others, as far as its seats know.
+    pub fn with_addresses(mut self, addresses: &[&str]) -> Self {
+        self.addresses = json!(addresses);
         self
     }
 
@@ -189,8 +207,10 @@ impl Standalone {
             "identity": self.folder.join("identities").join(seat_name(host)),
             "original_disk": host == 0,
             "machine": { "memory_mib": self.memory_mib, "vcpus": self.vcpus },
-            "boot": { "kernel": self.programs.guest, "cmdline": guest_command_line(GUEST_ADDRESS) },
-            "nics": [{ "name": "net0", "mac": mac_text(GUEST_MAC), "tap": "guest0", "bridge": Lab::GUEST_BRIDGE }],
+            "boot": { "kernel": self.programs.guest, "cmdline": guest_command_line(GUEST_ADDRESS) + &self.told_more },
+            "nics": [{
+                "name": "net0", "mac": mac_text(GUEST_MAC), "addresses": self.addresses, "tap": "guest0", "bridge": Lab::GUEST_BRIDGE,
+            }],
             "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
             "header": folder.join("header"),
             "journal": folder.join(JOURNAL),

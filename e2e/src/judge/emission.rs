@@ -96,7 +96,9 @@ impl Emissions {
         *self.report.frames.entry(host).or_default() += 1;
         let effect = match packet {
             Packet::Tcp(segment) => self.stream_effect(segment),
-            Packet::ReverseArp | Packet::Other => Effect::default(),
+            Packet::ReverseArp | Packet::GratuitousArp | Packet::NeighbourAdvertisement | Packet::Other => {
+                Effect::default()
+            }
         };
         self.report.rewritten += u64::from(effect.rewritten);
         let deposed = self.deposed.contains(&host);

@@ -11,6 +11,10 @@ pub enum Packet<'a> {
     Tcp(Segment<'a>),
     /// Reverse ARP (RFC 903): how an active side announces the guest's address.
     ReverseArp,
+    /// ARP about its sender's own address: how one is announced whose IP addresses are known.
+    GratuitousArp,
+    /// A neighbour advertisement: the same for IPv6.
+    NeighbourAdvertisement,
     /// Anything else that is Ethernet.
     Other,
 }
@@ -41,10 +45,22 @@ pub fn parse(frame: &[u8]) -> Option<(Mac, Packet<'_>)> {
     let source = frame.get(6..12)?.try_into().ok()?;
     let packet = match be16(frame, 12)? {
         0x0800 => ipv4(&frame[14..]).map_or(Packet::Other, Packet::Tcp),
+        0x0806 if is_gratuitous(&frame[14..]) => Packet::GratuitousArp,
         0x8035 => Packet::ReverseArp,
+        0x86DD if is_advertisement(&frame[14..]) => Packet::NeighbourAdvertisement,
         _ => Packet::Other,
     };
     Some((source, packet))
+}
+
+fn is_gratuitous(arp: &[u8]) -> bool {
+    let sender = arp.get(14..18);
+    sender.is_some() && sender == arp.get(24..28)
+}
+
+/// ICMPv6 without extension headers, type 136.
+fn is_advertisement(ipv6: &[u8]) -> bool {
+    (ipv6.get(6), ipv6.get(40)) == (Some(&58), Some(&136))
 }
 
 fn ipv4(packet: &[u8]) -> Option<Segment<'_>> {
@@ -145,6 +161,24 @@ mod tests {
         let mut frame = build::frame(MAC, &segment(b"x"));
         frame[13] = 6;
         assert_eq!(parse(&frame), Some((MAC, Packet::Other)));
+    }
+
+    #[test]
+    fn announcements_of_addresses_are_told_from_other_arp_and_icmp() {
+        let frame = |kind: u16, packet: &[u8]| [&[0xFF; 6][..], &MAC, &kind.to_be_bytes(), packet].concat();
+        let is = |frame: &[u8]| parse(frame).map(|(_, packet)| format!("{packet:?}"));
+        let arp = |target: [u8; 4]| [&[0; 14][..], &[10, 77, 0, 2], &[0; 6], &target].concat();
+        let announcement = frame(0x0806, &arp([10, 77, 0, 2]));
+        assert_eq!(is(&announcement).as_deref(), Some("GratuitousArp"));
+        assert_eq!(is(&announcement[..41]).as_deref(), Some("Other"));
+        assert_eq!(is(&frame(0x0806, &arp([10, 77, 0, 1]))).as_deref(), Some("Other"));
+        let mut icmp = [0; 72];
+        (icmp[6], icmp[40]) = (58, 136);
+        let advertisement = frame(0x86DD, &icmp);
+        assert_eq!(is(&advertisement).as_deref(), Some("NeighbourAdvertisement"));
+        assert_eq!(is(&advertisement[..54]).as_deref(), Some("Other"));
+        icmp[40] = 135;
+        assert_eq!(is(&frame(0x86DD, &icmp)).as_deref(), Some("Other"));
     }
 
     #[test]

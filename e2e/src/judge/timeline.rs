@@ -22,8 +22,12 @@ pub enum Direction {
 pub enum Kind {
     /// A TCP segment.
     Tcp,
-    /// Where the guest's address is.
+    /// Where the guest's MAC address is.
     Announcement,
+    /// ARP about the sender's own address.
+    GratuitousArp,
+    /// Where an IPv6 address is.
+    NeighbourAdvertisement,
     /// Anything else.
     Other,
 }
@@ -33,6 +37,8 @@ impl Kind {
         match packet {
             Packet::Tcp(_) => Self::Tcp,
             Packet::ReverseArp => Self::Announcement,
+            Packet::GratuitousArp => Self::GratuitousArp,
+            Packet::NeighbourAdvertisement => Self::NeighbourAdvertisement,
             Packet::Other => Self::Other,
         }
     }
@@ -62,10 +68,12 @@ impl Timeline {
         }
         let payload_bytes = match packet {
             Packet::Tcp(segment) => segment.payload.len(),
-            Packet::ReverseArp | Packet::Other => 0,
+            Packet::ReverseArp | Packet::GratuitousArp | Packet::NeighbourAdvertisement | Packet::Other => 0,
         };
         let text = match packet {
             Packet::ReverseArp => "announcement".to_owned(),
+            Packet::GratuitousArp => "gratuitous ARP".to_owned(),
+            Packet::NeighbourAdvertisement => "neighbour advertisement".to_owned(),
             Packet::Other => "no TCP".to_owned(),
             Packet::Tcp(segment) => {
                 let flags = [(segment.syn, " SYN"), (segment.fin, " FIN"), (segment.rst, " RST")];

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ftvm_protocol::core::{ReadOutcome, SeatReport, SwapOutcome};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId, Term, VmId};
@@ -165,6 +165,9 @@ pub struct Nic {
     pub name: String,
     /// MAC address, the same on both seats, as `02:00:00:00:00:01`.
     pub mac: String,
+    /// The guest's IP addresses there: it speaks with no others. None: which it has is not known.
+    #[serde(default)]
+    pub addresses: Vec<IpAddr>,
     /// Largest payload of a frame that the tap and what is behind it carry, in bytes: the MTU of a guest that boots here.
     pub mtu: u16,
     /// A tap without packet information, non-blocking.

@@ -1,7 +1,8 @@
 //! A seat as launched: machine, disks, network and files, put together from the launch message.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,7 +38,10 @@ use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{Offer, ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::{SeatVolume, Settler, StandbyDisks};
 use crate::replication::storage::{FileStorage, Storage};
-use crate::seat_io::{DiskLog, HostSink, Inbox, NicPlace, SeatConsole, SeatDisk, SeatNic, discard_queued, queued_for};
+use crate::seat_io::{
+    Claims, DiskLog, Guard, HostSink, Inbox, NicPlace, Refused, SeatConsole, SeatDisk, SeatNic, discard_queued,
+    queued_for,
+};
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Why a seat can't be prepared.
@@ -151,6 +155,10 @@ pub struct Seat {
     taps: Vec<File>,
     /// By NIC: the guest's addresses.
     pub macs: Vec<[u8; 6]>,
+    /// By NIC: the guest's IP addresses, where they are known.
+    pub addresses: Vec<Vec<IpAddr>>,
+    /// By NIC: frames of the guest that did not leave.
+    refused: Vec<Arc<Refused>>,
     /// By NIC: its name, and the largest payload that its tap carries, in bytes.
     nics: Vec<(String, u16)>,
     /// How pages are encoded.
@@ -206,6 +214,7 @@ pub fn prepare(
     let journal: Arc<dyn Storage> = Arc::new(journal.map_err(|source| SeatError::Journal { bytes, source })?);
     let volumes = open_volumes(launch, fds)?;
     let nics = open_nics(launch, fds)?;
+    let refused = nics.iter().map(|nic| nic.refused.clone()).collect();
     let console = File::from(fds.take(launch.files.console, "the console")?);
     let watched = launch.seat_patience_ms.map(|ms| Duration::from_millis(u64::from(ms)));
     if let Some(patience) = watched {
@@ -246,6 +255,8 @@ pub fn prepare(
         limits,
         taps: parts.taps,
         macs: parts.macs,
+        addresses: launch.nics.iter().map(|nic| nic.addresses.clone()).collect(),
+        refused,
         nics: launch.nics.iter().map(|nic| (nic.name.clone(), nic.mtu)).collect(),
         encoder: EncoderConfig {
             workers: usize::from(launch.checkpoint.workers).max(1),
@@ -329,7 +340,10 @@ fn open_volumes(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Arc<SeatVolu
 }
 
 struct Nic {
+    name: String,
     mac: [u8; 6],
+    claims: Claims,
+    refused: Arc<Refused>,
     mtu: u16,
     tap: File,
 }
@@ -343,7 +357,10 @@ fn open_nics(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Nic>, SeatError
         })?;
         let tap: OwnedFd = fds.take(nic.tap, &nic.name)?;
         nics.push(Nic {
+            name: nic.name.clone(),
             mac,
+            claims: Claims::new(mac, &nic.addresses),
+            refused: Arc::default(),
             mtu: nic.mtu,
             tap: tap.into(),
         });
@@ -449,7 +466,7 @@ fn build(
         filters.clone(),
         |platform| {
             let backends = Backends {
-                nics: net_backends(nics, &platform.gate, outbox, &inbox)?,
+                nics: net_backends(nics, queue, &platform.gate, outbox, &inbox)?,
                 disks: disk_backends(launch, volumes, disk_log),
                 console: Box::new(SeatConsole::new(platform.gate.clone(), outbox.clone())),
             };
@@ -484,6 +501,7 @@ fn disk_configs(launch: &Launch) -> Vec<DiskConfig> {
 
 fn net_backends(
     nics: Vec<Nic>,
+    queue: &Queue,
     gate: &Arc<PauseGate>,
     outbox: &Arc<Outbox>,
     inbox: &Arc<Inbox>,
@@ -495,7 +513,10 @@ fn net_backends(
             nic: index as u8,
             mac: nic.mac,
         };
-        let backend = SeatNic::new(place, nic.tap, gate, outbox, inbox).map_err(|source| DeviceError::Wake {
+        let warns = queue.clone();
+        let tell = move |text: String| warns.warn(format!("network card {}: {text}", nic.name));
+        let guard = Guard::new(nic.claims, nic.refused, tell);
+        let backend = SeatNic::new(place, nic.tap, guard, gate, outbox, inbox).map_err(|source| DeviceError::Wake {
             device: format!("network interface {index}"),
             source,
         });
@@ -746,6 +767,14 @@ impl Seat {
         if let Some(tap) = self.taps.get(nic) {
             let _ = rustix::io::write(tap, frame);
         }
+    }
+
+    /// Frames of the guest that did not leave, by its cards' names and the reasons'.
+    pub fn refused(&self) -> BTreeMap<&str, BTreeMap<&'static str, u64>> {
+        let cards = self.nics.iter().zip(&self.refused);
+        cards
+            .map(|((name, _), refused)| (name.as_str(), refused.counts().collect()))
+            .collect()
     }
 
     /// Output that the host did not take.

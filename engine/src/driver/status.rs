@@ -359,6 +359,7 @@ impl Driver {
         let Value::Object(mut counters) = counters else {
             return Map::new();
         };
+        counters.insert("nic_refused".to_owned(), json!(self.seat.refused()));
         if let Some(trace) = self.takeover.trace() {
             trace.counters(&mut counters);
         }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 
+use super::claims::Guard;
 use crate::backends::{ConsoleBackend, NetBackend};
 use crate::outbox::{Outbox, Output, Sink};
 use crate::pause::PauseGate;
@@ -303,19 +304,21 @@ pub struct SeatNic {
     tap: File,
     /// An epoll set that is readable while the tap has frames, or the inbox has.
     readable: OwnedFd,
+    guard: Guard,
     gate: Arc<PauseGate>,
     outbox: Arc<Outbox>,
     inbox: Arc<Inbox>,
 }
 
 impl SeatNic {
-    /// A backend on a non-blocking tap without any header.
+    /// A backend on a non-blocking tap without any header. What `guard` does not admit never becomes output.
     ///
     /// # Errors
     /// The process has no descriptor left, or the inbox has no such NIC.
     pub fn new(
         place: NicPlace,
         tap: File,
+        guard: Guard,
         gate: Arc<PauseGate>,
         outbox: Arc<Outbox>,
         inbox: Arc<Inbox>,
@@ -331,6 +334,7 @@ impl SeatNic {
             mac: place.mac,
             tap,
             readable,
+            guard,
             gate,
             outbox,
             inbox,
@@ -367,6 +371,9 @@ fn read_queued(mut tap: &File, mut take: impl FnMut(&[u8]) -> bool) {
 
 impl NetBackend for SeatNic {
     fn transmit(&mut self, frame: &[u8]) {
+        if !self.guard.admits(frame) {
+            return;
+        }
         let output = Output::Frame {
             nic: self.nic,
             bytes: Arc::from(frame),
@@ -384,6 +391,11 @@ impl NetBackend for SeatNic {
             None => match self.tap.read(buf) {
                 Ok(len) => {
                     self.inbox.look(self.mac, &buf[..len]);
+                    // What another seat announces, or sends late, with the guest's address is not for the guest, which would see somebody
+                    // else claim what it is about to claim. The tap stays readable if it has more.
+                    if is_from(self.mac, &buf[..len]) {
+                        return Ok(None);
+                    }
                     len
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -426,6 +438,7 @@ mod tests {
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+    use super::super::claims::{Claims, Refused};
     use super::*;
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -435,6 +448,10 @@ mod tests {
 
     impl Sink for Nowhere {
         fn emit(&self, _output: &Output) {}
+    }
+
+    fn guard() -> Guard {
+        Guard::new(Claims::new(MAC, &[]), Arc::new(Refused::default()), |_| {})
     }
 
     fn frame(from: [u8; 6], content: u8) -> Vec<u8> {
@@ -491,7 +508,15 @@ mod tests {
         let gate = Arc::new(PauseGate::new_closed(1));
         let outbox = Arc::new(Outbox::new(Box::new(Nowhere), crate::outbox::admitted));
         let place = NicPlace { nic: 0, mac: MAC };
-        let mut nic = SeatNic::new(place, File::from(OwnedFd::from(tap)), gate, outbox, inbox.clone()).unwrap();
+        let mut nic = SeatNic::new(
+            place,
+            File::from(OwnedFd::from(tap)),
+            guard(),
+            gate,
+            outbox,
+            inbox.clone(),
+        )
+        .unwrap();
         assert!(!readable(nic.wake_fd()));
         network.send(&frame([2, 0, 0, 0, 0, 9], 4)).unwrap();
         assert!(readable(nic.wake_fd()), "the tap has a frame");
@@ -514,6 +539,60 @@ mod tests {
         inbox.forget();
         inbox.take_offered();
         assert!(!readable(nic.wake_fd()));
+    }
+
+    /// Nothing of it waits for a release, or is there to be sent once more after a takeover.
+    #[test]
+    fn a_frame_that_is_refused_is_in_no_epoch() {
+        let (_network, tap) = UnixDatagram::pair().unwrap();
+        let inbox = Arc::new(Inbox::new(1, || {}).unwrap());
+        let gate = Arc::new(PauseGate::new_closed(1));
+        let outbox = Arc::new(Outbox::new(Box::new(Nowhere), crate::outbox::admitted));
+        let place = NicPlace { nic: 0, mac: MAC };
+        let tap = File::from(OwnedFd::from(tap));
+        let mut nic = SeatNic::new(place, tap, guard(), gate.clone(), outbox.clone(), inbox).unwrap();
+        let (own, others) = (frame(MAC, 1), frame([2, 0, 0, 0, 0, 9], 2));
+        nic.transmit(&others);
+        assert!(outbox.of_epoch(gate.epoch()).is_empty());
+        nic.transmit(&own);
+        nic.transmit(&others);
+        let held = outbox.of_epoch(gate.epoch());
+        assert_eq!(
+            held,
+            [Output::Frame {
+                nic: 0,
+                bytes: Arc::from(own)
+            }]
+        );
+    }
+
+    #[test]
+    fn what_is_said_elsewhere_as_the_guest_does_not_reach_it() {
+        let (network, tap) = UnixDatagram::pair().unwrap();
+        tap.set_nonblocking(true).unwrap();
+        let told = Arc::new(AtomicU64::new(0));
+        let counter = told.clone();
+        let inbox = Inbox::new(1, move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        let inbox = Arc::new(inbox.unwrap());
+        let gate = Arc::new(PauseGate::new_closed(1));
+        let outbox = Arc::new(Outbox::new(Box::new(Nowhere), crate::outbox::admitted));
+        let place = NicPlace { nic: 0, mac: MAC };
+        let tap = File::from(OwnedFd::from(tap));
+        let mut nic = SeatNic::new(place, tap, guard(), gate, outbox, inbox.clone()).unwrap();
+        network.send(&frame(MAC, 1)).unwrap();
+        network.send(&frame([2, 0, 0, 0, 0, 9], 2)).unwrap();
+        let mut buf = [0; 64];
+        assert_eq!(nic.receive(&mut buf).unwrap(), None);
+        assert_eq!(
+            (told.load(Ordering::SeqCst), inbox.frames()),
+            (1, 0),
+            "the driver hears of it"
+        );
+        assert!(readable(nic.wake_fd()), "the other one waits");
+        let len = nic.receive(&mut buf).unwrap().unwrap();
+        assert_eq!((buf[len - 1], inbox.frames()), (2, 1));
     }
 
     /// Two switchovers in a row: what came late for the first is passed on with the second.

@@ -322,6 +322,7 @@ fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicCon
         Ok(NicConfig {
             name: network.name.clone(),
             mac: network.mac.clone().unwrap_or_else(|| mac::of(vm_id, card)),
+            addresses: addresses(network)?,
             // Ten digits of a random UUID: two seats of one node do not meet in them.
             tap: format!("ft{:010x}{index}", seat_id.0 & 0xff_ffff_ffff),
             bridge: Some(bridge.to_owned()),
@@ -330,6 +331,14 @@ fn nics(vm: &FaultTolerantVM, seat_id: SeatId, vm_id: VmId) -> Result<Vec<NicCon
         })
     };
     vm.spec.networks.iter().enumerate().map(nic).collect()
+}
+
+fn addresses(network: &ftvm_crds::Network) -> Result<Vec<IpAddr>, Refusal> {
+    let address = |text: &String| {
+        text.parse::<IpAddr>()
+            .map_err(|_| Refusal::of_spec(format!("network {}: `{text}` is no IP address", network.name)))
+    };
+    network.addresses.iter().map(address).collect()
 }
 
 fn recipe(vm: &FaultTolerantVM) -> Result<Recipe, Refusal> {

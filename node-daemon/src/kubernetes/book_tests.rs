@@ -17,7 +17,7 @@ fn vm(change: impl FnOnce(&mut Value)) -> FaultTolerantVM {
                 {"name": "root", "size": "1Gi", "source": {"image": {}}},
                 {"name": "data", "size": "64Mi"},
             ],
-            "networks": [{"name": "lan", "bridge": {"name": "br0"}}, {"name": "wan", "mac": "02:00:00:00:00:09", "bridge": {"name": "br1"}}],
+            "networks": [{"name": "lan", "addresses": ["192.0.2.7", "2001:db8::7"], "bridge": {"name": "br0"}}, {"name": "wan", "mac": "02:00:00:00:00:09", "bridge": {"name": "br1"}}],
             "faultTolerance": {
                 "detectionMs": 400, "interval": {"minMs": 3, "maxMs": 40}, "targetLatencyMs": 15, "whenUnprotected": "Pause",
             },
@@ -179,6 +179,9 @@ fn a_pod_of_the_book_is_a_seat() {
     let taps: Vec<_> = config.nics.iter().map(|nic| nic.tap.as_str()).collect();
     assert_eq!(taps, ["ft000000000a0", "ft000000000a1"]);
     assert_eq!(config.nics[1].mac, "02:00:00:00:00:09");
+    let addresses: [IpAddr; 2] = ["192.0.2.7".parse().unwrap(), "2001:db8::7".parse().unwrap()];
+    assert_eq!(config.nics[0].addresses, addresses);
+    assert!(config.nics[1].addresses.is_empty(), "not known");
     assert_eq!(seat.recipe.kernel, "/boot/vmlinuz");
     let root = seat.recipe.disks[0].source.clone().unwrap();
     assert_eq!(root.name(), "/disk/root.raw");

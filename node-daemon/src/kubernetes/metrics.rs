@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ftvm_engine::control::Role;
+use ftvm_engine::seat_io::Reason;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
@@ -14,6 +15,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus::{Encoder, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use serde_json::Value;
 use std::sync::Arc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -22,6 +24,7 @@ use super::health::Health;
 use super::kvm_test::Tested;
 use super::node::Node;
 use crate::arbiter::Leases;
+use crate::config::NicConfig;
 use crate::seat_socket::role_name;
 
 /// An engine answers a status within this time.
@@ -163,6 +166,7 @@ fn gather(sources: &Sources) -> Result<String, prometheus::Error> {
         "Counters and measures of the engine by name",
         &["namespace", "vm", "seat", "name"],
     )?;
+    let refused = refused_frames(&registry)?;
     let seats = sources.node.seats();
     gauge("ftvm_seats", "Seats of this node")?.set(i64::try_from(seats.len()).unwrap_or(i64::MAX));
     for node_seat in seats {
@@ -183,6 +187,7 @@ fn gather(sources: &Sources) -> Result<String, prometheus::Error> {
         reachable
             .with_label_values(&labels)
             .set(i64::from(engine.arbiter_reachable));
+        tell_refused(&refused, labels, &known.config.nics, engine.counters.get("nic_refused"));
         for (name, value) in &engine.counters {
             if let Some(value) = value.as_i64() {
                 figures
@@ -206,6 +211,28 @@ fn gather(sources: &Sources) -> Result<String, prometheus::Error> {
     let mut text = Vec::new();
     TextEncoder::new().encode(&registry.gather(), &mut text)?;
     Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+fn refused_frames(registry: &Registry) -> Result<IntCounterVec, prometheus::Error> {
+    let options = Opts::new(
+        "ftvm_guest_frames_refused_total",
+        "Frames of the guest that did not leave, by card and reason, since the engine started",
+    );
+    let refused = IntCounterVec::new(options, &["namespace", "vm", "seat", "nic", "reason"])?;
+    registry.register(Box::new(refused.clone()))?;
+    Ok(refused)
+}
+
+/// Of the cards that the seat has and the reasons that there are, whatever its engine names.
+fn tell_refused(refused: &IntCounterVec, seat: [&str; 3], nics: &[NicConfig], told: Option<&Value>) {
+    let Some(told) = told else { return };
+    for nic in nics {
+        for reason in Reason::ALL.map(Reason::label) {
+            let count = told[&nic.name][reason].as_u64().unwrap_or(0);
+            let labels = [seat[0], seat[1], seat[2], &nic.name, reason];
+            refused.with_label_values(&labels).inc_by(count);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -169,6 +169,10 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
             ("pause_us_total", json!(1234)),
             ("takeover_noticed_by", json!("its silence")),
             ("nic_mtus", json!([1500])),
+            (
+                "nic_refused",
+                json!({"front": {"mac": 3, "made_up": 4}, "made-up": {"mac": 5}}),
+            ),
         ] {
             status.counters.insert(name.to_owned(), value);
         }
@@ -184,6 +188,8 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
         &format!("ftvm_seat_arbiter_reachable{{{labels}}} 1"),
         &format!("ftvm_seat_program_connected{{{labels}}} 0"),
         &format!(r#"ftvm_engine{{name="pause_us_total",{labels}}} 1234"#),
+        r#"ftvm_guest_frames_refused_total{namespace="shop",nic="front",reason="mac",seat="web-a",vm="web"} 3"#,
+        r#"ftvm_guest_frames_refused_total{namespace="shop",nic="front",reason="arp",seat="web-a",vm="web"} 0"#,
     ] {
         assert!(has(&text, line), "{line}\n{text}");
     }
@@ -191,6 +197,11 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
         !text.contains("takeover_noticed_by") && !text.contains("nic_mtus"),
         "no number: {text}"
     );
+    let refusals = text
+        .lines()
+        .filter(|line| line.starts_with("ftvm_guest_frames_refused_total{"));
+    assert_eq!(refusals.count(), Reason::ALL.len(), "of what there is alone: {text}");
+    assert!(!text.contains("made_up") && !text.contains("made-up"), "{text}");
     rig.say(|status| {
         (status.role, status.protected, status.arbiter_reachable) = (Role::Ended, true, false);
         status.counters.clear();
@@ -265,6 +276,7 @@ fn names_types_and_documentation_agree() {
     let rig = Rig::new();
     rig.say(|status| {
         status.counters.insert("pause_us_p50".to_owned(), 7.into());
+        status.counters.insert("nic_refused".to_owned(), json!({}));
     });
     let text = Endpoint::new(health, |node| drop(add_running(node, &rig))).metrics();
     let mut types = BTreeMap::new();

@@ -30,7 +30,9 @@ fn node_in(folder: &Folder, hierarchies: Hierarchies) -> Node {
 
 /// A seat of this node whose engine says what a test wants.
 pub(in crate::kubernetes) fn add_running(node: &Node, rig: &Rig) -> Arc<NodeSeat> {
-    let known = book::seat(&pod(POD), &vm(POD), "one", Some("machine")).unwrap();
+    let mut vm = vm(POD);
+    Arc::make_mut(&mut vm).spec.networks.push(card());
+    let known = book::seat(&pod(POD), &vm, "one", Some("machine")).unwrap();
     let id = known.seat_id;
     let seat = Arc::new(NodeSeat {
         publisher: Publisher::new(Some(&pod(POD))),
@@ -43,6 +45,10 @@ pub(in crate::kubernetes) fn add_running(node: &Node, rig: &Rig) -> Arc<NodeSeat
     });
     node.lock().insert(id, seat.clone());
     seat
+}
+
+fn card() -> ftvm_crds::Network {
+    serde_json::from_value(json!({"name": "front", "bridge": {"name": "br0"}})).unwrap()
 }
 
 /// A seat of this node whose program has not come.

@@ -315,6 +315,7 @@ pub fn prepare(
             .map(|(nic, tap)| Nic {
                 name: nic.name.clone(),
                 mac: nic.mac.clone(),
+                addresses: nic.addresses.clone(),
                 mtu: tap.mtu,
                 tap: table.add(tap.device),
             })

@@ -12,6 +12,7 @@ pub(super) fn vm(options: &Options, run: &str) -> FaultTolerantVM {
     let network = |name: &String| Network {
         name: "front".to_owned(),
         mac: None,
+        addresses: Vec::new(),
         bridge: Some(Bridge { name: name.clone() }),
     };
     let spec = FaultTolerantVMSpec {

@@ -113,6 +113,26 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "write a unicast MAC address in lower case",
     ),
     (
+        "spec: {networks: [{name: front, addresses: [192.0.2.7/24], bridge: {name: br0}}]}",
+        "write the guest's addresses without prefixes",
+    ),
+    (
+        "spec: {networks: [{name: front, addresses: ['2001:DB8::0:7'], bridge: {name: br0}}]}",
+        "write the guest's addresses without prefixes and in their shortest form",
+    ),
+    (
+        "spec: {networks: [{name: front, addresses: [192.0.2.7, 224.0.0.1], bridge: {name: br0}}]}",
+        "write addresses that one host has",
+    ),
+    (
+        "spec: {networks: [{name: front, addresses: ['::'], bridge: {name: br0}}]}",
+        "write addresses that one host has",
+    ),
+    (
+        "spec: {networks: [{name: front, addresses: [192.0.2.7, 192.0.2.7], bridge: {name: br0}}]}",
+        "Duplicate value",
+    ),
+    (
         "spec: {networks: [{name: front, bridge: {name: 'br 0'}}]}",
         "write the name of a network interface",
     ),
@@ -179,6 +199,10 @@ pub const AFTERWARDS: &[(&str, &str)] = &[
     ),
     (
         "spec: {networks: [{name: front, bridge: {name: br1}}]}",
+        "spec.networks changes only while the VM is halted",
+    ),
+    (
+        "spec: {networks: [{name: front, addresses: [192.0.2.7], bridge: {name: br0}}]}",
         "spec.networks changes only while the VM is halted",
     ),
     ("spec: {networks: []}", "spec.networks: names and order are fixed"),

@@ -8,6 +8,8 @@ use smoltcp::wire::{Ipv4Address, Ipv4Cidr};
 pub struct Config {
     /// `ip=10.0.0.2/24`
     pub ip: Ipv4Cidr,
+    /// `mac=02:00:00:00:00:02`: another hardware address than the card's.
+    pub mac: Option<[u8; 6]>,
     /// `gw=10.0.0.1`, `gw=none`: router to other networks.
     pub gateway: Option<Ipv4Address>,
     /// `port=7777`
@@ -30,6 +32,7 @@ impl Config {
     pub fn parse(command_line: &str) -> Self {
         let mut config = Self {
             ip: Ipv4Cidr::new(Ipv4Address::new(10, 0, 0, 2), 24),
+            mac: None,
             gateway: Some(Ipv4Address::new(10, 0, 0, 1)),
             port: crate::protocol::DEFAULT_PORT,
             vcpus: None,
@@ -54,6 +57,7 @@ impl Config {
                     .ok()
                     .filter(|ip| !ip.address().is_multicast() && !ip.address().is_unspecified())?
             }
+            "mac" => self.mac = Some(unicast_mac(value)?),
             "gw" if value == "none" => self.gateway = None,
             "gw" => self.gateway = Some(Ipv4Address::from_str(value).ok()?),
             "port" => self.port = value.parse().ok().filter(|&port| port != 0)?,
@@ -66,4 +70,13 @@ impl Config {
         }
         Some(())
     }
+}
+
+fn unicast_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        *byte = u8::from_str_radix(parts.next()?, 16).ok()?;
+    }
+    (parts.next().is_none() && mac[0] & 1 == 0).then_some(mac)
 }

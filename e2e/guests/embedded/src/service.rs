@@ -138,7 +138,8 @@ impl Service {
         acpi: Acpi,
         vcpus: usize,
     ) -> Self {
-        let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ethernet(EthernetAddress(net.mac)));
+        let mac = config.mac.unwrap_or(net.mac);
+        let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ethernet(EthernetAddress(mac)));
         settings.random_seed = crate::cpu::time_stamp();
         let mut interface = Interface::new(settings, &mut net, instant(time::now()));
         interface.update_ip_addrs(|addresses| {
