@@ -340,9 +340,11 @@ impl DeviceSet {
         }
     }
 
-    /// Ranges can trade places, so all leave before any is put back.
+    /// Ranges can trade places, so all that move leave before any is put back. Those that don't stay where they are: each change of
+    /// where a queue is notified waits until the kernel's readers have seen it (SRCU), and for a worker thread of the kernel's, while the
+    /// guest stands still.
     fn remap(&self) {
-        self.functions.iter().for_each(|function| lock(function).unmap());
+        self.functions.iter().for_each(|function| lock(function).unmap_if_moved());
         self.functions.iter().for_each(|function| lock(function).remap());
     }
 }
