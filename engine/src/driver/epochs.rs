@@ -73,7 +73,7 @@ impl Driver {
     }
 
     /// A guest that stands still for want of a standby has no epochs but the one that lets a standby join.
-    fn works_on_epoch(&self) -> bool {
+    pub(super) fn works_on_epoch(&self) -> bool {
         match self.guest {
             Guest::Running => true,
             Guest::Held => self
@@ -285,6 +285,9 @@ impl Driver {
         leading.base = Some(epoch);
         leading.stage = Stage::Streaming;
         leading.in_flight.push_back((epoch, Instant::now()));
+        if sealed.contains_flush {
+            leading.flushed = Some(epoch);
+        }
         self.takeover.reached_first(trace::Step::Sealed);
         self.seat.gate().set_epoch(epoch + 1);
         self.seat.machine.limit_writes(self.seat.pacer.first_room());

@@ -267,6 +267,8 @@ pub struct Leading {
     pub window: Option<Arc<ResyncWindow>>,
     /// Sealed and not acknowledged, with the time of the seal.
     pub in_flight: VecDeque<(Epoch, Instant)>,
+    /// The last sealed epoch in which the guest flushed a disk: the follower makes it durable before it acknowledges.
+    pub flushed: Option<Epoch>,
 }
 
 impl Leading {
