@@ -282,12 +282,7 @@ impl Driver {
         };
         leading.tell_sealed(&self.seat, &sealed, seal);
         let rounds = leading.pacer.rounds();
-        leading.base = Some(epoch);
-        leading.stage = Stage::Streaming;
-        leading.in_flight.push_back((epoch, Instant::now()));
-        if sealed.contains_flush {
-            leading.flushed = Some(epoch);
-        }
+        leading.sealed(epoch, sealed.contains_flush);
         self.takeover.reached_first(trace::Step::Sealed);
         self.seat.gate().set_epoch(epoch + 1);
         self.seat.machine.limit_writes(self.seat.pacer.first_room());

@@ -277,6 +277,16 @@ impl Leading {
         self.in_flight.front().map(|(epoch, _)| *epoch)
     }
 
+    /// An epoch was sealed, with a flush or without: the next one builds on it.
+    pub fn sealed(&mut self, epoch: Epoch, flushes: bool) {
+        self.base = Some(epoch);
+        self.stage = Stage::Streaming;
+        self.in_flight.push_back((epoch, Instant::now()));
+        if flushes {
+            self.flushed = Some(epoch);
+        }
+    }
+
     /// Ends the session's thread without waiting for it: it may wait for a link that is about to go.
     pub fn abandon(self) {
         if let Some(window) = &self.window {
