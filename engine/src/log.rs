@@ -107,12 +107,12 @@ impl Log {
 fn write_all(mut into: impl Write, todo: &Receiver<Item>, lost: &AtomicU64) {
     while let Ok(item) = todo.recv() {
         // Nobody is there to be told that a line can't be written.
+        let missing = lost.swap(0, Ordering::SeqCst);
+        if missing > 0 {
+            let _ = writeln!(into, "{missing} lines are lost: the log's disk was too slow for them");
+        }
         match item {
             Item::Line(line) => {
-                let missing = lost.swap(0, Ordering::SeqCst);
-                if missing > 0 {
-                    let _ = writeln!(into, "{missing} lines are lost: the log's disk was too slow for them");
-                }
                 let _ = into.write_all(&line);
             }
             Item::End(written) => {

@@ -6,6 +6,7 @@ use ftvm_protocol::core::{Event, Seal};
 use ftvm_protocol::identity::{Epoch, SessionId};
 
 use super::follow::Base;
+use super::late::Route;
 use super::lead::{Done, Job, Leading, Stage};
 use super::seat::Seat;
 use super::status::Figures;
@@ -421,6 +422,7 @@ impl Driver {
         }
         match report.news {
             follow::News::Failed(failure) => self.cant_follow(session, failure),
+            follow::News::NoDisks(why) => self.cant_open_disks(session, why),
             follow::News::Digest { epoch, memory } => {
                 let digest = digest_reply(epoch, memory);
                 self.figures.digest = Some(digest.clone());
@@ -461,6 +463,13 @@ impl Driver {
         self.troubles.session = Some(why);
         self.troubles.session_code = code;
         self.step(Event::SessionFailed { session });
+    }
+
+    /// Nobody has touched the memory: a source that was to follow from its own last epoch goes on there, should its target be lost.
+    fn cant_open_disks(&mut self, session: SessionId, why: String) {
+        self.cant_follow(session, why.into());
+        self.set_route(Route::Nowhere);
+        self.following = None;
     }
 
     // ---- digest

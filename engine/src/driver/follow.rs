@@ -104,6 +104,8 @@ pub enum News {
     },
     /// The session can't go on.
     Failed(Failure),
+    /// This seat's disks can't be used, in these words: nothing of the session was taken, nor will be.
+    NoDisks(String),
 }
 
 /// Why a session can't be followed.
@@ -209,7 +211,7 @@ impl Receiving {
             match disks() {
                 Ok(disks) => Follower::new(session, place, disks, last, queue).run(&todo, &waiting),
                 Err(why) => {
-                    let news = News::Failed(why.into());
+                    let news = News::NoDisks(why);
                     queue.follow(Report { session, news });
                 }
             }
@@ -550,7 +552,7 @@ mod tests {
             Ok(crate::driver::Input::Follow(report)) => report,
             other => panic!("{other:?}"),
         };
-        assert!(matches!(&report.news, News::Failed(Failure { why, .. }) if why == "the disk is gone"));
+        assert!(matches!(&report.news, News::NoDisks(why) if why == "the disk is gone"));
         assert!(receiving.take_over(8).is_err());
     }
 

@@ -16,10 +16,15 @@ use ftvm_protocol::message::Message;
 
 use super::Driver;
 
-/// So long a claim waits at most. A small part of the time after which the target gives it up.
+/// So long a claim waits at most.
 const WAITS_MAX: Duration = Duration::from_millis(300);
 /// Between two looks whether it is time.
 const LOOK: Duration = Duration::from_millis(1);
+
+/// How long a claim waits where a switchover may take `switch_ms`: a small part of the half of it after which the target gives it up.
+pub fn waits(switch_ms: u32) -> Duration {
+    WAITS_MAX.min(Duration::from_millis(u64::from(switch_ms) / 10))
+}
 
 /// A claim of which the core has not heard yet.
 pub struct Claimed {
@@ -53,7 +58,7 @@ impl Driver {
         let (running, until) = match &self.claimed {
             // Said again.
             Some(claimed) => (claimed.running, claimed.until),
-            None => (self.seat.gate().epoch(), Instant::now() + WAITS_MAX),
+            None => (self.seat.gate().epoch(), Instant::now() + self.seat.claim_waits),
         };
         if let Some(leading) = &mut self.leading {
             leading.pacer.hurry();
@@ -128,6 +133,14 @@ mod tests {
         flushes: false,
         settles: false,
     };
+
+    #[test]
+    fn a_claim_waits_no_longer_than_its_target_does() {
+        for switch_ms in [3_000, 22_400] {
+            assert_eq!(waits(switch_ms), WAITS_MAX);
+        }
+        assert_eq!(waits(400), Duration::from_millis(40));
+    }
 
     #[test]
     fn a_guest_stops_once_what_the_claim_found_under_way_is_through() {

@@ -12,7 +12,8 @@
 //! all actions of a step in order before it takes the next event.
 //!
 //! Invariant: the driver never waits for a peer, a disk or the daemon. What may take long has a thread of its own that
-//! reports back. The one exception is a takeover, which waits for what was received to be applied to memory.
+//! reports back. The one exception is a takeover, which waits for what was received to be applied to memory, and, just after
+//! this seat gave the guest away, for the disks that its receiver opens.
 
 mod act;
 mod announce;

@@ -14,7 +14,7 @@ use super::follow::{OpenDisks, Place};
 use super::guest::SeatMachine;
 use super::late::Route;
 use super::limits::EpochLimits;
-use super::{Queue, seat_watch};
+use super::{Queue, hand_over, seat_watch};
 use crate::backends::{DiskBackend, NetBackend};
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
@@ -160,6 +160,8 @@ pub struct Seat {
     pub pacer: PacerConfig,
     /// What the guest does while no standby would take over, at first.
     pub when_unprotected: WhenUnprotected,
+    /// How long a claim of the record waits for what the guest has under way.
+    pub(super) claim_waits: Duration,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Route>>,
     volumes: Vec<Arc<SeatVolume>>,
@@ -257,6 +259,7 @@ pub fn prepare(
         },
         pacer: pacer_config(limits, &launch.protection),
         when_unprotected: launch.protection.when_unprotected,
+        claim_waits: hand_over::waits(launch.timing.switch_ms),
         route: Arc::default(),
         volumes,
         settler: None,
