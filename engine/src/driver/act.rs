@@ -247,6 +247,8 @@ impl Driver {
         } else {
             lead::Stage::Prepared
         };
+        // A guest that was handed over has run its first epoch for a while.
+        let began = base.map_or_else(Instant::now, |_| self.resumed);
         self.leading = Some(lead::Leading {
             session,
             stream: Stream {
@@ -257,11 +259,12 @@ impl Driver {
             tells_holds: self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS),
             stage,
             sending,
-            pacer: Pacer::new(self.seat.pacer, Instant::now()),
+            pacer: Pacer::new(self.seat.pacer, began),
             dirty: DirtyPages::new(self.seat.machine.ram().pages()),
             base,
             window: None,
             in_flight: std::collections::VecDeque::new(),
+            flushed: None,
         });
     }
 
@@ -334,12 +337,11 @@ impl Driver {
         };
         let leader_link = credit.clone();
         let tells_holds = self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS);
-        let place = self
-            .seat
-            .follower_place(credit, Stream { leader, session }, tells_holds, last.is_none());
-        let started = place.and_then(|place| {
+        let stream = Stream { leader, session };
+        let place = self.seat.follower_place(credit, stream, tells_holds);
+        let started = self.seat.disks_to_follow(last.is_none()).and_then(|disks| {
             let enter = self.seat.enter(Work::Storage);
-            let started = follow::Receiving::start(session, place, last, self.queue.clone(), enter);
+            let started = follow::Receiving::start(session, place, disks, last, self.queue.clone(), enter);
             started.map_err(|error| error.to_string())
         });
         match started {
@@ -369,9 +371,7 @@ impl Driver {
         self.set_route(Route::Nowhere);
         self.seat.inbox.forget();
         self.seat.outbox.discard();
-        self.stop_recording();
-        // A write that is under way would land behind what the new leader sends.
-        self.seat.machine.wait_disks_idle();
+        self.seat.disk_log.record(false);
         self.guest = Guest::None;
         let last = self.sealed_state.take();
         let stood_still = last.as_ref().map_or(began, |last| last.since);
@@ -442,7 +442,7 @@ impl Driver {
             }
             LinkEvent::Frame { link, frame } => match frame.kind {
                 Kind::Control => match Message::decode(&frame.payload) {
-                    Ok(message) => self.step(Event::Received { link, message }),
+                    Ok(message) => self.received(link, message),
                     Err(error) => self.close_link(link, &error.to_string()),
                 },
                 Kind::Credit | Kind::ResyncHolds => self.resync_answered(link, &frame),

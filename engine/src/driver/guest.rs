@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::boot::BootSource;
-use crate::devices::set::{DeviceCounts, DeviceSet};
+use crate::devices::set::{DeviceCounts, DeviceSet, DisksInUse};
 use crate::kvm::CpuOffer;
 use crate::machine::{Machine, MachineError};
 use crate::memory::{DirtyPages, GuestRam};
@@ -143,9 +143,9 @@ impl SeatMachine {
         self.machine.after_takeover();
     }
 
-    /// Waits until no request of a paused guest is using a disk.
-    pub fn wait_disks_idle(&self) {
-        self.devices.wait_disks_idle();
+    /// The disks' requests that a paused guest has under way.
+    pub fn disks_in_use(&self) -> DisksInUse {
+        self.devices.disks_in_use()
     }
 
     /// Types into the serial console; gives how many bytes had room. The guest must run.

@@ -388,7 +388,7 @@ fn requests_of_a_past_that_was_replaced_are_forgotten() {
     let waited = AtomicU64::new(0);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            set.wait_disks_idle();
+            set.disks_in_use().wait_end();
             waited.store(1, Ordering::SeqCst);
         });
         std::thread::sleep(std::time::Duration::from_millis(20));
