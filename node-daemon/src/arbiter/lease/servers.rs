@@ -12,9 +12,9 @@ use std::time::Duration;
 use ftvm_watch::lasting;
 use futures::StreamExt;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Api;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
-use kube::Api;
 
 use super::Server;
 use super::endpoints::OWN_MAX;
