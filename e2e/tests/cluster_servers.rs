@@ -180,7 +180,7 @@ fn leader_elsewhere(cluster: &Cluster, node: &str) -> anyhow::Result<Ipv4Addr> {
 /// Has a host's daemon ask this server first: the other one stands still meanwhile, or the daemon mixes them anew.
 fn put_first(cluster: &Cluster, host: usize, server: &str) -> anyhow::Result<()> {
     let other = format!("{}:{API_PORT}", api_address());
-    let is_first = || {
+    let is_first = || -> anyhow::Result<()> {
         let (order, _) = looks::api_servers(cluster, host)?;
         ensure!(order.first().is_some_and(|first| first == server), "{order:?}");
         Ok(())

@@ -161,6 +161,9 @@ impl Cluster {
     pub fn wait_api_servers(&self, addresses: &[Ipv4Addr]) -> anyhow::Result<()> {
         let expected: BTreeSet<String> = addresses.iter().map(Ipv4Addr::to_string).collect();
         wait_for("the API servers publish themselves", PATIENCE, || {
+            for node in self.nodes.iter().filter(|node| node.is_running()) {
+                node.ensure_programs_run()?;
+            }
             let slice = self.get(&["endpointslice", "--namespace", "default", "kubernetes"])?;
             let endpoints = slice["endpoints"].as_array().context("no endpoints")?;
             let addresses = endpoints
