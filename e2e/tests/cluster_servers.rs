@@ -103,12 +103,12 @@ fn killed_node(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     let struck = Instant::now();
     cluster.node(&node)?.kill()?;
     let gap_ms = acts.standby_takes_over(before)?;
-    let seat = acts
-        .stage
-        .system()
-        .seat(before.standby)
-        .context("the engine does not answer")?;
-    let steps = seat.change_us();
+    let steps = wait_for("the engine tells of its takeover", PATIENCE, || {
+        let seat = acts.stage.system().seat(before.standby);
+        let steps = seat.context("the engine does not answer")?.change_us();
+        ensure!(steps.get("takeover_us").is_some_and(Value::is_u64), "{steps:?}");
+        Ok(steps)
+    })?;
     acts.say(Value::Object(steps.clone()));
     judge_takeover(&steps, gap_ms)?;
     let (order, _) = looks::api_servers(&cluster, before.standby)?;

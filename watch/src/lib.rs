@@ -89,7 +89,7 @@ mod tests {
             .unwrap();
         runtime.block_on(async {
             let maps = Api::<ConfigMap>::all(client(stub.config()).unwrap());
-            let told = lasting(maps, config).filter_map(|event| async {
+            let told = lasting(maps, config).filter_map(|event| async move {
                 match event {
                     Ok(Event::Apply(map)) => Some(map.name_any()),
                     _ => None,
