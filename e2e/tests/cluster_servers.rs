@@ -16,7 +16,7 @@ use ftvm_e2e::demo::rounds::Pair;
 use ftvm_e2e::demo::{Fault, Options, place};
 use ftvm_e2e::lab::binaries::Profile;
 use ftvm_e2e::report::Progress;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -63,6 +63,20 @@ fn an_api_server_dies_with_the_actives_node() -> anyhow::Result<()> {
         ensure!(report.passed(), "{:?}", report.complaints);
         Ok(())
     })
+}
+
+#[test]
+fn a_takeover_that_asked_no_dead_server_or_waited_for_it_is_found() -> anyhow::Result<()> {
+    let judged = |read_us: Value, gap_ms: f64| {
+        let steps = serde_json::Map::from_iter([("takeover_read_us".to_owned(), read_us)]);
+        judge_takeover(&steps, gap_ms).map_err(|error| format!("{error:#}"))
+    };
+    let complains = |judged: Result<(), String>, word: &str| judged.is_err_and(|why| why.contains(word));
+    ensure!(judged(json!(256_000), 1_900.0).is_ok());
+    ensure!(complains(judged(json!(3_000), 1_600.0), "was not asked"));
+    ensure!(complains(judged(Value::Null, 1_600.0), "no takeover"));
+    ensure!(complains(judged(json!(2_256_000), 3_900.0), "waited"));
+    Ok(())
 }
 
 /// By failures and drains; where seats are placed first is up to the scheduler.
