@@ -104,8 +104,9 @@ fn active_beside_server(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()>
 fn killed_node(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     let (cluster, node) = (Rc::clone(&acts.cluster), acts.node(HOST));
     let dead = format!("{}:{API_PORT}", second_api_address());
-    let leader = leader_elsewhere(&cluster, &node)?;
     put_first(&cluster, before.standby, &dead)?;
+    // An API server that stood still may have ended the leader's election.
+    let leader = leader_elsewhere(&cluster, &node)?;
     acts.nothing_changed(before)?;
     ensure!(before.active == HOST, "{before:?}");
     // Otherwise nothing is proven: of the operator, and of the daemon that the swap goes through, which has just read.
