@@ -187,7 +187,7 @@ fn leader_elsewhere(cluster: &Cluster, node: &str) -> anyhow::Result<Ipv4Addr> {
                 bail!("{name} led there");
             }
             let address = pod["status"]["podIP"].as_str().context("no address")?;
-            Ok(address.parse()?)
+            Ok(address.parse::<Ipv4Addr>()?)
         },
     )
 }
