@@ -57,7 +57,6 @@ fn an_api_server_dies_with_the_actives_node() -> anyhow::Result<()> {
         let mut acts = Acts::new(stage, cluster, &progress);
         acts.act("the active comes to the second API server's node", active_beside_server)?;
         acts.act("the node's plug is pulled", killed_node)?;
-        acts.act("the node comes back, and its API server", node_comes_back)?;
         let Acts { stage, .. } = acts;
         let (report, _) = stage.end();
         ensure!(report.passed(), "{:?}", report.complaints);
@@ -104,17 +103,8 @@ fn active_beside_server(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()>
 fn killed_node(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     let (cluster, node) = (Rc::clone(&acts.cluster), acts.node(HOST));
     let dead = format!("{}:{API_PORT}", second_api_address());
-    put_first(&cluster, before.standby, &dead)?;
-    // An API server that stood still may have ended the leader's election.
-    let leader = leader_elsewhere(&cluster, &node)?;
-    acts.nothing_changed(before)?;
     ensure!(before.active == HOST, "{before:?}");
-    // Otherwise nothing is proven: of the operator, and of the daemon that the swap goes through, which has just read.
-    let watches = connections(cluster.node(&node)?, leader)?;
-    ensure!(watches > 0, "no connection of the operator's leader leads to {dead}");
-    after_a_read(&cluster, before.standby)?;
-    let (order, _) = looks::api_servers(&cluster, before.standby)?;
-    ensure!(order.first() == Some(&dead), "{dead} is not asked first: {order:?}");
+    let watches = all_ask(acts, before, &dead)?;
     let struck = Instant::now();
     cluster.node(&node)?.kill()?;
     let gap_ms = acts.standby_takes_over(before)?;
@@ -157,18 +147,25 @@ fn judge_takeover(steps: &serde_json::Map<String, Value>, gap_ms: f64) -> anyhow
     Ok(())
 }
 
-fn node_comes_back(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
-    let node = acts.node(HOST);
-    acts.cluster.node(&node)?.start()?;
-    acts.stage.system().make_spare(HOST)?;
-    acts.cluster.wait_api_servers(&[api_address(), second_api_address()])?;
-    let back = format!("{}:{API_PORT}", second_api_address());
-    wait_for("daemons know the server that came back", PATIENCE, || {
-        let (order, _) = looks::api_servers(&acts.cluster, before.active)?;
-        ensure!(order.contains(&back), "{order:?}");
-        Ok(())
-    })?;
-    acts.nothing_changed(before)
+/// Returns once the standby's daemon asks this server first and has just read a record there, and connections of the operator's leader, which is
+/// on another node, lead to it: otherwise nothing is proven. Returns how many. A machine that is busy just then is tried again.
+fn all_ask(acts: &mut Acts<'_>, before: Pair, server: &str) -> anyhow::Result<usize> {
+    let (cluster, node) = (Rc::clone(&acts.cluster), acts.node(HOST));
+    for _ in 0..ATTEMPTS {
+        put_first(&cluster, before.standby, server)?;
+        // An API server that stood still may have ended the leader's election.
+        let leader = leader_elsewhere(&cluster, &node)?;
+        acts.nothing_changed(before)?;
+        let watches = connections(cluster.node(&node)?, leader)?;
+        let order = after_a_read(&cluster, before.standby)?;
+        if watches > 0 && order.first().is_some_and(|first| first == server) {
+            return Ok(watches);
+        }
+        acts.say(format_args!(
+            "{watches} connections of the operator's leader lead to {server}; the daemon asks in this order: {order:?}"
+        ));
+    }
+    bail!("{server} is not asked by both the standby's daemon and the operator's leader")
 }
 
 /// The address of the operator's leader, which is not on this node: another one would begin with new connections.
@@ -232,13 +229,13 @@ fn restart_daemon(cluster: &Cluster, host: usize) -> anyhow::Result<()> {
     })
 }
 
-/// Returns when a daemon has just read a record: until the next read nothing can tell it who is dead.
-fn after_a_read(cluster: &Cluster, host: usize) -> anyhow::Result<()> {
+/// Returns when a daemon has just read a record, with the order in which it asks: until the next read nothing can tell it who is dead.
+fn after_a_read(cluster: &Cluster, host: usize) -> anyhow::Result<Vec<String>> {
     let (_, before) = looks::api_servers(cluster, host)?;
     wait_for("the daemon reads a record", PATIENCE, || {
-        let (_, reads) = looks::api_servers(cluster, host)?;
+        let (order, reads) = looks::api_servers(cluster, host)?;
         ensure!(reads > before, "{reads} reads");
-        Ok(())
+        Ok(order)
     })
 }
 

@@ -46,6 +46,9 @@ pub(super) const OWN_MAX: usize = 8;
 const IDLE_MAX: usize = 4;
 /// A connection that was idle for longer is not used again: the server may be closing it just now.
 const IDLE_TIME_MAX: Duration = Duration::from_secs(20);
+/// So often at most it is told of a server that it lags behind. After a restored backup all do, with each machine's record, until that is newer
+/// again.
+const LAG_TOLD_EVERY: Duration = Duration::from_secs(600);
 
 /// A connection that stands and carries no request.
 pub(super) type Sender = SendRequest<Full<Bytes>>;
@@ -68,6 +71,8 @@ pub(super) struct Endpoint {
     unreached: AtomicBool,
     /// When it was put back last.
     put_back: Mutex<Option<Instant>>,
+    /// When it was told last that it lags behind.
+    lag_told: Mutex<Option<Instant>>,
 }
 
 impl Endpoint {
@@ -78,6 +83,7 @@ impl Endpoint {
             told: AtomicBool::new(false),
             unreached: AtomicBool::new(false),
             put_back: Mutex::default(),
+            lag_told: Mutex::default(),
         })
     }
 
@@ -96,6 +102,16 @@ impl Endpoint {
     /// It is this one, and was not put back since.
     fn is(&self, teller: &Teller) -> bool {
         self.address == teller.address && self.put_back().is_none_or(|at| at < teller.at)
+    }
+
+    /// It was not told for a long time that it lags behind; now it is.
+    pub(super) fn lag_is_news(&self) -> bool {
+        let mut told = self.lag_told.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_news = told.is_none_or(|at| at.elapsed() >= LAG_TOLD_EVERY);
+        if is_news {
+            *told = Some(Instant::now());
+        }
+        is_news
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<(Instant, Sender)>> {
@@ -218,7 +234,10 @@ impl Endpoints {
         let order = self.in_order();
         if let Some(endpoint) = order.iter().find(|endpoint| endpoint.address == teller.address) {
             self.passed_over(endpoint);
-            self.tell(endpoint, "it lags behind");
+            // Not as other faults, of which the next answer is the end: an old answer is an answer.
+            if order.len() > 1 && endpoint.lag_is_news() {
+                tracing::warn!("the API server at {} is asked last: it lags behind", endpoint.address);
+            }
         }
     }
 

@@ -58,6 +58,25 @@ fn who_lags_behind_is_asked_last() {
     );
 }
 
+/// Each read of each machine finds out again, and an answer that is old is an answer: the log would have two lines for each.
+#[test]
+fn who_lags_behind_all_the_time_is_told_of_once() {
+    let cluster = Cluster::new();
+    let (lags, other) = (cluster.server(), cluster.server());
+    let arbiter = cluster.arbiter(other.address, &[lags.address]);
+    found(&arbiter);
+    lags.is(Mood::Lags);
+    let endpoints = &arbiter.leases.server.endpoints;
+    let address = lags.address.to_string();
+    let endpoint = endpoints.in_order().into_iter().find(|one| one.address == address);
+    let endpoint = endpoint.unwrap();
+    for _ in 0..2 {
+        endpoints.answered(&endpoint);
+        found(&arbiter);
+        assert!(!endpoint.lag_is_news(), "it was not told");
+    }
+}
+
 #[test]
 fn who_has_too_much_to_do_is_asked_once_more_when_it_says_so() {
     let cluster = Cluster::new();
