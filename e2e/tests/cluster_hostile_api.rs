@@ -564,8 +564,8 @@ fn a_falsifying_api_server_costs_no_answer() -> anyhow::Result<()> {
         ..Options::default()
     };
     let setting = Setting {
-        profile: Profile::Dev,
         api_proxy: true,
+        ..Setting::new(Profile::Dev)
     };
     let progress = Progress::new();
     let folder = place::new_folder("cluster-hostile-api")?;

@@ -90,7 +90,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         hyper::header::USER_AGENT,
         hyper::header::HeaderValue::from_static(agent),
     ));
-    let client = Client::try_from(config)?;
+    let client = ftvm_watch::client(config)?;
     let mut end = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
     let listen = options.listen;

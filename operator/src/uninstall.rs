@@ -164,7 +164,7 @@ pub async fn check(release: Release) -> Result<(), UninstallError> {
 /// Answers that don't tell are judged here, not repeated by the client for as long as it likes.
 fn client(mut config: Config) -> kube::Result<Client> {
     config.default_retry = false;
-    Client::try_from(config)
+    ftvm_watch::client(config)
 }
 
 fn judged(release: Release, answer: Result<Found, Unknown>) -> Result<(), UninstallError> {

@@ -1,4 +1,5 @@
-//! A watch of the API server that goes on for ever, whatever it is told. What operator and node-daemon know of the cluster comes from such.
+//! A watch of the API server that goes on for ever, whatever it is told, and a client that waits for no server that has died. What operator
+//! and node-daemon know of the cluster comes from such.
 
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
@@ -8,20 +9,28 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 
+mod client;
 mod readable;
+#[cfg(test)]
+mod stub;
 
+pub use crate::client::client;
 pub use crate::readable::{Unreadable, UnreadableObjects, lasting_readable};
 
+/// An API server ends a watch after so many seconds, and it is begun anew where it was. kube-rs begins it anew 5 s later by itself if
+/// nothing comes at all: so long may a server be dead, behind a load balancer that lives, before it is noticed (elsewhere: [`client()`]).
+const WATCH_S: u32 = 95;
 /// First and longest pause before a watch begins anew that just did.
 const ANEW: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// A watch for ever. kube-rs asks for a watch that is refused with 410 again and again from the same state, which never comes back; this one
 /// begins anew with a list, as it does itself when it is told so by an event. Where that happens again and again, later and later: lists cost
 /// an API server most, and each one that succeeds ends the back-off around this.
-pub fn lasting<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send
+pub fn lasting<K>(api: Api<K>, mut config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
+    config.timeout.get_or_insert(WATCH_S);
     let begin = move || watcher(api.clone(), config.clone()).boxed();
     let state = (begin(), begin, Anew::default(), None);
     futures::stream::unfold(state, |(mut watch, begin, mut anew, pause)| async move {
@@ -66,7 +75,59 @@ impl Anew {
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use kube::ResourceExt;
+
     use super::*;
+    use crate::stub::Stub;
+
+    /// What a watch tells until it tells of a change.
+    fn changed(stub: &Stub, config: watcher::Config) -> String {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let maps = Api::<ConfigMap>::all(client(stub.config()).unwrap());
+            let told = lasting(maps, config).filter_map(|event| async move {
+                match event {
+                    Ok(Event::Apply(map)) => Some(map.name_any()),
+                    _ => None,
+                }
+            });
+            let mut told = std::pin::pin!(told);
+            let found = tokio::time::timeout(Duration::from_secs(60), told.next()).await;
+            found.expect("nothing is told").expect("it goes on for ever")
+        })
+    }
+
+    #[test]
+    fn a_watch_that_says_nothing_any_more_begins_anew() {
+        let stub = Stub::start();
+        stub.silence_watches(1);
+        assert_eq!(changed(&stub, watcher::Config::default().timeout(1)), "new");
+        let asked = stub.asked();
+        let count = |word: &str| asked.iter().filter(|line| line.contains(word)).count();
+        // It goes on where it was: without another list.
+        assert_eq!(
+            (asked.len(), count("watch=true"), count("resourceVersion=7")),
+            (3, 2, 2),
+            "{asked:?}"
+        );
+    }
+
+    #[test]
+    fn a_silent_watch_is_noticed_within_100_s() {
+        let stub = Stub::start();
+        assert_eq!(changed(&stub, watcher::Config::default()), "new");
+        let asked = stub.asked();
+        assert!(
+            asked
+                .iter()
+                .any(|line| line.contains("watch=true") && line.contains("timeoutSeconds=95")),
+            "{asked:?}"
+        );
+    }
 
     #[test]
     fn what_begins_anew_again_and_again_does_so_more_and_more_rarely() {

@@ -72,7 +72,17 @@ struct Size {
     #[arg(long)]
     bare: bool,
     #[command(flatten)]
+    api: Api,
+    #[command(flatten)]
     build: Build,
+}
+
+/// What a cluster is asked by.
+#[derive(Args, Clone, Copy)]
+pub struct Api {
+    /// How many API servers: the second one runs on the node n1, and dies with it
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub api_servers: u8,
 }
 
 impl Cluster {
@@ -110,6 +120,7 @@ impl Cluster {
                 };
                 let options = Options {
                     audit: size.audit,
+                    api_servers: size.api.api_servers,
                     ..kind
                 };
                 let chart = (!size.bare).then(|| size.build.profile());
@@ -132,6 +143,7 @@ impl Up {
         if let Some(nodes) = self.size.nodes {
             command.args(["--nodes", &nodes.to_string()]);
         }
+        command.args(["--api-servers", &self.size.api.api_servers.to_string()]);
         let flags = [
             (self.size.audit, "--audit"),
             (self.size.bare, "--bare"),

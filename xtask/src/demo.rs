@@ -3,9 +3,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use ftvm_e2e::demo::cluster::{self, Setting};
 use ftvm_e2e::demo::programs::Profile;
-use ftvm_e2e::demo::{Fault, Guest, Options, cluster, command};
+use ftvm_e2e::demo::{Fault, Guest, Options, command};
 
+use crate::cluster::Api;
 use crate::packages;
 
 /// Options of `cargo xtask demo`.
@@ -30,6 +32,8 @@ pub struct ClusterDemo {
     /// What runs in the machine: embedded (native nodes, on this machine's KVM), or linux (Debian on emulated nodes)
     #[arg(long, default_value = "embedded", value_parser = guest)]
     guest: Guest,
+    #[command(flatten)]
+    api: Api,
     #[command(flatten)]
     play: Play,
 }
@@ -140,6 +144,10 @@ impl ClusterDemo {
             packages::ensure(packages::EMULATED)?;
         }
         let (options, profile) = self.play.options(self.fault, self.guest);
-        cluster::run(&options, profile)
+        let setting = Setting {
+            api_servers: self.api.api_servers,
+            ..Setting::new(profile)
+        };
+        cluster::run(&options, setting)
     }
 }

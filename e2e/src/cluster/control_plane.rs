@@ -1,7 +1,7 @@
 //! etcd, kube-apiserver, kube-controller-manager and kube-scheduler: plain processes in the lab's outer namespaces.
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use rustix::process::{Pid, Signal};
 
-use super::pki::{Authority, Subject};
-use super::plan::{API_PORT, Options, SERVICES, api_address, api_front_address, api_url};
+use super::pki::{Authority, Pair, Subject};
+use super::plan::{API_PORT, Options, SERVICES, api_address, api_front_address, api_url, second_api_address};
 use super::wait::{Hopeless, wait_for};
 use super::{kubectl_command, log_end};
 use crate::lab::Sandbox;
@@ -19,8 +19,13 @@ use crate::lab::Sandbox;
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(180);
 const ETCD_URL: &str = "http://127.0.0.1:2379";
+const ETCD_PORT: u16 = 2379;
 /// The API server's certificate and key in the cluster's folder, without their extensions.
 pub(super) const SERVING: &str = "apiserver";
+/// Likewise those with which it asks kubelets.
+const KUBELET_CLIENT: &str = "apiserver-kubelet";
+/// Likewise the keys of service account tokens, in the authority's folder.
+const TOKENS: &str = "service-accounts";
 
 /// A program of the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -200,7 +205,7 @@ fn arguments(
         Component::Etcd,
         vec![
             format!("--data-dir={}", show(folder.join("etcd"))),
-            format!("--listen-client-urls={ETCD_URL}"),
+            format!("--listen-client-urls={}", etcd_urls(options).join(",")),
             format!("--advertise-client-urls={ETCD_URL}"),
             "--listen-peer-urls=http://127.0.0.1:2380".to_owned(),
             // The data of a lab may go with the machine's power, and others share its disk.
@@ -238,7 +243,70 @@ fn arguments(
     Ok(all)
 }
 
+/// Where etcd listens: for a second API server, which is on a node, at the address of the first one, too.
+fn etcd_urls(options: &Options) -> Vec<String> {
+    let outside = options.has_second_api_server().then(second_etcd_url);
+    std::iter::once(ETCD_URL.to_owned()).chain(outside).collect()
+}
+
+fn second_etcd_url() -> String {
+    format!("http://{}:{ETCD_PORT}", api_address())
+}
+
+/// The first API server's arguments; `folder` gets what only it has.
 fn api_server(folder: &Path, authority: &Authority, options: &Options) -> anyhow::Result<Vec<String>> {
+    let own = [api_address(), api_front_address()];
+    let server = ApiServer {
+        etcd: ETCD_URL.to_owned(),
+        address: api_address(),
+        advertised: options.api_advertised(),
+        serving: serving(authority, &folder.join(SERVING), &own)?,
+        client: kubelets_client(authority, &folder.join(KUBELET_CLIENT))?,
+        authority: authority.file("ca.crt"),
+        tokens: authority.file(TOKENS),
+    };
+    let mut arguments = server.arguments(options);
+    if options.audit {
+        let policy = folder.join("audit-policy.yaml");
+        fs::write(&policy, include_str!("../../cluster/audit-policy.yaml"))?;
+        arguments.push(format!("--audit-policy-file={}", policy.display()));
+        arguments.push(format!("--audit-log-path={}", super::audit::log(folder).display()));
+    }
+    Ok(arguments)
+}
+
+/// Puts what the second API server needs into the folder of its node.
+pub(super) fn write_second_api_server(folder: &Path, authority: &Authority) -> anyhow::Result<()> {
+    serving(authority, &folder.join(SERVING), &[second_api_address()])?;
+    kubelets_client(authority, &folder.join(KUBELET_CLIENT))?;
+    for extension in ["key", "pub"] {
+        let from = authority.file(TOKENS).with_extension(extension);
+        let to = folder.join(TOKENS).with_extension(extension);
+        fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    }
+    Ok(())
+}
+
+/// Its arguments, where its node has that folder here.
+pub(super) fn second_api_server(folder: &Path, options: &Options) -> Vec<String> {
+    let pair = |name: &str| Pair {
+        certificate: folder.join(name).with_extension("crt"),
+        key: folder.join(name).with_extension("key"),
+    };
+    let server = ApiServer {
+        etcd: second_etcd_url(),
+        address: second_api_address(),
+        advertised: second_api_address(),
+        serving: pair(SERVING),
+        client: pair(KUBELET_CLIENT),
+        authority: folder.join("ca.crt"),
+        tokens: folder.join(TOKENS),
+    };
+    server.arguments(options)
+}
+
+/// The certificate of an API server at these addresses.
+fn serving(authority: &Authority, base: &Path, own: &[Ipv4Addr]) -> anyhow::Result<Pair> {
     let dns = [
         "kubernetes",
         "kubernetes.default",
@@ -247,59 +315,71 @@ fn api_server(folder: &Path, authority: &Authority, options: &Options) -> anyhow
         "localhost",
     ];
     let service: IpAddr = "10.96.0.1".parse()?;
-    let addresses = [
-        IpAddr::from([127, 0, 0, 1]),
-        service,
-        api_address().into(),
-        api_front_address().into(),
-    ];
-    let serving = authority.server(&folder.join(SERVING), "kube-apiserver", &dns, &addresses)?;
+    let mut addresses = vec![IpAddr::from([127, 0, 0, 1]), service];
+    addresses.extend(own.iter().copied().map(IpAddr::from));
+    authority.server(base, "kube-apiserver", &dns, &addresses)
+}
+
+/// Who an API server is for kubelets.
+fn kubelets_client(authority: &Authority, base: &Path) -> anyhow::Result<Pair> {
     let subject = Subject {
         user: "kube-apiserver",
         group: Some("system:masters"),
     };
-    let client = authority.client(&folder.join("apiserver-kubelet"), &subject)?;
-    let mut arguments: Vec<String> = [
-        ("etcd-servers", Path::new(ETCD_URL)),
-        ("tls-cert-file", &serving.certificate),
-        ("tls-private-key-file", &serving.key),
-        ("client-ca-file", &authority.file("ca.crt")),
-        ("kubelet-certificate-authority", &authority.file("ca.crt")),
-        ("kubelet-client-certificate", &client.certificate),
-        ("kubelet-client-key", &client.key),
-        ("service-account-key-file", &authority.file("service-accounts.pub")),
-        (
-            "service-account-signing-key-file",
-            &authority.file("service-accounts.key"),
-        ),
-    ]
-    .into_iter()
-    .map(|(option, path)| format!("--{option}={}", path.display()))
-    .collect();
-    arguments.extend(
-        [
-            "--service-account-issuer=https://kubernetes.default.svc",
-            "--authorization-mode=Node,RBAC",
-            "--enable-admission-plugins=NodeRestriction",
-            "--kubelet-preferred-address-types=InternalIP",
-            "--allow-privileged",
-        ]
-        .map(str::to_owned),
-    );
-    arguments.push(format!("--service-cluster-ip-range={SERVICES}"));
-    arguments.push(format!("--bind-address={}", api_address()));
-    arguments.push(format!("--secure-port={API_PORT}"));
-    arguments.push(format!("--advertise-address={}", options.api_advertised()));
-    arguments.extend(
-        options
-            .api_version
-            .map(|version| format!("--emulated-version={version}")),
-    );
-    if options.audit {
-        let policy = folder.join("audit-policy.yaml");
-        fs::write(&policy, include_str!("../../cluster/audit-policy.yaml"))?;
-        arguments.push(format!("--audit-policy-file={}", policy.display()));
-        arguments.push(format!("--audit-log-path={}", super::audit::log(folder).display()));
+    authority.client(base, &subject)
+}
+
+/// An API server, and where it finds its files.
+struct ApiServer {
+    etcd: String,
+    address: Ipv4Addr,
+    /// Where others reach it.
+    advertised: Ipv4Addr,
+    serving: Pair,
+    client: Pair,
+    /// Certificate of the authority.
+    authority: PathBuf,
+    /// Keys of service account tokens, without their extensions.
+    tokens: PathBuf,
+}
+
+impl ApiServer {
+    fn arguments(&self, options: &Options) -> Vec<String> {
+        let (public, private) = (self.tokens.with_extension("pub"), self.tokens.with_extension("key"));
+        let files: [(&str, &Path); 8] = [
+            ("tls-cert-file", &self.serving.certificate),
+            ("tls-private-key-file", &self.serving.key),
+            ("client-ca-file", &self.authority),
+            ("kubelet-certificate-authority", &self.authority),
+            ("kubelet-client-certificate", &self.client.certificate),
+            ("kubelet-client-key", &self.client.key),
+            ("service-account-key-file", &public),
+            ("service-account-signing-key-file", &private),
+        ];
+        let mut arguments: Vec<String> = files
+            .into_iter()
+            .map(|(option, path)| format!("--{option}={}", path.display()))
+            .collect();
+        arguments.extend(
+            [
+                "--service-account-issuer=https://kubernetes.default.svc",
+                "--authorization-mode=Node,RBAC",
+                "--enable-admission-plugins=NodeRestriction",
+                "--kubelet-preferred-address-types=InternalIP",
+                "--allow-privileged",
+            ]
+            .map(str::to_owned),
+        );
+        arguments.push(format!("--etcd-servers={}", self.etcd));
+        arguments.push(format!("--service-cluster-ip-range={SERVICES}"));
+        arguments.push(format!("--bind-address={}", self.address));
+        arguments.push(format!("--secure-port={API_PORT}"));
+        arguments.push(format!("--advertise-address={}", self.advertised));
+        arguments.extend(
+            options
+                .api_version
+                .map(|version| format!("--emulated-version={version}")),
+        );
+        arguments
     }
-    Ok(arguments)
 }

@@ -4,8 +4,10 @@
 //!
 //! Invariant: nothing of a cluster is in the machine's own network, mounts or process ids; all of it ends with the process that made it.
 //! Control groups and the folder, which the kernel keeps, are removed with the cluster, or by the next lab if its process was killed.
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -86,12 +88,7 @@ impl Cluster {
             rustix::process::geteuid().is_root(),
             "a cluster's nodes need root: containers, mounts and control groups are made; run it as root"
         );
-        ensure!(
-            options.nodes <= plan::NODES_MAX,
-            "{} nodes: it must be 0 to {}",
-            options.nodes,
-            plan::NODES_MAX
-        );
+        options.check()?;
         let say = Arc::clone(&options.say);
         let programs = programs::folder(&say)?;
         let folder = Remains(Folder::new()?);
@@ -150,8 +147,32 @@ impl Cluster {
             let archives = &self.shared.options.images;
             archives.iter().try_for_each(|archive| node.import_image(archive))?;
         }
+        if self.shared.options.has_second_api_server() {
+            self.wait_api_servers(&[plan::api_address(), plan::second_api_address()])?;
+        }
         say("all nodes are ready");
         Ok(())
+    }
+
+    /// Waits until the API servers' service leads to those at these addresses, and to no other.
+    ///
+    /// # Errors
+    /// If it is not so in time.
+    pub fn wait_api_servers(&self, addresses: &[Ipv4Addr]) -> anyhow::Result<()> {
+        let expected: BTreeSet<String> = addresses.iter().map(Ipv4Addr::to_string).collect();
+        wait_for("the API servers publish themselves", PATIENCE, || {
+            for node in self.nodes.iter().filter(|node| node.is_running()) {
+                node.ensure_programs_run()?;
+            }
+            let slice = self.get(&["endpointslice", "--namespace", "default", "kubernetes"])?;
+            let endpoints = slice["endpoints"].as_array().context("no endpoints")?;
+            let addresses = endpoints
+                .iter()
+                .filter_map(|endpoint| endpoint["addresses"][0].as_str());
+            let found: BTreeSet<String> = addresses.map(str::to_owned).collect();
+            ensure!(found == expected, "they are {found:?}");
+            Ok(())
+        })
     }
 
     fn material(&self) -> anyhow::Result<Material> {

@@ -8,6 +8,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
 use super::cgroup::Groups;
+use super::control_plane::{second_api_server, write_second_api_server};
 use super::emulated::Emulated;
 use super::images;
 use super::native::Native;
@@ -44,7 +45,7 @@ pub(super) struct Material {
     pub(super) emulated: Option<(Image, PathBuf)>,
 }
 
-/// A program that makes a machine a node.
+/// A program that makes a machine a node, or runs on it as a process of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum NodeProgram {
     /// Runs containers; they go on without it.
@@ -53,10 +54,12 @@ pub enum NodeProgram {
     Kubelet,
     /// Makes Services work.
     KubeProxy,
+    /// The second API server, on its node ([`Options::api_servers`]).
+    ApiServer,
 }
 
 impl NodeProgram {
-    pub(super) const ALL: [Self; 3] = [Self::Containerd, Self::Kubelet, Self::KubeProxy];
+    pub(super) const ALL: [Self; 4] = [Self::Containerd, Self::Kubelet, Self::KubeProxy, Self::ApiServer];
 
     /// Its file's name.
     #[must_use]
@@ -65,6 +68,7 @@ impl NodeProgram {
             Self::Containerd => "containerd",
             Self::Kubelet => "kubelet",
             Self::KubeProxy => "kube-proxy",
+            Self::ApiServer => "kube-apiserver",
         }
     }
 }
@@ -217,7 +221,15 @@ impl Node {
             File::create(marker)?;
         }
         self.start_program(NodeProgram::Kubelet)?;
-        self.start_program(NodeProgram::KubeProxy)
+        self.start_program(NodeProgram::KubeProxy)?;
+        if self.has_api_server() {
+            self.start_program(NodeProgram::ApiServer)?;
+        }
+        Ok(())
+    }
+
+    fn has_api_server(&self) -> bool {
+        self.shared.options.has_second_api_server() && self.plan == NodePlan::SECOND_API_SERVER
     }
 
     /// Pulls its plug: first its links lose their carrier, so that no FIN or RST gets out, then everything on it dies at once. Returns when
@@ -376,6 +388,9 @@ impl Node {
         fs::write(file("kube-proxy.yaml"), proxy)?;
         let pods = include_str!("../../cluster/cni.json").replace("{PODS}", &self.plan.pods());
         fs::write(file("cni/10-pods.conflist"), pods)?;
+        if self.has_api_server() {
+            write_second_api_server(&self.folder, authority)?;
+        }
         // No names are looked up outside of the cluster.
         fs::write(file("resolv.conf"), "")?;
         Ok(())
@@ -405,6 +420,7 @@ impl Node {
                 ),
             ],
             NodeProgram::KubeProxy => vec!["--config=/run/node/kube-proxy.yaml".to_owned()],
+            NodeProgram::ApiServer => second_api_server(Path::new("/run/node"), &self.shared.options),
         };
         words
     }

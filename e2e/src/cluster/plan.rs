@@ -14,10 +14,15 @@
 //!      │ bridge cni0: pods 10.244.1.0/24                   │   10.244.2.0/24, …
 //!      └───────────────────────────────────────────────────┘
 //! ```
+//!
+//! With two API servers the second one is a program of n1 and dies with it. Both have the same etcd, and pods reach them by the service
+//! `kubernetes`; people, kubelets and the rest of the control plane ask the first one.
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+
+use anyhow::ensure;
 
 use crate::lab::Network;
 
@@ -53,6 +58,12 @@ pub fn api_address() -> Ipv4Addr {
 #[must_use]
 pub fn api_front_address() -> Ipv4Addr {
     Network::Management.address(2)
+}
+
+/// Where the second API server listens, if there is one: at the address of the node that it runs on, [`NodePlan::SECOND_API_SERVER`].
+#[must_use]
+pub fn second_api_address() -> Ipv4Addr {
+    NodePlan::SECOND_API_SERVER.address(Network::Management)
 }
 
 /// What nodes run on.
@@ -104,6 +115,8 @@ pub struct Options {
     pub api_version: Option<&'static str>,
     /// Whether nodes and pods reach the API server through an [`ApiProxy`](super::ApiProxy), which can falsify.
     pub api_proxy: bool,
+    /// How many API servers, 1 or 2; the second one runs on `n1`, a native node, and dies with it.
+    pub api_servers: u8,
     /// Gets lines of progress.
     pub say: Say,
 }
@@ -119,6 +132,7 @@ impl Default for Options {
             audit: false,
             api_version: None,
             api_proxy: false,
+            api_servers: 1,
             say: Arc::new(|line| eprintln!("cluster: {line}")),
         }
     }
@@ -147,6 +161,32 @@ impl Options {
         }
     }
 
+    /// Whether there is a second API server.
+    #[must_use]
+    pub(super) fn has_second_api_server(&self) -> bool {
+        self.api_servers == 2
+    }
+
+    /// Options that no cluster can have.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.nodes <= NODES_MAX,
+            "{} nodes: it must be 0 to {NODES_MAX}",
+            self.nodes
+        );
+        ensure!(
+            [1, 2].contains(&self.api_servers),
+            "{} API servers: it must be 1 or 2",
+            self.api_servers
+        );
+        let alone = self.nodes > 0 && self.emulated == 0 && !self.api_proxy && !self.audit;
+        ensure!(
+            alone || !self.has_second_api_server(),
+            "a second API server needs a native node n1, and does without audit log and proxy, which are the first one's: leave them out"
+        );
+        Ok(())
+    }
+
     pub(super) fn plans(&self) -> Vec<NodePlan> {
         let kind = |index| match index <= self.emulated {
             true => NodeKind::Emulated,
@@ -170,6 +210,12 @@ pub struct NodePlan {
 }
 
 impl NodePlan {
+    /// The node with the second API server, if there is one.
+    pub const SECOND_API_SERVER: Self = Self {
+        index: 1,
+        kind: NodeKind::Native,
+    };
+
     /// Its name.
     #[must_use]
     pub fn name(self) -> String {
@@ -210,6 +256,38 @@ impl NodePlan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_second_api_server_needs_a_node_of_its_kind() {
+        let two = |options: Options| Options {
+            api_servers: 2,
+            ..options
+        };
+        assert!(two(Options::default()).check().is_ok());
+        let refused = [
+            two(Options::emulated(2)),
+            two(Options {
+                nodes: 0,
+                ..Options::default()
+            }),
+            two(Options {
+                audit: true,
+                ..Options::default()
+            }),
+            two(Options {
+                api_proxy: true,
+                ..Options::default()
+            }),
+            Options {
+                api_servers: 3,
+                ..Options::default()
+            },
+        ];
+        for options in refused {
+            assert!(options.check().is_err());
+        }
+        assert!(Options::emulated(2).check().is_ok());
+    }
 
     #[test]
     fn the_first_nodes_are_emulated_and_one_beside_them_is_not() {

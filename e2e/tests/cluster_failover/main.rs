@@ -37,10 +37,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
     };
     let progress = Progress::new();
     let folder = place::new_folder("cluster-failover")?;
-    let setting = Setting {
-        profile: Profile::Dev,
-        api_proxy: false,
-    };
+    let setting = Setting::new(Profile::Dev);
     on_stage(&options, setting, &folder, &progress, |stage, cluster| {
         let mut acts = Acts::new(stage, cluster, &progress);
         acts.act("kill -9 of the engine", killed_engine)?;

@@ -8,7 +8,6 @@ use ftvm_crds::cpu::NodeCpu;
 use ftvm_crds::names::{ANNOTATION_CPU, LABEL_CPU};
 use ftvm_engine::kvm::{Kvm, cpu_of_host};
 use k8s_openapi::api::core::v1::Node;
-use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 
@@ -42,7 +41,7 @@ pub async fn publish(config: kube::Config, node: String, machine: Option<String>
 async fn write(config: &kube::Config, node: &str, machine: Option<&str>) -> Result<String, String> {
     let read = tokio::task::spawn_blocking(of_host).await;
     let cpu = read.map_err(|error| error.to_string())??;
-    let client = Client::try_from(config.clone()).map_err(|error| explain(&error))?;
+    let client = ftvm_watch::client(config.clone()).map_err(|error| explain(&error))?;
     let label = cpu.label();
     let patch = json!({"metadata": {"annotations": {ANNOTATION_CPU: cpu.annotation()}, "labels": {LABEL_CPU: label}}});
     let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));

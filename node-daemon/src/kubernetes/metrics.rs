@@ -205,6 +205,7 @@ fn gather(sources: &Sources) -> Result<String, prometheus::Error> {
     for (request, outcome, count) in sources.leases.counts() {
         requests.with_label_values(&[request, outcome]).inc_by(count);
     }
+    registry.register(Box::new(places(sources)?))?;
     gauge("ftvm_kvm_works", "1 while the KVM self-test passes")?.set(i64::from(sources.tested.trouble().is_none()));
     gauge("ftvm_api_server_synced", "1 once the API server's objects are known")?
         .set(i64::from(sources.health.is_synced()));
@@ -233,6 +234,19 @@ fn tell_refused(refused: &IntCounterVec, seat: [&str; 3], nics: &[NicConfig], to
             refused.with_label_values(&labels).inc_by(count);
         }
     }
+}
+
+/// The API server's addresses, of which there are a few, in their order.
+fn places(sources: &Sources) -> Result<IntGaugeVec, prometheus::Error> {
+    let places = Opts::new(
+        "ftvm_api_server_place",
+        "When an address of the API server is asked for records: the one with 0 first",
+    );
+    let places = IntGaugeVec::new(places, &["server"])?;
+    for (place, server) in (0..).zip(sources.leases.server().addresses()) {
+        places.with_label_values(&[server.as_str()]).set(place);
+    }
+    Ok(places)
 }
 
 #[cfg(test)]

@@ -244,6 +244,7 @@ fn the_daemons_own_figures_follow_what_happens() {
     for line in [
         "ftvm_kvm_works 0",
         "ftvm_api_server_synced 0",
+        r#"ftvm_api_server_place{server="127.0.0.1:9"} 0"#,
         r#"ftvm_arbiter_requests_total{outcome="unreachable",request="read"} 0"#,
         r#"ftvm_arbiter_requests_total{outcome="won",request="swap"} 0"#,
     ] {

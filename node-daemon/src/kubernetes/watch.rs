@@ -27,7 +27,7 @@ const WRITE_MAX: Duration = Duration::from_secs(5);
 
 /// Runs for ever.
 pub async fn run(config: kube::Config, node: Arc<Node>, health: Health) {
-    let client = match Client::try_from(config) {
+    let client = match ftvm_watch::client(config) {
         Ok(client) => client,
         Err(error) => {
             // The arbiter's client took the same configuration.

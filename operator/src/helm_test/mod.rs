@@ -19,7 +19,7 @@ use ftvm_crds::names::{ANNOTATION_FAILOVER, ANNOTATION_SWITCHOVER};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, PullPolicy};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::Status;
-use kube::{Client, Config, ResourceExt};
+use kube::{Config, ResourceExt};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout};
@@ -70,7 +70,7 @@ pub struct Options {
 pub async fn run(options: Options) -> Result<(), HelmTestError> {
     let end = signal(SignalKind::terminate()).map_err(HelmTestError::Signals)?;
     let interrupt = signal(SignalKind::interrupt()).map_err(HelmTestError::Signals)?;
-    let client = Client::try_from(Config::infer().await?)?;
+    let client = ftvm_watch::client(Config::infer().await?)?;
     let begin = Instant::now();
     let mut test = Test {
         vms: Api::namespaced(client, &options.namespace),

@@ -149,7 +149,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "cluster",
             about: "a real Kubernetes, its nodes made of namespaces",
-            budget: minutes(42),
+            budget: minutes(46),
             // Kubernetes itself is built from source.
             build: minutes(25),
             quick: false,

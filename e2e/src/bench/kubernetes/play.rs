@@ -34,10 +34,7 @@ pub fn measure(options: &Options, folder: &Path, progress: &Progress) -> anyhow:
         rounds: 2 * plan.nodes_lost + 2 * plan.applies,
         ..DemoOptions::default()
     };
-    let setting = stage::Setting {
-        profile: options.profile,
-        api_proxy: false,
-    };
+    let setting = stage::Setting::new(options.profile);
     on_stage(&play, setting, folder, progress, |mut stage, cluster| {
         let (mut killed, mut drained) = (Vec::new(), Vec::new());
         for _ in 0..plan.nodes_lost {

@@ -134,6 +134,28 @@ pub fn kvm_works(cluster: &Cluster) -> anyhow::Result<Vec<bool>> {
     works.collect()
 }
 
+/// Addresses of the API server as a host's daemon asks them for records, the first one first; and how many reads of records found one.
+///
+/// # Errors
+/// If the daemon does not answer, or does not say it.
+pub fn api_servers(cluster: &Cluster, host: usize) -> anyhow::Result<(Vec<String>, u64)> {
+    let address = cluster.nodes()[host].plan().address(Network::Management);
+    let (status, page) = cluster.http_get(SocketAddr::from((address, DAEMON_PORT)), "/metrics")?;
+    ensure!(status == 200, "{status}: {page}");
+    servers_and_reads(&page)
+}
+
+fn servers_and_reads(page: &str) -> anyhow::Result<(Vec<String>, u64)> {
+    let mut places = samples(page, "ftvm_api_server_place");
+    places.sort_by_key(|(_, place)| *place);
+    let addresses = places.iter().filter_map(|(labels, _)| labels.split('"').nth(1));
+    let requests = samples(page, "ftvm_arbiter_requests_total");
+    let found = |labels: &str| labels.contains("\"read\"") && labels.contains("\"found\"");
+    let reads = requests.iter().find(|(labels, _)| found(labels));
+    let (_, reads) = reads.context("no reads of records")?;
+    Ok((addresses.map(str::to_owned).collect(), *reads))
+}
+
 /// Messages of a machine's events of one reason, in no order.
 ///
 /// # Errors
@@ -413,6 +435,20 @@ mod tests {
         assert!(wrong(&line(2, 70, 1), 70..=70).contains("1 errors"));
         assert!(wrong("ftvm-guest: hello\n", 0..=70).contains("nothing of a journal"));
         assert!(wrong(&format!("{JOURNAL}2, 70 records\n"), 70..=70).contains("70 records"));
+    }
+
+    #[test]
+    fn servers_are_in_the_order_of_their_places() {
+        let page = "ftvm_api_server_place{server=\"10.96.0.1:443\"} 2\nftvm_api_server_place{server=\"10.77.0.11:6443\"} 0\n\
+            ftvm_api_server_place{server=\"10.77.0.1:6443\"} 1\n\
+            ftvm_arbiter_requests_total{outcome=\"found\",request=\"read\"} 7\n\
+            ftvm_arbiter_requests_total{outcome=\"won\",request=\"swap\"} 3\n";
+        let (servers, reads) = servers_and_reads(page).unwrap();
+        assert_eq!(
+            (servers.join(" ").as_str(), reads),
+            ("10.77.0.11:6443 10.77.0.1:6443 10.96.0.1:443", 7)
+        );
+        assert!(servers_and_reads("ftvm_kvm_works 1\n").is_err());
     }
 
     #[test]

@@ -67,19 +67,33 @@ pub struct Setting {
     pub profile: Profile,
     /// Whether nodes and pods reach the API server through a [`cluster::ApiProxy`].
     pub api_proxy: bool,
+    /// How many API servers ([`cluster::Options::api_servers`]).
+    pub api_servers: u8,
+}
+
+impl Setting {
+    /// One API server that all reach directly.
+    #[must_use]
+    pub fn new(profile: Profile) -> Self {
+        Self {
+            profile,
+            api_proxy: false,
+            api_servers: 1,
+        }
+    }
 }
 
 /// Runs the demonstration and prints its report.
 ///
 /// # Errors
 /// If the report can't be written; what goes wrong in the play itself is in the report.
-pub fn run(options: &Options, profile: Profile) -> anyhow::Result<ExitCode> {
+pub fn run(options: &Options, setting: Setting) -> anyhow::Result<ExitCode> {
     let progress = Progress::new();
     if options.guest == Guest::Embedded && !prerequisites::native_hosts_can_be_made(&progress) {
         return Ok(ExitCode::from(2));
     }
     let folder = place::new_folder(FOLDER)?;
-    let mut report = play(options, profile, &folder, &progress);
+    let mut report = play(options, setting, &folder, &progress);
     options.fault.name_of_nodes().clone_into(&mut report.fault);
     report.conclude(
         options,
@@ -89,15 +103,11 @@ pub fn run(options: &Options, profile: Profile) -> anyhow::Result<ExitCode> {
 }
 
 /// The whole play; an error outside of a round is a complaint too.
-pub fn play(options: &Options, profile: Profile, folder: &Path, progress: &Progress) -> Report {
-    play_on_stage(options, profile, folder, progress).unwrap_or_else(|error| Report::failed(options, &error, progress))
+pub fn play(options: &Options, setting: Setting, folder: &Path, progress: &Progress) -> Report {
+    play_on_stage(options, setting, folder, progress).unwrap_or_else(|error| Report::failed(options, &error, progress))
 }
 
-fn play_on_stage(options: &Options, profile: Profile, folder: &Path, progress: &Progress) -> anyhow::Result<Report> {
-    let setting = Setting {
-        profile,
-        api_proxy: false,
-    };
+fn play_on_stage(options: &Options, setting: Setting, folder: &Path, progress: &Progress) -> anyhow::Result<Report> {
     match options.guest {
         Guest::Embedded => on_stage(options, setting, folder, progress, |stage, cluster| {
             Ok(act(stage, cluster, folder, progress))
@@ -199,6 +209,7 @@ fn start(options: &Options, setting: Setting, folder: &Path, progress: &Progress
         images: images.archives(),
         volumes_per_node: volumes,
         api_proxy: setting.api_proxy,
+        api_servers: setting.api_servers,
         say: Arc::new(move |text| lines.say(text)),
         ..kind
     })?;

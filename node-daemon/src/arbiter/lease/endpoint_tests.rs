@@ -14,8 +14,11 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 
 use super::endpoints::{Endpoint, Endpoints, OWN_MAX, Sender, TURN};
-use super::tests::{PATIENCE, UID, VM, far, first, lease, read_request, status, text};
+use super::tests::{PATIENCE, UID, VM, far, first, keep, lease, read_request, status, text};
 use super::*;
+
+#[path = "order_tests.rs"]
+mod order_of_servers;
 
 /// The name that every API server proves to have.
 const NAME: &str = "kubernetes.default.svc";
@@ -165,6 +168,10 @@ enum Mood {
     SaysToPut(u16),
     /// Writes, and is cut off before it answers.
     CutAfterPut,
+    /// Answers after so long.
+    Slow(Duration),
+    /// Tells what was there before anything else.
+    Lags,
 }
 
 struct Seen {
@@ -243,8 +250,9 @@ impl ApiServer {
                 continue;
             }
             let length = body.len();
+            let wait = if code == 429 { "retry-after: 1\r\n" } else { "" };
             let answer = format!(
-                "HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+                "HTTP/1.1 {code} X\r\n{wait}content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
             );
             if stream
                 .write_all(answer.as_bytes())
@@ -269,8 +277,12 @@ impl ApiServer {
             seen.mood
         };
         self.seen.1.notify_all();
+        if let Mood::Slow(time) = mood {
+            std::thread::sleep(time);
+        }
         let answer = match (mood, method) {
             (Mood::Dead, _) => (0, String::new()),
+            (Mood::Lags, "GET") => (200, text(&lease("1", &first()))),
             (Mood::Says(code), _) | (Mood::SaysToPut(code), "PUT") => (code, status(code, "InternalError")),
             (Mood::CutAfterPut, "PUT") => {
                 self.store.put(body);
@@ -410,7 +422,7 @@ fn addresses_where_nobody_answers_cost_a_turn_each() {
     for nobody in [&gone, &silent] {
         // Alone, it is waited for until the deadline, and nothing is sent.
         let alone = cluster.arbiter(nobody.address, &[]);
-        alone.keep(lease("10", &first()));
+        keep(&alone, lease("10", &first()));
         let soon = Instant::now() + 2 * TURN;
         let (outcome, why) = alone.swap(UID.parse().unwrap(), 10, &Record { term: 2, ..first() }, soon);
         assert_eq!(outcome, SwapOutcome::NotSent, "{why:?}");

@@ -4,12 +4,15 @@
 //! guest has to be taken over, so nothing here waits long for one server alone.
 //!
 //! ```text
-//!   first ◄── answered
+//!   first ◄── answered within TURN
 //!      own addresses of the API servers, mixed          (servers.rs)
 //!      the configured one, which is usually their service's, and leads to whichever of them
-//!   last  ◄── an error, nothing for TURN (its idle connections are dropped), 401, 403, 429 and 5xx
+//!   last  ◄── an error, nothing for TURN (its idle connections are dropped), an old answer, 401, 403, 429 and 5xx
 //!      those to which no connection comes about
 //! ```
+//!
+//! A swap begins with the server that answered the read before it, wherever requests of other machines have put that one since, unless it
+//! was put back: it was seen alive, and has what the swap is over.
 //!
 //! Connecting is a race (as in RFC 8305): an idle connection of the first one; else a new one to it, and every [`TURN`], or as soon as one
 //! fails, to the next as well. Whichever stands first wins. A connection carries no request before it has won, so those that
@@ -43,9 +46,19 @@ pub(super) const OWN_MAX: usize = 8;
 const IDLE_MAX: usize = 4;
 /// A connection that was idle for longer is not used again: the server may be closing it just now.
 const IDLE_TIME_MAX: Duration = Duration::from_secs(20);
+/// So often at most it is told of a server that it lags behind. After a restored backup all do, with each machine's record, until that is newer
+/// again.
+const LAG_TOLD_EVERY: Duration = Duration::from_secs(600);
 
 /// A connection that stands and carries no request.
 pub(super) type Sender = SendRequest<Full<Bytes>>;
+
+/// Who said something, and when.
+#[derive(Debug, Clone)]
+pub(super) struct Teller {
+    address: String,
+    at: Instant,
+}
 
 /// One address.
 pub(super) struct Endpoint {
@@ -56,6 +69,10 @@ pub(super) struct Endpoint {
     told: AtomicBool,
     /// The last attempt to connect came to nothing: whoever is only slow is asked before it.
     unreached: AtomicBool,
+    /// When it was put back last.
+    put_back: Mutex<Option<Instant>>,
+    /// When it was told last that it lags behind.
+    lag_told: Mutex<Option<Instant>>,
 }
 
 impl Endpoint {
@@ -65,7 +82,36 @@ impl Endpoint {
             idle: Mutex::default(),
             told: AtomicBool::new(false),
             unreached: AtomicBool::new(false),
+            put_back: Mutex::default(),
+            lag_told: Mutex::default(),
         })
+    }
+
+    /// Of what it has said just now.
+    pub(super) fn teller(&self) -> Teller {
+        Teller {
+            address: self.address.clone(),
+            at: Instant::now(),
+        }
+    }
+
+    fn put_back(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.put_back.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is this one, and was not put back since.
+    fn is(&self, teller: &Teller) -> bool {
+        self.address == teller.address && self.put_back().is_none_or(|at| at < teller.at)
+    }
+
+    /// It was not told for a long time that it lags behind; now it is.
+    pub(super) fn lag_is_news(&self) -> bool {
+        let mut told = self.lag_told.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_news = told.is_none_or(|at| at.elapsed() >= LAG_TOLD_EVERY);
+        if is_news {
+            *told = Some(Instant::now());
+        }
+        is_news
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<(Instant, Sender)>> {
@@ -127,6 +173,15 @@ impl Endpoints {
         self.order().clone()
     }
 
+    /// The same for a write over what was read: who told that comes first, unless it was put back since.
+    pub(super) fn in_order_after(&self, read: &Teller) -> Vec<Arc<Endpoint>> {
+        let mut order = self.in_order();
+        if let Some(place) = order.iter().position(|endpoint| endpoint.is(read)) {
+            order[..=place].rotate_right(1);
+        }
+        order
+    }
+
     fn order(&self) -> MutexGuard<'_, Vec<Arc<Endpoint>>> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -168,8 +223,32 @@ impl Endpoints {
         }
     }
 
-    /// This one is asked last from now on, but before those that can't even be reached, unless it is one of them.
+    /// It lives, and whoever is in a hurry asks another one first.
+    pub(super) fn answered_late(&self, endpoint: &Arc<Endpoint>) {
+        endpoint.unreached.store(false, Ordering::Relaxed);
+        self.put_last(endpoint);
+    }
+
+    /// What it said is older than what was seen before.
+    pub(super) fn lags(&self, teller: &Teller) {
+        let order = self.in_order();
+        if let Some(endpoint) = order.iter().find(|endpoint| endpoint.address == teller.address) {
+            self.passed_over(endpoint);
+            // Not as other faults, of which the next answer is the end: an old answer is an answer.
+            if order.len() > 1 && endpoint.lag_is_news() {
+                tracing::warn!("the API server at {} is asked last: it lags behind", endpoint.address);
+            }
+        }
+    }
+
+    /// This one is asked last from now on.
     pub(super) fn passed_over(&self, endpoint: &Arc<Endpoint>) {
+        *endpoint.put_back() = Some(Instant::now());
+        self.put_last(endpoint);
+    }
+
+    /// Last, but before those that can't even be reached, unless it is one of them.
+    fn put_last(&self, endpoint: &Arc<Endpoint>) {
         let is_unreached = |endpoint: &Endpoint| endpoint.unreached.load(Ordering::Relaxed);
         self.put(endpoint, |order| {
             let reached = order.iter().rposition(|other| !is_unreached(other));

@@ -9,22 +9,25 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Either, select};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, RETRY_AFTER, USER_AGENT};
 use hyper::{Method, Request, StatusCode, Uri};
 use rustls::pki_types::ServerName;
 use tokio::time::timeout_at;
 use tokio_rustls::TlsConnector;
 
-use super::endpoints::{Endpoint, Endpoints, Sender, TURN};
+use super::endpoints::{Endpoint, Endpoints, Sender, TURN, Teller};
 
 /// Longest answer; a Lease has a few hundred bytes.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
+/// A server that has too much to do is asked again after this time at the latest. It is the shortest that servers can say in seconds: who says
+/// more is asked earlier than it would like, for a takeover may wait for it.
+const WAIT_MAX: Duration = Duration::from_secs(1);
 /// What is said of a deadline.
 const LATE: &str = "nothing by the deadline";
 
@@ -56,7 +59,14 @@ pub struct HttpAnswer {
     pub status: StatusCode,
     /// Its body.
     pub body: Bytes,
+    /// Who said it.
+    pub(super) teller: Teller,
+    /// When it may be asked again, if it has too much to do now.
+    wait: Option<Duration>,
 }
+
+/// What a request came to.
+pub(super) type Outcome = Result<HttpAnswer, RequestError>;
 
 impl HttpAnswer {
     /// The server says that it can't do now, or not at all, what another one may be able to do. One that has just begun, or that can't ask
@@ -167,27 +177,31 @@ impl Server {
         }
     }
 
-    /// Asks for something and reads the answer; what is not there at the deadline does not count any more.
+    /// Reads something; what is not there at the deadline does not count any more.
     ///
     /// # Errors
     /// [`RequestError`] says whether anything was sent.
-    pub async fn ask(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<Vec<u8>>,
-        deadline: Instant,
-    ) -> Result<HttpAnswer, RequestError> {
-        let is_read = method == Method::GET;
-        let request = self.request(method, path, body)?;
-        let order = self.endpoints.in_order();
-        if is_read {
-            return self.read(request, order, deadline).await;
-        }
+    pub async fn read(&self, path: &str, deadline: Instant) -> Outcome {
+        let request = self.request(Method::GET, path, None)?;
+        self.read_among(request, self.endpoints.in_order(), deadline).await
+    }
+
+    /// Writes something over what was `read`: to one server and no other, and for as long as the caller waits. It is the one that has just
+    /// been found alive by that read (rule 2), unless it was put back since; so a shorter time would save little, and leave in doubt what a
+    /// slow one would have told.
+    ///
+    /// # Errors
+    /// [`RequestError`] says whether anything was sent.
+    pub(super) async fn write(&self, path: &str, body: Vec<u8>, read: &Teller, deadline: Instant) -> Outcome {
+        let request = self.request(Method::PUT, path, Some(body))?;
+        let order = self.endpoints.in_order_after(read);
         let (endpoint, sender) = self.connect(&order, deadline).await?;
-        // To one server and no other, and for as long as the caller waits. The read that goes before each swap (rule 2) has just found
-        // this server alive, so a shorter time would save little, and leave in doubt what a slow one would have told.
         self.send(&endpoint, sender, request, deadline).await
+    }
+
+    /// What this one said is older than what was seen before: another one may know better.
+    pub(super) fn lags(&self, teller: &Teller) {
+        self.endpoints.lags(teller);
     }
 
     /// A read of the first of these; and of the others, if it has not answered within its turn, or says that it can't.
@@ -195,24 +209,31 @@ impl Server {
     /// This is where a server that died is noticed: an engine reads, then swaps, each within its deadline. A read that waited for one
     /// server alone would cost a takeover that whole deadline. Rule 2 wants a read that is made in this attempt and past every cache. Each of
     /// these is, whoever answers it, and none of them changes anything, however late it arrives.
-    fn read(
+    fn read_among(
         &self,
         request: Request<Full<Bytes>>,
         among: Vec<Arc<Endpoint>>,
         deadline: Instant,
-    ) -> BoxFuture<'_, Result<HttpAnswer, RequestError>> {
+    ) -> BoxFuture<'_, Outcome> {
         async move {
             let (endpoint, sender) = self.connect(&among, deadline).await?;
             let others = among.into_iter().filter(|other| !Arc::ptr_eq(other, &endpoint));
             let others: Vec<_> = others.collect();
             let mut first = pin!(self.send(&endpoint, sender, request.clone(), deadline));
             if others.is_empty() {
-                return first.await;
+                let outcome = first.await;
+                return self.again(&endpoint, outcome, request, deadline).await;
             }
             match tokio::time::timeout(TURN, &mut first).await {
                 Ok(outcome) if is_of_use(&outcome) => outcome,
-                Ok(outcome) => or(outcome, self.read(request, others, deadline)).await,
-                Err(_) => match select(first, self.read(request, others, deadline)).await {
+                Ok(outcome) => {
+                    let again = pin!(self.again(&endpoint, outcome, request.clone(), deadline));
+                    match select(again, self.read_among(request, others, deadline)).await {
+                        Either::Left((outcome, rest)) => or(outcome, rest).await,
+                        Either::Right((outcome, rest)) => or(outcome, rest).await,
+                    }
+                }
+                Err(_) => match select(first, self.read_among(request, others, deadline)).await {
                     Either::Left((outcome, rest)) => or(outcome, rest).await,
                     Either::Right((outcome, rest)) => {
                         if is_of_use(&outcome) {
@@ -224,6 +245,29 @@ impl Server {
             }
         }
         .boxed()
+    }
+
+    /// This outcome of a read; or, if the server has too much to do, what it says when it may be asked again. Once: it is not to be asked
+    /// more often than it likes by all machines of a node, and the caller has a deadline. Others are asked meanwhile.
+    async fn again(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        outcome: Outcome,
+        request: Request<Full<Bytes>>,
+        deadline: Instant,
+    ) -> Outcome {
+        let Some(wait) = outcome.as_ref().ok().and_then(|answer| answer.wait) else {
+            return outcome;
+        };
+        // Not all at the same time.
+        let percent = u32::try_from(crate::random::u128() % 100).unwrap_or_default();
+        let wait = wait.min(WAIT_MAX) + TURN * percent / 100;
+        if Instant::now() + wait >= deadline {
+            return outcome;
+        }
+        tokio::time::sleep(wait).await;
+        let (endpoint, sender) = self.connect(std::slice::from_ref(endpoint), deadline).await?;
+        self.send(&endpoint, sender, request, deadline).await
     }
 
     async fn connect(
@@ -244,13 +288,14 @@ impl Server {
         mut sender: Sender,
         request: Request<Full<Bytes>>,
         deadline: Instant,
-    ) -> Result<HttpAnswer, RequestError> {
+    ) -> Outcome {
         // The process may have been stopped since; an attempt that is over must not reach the server any more.
         if Instant::now() >= deadline {
             return Err(self.not_sent(LATE));
         }
         let until = deadline.into();
         let turn = (tokio::time::Instant::now() + TURN).min(until);
+        let mut late = false;
         let outcome = {
             let mut answer = pin!(exchange(endpoint, &mut sender, request));
             match timeout_at(turn, &mut answer).await {
@@ -258,6 +303,7 @@ impl Server {
                 Err(_) => {
                     // Others need not wait for it, too.
                     self.endpoints.slow(endpoint);
+                    late = true;
                     let outcome = timeout_at(until, answer).await;
                     outcome.unwrap_or_else(|_| Err(unanswered(endpoint, LATE)))
                 }
@@ -269,9 +315,10 @@ impl Server {
         };
         match &outcome {
             Ok(answer) => {
-                match answer.is_refusal_to_work() {
-                    true => self.endpoints.passed_over(endpoint),
-                    false => self.endpoints.answered(endpoint),
+                match (answer.is_refusal_to_work(), late) {
+                    (true, _) => self.endpoints.passed_over(endpoint),
+                    (false, true) => self.endpoints.answered_late(endpoint),
+                    (false, false) => self.endpoints.answered(endpoint),
                 }
                 endpoint.keep(sender);
             }
@@ -311,11 +358,7 @@ impl Server {
 }
 
 /// Sends one request over one connection and reads the answer.
-async fn exchange(
-    endpoint: &Endpoint,
-    sender: &mut Sender,
-    request: Request<Full<Bytes>>,
-) -> Result<HttpAnswer, RequestError> {
+async fn exchange(endpoint: &Endpoint, sender: &mut Sender, request: Request<Full<Bytes>>) -> Outcome {
     let answer = match sender.try_send_request(request).await {
         Ok(answer) => answer,
         // hyper gives the request back exactly if it did not begin to write it.
@@ -335,10 +378,21 @@ async fn exchange(
     let (head, body) = answer.into_parts();
     let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
     let body = body.map_err(|error| unanswered(endpoint, error))?.to_bytes();
+    let is_busy = head.status == StatusCode::TOO_MANY_REQUESTS;
     Ok(HttpAnswer {
         status: head.status,
         body,
+        teller: endpoint.teller(),
+        wait: is_busy.then(|| retry_after(&head.headers)),
     })
+}
+
+/// When a server that has too much to do may be asked again. A date, or nothing, is no time.
+fn retry_after(headers: &HeaderMap) -> Duration {
+    let seconds = headers
+        .get(RETRY_AFTER)
+        .and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    seconds.map_or(WAIT_MAX, Duration::from_secs)
 }
 
 fn unanswered(endpoint: &Endpoint, why: impl ToString) -> RequestError {
@@ -349,15 +403,12 @@ fn unanswered(endpoint: &Endpoint, why: impl ToString) -> RequestError {
 }
 
 /// Another server would not say it better.
-fn is_of_use(outcome: &Result<HttpAnswer, RequestError>) -> bool {
+fn is_of_use(outcome: &Outcome) -> bool {
     outcome.as_ref().is_ok_and(|answer| !answer.is_refusal_to_work())
 }
 
 /// This outcome of a read, if it is of use, or else the other one.
-async fn or(
-    outcome: Result<HttpAnswer, RequestError>,
-    other: impl Future<Output = Result<HttpAnswer, RequestError>>,
-) -> Result<HttpAnswer, RequestError> {
+async fn or(outcome: Outcome, other: impl Future<Output = Outcome>) -> Outcome {
     if is_of_use(&outcome) {
         return outcome;
     }

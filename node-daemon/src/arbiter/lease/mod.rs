@@ -19,7 +19,8 @@
 //! behind, and counts as none: it would pass for a changed record, over which no older PUT can land any more (rule 2).
 //!
 //! There may be several API servers, and the one that was asked last may just have died with the machine that is to be replaced.
-//! `http` says what is asked of whom: a read of another one as well, soon; a PUT of one alone.
+//! `http` says what is asked of whom: a read of another one as well, soon; a PUT of one alone, the one that answered the read. One whose
+//! answer is old is asked last from then on, and the read goes on with the others.
 
 mod endpoints;
 mod http;
@@ -33,7 +34,7 @@ use ftvm_crds::lease::{check_owner, set_record, snapshot};
 use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
 use ftvm_protocol::identity::{ArbiterUid, VmId};
 use ftvm_protocol::record::Record;
-use hyper::{Method, StatusCode};
+use hyper::StatusCode;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Status;
 use k8s_openapi::jiff::Timestamp;
@@ -42,6 +43,7 @@ use tokio::runtime::Runtime;
 pub use http::{HttpAnswer, RequestError, Server, ServerError};
 pub use servers::follow_servers;
 
+use self::endpoints::Teller;
 use super::{Arbiter, Said};
 
 /// A read takes no longer; whoever asked has usually given up before.
@@ -122,33 +124,49 @@ pub struct LeaseArbiter {
     path: String,
     vm: String,
     vm_id: VmId,
-    /// What was read or written last, as the API server gave it: the object that a swap changes.
-    last: Mutex<Option<Lease>>,
+    /// What was read or written last, as an API server gave it: the object that a swap changes.
+    last: Mutex<Option<(Lease, Teller)>>,
     /// Newest version that the API server ever told.
     newest: Mutex<u64>,
 }
 
 /// What a read came to.
 enum Read {
-    Found(Box<Lease>),
+    /// By whom.
+    Found(Box<Lease>, Teller),
+    /// Something newer was seen before.
+    Old,
     Gone,
     Unreachable,
 }
 
 impl LeaseArbiter {
-    fn ask(&self, method: Method, body: Option<Vec<u8>>, deadline: Instant) -> Result<HttpAnswer, RequestError> {
-        let ask = self.leases.server.ask(method, &self.path, body, deadline);
-        self.leases.runtime.block_on(ask)
-    }
-
     /// The Lease as it is now: without `resourceVersion` the API server reads its store, not its cache.
     fn get(&self, deadline: Instant) -> Said<Read> {
-        let newest = self.newest();
-        let answer = match self.ask(Method::GET, None, deadline) {
-            Ok(answer) => answer,
-            Err(error) => return (Read::Unreachable, Some(error.to_string())),
-        };
-        let said = self.describe(&answer);
+        // Each server may lag behind; the last one's old answer is the last word.
+        let mut left = self.leases.server.addresses().len();
+        loop {
+            let newest = self.newest();
+            let reading = self.leases.server.read(&self.path, deadline);
+            let answer = match self.leases.runtime.block_on(reading) {
+                Ok(answer) => answer,
+                Err(error) => return (Read::Unreachable, Some(error.to_string())),
+            };
+            let (read, why) = self.judge(&answer, newest);
+            if !matches!(read, Read::Old) {
+                return (read, why);
+            }
+            self.leases.server.lags(&answer.teller);
+            left = left.saturating_sub(1);
+            if left == 0 || Instant::now() >= deadline {
+                return (Read::Unreachable, why);
+            }
+        }
+    }
+
+    /// What an answer to a read is, if this version was seen before it was asked for.
+    fn judge(&self, answer: &HttpAnswer, newest: u64) -> Said<Read> {
+        let said = self.describe(answer);
         match answer.status {
             StatusCode::OK => match serde_json::from_slice::<Lease>(&answer.body) {
                 Ok(lease) if version(&lease) < newest => {
@@ -157,15 +175,15 @@ impl LeaseArbiter {
                         self.path,
                         version(&lease)
                     );
-                    (Read::Unreachable, Some(why))
+                    (Read::Old, Some(why))
                 }
                 Ok(lease) => {
                     self.saw(&lease);
-                    (Read::Found(Box::new(lease)), None)
+                    (Read::Found(Box::new(lease), answer.teller.clone()), None)
                 }
                 Err(error) => (Read::Unreachable, Some(format!("Lease {}: {error}", self.path))),
             },
-            StatusCode::NOT_FOUND if says(&answer, "NotFound") => (Read::Gone, Some(said)),
+            StatusCode::NOT_FOUND if says(answer, "NotFound") => (Read::Gone, Some(said)),
             _ => (Read::Unreachable, Some(said)),
         }
     }
@@ -186,31 +204,36 @@ impl LeaseArbiter {
         *newest = version(lease).max(*newest);
     }
 
-    fn keep(&self, lease: Lease) {
+    fn keep(&self, lease: Lease, teller: Teller) {
         self.saw(&lease);
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(lease);
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some((lease, teller));
     }
 
-    /// The object of this version, or what is true of a swap without it.
-    fn base(&self, uid: ArbiterUid, version: u64, deadline: Instant) -> Result<Lease, Box<Said<SwapOutcome>>> {
+    /// The object of this version and who told it, or what is true of a swap without it.
+    fn base(
+        &self,
+        uid: ArbiterUid,
+        version: u64,
+        deadline: Instant,
+    ) -> Result<(Lease, Teller), Box<Said<SwapOutcome>>> {
         let is_it = |lease: &Lease| snapshot(lease).is_ok_and(|found| (found.uid, found.version) == (uid, version));
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(lease) = last.filter(is_it) {
-            return Ok(lease);
+        if let Some(base) = last.filter(|(lease, _)| is_it(lease)) {
+            return Ok(base);
         }
         match self.get(deadline) {
-            (Read::Found(lease), _) => {
+            (Read::Found(lease, teller), _) => {
                 if let Err(error) = check_owner(&lease, &self.vm, self.vm_id) {
                     return Err(Box::new((SwapOutcome::NotSent, Some(error.to_string()))));
                 }
                 if is_it(&lease) {
-                    return Ok(*lease);
+                    return Ok((*lease, teller));
                 }
                 // A version that is not the newest never is again.
                 let why = format!("Lease {} has another version than {version} by now", self.path);
                 Err(Box::new((SwapOutcome::Conflict, Some(why))))
             }
-            (Read::Gone | Read::Unreachable, why) => Err(Box::new((SwapOutcome::NotSent, why))),
+            (Read::Gone | Read::Old | Read::Unreachable, why) => Err(Box::new((SwapOutcome::NotSent, why))),
         }
     }
 }
@@ -243,15 +266,15 @@ impl Arbiter for LeaseArbiter {
 impl LeaseArbiter {
     fn try_read(&self) -> Said<ReadOutcome> {
         let (read, why) = self.get(Instant::now() + READ_MAX);
-        let lease = match read {
-            Read::Found(lease) => *lease,
+        let (lease, teller) = match read {
+            Read::Found(lease, teller) => (*lease, teller),
             Read::Gone => return (ReadOutcome::Gone, why),
-            Read::Unreachable => return (ReadOutcome::Unreachable, why),
+            Read::Old | Read::Unreachable => return (ReadOutcome::Unreachable, why),
         };
         let found = check_owner(&lease, &self.vm, self.vm_id).and_then(|()| snapshot(&lease));
         match found {
             Ok(found) => {
-                self.keep(lease);
+                self.keep(lease, teller);
                 (ReadOutcome::Found(found), None)
             }
             Err(error) => (ReadOutcome::Unreachable, Some(error.to_string())),
@@ -259,8 +282,8 @@ impl LeaseArbiter {
     }
 
     fn try_swap(&self, uid: ArbiterUid, version: u64, record: &Record, deadline: Instant) -> Said<SwapOutcome> {
-        let mut lease = match self.base(uid, version, deadline) {
-            Ok(lease) => lease,
+        let (mut lease, teller) = match self.base(uid, version, deadline) {
+            Ok(base) => base,
             Err(said) => return *said,
         };
         if snapshot(&lease).is_ok_and(|current| record.term <= current.record.term) {
@@ -274,7 +297,9 @@ impl LeaseArbiter {
             Ok(body) => body,
             Err(error) => return (SwapOutcome::NotSent, Some(error.to_string())),
         };
-        match self.ask(Method::PUT, Some(body), deadline) {
+        let server = &self.leases.server;
+        let writing = server.write(&self.path, body, &teller, deadline);
+        match self.leases.runtime.block_on(writing) {
             Err(error @ RequestError::NotSent { .. }) => (SwapOutcome::NotSent, Some(error.to_string())),
             Err(error @ RequestError::Unanswered { .. }) => (SwapOutcome::Unknown, Some(error.to_string())),
             Ok(answer) if answer.status == StatusCode::CONFLICT && says(&answer, "Conflict") => {
@@ -296,7 +321,7 @@ impl LeaseArbiter {
         let said = self.describe(answer);
         let doubt = |why: &str| (SwapOutcome::Unknown, Some(format!("{said}; {why}")));
         match self.get(deadline) {
-            (Read::Found(lease), _) => match snapshot(&lease) {
+            (Read::Found(lease, _), _) => match snapshot(&lease) {
                 Ok(found) if found.record == *record => {
                     doubt("yet what it refused is there: something between repeated it")
                 }
@@ -306,7 +331,7 @@ impl LeaseArbiter {
             },
             // It names the UID: it can't land in another object.
             (Read::Gone, _) => (SwapOutcome::Conflict, Some(said)),
-            (Read::Unreachable, why) => doubt(&why.unwrap_or_default()),
+            (Read::Old | Read::Unreachable, why) => doubt(&why.unwrap_or_default()),
         }
     }
 
@@ -318,7 +343,7 @@ impl LeaseArbiter {
                 let found = lease.and_then(|lease| Some((snapshot(&lease).ok()?, lease)));
                 match found {
                     Some((found, lease)) if found.record == *record && found.uid == uid && found.version != version => {
-                        self.keep(lease);
+                        self.keep(lease, answer.teller.clone());
                         (SwapOutcome::Won(found), None)
                     }
                     _ => {

@@ -12,9 +12,9 @@ use std::time::Duration;
 use ftvm_watch::lasting;
 use futures::StreamExt;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Api;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
-use kube::{Api, Client};
 
 use super::Server;
 use super::endpoints::OWN_MAX;
@@ -28,7 +28,7 @@ const REFUSED: (Duration, Duration) = (Duration::from_secs(2), Duration::from_se
 
 /// Tells the server its own addresses, for ever.
 pub async fn follow_servers(config: kube::Config, server: Arc<Server>) {
-    let client = match Client::try_from(config) {
+    let client = match ftvm_watch::client(config) {
         Ok(client) => client,
         // The arbiter's client took the same configuration.
         Err(error) => return only_configured(&crate::explain(&error)),
