@@ -28,6 +28,7 @@ mod late;
 mod lead;
 mod leave;
 mod limits;
+mod nics;
 pub mod process;
 mod seat;
 mod seat_watch;

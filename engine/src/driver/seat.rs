@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::{IpAddr, TcpListener};
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,8 +14,9 @@ use super::follow::{OpenDisks, Place};
 use super::guest::SeatMachine;
 use super::late::Route;
 use super::limits::EpochLimits;
+use super::nics::{Nic, duplicate_taps, host_sink, net_backends, open_nics};
 use super::{Queue, hand_over, seat_watch};
-use crate::backends::{DiskBackend, NetBackend};
+use crate::backends::DiskBackend;
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
 use crate::control::header_file::{HeaderFile, HeaderFileError};
@@ -39,10 +39,7 @@ use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{Offer, ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::{ClosedDisks, SeatVolume, Settler, StandbyDisks, StandbyDisksError};
 use crate::replication::storage::{FileStorage, Storage};
-use crate::seat_io::{
-    Claims, DiskLog, Guard, HostSink, Inbox, NicPlace, Refused, SeatConsole, SeatDisk, SeatNic, discard_queued,
-    queued_for,
-};
+use crate::seat_io::{DiskLog, Inbox, NicPlace, Refused, SeatConsole, SeatDisk, discard_queued, queued_for};
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Why a seat can't be prepared.
@@ -129,7 +126,7 @@ impl SeatError {
     }
 }
 
-fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> SeatError {
+pub(super) fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> SeatError {
     move |source| SeatError::System { what, source }
 }
 
@@ -346,64 +343,12 @@ fn open_volumes(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Arc<SeatVolu
     Ok(volumes)
 }
 
-struct Nic {
-    name: String,
-    mac: [u8; 6],
-    claims: Claims,
-    refused: Arc<Refused>,
-    mtu: u16,
-    tap: File,
-}
-
-fn open_nics(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Nic>, SeatError> {
-    let mut nics = Vec::new();
-    for nic in &launch.nics {
-        let mac = parse_mac(&nic.mac).ok_or_else(|| SeatError::Mac {
-            nic: nic.name.clone(),
-            mac: nic.mac.clone(),
-        })?;
-        let tap: OwnedFd = fds.take(nic.tap, &nic.name)?;
-        nics.push(Nic {
-            name: nic.name.clone(),
-            mac,
-            claims: Claims::new(mac, &nic.addresses),
-            refused: Arc::default(),
-            mtu: nic.mtu,
-            tap: tap.into(),
-        });
-    }
-    Ok(nics)
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2)?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    parts.next().is_none().then_some(mac)
-}
-
 struct Parts {
     machine: Machine,
     devices: Arc<DeviceSet>,
     inbox: Arc<Inbox>,
     taps: Vec<File>,
     macs: Vec<[u8; 6]>,
-}
-
-fn duplicate_taps(nics: &[Nic]) -> Result<Vec<File>, SeatError> {
-    let taps = nics.iter().map(|nic| nic.tap.try_clone()).collect::<Result<_, _>>();
-    taps.map_err(system("duplicating a tap's descriptor"))
-}
-
-fn host_sink(nics: &[Nic], console: File, dropped: &Arc<AtomicU64>) -> Result<HostSink, SeatError> {
-    Ok(HostSink {
-        taps: duplicate_taps(nics)?,
-        console,
-        dropped: dropped.clone(),
-    })
 }
 
 /// Starts the thread that looks whether the seat's program lives.
@@ -504,32 +449,6 @@ fn disk_configs(launch: &Launch) -> Vec<DiskConfig> {
         read_only: disk.read_only,
     };
     launch.disks.iter().map(config).collect()
-}
-
-fn net_backends(
-    nics: Vec<Nic>,
-    queue: &Queue,
-    gate: &Arc<PauseGate>,
-    outbox: &Arc<Outbox>,
-    inbox: &Arc<Inbox>,
-) -> Result<Vec<Box<dyn NetBackend>>, DeviceError> {
-    let mut backends: Vec<Box<dyn NetBackend>> = Vec::new();
-    for (index, nic) in nics.into_iter().enumerate() {
-        let (gate, outbox, inbox) = (gate.clone(), outbox.clone(), inbox.clone());
-        let place = NicPlace {
-            nic: index as u8,
-            mac: nic.mac,
-        };
-        let warns = queue.clone();
-        let tell = move |text: String| warns.warn(format!("network card {}: {text}", nic.name));
-        let guard = Guard::new(nic.claims, nic.refused, tell);
-        let backend = SeatNic::new(place, nic.tap, guard, gate, outbox, inbox).map_err(|source| DeviceError::Wake {
-            device: format!("network interface {index}"),
-            source,
-        });
-        backends.push(Box::new(backend?));
-    }
-    Ok(backends)
 }
 
 fn disk_backends(launch: &Launch, volumes: &[Arc<SeatVolume>], log: &Arc<DiskLog>) -> Vec<Box<dyn DiskBackend>> {
