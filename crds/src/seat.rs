@@ -214,7 +214,9 @@ impl SeatPublished {
 
 /// What a leader of the operator wrote as [`ANNOTATION_LOOK`]; none, too, if it is longer than any that it draws.
 pub fn look(annotations: &BTreeMap<String, String>) -> Option<&String> {
-    annotations.get(ANNOTATION_LOOK).filter(|look| look.len() <= LOOK_BYTES_MAX)
+    annotations
+        .get(ANNOTATION_LOOK)
+        .filter(|look| look.len() <= LOOK_BYTES_MAX)
 }
 
 impl SeatRequest {

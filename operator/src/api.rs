@@ -3,7 +3,8 @@
 use std::fmt::Debug;
 
 use ftvm_crds::names::{
-    ANNOTATION_NODES, ANNOTATION_REQUEST, FINALIZER, MANAGED_BY, authority_secret_name, identity_secret_name,
+    ANNOTATION_LOOK, ANNOTATION_NODES, ANNOTATION_REQUEST, FINALIZER, MANAGED_BY, authority_secret_name,
+    identity_secret_name,
 };
 use ftvm_crds::quantity::QuantityError;
 use ftvm_crds::seat::SeatRequest;
@@ -362,6 +363,17 @@ impl Objects {
         // Plain data with text keys always encodes.
         let text = serde_json::to_string(request).unwrap_or_default();
         let metadata = json!({ "uid": uid, "resourceVersion": version, "annotations": { ANNOTATION_REQUEST: text } });
+        self.merge::<Pod>(pod, json!({ "metadata": metadata }))
+            .await
+            .map(|_| ())
+    }
+
+    /// Asks a seat's daemon to repeat what was drawn. Over whatever the pod is: of two leaders that ask, each asks again.
+    ///
+    /// # Errors
+    /// If the API server refuses, or the pod is another one.
+    pub async fn ask_for_word(&self, pod: &str, uid: &str, drawn: &str) -> Result<(), ApiError> {
+        let metadata = json!({ "uid": uid, "annotations": { ANNOTATION_LOOK: drawn } });
         self.merge::<Pod>(pod, json!({ "metadata": metadata }))
             .await
             .map(|_| ())

@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod decide;
 pub mod election;
 pub mod events;
+pub mod first_look;
 pub mod helm_test;
 pub mod image_volumes;
 pub mod metrics;

@@ -19,12 +19,13 @@ use crate::caches::Caches;
 use crate::cpu;
 use crate::decide::{self, Action, Decision, Want, decide, want};
 use crate::events::{Events, RECONCILE_FAILED};
+use crate::first_look::Looked;
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, PodPhase, Refusal};
 use crate::refusal::{self, Last, Refused};
 use crate::status;
-use crate::waits::{Looks, backoff, jittered, pause, refused_wait};
+use crate::waits::{self, backoff, jittered, pause, refused_wait};
 
 /// What a VM has once is applied anew after this time, so that a deleted object comes back.
 const SHARED_EVERY: Duration = Duration::from_secs(3600);
@@ -56,14 +57,15 @@ pub struct Context {
     pub memory: Mutex<HashMap<String, Memory>>,
 }
 
-/// What this process remembers of a VM; nothing depends on it.
+/// What this process remembers of a VM while it leads; nothing depends on it but how long is waited.
 #[derive(Default, Clone)]
 pub struct Memory {
     failures: u32,
     /// What came of the last attempt to make something.
     last: Last,
     shared: Option<(u64, Instant)>,
-    identities: Looks,
+    identities: waits::Looks,
+    looked: Option<Looked>,
     /// resourceVersion of the VM after what this process wrote last, and when that was.
     written: Option<(u64, Instant)>,
 }
@@ -118,11 +120,11 @@ pub fn again(vm: Arc<FaultTolerantVM>, error: &ApiError, context: Arc<Context>) 
 async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError> {
     let namespace = vm.namespace().ok_or_else(|| ApiError::Unread(vm.name_any()))?;
     let objects = Objects::new(context.client.clone(), context.metrics.clone(), &namespace);
-    let mut seen = context.recall(context.caches.observe(vm));
+    let mut seen = context.recall(context.caches.observe(vm), Looked::told);
     let mut decision = decide(&seen);
     if decision.needs_certainty(&seen) {
         match context.caches.observe_fresh(&objects, &vm.name_any()).await? {
-            Some(fresh) => seen = context.recall(fresh),
+            Some(fresh) => seen = context.recall(fresh, Looked::read),
             None => return Ok(Next::await_change()),
         }
         decision = decide(&seen);
@@ -391,6 +393,7 @@ async fn apply(
                 objects.request(seat, uid, &pod.version, request).await?;
             }
         }
+        Action::AskForWord { seat, uid, drawn } => objects.ask_for_word(seat, uid, drawn).await?,
         Action::DeletePod {
             seat,
             uid,
@@ -476,12 +479,17 @@ impl Context {
         change(memory.entry(vm.uid().unwrap_or_default()).or_default())
     }
 
-    /// What was observed, with what is known of an earlier refusal.
-    fn recall(&self, seen: Observed) -> Observed {
-        let uid = seen.vm.uid().unwrap_or_default();
-        let last = self.memories().get(&uid).map(|memory| memory.last.clone());
+    /// What was observed, with what is known of an earlier refusal and of the first look at the VM. `take`: by the watches, or past the caches.
+    fn recall(&self, seen: Observed, take: fn(&mut Looked, &Observed, Instant)) -> Observed {
+        let now = Instant::now();
+        let (last, first_look) = self.remember(&seen.vm, |memory| {
+            let looks = memory.looked.get_or_insert_with(|| Looked::new(&seen, now));
+            take(looks, &seen, now);
+            (memory.last.clone(), looks.first(now))
+        });
         Observed {
-            refused: last.unwrap_or_default().seen(&seen.vm, Instant::now()),
+            refused: last.seen(&seen.vm, now),
+            first_look,
             ..seen
         }
     }

@@ -14,6 +14,8 @@
 //! Invariant: a Lease that is gone is made anew only from what seats vouch for ([`ftvm_protocol::recreation`]), never from what the operator remembers.
 //! Invariant: no pod of a seat that the record names is taken away while one of its claims is being deleted, unless its volumes are to go.
 //! Invariant: the book never has more than two seats.
+//! Invariant: nothing that costs a disk, or has a guest booted, is decided from what a leader read first: whoever the record names has said it since, or had
+//! the time for it (`words`).
 //! Invariant: when everything is as it should be, there is nothing to do.
 
 mod asked;
@@ -24,6 +26,7 @@ mod recreate;
 mod run;
 mod spare;
 mod trouble;
+mod words;
 
 use std::time::Duration;
 
@@ -104,6 +107,15 @@ pub enum Action {
         /// What.
         request: SeatRequest,
     },
+    /// Ask a seat's daemon to say what it knows now, and to repeat what this leader drew with it.
+    AskForWord {
+        /// The seat.
+        seat: String,
+        /// UID of its pod.
+        uid: String,
+        /// What was drawn.
+        drawn: String,
+    },
     /// Delete a pod.
     DeletePod {
         /// The seat.
@@ -130,7 +142,10 @@ impl Action {
     /// Is it more than a write over exactly what was observed, or one that any later look would correct?
     fn needs_certainty(&self) -> bool {
         // What names a Lease's nodes, too: over an old version it would come to nothing until the watch tells the new one.
-        !matches!(self, Action::AddFinalizer | Action::Admit { .. })
+        !matches!(
+            self,
+            Action::AddFinalizer | Action::Admit { .. } | Action::AskForWord { .. }
+        )
     }
 
     /// Does it make something? That may be refused without anything being wrong with the rest: a quota, a policy, a name that does not exist.
@@ -449,8 +464,12 @@ pub(crate) mod rig;
 #[cfg(test)]
 mod rig_disks;
 #[cfg(test)]
+mod rig_lease;
+#[cfg(test)]
 mod spare_tests;
 #[cfg(test)]
 mod stuck_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod words_tests;

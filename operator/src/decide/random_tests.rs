@@ -163,6 +163,9 @@ fn walk(seed: u64) -> usize {
         if random.below(8) == 0 {
             ask(&mut world, &mut random, step);
         }
+        if seed.is_multiple_of(3) && step % 80 == 79 {
+            world.new_leader(&format!("leader-{step}"));
+        }
         match random.below(8) {
             // Keeps what it saw for later.
             0 => old = Some((world.observe(), world.version)),

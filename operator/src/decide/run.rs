@@ -12,6 +12,7 @@ use kube::ResourceExt;
 
 use super::recreate::recreate;
 use super::spare::{is_spare, never_ran, newest};
+use super::words::{self, are_told, await_words};
 use super::{
     Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, claim_trouble, claims, former,
     holder, is_genesis, is_named, lease_is_strange, needed, pod, record, seat_id, trouble,
@@ -78,6 +79,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     }
     let runs = guest_runs(seen, record, &decision.book);
     let spare = is_spare(seen, record, &decision.book);
+    let (told, mut waits) = (are_told(seen, record, &decision.book), false);
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
     let replacements = decision.replacements;
     let book = decision.book.clone();
@@ -95,8 +97,9 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         if genesis && (gone || cpu.as_ref().is_some_and(|cpu| is_unfit(seen, entry, cpu))) {
             // No guest ever ran. The record names a pod that is gone: begin anew instead of guessing what its disks hold. Or the pod
             // was placed before the CPU was chosen, where no engine can have it.
-            entry.leaving = !leaving;
-            leaving = true;
+            waits = true;
+            entry.leaving = told && !leaving;
+            leaving |= told;
             continue;
         }
         let trouble = (alone && !named).then(|| super::trouble(seen, entry)).flatten();
@@ -112,20 +115,24 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         let since = lost_since(seen, entry, trouble.as_ref());
         entry.lost_since = Some(Time(since));
         let lost = Duration::try_from(seen.now.duration_since(since)).unwrap_or_default();
-        if lost < patience {
-            sooner(&mut decision.recheck, patience - lost);
-        } else if !leaving && spare && (genesis || helps(seen, &book, entry, trouble.as_ref())) {
+        let left = patience.saturating_sub(lost).max(words::left(seen, patience));
+        waits = true;
+        if !left.is_zero() {
+            sooner(&mut decision.recheck, left);
+        } else if told && !leaving && spare && (genesis || helps(seen, &book, entry, trouble.as_ref())) {
             entry.leaving = true;
             leaving = true;
         }
     }
     if genesis && !has_original(seen, record, &decision.book) {
         // Disks of seats that were not the original are made to get everything by replication: no guest can begin there.
-        for entry in &mut decision.book {
-            if was_admitted(entry) {
-                entry.leaving = true;
-            }
+        for entry in decision.book.iter_mut().filter(|entry| was_admitted(entry)) {
+            waits = true;
+            entry.leaving |= told;
         }
+    }
+    if waits && !told {
+        await_words(seen, record, decision);
     }
 }
 
@@ -175,6 +182,9 @@ fn remove_leaving(seen: &Observed, record: &Record, decision: &mut Decision) {
     let Some(entry) = leaving.filter(|entry| genesis || spare && !is_named(entry, record)) else {
         return;
     };
+    if !are_told(seen, record, &decision.book) {
+        return await_words(seen, record, decision);
+    }
     if remove_seat(seen, &entry, &mut decision.actions) {
         decision.book.retain(|other| other.name != entry.name);
         decision.replacements += 1;
@@ -295,9 +305,12 @@ fn waited_for_nodes(seen: &Observed) -> Duration {
     let since = status
         .condition(CPU_CHOSEN)
         .filter(|condition| condition.status == "False");
-    since.map_or(Duration::ZERO, |condition| {
+    let waited = since.map_or(Duration::ZERO, |condition| {
         Duration::try_from(seen.now.duration_since(condition.last_transition_time.0)).unwrap_or_default()
-    })
+    });
+    // That time may be of a backup.
+    let first = seen.first_look.as_ref();
+    first.map_or(waited, |first| waited.min(first.age))
 }
 
 /// The seats that stay, in the order in which they are made: whoever has the guest's state comes first, for what is left of a quota may be
@@ -391,8 +404,13 @@ fn follow_original(seen: &Observed, record: &Record, decision: &mut Decision) {
     }
     let pods = book.iter().filter_map(|entry| seen.pods.get(&entry.name));
     let mut placed = pods.filter(|pod| is_placed(seen, pod));
-    if let Some(original) = placed.find_map(|pod| pod.uid.parse().ok()) {
+    let Some(original) = placed.find_map(|pod| pod.uid.parse().ok()) else {
+        return;
+    };
+    if are_told(seen, record, &decision.book) {
         decision.actions.push(Action::RewriteGenesis { original });
+    } else {
+        await_words(seen, record, decision);
     }
 }
 
@@ -427,6 +445,10 @@ fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> 
     let away = |entry: &SeatEntry| needed(seen, entry, record).any(|(_, ended)| !ended);
     if anyone_is_heard_of(seen, &book) || book.iter().any(away) {
         return false;
+    }
+    if !are_told(seen, record, &book) {
+        await_words(seen, record, decision);
+        return true;
     }
     let text: String = accepted.text.chars().take(asked::REQUEST_LENGTH_MAX).collect();
     let id = format!("{ACCEPT_DATA_LOSS}-{}-{}-{text}", record.term, record.holder.start);
@@ -466,6 +488,9 @@ fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
         && age < RESTART_AFTER
     {
         return sooner(&mut decision.recheck, RESTART_AFTER - age);
+    }
+    if !are_told(seen, record, &decision.book) {
+        return await_words(seen, record, decision);
     }
     let id = format!("start-{}", record.term);
     let order = Order::Start {
