@@ -142,10 +142,7 @@ impl Action {
     /// Is it more than a write over exactly what was observed, or one that any later look would correct?
     fn needs_certainty(&self) -> bool {
         // What names a Lease's nodes, too: over an old version it would come to nothing until the watch tells the new one.
-        !matches!(
-            self,
-            Action::AddFinalizer | Action::Admit { .. } | Action::AskForWord { .. }
-        )
+        !matches!(self, Action::AddFinalizer | Action::Admit { .. })
     }
 
     /// Does it make something? That may be refused without anything being wrong with the rest: a quota, a policy, a name that does not exist.
