@@ -18,7 +18,7 @@ use crate::observe::{LeaseSeen, Observed};
 /// or of an earlier release. A daemon needs for it, once an API server is there again: up to 60 s until its watch asks again, 10 s until it knows that
 /// the watch does not lag, and one write.
 pub const TOLD: Duration = Duration::from_secs(120);
-/// Versions that go backwards are another first look so often at most: caches and what is read past them differ for a while.
+/// Versions that go backwards are another first look so often at most: until the watches know of a restored store, they tell of the former one.
 const ANEW: Duration = Duration::from_secs(10);
 
 /// What decisions know of a first look.
@@ -36,8 +36,8 @@ pub struct Looked {
     began: Instant,
     /// None: the VM had no seats, so nobody had anything to say.
     drawn: Option<String>,
-    /// resourceVersions of what the watches told last, by UID.
-    told: BTreeMap<String, u64>,
+    /// The highest resourceVersions that were seen of what is there, by UID.
+    highest: BTreeMap<String, u64>,
 }
 
 impl Looked {
@@ -47,24 +47,29 @@ impl Looked {
         Looked {
             began: now,
             drawn: (!is_bare).then(|| draw(seen)),
-            told: versions(seen),
+            highest: versions(seen),
         }
     }
 
-    /// This is what the watches tell.
-    pub fn told(&mut self, seen: &Observed, now: Instant) {
-        self.read(seen, now);
-        self.told = versions(seen);
+    /// This is what the watches tell. They may lag, or tell something once more, which proves nothing.
+    pub fn told(&mut self, seen: &Observed, _: Instant) {
+        let known = std::mem::take(&mut self.highest);
+        let higher = |(uid, version): (String, u64)| {
+            let version = known.get(&uid).map_or(version, |known| version.max(*known));
+            (uid, version)
+        };
+        self.highest = versions(seen).into_iter().map(higher).collect();
     }
 
-    /// This was read past the caches, which may be behind it and never before it.
+    /// This was read past every cache. If anything of it is older than what was seen, the store is another one.
     pub fn read(&mut self, seen: &Observed, now: Instant) {
         let versions = versions(seen);
-        let mut known = self.told.iter();
+        let mut known = self.highest.iter();
         let is_back = known.any(|(uid, known)| versions.get(uid).is_some_and(|version| version < known));
         if is_back && now.saturating_duration_since(self.began) >= ANEW {
             (self.began, self.drawn) = (now, Some(draw(seen)));
         }
+        self.highest = versions;
     }
 
     /// What decisions are to know; none: nothing can be older than this leader.
@@ -114,20 +119,20 @@ mod tests {
     #[test]
     fn of_a_vm_that_has_nothing_nothing_can_be_old() {
         let (mut world, now) = (World::new(3), Instant::now());
-        let mut looks = Looked::new(&world.observe(), now);
+        let mut looked = Looked::new(&world.observe(), now);
         assert!(world.settle(60));
-        looks.told(&world.observe(), now + seconds(60));
-        assert_eq!(looks.first(now + seconds(60)), None);
+        looked.told(&world.observe(), now + seconds(60));
+        assert_eq!(looked.first(now + seconds(60)), None);
     }
 
     #[test]
     fn patience_begins_with_the_first_look_of_each_leader() {
         let (mut world, now) = (world(), Instant::now());
-        let mut looks = Looked::new(&world.observe(), now);
-        let first = looks.first(now).unwrap();
+        let mut looked = Looked::new(&world.observe(), now);
+        let first = looked.first(now).unwrap();
         assert_eq!(first.age, Duration::ZERO);
-        looks.told(&world.observe(), now + seconds(50));
-        let later = looks.first(now + seconds(50)).unwrap();
+        looked.told(&world.observe(), now + seconds(50));
+        let later = looked.first(now + seconds(50)).unwrap();
         assert_eq!((later.age, &later.drawn), (seconds(50), &first.drawn));
         let next = Looked::new(&world.observe(), now + seconds(60)).first(now + seconds(60));
         let next = next.unwrap();
@@ -143,7 +148,7 @@ mod tests {
         world.pods.get_mut(&name).unwrap().version = "200".to_owned();
         let seen = world.observe();
         let now = Instant::now();
-        let young = |looks: &Looked, at: Duration| looks.first(now + at).unwrap().age.is_zero();
+        let age = |looked: &Looked, at: Duration| looked.first(now + at).unwrap().age;
         let lower: [fn(&mut Observed); 3] = [
             |seen| seen.vm.metadata.resource_version = Some("99".to_owned()),
             |seen| {
@@ -159,13 +164,14 @@ mod tests {
         for lower in lower {
             let mut old = seen.clone();
             lower(&mut old);
-            for take in [Looked::told, Looked::read] {
-                let mut looks = Looked::new(&seen, now);
-                take(&mut looks, &seen, now + seconds(20));
-                assert!(!young(&looks, seconds(20)), "nothing went backwards");
-                take(&mut looks, &old, now + seconds(30));
-                assert!(young(&looks, seconds(30)));
-            }
+            let mut looked = Looked::new(&seen, now);
+            looked.told(&seen, now + seconds(10));
+            looked.read(&seen, now + seconds(20));
+            // A watch that lags, or is replayed.
+            looked.told(&old, now + seconds(30));
+            assert_eq!(age(&looked, seconds(30)), seconds(30), "nothing went backwards");
+            looked.read(&old, now + seconds(40));
+            assert_eq!(age(&looked, seconds(40)), Duration::ZERO);
         }
     }
 
@@ -177,14 +183,14 @@ mod tests {
         world.pods.get_mut(&name).unwrap().version = "100000".to_owned();
         let fresh = world.observe();
         let now = Instant::now();
-        let mut looks = Looked::new(&cached, now);
+        let mut looked = Looked::new(&cached, now);
         for second in [20, 40, 60] {
-            looks.told(&cached, now + seconds(second));
-            looks.read(&fresh, now + seconds(second));
+            looked.told(&cached, now + seconds(second));
+            looked.read(&fresh, now + seconds(second));
         }
         world.pods.remove(&name);
-        looks.told(&world.observe(), now + seconds(80));
-        assert_eq!(looks.first(now + seconds(80)).unwrap().age, seconds(80));
+        looked.read(&world.observe(), now + seconds(80));
+        assert_eq!(looked.first(now + seconds(80)).unwrap().age, seconds(80));
     }
 
     /// Until the watches know as well, one restored store is not one first look after the other.
@@ -196,16 +202,16 @@ mod tests {
         world.vm.metadata.resource_version = Some("90".to_owned());
         let restored = world.observe();
         let now = Instant::now();
-        let mut looks = Looked::new(&cached, now);
-        looks.read(&restored, now + seconds(20));
-        let drawn = looks.first(now).unwrap().drawn;
+        let mut looked = Looked::new(&cached, now);
+        looked.read(&restored, now + seconds(20));
+        let drawn = looked.first(now).unwrap().drawn;
         for second in 21..29 {
-            looks.told(&cached, now + seconds(second));
-            looks.read(&restored, now + seconds(second));
+            looked.told(&cached, now + seconds(second));
+            looked.read(&restored, now + seconds(second));
         }
-        looks.told(&restored, now + seconds(29));
-        looks.told(&restored, now + seconds(60));
-        let first = looks.first(now + seconds(60)).unwrap();
+        looked.told(&restored, now + seconds(29));
+        looked.read(&restored, now + seconds(60));
+        let first = looked.first(now + seconds(60)).unwrap();
         assert_eq!((first.drawn, first.age), (drawn, seconds(40)));
     }
 }

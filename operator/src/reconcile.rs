@@ -483,9 +483,9 @@ impl Context {
     fn recall(&self, seen: Observed, take: fn(&mut Looked, &Observed, Instant)) -> Observed {
         let now = Instant::now();
         let (last, first_look) = self.remember(&seen.vm, |memory| {
-            let looks = memory.looked.get_or_insert_with(|| Looked::new(&seen, now));
-            take(looks, &seen, now);
-            (memory.last.clone(), looks.first(now))
+            let looked = memory.looked.get_or_insert_with(|| Looked::new(&seen, now));
+            take(looked, &seen, now);
+            (memory.last.clone(), looked.first(now))
         });
         Observed {
             refused: last.seen(&seen.vm, now),
