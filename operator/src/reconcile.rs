@@ -125,7 +125,10 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
     if decision.needs_certainty(&seen) {
         match context.caches.observe_fresh(&objects, &vm.name_any()).await? {
             Some(fresh) => seen = context.recall(fresh, Looked::read),
-            None => return Ok(Next::await_change()),
+            None => {
+                context.forget(vm);
+                return Ok(Next::await_change());
+            }
         }
         decision = decide(&seen);
     }

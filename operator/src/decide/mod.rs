@@ -271,7 +271,7 @@ pub fn decide(seen: &Observed) -> Decision {
     book_of_pods(seen, &mut decision.book);
     if let Some(record) = record(seen) {
         former::prove(seen, &record.snapshot.record, &mut decision.book);
-        former::outlive(seen, &record.snapshot.record, &mut decision.book);
+        former::outlive(seen, &record.snapshot.record, &mut decision);
     }
     match want(seen) {
         Want::Run => run::run(seen, &mut decision),
