@@ -28,7 +28,7 @@ mod trouble;
 use std::time::Duration;
 
 use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
-use ftvm_crds::seat::{SeatRequest, SeatRole};
+use ftvm_crds::seat::{SeatPublished, SeatRequest, SeatRole};
 use ftvm_crds::{AskedFor, ChosenCpu, RunStrategy, SeatEntry};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId, Term};
 use ftvm_protocol::record::Record;
@@ -41,7 +41,7 @@ pub use end::stop_refused;
 pub use former::{OUT_OF_SERVICE, away, needed, nodes_to_ask, proof_may_come, unproven};
 pub use recreate::{all_go_by, recreation};
 pub use run::{ACCEPT_DATA_LOSS, is_known};
-pub use spare::{is_old_copy, is_spare};
+pub use spare::{is_old_copy, is_spare, was_newer};
 pub use trouble::{Trouble, trouble};
 
 /// Seats of a VM.
@@ -204,7 +204,7 @@ impl Decision {
             })
         });
         // A cache may be behind what the status was written by.
-        let older = record(seen).is_some_and(|found| seen.status().term > Some(found.snapshot.record.term));
+        let older = record(seen).is_some_and(|found| was_newer(seen, &found.snapshot.record));
         older
             || lost
             || former::proves(old, &self.book)
@@ -343,6 +343,11 @@ pub fn pod<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a PodSeen> {
     (entry.pod_uid.as_deref() == Some(&pod.uid)).then_some(pod)
 }
 
+/// What the daemon of that pod says, if it can be read.
+pub fn published<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a SeatPublished> {
+    pod(seen, entry)?.published.as_ref().ok()
+}
+
 /// Does the seat's engine run, or is it about to?
 pub fn has_engine(pod: &PodSeen) -> bool {
     match &pod.published {
@@ -359,8 +364,7 @@ pub fn anyone_is_heard_of(seen: &Observed, book: &[SeatEntry]) -> bool {
 
 /// Does a seat's daemon say that its engine runs the guest?
 pub fn says_active(seen: &Observed, entry: &SeatEntry) -> bool {
-    let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
-    published.is_some_and(|published| published.role == Some(SeatRole::Active))
+    published(seen, entry).is_some_and(|published| published.role == Some(SeatRole::Active))
 }
 
 /// Does a seat's daemon, on a node that is ready, say that its engine has the guest, or follows the one that does? Where no node is ready it is the

@@ -14,7 +14,7 @@ use super::recreate::recreate;
 use super::spare::{is_spare, never_ran, newest};
 use super::{
     Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, claim_trouble, claims, former,
-    holder, is_genesis, is_named, lease_is_strange, needed, pod, record, seat_id, trouble,
+    holder, is_genesis, is_named, lease_is_strange, needed, pod, record, says_active, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -187,12 +187,7 @@ pub(super) fn whole_seconds(now: Timestamp) -> Time {
 }
 
 fn guest_runs(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
-    let pod = holder(book, record).and_then(|entry| pod(seen, entry));
-    pod.is_some_and(|pod| {
-        pod.published
-            .as_ref()
-            .is_ok_and(|published| published.role == Some(SeatRole::Active))
-    })
+    holder(book, record).is_some_and(|entry| says_active(seen, entry))
 }
 
 /// One step of a seat's removal; true once nothing is left to do.

@@ -13,7 +13,7 @@ use crate::cpu;
 use crate::decide::{
     ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, goes_with_vm, is_genesis,
     is_known, is_named, is_old_copy, is_spare, lease_is_strange, needed, pod, proof_may_come, record, recreation,
-    says_active, stop_refused, unbound_for, unproven, want,
+    says_active, stop_refused, unbound_for, unproven, want, was_newer,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
@@ -266,8 +266,7 @@ pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<(Option<&'
             return Some((Some(HOLDER_UNKNOWN), unknown_holder(seen, book, record)));
         }
         let unnamed = |entry: &SeatEntry| says_active(seen, entry) && !is_named(entry, record);
-        let lower = seen.status().term > Some(record.term);
-        if is_old_copy(seen, record, book) && (lower || book.iter().any(unnamed)) {
+        if is_old_copy(seen, record, book) && (was_newer(seen, record) || book.iter().any(unnamed)) {
             let text = "; the VM's Lease is an old copy: delete it, whoever has the guest is stopped by the one that is made anew";
             return Some((Some(LEASE_OLDER), text.to_owned()));
         }

@@ -11,7 +11,8 @@ use kube::ResourceExt;
 use super::obstacles::{Obstacle, obstacle};
 use super::{STORAGE_HEALTHY, Said, said};
 use crate::decide::{
-    self, ClaimTrouble, Want, claim_trouble, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod, want,
+    self, ClaimTrouble, Want, claim_trouble, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod,
+    published, want,
 };
 use crate::observe::{Observed, PodPhase};
 
@@ -31,7 +32,7 @@ pub(super) fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
         return said(STORAGE_HEALTHY, false, found.reason, found.message);
     }
     for entry in book {
-        let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
+        let published = published(seen, entry);
         if let Some(published) = published
             && let Some(failing) = &published.storage
         {
