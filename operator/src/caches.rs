@@ -116,6 +116,7 @@ impl Caches {
             now: Timestamp::now(),
             draws: [random::u64(), random::u64()],
             refused: None,
+            accepted_for: None,
         }
     }
 
@@ -162,6 +163,7 @@ impl Caches {
             now: Timestamp::now(),
             draws: [random::u64(), random::u64()],
             refused: None,
+            accepted_for: None,
         }))
     }
 }

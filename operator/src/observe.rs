@@ -41,6 +41,8 @@ pub struct Observed {
     pub draws: [u64; 2],
     /// What the API server refused to make when it was asked last.
     pub refused: Option<Refusal>,
+    /// For how long this process has seen that nobody has the guest, and that a person accepts the loss that the annotation names.
+    pub accepted_for: Option<Duration>,
 }
 
 /// Something could not be made, and won't be until a person does something.

@@ -17,7 +17,7 @@ use crate::authority::authority;
 use crate::build::{self, GuestFiles, SeatImage};
 use crate::caches::Caches;
 use crate::cpu;
-use crate::decide::{self, Action, Decision, Want, decide, want};
+use crate::decide::{self, Acceptance, Action, Decision, Want, accepted_since, decide, want};
 use crate::events::{Events, RECONCILE_FAILED};
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
@@ -64,6 +64,7 @@ pub struct Memory {
     last: Last,
     shared: Option<(u64, Instant)>,
     identities: Looks,
+    acceptance: Acceptance<Instant>,
     /// resourceVersion of the VM after what this process wrote last, and when that was.
     written: Option<(u64, Instant)>,
 }
@@ -476,12 +477,16 @@ impl Context {
         change(memory.entry(vm.uid().unwrap_or_default()).or_default())
     }
 
-    /// What was observed, with what is known of an earlier refusal.
+    /// What was observed, with what is known of an earlier refusal, and of since when a loss is accepted.
     fn recall(&self, seen: Observed) -> Observed {
-        let uid = seen.vm.uid().unwrap_or_default();
-        let last = self.memories().get(&uid).map(|memory| memory.last.clone());
+        let now = Instant::now();
+        let (refused, since) = self.remember(&seen.vm, |memory| {
+            let since = accepted_since(&mut memory.acceptance, &seen, now);
+            (memory.last.seen(&seen.vm, now), since)
+        });
         Observed {
-            refused: last.unwrap_or_default().seen(&seen.vm, Instant::now()),
+            refused,
+            accepted_for: since.map(|since| now.saturating_duration_since(since)),
             ..seen
         }
     }

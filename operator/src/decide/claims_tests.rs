@@ -77,6 +77,7 @@ fn a_claim_that_is_gone_is_not_replaced_by_an_empty_one() {
     // Going on with the other seat's disks: the holder's own seat is not waited for.
     let annotations = world.vm.metadata.annotations.get_or_insert_default();
     annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), format!("{holder}@{term}"));
+    world.pass_for_words();
     let actions = decide(&world.observe()).actions;
     let order = Order::AcceptDataLoss {
         holder,

@@ -20,6 +20,7 @@ mod asked;
 mod claims;
 mod end;
 mod former;
+mod loss;
 mod recreate;
 mod run;
 mod spare;
@@ -27,10 +28,10 @@ mod trouble;
 
 use std::time::Duration;
 
-use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
+use ftvm_crds::names::FINALIZER;
 use ftvm_crds::seat::{SeatPublished, SeatRequest, SeatRole};
 use ftvm_crds::{AskedFor, ChosenCpu, RunStrategy, SeatEntry};
-use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId, Term};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
 
@@ -39,8 +40,9 @@ use crate::observe::{LeaseSeen, Observed, PodSeen};
 pub use claims::{BINDING, ClaimTrouble, claim_trouble, goes_with_vm, unbound_for};
 pub use end::stop_refused;
 pub use former::{OUT_OF_SERVICE, away, needed, nodes_to_ask, proof_may_come, unproven};
+pub use loss::{ACCEPT_DATA_LOSS, Acceptance, WORD_WITHIN, accepted_loss, accepted_since, word_of};
 pub use recreate::{all_go_by, recreation};
-pub use run::{ACCEPT_DATA_LOSS, is_known};
+pub use run::is_known;
 pub use spare::{is_old_copy, is_spare, was_newer};
 pub use trouble::{Trouble, trouble};
 
@@ -383,35 +385,9 @@ pub fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
     (ready || deaf) && has
 }
 
-/// What a person wrote into the annotation for a data loss: `HOLDER@TERM`, and any text behind it.
-pub struct AcceptedLoss<'a> {
-    holder: Incarnation,
-    term: Term,
-    text: &'a str,
-}
-
-impl AcceptedLoss<'_> {
-    /// Of exactly this record? Whatever is written after it is another matter.
-    pub fn is_of(&self, record: &Record) -> bool {
-        (self.holder, self.term) == (record.holder, record.term)
-    }
-}
-
 /// Which machine a node is, as its kubelet tells it.
 pub fn machine(seen: &Observed, node: &str) -> Option<String> {
     seen.nodes.get(node)?.machine().map(str::to_owned)
-}
-
-/// The annotation, if it makes sense.
-pub fn accepted_loss(seen: &Observed) -> Option<AcceptedLoss<'_>> {
-    let text = seen.vm.annotations().get(ANNOTATION_ACCEPT_DATA_LOSS)?.trim();
-    let (of, text) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-    let (holder, term) = of.split_once('@')?;
-    Some(AcceptedLoss {
-        holder: holder.parse().ok()?,
-        term: term.parse().ok()?,
-        text: text.trim(),
-    })
 }
 
 /// Enters where pods are, and that they are gone.
@@ -446,6 +422,8 @@ mod cpu_tests;
 mod first_tests;
 #[cfg(test)]
 mod former_tests;
+#[cfg(test)]
+mod loss_tests;
 #[cfg(test)]
 mod random_tests;
 #[cfg(test)]

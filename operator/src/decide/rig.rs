@@ -15,7 +15,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::rig_disks::Disk;
-use super::{Action, Decision, decide, is_genesis, is_named};
+use super::{Acceptance, Action, Decision, decide, is_genesis, is_named};
 use crate::cpu;
 use crate::observe::{ClaimSeen, LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen, Record as Found};
 use crate::status;
@@ -99,6 +99,8 @@ pub struct World {
     pub executed: BTreeMap<String, DoneRequest>,
     /// What is on the volumes, by the UID of their claims.
     pub disks: BTreeMap<String, Disk>,
+    /// What the operator remembers.
+    pub acceptance: Acceptance<Timestamp>,
 }
 
 impl World {
@@ -122,6 +124,7 @@ impl World {
             kills: Vec::new(),
             executed: BTreeMap::new(),
             disks: BTreeMap::new(),
+            acceptance: None,
         }
     }
 
@@ -131,7 +134,7 @@ impl World {
     }
 
     pub fn observe(&mut self) -> Observed {
-        Observed {
+        let seen = Observed {
             vm: self.vm.clone(),
             lease: match &self.lease {
                 None => LeaseSeen::Missing,
@@ -147,7 +150,9 @@ impl World {
             now: self.now,
             draws: [self.next() * 7919, self.next() * 7919],
             refused: None,
-        }
+            accepted_for: None,
+        };
+        self.recall(seen)
     }
 
     pub fn book(&self) -> Vec<SeatEntry> {

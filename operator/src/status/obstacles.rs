@@ -11,9 +11,9 @@ use super::API_SERVER_REFUSES;
 use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
-    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, goes_with_vm, is_genesis,
-    is_known, is_named, is_old_copy, is_spare, lease_is_strange, needed, pod, proof_may_come, record, recreation,
-    says_active, stop_refused, unbound_for, unproven, want, was_newer,
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, WORD_WITHIN, Want, accepted_loss, anyone_is_heard_of, away,
+    goes_with_vm, is_genesis, is_known, is_named, is_old_copy, is_spare, lease_is_strange, needed, pod, proof_may_come,
+    record, recreation, says_active, stop_refused, unbound_for, unproven, want, was_newer, word_of,
 };
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
@@ -184,7 +184,8 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     let away = waits().find_map(|entry| Some((entry, gone(seen, entry, record)?, false)));
     let off = || waits().find_map(|entry| Some((entry, off(seen, entry, record)?, true)));
     let Some((entry, node, proven)) = away.or_else(off) else {
-        return book.iter().find_map(|entry| loss_refused(seen, entry));
+        let refused = book.iter().find_map(|entry| loss_refused(seen, entry));
+        return refused.or_else(|| loss_waits(seen, &book, record));
     };
     let say = |how: &str| format!("make sure that it is switched off and say so ({how}), and ");
     let say = match (proven, seen.nodes.contains_key(&node)) {
@@ -330,6 +331,19 @@ fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
         format!(
             "seat {} does not boot over the loss that was accepted: {why}. It is asked again, later and later",
             entry.name
+        ),
+    ))
+}
+
+/// A loss was accepted, and a seat that may have the newest disk has told nothing yet.
+fn loss_waits(seen: &Observed, book: &[SeatEntry], record: &Record) -> Option<Obstacle> {
+    accepted_loss(seen).filter(|accepted| accepted.is_of(record))?;
+    let (entry, _) = word_of(seen, book)?;
+    let (seat, seconds) = (&entry.name, WORD_WITHIN.as_secs());
+    Some(obstacle(
+        "DataLossWaits",
+        format!(
+            "a loss was accepted, and seat {seat}, whose disk may be the newest, has not told yet what it has: that is waited for, for {seconds} s at most"
         ),
     ))
 }
