@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, VmPhase};
 use ftvm_watch::UnreadableObjects;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::runtime::controller::Action as Next;
 use kube::runtime::events::EventType;
 use kube::{Client, Resource, ResourceExt};
@@ -23,7 +24,7 @@ use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, PodPhase, Refusal};
 use crate::refusal::{self, Last, Refused};
-use crate::status;
+use crate::status::{self, NOT_RUNNING};
 use crate::waits::{Looks, backoff, jittered, pause, refused_wait};
 
 /// What a VM has once is applied anew after this time, so that a deleted object comes back.
@@ -542,6 +543,16 @@ fn precedes(read: Option<u64>, written: Option<u64>) -> bool {
     read.zip(written).is_some_and(|(read, written)| read < written)
 }
 
+/// Does a guest run that no standby follows? Also one that goes on because its halt, or the VM's deletion, waits.
+fn lacks_protection(phase: VmPhase, protected: Option<&Condition>) -> bool {
+    let holds = protected.is_some_and(|told| told.status == "True");
+    match phase {
+        VmPhase::Running | VmPhase::Paused => !holds,
+        VmPhase::Stopping | VmPhase::Deleting => protected.is_some_and(|told| !holds && told.reason != NOT_RUNNING),
+        VmPhase::Starting | VmPhase::Halted => false,
+    }
+}
+
 /// Counts VMs by phase.
 pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metrics) {
     let mut phases: HashMap<VmPhase, i64> = HashMap::new();
@@ -550,10 +561,8 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
         let status = vm.status.as_ref();
         let phase = status.and_then(|status| status.phase).unwrap_or(VmPhase::Starting);
         *phases.entry(phase).or_default() += 1;
-        let protected = status
-            .and_then(|status| status.condition(status::PROTECTED))
-            .is_some_and(|condition| condition.status == "True");
-        unprotected += i64::from(matches!(phase, VmPhase::Running | VmPhase::Paused) && !protected);
+        let protected = status.and_then(|status| status.condition(status::PROTECTED));
+        unprotected += i64::from(lacks_protection(phase, protected));
     }
     let all = [
         VmPhase::Starting,
@@ -575,6 +584,8 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use k8s_openapi::jiff::Timestamp;
     use kube::core::Status;
 
     use super::*;
@@ -650,6 +661,26 @@ mod tests {
         assert!(undone.unknown.is_some() && undone.refused.is_none());
         assert!(undone.holds_back(&pod("a")) && undone.holds_back(&pod("b")));
         assert!(!undone.holds_back(&admit("b")) && !undone.holds_back(&nodes));
+    }
+
+    #[test]
+    fn a_guest_that_goes_on_while_a_halt_waits_is_counted_as_any_other() {
+        let told = |holds: bool, reason: &str| Condition {
+            type_: status::PROTECTED.to_owned(),
+            status: if holds { "True" } else { "False" }.to_owned(),
+            reason: reason.to_owned(),
+            message: String::new(),
+            last_transition_time: Time(Timestamp::UNIX_EPOCH),
+            observed_generation: None,
+        };
+        let lacks = |phase, holds, reason| lacks_protection(phase, Some(&told(holds, reason)));
+        for phase in [VmPhase::Stopping, VmPhase::Deleting] {
+            assert!(lacks(phase, false, "NoStandby"));
+            assert!(!lacks(phase, false, NOT_RUNNING) && !lacks(phase, true, "StandbyFollows"));
+            assert!(!lacks_protection(phase, None));
+        }
+        assert!(lacks(VmPhase::Running, false, "NoStandby") && !lacks(VmPhase::Running, true, "StandbyFollows"));
+        assert!(!lacks(VmPhase::Halted, false, NOT_RUNNING) && !lacks(VmPhase::Starting, false, "Starting"));
     }
 
     #[test]

@@ -12,8 +12,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
 use crate::decide::{
-    self, Decision, Want, anyone_is_heard_of, holder, is_genesis, is_named, lease_is_strange, published, want,
-    was_newer,
+    self, Decision, Want, anyone_is_heard_of, goes_with_vm, holder, is_genesis, is_named, lease_is_strange, published,
+    want, was_newer,
 };
 use crate::observe::{LeaseSeen, Observed};
 
@@ -41,6 +41,8 @@ pub const API_SERVER_REFUSES: &str = "ApiServerRefuses";
 /// Reason of a VM whose seats can't have identities.
 pub const AUTHORITY_UNUSABLE: &str = "AuthorityUnusable";
 
+/// Reason of a VM that nobody need protect: no guest runs.
+pub const NOT_RUNNING: &str = "NotRunning";
 /// Reason of a guest that stands still until a standby has joined.
 const PAUSED: &str = "Paused";
 
@@ -134,6 +136,19 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
     }
 }
 
+/// Does the guest run, whatever is wanted?
+fn guest_runs(roles: &Roles<'_>) -> bool {
+    roles
+        .published
+        .is_some_and(|published| published.role == Some(SeatRole::Active))
+}
+
+/// Does a halt or a deletion wait, for as long as a person likes, while the guest runs? It is to be protected as before.
+fn goes_on(seen: &Observed, book: &[SeatEntry], roles: &Roles<'_>) -> bool {
+    let record = decide::record(seen).map(|record| &record.snapshot.record);
+    guest_runs(roles) && record.is_some_and(|record| goes_with_vm(seen, book, record).is_some())
+}
+
 fn is_protected(roles: &Roles<'_>) -> bool {
     roles.standby.is_some() && roles.published.is_some_and(|published| published.protected)
 }
@@ -144,9 +159,7 @@ fn phase(seen: &Observed, decision: &Decision, roles: &Roles<'_>) -> VmPhase {
         Want::Halt if decision.at_rest => VmPhase::Halted,
         Want::Halt => VmPhase::Stopping,
         Want::Run => {
-            let runs = roles
-                .published
-                .is_some_and(|published| published.role == Some(SeatRole::Active));
+            let runs = guest_runs(roles);
             let stopped = decide::record(seen).is_some_and(|record| record.snapshot.record.phase == Phase::Stopped);
             let before = seen.status().phase;
             let paused = roles.published.is_some_and(|published| published.paused);
@@ -217,7 +230,7 @@ fn ready(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>
                 VmPhase::Deleting => ("Deleting", "the VM is being deleted"),
                 _ => ("Stopping", "the guest is being stopped"),
             };
-            let (own, waits) = holds_up(seen, &decision.book).unwrap_or_default();
+            let (own, waits) = holds_up(seen, &decision.book, guest_runs(roles)).unwrap_or_default();
             said(READY, false, own.unwrap_or(reason), format!("{doing}{waits}"))
         }
         VmPhase::Starting => match obstacle(seen, decision) {
@@ -236,11 +249,12 @@ fn ready(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>
 }
 
 fn protection(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>) -> Said {
-    if !matches!(phase, VmPhase::Running | VmPhase::Paused | VmPhase::Starting) {
+    let wanted = matches!(phase, VmPhase::Running | VmPhase::Paused | VmPhase::Starting);
+    if !wanted && !goes_on(seen, &decision.book, roles) {
         return said(
             PROTECTED,
             false,
-            "NotRunning",
+            NOT_RUNNING,
             "no guest runs: there is nothing to protect",
         );
     }
@@ -298,8 +312,8 @@ fn protection(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Role
         false,
         match phase {
             VmPhase::Paused => PAUSED,
-            VmPhase::Running => "NoStandby",
-            _ => "Starting",
+            VmPhase::Starting => "Starting",
+            _ => "NoStandby",
         },
         why,
     )

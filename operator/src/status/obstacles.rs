@@ -254,13 +254,13 @@ fn off(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
         .map(|(node, _)| node.to_owned())
 }
 
-/// What keeps a VM from being halted or deleted, and a reason if it does not go by itself and nothing else tells it.
-pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<(Option<&'static str>, String)> {
+/// What keeps a VM from being halted or deleted, and a reason if it does not go by itself and nothing else tells it; `runs`: the guest goes on meanwhile.
+pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry], runs: bool) -> Option<(Option<&'static str>, String)> {
     let record = &record(seen)?.snapshot.record;
     let wanted = want(seen);
     if wanted != Want::Run {
         if let Some((entry, claim)) = goes_with_vm(seen, book, record) {
-            let text = storage::holds_up(wanted, &seen.vm.name_any(), &entry.name, claim);
+            let text = storage::holds_up(seen, runs, &entry.name, claim);
             return Some((Some(CLAIM_BEING_DELETED), text));
         }
         if !is_known(book, record) && !seen.pods.is_empty() {
