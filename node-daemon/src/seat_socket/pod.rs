@@ -154,6 +154,9 @@ fn root_of(path: &Path) -> Option<&Path> {
 }
 
 /// A cgroup of a pod that is not where kubelet has this process's own pod in the same hierarchy, and where that is. Without an own pod nothing is known.
+///
+/// Both are read by this process, so both are as its cgroup namespace shows them (cgroup_namespaces(7)), and all pods of a kubelet have the path down to
+/// its `kubepods` in common: none of them differs, whatever its quality of service, its runtime's names and a namespace of its own.
 fn elsewhere<'a>(cgroups: &'a [Cgroup], own: &'a [Cgroup]) -> Option<(&'a Path, &'a Path)> {
     cgroups.iter().find_map(|cgroup| {
         let own = own.iter().find(|own| own.controllers == cgroup.controllers)?;
@@ -523,6 +526,20 @@ mod tests {
             assert_eq!(strange(&path, &path), None);
         }
         assert_eq!(strange(&pod, &below).as_deref(), Some("/kubelet.slice"));
+        // From a cgroup namespace of the daemon's own it is at the root, or beside it, and others are outside: no place is known.
+        for own in ["", "..", &format!("../{own}")] {
+            for path in [format!("../../{pod}"), format!("../../docker/4711/{pod}")] {
+                assert_eq!(strange(&path, own), None, "{path}, {own}");
+            }
+        }
+        // Of version 1 each hierarchy has its own paths: those of a node that is a container differ.
+        let places = |path: &str| {
+            parse_cgroups(&format!(
+                "9:name=systemd:/docker/4711/docker/4711/{path}\n5:cpu,cpuacct:/docker/4711/{path}\n2:rdma:/\n0::/\n"
+            ))
+        };
+        assert_eq!(elsewhere(&places(&pod), &places(own)), None);
+        assert!(elsewhere(&parse_cgroups(&format!("5:cpu,cpuacct:/{pod}")), &places(own)).is_some());
         // In another hierarchy there is nothing to compare with.
         let (of, own) = (
             parse_cgroups(&format!("4:memory:/lab/{pod}")),
