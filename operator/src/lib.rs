@@ -22,6 +22,8 @@ mod refusal;
 pub mod run;
 mod serve;
 pub mod status;
+#[cfg(test)]
+mod testing;
 pub mod trim;
 pub mod uninstall;
 mod waits;

@@ -45,6 +45,8 @@ pub struct Observed {
     pub refused: Option<Refusal>,
     /// This leader's first look at the VM; none: nothing that is observed can be older than that.
     pub first_look: Option<FirstLook>,
+    /// For how long this process has seen that nobody has the guest, and that a person accepts the loss that the annotation names.
+    pub accepted_for: Option<Duration>,
 }
 
 /// Something could not be made, and won't be until a person does something.

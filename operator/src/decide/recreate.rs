@@ -14,7 +14,7 @@ use ftvm_protocol::identity::Nonce;
 use ftvm_protocol::record::Record;
 use ftvm_protocol::recreation::{NoSuccessor, Vouched, successor};
 
-use super::{Action, Decision, lease_uid, pod};
+use super::{Action, Decision, lease_uid, published};
 use crate::observe::{LeaseSeen, Observed};
 
 /// The record to create in place of a Lease that is gone; `None` if none is.
@@ -38,7 +38,7 @@ pub fn recreation(seen: &Observed) -> Option<Result<Record, NoSuccessor>> {
 
 /// What the engine of this seat vouches for, if it speaks of seats of this VM.
 fn vouched(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Vouched> {
-    let published = pod(seen, entry)?.published.as_ref().ok()?;
+    let published = published(seen, entry)?;
     let by = published.incarnation?;
     let record = published.vouches.clone()?;
     let own = entry.pod_uid.as_deref() == Some(&by.seat.to_string());
@@ -60,7 +60,7 @@ pub fn all_go_by(seen: &Observed, record: &crate::observe::Record) -> bool {
     record.snapshot.record.members.iter().all(|member| {
         let seat = member.seat.to_string();
         let entry = book.iter().find(|entry| entry.pod_uid.as_ref() == Some(&seat));
-        let published = entry.and_then(|entry| pod(seen, entry)?.published.as_ref().ok());
+        let published = entry.and_then(|entry| published(seen, entry));
         published.is_some_and(|published| published.lease_uid == Some(record.snapshot.uid))
     })
 }

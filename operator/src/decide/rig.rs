@@ -15,7 +15,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::rig_disks::Disk;
-use super::{Action, Decision, decide, is_genesis, is_named};
+use super::{Acceptance, Action, Decision, decide, is_genesis, is_named};
 use crate::cpu;
 use crate::observe::{ClaimSeen, LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen, Record as Found};
 use crate::status;
@@ -101,6 +101,8 @@ pub struct World {
     pub disks: BTreeMap<String, Disk>,
     /// What the leader drew at its first look, and when that was; none: it was there before the VM.
     pub first_look: Option<(String, Timestamp)>,
+    /// What the operator remembers.
+    pub acceptance: Acceptance<Timestamp>,
 }
 
 impl World {
@@ -125,6 +127,7 @@ impl World {
             executed: BTreeMap::new(),
             disks: BTreeMap::new(),
             first_look: None,
+            acceptance: None,
         }
     }
 
@@ -134,7 +137,7 @@ impl World {
     }
 
     pub fn observe(&mut self) -> Observed {
-        Observed {
+        let seen = Observed {
             vm: self.vm.clone(),
             lease: match &self.lease {
                 None => LeaseSeen::Missing,
@@ -151,7 +154,9 @@ impl World {
             draws: [self.next() * 7919, self.next() * 7919],
             refused: None,
             first_look: self.first_look(),
-        }
+            accepted_for: None,
+        };
+        self.recall(seen)
     }
 
     pub fn book(&self) -> Vec<SeatEntry> {

@@ -10,12 +10,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
+use super::loss::give_up_holder;
 use super::recreate::recreate;
-use super::spare::{is_spare, never_ran, newest};
+use super::spare::{is_spare, never_ran};
 use super::words::{self, are_told, await_words};
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, claim_trouble, claims, former,
-    holder, is_genesis, is_named, lease_is_strange, needed, pod, record, seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, asked, claim_trouble, claims, former, holder, is_genesis, is_named,
+    lease_is_strange, pod, record, says_active, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -23,12 +24,8 @@ use crate::status::CPU_CHOSEN;
 
 /// Between two attempts at what a seat refuses: at first, and at most.
 const AGAIN_SECONDS: (i64, i64) = (5, 600);
-/// So often the holder's own seat is asked again to boot before others are: 5 s, 10 s, 20 s and 40 s.
-const HOLDER_ATTEMPTS: u32 = 3;
 /// Between the id of a request and number and time of an attempt.
 const ATTEMPT: char = '~';
-/// How the id of a request begins by which a person accepts a loss.
-pub const ACCEPT_DATA_LOSS: &str = "accept-data-loss";
 /// A guest that powered itself off is started again after this time.
 const RESTART_AFTER: Duration = Duration::from_secs(10);
 /// So long it is waited for nodes that offer seats to publish their CPU, and for a second node.
@@ -197,12 +194,7 @@ pub(super) fn whole_seconds(now: Timestamp) -> Time {
 }
 
 fn guest_runs(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
-    let pod = holder(book, record).and_then(|entry| pod(seen, entry));
-    pod.is_some_and(|pod| {
-        pod.published
-            .as_ref()
-            .is_ok_and(|published| published.role == Some(SeatRole::Active))
-    })
+    holder(book, record).is_some_and(|entry| says_active(seen, entry))
 }
 
 /// One step of a seat's removal; true once nothing is left to do.
@@ -432,46 +424,6 @@ fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
         return asked::come_to_an_end(seen, decision);
     }
     asked::follow(seen, record, decision);
-}
-
-/// A person says so of this very record, and that what only others have may be lost. Not before nodes that are away are proven to be off. The holder's own
-/// seat goes first if it could boot, for it has the most; or, where seats know later terms than the record, the one that knows the latest. Is nothing else to be
-/// asked for?
-fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> bool {
-    let Some(accepted) = accepted_loss(seen).filter(|accepted| accepted.is_of(record)) else {
-        return false;
-    };
-    let book = decision.book.clone();
-    let away = |entry: &SeatEntry| needed(seen, entry, record).any(|(_, ended)| !ended);
-    if anyone_is_heard_of(seen, &book) || book.iter().any(away) {
-        return false;
-    }
-    if !are_told(seen, record, &book) {
-        await_words(seen, record, decision);
-        return true;
-    }
-    let text: String = accepted.text.chars().take(asked::REQUEST_LENGTH_MAX).collect();
-    let id = format!("{ACCEPT_DATA_LOSS}-{}-{}-{text}", record.term, record.holder.start);
-    let order = Order::AcceptDataLoss {
-        holder: record.holder,
-        term: Some(record.term),
-        over_stopped_term: (record.phase == Phase::Stopped).then_some(record.term),
-    };
-    // Unless there is no room for it, a disk of it is gone, or it was asked in vain for more than a minute.
-    let placed = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.node.is_some());
-    let no_disk = |entry: &SeatEntry| !placed(entry) && claim_trouble(seen, entry).is_some();
-    let no_room = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.unschedulable.is_some());
-    let in_vain = |entry: &SeatEntry| attempts(seen, entry, &id) > HOLDER_ATTEMPTS;
-    let could = |entry: &&SeatEntry| !no_room(entry) && !no_disk(entry) && !in_vain(entry);
-    let first = newest(seen, record, &book)
-        .or_else(|| holder(&book, record))
-        .filter(could);
-    for entry in book.iter().filter(|entry| !entry.leaving) {
-        if first.is_none_or(|first| first.name == entry.name) {
-            ask_until_done(seen, entry, &id, &order, decision);
-        }
-    }
-    true
 }
 
 /// Starts over a Stopped record: at once if the user wants it, after a while if the guest powered itself off.

@@ -19,6 +19,7 @@ impl World {
     /// Another process leads from now on, whose first look draws this.
     pub fn new_leader(&mut self, drawn: &str) {
         self.first_look = Some((drawn.to_owned(), self.now));
+        self.acceptance = None;
     }
 
     pub fn ask_for_word(&mut self, seat: &str, uid: &str, drawn: &str) {
@@ -181,6 +182,21 @@ fn an_accepted_loss_waits_for_daemons() {
     world.new_leader("second");
     let waited = after_seconds(&mut world, 2 * TOLD.as_secs(), |world| !asked(world).is_empty());
     assert_eq!(waited, Some(TOLD.as_secs()));
+    // Also for the word of a seat that the record does not name.
+    world.new_leader("third");
+    world.swap_out(&standby.name);
+    waits(&mut world, &active.name, term + 1);
+    waits(&mut world, &standby.name, term);
+    accept(&mut world, "");
+    for name in [&active.name, &standby.name] {
+        world.step();
+        assert!(asked(&mut world).is_empty(), "{name} has not answered");
+        let published = world.pods.get_mut(name).unwrap().published.as_mut();
+        published.unwrap().look = Some("third".to_owned());
+    }
+    let looks: Vec<_> = world.pods.values().filter_map(|pod| pod.look.as_deref()).collect();
+    assert_eq!(looks, ["third", "third"]);
+    assert_eq!(asked(&mut world).len(), 1);
 }
 
 /// A seat that an old record does not name may have the guest: it is to be stopped, not to be killed.
@@ -205,12 +221,40 @@ fn a_halt_takes_no_pod_before_daemons_had_their_time() {
     }
 }
 
-#[test]
-fn a_vm_that_never_ran_waits_two_minutes_at_most() {
+/// Its seats have their pods, and the first record names one of them.
+fn never_ran() -> World {
     let mut world = World::new(3);
     while world.record().is_none() || world.book().iter().any(|entry| entry.pod_uid.is_none()) {
         world.without_engines(1);
     }
+    world
+}
+
+/// Without an engine nobody has read the header, which alone could say that the record is of a backup.
+#[test]
+fn by_a_first_record_a_word_without_a_header_is_none() {
+    for (role, seconds) in [(None, TOLD.as_secs()), (Some(SeatRole::Starting), 0)] {
+        let mut world = never_ran();
+        world.new_leader("second");
+        world.want(RunStrategy::Halted);
+        for pod in world.pods.values_mut() {
+            pod.published = Ok(SeatPublished {
+                role,
+                look: Some("second".to_owned()),
+                ..SeatPublished::default()
+            });
+        }
+        let waited = after_seconds(&mut world, 2 * TOLD.as_secs(), |world| {
+            world.step();
+            world.book().iter().any(|entry| entry.leaving)
+        });
+        assert_eq!(waited, Some(seconds), "{role:?}");
+    }
+}
+
+#[test]
+fn a_vm_that_never_ran_waits_two_minutes_at_most() {
+    let mut world = never_ran();
     let holder = world.record().unwrap().holder.seat.to_string();
     let original = world.book().into_iter().find(|entry| entry.had_uid(&holder)).unwrap();
     world.pods.remove(&original.name);
@@ -243,6 +287,21 @@ fn what_an_earlier_pod_left_is_older_once_daemons_had_their_time() {
             .is_some_and(|entry| entry.former.iter().any(|former| former.older))
     });
     assert_eq!(waited, Some(TOLD.as_secs()));
+}
+
+/// A pod that can't be written to keeps nothing else from being done.
+#[test]
+fn whoever_is_asked_for_a_word_is_asked_last() {
+    let (mut world, _, standby) = alone();
+    world.pods.remove(&standby.name);
+    world.new_leader("second");
+    world.step();
+    let actions = decide(&world.observe()).actions;
+    let is_question = |action: &Action| matches!(action, Action::AskForWord { .. });
+    assert!(
+        actions.len() > 1 && actions.last().is_some_and(is_question),
+        "{actions:?}"
+    );
 }
 
 /// While nothing waits for it nobody is asked, and nothing is written.
