@@ -200,7 +200,7 @@ impl Publisher {
         }
         let incarnation = seat.pod.seat.incarnation();
         // What is said of an engine that does not answer, or may be there, is no answer to anybody.
-        let is_known = status.engine.is_some() || !seat.pod.seat.has_engine();
+        let is_known = status.engine.is_some() || (incarnation.is_none() && !seat.pod.seat.has_engine());
         let repeated = || state.written.as_ref().and_then(|written| written.look.clone());
         let look = if is_known { state.look.clone() } else { repeated() };
         let progress = seat.pod.progress();

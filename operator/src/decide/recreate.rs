@@ -14,6 +14,7 @@ use ftvm_protocol::identity::Nonce;
 use ftvm_protocol::record::Record;
 use ftvm_protocol::recreation::{NoSuccessor, Vouched, successor};
 
+use super::words::{are_told, await_words};
 use super::{Action, Decision, lease_uid, published};
 use crate::observe::{LeaseSeen, Observed};
 
@@ -49,6 +50,10 @@ fn vouched(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Vou
 
 pub(super) fn recreate(seen: &Observed, decision: &mut Decision) {
     let Some(Ok(record)) = recreation(seen) else { return };
+    // Of a backup from between a deletion and a Lease that was made anew then: seats may go by that one, and vouch for it.
+    if !are_told(seen, &record, &decision.book) {
+        return await_words(seen, &record, decision);
+    }
     let stay = decision.book.iter().filter(|entry| !entry.leaving);
     let nodes = nodes_text(stay.filter_map(|entry| entry.node.as_deref()));
     decision.actions.push(Action::RecreateLease { record, nodes });

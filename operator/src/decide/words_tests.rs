@@ -199,6 +199,28 @@ fn an_accepted_loss_waits_for_daemons() {
     assert_eq!(asked(&mut world).len(), 1);
 }
 
+/// What is vouched for may be of a backup from between a deletion of the Lease and the one that was made anew then.
+#[test]
+fn a_lease_is_made_anew_from_what_is_said_now() {
+    for (answers, seconds) in [(true, 0), (false, TOLD.as_secs())] {
+        let mut world = protected();
+        let (active, standby) = seats(&world);
+        world.delete_lease();
+        for seat in [&active, &standby] {
+            world.engine(&seat.name);
+        }
+        world.new_leader("second");
+        for pod in world.pods.values_mut().filter(|_| answers) {
+            pod.published.as_mut().unwrap().look = Some("second".to_owned());
+        }
+        let waited = after_seconds(&mut world, 2 * TOLD.as_secs(), |world| {
+            world.step();
+            world.lease.is_some()
+        });
+        assert_eq!(waited, Some(seconds));
+    }
+}
+
 /// A seat that an old record does not name may have the guest: it is to be stopped, not to be killed.
 #[test]
 fn a_halt_takes_no_pod_before_daemons_had_their_time() {
