@@ -8,13 +8,15 @@ use ftvm_protocol::record::Record;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::names::{ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS};
+use crate::names::{ANNOTATION_LOOK, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS};
 
 /// A failure on request ([`Order::Failover`]) that its daemon has not begun within this time does not come any more.
 pub const FAILOVER_WITHIN: Duration = Duration::from_secs(60);
 
 /// Most bytes of one of these annotations.
 pub const BYTES_MAX: usize = 8 * 1024;
+/// Most bytes of a look that is repeated.
+pub const LOOK_BYTES_MAX: usize = 64;
 
 /// An annotation that can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -109,6 +111,10 @@ pub struct SeatPublished {
     /// The machine that the daemon is on, as kubelet tells machines: what it says of engines it says of that one. Missing if it can't tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine: Option<String>,
+    /// What [`ANNOTATION_LOOK`] says, as its daemon saw it: whoever wrote that knows that all this was said since. Not repeated while the engine does
+    /// not answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub look: Option<String>,
     /// Average length of epochs in milliseconds as of this writing; no reason to write soon.
     pub interval_ms: Option<u32>,
     /// Average time in milliseconds that output waited for the standby, as of this writing; no reason to write soon.
@@ -204,6 +210,13 @@ impl SeatPublished {
     pub fn of(annotations: &BTreeMap<String, String>) -> Result<SeatPublished, AnnotationError> {
         Ok(read(annotations, ANNOTATION_SEAT_STATUS)?.unwrap_or_default())
     }
+}
+
+/// What a leader of the operator wrote as [`ANNOTATION_LOOK`]; none, too, if it is longer than any that it draws.
+pub fn look(annotations: &BTreeMap<String, String>) -> Option<&String> {
+    annotations
+        .get(ANNOTATION_LOOK)
+        .filter(|look| look.len() <= LOOK_BYTES_MAX)
 }
 
 impl SeatRequest {
@@ -306,6 +319,23 @@ mod tests {
             Ok(published)
         );
         assert_eq!(SeatPublished::of(&BTreeMap::new()), Ok(SeatPublished::default()));
+    }
+
+    #[test]
+    fn a_look_is_bounded() {
+        let short = annotated(ANNOTATION_LOOK, "0123456789abcdef");
+        assert_eq!(look(&short).map(String::as_str), Some("0123456789abcdef"));
+        assert_eq!(look(&annotated(ANNOTATION_LOOK, &"x".repeat(LOOK_BYTES_MAX + 1))), None);
+        assert_eq!(look(&BTreeMap::new()), None);
+        let published = SeatPublished {
+            look: Some("x".to_owned()),
+            ..SeatPublished::default()
+        };
+        let text = serde_json::to_string(&published).unwrap();
+        assert_eq!(
+            SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, &text)),
+            Ok(published)
+        );
     }
 
     #[test]

@@ -184,13 +184,7 @@ impl Daemon {
             Ok((_, uid)) => {
                 let message = format!("user {uid} may not command this daemon: run as root or as user {own}");
                 // The caller may be gone already.
-                let _ = connection.send(
-                    &Response::Refused {
-                        code: exit_code::DAEMON,
-                        message,
-                    },
-                    &[],
-                );
+                let _ = connection.send(&refused(exit_code::DAEMON, message), &[]);
                 return;
             }
             Err(error) => return tracing::warn!("client refused: {error}"),
@@ -198,13 +192,7 @@ impl Daemon {
         if self.clients.fetch_add(1, Ordering::SeqCst) >= CLIENTS_MAX {
             self.clients.fetch_sub(1, Ordering::SeqCst);
             let message = format!("the daemon serves {CLIENTS_MAX} clients already: try again");
-            let _ = connection.send(
-                &Response::Refused {
-                    code: exit_code::DAEMON,
-                    message,
-                },
-                &[],
-            );
+            let _ = connection.send(&refused(exit_code::DAEMON, message), &[]);
             return;
         }
         let daemon = self.clone();

@@ -2,7 +2,8 @@
 
 mod support;
 
-use std::process::Stdio;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use ftvm_node_daemon::config::NicConfig;
 use support::Node;
@@ -15,6 +16,23 @@ fn refused(node: &Node, code: i32, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "{text} should say {word}");
     }
+}
+
+/// How `check` ends, and what it says, in a namespace of its own of this kind. `script` gets these places and then the program, as `$@`.
+fn check_in(node: &Node, kind: &str, script: &str, places: &[&Path]) -> (Option<i32>, String) {
+    let check = node.command("check");
+    let output = Command::new("unshare")
+        .args([kind, "sh", "-c", script, "sh"])
+        .args(places)
+        .arg(check.get_program())
+        .args(check.get_args())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
 }
 
 fn node(change: impl FnOnce(&mut Node)) -> Node {
@@ -115,18 +133,8 @@ fn a_disk_in_use_is_refused() {
 fn a_disk_on_a_read_only_file_system_is_refused() {
     let node = node(|_| {});
     let script = "mount --bind $1 $1 && mount -o remount,ro,bind $1 && shift && exec \"$@\"";
-    let mut command = std::process::Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c", script, "sh"])
-        .arg(node.folder.join("disk"));
-    let check = node.command("check");
-    let output = command
-        .arg(check.get_program())
-        .args(check.get_args())
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(16), "{text}");
+    let (code, text) = check_in(&node, "--mount", script, &[&node.folder.join("disk")]);
+    assert_eq!(code, Some(16), "{text}");
     assert!(text.contains("read-only") && text.contains("read_only: true"), "{text}");
 }
 
@@ -134,16 +142,8 @@ fn a_disk_on_a_read_only_file_system_is_refused() {
 fn missing_kvm() {
     let node = node(|_| {});
     let script = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec \"$@\"";
-    let mut command = std::process::Command::new("unshare");
-    command.args(["--mount", "sh", "-c", script, "sh"]);
-    let check = node.command("check");
-    let output = command
-        .arg(check.get_program())
-        .args(check.get_args())
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(13), "{text}");
+    let (code, text) = check_in(&node, "--mount", script, &[]);
+    assert_eq!(code, Some(13), "{text}");
     assert!(
         text.contains("/dev/kvm") && text.contains("kvm-intel or kvm-amd"),
         "{text}"
@@ -228,18 +228,7 @@ fn link_addresses() {
 /// In a network namespace of its own, so that the machine's devices are left alone.
 fn check_with_taps(node: &Node, before: &str) -> (Option<i32>, String) {
     let script = format!("ip link set lo up; {before}; exec \"$@\"");
-    let mut command = std::process::Command::new("unshare");
-    command.args(["--net", "sh", "-c", &script, "sh"]).stdin(Stdio::null());
-    let check = node.command("check");
-    let output = command
-        .arg(check.get_program())
-        .args(check.get_args())
-        .output()
-        .unwrap();
-    (
-        output.status.code(),
-        String::from_utf8_lossy(&output.stderr).into_owned(),
-    )
+    check_in(node, "--net", &script, &[])
 }
 
 fn with_nic(bridge: Option<&str>, existing: bool) -> Node {
@@ -328,18 +317,8 @@ fn a_second_daemon_on_the_state_folder_or_the_socket() {
 fn a_full_disk_under_the_state_folder_is_told() {
     let node = node(|_| {});
     let script = "mkdir -p $1 && mount -t tmpfs -o size=4k,nr_inodes=8 none $1 && shift && exec \"$@\"";
-    let mut command = std::process::Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c", script, "sh"])
-        .arg(&node.config.state_folder);
-    let check = node.command("check");
-    let output = command
-        .arg(check.get_program())
-        .args(check.get_args())
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(matches!(output.status.code(), Some(11 | 16)), "{text}");
+    let (code, text) = check_in(&node, "--mount", script, &[&node.config.state_folder]);
+    assert!(matches!(code, Some(11 | 16)), "{text}");
     assert!(text.contains("No space left") && text.contains("space"), "{text}");
 }
 

@@ -368,6 +368,7 @@ async fn publish(
         arbiter_reachable: true,
         lease_uid: Some(*uid),
         last_takeover: takeover.or(before.last_takeover.clone()),
+        look: pod.look.clone(),
         ..SeatPublished::default()
     };
     if now == before {

@@ -3,7 +3,8 @@
 use std::fmt::Debug;
 
 use ftvm_crds::names::{
-    ANNOTATION_NODES, ANNOTATION_REQUEST, FINALIZER, MANAGED_BY, authority_secret_name, identity_secret_name,
+    ANNOTATION_LOOK, ANNOTATION_NODES, ANNOTATION_REQUEST, FINALIZER, MANAGED_BY, authority_secret_name,
+    identity_secret_name,
 };
 use ftvm_crds::quantity::QuantityError;
 use ftvm_crds::seat::SeatRequest;
@@ -367,6 +368,17 @@ impl Objects {
             .map(|_| ())
     }
 
+    /// Asks a seat's daemon to repeat what was drawn. Over whatever the pod is: of two leaders that ask, each asks again.
+    ///
+    /// # Errors
+    /// If the API server refuses, or the pod is another one.
+    pub async fn ask_for_word(&self, pod: &str, uid: &str, drawn: &str) -> Result<(), ApiError> {
+        let metadata = json!({ "uid": uid, "annotations": { ANNOTATION_LOOK: drawn } });
+        self.merge::<Pod>(pod, json!({ "metadata": metadata }))
+            .await
+            .map(|_| ())
+    }
+
     /// Makes a claim.
     ///
     /// # Errors
@@ -509,91 +521,52 @@ fn failed<K: Resource<DynamicType = ()>>(verb: &'static str, name: &str) -> impl
 
 #[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
+    use std::future::ready;
     use std::sync::Arc;
 
     use ftvm_crds::SeatEntry;
     use ftvm_crds::seat::Order;
-    use http_body_util::{BodyExt, Full};
-    use hyper::body::{Bytes, Incoming};
-    use hyper::service::service_fn;
-    use hyper::{Request, Response};
-    use hyper_util::rt::TokioIo;
-    use tokio::net::TcpListener;
+    use hyper::Method;
+    use hyper::http::request::Parts;
     use tokio::sync::mpsc;
 
     use super::*;
     use crate::decide::rig;
+    use crate::testing::{refused, serve};
 
     /// An API server that answers everything with 409 and this reason, and what is sent to it.
     async fn conflict(reason: &'static str) -> (Objects, mpsc::UnboundedReceiver<serde_json::Value>) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
         let (sent, told) = mpsc::unbounded_channel();
-        tokio::spawn(async move {
-            let (stream, _) = listener.accept().await.unwrap();
-            let service = service_fn(|request: Request<Incoming>| {
-                let sent = sent.clone();
-                async move {
-                    let body = request.into_body().collect().await.unwrap().to_bytes();
-                    sent.send(serde_json::from_slice(&body).unwrap()).unwrap();
-                    let status = json!({"kind": "Status", "status": "Failure", "reason": reason, "code": 409});
-                    let answer = Response::builder()
-                        .status(409)
-                        .header("content-type", "application/json");
-                    Ok::<_, Infallible>(answer.body(Full::new(Bytes::from(status.to_string()))).unwrap())
-                }
-            });
-            let http = hyper::server::conn::http1::Builder::new();
-            // The client leaves as it likes.
-            let _ = http.serve_connection(TokioIo::new(stream), service).await;
+        let config = serve(move |_, body| {
+            sent.send(serde_json::from_slice(&body).unwrap()).unwrap();
+            ready(refused(409, reason))
         });
-        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
-        (Objects::new(client, Metrics::new().unwrap(), "shop"), told)
+        (objects(config.await), told)
     }
 
     /// An API server that has these Secrets, and what is made there.
     async fn keeping(secrets: Vec<Secret>) -> (Objects, mpsc::UnboundedReceiver<serde_json::Value>) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
         let (sent, told) = mpsc::unbounded_channel();
         let secrets = Arc::new(secrets);
-        tokio::spawn(async move {
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let (sent, secrets) = (sent.clone(), secrets.clone());
-                let service = service_fn(move |request: Request<Incoming>| {
-                    let (sent, secrets) = (sent.clone(), secrets.clone());
-                    async move {
-                        let makes = request.method() == "POST";
-                        let name = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
-                        let body = request.into_body().collect().await.unwrap().to_bytes();
-                        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
-                        let found = secrets.iter().find(|secret| secret.name_any() == name);
-                        let (code, answer) = match found {
-                            _ if makes => (201_u16, body.clone()),
-                            Some(secret) => (200, serde_json::to_value(secret).unwrap()),
-                            None => {
-                                let status =
-                                    json!({"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404});
-                                (404, status)
-                            }
-                        };
-                        if makes {
-                            sent.send(body).unwrap();
-                        }
-                        let response = Response::builder()
-                            .status(code)
-                            .header("content-type", "application/json");
-                        Ok::<_, Infallible>(response.body(Full::new(Bytes::from(answer.to_string()))).unwrap())
-                    }
-                });
-                let http = hyper::server::conn::http1::Builder::new();
-                tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
-            }
+        let config = serve(move |head: Parts, body| {
+            let name = head.uri.path().rsplit('/').next().unwrap_or_default();
+            let found = secrets.iter().find(|secret| secret.name_any() == name);
+            ready(match found {
+                _ if head.method == Method::POST => {
+                    let made: serde_json::Value = serde_json::from_slice(&body).unwrap();
+                    sent.send(made.clone()).unwrap();
+                    Some((201, made.to_string()))
+                }
+                Some(secret) => Some((200, serde_json::to_string(secret).unwrap())),
+                None => refused(404, "NotFound"),
+            })
         });
-        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
-        (Objects::new(client, Metrics::new().unwrap(), "shop"), told)
+        (objects(config.await), told)
+    }
+
+    fn objects(config: kube::Config) -> Objects {
+        let client = Client::try_from(config).unwrap();
+        Objects::new(client, Metrics::new().unwrap(), "shop")
     }
 
     /// Somebody deleted it, and a sandbox that is made anew needs it.

@@ -116,6 +116,8 @@ impl Caches {
             now: Timestamp::now(),
             draws: [random::u64(), random::u64()],
             refused: None,
+            first_look: None,
+            accepted_for: None,
         }
     }
 
@@ -162,6 +164,8 @@ impl Caches {
             now: Timestamp::now(),
             draws: [random::u64(), random::u64()],
             refused: None,
+            first_look: None,
+            accepted_for: None,
         }))
     }
 }
@@ -252,73 +256,42 @@ fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + 
 
 #[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
+    use std::future::ready;
     use std::time::Duration;
 
-    use http_body_util::Full;
-    use hyper::body::{Bytes, Incoming};
-    use hyper::service::service_fn;
-    use hyper::{Request, Response};
-    use hyper_util::rt::TokioIo;
+    use hyper::http::request::Parts;
     use serde_json::json;
-    use tokio::net::TcpListener;
 
     use super::*;
+    use crate::testing::{Answer, refused, serve};
 
     /// A server whose pods are first in a state from which nobody can watch any more, whoever asks how often.
-    fn answer(request: &Request<Incoming>, lists: &Mutex<u64>) -> Response<Full<Bytes>> {
-        let query = request.uri().query().unwrap_or_default();
+    fn answer(head: &Parts, lists: &Mutex<u64>) -> Answer {
+        let query = head.uri.query().unwrap_or_default();
+        if query.contains("watch=true") {
+            return refused(410, "Expired");
+        }
         let mut lists = lists.lock().unwrap();
-        let (code, body) = if !query.contains("watch=true") {
-            *lists += 1;
-            let pods = (*lists > 1).then(|| json!({"metadata": {"name": "new", "namespace": "a"}}));
-            let items: Vec<_> = pods.into_iter().collect();
-            (
-                200,
-                json!({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": lists.to_string()}, "items": items}),
-            )
-        } else {
-            let gone = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Expired", "message": "", "code": 410});
-            (410, gone)
-        };
-        let answer = Response::builder()
-            .status(code)
-            .header("content-type", "application/json");
-        answer.body(Full::new(Bytes::from(body.to_string()))).unwrap()
+        *lists += 1;
+        let pods = (*lists > 1).then(|| json!({"metadata": {"name": "new", "namespace": "a"}}));
+        let items: Vec<_> = pods.into_iter().collect();
+        let list = json!({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": lists.to_string()}, "items": items});
+        Some((200, list.to_string()))
     }
 
     /// Its client, and how often was listed.
     async fn server() -> (Client, Arc<Mutex<u64>>) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
         let lists = Arc::new(Mutex::new(0));
         let counted = lists.clone();
-        tokio::spawn(async move {
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let lists = lists.clone();
-                tokio::spawn(async move {
-                    let service = service_fn(|request| {
-                        let answer = answer(&request, &lists);
-                        async { Ok::<_, Infallible>(answer) }
-                    });
-                    let http = hyper::server::conn::http1::Builder::new();
-                    // The client leaves as it likes.
-                    let _ = http.serve_connection(TokioIo::new(stream), service).await;
-                });
-            }
-        });
-        (
-            Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap(),
-            counted,
-        )
+        let config = serve(move |head, _| ready(answer(&head, &counted)));
+        (Client::try_from(config.await).unwrap(), lists)
     }
 
     #[tokio::test]
     async fn a_watch_whose_state_is_gone_begins_with_a_list() {
         let (client, _) = server().await;
         let watch = lasting(Api::<Pod>::all(client), watcher::Config::default()).default_backoff();
-        let told = watch.filter_map(|event| async { event.ok() });
+        let told = watch.map(|event| event.expect("nobody waits for a back-off because of it"));
         let found = told.filter(|event| std::future::ready(matches!(event, Event::InitApply(_))));
         let found = tokio::time::timeout(Duration::from_secs(30), std::pin::pin!(found).next()).await;
         assert!(matches!(found, Ok(Some(Event::InitApply(pod))) if pod.name_any() == "new"));

@@ -1,18 +1,14 @@
 //! Replicas at a small server that keeps the Lease as the API server does, and answers as badly as it is told.
-use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use http_body_util::{BodyExt, Full};
-use hyper::body::{Bytes, Incoming};
-use hyper::service::service_fn;
-use hyper::{Method, Request, Response};
-use hyper_util::rt::TokioIo;
+use hyper::Method;
+use hyper::body::Bytes;
+use hyper::http::request::Parts;
 use kube::Config;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 use super::*;
+use crate::testing::{Answer, serve};
 
 /// A fifth of the operator's times.
 const SHORT: Times = Times {
@@ -53,24 +49,11 @@ struct Server {
 }
 
 impl Server {
-    async fn start() -> (Arc<Server>, SocketAddr) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+    async fn start() -> (Arc<Server>, Config) {
         let server = Arc::new(Server::default());
         let serving = server.clone();
-        tokio::spawn(async move {
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let server = serving.clone();
-                tokio::spawn(async move {
-                    let service = service_fn(|request| server.clone().answer(request));
-                    // Replicas leave as they like.
-                    let http = hyper::server::conn::http1::Builder::new();
-                    let _ = http.serve_connection(TokioIo::new(stream), service).await;
-                });
-            }
-        });
-        (server, address)
+        let config = serve(move |head: Parts, body| serving.clone().answer(head.method, body));
+        (server, config.await)
     }
 
     fn misbehaves(&self, does: impl FnMut(&Method, &str) -> Does + Send + 'static) {
@@ -86,9 +69,7 @@ impl Server {
         pod_of(holder.unwrap_or_default()).to_owned()
     }
 
-    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-        let method = request.method().clone();
-        let body = request.into_body().collect().await.unwrap().to_bytes();
+    async fn answer(self: Arc<Self>, method: Method, body: Bytes) -> Answer {
         let object: Value = serde_json::from_slice(&body).unwrap_or_default();
         let replica = pod_of(object["spec"]["holderIdentity"].as_str().unwrap_or_default()).to_owned();
         let does = match &mut *self.does.lock().unwrap() {
@@ -117,10 +98,7 @@ impl Server {
                 (500, failure(500))
             }
         };
-        let answer = Response::builder()
-            .status(code)
-            .header("content-type", "application/json");
-        Ok(answer.body(Full::new(Bytes::from(body.to_string()))).unwrap())
+        Some((code, body.to_string()))
     }
 
     fn right(&self, method: &Method, mut object: Value) -> (u16, Value) {
@@ -153,9 +131,8 @@ fn failure(code: u16) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": "", "code": code})
 }
 
-fn replica(address: SocketAddr, name: &str) -> Election {
-    let config = Config::new(format!("http://{address}").parse().unwrap());
-    Election::new(Client::try_from(config).unwrap(), "system", name, SHORT)
+fn replica(config: &Config, name: &str) -> Election {
+    Election::new(Client::try_from(config.clone()).unwrap(), "system", name, SHORT)
 }
 
 async fn soon<T>(event: impl Future<Output = T>) -> T {
@@ -164,8 +141,8 @@ async fn soon<T>(event: impl Future<Output = T>) -> T {
 
 /// Two replicas; the first leads.
 async fn two() -> (Arc<Server>, Election, Election) {
-    let (server, address) = Server::start().await;
-    let (mut first, second) = (replica(address, "first"), replica(address, "second"));
+    let (server, config) = Server::start().await;
+    let (mut first, second) = (replica(&config, "first"), replica(&config, "second"));
     soon(first.won()).await;
     (server, first, second)
 }
@@ -293,7 +270,7 @@ async fn a_leader_stays_one_through_single_failures() {
 /// A candidate whose answer is lost leads once it reads that it was taken.
 #[tokio::test]
 async fn a_candidate_bears_an_api_server_that_fails() {
-    let (server, address) = Server::start().await;
+    let (server, config) = Server::start().await;
     let mut failures = [
         Does::Says(500),
         Does::RightAndSays(500),
@@ -302,7 +279,7 @@ async fn a_candidate_bears_an_api_server_that_fails() {
     ]
     .into_iter();
     server.misbehaves(move |_, _| failures.next().unwrap_or(Does::Right));
-    let mut first = replica(address, "first");
+    let mut first = replica(&config, "first");
     soon(first.won()).await;
     assert_eq!(server.holder(), "first");
 }
@@ -319,8 +296,8 @@ async fn a_lease_that_is_gone_is_nobodys() {
 /// Another process under the name of the leader's pod is another replica: both must not lead.
 #[tokio::test]
 async fn another_process_of_the_same_name_waits_as_any_other() {
-    let (server, address) = Server::start().await;
-    let (mut first, mut second) = (replica(address, "first"), replica(address, "first"));
+    let (server, config) = Server::start().await;
+    let (mut first, mut second) = (replica(&config, "first"), replica(&config, "first"));
     soon(first.won()).await;
     first_stays(&server, &mut first, &mut second).await;
 }
@@ -328,8 +305,8 @@ async fn another_process_of_the_same_name_waits_as_any_other() {
 /// A leader that is told to end frees its Lease: the next one, whose times are far longer, waits for nothing.
 #[tokio::test]
 async fn a_leader_that_ends_frees_the_lease() {
-    let (server, address) = Server::start().await;
-    let (mut first, mut second) = (replica(address, "first"), replica(address, "second"));
+    let (server, config) = Server::start().await;
+    let (mut first, mut second) = (replica(&config, "first"), replica(&config, "second"));
     second.times.lease = 2 * PATIENCE;
     soon(first.won()).await;
     assert!(timeout(SHORT.look, second.won()).await.is_err());
@@ -359,9 +336,9 @@ async fn a_late_release_takes_nothing_from_the_next_leader() {
 /// An API server that is too slow for a leader's renewals still lets a candidate win.
 #[tokio::test]
 async fn a_candidate_waits_longer_for_answers() {
-    let (server, address) = Server::start().await;
+    let (server, config) = Server::start().await;
     server.misbehaves(|_, _| Does::Slowly(2 * SHORT.answer_max));
-    let mut first = replica(address, "first");
+    let mut first = replica(&config, "first");
     soon(first.won()).await;
     assert_eq!(server.holder(), "first");
 }
@@ -391,8 +368,8 @@ fn foreign(seconds: i64) -> Value {
 /// A holder that says that its Lease lasts for years is waited for, but not for ever, and not with one request after the other.
 #[tokio::test]
 async fn a_foreign_lease_lasts_no_longer_than_is_sensible() {
-    let (server, address) = Server::start().await;
-    let first = replica(address, "first");
+    let (server, config) = Server::start().await;
+    let first = replica(&config, "first");
     for (seconds, lasts) in [
         (1, SHORT.lease),
         (20, Duration::from_secs(20)),
@@ -414,13 +391,13 @@ async fn a_foreign_lease_lasts_no_longer_than_is_sensible() {
 #[tokio::test]
 async fn a_candidate_asks_more_and_more_rarely() {
     for code in [500, 409] {
-        let (server, address) = Server::start().await;
+        let (server, config) = Server::start().await;
         *server.lease.lock().unwrap() = Some(foreign(1));
         let count = counted(&server, move |method| match *method {
             Method::PUT => Does::Says(code),
             _ => Does::Right,
         });
-        let mut first = replica(address, "first");
+        let mut first = replica(&config, "first");
         assert!(timeout(3 * SHORT.lease, first.won()).await.is_err());
         // Each is a read and a write, and the pauses are short only at first.
         let looks = 3 * SHORT.lease.as_millis() / SHORT.look.as_millis() + 4;

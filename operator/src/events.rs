@@ -198,51 +198,31 @@ impl Events {
 
 #[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
+    use std::future::ready;
     use std::sync::{Arc, Mutex};
 
-    use http_body_util::{BodyExt, Full};
-    use hyper::body::{Bytes, Incoming};
-    use hyper::service::service_fn;
-    use hyper::{Method, Request, Response};
-    use hyper_util::rt::TokioIo;
-    use kube::{Config, Resource};
+    use hyper::Method;
+    use hyper::http::request::Parts;
+    use kube::Resource;
     use serde_json::Value;
-    use tokio::net::TcpListener;
 
     use super::*;
     use crate::decide::rig;
+    use crate::testing::serve;
 
     /// Takes every event and says so.
     type Taken = Arc<Mutex<Vec<(Method, Value)>>>;
 
     async fn server() -> (Client, Taken) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let config = Config::new(format!("http://{}", listener.local_addr().unwrap()).parse().unwrap());
         let taken = Taken::default();
         let taking = taken.clone();
-        tokio::spawn(async move {
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let taken = taking.clone();
-                tokio::spawn(async move {
-                    let service = service_fn(|request| take(request, taken.clone()));
-                    let http = hyper::server::conn::http1::Builder::new();
-                    // The client leaves as it likes.
-                    let _ = http.serve_connection(TokioIo::new(stream), service).await;
-                });
-            }
+        let config = serve(move |head: Parts, body| {
+            let event: Value = serde_json::from_slice(&body).unwrap();
+            let answer = event.to_string();
+            taking.lock().unwrap().push((head.method, event));
+            ready(Some((200, answer)))
         });
-        (Client::try_from(config).unwrap(), taken)
-    }
-
-    async fn take(request: Request<Incoming>, taken: Taken) -> Result<Response<Full<Bytes>>, Infallible> {
-        let method = request.method().clone();
-        let body = request.into_body().collect().await.unwrap().to_bytes();
-        let event: Value = serde_json::from_slice(&body).unwrap();
-        taken.lock().unwrap().push((method, event));
-        let answer = Response::builder().header("content-type", "application/json");
-        Ok(answer.body(Full::new(body)).unwrap())
+        (Client::try_from(config.await).unwrap(), taken)
     }
 
     /// How many of so many events are told at this time.

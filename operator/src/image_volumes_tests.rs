@@ -1,74 +1,35 @@
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex as Lock};
-
-use http_body_util::{BodyExt, Full};
-use hyper::body::{Bytes, Incoming};
-use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper::body::Bytes;
 use kube::Client;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 use super::*;
 use crate::metrics::Metrics;
+use crate::testing::{Answer, Questions, refused, scripted};
 
-/// What an API server answers to the object that it is sent; without an answer it ends the connection.
-type Answer = fn(Value) -> Option<(u16, Value)>;
+/// What an API server answers to the object that it is sent.
+type Makes = fn(Value) -> Answer;
 
-fn as_it_is(pod: Value) -> Option<(u16, Value)> {
-    Some((201, pod))
+fn as_it_is(pod: Value) -> Answer {
+    Some((201, pod.to_string()))
 }
 
-fn without_the_volume(mut pod: Value) -> Option<(u16, Value)> {
+fn without_the_volume(mut pod: Value) -> Answer {
     pod["spec"].as_object_mut().unwrap().remove("volumes");
-    Some((201, pod))
+    as_it_is(pod)
 }
 
-fn another(mut pod: Value) -> Option<(u16, Value)> {
+fn another(mut pod: Value) -> Answer {
     pod["metadata"]["name"] = json!("other");
     without_the_volume(pod)
 }
 
-fn refused(code: u16, reason: &str) -> Option<(u16, Value)> {
-    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": "not so", "code": code});
-    Some((code, status))
-}
-
 /// The cluster's API server gives these answers, one after the other; which questions it was asked. What is no answer is not gone by.
-async fn asked(setting: Setting, again: Duration, answers: &[Answer]) -> (ImageVolumes, Arc<Lock<Vec<String>>>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let questions: Arc<Lock<Vec<String>>> = Arc::default();
-    let (told, left) = (questions.clone(), Arc::new(Lock::new(VecDeque::from(answers.to_vec()))));
-    tokio::spawn(async move {
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            let (told, left) = (told.clone(), left.clone());
-            let service = service_fn(move |request: Request<Incoming>| {
-                let question = format!("{} {}", request.method(), request.uri());
-                told.lock().unwrap().push(question);
-                let answer = left
-                    .lock()
-                    .unwrap()
-                    .pop_front()
-                    .expect("one question more than answers");
-                async move {
-                    let body = request.into_body().collect().await.unwrap().to_bytes();
-                    let (code, answer) = answer(serde_json::from_slice(&body).unwrap()).ok_or("cut")?;
-                    let response = Response::builder().status(StatusCode::from_u16(code).unwrap());
-                    let response = response.header("content-type", "application/json");
-                    Ok::<_, &str>(response.body(Full::new(Bytes::from(answer.to_string()))).unwrap())
-                }
-            });
-            tokio::spawn(async move {
-                let http = hyper::server::conn::http1::Builder::new();
-                // The client leaves as it likes, and one that is cut off is an error.
-                let _ = http.serve_connection(TokioIo::new(stream), service).await;
-            });
-        }
-    });
-    let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+async fn asked(setting: Setting, again: Duration, answers: &[Makes]) -> (ImageVolumes, Questions) {
+    let answers = answers
+        .iter()
+        .map(|&makes| move |body: Bytes| makes(serde_json::from_slice(&body).unwrap()));
+    let (config, questions) = scripted(answers).await;
+    let client = Client::try_from(config).unwrap();
     let objects = Objects::new(client, Metrics::new().unwrap(), "ftvm-system");
     let mut volumes = ImageVolumes::new(setting, SeatImage::default(), objects);
     volumes.waits = Waits {
@@ -83,7 +44,7 @@ const NEVER_AGAIN: Duration = Duration::from_secs(1_000_000);
 
 #[tokio::test]
 async fn the_api_server_is_asked_once_in_a_while_and_nothing_is_made() {
-    let clear: [(Answer, GuestFiles); 2] = [
+    let clear: [(Makes, GuestFiles); 2] = [
         (as_it_is, GuestFiles::Mounted),
         (without_the_volume, GuestFiles::Copied),
     ];
@@ -107,7 +68,7 @@ async fn the_api_server_is_asked_once_in_a_while_and_nothing_is_made() {
 
 #[tokio::test]
 async fn what_tells_nothing_is_an_error_and_no_answer() {
-    let unclear: [(Answer, &str); 5] = [
+    let unclear: [(Makes, &str); 5] = [
         (|_| refused(403, "Forbidden"), "not so"),
         (|_| refused(500, "InternalError"), "not so"),
         (|_| refused(409, "AlreadyExists"), "not so"),
@@ -133,7 +94,7 @@ async fn what_tells_nothing_is_an_error_and_no_answer() {
 /// Neither does each pod wait for a question of its own, nor is an answer that was known before asked for with each of them.
 #[tokio::test]
 async fn what_tells_nothing_is_gone_by_for_a_while() {
-    let fails: Answer = |_| refused(403, "Forbidden");
+    let fails: Makes = |_| refused(403, "Forbidden");
     let (mut volumes, questions) = asked(Setting::Auto, Duration::ZERO, &[fails]).await;
     volumes.waits.unanswered = NEVER_AGAIN;
     for _ in 0..3 {

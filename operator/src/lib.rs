@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod decide;
 pub mod election;
 pub mod events;
+pub mod first_look;
 pub mod helm_test;
 pub mod image_volumes;
 pub mod metrics;
@@ -21,6 +22,8 @@ mod refusal;
 pub mod run;
 mod serve;
 pub mod status;
+#[cfg(test)]
+mod testing;
 pub mod trim;
 pub mod uninstall;
 mod waits;

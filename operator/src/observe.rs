@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ftvm_crds::lease::{self, LeaseError};
 use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_NODES, LABEL_SEAT, LABEL_VM, RESOURCE_SEAT};
-use ftvm_crds::seat::{AnnotationError, DoneRequest, SeatPublished, SeatRequest};
+use ftvm_crds::seat::{self, AnnotationError, DoneRequest, SeatPublished, SeatRequest};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus};
 use ftvm_protocol::identity::VmId;
 use ftvm_protocol::record::Snapshot;
@@ -14,6 +14,8 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Node, NodeSystemInfo, Persiste
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
+
+use crate::first_look::FirstLook;
 
 /// Letters of what kubelet says of a node's machine and its boot: two UUIDs.
 const BOOT_MAX: usize = 128;
@@ -41,6 +43,10 @@ pub struct Observed {
     pub draws: [u64; 2],
     /// What the API server refused to make when it was asked last.
     pub refused: Option<Refusal>,
+    /// This leader's first look at the VM; none: nothing that is observed can be older than that.
+    pub first_look: Option<FirstLook>,
+    /// For how long this process has seen that nobody has the guest, and that a person accepts the loss that the annotation names.
+    pub accepted_for: Option<Duration>,
 }
 
 /// Something could not be made, and won't be until a person does something.
@@ -124,6 +130,8 @@ pub struct PodSeen {
     pub published: Result<SeatPublished, AnnotationError>,
     /// What it was asked for last.
     pub request: Option<SeatRequest>,
+    /// What a leader drew that asked for its daemon's word last.
+    pub look: Option<String>,
 }
 
 /// Claim of a seat.
@@ -299,6 +307,7 @@ pub fn pod(vm: &FaultTolerantVM, pod: &Pod) -> Option<(String, PodSeen)> {
         failed,
         published: SeatPublished::of(pod.annotations()),
         request: SeatRequest::of(pod.annotations()).unwrap_or_default(),
+        look: seat::look(pod.annotations()).cloned(),
     };
     Some((name, seen))
 }

@@ -1,13 +1,17 @@
 //! One look at one VM: observe → decide → status → apply.
 
+mod identities;
+
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, VmPhase};
 use ftvm_watch::UnreadableObjects;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::runtime::controller::Action as Next;
 use kube::runtime::events::EventType;
 use kube::{Client, Resource, ResourceExt};
@@ -17,14 +21,16 @@ use crate::authority::authority;
 use crate::build::{self, GuestFiles, SeatImage};
 use crate::caches::Caches;
 use crate::cpu;
-use crate::decide::{self, Action, Decision, Want, decide, want};
+use crate::decide::{self, Acceptance, Action, Decision, Want, accepted_since, decide, want};
 use crate::events::{Events, RECONCILE_FAILED};
+use crate::first_look::Looked;
 use crate::image_volumes::ImageVolumes;
 use crate::metrics::Metrics;
-use crate::observe::{Observed, PodPhase, Refusal};
+use crate::observe::{Observed, Refusal};
 use crate::refusal::{self, Last, Refused};
-use crate::status;
-use crate::waits::{Looks, backoff, jittered, pause, refused_wait};
+use crate::status::{self, NOT_RUNNING};
+use crate::waits::{self, backoff, jittered, pause, refused_wait};
+use identities::{restore, unrestored};
 
 /// What a VM has once is applied anew after this time, so that a deleted object comes back.
 const SHARED_EVERY: Duration = Duration::from_secs(3600);
@@ -56,14 +62,18 @@ pub struct Context {
     pub memory: Mutex<HashMap<String, Memory>>,
 }
 
-/// What this process remembers of a VM; nothing depends on it.
+/// What this process remembers of a VM while it leads; nothing depends on it but how long is waited.
 #[derive(Default, Clone)]
 pub struct Memory {
     failures: u32,
     /// What came of the last attempt to make something.
     last: Last,
     shared: Option<(u64, Instant)>,
-    identities: Looks,
+    identities: waits::Looks,
+    /// What came of the last look for identities.
+    restored: Last,
+    acceptance: Acceptance<Instant>,
+    looked: Option<Looked>,
     /// resourceVersion of the VM after what this process wrote last, and when that was.
     written: Option<(u64, Instant)>,
 }
@@ -118,12 +128,15 @@ pub fn again(vm: Arc<FaultTolerantVM>, error: &ApiError, context: Arc<Context>) 
 async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError> {
     let namespace = vm.namespace().ok_or_else(|| ApiError::Unread(vm.name_any()))?;
     let objects = Objects::new(context.client.clone(), context.metrics.clone(), &namespace);
-    let mut seen = context.recall(context.caches.observe(vm));
+    let mut seen = context.recall(context.caches.observe(vm), Looked::told);
     let mut decision = decide(&seen);
     if decision.needs_certainty(&seen) {
         match context.caches.observe_fresh(&objects, &vm.name_any()).await? {
-            Some(fresh) => seen = context.recall(fresh),
-            None => return Ok(Next::await_change()),
+            Some(fresh) => seen = context.recall(fresh, Looked::read),
+            None => {
+                context.forget(vm);
+                return Ok(Next::await_change());
+            }
         }
         decision = decide(&seen);
     }
@@ -143,7 +156,7 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
     vm = act(&decision, vm, &seen, &mut undone, &objects, context).await?;
     let Undone { refused, unknown, .. } = undone;
     if let Some(error) = refused {
-        let next = tell_refusal(&error, vm, seen, decision, &objects, context).await?;
+        let next = tell_refusal(&error, &vm, seen, decision, &objects, context).await?;
         return unknown.map_or(Ok(next), Err);
     }
     if let Some(error) = unknown {
@@ -155,40 +168,19 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
     }
     // A look that changed the book has no actions for that reason.
     if seen.waits().is_none() && (!changed || !decision.actions.is_empty()) {
-        context.remember(&vm, |memory| memory.last = Last::Made);
-        if seen.refused.is_some() {
+        let last = context.remember(&vm, |memory| mem::replace(&mut memory.last, Last::Made));
+        if last.seen(&vm, Instant::now()).is_some() {
             // The status still says what was refused.
             return Ok(Next::requeue(jittered(CONFLICT)));
         }
     }
-    let again = restore(&seen, &objects, context).await?;
+    let (again, unrestored) = restore(&seen, &objects, context).await?;
     let recheck = decision.recheck.into_iter().chain(again).min();
-    Ok(pause(recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue))
-}
-
-/// Makes identities anew that somebody deleted: without one kubelet makes no sandbox, and nothing tells the operator why. When to look again.
-async fn restore(seen: &Observed, objects: &Objects, context: &Context) -> Result<Option<Duration>, ApiError> {
-    let pods = without_sandbox(seen);
-    let turn = |memory: &mut Memory| memory.identities.turn(!pods.is_empty(), Instant::now());
-    let (due, again) = context.remember(&seen.vm, turn);
-    for (seat, uid) in pods.iter().filter(|_| due) {
-        if objects.lacks_identity(seat).await? {
-            // Another authority would be one that nobody trusts.
-            let authority = authority(&seen.vm, objects, &context.caches).await?;
-            objects.restore_identity(&seen.vm, seat, uid, &authority).await?;
-            tracing::warn!(vm = %seen.vm.name_any(), %seat, "its identity was gone and is made anew");
-        }
+    let next = pause(recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue);
+    if let Some(refused) = unrestored.filter(|_| seen.refused.is_none()) {
+        show(refused, true, &vm, seen, decision, &objects, context).await?;
     }
-    Ok(again)
-}
-
-/// Seats and UIDs of pods that are in the book, stay, and have no sandbox: no program of theirs runs, so none reads an identity that comes meanwhile.
-fn without_sandbox(seen: &Observed) -> Vec<(String, String)> {
-    let book = seen.status().seats;
-    let stay = book.iter().filter(|entry| !entry.leaving);
-    let pods = stay.filter_map(|entry| Some((entry.name.clone(), decide::pod(seen, entry)?)));
-    let lacking = pods.filter(|(_, pod)| pod.no_sandbox && !pod.deleting && pod.phase != PodPhase::Finished);
-    lacking.map(|(seat, pod)| (seat, pod.uid.clone())).collect()
+    Ok(next)
 }
 
 /// What came to nothing in a look. It holds back no more than it has to.
@@ -282,7 +274,7 @@ async fn write_status(
 /// Something can't be made until a person does something, mostly because the API server refuses it: says so, and plans the next attempt.
 async fn tell_refusal(
     error: &ApiError,
-    vm: FaultTolerantVM,
+    vm: &FaultTolerantVM,
     seen: Observed,
     decision: Decision,
     objects: &Objects,
@@ -291,24 +283,38 @@ async fn tell_refusal(
     context.metrics.failures.with_label_values(&["refused"]).inc();
     let namespace = vm.namespace().unwrap_or_default();
     let message = refusal::message(error, &namespace).unwrap_or_else(|| error.to_string());
-    let (refused, first) = context.was_refused(&vm, refusal::reason(error), message);
-    let (times, refused) = (refused.times, refused.seen(&vm, Instant::now()));
+    let (refused, first) = context.was_refused(vm, refusal::reason(error), message);
+    let (times, refused) = (refused.times, refused.seen(vm, Instant::now()));
     let wait = refused.wait;
     let name = format!("{namespace}/{}", vm.name_any());
     tracing::warn!(vm = %name, %error, times, wait_ms = wait.as_millis() as u64, "something is refused");
     let recheck = decision.recheck;
-    let status = with_refusal(&vm, refused.clone(), seen, decision);
+    show(refused, first, vm, seen, decision, objects, context).await?;
+    Ok(Next::requeue(pause(recheck, Some(wait)).unwrap_or(wait)))
+}
+
+/// Says what is refused, for the `first` time or not.
+async fn show(
+    refused: Refusal,
+    first: bool,
+    vm: &FaultTolerantVM,
+    seen: Observed,
+    decision: Decision,
+    objects: &Objects,
+    context: &Context,
+) -> Result<(), ApiError> {
+    let status = with_refusal(vm, refused.clone(), seen, decision);
     let shown = status.conditions.iter().any(|told| told.reason == refused.reason);
     if vm.status.as_ref() != Some(&status) {
-        write_status(&vm, status, objects, context).await?;
+        write_status(vm, status, objects, context).await?;
     }
     if first && !shown {
         // The VM is protected, or halted: no condition has a reason to fail.
         context
-            .publish(&vm, EventType::Warning, refused.reason, &refused.message)
+            .publish(vm, EventType::Warning, refused.reason, &refused.message)
             .await;
     }
-    Ok(Next::requeue(pause(recheck, Some(wait)).unwrap_or(wait)))
+    Ok(())
 }
 
 /// The status of a VM for which something was refused. Of `vm`, as it is after all that was done in this look: its book has pods that were
@@ -391,6 +397,7 @@ async fn apply(
                 objects.request(seat, uid, &pod.version, request).await?;
             }
         }
+        Action::AskForWord { seat, uid, drawn } => objects.ask_for_word(seat, uid, drawn).await?,
         Action::DeletePod {
             seat,
             uid,
@@ -476,12 +483,23 @@ impl Context {
         change(memory.entry(vm.uid().unwrap_or_default()).or_default())
     }
 
-    /// What was observed, with what is known of an earlier refusal.
-    fn recall(&self, seen: Observed) -> Observed {
-        let uid = seen.vm.uid().unwrap_or_default();
-        let last = self.memories().get(&uid).map(|memory| memory.last.clone());
+    /// What was observed, with what is known of an earlier refusal, of since when a loss is accepted, and of the first look at the VM. `take`: by the
+    /// watches, or past the caches.
+    fn recall(&self, seen: Observed, take: fn(&mut Looked, &Observed, Instant)) -> Observed {
+        let now = Instant::now();
+        let (refused, since, first_look) = self.remember(&seen.vm, |memory| {
+            let since = accepted_since(&mut memory.acceptance, &seen, now);
+            let looked = memory.looked.get_or_insert_with(|| Looked::new(&seen, now));
+            take(looked, &seen, now);
+            let first_look = looked.first(now);
+            let last = memory.last.seen(&seen.vm, now);
+            let refused = last.or_else(|| unrestored(&memory.restored, &seen, now));
+            (refused, since, first_look)
+        });
         Observed {
-            refused: last.unwrap_or_default().seen(&seen.vm, Instant::now()),
+            refused,
+            accepted_for: since.map(|since| now.saturating_duration_since(since)),
+            first_look,
             ..seen
         }
     }
@@ -537,6 +555,16 @@ fn precedes(read: Option<u64>, written: Option<u64>) -> bool {
     read.zip(written).is_some_and(|(read, written)| read < written)
 }
 
+/// Does a guest run that no standby follows? Also one that goes on because its halt, or the VM's deletion, waits.
+fn lacks_protection(phase: VmPhase, protected: Option<&Condition>) -> bool {
+    let holds = protected.is_some_and(|told| told.status == "True");
+    match phase {
+        VmPhase::Running | VmPhase::Paused => !holds,
+        VmPhase::Stopping | VmPhase::Deleting => protected.is_some_and(|told| !holds && told.reason != NOT_RUNNING),
+        VmPhase::Starting | VmPhase::Halted => false,
+    }
+}
+
 /// Counts VMs by phase.
 pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metrics) {
     let mut phases: HashMap<VmPhase, i64> = HashMap::new();
@@ -545,10 +573,8 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
         let status = vm.status.as_ref();
         let phase = status.and_then(|status| status.phase).unwrap_or(VmPhase::Starting);
         *phases.entry(phase).or_default() += 1;
-        let protected = status
-            .and_then(|status| status.condition(status::PROTECTED))
-            .is_some_and(|condition| condition.status == "True");
-        unprotected += i64::from(matches!(phase, VmPhase::Running | VmPhase::Paused) && !protected);
+        let protected = status.and_then(|status| status.condition(status::PROTECTED));
+        unprotected += i64::from(lacks_protection(phase, protected));
     }
     let all = [
         VmPhase::Starting,
@@ -570,6 +596,8 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use k8s_openapi::jiff::Timestamp;
     use kube::core::Status;
 
     use super::*;
@@ -648,6 +676,26 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_goes_on_while_a_halt_waits_is_counted_as_any_other() {
+        let told = |holds: bool, reason: &str| Condition {
+            type_: status::PROTECTED.to_owned(),
+            status: if holds { "True" } else { "False" }.to_owned(),
+            reason: reason.to_owned(),
+            message: String::new(),
+            last_transition_time: Time(Timestamp::UNIX_EPOCH),
+            observed_generation: None,
+        };
+        let lacks = |phase, holds, reason| lacks_protection(phase, Some(&told(holds, reason)));
+        for phase in [VmPhase::Stopping, VmPhase::Deleting] {
+            assert!(lacks(phase, false, "NoStandby"));
+            assert!(!lacks(phase, false, NOT_RUNNING) && !lacks(phase, true, "StandbyFollows"));
+            assert!(!lacks_protection(phase, None));
+        }
+        assert!(lacks(VmPhase::Running, false, "NoStandby") && !lacks(VmPhase::Running, true, "StandbyFollows"));
+        assert!(!lacks(VmPhase::Halted, false, NOT_RUNNING) && !lacks(VmPhase::Starting, false, "Starting"));
+    }
+
+    #[test]
     fn a_cache_is_old_until_it_has_what_was_written() {
         assert!(precedes(Some(9), Some(10)));
         assert!(!precedes(Some(10), Some(10)) && !precedes(Some(11), Some(10)));
@@ -682,21 +730,5 @@ mod tests {
             let words = (told.reason.as_str(), told.message.as_str());
             assert_eq!(words, (status::API_SERVER_REFUSES, "no: pay first"));
         }
-    }
-
-    #[test]
-    fn only_pods_that_stay_and_have_no_sandbox_may_lack_their_identity() {
-        let mut world = World::new(3);
-        assert!(world.settle(60));
-        let seat = world.book()[0].clone();
-        assert!(without_sandbox(&world.observe()).is_empty());
-        world.pods.get_mut(&seat.name).unwrap().no_sandbox = true;
-        let lacking = (seat.name.clone(), seat.pod_uid.unwrap());
-        assert_eq!(without_sandbox(&world.observe()), [lacking]);
-        world.pods.get_mut(&seat.name).unwrap().deleting = true;
-        assert!(without_sandbox(&world.observe()).is_empty());
-        let pod = world.pods.get_mut(&seat.name).unwrap();
-        (pod.deleting, pod.uid) = (false, "another".to_owned());
-        assert!(without_sandbox(&world.observe()).is_empty(), "not admitted");
     }
 }

@@ -4,7 +4,7 @@
 //! the caches comes whole, so [`crate::observe`] must make the same of both: its test takes whole objects and trimmed ones.
 
 use ftvm_crds::FaultTolerantVM;
-use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS, RESOURCE_SEAT};
+use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_LOOK, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS, RESOURCE_SEAT};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateTerminated, ContainerStatus, Node, NodeCondition, NodeSpec, NodeStatus,
@@ -40,7 +40,8 @@ pub fn lease(lease: &mut Lease) {
 /// A pod of a seat.
 pub fn pod(pod: &mut Pod) {
     pod.metadata.managed_fields = None;
-    keep_annotations(&mut pod.metadata, &[ANNOTATION_SEAT_STATUS, ANNOTATION_REQUEST]);
+    let read = [ANNOTATION_SEAT_STATUS, ANNOTATION_REQUEST, ANNOTATION_LOOK];
+    keep_annotations(&mut pod.metadata, &read);
     pod.spec = pod.spec.take().map(|spec| PodSpec {
         node_name: spec.node_name,
         ..PodSpec::default()
@@ -177,6 +178,7 @@ mod tests {
                 LAST_APPLIED: "y".repeat(4000),
                 ANNOTATION_SEAT_STATUS: json!({"role": "active", "protected": true, "term": 7, "why": "protected", "code": 3}).to_string(),
                 ANNOTATION_REQUEST: json!({"id": "stop-1", "do": "stop"}).to_string(),
+                ANNOTATION_LOOK: "0123456789abcdef",
                 ANNOTATION_CPU: "anything",
             },
             "ownerReferences": [{"apiVersion": "ftvm.dev/v1alpha1", "kind": "FaultTolerantVM", "name": "web", "uid": "0000abcd-0000-4000-8000-0000000000ff", "controller": true}],
@@ -243,7 +245,11 @@ mod tests {
             let (name_trimmed, seen_trimmed) = observe::pod(&vm, &trimmed).expect("its pod");
             assert_eq!((name, format!("{seen:?}")), (name_trimmed, format!("{seen_trimmed:?}")));
             assert_eq!(seen.first_start.is_some(), phase == "Running" && restarts == 0);
-            assert!(seen.request.is_some() && seen.published.is_ok_and(|published| published.term == 7));
+            assert!(
+                seen.request.is_some()
+                    && seen.look.is_some()
+                    && seen.published.is_ok_and(|published| published.term == 7)
+            );
         }
     }
 

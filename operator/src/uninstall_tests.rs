@@ -1,19 +1,8 @@
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex as Lock};
-
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::header::ACCEPT;
-use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper::body::Bytes;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 use super::*;
-
-/// Code and body; without these the connection ends.
-type Answer = Option<(u16, String)>;
+use crate::testing::{Answer, Questions, refused, scripted};
 
 const AT_ONCE: Waits = Waits {
     patience: Duration::ZERO,
@@ -24,39 +13,10 @@ const FOR_EVER: Waits = Waits {
     pause: Duration::ZERO,
 };
 
-/// An API server that gives these answers, one after the other, and what it was asked.
-async fn serving(answers: Vec<Answer>) -> (Client, Arc<Lock<Vec<String>>>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let questions: Arc<Lock<Vec<String>>> = Arc::default();
-    let (told, left) = (questions.clone(), Arc::new(Lock::new(VecDeque::from(answers))));
-    tokio::spawn(async move {
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            let (told, left) = (told.clone(), left.clone());
-            let service = service_fn(move |request: Request<Incoming>| {
-                let form = request.headers().get(ACCEPT).map(|form| form.to_str().unwrap());
-                let question = format!("{} {} {form:?}", request.method(), request.uri());
-                told.lock().unwrap().push(question);
-                let answer = left
-                    .lock()
-                    .unwrap()
-                    .pop_front()
-                    .expect("one question more than answers");
-                async move {
-                    let (code, body) = answer.ok_or("cut")?;
-                    let response = Response::builder().status(StatusCode::from_u16(code).unwrap());
-                    Ok::<_, &str>(response.body(Full::new(Bytes::from(body))).unwrap())
-                }
-            });
-            tokio::spawn(async move {
-                let http = hyper::server::conn::http1::Builder::new();
-                // The client leaves as it likes, and one that is cut off is an error.
-                let _ = http.serve_connection(TokioIo::new(stream), service).await;
-            });
-        }
-    });
-    (client(Config::new(url.parse().unwrap())).unwrap(), questions)
+async fn serving(answers: Vec<Answer>) -> (Client, Questions) {
+    let answers = answers.into_iter().map(|answer| move |_: Bytes| answer);
+    let (config, questions) = scripted(answers).await;
+    (client(config).unwrap(), questions)
 }
 
 /// A page with VMs of these names; the last one is being deleted, and none of them can be read as a VM.
@@ -80,11 +40,6 @@ fn page(names: &[&str], token: &str) -> Answer {
         "metadata": {"resourceVersion": "7", "continue": token}, "items": items,
     });
     Some((200, list.to_string()))
-}
-
-fn refused(code: u16, reason: &str) -> Answer {
-    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": "not so", "code": code});
-    Some((code, status.to_string()))
 }
 
 /// What API servers say of a path that they don't know, and proxies of much.

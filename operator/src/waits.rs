@@ -34,6 +34,14 @@ impl Looks {
         self.next = Some(now + wait);
         (true, Some(wait))
     }
+
+    /// After a look in which something was refused: the next one comes as soon as after any refusal, also if the wait is [`jittered`].
+    pub fn soon(&mut self, now: Instant) -> Duration {
+        let soon = now + REFUSED_MAX * 4 / 5;
+        let next = self.next.map_or(soon, |next| next.min(soon));
+        self.next = Some(next);
+        next - now
+    }
 }
 
 /// After so many failures in a row.
@@ -82,6 +90,21 @@ mod tests {
         }
         assert_eq!(looks.turn(false, now), (false, None));
         assert_eq!(looks.turn(true, now), (false, Some(IDENTITY.0)));
+    }
+
+    /// People are told that it is tried again within that time.
+    #[test]
+    fn what_was_refused_is_looked_for_again_within_a_minute() {
+        let (mut looks, mut now) = (Looks::default(), Instant::now());
+        looks.turn(true, now);
+        now += IDENTITY.0;
+        assert_eq!(looks.turn(true, now), (true, Some(2 * IDENTITY.0)));
+        assert_eq!(looks.soon(now), 2 * IDENTITY.0, "made longer");
+        for _ in 0..9 {
+            now += REFUSED_MAX;
+            assert!(looks.turn(true, now).0);
+            assert!(looks.soon(now) * 5 / 4 <= REFUSED_MAX);
+        }
     }
 
     #[test]

@@ -25,22 +25,24 @@ const ANEW: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(
 
 /// A watch for ever. kube-rs asks for a watch that is refused with 410 again and again from the same state, which never comes back; this one
 /// begins anew with a list, as it does itself when it is told so by an event. Where that happens again and again, later and later: lists cost
-/// an API server most, and each one that succeeds ends the back-off around this.
+/// an API server most, and each one that succeeds ends the back-off around this. It is no error of the stream: that back-off would be waited for
+/// as well, and after a long absence of the API server it is a minute. (What was restored from a backup is told by such a list.)
 pub fn lasting<K>(api: Api<K>, mut config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
     config.timeout.get_or_insert(WATCH_S);
     let begin = move || watcher(api.clone(), config.clone()).boxed();
-    let state = (begin(), begin, Anew::default(), None);
-    futures::stream::unfold(state, |(mut watch, begin, mut anew, pause)| async move {
-        if let Some(pause) = pause {
-            tokio::time::sleep(pause).await;
+    let state = (begin(), begin, Anew::default());
+    futures::stream::unfold(state, |(mut watch, begin, mut anew)| async move {
+        loop {
+            let event = watch.next().await?;
+            if !is_gone(&event) {
+                return Some((event, (watch, begin, anew)));
+            }
+            tokio::time::sleep(anew.pause(Instant::now())).await;
             watch = begin();
         }
-        let event = watch.next().await?;
-        let pause = is_gone(&event).then(|| anew.pause(Instant::now()));
-        Some((event, (watch, begin, anew, pause)))
     })
 }
 

@@ -16,7 +16,7 @@ use super::{Load, Options, Part, gap, kubernetes, resync, tables};
 use crate::demo::place::{folder, new_folder, remove_disks, show_at_short_path};
 use crate::demo::prerequisites;
 use crate::demo::programs::{self, Profile, Programs};
-use crate::hosts::outer::{self, Outer};
+use crate::hosts::outer;
 use crate::lab::binaries;
 use crate::report::Progress;
 
@@ -92,13 +92,7 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode
             remove_disks(&part)?;
         }
     }
-    match ended {
-        Outer::Ended(status) => Ok(status
-            .code()
-            .and_then(|code| u8::try_from(code).ok())
-            .map_or(ExitCode::FAILURE, ExitCode::from)),
-        Outer::Inside => Ok(ExitCode::FAILURE),
-    }
+    Ok(ended.exit_code())
 }
 
 fn run_inside(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode> {

@@ -13,7 +13,7 @@ use super::rounds::{Patience, Stage};
 use super::standalone::Standalone;
 use super::witness::EmbeddedWitness;
 use super::{GUEST_ADDRESS, GUEST_MAC, Guest, Options, linux, prerequisites};
-use crate::hosts::outer::{self, Outer};
+use crate::hosts::outer;
 use crate::hosts::{Lab, LabPlan};
 use crate::report::{Progress, Report};
 
@@ -41,13 +41,7 @@ pub fn run(options: &Options, profile: Profile, arguments: &[OsString]) -> anyho
     let ended = outer::enter_with(arguments, &[(PROGRAMS, serde_json::to_string(&programs)?)])?;
     // An interrupted pair has left its own.
     remove_disks(&folder)?;
-    match ended {
-        Outer::Ended(status) => Ok(status
-            .code()
-            .and_then(|code| u8::try_from(code).ok())
-            .map_or(ExitCode::FAILURE, ExitCode::from)),
-        Outer::Inside => Ok(ExitCode::FAILURE),
-    }
+    Ok(ended.exit_code())
 }
 
 fn run_inside(options: &Options) -> anyhow::Result<ExitCode> {

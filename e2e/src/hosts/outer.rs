@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::{Command, ExitCode, ExitStatus};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -26,6 +26,18 @@ pub enum Outer {
     Inside,
     /// The inner program has run and ended like this; nothing of it is left.
     Ended(ExitStatus),
+}
+
+impl Outer {
+    /// What the outer program ends with: as the inner one did.
+    pub fn exit_code(&self) -> ExitCode {
+        let code = match self {
+            Outer::Ended(status) => status.code(),
+            Outer::Inside => None,
+        };
+        let code = code.and_then(|code| u8::try_from(code).ok());
+        code.map_or(ExitCode::FAILURE, ExitCode::from)
+    }
 }
 
 /// True in the inner program.

@@ -13,6 +13,7 @@
 
 mod book;
 mod cpu;
+mod echo;
 pub mod health;
 mod kvm_test;
 mod machine;

@@ -1,5 +1,6 @@
 use std::time::Instant;
 
+use ftvm_crds::seat::SeatPublished;
 use ftvm_protocol::core::GuestReport;
 use kube::Resource;
 use serde_json::json;
@@ -228,7 +229,7 @@ fn a_deleted_pod_says_when_its_engine_has_ended_for_good() {
     let published = said().unwrap();
     assert!(published.over && published.incarnation.is_none());
     assert_eq!(published.machine.as_deref(), Some("machine"), "of which it is said");
-    seat.publisher.written(published);
+    seat.publisher.written(published, None);
     assert_eq!(said(), None, "it is there");
 }
 
@@ -366,7 +367,7 @@ fn a_disk_that_cant_be_prepared_is_told_once_and_is_no_progress() {
     assert_eq!((published.resync_percent, published.why.as_str()), (None, "no room"));
     let code = ftvm_engine::control::exit_code::DISK;
     assert_eq!(published.code, code, "a person has to mend it");
-    seat.publisher.written(published);
+    seat.publisher.written(published, None);
     for _ in 0..3 {
         for mib in [0, 8, 32] {
             at("root", mib);
@@ -472,7 +473,7 @@ fn a_failure_is_said_to_be_begun_over_the_pod_that_asks_for_it_alone() {
     let version = |patch: &serde_json::Value| patch["metadata"]["resourceVersion"].clone();
     let (patch, published) = seat.publisher.due(&seat).unwrap();
     assert_eq!((version(&patch), published.begun.clone()), (json!(null), None));
-    seat.publisher.written(published);
+    seat.publisher.written(published, None);
     let mut asks = Pod::clone(&pod(POD));
     asks.metadata.resource_version = Some("41".to_owned());
     let request = json!({"id": "failover-x", "do": "failover"}).to_string();
@@ -482,7 +483,7 @@ fn a_failure_is_said_to_be_begun_over_the_pod_that_asks_for_it_alone() {
     let begun = Some("failover-x".to_owned());
     assert_eq!((version(&patch), published.begun.clone()), (json!("41"), begun.clone()));
     // One that an earlier daemon wrote says nothing of the pod as it is now.
-    seat.publisher.written(published.clone());
+    seat.publisher.written(published.clone(), None);
     let (patch, again) = seat.publisher.due(&seat).unwrap();
     assert_eq!((version(&patch), &again.begun), (json!("41"), &begun));
     seat.requests.granted("failover-x", Instant::now());
@@ -510,4 +511,99 @@ fn a_failing_disk_is_published_by_its_name() {
     assert_eq!(storage().unwrap(), "disk root: writing 512 bytes at 0: I/O error");
     rig.say(|status| status.failing_disks.clear());
     assert_eq!(storage(), None);
+}
+
+/// The pod of [`POD`] as the API server has it.
+fn says(version: u64, published: &SeatPublished, role: Option<&str>) -> Pod {
+    let mut pod = Pod::clone(&pod(POD));
+    pod.metadata.resource_version = Some(version.to_string());
+    let text = serde_json::to_string(published).unwrap();
+    pod.metadata.annotations = Some([("ftvm.dev/seat-status".to_owned(), text)].into());
+    let labels = role.map(|role| ("ftvm.dev/role".to_owned(), role.to_owned()));
+    pod.metadata.labels.get_or_insert_default().extend(labels);
+    pod
+}
+
+/// Nothing changes about the seat, and yet somebody who reads the pod would be told what was.
+#[test]
+fn what_was_changed_on_a_pod_is_written_again() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let due = || seat.publisher.due(&seat).map(|(_, published)| published);
+    let (patch, published) = seat.publisher.due(&seat).unwrap();
+    let role = patch["metadata"]["labels"]["ftvm.dev/role"].as_str();
+    assert_eq!(role, Some("active"));
+    seat.publisher.written(published.clone(), Some(57));
+    // What was there before: the watch has not told the own write yet.
+    let before = SeatPublished::default();
+    seat.publisher.noticed(&says(41, &before, None));
+    assert_eq!(due(), None);
+    for version in [57, 58] {
+        seat.publisher.noticed(&says(version, &published, role));
+        assert_eq!(due(), None, "it says what was written, whoever wrote else");
+    }
+    // The label alone counts, too.
+    seat.publisher.noticed(&says(59, &published, Some("standby")));
+    let (again, same) = seat.publisher.due(&seat).unwrap();
+    assert_eq!(
+        (again["metadata"]["labels"]["ftvm.dev/role"].as_str(), &same),
+        (role, &published)
+    );
+    seat.publisher.written(same, Some(60));
+    seat.publisher.noticed(&says(61, &before, role));
+    assert_eq!(due(), None, "somebody goes on: later and later");
+    // What changes by itself waits for nobody.
+    rig.say(|status| status.term += 1);
+    assert_eq!(due().unwrap().term, published.term + 1);
+}
+
+/// It is no word of anybody else, so nothing waits because of it.
+#[test]
+fn an_own_write_that_lands_late_is_known() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let due = || seat.publisher.due(&seat).map(|(_, published)| published);
+    let first = due().unwrap();
+    seat.publisher.written(first.clone(), Some(57));
+    rig.say(|status| status.term += 1);
+    let late = due().unwrap();
+    seat.publisher.failed(late.clone());
+    rig.say(|status| status.term -= 1);
+    seat.publisher.noticed(&says(58, &late, Some("active")));
+    rig.wait("the pause after the failure is over", |_| due().is_some());
+    assert_eq!(due().unwrap(), first);
+    seat.publisher.written(first.clone(), Some(59));
+    seat.publisher.noticed(&says(60, &late, Some("active")));
+    assert_eq!(due(), Some(first), "that was somebody, and the first time");
+}
+
+/// Whoever drew it knows that all of this was said since.
+#[test]
+fn a_look_is_repeated_by_a_daemon_that_knows_its_engine() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let published = seat.publisher.due(&seat).unwrap().1;
+    assert_eq!(published.look, None);
+    let asks = |look: &str| {
+        let mut pod = says(58, &published, Some("active"));
+        let annotations = pod.metadata.annotations.as_mut().unwrap();
+        annotations.insert("ftvm.dev/look".to_owned(), look.to_owned());
+        pod
+    };
+    seat.publisher.written(published.clone(), Some(57));
+    seat.publisher.noticed(&asks("1f"));
+    let answer = seat.publisher.due(&seat).unwrap().1;
+    assert_eq!(answer.look.as_deref(), Some("1f"));
+    seat.publisher.written(answer, Some(59));
+    seat.publisher.noticed(&asks("2e"));
+    // While the engine does not answer, what it was is repeated, and no more than that.
+    rig.say(|_| {
+        let repeated = seat.publisher.due(&seat).unwrap().1;
+        assert_eq!((repeated.look.as_deref(), repeated.term), (Some("1f"), published.term));
+    });
+    let answer = seat.publisher.due(&seat).unwrap().1;
+    assert_eq!(answer.look.as_deref(), Some("2e"));
 }

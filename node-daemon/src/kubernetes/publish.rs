@@ -1,15 +1,17 @@
 //! What a seat's pod says of its seat: annotation and label, written on change, progress at most every two seconds, interval and
-//! lag alone every 20 minutes.
+//! lag alone every 20 minutes. And written again where somebody changed it, or a backup took it back ([`super::echo`]).
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ftvm_crds::names::{ANNOTATION_SEAT_STATUS, LABEL_ROLE, ROLE_ACTIVE, ROLE_STANDBY};
-use ftvm_crds::seat::{SeatExit, SeatPublished, SeatRole, Takeover};
+use ftvm_crds::seat::{self, SeatExit, SeatPublished, SeatRole, Takeover};
 use ftvm_engine::control::{Event, FailingDisk, Role, exit_code};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
+use super::echo::{Echo, difference};
 use super::node::NodeSeat;
 use super::pace::Pace;
 use super::request::Told;
@@ -34,6 +36,12 @@ struct State {
     /// What was found in the pod, or none as long as the pod was not seen.
     written: Option<SeatPublished>,
     written_at: Option<Instant>,
+    /// What was sent last without an answer that says that it was written: it may be yet.
+    sent: Option<SeatPublished>,
+    /// Whether the pod still says what was written.
+    echo: Echo,
+    /// What the operator drew at its first look, as it was seen last.
+    look: Option<String>,
     last_takeover: Option<Takeover>,
     last_exit: Option<SeatExit>,
     failures: u32,
@@ -50,6 +58,9 @@ impl Publisher {
         let publisher = Publisher(Mutex::new(State {
             written: None,
             written_at: None,
+            sent: None,
+            echo: Echo::default(),
+            look: None,
             last_takeover: None,
             last_exit: None,
             failures: 0,
@@ -66,18 +77,39 @@ impl Publisher {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The pod as the API server has it: the first time that it is seen, it says what was published before.
+    /// The pod as the watch has it. The first time that it is seen, it says what was published before; later, whether that is still there.
     pub fn noticed(&self, pod: &Pod) {
-        let mut state = self.lock();
-        if state.written.is_some() {
+        let (mut state, nothing) = (self.lock(), BTreeMap::new());
+        let annotations = pod.metadata.annotations.as_ref().unwrap_or(&nothing);
+        // One that an old state of the pod lacks was drawn all the same.
+        if let Some(look) = seat::look(annotations) {
+            state.look = Some(look.clone());
+        }
+        let version = version(pod.metadata.resource_version.as_deref());
+        if !state.echo.is_news(version) {
             return;
         }
-        let annotations = pod.metadata.annotations.clone().unwrap_or_default();
-        // What can't be read is written over.
-        let found = SeatPublished::of(&annotations).unwrap_or_default();
-        state.last_takeover = state.last_takeover.take().or_else(|| found.last_takeover.clone());
-        state.last_exit = state.last_exit.take().or_else(|| found.last_exit.clone());
-        state.written = Some(found);
+        let (found, now) = (SeatPublished::of(annotations), Instant::now());
+        if state.sent.is_some() && state.sent.as_ref() == found.as_ref().ok() {
+            // An own write that was not answered in time.
+            state.written = state.sent.take();
+        }
+        let what = match &state.written {
+            Some(written) => {
+                let labels = pod.metadata.labels.as_ref();
+                let label = labels.and_then(|labels| labels.get(LABEL_ROLE)).map(String::as_str);
+                difference((written, role_label(written)), (&found, label))
+            }
+            None => {
+                // What can't be read is written over.
+                let found = found.unwrap_or_default();
+                state.last_takeover = state.last_takeover.take().or_else(|| found.last_takeover.clone());
+                state.last_exit = state.last_exit.take().or_else(|| found.last_exit.clone());
+                state.written = Some(found);
+                None
+            }
+        };
+        state.echo.saw(version, what, now);
     }
 
     /// The patch that is due, and what it publishes.
@@ -91,11 +123,14 @@ impl Publisher {
         if written.over {
             seat.pod.said_over();
         }
-        let waits = state.next.is_some_and(|next| Instant::now() < next);
+        let instant = Instant::now();
+        let waits = state.next.is_some_and(|next| instant < next);
+        let changed = state.echo.due(instant);
         // Known for the first time, or old.
         let old = (written.interval_ms.is_none() && now.interval_ms.is_some())
             || (state.written_at.is_some_and(|at| at.elapsed() >= REFRESH) && *written != now);
-        if waits || (same(written, &now) && !old && over.is_none()) {
+        let is_same = same(written, &now);
+        if waits || (is_same && !old && over.is_none() && changed.is_none()) {
             return None;
         }
         let only_progress = same(
@@ -105,21 +140,26 @@ impl Publisher {
             },
             &now,
         );
-        if only_progress && over.is_none() && state.written_at.is_some_and(|at| at.elapsed() < PROGRESS) {
+        if only_progress
+            && over.is_none()
+            && changed.is_none()
+            && state.written_at.is_some_and(|at| at.elapsed() < PROGRESS)
+        {
             return None;
         }
-        let role = match now.role {
-            Some(SeatRole::Active) => Some(ROLE_ACTIVE),
-            Some(SeatRole::Standby) => Some(ROLE_STANDBY),
-            _ => None,
-        };
+        if let Some(what) = changed.filter(|_| is_same) {
+            tracing::warn!(
+                seat = seat.known().config.label(),
+                "its pod does not say what was written there ({what}): somebody changed it, or the cluster was restored from a backup; it is written again"
+            );
+        }
         let text = serde_json::to_string(&now).ok()?;
         let mut patch = json!({
             "metadata": {
                 // Another pod of this name is not this seat.
                 "uid": seat.known().seat_id.to_string(),
                 "annotations": {ANNOTATION_SEAT_STATUS: text},
-                "labels": {LABEL_ROLE: role},
+                "labels": {LABEL_ROLE: role_label(&now)},
             },
         });
         if let Some(version) = over {
@@ -129,22 +169,24 @@ impl Publisher {
         Some((patch, now))
     }
 
-    /// It was written.
-    pub fn written(&self, published: SeatPublished) {
-        let mut state = self.lock();
+    /// It was written, which gave the pod this version.
+    pub fn written(&self, published: SeatPublished, version: Option<u64>) {
+        let (mut state, now) = (self.lock(), Instant::now());
+        state.echo.wrote(version, now);
         state.written = Some(published);
-        state.written_at = Some(Instant::now());
+        state.written_at = Some(now);
         state.failures = 0;
         state.next = None;
     }
 
-    /// It was not: tried again after a pause that grows, and differs from daemon to daemon.
-    pub fn failed(&self) {
+    /// It was not, as far as is known: tried again after a pause that grows, and differs from daemon to daemon.
+    pub fn failed(&self, published: SeatPublished) {
         let mut state = self.lock();
         let pause = PAUSE_MIN.saturating_mul(1 << state.failures.min(10)).min(PAUSE_MAX);
         let part = (random::nonzero_u64() % 1000) as f64 / 1000.0;
         state.failures += 1;
         state.next = Some(Instant::now() + pause.mul_f64(0.5 + part / 2.0));
+        state.sent = Some(published);
     }
 
     fn outlook(&self, state: &mut State, seat: &NodeSeat, status: &SeatStatus, told: Told) -> SeatPublished {
@@ -157,6 +199,10 @@ impl Publisher {
             _ => state.pace.forget(),
         }
         let incarnation = seat.pod.seat.incarnation();
+        // What is said of an engine that does not answer, or may be there, is no answer to anybody.
+        let is_known = status.engine.is_some() || (incarnation.is_none() && !seat.pod.seat.has_engine());
+        let repeated = || state.written.as_ref().and_then(|written| written.look.clone());
+        let look = if is_known { state.look.clone() } else { repeated() };
         let progress = seat.pod.progress();
         // A disk that can't be prepared is no progress: whoever waits for this seat waits in vain.
         let preparing = progress.disk.as_ref().filter(|_| progress.trouble.is_none());
@@ -171,6 +217,7 @@ impl Publisher {
             begun: told.begun,
             over,
             machine: seat.machine.clone(),
+            look,
             arbiter_reachable: true,
             interval_ms: state.pace.interval_ms,
             lag_ms: state.pace.lag_ms,
@@ -216,6 +263,20 @@ impl Publisher {
         }
         published
     }
+}
+
+/// The label that belongs to it.
+fn role_label(published: &SeatPublished) -> Option<&'static str> {
+    match published.role {
+        Some(SeatRole::Active) => Some(ROLE_ACTIVE),
+        Some(SeatRole::Standby) => Some(ROLE_STANDBY),
+        _ => None,
+    }
+}
+
+/// resourceVersion as a number, which grows (Kubernetes API concepts, "Resource versions"); none: nothing is known of its order.
+pub(super) fn version(text: Option<&str>) -> Option<u64> {
+    text?.parse().ok()
 }
 
 /// Whether nothing differs that is worth a write.

@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use super::health::Health;
 use super::missing::Missing;
 use super::node::{Node, NodeSeat};
+use super::publish;
 use super::refused::Word;
 use crate::explain;
 
@@ -134,8 +135,9 @@ async fn write(client: &Client, due: Due) {
     let (begins, sent) = (begins(&due), Instant::now());
     let writing = api.patch_metadata(&known.config.seat, &parameters, &patch);
     match tokio::time::timeout(WRITE_MAX, writing).await {
-        Ok(Ok(_)) => {
-            due.seat.publisher.written(due.published);
+        Ok(Ok(after)) => {
+            let version = publish::version(after.metadata.resource_version.as_deref());
+            due.seat.publisher.written(due.published, version);
             if let Some((id, _)) = begins {
                 due.seat.requests.granted(&id, sent);
             }
@@ -150,9 +152,9 @@ async fn write(client: &Client, due: Due) {
                 return due.seat.requests.outrun(&id, &version);
             }
             tracing::warn!(seat = known.config.label(), "status not published: {}", explain(&error));
-            due.seat.publisher.failed();
+            due.seat.publisher.failed(due.published);
         }
-        Err(_) => due.seat.publisher.failed(),
+        Err(_) => due.seat.publisher.failed(due.published),
     }
 }
 

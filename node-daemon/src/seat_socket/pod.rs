@@ -3,6 +3,7 @@
 //! The kernel tells the process that connected; everything else is read from /proc while a pidfd proves that the number
 //! still means that process.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -46,6 +47,18 @@ pub enum PodError {
         pid: i32,
         /// Where it is.
         cgroups: String,
+    },
+    /// It is in a pod of another kubelet: of one in a container of this node.
+    #[error(
+        "process {pid} is in the pod's cgroup {cgroup}, and kubelet has the daemon's own pod below {own}: only programs of seat pods of this node may connect"
+    )]
+    OtherKubelet {
+        /// The process.
+        pid: i32,
+        /// Where it is.
+        cgroup: PathBuf,
+        /// Where the pods of this node are.
+        own: PathBuf,
     },
     /// Its cgroups contradict each other.
     #[error("process {pid} is in cgroups of two pods")]
@@ -107,7 +120,7 @@ pub fn pod_of(path: &Path) -> Option<(SeatId, PathBuf)> {
         };
         let name = name.to_str()?;
         let slice = name.strip_suffix(".slice");
-        inside |= slice.map_or(name == "kubepods", is_root) || name.starts_with("kubepods-");
+        inside |= begins_pods(name);
         let uid = match slice {
             None => name.strip_prefix("pod").map(str::to_owned),
             Some(slice) => slice.rsplit_once("-pod").and_then(|(above, uid)| {
@@ -124,6 +137,32 @@ pub fn pod_of(path: &Path) -> Option<(SeatId, PathBuf)> {
         }
     }
     None
+}
+
+/// Is this what cgroups of pods are in?
+fn begins_pods(name: &str) -> bool {
+    let slice = name.strip_suffix(".slice");
+    slice.map_or(name == "kubepods", is_root) || name.starts_with("kubepods-")
+}
+
+/// The folder in which kubelet has its pods, by the path of a cgroup of one: its `--cgroup-root`.
+fn root_of(path: &Path) -> Option<&Path> {
+    pod_of(path)?;
+    let begins = |above: &&Path| above.file_name().and_then(OsStr::to_str).is_some_and(begins_pods);
+    // The outermost one.
+    path.ancestors().filter(begins).last()?.parent()
+}
+
+/// A cgroup of a pod that is not where kubelet has this process's own pod in the same hierarchy, and where that is. Without an own pod nothing is known.
+///
+/// Both are read by this process, so both are as its cgroup namespace shows them (cgroup_namespaces(7)), and all pods of a kubelet have the path down to
+/// its `kubepods` in common: none of them differs, whatever its quality of service, its runtime's names and a namespace of its own.
+fn elsewhere<'a>(cgroups: &'a [Cgroup], own: &'a [Cgroup]) -> Option<(&'a Path, &'a Path)> {
+    cgroups.iter().find_map(|cgroup| {
+        let own = own.iter().find(|own| own.controllers == cgroup.controllers)?;
+        let (found, expected) = (root_of(&cgroup.path)?, root_of(&own.path)?);
+        (found != expected).then_some((cgroup.path.as_path(), expected))
+    })
 }
 
 /// Is it the slice of all pods?
@@ -171,7 +210,7 @@ impl Hierarchies {
     }
 
     /// Whether a process is where engines of this pod live, in any hierarchy, or may be: what can't be looked at may have one. The pod's program
-    /// need not be there.
+    /// need not be there, nor where kubelet has pods now: it may have been started with another root, or another driver, since the engine was.
     pub fn has_engine(&self, pod: SeatId) -> bool {
         let mut mounts = self.0.iter();
         mounts.any(|mount| may_have_engine(&mount.point, &mount.root, pod, DEPTH_MAX))
@@ -261,6 +300,11 @@ impl Peer {
             return Err(PodError::Ended);
         }
         let cgroups = parse_cgroups(&text);
+        let own = std::fs::read_to_string("/proc/self/cgroup").map_err(process("reading the daemon's own cgroups"))?;
+        if let Some((cgroup, own)) = elsewhere(&cgroups, &parse_cgroups(&own)) {
+            let (cgroup, own) = (cgroup.to_owned(), own.to_owned());
+            return Err(PodError::OtherKubelet { pid, cgroup, own });
+        }
         let mut pods = cgroups
             .iter()
             .filter_map(|cgroup| pod_of(&cgroup.path))
@@ -457,6 +501,51 @@ mod tests {
         // A pod that makes a cgroup with another pod's name below its own stays itself.
         let nested = format!("/kubepods/pod{UID}/container/kubepods/pod{other}");
         assert_eq!(pod(&nested).unwrap().0, UID);
+    }
+
+    /// A kubelet in a container of the node has pods, too.
+    #[test]
+    fn pods_of_another_kubelet_are_told_apart() {
+        let under = UID.replace('-', "_");
+        let pod = format!("kubepods/burstable/pod{UID}/program");
+        let slice =
+            format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{under}.slice/program.scope");
+        let below = format!("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{under}.slice/program.scope");
+        let strange = |of: &str, own: &str| {
+            let line = |path: &str| parse_cgroups(&format!("4:memory:/\n0::/{path}\n"));
+            let (of, own) = (line(of), line(own));
+            elsewhere(&of, &own).map(|(_, own)| own.display().to_string())
+        };
+        let own = "kubepods/besteffort/pod11111111-0000-4000-8000-0000000000ff/daemon";
+        for path in [pod.as_str(), &slice, "system.slice/some.service", ""] {
+            assert_eq!(strange(path, own), None, "{path}");
+        }
+        for path in [format!("docker/4711/{pod}"), format!("lab-one/{slice}"), below.clone()] {
+            assert_eq!(strange(&path, own).as_deref(), Some("/"), "{path}");
+            assert_eq!(strange(&path, "init.scope"), None, "the daemon is in no pod");
+            assert_eq!(strange(&path, &path), None);
+        }
+        assert_eq!(strange(&pod, &below).as_deref(), Some("/kubelet.slice"));
+        // From a cgroup namespace of the daemon's own it is at the root, or beside it, and others are outside: no place is known.
+        for own in ["", "..", &format!("../{own}")] {
+            for path in [format!("../../{pod}"), format!("../../docker/4711/{pod}")] {
+                assert_eq!(strange(&path, own), None, "{path}, {own}");
+            }
+        }
+        // Of version 1 each hierarchy has its own paths: those of a node that is a container differ.
+        let places = |path: &str| {
+            parse_cgroups(&format!(
+                "9:name=systemd:/docker/4711/docker/4711/{path}\n5:cpu,cpuacct:/docker/4711/{path}\n2:rdma:/\n0::/\n"
+            ))
+        };
+        assert_eq!(elsewhere(&places(&pod), &places(own)), None);
+        assert!(elsewhere(&parse_cgroups(&format!("5:cpu,cpuacct:/{pod}")), &places(own)).is_some());
+        // In another hierarchy there is nothing to compare with.
+        let (of, own) = (
+            parse_cgroups(&format!("4:memory:/lab/{pod}")),
+            parse_cgroups(&format!("0::/{own}")),
+        );
+        assert_eq!(elsewhere(&of, &own), None);
     }
 
     #[test]

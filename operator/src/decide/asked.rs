@@ -24,7 +24,7 @@ use k8s_openapi::jiff::SignedDuration;
 use kube::ResourceExt;
 
 use super::run::{ask, sooner, whole_seconds};
-use super::{Action, Decision, holder, pod};
+use super::{Action, Decision, holder, pod, published};
 use crate::observe::{Observed, PodSeen};
 
 /// Longest text that is kept of an annotation, in characters.
@@ -175,9 +175,8 @@ enum Telling {
 }
 
 fn is_protected(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
-    let active = holder(book, record).and_then(|entry| pod(seen, entry));
-    let published = active.and_then(|pod| pod.published.as_ref().ok());
-    record.members.iter().count() > 1 && published.is_some_and(|published| published.protected)
+    let active = holder(book, record).and_then(|entry| published(seen, entry));
+    record.members.iter().count() > 1 && active.is_some_and(|published| published.protected)
 }
 
 /// Whether both seats have a place to go on. The active knows of its own end alone, and its link says nothing of its standby's way to the

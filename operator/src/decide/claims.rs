@@ -13,7 +13,7 @@ use ftvm_protocol::record::Record;
 use super::former::FORMER_MAX;
 use super::run::sooner;
 use super::spare::never_ran;
-use super::{Want, is_heard_of, is_named, pod, record, want};
+use super::{Want, is_heard_of, is_named, published, record, want};
 use crate::observe::{ClaimSeen, Observed, PodPhase};
 
 /// What is wrong with a claim of a seat.
@@ -80,8 +80,7 @@ fn is_elsewhere(seen: &Observed, entry: &SeatEntry) -> bool {
     let mut others = seats.filter(|other| other.name != entry.name);
     // A disk without a header knows of no term.
     let knows = |other: &SeatEntry| {
-        let published = pod(seen, other).and_then(|pod| pod.published.as_ref().ok());
-        published.is_some_and(|published| published.term > 0) || is_heard_of(seen, other)
+        published(seen, other).is_some_and(|published| published.term > 0) || is_heard_of(seen, other)
     };
     others.any(|other| is_named(other, record) && has_all(seen, other) && knows(other))
 }

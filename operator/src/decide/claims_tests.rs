@@ -8,10 +8,10 @@ use ftvm_protocol::record::Phase;
 
 use super::rig::World;
 use super::rig_disks::Disk;
-use super::stuck_tests::{protected, seats};
+use super::stuck_tests::{protected, says, seats};
 use super::*;
 use crate::observe::PodPhase;
-use crate::status::{READY, STORAGE_HEALTHY};
+use crate::status::{PROTECTED, READY, STORAGE_HEALTHY};
 
 fn halt(world: &mut World) {
     world.want(RunStrategy::Halted);
@@ -77,6 +77,7 @@ fn a_claim_that_is_gone_is_not_replaced_by_an_empty_one() {
     // Going on with the other seat's disks: the holder's own seat is not waited for.
     let annotations = world.vm.metadata.annotations.get_or_insert_default();
     annotations.insert(ANNOTATION_ACCEPT_DATA_LOSS.to_owned(), format!("{holder}@{term}"));
+    world.pass_for_words();
     let actions = decide(&world.observe()).actions;
     let order = Order::AcceptDataLoss {
         holder,
@@ -251,8 +252,10 @@ fn a_halt_waits_while_a_claim_is_being_deleted() {
     world.step();
     let decision = decide(&world.observe());
     assert!(decision.actions.is_empty(), "{:?}", decision.actions);
-    let advice = ["it waits", &active.name, "spec.runStrategy to Always"];
+    let goes_on = "it waits, and the guest goes on: ";
+    let advice = [goes_on, &active.name, "spec.runStrategy to Always"];
     expect(&world, READY, "ClaimBeingDeleted", &advice);
+    assert!(world.is_protected(), "as before: {:#?}", world.vm.status);
     // A person does what is said: the guest goes on elsewhere, and the pod goes.
     world.want(RunStrategy::Always);
     world.step();
@@ -261,6 +264,25 @@ fn a_halt_waits_while_a_claim_is_being_deleted() {
     assert!(is_healthy(&world));
     halt(&mut world);
     assert_eq!(world.claims.len(), 4);
+}
+
+/// The guest that goes on is protected or not, whatever is wanted; nobody need protect one that was stopped.
+#[test]
+fn what_waits_says_whether_the_guest_runs() {
+    let mut world = protected();
+    let (active, standby) = seats(&world);
+    delete_claims(&mut world, &active.name, &["data"]);
+    world.want(RunStrategy::Halted);
+    world.swap_out(&standby.name);
+    world.step();
+    expect(&world, PROTECTED, "NoStandby", &[]);
+    expect(&world, READY, "ClaimBeingDeleted", &["the guest goes on"]);
+    // It powered itself off.
+    world.lease.as_mut().unwrap().0.record.phase = Phase::Stopped;
+    says(&mut world, &active.name, None);
+    world.step();
+    expect(&world, PROTECTED, "NotRunning", &[]);
+    expect(&world, READY, "ClaimBeingDeleted", &["it waits: "]);
 }
 
 /// Whoever keeps volumes does not want them to go with the VM.

@@ -188,3 +188,28 @@ fn a_guest_that_ran_before_keeps_its_hosts_cpu() {
     assert_eq!(pods, world.pods.values().map(|pod| pod.uid.clone()).collect::<Vec<_>>());
     assert!(condition(&world, CPU_CHOSEN).1.contains("halt and start the VM"));
 }
+
+/// The time in the condition may be of a backup.
+#[test]
+fn a_new_leader_waits_for_silent_nodes_itself() {
+    let mut world = World::new(3);
+    world.nodes.values_mut().for_each(|node| node.cpu = None);
+    let waits = |world: &World| {
+        let status = world.vm.status.as_ref();
+        let condition = status.and_then(|status| status.condition(CPU_CHOSEN));
+        condition.is_some_and(|condition| condition.reason == "WaitsForNodes")
+    };
+    while !waits(&world) {
+        assert!(world.step());
+    }
+    world.pass(3600);
+    world.new_leader("second");
+    world.step();
+    assert!(waits(&world) && cpu(&world).is_none());
+    world.pass(29);
+    world.step();
+    assert!(waits(&world) && cpu(&world).is_none());
+    world.pass(1);
+    world.step();
+    assert_eq!(cpu(&world).unwrap().source, CpuBaseline::Host);
+}

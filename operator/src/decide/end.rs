@@ -9,6 +9,7 @@ use kube::ResourceExt;
 use super::recreate::recreate;
 use super::run::{ask_until_done, attempts, delete_pod, is_attempt, is_known, is_starting, remove_seat};
 use super::spare::{is_old_copy, never_ran};
+use super::words::{are_told, await_words};
 use super::{Action, Decision, Want, claims, has_engine, holder, is_named, pod, record, says_active, want};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
@@ -16,7 +17,13 @@ pub(super) fn end(seen: &Observed, decision: &mut Decision) {
     let goes = want(seen) == Want::Delete;
     let found = record(seen).map(|record| record.snapshot.record.clone());
     match &found {
-        Some(record) if never_ran(seen, record, &decision.book) && !goes => begin_anew(seen, decision),
+        Some(record) if never_ran(seen, record, &decision.book) && !goes => {
+            if decision.book.is_empty() || are_told(seen, record, &decision.book) {
+                begin_anew(seen, decision);
+            } else {
+                await_words(seen, record, decision);
+            }
+        }
         // The guest goes on, and conditions say what to do: only while it runs its disks can be copied to another seat.
         Some(record) if claims::goes_with_vm(seen, &decision.book, record).is_some() => {}
         Some(record) if !never_ran(seen, record, &decision.book) => stop(seen, record, decision),
@@ -87,6 +94,10 @@ fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
     if !is_known(&book, record) && want(seen) != Want::Delete {
         return;
     }
+    // The record may be of a backup, and a seat have been started over it since. Of a VM that goes nothing is kept for that.
+    if want(seen) != Want::Delete && !seen.pods.is_empty() && !are_told(seen, record, &book) {
+        return await_words(seen, record, decision);
+    }
     // By an old copy a seat that it does not name may have the guest.
     let old = is_old_copy(seen, record, &book);
     for entry in &book {
@@ -105,7 +116,9 @@ fn stop(seen: &Observed, record: &Record, decision: &mut Decision) {
 fn stop_running(seen: &Observed, record: &Record, book: &[SeatEntry], id: &str, decision: &mut Decision) {
     let nobody = book.iter().all(|entry| has_nothing(seen, entry));
     let holder = holder(book, record);
-    if nobody && holder.is_none_or(|entry| !can_answer(seen, entry) || refuses(seen, entry, id)) {
+    let may_take = want(seen) == Want::Delete || are_told(seen, record, book);
+    let nothing_to_stop = nobody && holder.is_none_or(|entry| !can_answer(seen, entry) || refuses(seen, entry, id));
+    if nothing_to_stop && may_take {
         // No guest runs, and none can be stopped in order: with its pods gone the VM is halted, and its disks are what they are after a crash.
         for entry in book {
             if let Some(pod) = seen.pods.get(&entry.name) {
@@ -122,14 +135,19 @@ fn stop_running(seen: &Observed, record: &Record, book: &[SeatEntry], id: &str, 
     if let Some(active) = active {
         ask_until_done(seen, active, id, &Order::Stop, decision);
     }
+    let mut waits = nothing_to_stop;
     // With every other pod gone, what is left belongs to nobody that the record names. An old copy may lack the one that has the guest.
     for entry in book
         .iter()
         .filter(|entry| !is_named(entry, record) && is_known(book, record) && !is_old_copy(seen, record, book))
     {
-        if let Some(pod) = seen.pods.get(&entry.name) {
-            delete_pod(seen, entry, pod, true, &mut decision.actions);
+        match seen.pods.get(&entry.name) {
+            Some(pod) if may_take => delete_pod(seen, entry, pod, true, &mut decision.actions),
+            pod => waits |= pod.is_some(),
         }
+    }
+    if waits {
+        await_words(seen, record, decision);
     }
 }
 

@@ -10,7 +10,7 @@ use ftvm_protocol::record::Record;
 use k8s_openapi::jiff::Timestamp;
 
 use super::run::{sooner, whole_seconds};
-use super::{anyone_is_heard_of, has_engine, is_named, names, pod, spare};
+use super::{Decision, anyone_is_heard_of, has_engine, is_named, names, pod, spare, words};
 use crate::observe::{NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Most earlier pods of a seat that the book keeps.
@@ -132,11 +132,16 @@ pub(super) fn prove(seen: &Observed, record: &Record, book: &mut [SeatEntry]) {
 }
 
 /// Enters of which pods the disk is older: they have ended, and another seat has the guest alone. Whatever becomes of that one, nobody has to ask what they left.
-pub(super) fn outlive(seen: &Observed, record: &Record, book: &mut [SeatEntry]) {
-    if !spare::goes_on_alone(seen, record, book) {
+pub(super) fn outlive(seen: &Observed, record: &Record, decision: &mut Decision) {
+    let is_over = |former: &FormerPod| former.ended && !former.older;
+    let is_outlived = |entry: &SeatEntry| !is_named(entry, record) && entry.former.iter().any(is_over);
+    if !decision.book.iter().any(is_outlived) || !spare::goes_on_alone(seen, record, &decision.book) {
         return;
     }
-    for entry in book.iter_mut().filter(|entry| !is_named(entry, record)) {
+    if !words::are_told(seen, record, &decision.book) {
+        return words::await_words(seen, record, decision);
+    }
+    for entry in decision.book.iter_mut().filter(|entry| !is_named(entry, record)) {
         let ended = entry.former.iter_mut().filter(|former| former.ended);
         ended.for_each(|former| former.older = true);
     }

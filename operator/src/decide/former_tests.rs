@@ -1,5 +1,6 @@
 use ftvm_crds::FormerPod;
 use ftvm_crds::seat::{SeatExit, SeatPublished, SeatRole};
+use ftvm_protocol::identity::Term;
 use ftvm_protocol::record::{Members, Phase};
 use k8s_openapi::api::core::v1::Taint;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;

@@ -14,23 +14,27 @@
 //! Invariant: a Lease that is gone is made anew only from what seats vouch for ([`ftvm_protocol::recreation`]), never from what the operator remembers.
 //! Invariant: no pod of a seat that the record names is taken away while one of its claims is being deleted, unless its volumes are to go.
 //! Invariant: the book never has more than two seats.
+//! Invariant: nothing that costs a disk, or has a guest booted, is decided from what a leader read first: whoever the record names has said it since, or had
+//! the time for it (`words`).
 //! Invariant: when everything is as it should be, there is nothing to do.
 
 mod asked;
 mod claims;
 mod end;
 mod former;
+mod loss;
 mod recreate;
 mod run;
 mod spare;
 mod trouble;
+mod words;
 
 use std::time::Duration;
 
-use ftvm_crds::names::{ANNOTATION_ACCEPT_DATA_LOSS, FINALIZER};
-use ftvm_crds::seat::{SeatRequest, SeatRole};
+use ftvm_crds::names::FINALIZER;
+use ftvm_crds::seat::{SeatPublished, SeatRequest, SeatRole};
 use ftvm_crds::{AskedFor, ChosenCpu, RunStrategy, SeatEntry};
-use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId, Term};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId};
 use ftvm_protocol::record::Record;
 use kube::ResourceExt;
 
@@ -39,9 +43,10 @@ use crate::observe::{LeaseSeen, Observed, PodSeen};
 pub use claims::{BINDING, ClaimTrouble, claim_trouble, goes_with_vm, unbound_for};
 pub use end::stop_refused;
 pub use former::{OUT_OF_SERVICE, away, needed, nodes_to_ask, proof_may_come, unproven};
+pub use loss::{ACCEPT_DATA_LOSS, Acceptance, WORD_WITHIN, accepted_loss, accepted_since, word_of};
 pub use recreate::{all_go_by, recreation};
-pub use run::{ACCEPT_DATA_LOSS, is_known};
-pub use spare::{is_old_copy, is_spare};
+pub use run::is_known;
+pub use spare::{is_old_copy, is_spare, was_newer};
 pub use trouble::{Trouble, trouble};
 
 /// Seats of a VM.
@@ -103,6 +108,15 @@ pub enum Action {
         uid: String,
         /// What.
         request: SeatRequest,
+    },
+    /// Ask a seat's daemon to say what it knows now, and to repeat what this leader drew with it.
+    AskForWord {
+        /// The seat.
+        seat: String,
+        /// UID of its pod.
+        uid: String,
+        /// What was drawn.
+        drawn: String,
     },
     /// Delete a pod.
     DeletePod {
@@ -204,7 +218,7 @@ impl Decision {
             })
         });
         // A cache may be behind what the status was written by.
-        let older = record(seen).is_some_and(|found| seen.status().term > Some(found.snapshot.record.term));
+        let older = record(seen).is_some_and(|found| was_newer(seen, &found.snapshot.record));
         older
             || lost
             || former::proves(old, &self.book)
@@ -259,7 +273,7 @@ pub fn decide(seen: &Observed) -> Decision {
     book_of_pods(seen, &mut decision.book);
     if let Some(record) = record(seen) {
         former::prove(seen, &record.snapshot.record, &mut decision.book);
-        former::outlive(seen, &record.snapshot.record, &mut decision.book);
+        former::outlive(seen, &record.snapshot.record, &mut decision);
     }
     match want(seen) {
         Want::Run => run::run(seen, &mut decision),
@@ -271,6 +285,9 @@ pub fn decide(seen: &Observed) -> Decision {
     if decision.book != status.seats || decision.lease_uid != status.lease_uid || decision.cpu != status.cpu {
         decision.actions.clear();
     }
+    // A pod that can't be written to holds nothing else up.
+    let is_question = |action: &Action| matches!(action, Action::AskForWord { .. });
+    decision.actions.sort_by_key(is_question);
     if let Some(wait) = seen.waits() {
         // Looks have many causes, and what is refused may stay so for long.
         decision.actions.retain(|action| !action.waits());
@@ -343,6 +360,11 @@ pub fn pod<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a PodSeen> {
     (entry.pod_uid.as_deref() == Some(&pod.uid)).then_some(pod)
 }
 
+/// What the daemon of that pod says, if it can be read.
+pub fn published<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a SeatPublished> {
+    pod(seen, entry)?.published.as_ref().ok()
+}
+
 /// Does the seat's engine run, or is it about to?
 pub fn has_engine(pod: &PodSeen) -> bool {
     match &pod.published {
@@ -359,8 +381,7 @@ pub fn anyone_is_heard_of(seen: &Observed, book: &[SeatEntry]) -> bool {
 
 /// Does a seat's daemon say that its engine runs the guest?
 pub fn says_active(seen: &Observed, entry: &SeatEntry) -> bool {
-    let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
-    published.is_some_and(|published| published.role == Some(SeatRole::Active))
+    published(seen, entry).is_some_and(|published| published.role == Some(SeatRole::Active))
 }
 
 /// Does a seat's daemon, on a node that is ready, say that its engine has the guest, or follows the one that does? Where no node is ready it is the
@@ -379,35 +400,9 @@ pub fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
     (ready || deaf) && has
 }
 
-/// What a person wrote into the annotation for a data loss: `HOLDER@TERM`, and any text behind it.
-pub struct AcceptedLoss<'a> {
-    holder: Incarnation,
-    term: Term,
-    text: &'a str,
-}
-
-impl AcceptedLoss<'_> {
-    /// Of exactly this record? Whatever is written after it is another matter.
-    pub fn is_of(&self, record: &Record) -> bool {
-        (self.holder, self.term) == (record.holder, record.term)
-    }
-}
-
 /// Which machine a node is, as its kubelet tells it.
 pub fn machine(seen: &Observed, node: &str) -> Option<String> {
     seen.nodes.get(node)?.machine().map(str::to_owned)
-}
-
-/// The annotation, if it makes sense.
-pub fn accepted_loss(seen: &Observed) -> Option<AcceptedLoss<'_>> {
-    let text = seen.vm.annotations().get(ANNOTATION_ACCEPT_DATA_LOSS)?.trim();
-    let (of, text) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-    let (holder, term) = of.split_once('@')?;
-    Some(AcceptedLoss {
-        holder: holder.parse().ok()?,
-        term: term.parse().ok()?,
-        text: text.trim(),
-    })
 }
 
 /// Enters where pods are, and that they are gone.
@@ -443,14 +438,20 @@ mod first_tests;
 #[cfg(test)]
 mod former_tests;
 #[cfg(test)]
+mod loss_tests;
+#[cfg(test)]
 mod random_tests;
 #[cfg(test)]
 pub(crate) mod rig;
 #[cfg(test)]
 mod rig_disks;
 #[cfg(test)]
+mod rig_lease;
+#[cfg(test)]
 mod spare_tests;
 #[cfg(test)]
 mod stuck_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod words_tests;

@@ -108,6 +108,21 @@ fn ask(world: &mut World, random: &mut Seeded, step: u32) {
     world.version += 1;
 }
 
+/// Now and then somebody wants something.
+fn wish(world: &mut World, random: &mut Seeded, step: u32) {
+    if random.below(60) == 0 {
+        let strategy = if random.below(2) == 0 {
+            RunStrategy::Halted
+        } else {
+            RunStrategy::Always
+        };
+        world.want(strategy);
+    }
+    if random.below(8) == 0 {
+        ask(world, random, step);
+    }
+}
+
 /// Has everything that was asked for come to its end?
 fn nothing_pends(world: &World) -> bool {
     let status = world.vm.status.clone().unwrap_or_default();
@@ -152,16 +167,9 @@ fn walk(seed: u64) -> usize {
         for _ in 0..random.below(4) {
             disturb(&mut world, &mut random);
         }
-        if random.below(60) == 0 {
-            let strategy = if random.below(2) == 0 {
-                RunStrategy::Halted
-            } else {
-                RunStrategy::Always
-            };
-            world.want(strategy);
-        }
-        if random.below(8) == 0 {
-            ask(&mut world, &mut random, step);
+        wish(&mut world, &mut random, step);
+        if seed.is_multiple_of(3) && step % 80 == 79 {
+            world.new_leader(&format!("leader-{step}"));
         }
         match random.below(8) {
             // Keeps what it saw for later.

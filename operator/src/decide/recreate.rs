@@ -14,7 +14,8 @@ use ftvm_protocol::identity::Nonce;
 use ftvm_protocol::record::Record;
 use ftvm_protocol::recreation::{NoSuccessor, Vouched, successor};
 
-use super::{Action, Decision, lease_uid, pod};
+use super::words::{are_told, await_words};
+use super::{Action, Decision, lease_uid, published};
 use crate::observe::{LeaseSeen, Observed};
 
 /// The record to create in place of a Lease that is gone; `None` if none is.
@@ -38,7 +39,7 @@ pub fn recreation(seen: &Observed) -> Option<Result<Record, NoSuccessor>> {
 
 /// What the engine of this seat vouches for, if it speaks of seats of this VM.
 fn vouched(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Vouched> {
-    let published = pod(seen, entry)?.published.as_ref().ok()?;
+    let published = published(seen, entry)?;
     let by = published.incarnation?;
     let record = published.vouches.clone()?;
     let own = entry.pod_uid.as_deref() == Some(&by.seat.to_string());
@@ -49,6 +50,10 @@ fn vouched(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Vou
 
 pub(super) fn recreate(seen: &Observed, decision: &mut Decision) {
     let Some(Ok(record)) = recreation(seen) else { return };
+    // Of a backup from between a deletion and a Lease that was made anew then: seats may go by that one, and vouch for it.
+    if !are_told(seen, &record, &decision.book) {
+        return await_words(seen, &record, decision);
+    }
     let stay = decision.book.iter().filter(|entry| !entry.leaving);
     let nodes = nodes_text(stay.filter_map(|entry| entry.node.as_deref()));
     decision.actions.push(Action::RecreateLease { record, nodes });
@@ -60,7 +65,7 @@ pub fn all_go_by(seen: &Observed, record: &crate::observe::Record) -> bool {
     record.snapshot.record.members.iter().all(|member| {
         let seat = member.seat.to_string();
         let entry = book.iter().find(|entry| entry.pod_uid.as_ref() == Some(&seat));
-        let published = entry.and_then(|entry| pod(seen, entry)?.published.as_ref().ok());
+        let published = entry.and_then(|entry| published(seen, entry));
         published.is_some_and(|published| published.lease_uid == Some(record.snapshot.uid))
     })
 }

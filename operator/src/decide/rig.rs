@@ -15,7 +15,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::rig_disks::Disk;
-use super::{Action, Decision, decide, is_genesis, is_named};
+use super::{Acceptance, Action, Decision, decide, is_genesis, is_named};
 use crate::cpu;
 use crate::observe::{ClaimSeen, LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen, Record as Found};
 use crate::status;
@@ -99,6 +99,10 @@ pub struct World {
     pub executed: BTreeMap<String, DoneRequest>,
     /// What is on the volumes, by the UID of their claims.
     pub disks: BTreeMap<String, Disk>,
+    /// What the leader drew at its first look, and when that was; none: it was there before the VM.
+    pub first_look: Option<(String, Timestamp)>,
+    /// What the operator remembers.
+    pub acceptance: Acceptance<Timestamp>,
 }
 
 impl World {
@@ -122,6 +126,8 @@ impl World {
             kills: Vec::new(),
             executed: BTreeMap::new(),
             disks: BTreeMap::new(),
+            first_look: None,
+            acceptance: None,
         }
     }
 
@@ -131,7 +137,7 @@ impl World {
     }
 
     pub fn observe(&mut self) -> Observed {
-        Observed {
+        let seen = Observed {
             vm: self.vm.clone(),
             lease: match &self.lease {
                 None => LeaseSeen::Missing,
@@ -147,7 +153,10 @@ impl World {
             now: self.now,
             draws: [self.next() * 7919, self.next() * 7919],
             refused: None,
-        }
+            first_look: self.first_look(),
+            accepted_for: None,
+        };
+        self.recall(seen)
     }
 
     pub fn book(&self) -> Vec<SeatEntry> {
@@ -281,6 +290,7 @@ impl World {
                     pod.request = Some(request.clone());
                 }
             }
+            Action::AskForWord { seat, uid, drawn } => self.ask_for_word(seat, uid, drawn),
             Action::DeletePod {
                 seat,
                 uid,
@@ -289,67 +299,6 @@ impl World {
             } => self.delete_pod(seat, uid, version, *force),
             Action::DeleteClaim { claim, uid } => self.delete_claim(claim, uid),
         }
-    }
-
-    /// Somebody deletes the Lease of a VM whose guest ran. (Before that nobody vouches, and the VM is deleted.)
-    pub fn delete_lease(&mut self) {
-        if self.record().is_some_and(is_genesis) {
-            return;
-        }
-        if let Some((snapshot, _)) = self.lease.take() {
-            self.ended.insert(snapshot.uid, snapshot.record);
-        }
-    }
-
-    /// Whatever was vouched for when: it never contradicts what the record said when it was deleted.
-    pub fn recreate_lease(&mut self, record: &Record, nodes: &str) {
-        let last = &self.ended[&record.predecessor.unwrap()];
-        assert_eq!(
-            (record.holder, &record.members, record.phase),
-            (last.holder, &last.members, Phase::Running),
-            "a successor contradicts its predecessor"
-        );
-        assert!(record.term > last.term && record.nonce.0 != 0);
-        if self.lease.is_none() {
-            let uid = ArbiterUid(self.next().into());
-            let version = self.next();
-            let snapshot = Snapshot {
-                record: record.clone(),
-                uid,
-                version,
-            };
-            self.lease = Some((snapshot, nodes.to_owned()));
-        }
-    }
-
-    /// What docs/kubernetes.md tells a person to do if nobody vouches: the record as it was, naming what it succeeds.
-    pub fn put_copy_back(&mut self) {
-        let gone: ArbiterUid = self
-            .vm
-            .status
-            .as_ref()
-            .unwrap()
-            .lease_uid
-            .clone()
-            .unwrap()
-            .parse()
-            .unwrap();
-        let last = self.ended[&gone].clone();
-        let record = Record {
-            term: last.term + 1,
-            predecessor: Some(gone),
-            ..last
-        };
-        let (uid, version) = (ArbiterUid(self.next().into()), self.next());
-        self.lease = Some((Snapshot { record, uid, version }, String::new()));
-    }
-
-    /// Do some seats go by a successor that was deleted before the others did?
-    pub fn is_split(&self) -> bool {
-        let known = self.vm.status.as_ref().and_then(|status| status.lease_uid.clone());
-        let book = self.book();
-        let mut uids = book.iter().filter_map(|entry| self.known.get(&entry.name));
-        self.lease.is_none() && uids.any(|uid| Some(uid.to_string()) != known)
     }
 
     /// With the Lease gone an engine goes on as it was, and vouches for what it knows.
@@ -435,6 +384,7 @@ impl World {
             failed: None,
             published: Ok(SeatPublished::default()),
             request: None,
+            look: None,
         }
     }
 
@@ -697,6 +647,7 @@ impl World {
             arbiter_reachable: true,
             lease_uid: known,
             done_request: self.executed.get(&pod.uid).cloned(),
+            look: pod.look.clone(),
             ..SeatPublished::default()
         };
         if pod.published.as_ref() != Ok(&published) {
@@ -710,6 +661,7 @@ impl World {
         pod.published = Ok(SeatPublished {
             role: Some(SeatRole::Ended),
             done_request: self.executed.get(&pod.uid).cloned(),
+            look: pod.look.clone(),
             ..SeatPublished::default()
         });
     }

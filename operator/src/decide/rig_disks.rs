@@ -1,12 +1,14 @@
-//! What the rig's seats have on their volumes, what a cluster does to claims, and what it does while no engine does anything.
+//! What the rig's seats have on their volumes, what a cluster does to claims, what it does while no engine does anything, and what the operator remembers.
+
+use std::time::Duration;
 
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::claim_name;
 use ftvm_protocol::record::Record;
 
 use super::rig::World;
-use super::{is_genesis, is_named};
-use crate::observe::ClaimSeen;
+use super::{WORD_WITHIN, accepted_since, is_genesis, is_named};
+use crate::observe::{ClaimSeen, Observed};
 
 /// What is on a seat's volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +57,19 @@ impl World {
             self.volumes();
             self.pass(2);
         }
+    }
+
+    /// What was observed, and for how long the operator has seen that the same loss is accepted.
+    pub fn recall(&mut self, seen: Observed) -> Observed {
+        let since = accepted_since(&mut self.acceptance, &seen, self.now);
+        let accepted_for = since.and_then(|since| Duration::try_from(self.now.duration_since(since)).ok());
+        Observed { accepted_for, ..seen }
+    }
+
+    /// A loss was accepted, and whoever has told nothing yet has had its time to.
+    pub fn pass_for_words(&mut self) {
+        self.observe();
+        self.pass(WORD_WITHIN.as_secs().cast_signed());
     }
 
     /// The seat's claims, in the order of its disks; none of one that is missing.

@@ -10,11 +10,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
+use super::loss::give_up_holder;
 use super::recreate::recreate;
-use super::spare::{is_spare, never_ran, newest};
+use super::spare::{is_spare, never_ran};
+use super::words::{self, are_told, await_words};
 use super::{
-    Action, Decision, Held, SEATS, Trouble, accepted_loss, anyone_is_heard_of, asked, claim_trouble, claims, former,
-    holder, is_genesis, is_named, lease_is_strange, needed, pod, record, seat_id, trouble,
+    Action, Decision, Held, SEATS, Trouble, asked, claim_trouble, claims, former, holder, is_genesis, is_named,
+    lease_is_strange, pod, record, says_active, seat_id, trouble,
 };
 use crate::cpu::{self, Choice};
 use crate::observe::{Observed, PodPhase, PodSeen};
@@ -22,12 +24,8 @@ use crate::status::CPU_CHOSEN;
 
 /// Between two attempts at what a seat refuses: at first, and at most.
 const AGAIN_SECONDS: (i64, i64) = (5, 600);
-/// So often the holder's own seat is asked again to boot before others are: 5 s, 10 s, 20 s and 40 s.
-const HOLDER_ATTEMPTS: u32 = 3;
 /// Between the id of a request and number and time of an attempt.
 const ATTEMPT: char = '~';
-/// How the id of a request begins by which a person accepts a loss.
-pub const ACCEPT_DATA_LOSS: &str = "accept-data-loss";
 /// A guest that powered itself off is started again after this time.
 const RESTART_AFTER: Duration = Duration::from_secs(10);
 /// So long it is waited for nodes that offer seats to publish their CPU, and for a second node.
@@ -78,6 +76,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     }
     let runs = guest_runs(seen, record, &decision.book);
     let spare = is_spare(seen, record, &decision.book);
+    let (told, mut waits) = (are_told(seen, record, &decision.book), false);
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
     let replacements = decision.replacements;
     let book = decision.book.clone();
@@ -95,8 +94,9 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         if genesis && (gone || cpu.as_ref().is_some_and(|cpu| is_unfit(seen, entry, cpu))) {
             // No guest ever ran. The record names a pod that is gone: begin anew instead of guessing what its disks hold. Or the pod
             // was placed before the CPU was chosen, where no engine can have it.
-            entry.leaving = !leaving;
-            leaving = true;
+            waits = true;
+            entry.leaving = told && !leaving;
+            leaving |= told;
             continue;
         }
         let trouble = (alone && !named).then(|| super::trouble(seen, entry)).flatten();
@@ -112,20 +112,24 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         let since = lost_since(seen, entry, trouble.as_ref());
         entry.lost_since = Some(Time(since));
         let lost = Duration::try_from(seen.now.duration_since(since)).unwrap_or_default();
-        if lost < patience {
-            sooner(&mut decision.recheck, patience - lost);
-        } else if !leaving && spare && (genesis || helps(seen, &book, entry, trouble.as_ref())) {
+        let left = patience.saturating_sub(lost).max(words::left(seen, patience));
+        waits = true;
+        if !left.is_zero() {
+            sooner(&mut decision.recheck, left);
+        } else if told && !leaving && spare && (genesis || helps(seen, &book, entry, trouble.as_ref())) {
             entry.leaving = true;
             leaving = true;
         }
     }
     if genesis && !has_original(seen, record, &decision.book) {
         // Disks of seats that were not the original are made to get everything by replication: no guest can begin there.
-        for entry in &mut decision.book {
-            if was_admitted(entry) {
-                entry.leaving = true;
-            }
+        for entry in decision.book.iter_mut().filter(|entry| was_admitted(entry)) {
+            waits = true;
+            entry.leaving |= told;
         }
+    }
+    if waits && !told {
+        await_words(seen, record, decision);
     }
 }
 
@@ -175,6 +179,9 @@ fn remove_leaving(seen: &Observed, record: &Record, decision: &mut Decision) {
     let Some(entry) = leaving.filter(|entry| genesis || spare && !is_named(entry, record)) else {
         return;
     };
+    if !are_told(seen, record, &decision.book) {
+        return await_words(seen, record, decision);
+    }
     if remove_seat(seen, &entry, &mut decision.actions) {
         decision.book.retain(|other| other.name != entry.name);
         decision.replacements += 1;
@@ -187,12 +194,7 @@ pub(super) fn whole_seconds(now: Timestamp) -> Time {
 }
 
 fn guest_runs(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
-    let pod = holder(book, record).and_then(|entry| pod(seen, entry));
-    pod.is_some_and(|pod| {
-        pod.published
-            .as_ref()
-            .is_ok_and(|published| published.role == Some(SeatRole::Active))
-    })
+    holder(book, record).is_some_and(|entry| says_active(seen, entry))
 }
 
 /// One step of a seat's removal; true once nothing is left to do.
@@ -295,9 +297,12 @@ fn waited_for_nodes(seen: &Observed) -> Duration {
     let since = status
         .condition(CPU_CHOSEN)
         .filter(|condition| condition.status == "False");
-    since.map_or(Duration::ZERO, |condition| {
+    let waited = since.map_or(Duration::ZERO, |condition| {
         Duration::try_from(seen.now.duration_since(condition.last_transition_time.0)).unwrap_or_default()
-    })
+    });
+    // That time may be of a backup.
+    let first = seen.first_look.as_ref();
+    first.map_or(waited, |first| waited.min(first.age))
 }
 
 /// The seats that stay, in the order in which they are made: whoever has the guest's state comes first, for what is left of a quota may be
@@ -391,8 +396,13 @@ fn follow_original(seen: &Observed, record: &Record, decision: &mut Decision) {
     }
     let pods = book.iter().filter_map(|entry| seen.pods.get(&entry.name));
     let mut placed = pods.filter(|pod| is_placed(seen, pod));
-    if let Some(original) = placed.find_map(|pod| pod.uid.parse().ok()) {
+    let Some(original) = placed.find_map(|pod| pod.uid.parse().ok()) else {
+        return;
+    };
+    if are_told(seen, record, &decision.book) {
         decision.actions.push(Action::RewriteGenesis { original });
+    } else {
+        await_words(seen, record, decision);
     }
 }
 
@@ -416,42 +426,6 @@ fn requests(seen: &Observed, record: &Record, decision: &mut Decision) {
     asked::follow(seen, record, decision);
 }
 
-/// A person says so of this very record, and that what only others have may be lost. Not before nodes that are away are proven to be off. The holder's own
-/// seat goes first if it could boot, for it has the most; or, where seats know later terms than the record, the one that knows the latest. Is nothing else to be
-/// asked for?
-fn give_up_holder(seen: &Observed, record: &Record, decision: &mut Decision) -> bool {
-    let Some(accepted) = accepted_loss(seen).filter(|accepted| accepted.is_of(record)) else {
-        return false;
-    };
-    let book = decision.book.clone();
-    let away = |entry: &SeatEntry| needed(seen, entry, record).any(|(_, ended)| !ended);
-    if anyone_is_heard_of(seen, &book) || book.iter().any(away) {
-        return false;
-    }
-    let text: String = accepted.text.chars().take(asked::REQUEST_LENGTH_MAX).collect();
-    let id = format!("{ACCEPT_DATA_LOSS}-{}-{}-{text}", record.term, record.holder.start);
-    let order = Order::AcceptDataLoss {
-        holder: record.holder,
-        term: Some(record.term),
-        over_stopped_term: (record.phase == Phase::Stopped).then_some(record.term),
-    };
-    // Unless there is no room for it, a disk of it is gone, or it was asked in vain for more than a minute.
-    let placed = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.node.is_some());
-    let no_disk = |entry: &SeatEntry| !placed(entry) && claim_trouble(seen, entry).is_some();
-    let no_room = |entry: &SeatEntry| pod(seen, entry).is_some_and(|pod| pod.unschedulable.is_some());
-    let in_vain = |entry: &SeatEntry| attempts(seen, entry, &id) > HOLDER_ATTEMPTS;
-    let could = |entry: &&SeatEntry| !no_room(entry) && !no_disk(entry) && !in_vain(entry);
-    let first = newest(seen, record, &book)
-        .or_else(|| holder(&book, record))
-        .filter(could);
-    for entry in book.iter().filter(|entry| !entry.leaving) {
-        if first.is_none_or(|first| first.name == entry.name) {
-            ask_until_done(seen, entry, &id, &order, decision);
-        }
-    }
-    true
-}
-
 /// Starts over a Stopped record: at once if the user wants it, after a while if the guest powered itself off.
 fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
     let was_running = matches!(
@@ -466,6 +440,9 @@ fn start(seen: &Observed, record: &Record, decision: &mut Decision) {
         && age < RESTART_AFTER
     {
         return sooner(&mut decision.recheck, RESTART_AFTER - age);
+    }
+    if !are_told(seen, record, &decision.book) {
+        return await_words(seen, record, decision);
     }
     let id = format!("start-{}", record.term);
     let order = Order::Start {

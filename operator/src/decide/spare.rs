@@ -5,20 +5,22 @@
 //! (rules 1 and 9). What remains is what only a person can have done: to accept a loss, and then to put back a record of before that.
 
 use ftvm_crds::SeatEntry;
-use ftvm_crds::seat::{SeatPublished, SeatRole};
+use ftvm_crds::seat::SeatRole;
 use ftvm_protocol::identity::Term;
 use ftvm_protocol::record::Record;
 
-use super::{holder, is_genesis, is_heard_of, pod, record, says_active};
+use super::{holder, is_genesis, is_heard_of, pod, published, record, says_active};
 use crate::observe::Observed;
 
-fn published<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a SeatPublished> {
-    pod(seen, entry)?.published.as_ref().ok()
+/// Was the record at a later term before? The status keeps the highest that was read.
+pub fn was_newer(seen: &Observed, record: &Record) -> bool {
+    let known = seen.vm.status.as_ref().and_then(|status| status.term);
+    known.is_some_and(|term| term > record.term)
 }
 
 /// Is the record older than what its seats, or the status, know? For a moment also where pods are seen sooner than the Lease.
 pub fn is_old_copy(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
-    seen.status().term.is_some_and(|term| term > record.term) || newest(seen, record, book).is_some()
+    was_newer(seen, record) || newest(seen, record, book).is_some()
 }
 
 /// The seat whose engine knows the highest term, if that is above the record's: its disk is the newest that anybody tells of.

@@ -3,6 +3,7 @@
 use ftvm_crds::RunStrategy;
 use ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS;
 use ftvm_crds::seat::{DoneRequest, Order, SeatPublished, SeatRequest, SeatRole};
+use ftvm_protocol::identity::Term;
 use ftvm_protocol::record::{Members, Phase};
 use k8s_openapi::api::core::v1::Taint;
 
@@ -252,6 +253,7 @@ fn a_loss_is_accepted_once_nodes_that_are_away_are_proven_to_be_off() {
     assert!(asked(&mut world).is_empty(), "the guest runs");
     says(&mut world, &active.name, Some(SeatRole::Starting));
     world.step();
+    world.pass_for_words();
     assert!(asked(&mut world).is_empty());
     world.pods.remove(&standby.name);
     world.step();
@@ -283,6 +285,7 @@ fn a_loss_is_accepted_once_every_seat_of_the_book_is_proven_to_be_off() {
     world.swap_out(&standby.name);
     says(&mut world, &active.name, Some(SeatRole::Starting));
     accept(&mut world, "");
+    world.pass_for_words();
     assert!(asked(&mut world).is_empty());
     world.pods.remove(&standby.name);
     world.step();
@@ -391,6 +394,7 @@ fn a_loss_is_accepted_over_a_stop() {
     let mut world = halted();
     let (holder, term) = (world.record().unwrap().holder, world.record().unwrap().term);
     accept(&mut world, "");
+    world.pass_for_words();
     let order = Order::AcceptDataLoss {
         holder,
         term: Some(term),

@@ -5,7 +5,7 @@ use ftvm_crds::{AskedFor, FaultTolerantVMStatus, Outcome, VmPhase, VolumePolicy}
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt;
 
-use super::{ARBITER_REACHABLE, CPU_CHOSEN, PAUSED, PROTECTED, READY, STORAGE_HEALTHY};
+use super::{ARBITER_REACHABLE, CPU_CHOSEN, NOT_RUNNING, PAUSED, PROTECTED, READY, STORAGE_HEALTHY};
 use crate::decide::{self, holder};
 use crate::observe::Observed;
 
@@ -127,7 +127,7 @@ fn condition(old: Option<&Condition>, new: Option<&Condition>) -> Option<Change>
         "Halted",
         "Stopping",
         "Deleting",
-        "NotRunning",
+        NOT_RUNNING,
         "Resyncing",
         "WaitsForNodes",
     ];

@@ -12,7 +12,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
 use crate::decide::{
-    self, Decision, Want, anyone_is_heard_of, holder, is_genesis, is_named, lease_is_strange, pod, want,
+    self, Decision, Want, anyone_is_heard_of, goes_with_vm, holder, is_genesis, is_named, lease_is_strange, published,
+    want, was_newer,
 };
 use crate::observe::{LeaseSeen, Observed};
 
@@ -40,6 +41,8 @@ pub const API_SERVER_REFUSES: &str = "ApiServerRefuses";
 /// Reason of a VM whose seats can't have identities.
 pub const AUTHORITY_UNUSABLE: &str = "AuthorityUnusable";
 
+/// Reason of a VM that nobody need protect: no guest runs.
+pub const NOT_RUNNING: &str = "NotRunning";
 /// Reason of a guest that stands still until a standby has joined.
 const PAUSED: &str = "Paused";
 
@@ -75,7 +78,7 @@ fn roles<'a>(seen: &'a Observed, book: &'a [SeatEntry]) -> Roles<'a> {
     let record = decide::record(seen).map(|record| &record.snapshot.record);
     let record = record.filter(|record| record.phase == Phase::Running && !is_genesis(record));
     let active = record.and_then(|record| holder(book, record));
-    let published = active.and_then(|entry| pod(seen, entry)?.published.as_ref().ok());
+    let published = active.and_then(|entry| published(seen, entry));
     // What was said last from a node that is gone says nothing of now.
     let published = published.filter(|_| anyone_is_heard_of(seen, book));
     let standby = record.and_then(|record| {
@@ -133,6 +136,19 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
     }
 }
 
+/// Does the guest run, whatever is wanted?
+fn guest_runs(roles: &Roles<'_>) -> bool {
+    roles
+        .published
+        .is_some_and(|published| published.role == Some(SeatRole::Active))
+}
+
+/// Does a halt or a deletion wait, for as long as a person likes, while the guest runs? It is to be protected as before.
+fn goes_on(seen: &Observed, book: &[SeatEntry], roles: &Roles<'_>) -> bool {
+    let record = decide::record(seen).map(|record| &record.snapshot.record);
+    guest_runs(roles) && record.is_some_and(|record| goes_with_vm(seen, book, record).is_some())
+}
+
 fn is_protected(roles: &Roles<'_>) -> bool {
     roles.standby.is_some() && roles.published.is_some_and(|published| published.protected)
 }
@@ -143,9 +159,7 @@ fn phase(seen: &Observed, decision: &Decision, roles: &Roles<'_>) -> VmPhase {
         Want::Halt if decision.at_rest => VmPhase::Halted,
         Want::Halt => VmPhase::Stopping,
         Want::Run => {
-            let runs = roles
-                .published
-                .is_some_and(|published| published.role == Some(SeatRole::Active));
+            let runs = guest_runs(roles);
             let stopped = decide::record(seen).is_some_and(|record| record.snapshot.record.phase == Phase::Stopped);
             let before = seen.status().phase;
             let paused = roles.published.is_some_and(|published| published.paused);
@@ -162,14 +176,14 @@ fn phase(seen: &Observed, decision: &Decision, roles: &Roles<'_>) -> VmPhase {
 
 /// Progress of a seat that joins or prepares its disks.
 fn resync(seen: &Observed, entry: &SeatEntry) -> Option<u8> {
-    let published = pod(seen, entry)?.published.as_ref().ok()?;
+    let published = published(seen, entry)?;
     let percent = published.resync_percent.map(|percent| percent.min(100));
     percent.or((published.role == Some(SeatRole::Joining)).then_some(0))
 }
 
 /// What a seat without an engine says of its disks.
 fn preparing<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a str> {
-    let published = pod(seen, entry)?.published.as_ref().ok()?;
+    let published = published(seen, entry)?;
     let engine = published.incarnation.is_some() || published.role.is_some();
     Some(published.why.as_str()).filter(|why| !engine && !why.is_empty())
 }
@@ -180,7 +194,7 @@ fn why(seen: &Observed, book: &[SeatEntry], roles: &Roles<'_>) -> Option<String>
         return Some(published.why.clone()).filter(|why| !why.is_empty());
     }
     book.iter().find_map(|entry| {
-        let published = pod(seen, entry)?.published.as_ref().ok()?;
+        let published = published(seen, entry)?;
         let why = Some(published.why.as_str()).filter(|why| !why.is_empty())?;
         Some(format!("seat {}: {why}", entry.name))
     })
@@ -216,7 +230,7 @@ fn ready(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>
                 VmPhase::Deleting => ("Deleting", "the VM is being deleted"),
                 _ => ("Stopping", "the guest is being stopped"),
             };
-            let (own, waits) = holds_up(seen, &decision.book).unwrap_or_default();
+            let (own, waits) = holds_up(seen, &decision.book, guest_runs(roles)).unwrap_or_default();
             said(READY, false, own.unwrap_or(reason), format!("{doing}{waits}"))
         }
         VmPhase::Starting => match obstacle(seen, decision) {
@@ -235,11 +249,12 @@ fn ready(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>
 }
 
 fn protection(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Roles<'_>) -> Said {
-    if !matches!(phase, VmPhase::Running | VmPhase::Paused | VmPhase::Starting) {
+    let wanted = matches!(phase, VmPhase::Running | VmPhase::Paused | VmPhase::Starting);
+    if !wanted && !goes_on(seen, &decision.book, roles) {
         return said(
             PROTECTED,
             false,
-            "NotRunning",
+            NOT_RUNNING,
             "no guest runs: there is nothing to protect",
         );
     }
@@ -297,8 +312,8 @@ fn protection(seen: &Observed, decision: &Decision, phase: VmPhase, roles: &Role
         false,
         match phase {
             VmPhase::Paused => PAUSED,
-            VmPhase::Running => "NoStandby",
-            _ => "Starting",
+            VmPhase::Starting => "Starting",
+            _ => "NoStandby",
         },
         why,
     )
@@ -330,7 +345,7 @@ fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -
                 "the VM's Lease is another object than the operator made (other UID): a protected pair goes on, a failover is refused; delete it: it is made anew from what the seats know",
             );
         }
-        LeaseSeen::Found(record) if seen.status().term > Some(record.snapshot.record.term) => {
+        LeaseSeen::Found(record) if was_newer(seen, &record.snapshot.record) => {
             return said(
                 ARBITER_REACHABLE,
                 false,
@@ -359,9 +374,7 @@ fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -
         }
         LeaseSeen::Found(_) => {}
     }
-    let engines = book
-        .iter()
-        .filter_map(|entry| Some((entry, pod(seen, entry)?.published.as_ref().ok()?)));
+    let engines = book.iter().filter_map(|entry| Some((entry, published(seen, entry)?)));
     let unreachable = engines
         .into_iter()
         .find(|(_, published)| published.incarnation.is_some() && !published.arbiter_reachable);
@@ -413,7 +426,7 @@ fn cpu_chosen(seen: &Observed, decision: &Decision) -> Said {
 /// The latest takeover that any seat tells of.
 fn failover(seen: &Observed, book: &[SeatEntry]) -> Option<Failover> {
     let told = book.iter().filter_map(|entry| {
-        let takeover = pod(seen, entry)?.published.as_ref().ok()?.last_takeover.clone()?;
+        let takeover = published(seen, entry)?.last_takeover.clone()?;
         Some((entry, takeover))
     });
     let (entry, takeover) = told.max_by_key(|(_, takeover)| takeover.unix_ms)?;

@@ -11,10 +11,11 @@ use super::API_SERVER_REFUSES;
 use super::storage::{self, CLAIM_BEING_DELETED};
 use crate::cpu;
 use crate::decide::{
-    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, Want, accepted_loss, anyone_is_heard_of, away, goes_with_vm, is_genesis,
-    is_known, is_named, is_old_copy, is_spare, lease_is_strange, needed, pod, proof_may_come, record, recreation,
-    says_active, stop_refused, unbound_for, unproven, want,
+    ACCEPT_DATA_LOSS, BINDING, OUT_OF_SERVICE, WORD_WITHIN, Want, accepted_loss, anyone_is_heard_of, away,
+    goes_with_vm, is_genesis, is_known, is_named, is_old_copy, is_spare, lease_is_strange, needed, pod, proof_may_come,
+    record, recreation, says_active, stop_refused, unbound_for, unproven, want, was_newer, word_of,
 };
+use crate::first_look::TOLD;
 use crate::observe::{LeaseSeen, NodeSeen, Observed, PodPhase, PodSeen};
 
 /// Reason of a seat that waits for an image.
@@ -184,7 +185,8 @@ fn nobody_boots(seen: &Observed) -> Option<Obstacle> {
     let away = waits().find_map(|entry| Some((entry, gone(seen, entry, record)?, false)));
     let off = || waits().find_map(|entry| Some((entry, off(seen, entry, record)?, true)));
     let Some((entry, node, proven)) = away.or_else(off) else {
-        return book.iter().find_map(|entry| loss_refused(seen, entry));
+        let refused = book.iter().find_map(|entry| loss_refused(seen, entry));
+        return refused.or_else(|| loss_waits(seen, &book, record));
     };
     let say = |how: &str| format!("make sure that it is switched off and say so ({how}), and ");
     let say = match (proven, seen.nodes.contains_key(&node)) {
@@ -253,21 +255,20 @@ fn off(seen: &Observed, entry: &SeatEntry, record: &Record) -> Option<String> {
         .map(|(node, _)| node.to_owned())
 }
 
-/// What keeps a VM from being halted or deleted, and a reason if it does not go by itself and nothing else tells it.
-pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry]) -> Option<(Option<&'static str>, String)> {
+/// What keeps a VM from being halted or deleted, and a reason if it does not go by itself and nothing else tells it; `runs`: the guest goes on meanwhile.
+pub(super) fn holds_up(seen: &Observed, book: &[SeatEntry], runs: bool) -> Option<(Option<&'static str>, String)> {
     let record = &record(seen)?.snapshot.record;
     let wanted = want(seen);
     if wanted != Want::Run {
         if let Some((entry, claim)) = goes_with_vm(seen, book, record) {
-            let text = storage::holds_up(wanted, &seen.vm.name_any(), &entry.name, claim);
+            let text = storage::holds_up(seen, runs, &entry.name, claim);
             return Some((Some(CLAIM_BEING_DELETED), text));
         }
         if !is_known(book, record) && !seen.pods.is_empty() {
             return Some((Some(HOLDER_UNKNOWN), unknown_holder(seen, book, record)));
         }
         let unnamed = |entry: &SeatEntry| says_active(seen, entry) && !is_named(entry, record);
-        let lower = seen.status().term > Some(record.term);
-        if is_old_copy(seen, record, book) && (lower || book.iter().any(unnamed)) {
+        if is_old_copy(seen, record, book) && (was_newer(seen, record) || book.iter().any(unnamed)) {
             let text = "; the VM's Lease is an old copy: delete it, whoever has the guest is stopped by the one that is made anew";
             return Some((Some(LEASE_OLDER), text.to_owned()));
         }
@@ -331,6 +332,19 @@ fn loss_refused(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
         format!(
             "seat {} does not boot over the loss that was accepted: {why}. It is asked again, later and later",
             entry.name
+        ),
+    ))
+}
+
+/// A loss was accepted, and a seat that may have the newest disk has told nothing yet.
+fn loss_waits(seen: &Observed, book: &[SeatEntry], record: &Record) -> Option<Obstacle> {
+    accepted_loss(seen).filter(|accepted| accepted.is_of(record))?;
+    let seat = &word_of(seen, book)?.name;
+    let (seconds, told) = (WORD_WITHIN.as_secs(), TOLD.as_secs());
+    Some(obstacle(
+        "DataLossWaits",
+        format!(
+            "a loss was accepted, and seat {seat}, whose disk may be the newest, has not told yet what it has: that is waited for, for {seconds} s at most, and for {told} s after this operator began to lead"
         ),
     ))
 }

@@ -11,7 +11,8 @@ use kube::ResourceExt;
 use super::obstacles::{Obstacle, obstacle};
 use super::{STORAGE_HEALTHY, Said, said};
 use crate::decide::{
-    self, ClaimTrouble, Want, claim_trouble, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod, want,
+    self, ClaimTrouble, Want, claim_trouble, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod,
+    published, want,
 };
 use crate::observe::{Observed, PodPhase};
 
@@ -31,7 +32,7 @@ pub(super) fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
         return said(STORAGE_HEALTHY, false, found.reason, found.message);
     }
     for entry in book {
-        let published = pod(seen, entry).and_then(|pod| pod.published.as_ref().ok());
+        let published = published(seen, entry);
         if let Some(published) = published
             && let Some(failing) = &published.storage
         {
@@ -187,11 +188,12 @@ fn without_pod(
 }
 
 /// What a halt or a deletion waits for.
-pub(super) fn holds_up(wanted: Want, vm: &str, seat: &str, claim: &str) -> String {
+pub(super) fn holds_up(seen: &Observed, runs: bool, seat: &str, claim: &str) -> String {
+    let (vm, meanwhile) = (seen.vm.name_any(), if runs { ", and the guest goes on" } else { "" });
     let waits = format!(
-        "; it waits, and the guest goes on: claim {claim} of seat {seat} is being deleted, and its copy of the disk goes with pod {seat}"
+        "; it waits{meanwhile}: claim {claim} of seat {seat} is being deleted, and its copy of the disk goes with pod {seat}"
     );
-    match wanted {
+    match want(seen) {
         Want::Delete => format!(
             "{waits}. To give the disks up set spec.volumePolicy to Delete (kubectl patch ftvm {vm} --type=merge --patch '{{\"spec\":{{\"volumePolicy\":\"Delete\"}}}}'), or delete pod {seat} {KEEP_VOLUME}"
         ),
