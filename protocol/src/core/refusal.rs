@@ -112,6 +112,9 @@ pub enum Refusal {
     /// The follower made no progress.
     #[error("{0} acknowledged nothing for too long: it is ejected")]
     FollowerStalled(Incarnation),
+    /// The follower can't go on.
+    #[error("{0} can't follow any more, its storage or its stream failed: it is ejected")]
+    FollowerFailed(Incarnation),
     /// The peer is lost.
     #[error("{0} is lost: no answer to heartbeats, or its process is gone")]
     PeerLost(Incarnation),
