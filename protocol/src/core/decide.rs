@@ -302,6 +302,10 @@ impl Core {
 
     /// What the active wants, without having read.
     pub(super) fn active_goal(&self, active: &Active) -> Option<Goal> {
+        if self.is_left_behind(active) {
+            // Rule 13: the other member has what this disk lacks. It stays one.
+            return None;
+        }
         let healthy = self.is_lead_healthy();
         let live = |stage| matches!(stage, LeadStage::Live | LeadStage::AwaitFollowing { .. });
         let final_epoch = active
