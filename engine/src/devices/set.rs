@@ -1,6 +1,7 @@
 //! All devices of one machine: built from its configuration, saved, loaded, kicked and reset together.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -309,10 +310,17 @@ impl DeviceSet {
         self.remap();
     }
 
-    /// With the gate closed: waits until no thread is using a disk's backend. A seat that gives the guest away has to,
-    /// before the disk's content becomes the other side's business.
-    pub fn wait_disks_idle(&self) {
-        self.executing.iter().for_each(|executing| executing.wait_end());
+    /// With the gate closed: waits until no thread is using a disk's backend, for each disk no longer than `most`. True: none is. A
+    /// seat that gives the guest away has to, before the disk's content becomes the other side's business.
+    pub fn wait_disks_idle(&self, most: Duration) -> bool {
+        self.executing.iter().all(|executing| executing.wait_end(most))
+    }
+
+    /// The disk whose request under way has been so for longest, and for how long; none if there is none.
+    pub fn slowest_disk(&self) -> Option<(usize, Duration)> {
+        let lasts = |(disk, executing): (usize, &Arc<Executing>)| Some((disk, executing.lasts()?));
+        let under_way = self.executing.iter().enumerate().filter_map(lasts);
+        under_way.max_by_key(|(_, lasts)| *lasts)
     }
 
     /// Characters typed into the console; returns how many had room. Waits while the gate is closed.

@@ -246,6 +246,8 @@ pub(crate) struct MemoryDisk {
     pub(crate) completed: Arc<Mutex<Vec<(Seen, bool)>>>,
     pub(crate) executed: Arc<AtomicU64>,
     pub(crate) fails: Arc<AtomicBool>,
+    /// Another disk may take its place.
+    pub(crate) moves: Arc<AtomicBool>,
     /// Requests wait, outside the gate, while this is held.
     pub(crate) door: Arc<Mutex<()>>,
     pub(crate) gate: Arc<Mutex<Option<Arc<PauseGate>>>>,
@@ -258,6 +260,7 @@ impl MemoryDisk {
             completed: Arc::default(),
             executed: Arc::default(),
             fails: Arc::default(),
+            moves: Arc::default(),
             door: Arc::default(),
             gate: Arc::default(),
         }
@@ -324,6 +327,10 @@ impl DiskBackend for MemoryDisk {
             DiskOp::WriteZeroes { offset, len, unmap } => Seen::WriteZeroes(offset, len, unmap),
         };
         lock(&self.completed).push((seen, ok));
+    }
+
+    fn may_move(&self) -> bool {
+        self.moves.load(Ordering::SeqCst)
     }
 }
 

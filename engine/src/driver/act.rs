@@ -10,6 +10,7 @@ use ftvm_protocol::wire::{Kind, VERSION_HOLDS};
 
 use super::late::Route;
 use super::seat::Work;
+use super::storage::IDLE_WITHIN;
 use super::{Driver, Ended, Following, Guest, Link, follow, lead};
 use crate::checkpoint::Pacer;
 use crate::control::{Ask, Reply, exit_code};
@@ -371,11 +372,12 @@ impl Driver {
         self.seat.outbox.discard();
         self.stop_recording();
         // A write that is under way would land behind what the new leader sends.
-        self.seat.machine.wait_disks_idle();
+        let idle = self.seat.machine.wait_disks_idle(IDLE_WITHIN);
         self.guest = Guest::None;
         let last = self.sealed_state.take();
         let stood_still = last.as_ref().map_or(began, |last| last.since);
         match last.filter(|last| last.epoch == base) {
+            Some(_) if !idle => self.session_failed(session, "a request of this seat's disks takes too long"),
             Some(last) => self.begin_following(session, link, leader, Some(last)),
             None => self.session_failed(session, "this seat's last sealed epoch is not the one to follow from"),
         }
@@ -528,7 +530,7 @@ impl Driver {
                 None => "the session ended before this seat became a member: a new engine may join".to_owned(),
             },
             EndReason::HeaderFailed => "the seat's header could not be written: check the seat's storage".to_owned(),
-            EndReason::StorageFailed => match &self.troubles.session {
+            EndReason::StorageFailed => match self.failing_disks.first().as_ref().or(self.troubles.session.as_ref()) {
                 Some(trouble) => format!("this seat's storage failed: {trouble}; a new engine may join"),
                 None => "this seat's storage failed or hangs, and the other seat has the guest: a new engine may join"
                     .to_owned(),

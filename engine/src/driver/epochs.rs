@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ftvm_protocol::core::{Event, Seal};
+use ftvm_protocol::core::{Event, Seal, StorageHealth};
 use ftvm_protocol::identity::{Epoch, SessionId};
 
 use super::follow::Base;
@@ -11,7 +11,7 @@ use super::seat::Seat;
 use super::status::Figures;
 use super::{Driver, Guest, follow, lead, trace};
 use crate::checkpoint::{Decision, Observation};
-use crate::control::{CommandId, Digest, Reply};
+use crate::control::{CommandId, Digest, Reply, exit_code};
 use crate::outbox::Output;
 use crate::pause::clock::{PauseClock, Step};
 use crate::replication::changed::Holds;
@@ -332,6 +332,9 @@ impl Driver {
             // The order to run comes next: from now on the follower may change its disks by itself.
             self.seat.changed.forget();
         }
+        if seal == Seal::Final && self.leading.is_some() {
+            return self.flush_then_seal();
+        }
         self.seal(seal);
     }
 
@@ -462,7 +465,12 @@ impl Driver {
         self.tell_leader(&why);
         self.troubles.session = Some(why);
         self.troubles.session_code = code;
-        self.step(Event::SessionFailed { session });
+        if code == Some(exit_code::STORAGE) {
+            self.step(Event::Storage(StorageHealth::Failed));
+        }
+        if self.ended.is_none() {
+            self.step(Event::SessionFailed { session });
+        }
     }
 
     // ---- digest

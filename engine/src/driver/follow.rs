@@ -16,6 +16,7 @@ use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
+use crate::control::exit_code;
 use crate::replication::changed::Stream;
 use crate::replication::epoch::{
     EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input,
@@ -23,7 +24,7 @@ use crate::replication::epoch::{
 use crate::replication::link::{Frame, LinkSender};
 use crate::replication::memory::PageMemory;
 use crate::replication::resync::{Digest, Offer, ResyncTarget, digest_memory};
-use crate::replication::standby_disks::StandbyDisks;
+use crate::replication::standby_disks::{StandbyDisks, StandbyDisksError};
 
 /// Most bytes of input kept for injection, and of output kept for sending again.
 const LOG_BYTES: usize = 8 << 20;
@@ -116,6 +117,15 @@ pub struct Failure {
 impl From<String> for Failure {
     fn from(why: String) -> Self {
         Self { why, code: None }
+    }
+}
+
+impl From<StandbyDisksError> for Failure {
+    fn from(error: StandbyDisksError) -> Self {
+        Self {
+            why: error.to_string(),
+            code: error.is_storage().then_some(exit_code::STORAGE),
+        }
     }
 }
 
@@ -289,9 +299,9 @@ impl Follower {
     fn run(mut self, todo: &Receiver<Job>, backlog: &Backlog) {
         // A stream that failed brings nothing more; what was staged before is still this seat's state to take over from.
         let mut failed = false;
-        if let Err(why) = self.begin() {
+        if let Err(failure) = self.begin() {
             failed = true;
-            self.report(News::Failed(why.into()));
+            self.report(News::Failed(failure));
         }
         while let Ok(job) = todo.recv() {
             if let Job::Frame(frame) = &job {
@@ -314,12 +324,12 @@ impl Follower {
                     }
                 }
                 Job::Apply(epoch) => {
-                    if let Err(why) = self.apply_through(epoch) {
-                        return self.report(News::Failed(why.into()));
+                    if let Err(failure) = self.apply_through(epoch) {
+                        return self.report(News::Failed(failure));
                     }
                 }
                 Job::Prepare { epoch, reply } => {
-                    let prepared = self.apply_through(epoch);
+                    let prepared = self.apply_through(epoch).map_err(|failure| failure.why);
                     let state = prepared.and_then(|()| Ok(self.state_of(epoch)?.clone()));
                     // A driver that does not wait any more is one that ends.
                     let _ = reply.send(state);
@@ -335,12 +345,11 @@ impl Follower {
 
     /// A seat that joins has the stream's state with its checkpoint. One that goes on from its own ran the guest: what its disks
     /// hold is known to nobody.
-    fn begin(&mut self) -> Result<(), String> {
+    fn begin(&mut self) -> Result<(), Failure> {
         if self.applied.is_none() {
             return Ok(());
         }
-        let begun = self.place.disks.begin_after_own_guest();
-        begun.map_err(|error| error.to_string())
+        Ok(self.place.disks.begin_after_own_guest()?)
     }
 
     fn report(&self, news: News) {
@@ -381,24 +390,20 @@ impl Follower {
             kind => {
                 let staged = self.receiver.accept(kind, frame.epoch, frame.payload);
                 match staged.map_err(|error| error.to_string())? {
-                    Some(staged) => Ok(self.stage(staged)?),
+                    Some(staged) => self.stage(staged),
                     None => Ok(()),
                 }
             }
         }
     }
 
-    fn stage(&mut self, staged: StagedEpoch) -> Result<(), String> {
+    fn stage(&mut self, staged: StagedEpoch) -> Result<(), Failure> {
         let joins = staged.base.is_none();
         let disks = &mut self.place.disks;
         if joins {
-            disks
-                .begin_stream(self.place.stream)
-                .map_err(|error| error.to_string())?;
+            disks.begin_stream(self.place.stream)?;
         }
-        disks
-            .stage(staged.epoch, &staged.disk, staged.contains_flush || joins)
-            .map_err(|error| error.to_string())?;
+        disks.stage(staged.epoch, &staged.disk, staged.contains_flush || joins)?;
         let news = News::Staged {
             epoch: staged.epoch,
             leader_acked: staged.released_through,
@@ -415,12 +420,12 @@ impl Follower {
         Ok(())
     }
 
-    fn apply_through(&mut self, epoch: Epoch) -> Result<(), String> {
+    fn apply_through(&mut self, epoch: Epoch) -> Result<(), Failure> {
         while self.staged.front().is_some_and(|staged| staged.epoch <= epoch) {
             let Some(staged) = self.staged.pop_front() else { break };
             staged.apply_pages(&*self.place.memory);
             let disks = &mut self.place.disks;
-            disks.commit(staged.epoch).map_err(|error| error.to_string())?;
+            disks.commit(staged.epoch)?;
             self.inputs.contained_through(staged.epoch);
             self.outputs.add(staged.epoch, staged.outputs, staged.released_through);
             self.applied = Some((staged.epoch, staged.state));
@@ -449,7 +454,7 @@ impl Follower {
     }
 
     fn take_over(mut self, epoch: Epoch) -> Result<TakenOver, String> {
-        self.apply_through(epoch)?;
+        self.apply_through(epoch).map_err(|failure| failure.why)?;
         let state = self.state_of(epoch)?.clone();
         Ok(TakenOver {
             state,

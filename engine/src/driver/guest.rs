@@ -1,7 +1,7 @@
 //! The machine with its devices and what it boots from, as the driver uses it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::boot::BootSource;
 use crate::devices::set::{DeviceCounts, DeviceSet};
@@ -143,9 +143,14 @@ impl SeatMachine {
         self.machine.after_takeover();
     }
 
-    /// Waits until no request of a paused guest is using a disk.
-    pub fn wait_disks_idle(&self) {
-        self.devices.wait_disks_idle();
+    /// Waits until no request of a paused guest is using a disk, for each no longer than `most`. True: none is.
+    pub fn wait_disks_idle(&self, most: Duration) -> bool {
+        self.devices.wait_disks_idle(most)
+    }
+
+    /// The disk whose request under way has been so for longest, and for how long.
+    pub fn slowest_disk(&self) -> Option<(usize, Duration)> {
+        self.devices.slowest_disk()
     }
 
     /// Types into the serial console; gives how many bytes had room. The guest must run.

@@ -30,6 +30,7 @@ pub mod process;
 mod seat;
 mod seat_watch;
 mod status;
+mod storage;
 mod takeover;
 mod trace;
 
@@ -59,7 +60,10 @@ enum Input {
         request: RequestId,
         written: Result<(), String>,
     },
-    Warning(String),
+    /// A disk or the journal failed.
+    StorageFailed(String),
+    /// The disks were flushed for a stop, or could not be.
+    Flushed(Result<(), String>),
     /// Output of the running epoch began to wait.
     OutputWaits,
     /// The seat's program is gone, and its time to come back is over; told again and again.
@@ -115,8 +119,8 @@ impl Queue {
         self.put(Input::LateFrames);
     }
 
-    fn warn(&self, text: String) {
-        self.put(Input::Warning(text));
+    fn storage_failed(&self, why: String) {
+        self.put(Input::StorageFailed(why));
     }
 
     fn header(&self, request: RequestId, written: Result<(), String>) {
@@ -298,6 +302,7 @@ impl Driver {
             if self.now_ms() >= self.core.next_wake_ms() {
                 self.forget_old_input();
                 self.hear();
+                self.watch_disks();
                 self.step(Event::Tick);
             }
             self.drive_leaving();
@@ -404,7 +409,8 @@ impl Driver {
                     self.step(Event::HeaderFailed { request });
                 }
             },
-            Input::Warning(text) => self.warn(text),
+            Input::StorageFailed(why) => self.storage_failed(why),
+            Input::Flushed(flushed) => self.flushed(flushed),
             // The loop decides anew when the epoch ends.
             Input::OutputWaits => {}
             Input::SeatGone => self.seat_gone(),
@@ -435,10 +441,7 @@ impl Driver {
                 self.step(Event::GuestPoweredOff);
             }
             VmEvent::Fatal(error) => self.step(Event::GuestFailed { error }),
-            VmEvent::Device(event) => {
-                self.failing_disks.noticed(&event);
-                self.warn(event.to_string());
-            }
+            VmEvent::Device(event) => self.device_event(&event),
         }
     }
 

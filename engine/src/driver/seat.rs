@@ -594,6 +594,16 @@ pub enum Work {
     Storage,
 }
 
+/// Makes everything durable that was written to these disks.
+pub fn flush_all(volumes: &[Arc<SeatVolume>]) -> Result<(), String> {
+    for (volume, disk) in volumes.iter().zip(0..) {
+        volume
+            .sync()
+            .map_err(|error| format!("flushing disk {disk} failed: {error}"))?;
+    }
+    Ok(())
+}
+
 impl Seat {
     /// What runs first in a thread of this kind: its system call filter.
     pub fn enter(&self, work: Work) -> impl FnOnce() + Send + 'static {
@@ -644,7 +654,7 @@ impl Seat {
     pub fn take_disks_over(&mut self, disks: StandbyDisks, queue: Queue) -> std::io::Result<()> {
         let report = move |outcome: &Result<(), String>| {
             if let Err(why) = outcome {
-                queue.warn(format!(
+                queue.storage_failed(format!(
                     "after the takeover the guest can't make its writes durable: {why}"
                 ));
             }
@@ -662,12 +672,12 @@ impl Seat {
 
     /// Makes everything durable that the guest wrote.
     pub fn flush_disks(&self) -> Result<(), String> {
-        for volume in &self.volumes {
-            volume
-                .sync()
-                .map_err(|error| format!("flushing a disk failed: {error}"))?;
-        }
-        Ok(())
+        flush_all(&self.volumes)
+    }
+
+    /// The disks, in the order of the machine's configuration.
+    pub fn volumes(&self) -> Vec<Arc<SeatVolume>> {
+        self.volumes.clone()
     }
 
     /// What a receiving thread works on. `joins`: a resync brings everything.

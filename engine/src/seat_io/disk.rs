@@ -107,6 +107,11 @@ impl DiskLog {
         epoch
     }
 
+    /// Whether changes are recorded: somebody follows, or is about to.
+    fn is_recording(&self) -> bool {
+        self.books().recording
+    }
+
     /// Bytes recorded in the running epoch: an epoch with many of them ends early.
     pub fn bytes(&self) -> usize {
         self.books().epoch.bytes
@@ -205,6 +210,10 @@ impl DiskBackend for SeatDisk {
         // A failed write may have changed some of its blocks. The guest was told that it failed, so either content is
         // right; the range is recorded as it was meant, and the sides agree again when the guest tries once more.
         self.log.completed(self.disk, op, ok);
+    }
+
+    fn may_move(&self) -> bool {
+        self.log.is_recording()
     }
 }
 

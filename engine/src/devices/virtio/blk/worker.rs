@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::request::{Action, Limits, Request};
+use super::request::{Action, Limits, Request, Status};
 use super::{BATCH_BYTES, Blk, BlkMetrics, SERIAL_BYTES};
 use crate::backends::DiskBackend;
 use crate::devices::bus::lock;
@@ -18,6 +18,11 @@ use crate::memory::GuestMem;
 const BATCH_REQUESTS: usize = 16;
 /// Buffers that have grown beyond this are given back to the allocator.
 const KEPT_BUFFER_BYTES: usize = 64 << 10;
+/// What failed is kept from the guest for so long, where another side may take the disk's place meanwhile: longer than a switchover takes
+/// in both of its parts.
+const HELD_MAX: Duration = Duration::from_secs(10);
+/// How often it is looked whether that is still so.
+const HELD_LOOK_MS: u32 = 50;
 /// A disk counts as working again when each kind of request that failed is done again so long after it failed last.
 const RECOVERED_AFTER: Duration = Duration::from_secs(10);
 
@@ -73,23 +78,35 @@ impl Health {
     }
 }
 
-/// Whether a disk's thread is using its backend right now.
+/// Since when a disk's thread has been using its backend for the request that is under way.
 #[derive(Debug, Default)]
 pub(crate) struct Executing {
-    now: Mutex<bool>,
+    since: Mutex<Option<Instant>>,
     ended: Condvar,
 }
 
 impl Executing {
-    fn set(&self, now: bool) {
-        *lock(&self.now) = now;
+    fn begin(&self) {
+        *lock(&self.since) = Some(Instant::now());
+    }
+
+    fn end(&self) {
+        *lock(&self.since) = None;
         self.ended.notify_all();
     }
 
-    /// Waits until the backend is left alone. With the gate closed nothing new begins.
-    pub(crate) fn wait_end(&self) {
-        let ended = self.ended.wait_while(lock(&self.now), |now| *now);
-        drop(ended.unwrap_or_else(PoisonError::into_inner));
+    /// How long the request under way has been so; none if there is none.
+    pub(crate) fn lasts(&self) -> Option<Duration> {
+        lock(&self.since).map(|since| since.elapsed())
+    }
+
+    /// Waits until the backend is left alone, but no longer than `most`. With the gate closed nothing new begins. True: it is.
+    pub(crate) fn wait_end(&self, most: Duration) -> bool {
+        let waited = self
+            .ended
+            .wait_timeout_while(lock(&self.since), most, |since| since.is_some());
+        let (since, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        since.is_none()
     }
 }
 
@@ -110,6 +127,8 @@ pub(crate) struct BlkWorker {
     chain: Chain,
     buffers: Vec<Vec<u8>>,
     health: Health,
+    /// Since when something has failed that another side may do, the first time while it may.
+    held_since: Option<Instant>,
 }
 
 impl BlkWorker {
@@ -142,6 +161,7 @@ impl BlkWorker {
             chain: Chain::default(),
             buffers: Vec::new(),
             health: Health::default(),
+            held_since: None,
         }
     }
 
@@ -237,6 +257,21 @@ impl BlkWorker {
         }
     }
 
+    /// Something failed that a successor may do, who finds it in flight in the state that it loads: neither guest nor backend are told
+    /// for now.
+    fn holds(&mut self, inner: &Inner<Blk>) -> bool {
+        if !self.disk.may_move() {
+            self.held_since = None;
+            return false;
+        }
+        let failed =
+            |request: &Request| request.outcome == Some(Status::IoError) && Kind::of(&request.action).is_some();
+        if inner.life != self.life || inner.transport.reset_pending() || !self.batch.iter().any(failed) {
+            return false;
+        }
+        self.held_since.get_or_insert_with(Instant::now).elapsed() < HELD_MAX
+    }
+
     /// Reports what a request says of the disk's health, if that is news.
     fn judge(&mut self, kind: Kind, result: Result<(), String>) {
         let disk = self.index;
@@ -255,6 +290,9 @@ impl Worker for BlkWorker {
     fn inside(&mut self) -> Next {
         let device = self.device.clone();
         let mut inner = device.lock();
+        if self.holds(&inner) {
+            return Next::WaitFor(HELD_LOOK_MS);
+        }
         let mem = device.mem();
         let completed = self.complete(&mut inner, mem);
         if inner.transport.reset_pending() {
@@ -271,7 +309,7 @@ impl Worker for BlkWorker {
         });
         match taken {
             Ok(true) => {
-                self.executing.set(true);
+                self.executing.begin();
                 Next::Outside
             }
             Ok(false) => Next::Wait(None),
@@ -289,13 +327,14 @@ impl Worker for BlkWorker {
     fn outside(&mut self) {
         let mut batch = std::mem::take(&mut self.batch);
         for request in &mut batch {
+            self.executing.begin();
             let result = request.execute(self.disk.as_mut(), &self.serial);
             if let Some(kind) = Kind::of(&request.action) {
                 self.judge(kind, result);
             }
         }
         self.batch = batch;
-        self.executing.set(false);
+        self.executing.end();
     }
 }
 
