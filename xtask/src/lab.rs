@@ -4,6 +4,8 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use ftvm_e2e::lab::image::Image;
 
+use crate::packages;
+
 /// Options of `cargo xtask lab`.
 #[derive(Args)]
 pub struct Lab {
@@ -22,6 +24,7 @@ impl Lab {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Images => {
+                packages::ensure(packages::EMULATED)?;
                 for image in [Image::node()?, Image::guest()?] {
                     println!("{}", image.folder.display());
                 }
