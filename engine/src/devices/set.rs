@@ -1,7 +1,7 @@
 //! All devices of one machine: built from its configuration, saved, loaded, kicked and reset together.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -316,11 +316,9 @@ impl DeviceSet {
         self.executing.iter().all(|executing| executing.wait_end(most))
     }
 
-    /// The disk whose request under way has been so for longest, and for how long; none if there is none.
-    pub fn slowest_disk(&self) -> Option<(usize, Duration)> {
-        let lasts = |(disk, executing): (usize, &Arc<Executing>)| Some((disk, executing.lasts()?));
-        let under_way = self.executing.iter().enumerate().filter_map(lasts);
-        under_way.max_by_key(|(_, lasts)| *lasts)
+    /// Since when the request that each disk has under way has been so; none where there is none.
+    pub fn requests_since(&self) -> Vec<Option<Instant>> {
+        self.executing.iter().map(|executing| executing.since()).collect()
     }
 
     /// Characters typed into the console; returns how many had room. Waits while the gate is closed.

@@ -248,6 +248,8 @@ pub(crate) struct MemoryDisk {
     pub(crate) fails: Arc<AtomicBool>,
     /// Another disk may take its place.
     pub(crate) moves: Arc<AtomicBool>,
+    /// Requests that change something wait for room while this is held.
+    pub(crate) room: Arc<Mutex<()>>,
     /// Requests wait, outside the gate, while this is held.
     pub(crate) door: Arc<Mutex<()>>,
     pub(crate) gate: Arc<Mutex<Option<Arc<PauseGate>>>>,
@@ -261,6 +263,7 @@ impl MemoryDisk {
             executed: Arc::default(),
             fails: Arc::default(),
             moves: Arc::default(),
+            room: Arc::default(),
             door: Arc::default(),
             gate: Arc::default(),
         }
@@ -327,6 +330,10 @@ impl DiskBackend for MemoryDisk {
             DiskOp::WriteZeroes { offset, len, unmap } => Seen::WriteZeroes(offset, len, unmap),
         };
         lock(&self.completed).push((seen, ok));
+    }
+
+    fn wait_for_room(&mut self) {
+        drop(lock(&self.room));
     }
 
     fn may_move(&self) -> bool {

@@ -148,9 +148,9 @@ impl SeatMachine {
         self.devices.wait_disks_idle(most)
     }
 
-    /// The disk whose request under way has been so for longest, and for how long.
-    pub fn slowest_disk(&self) -> Option<(usize, Duration)> {
-        self.devices.slowest_disk()
+    /// Since when the request that each disk has under way has been so; none where there is none.
+    pub fn requests_since(&self) -> Vec<Option<Instant>> {
+        self.devices.requests_since()
     }
 
     /// Types into the serial console; gives how many bytes had room. The guest must run.

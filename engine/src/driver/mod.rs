@@ -219,6 +219,9 @@ pub struct Driver {
     figures: status::Figures,
     troubles: status::Troubles,
     failing_disks: status::FailingDisks,
+    watch: storage::Watch,
+    /// The disks are being flushed for a stop, for so long by now.
+    flushing: Option<Duration>,
     told: status::Told,
     leaving: Option<leave::Leaving>,
     ended: Option<Ended>,
@@ -267,6 +270,8 @@ impl Driver {
             figures: status::Figures::default(),
             troubles: status::Troubles::default(),
             failing_disks: status::FailingDisks::default(),
+            watch: storage::Watch::default(),
+            flushing: None,
             told: status::Told::default(),
             leaving: None,
             ended: None,

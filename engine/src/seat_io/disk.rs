@@ -188,7 +188,6 @@ impl DiskBackend for SeatDisk {
     }
 
     fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.log.wait_for_room();
         self.volume.write_at(offset, data)
     }
 
@@ -197,12 +196,10 @@ impl DiskBackend for SeatDisk {
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.log.wait_for_room();
         self.volume.zero(offset, len)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.log.wait_for_room();
         self.volume.zero(offset, len)
     }
 
@@ -210,6 +207,10 @@ impl DiskBackend for SeatDisk {
         // A failed write may have changed some of its blocks. The guest was told that it failed, so either content is
         // right; the range is recorded as it was meant, and the sides agree again when the guest tries once more.
         self.log.completed(self.disk, op, ok);
+    }
+
+    fn wait_for_room(&mut self) {
+        self.log.wait_for_room();
     }
 
     fn may_move(&self) -> bool {
@@ -250,6 +251,7 @@ mod tests {
             move || {
                 while !stop.load(Ordering::SeqCst) {
                     let data = [1; 4096];
+                    disk.wait_for_room();
                     disk.write_at(0, &data).expect("no fault");
                     disk.completed(&DiskOp::Write { offset: 0, data: &data }, true);
                     written.fetch_add(1, Ordering::SeqCst);

@@ -263,6 +263,26 @@ fn what_failed_is_told_once_nobody_can_do_it() {
     assert_eq!(disk.status(asked), IO_ERROR);
 }
 
+/// Room is the epoch's affair, and may be long in coming: the disk does not hang meanwhile.
+#[test]
+fn a_request_is_under_way_once_there_is_room_for_it() {
+    let mut disk = disk();
+    let (room, door) = (disk.rig.disk.room.clone(), disk.rig.disk.door.clone());
+    let (full, held) = (room.lock().unwrap(), door.lock().unwrap());
+    let asked = disk.ask(OUT, 0, &[1; 512], 0);
+    let set = &disk.rig.set;
+    wait_until("the request is taken", || {
+        (!set.wait_disks_idle(Duration::ZERO)).then_some(())
+    });
+    assert!(set.requests_since().iter().all(Option::is_none));
+    drop(full);
+    disk.wait_executing(1);
+    assert!(disk.rig.set.requests_since().iter().any(Option::is_some));
+    drop(held);
+    assert_eq!(disk.vq.wait_used().0, asked.head);
+    assert_eq!(disk.status(asked), OK);
+}
+
 #[test]
 fn completion_comes_before_the_used_ring() {
     let mut disk = disk();
