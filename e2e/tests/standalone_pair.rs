@@ -431,19 +431,20 @@ fn a_failure_on_request_is_taken_over_from_and_refused_without_a_standby() {
 #[test]
 fn switchover_stop_and_start() {
     let pair = protected_pair("stop");
-    pair.control(&["switchover", "--vm", "demo"]);
-    pair.wait_protected(Some(1));
-    let counter = |name: &str| pair.seat(1)["engine"]["counters"][name].as_u64();
-    pair.wait("measured switchover", |_| counter("switchover_us").is_some());
-    let steps = ["loaded", "running", "followed", "sealed", "sent", "released"];
-    let steps: Vec<_> = steps
-        .iter()
-        .map(|step| counter(&format!("switchover_{step}_us")))
-        .collect();
-    assert!(steps.iter().all(Option::is_some) && steps.is_sorted(), "{steps:?}");
-    assert_eq!(counter("takeover_us"), None, "nobody was lost");
-    pair.control(&["switchover", "--vm", "demo"]);
-    pair.wait_protected(Some(0));
+    // Each seat gives the guest away as it got it: booted, and taken over with the disks of one that had followed from its own.
+    for to in [1, 0, 1, 0] {
+        pair.control(&["switchover", "--vm", "demo"]);
+        pair.wait_protected(Some(to));
+        let counter = |name: &str| pair.seat(to)["engine"]["counters"][name].as_u64();
+        pair.wait("measured switchover", |_| counter("switchover_us").is_some());
+        let steps = ["loaded", "running", "followed", "sealed", "sent", "released"];
+        let steps: Vec<_> = steps
+            .iter()
+            .map(|step| counter(&format!("switchover_{step}_us")))
+            .collect();
+        assert!(steps.iter().all(Option::is_some) && steps.is_sorted(), "{steps:?}");
+        assert_eq!(counter("takeover_us"), None, "nobody was lost");
+    }
     // The embedded guest does not listen to it, but it is there to be pressed.
     pair.control(&["power-button", "--vm", "demo"]);
     let (shown, table) = pair.ftvm(&["status", "--daemon", &pair.sockets()], None);

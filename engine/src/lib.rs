@@ -8,6 +8,7 @@ pub mod control;
 pub mod devices;
 pub mod driver;
 pub mod kvm;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod outbox;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use ftvm_engine::control::{exit_code, inherited_connection};
 use ftvm_engine::driver::process;
+use ftvm_engine::log;
 use ftvm_engine::outbox;
 use ftvm_engine::run::{self, RunArgs};
 
@@ -27,7 +28,7 @@ enum Command {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(log::line)
         .with_ansi(false)
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
         .init();

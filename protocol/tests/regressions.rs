@@ -382,6 +382,8 @@ fn an_old_order_to_run_is_not_obeyed_in_the_next_switchover() {
             leader_acked: epoch - 1,
         }
     };
+    let status = bench.seats[1].core.status();
+    assert!(status.claiming && !status.switching, "the source has not stopped yet");
     let staged = freeze(&mut bench);
     assert!(bench.seats[1].core.status().switching);
     // The source takes it back; its last epoch is still on its way.

@@ -142,12 +142,12 @@ pub struct Pacer {
 }
 
 impl Pacer {
-    /// A pacer whose first epoch begins now.
-    pub fn new(config: PacerConfig, now: Instant) -> Self {
+    /// A pacer whose first epoch began then.
+    pub fn new(config: PacerConfig, began: Instant) -> Self {
         Self {
             config,
             phase: Phase::Running,
-            began: now,
+            began,
             rounds: 0,
             sent_pages: 0,
             pause: Duration::ZERO,

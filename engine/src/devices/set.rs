@@ -310,15 +310,15 @@ impl DeviceSet {
         self.remap();
     }
 
-    /// With the gate closed: waits until no thread is using a disk's backend, for each disk no longer than `most`. True: none is. A
-    /// seat that gives the guest away has to, before the disk's content becomes the other side's business.
-    pub fn wait_disks_idle(&self, most: Duration) -> bool {
-        self.executing.iter().all(|executing| executing.wait_end(most))
-    }
-
     /// Since when the request that each disk has under way has been so; none where there is none.
     pub fn requests_since(&self) -> Vec<Option<Instant>> {
         self.executing.iter().map(|executing| executing.since()).collect()
+    }
+
+    /// With the gate closed: what the disks' threads are using their backends for. A seat that gives the guest away has to wait for its
+    /// end before the disks' contents become the other side's business, in any thread, and before the gate opens again.
+    pub fn disks_in_use(&self) -> DisksInUse {
+        DisksInUse(self.executing.clone())
     }
 
     /// Characters typed into the console; returns how many had room. Waits while the gate is closed.
@@ -346,10 +346,24 @@ impl DeviceSet {
         }
     }
 
-    /// Ranges can trade places, so all leave before any is put back.
+    /// Ranges can trade places, so all that move leave before any is put back. Those that don't stay where they are: each change of
+    /// where a queue is notified waits until the kernel's readers have seen it (SRCU), and for a worker thread of the kernel's, while the
+    /// guest stands still.
     fn remap(&self) {
-        self.functions.iter().for_each(|function| lock(function).unmap());
+        self.functions
+            .iter()
+            .for_each(|function| lock(function).unmap_if_moved());
         self.functions.iter().for_each(|function| lock(function).remap());
+    }
+}
+
+/// Requests that were under way when a guest was paused.
+pub struct DisksInUse(Vec<Arc<Executing>>);
+
+impl DisksInUse {
+    /// Waits until no thread is using a disk's backend, for each disk no longer than `most`. True: none is.
+    pub fn end_within(&self, most: Duration) -> bool {
+        self.0.iter().all(|executing| executing.wait_end(most))
     }
 }
 

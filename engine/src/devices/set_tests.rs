@@ -151,6 +151,35 @@ fn a_moved_bar_and_two_that_traded_places_are_mapped_after_a_load() {
     assert_eq!((net.read(0x12, 2), blk.read(0x12, 2)), (2, 1));
 }
 
+/// A takeover loads a state whose devices are where they were in the one before: the kernel is asked to change nothing, for each change
+/// takes it a while.
+#[test]
+fn a_load_moves_nothing_that_is_in_its_place() {
+    use std::sync::atomic::Ordering;
+
+    let rig = Rig::new();
+    let net = rig.driver(NET_SLOT);
+    let successor = rig.successor();
+    let registrar = successor.bench.registrar.clone();
+    registrar.works.store(true, Ordering::SeqCst);
+    let changes_of_a_load = || {
+        let before = registrar.asked.load(Ordering::SeqCst);
+        successor.set.load(&StateReader::parse(&rig.save()).unwrap()).unwrap();
+        registrar.asked.load(Ordering::SeqCst) - before
+    };
+    net.config_write(4, &[0, 0]);
+    changes_of_a_load();
+    assert_eq!(registrar.addresses(), [] as [u64; 0], "it answers nowhere");
+    net.config_write(4, &[6, 0]);
+    assert_eq!(changes_of_a_load(), 2, "both queues of the one that moved");
+    let addresses = registrar.addresses();
+    assert_eq!(changes_of_a_load(), 0);
+    assert_eq!(registrar.addresses(), addresses);
+    net.config_write(4, &[0, 0]);
+    assert_eq!(changes_of_a_load(), 2);
+    assert_eq!(registrar.addresses(), [] as [u64; 0]);
+}
+
 /// Whatever a state says: it is refused and changes nothing, or it loads and saves to the same bytes.
 #[test]
 fn damaged_states_are_refused_or_load_completely() {

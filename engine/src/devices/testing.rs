@@ -143,6 +143,8 @@ pub(crate) fn wait_until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> 
 pub(crate) struct Registrar {
     pub(crate) works: AtomicBool,
     addresses: Mutex<Vec<u64>>,
+    /// How often anything was asked of it.
+    pub(crate) asked: AtomicU64,
 }
 
 impl Registrar {
@@ -155,6 +157,7 @@ impl Registrar {
 
 impl NotifyRegistrar for Registrar {
     fn register(&self, address: u64, _: BorrowedFd<'_>) -> io::Result<()> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
         if !self.works.load(Ordering::SeqCst) {
             return Err(io::Error::from(io::ErrorKind::Unsupported));
         }
@@ -163,6 +166,7 @@ impl NotifyRegistrar for Registrar {
     }
 
     fn unregister(&self, address: u64, _: BorrowedFd<'_>) -> io::Result<()> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
         lock(&self.addresses).retain(|known| *known != address);
         Ok(())
     }

@@ -10,7 +10,6 @@ use ftvm_protocol::wire::{Kind, VERSION_HOLDS};
 
 use super::late::Route;
 use super::seat::Work;
-use super::storage::IDLE_WITHIN;
 use super::{Driver, Ended, Following, Guest, Link, follow, lead};
 use crate::checkpoint::Pacer;
 use crate::control::{Ask, Reply, exit_code};
@@ -248,6 +247,8 @@ impl Driver {
         } else {
             lead::Stage::Prepared
         };
+        // A guest that was handed over has run its first epoch for a while.
+        let began = base.map_or_else(Instant::now, |_| self.resumed);
         self.leading = Some(lead::Leading {
             session,
             stream: Stream {
@@ -258,11 +259,12 @@ impl Driver {
             tells_holds: self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS),
             stage,
             sending,
-            pacer: Pacer::new(self.seat.pacer, Instant::now()),
+            pacer: Pacer::new(self.seat.pacer, began),
             dirty: DirtyPages::new(self.seat.machine.ram().pages()),
             base,
             window: None,
             in_flight: std::collections::VecDeque::new(),
+            flushed: None,
         });
     }
 
@@ -335,12 +337,11 @@ impl Driver {
         };
         let leader_link = credit.clone();
         let tells_holds = self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS);
-        let place = self
-            .seat
-            .follower_place(credit, Stream { leader, session }, tells_holds, last.is_none());
-        let started = place.and_then(|place| {
+        let stream = Stream { leader, session };
+        let place = self.seat.follower_place(credit, stream, tells_holds);
+        let started = self.seat.disks_to_follow(last.is_none()).and_then(|disks| {
             let enter = self.seat.enter(Work::Storage);
-            let started = follow::Receiving::start(session, place, last, self.queue.clone(), enter);
+            let started = follow::Receiving::start(session, place, disks, last, self.queue.clone(), enter);
             started.map_err(|error| error.to_string())
         });
         match started {
@@ -370,14 +371,11 @@ impl Driver {
         self.set_route(Route::Nowhere);
         self.seat.inbox.forget();
         self.seat.outbox.discard();
-        self.stop_recording();
-        // A write that is under way would land behind what the new leader sends.
-        let idle = self.seat.machine.wait_disks_idle(IDLE_WITHIN);
+        self.seat.disk_log.record(false);
         self.guest = Guest::None;
         let last = self.sealed_state.take();
         let stood_still = last.as_ref().map_or(began, |last| last.since);
         match last.filter(|last| last.epoch == base) {
-            Some(_) if !idle => self.session_failed(session, "a request of this seat's disks takes too long"),
             Some(last) => self.begin_following(session, link, leader, Some(last)),
             None => self.session_failed(session, "this seat's last sealed epoch is not the one to follow from"),
         }
@@ -444,7 +442,7 @@ impl Driver {
             }
             LinkEvent::Frame { link, frame } => match frame.kind {
                 Kind::Control => match Message::decode(&frame.payload) {
-                    Ok(message) => self.step(Event::Received { link, message }),
+                    Ok(message) => self.received(link, message),
                     Err(error) => self.close_link(link, &error.to_string()),
                 },
                 Kind::Credit | Kind::ResyncHolds => self.resync_answered(link, &frame),

@@ -6,6 +6,7 @@ use ftvm_protocol::core::{Event, Seal, StorageHealth};
 use ftvm_protocol::identity::{Epoch, SessionId};
 
 use super::follow::Base;
+use super::late::Route;
 use super::lead::{Done, Job, Leading, Stage};
 use super::seat::Seat;
 use super::status::Figures;
@@ -73,7 +74,7 @@ impl Driver {
     }
 
     /// A guest that stands still for want of a standby has no epochs but the one that lets a standby join.
-    fn works_on_epoch(&self) -> bool {
+    pub(super) fn works_on_epoch(&self) -> bool {
         match self.guest {
             Guest::Running => true,
             Guest::Held => self
@@ -282,9 +283,7 @@ impl Driver {
         };
         leading.tell_sealed(&self.seat, &sealed, seal);
         let rounds = leading.pacer.rounds();
-        leading.base = Some(epoch);
-        leading.stage = Stage::Streaming;
-        leading.in_flight.push_back((epoch, Instant::now()));
+        leading.sealed(epoch, sealed.contains_flush);
         self.takeover.reached_first(trace::Step::Sealed);
         self.seat.gate().set_epoch(epoch + 1);
         self.seat.machine.limit_writes(self.seat.pacer.first_room());
@@ -426,6 +425,7 @@ impl Driver {
         }
         match report.news {
             follow::News::Failed(failure) => self.cant_follow(session, failure),
+            follow::News::NoDisks(failure) => self.cant_open_disks(session, failure),
             follow::News::Digest { epoch, memory } => {
                 let digest = digest_reply(epoch, memory);
                 self.figures.digest = Some(digest.clone());
@@ -471,6 +471,13 @@ impl Driver {
         if self.ended.is_none() {
             self.step(Event::SessionFailed { session });
         }
+    }
+
+    /// Nobody has touched the memory: a source that was to follow from its own last epoch goes on there, should its target be lost.
+    fn cant_open_disks(&mut self, session: SessionId, failure: follow::Failure) {
+        self.cant_follow(session, failure);
+        self.set_route(Route::Nowhere);
+        self.following = None;
     }
 
     // ---- digest

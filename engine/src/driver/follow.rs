@@ -42,6 +42,8 @@ pub enum Job {
     },
     /// The core counts this epoch as this seat's state: bring memory and disks there.
     Apply(Epoch),
+    /// A switchover is about to come: begin to make durable what the disks have taken.
+    SyncAhead,
     /// The leader is lost: bring memory and disks to this epoch and give its state, for a takeover that may follow.
     Prepare {
         /// The last staged epoch, as the core counts.
@@ -103,6 +105,8 @@ pub enum News {
     },
     /// The session can't go on.
     Failed(Failure),
+    /// This seat's disks can't be used: nothing of the session was taken, nor will be.
+    NoDisks(Failure),
 }
 
 /// Why a session can't be followed.
@@ -129,12 +133,13 @@ impl From<StandbyDisksError> for Failure {
     }
 }
 
-/// What a follower works on.
+/// Gives the seat's disks and journal once nobody else uses them. May wait for disks, so it is called in the receiving thread.
+pub type OpenDisks = Box<dyn FnOnce() -> Result<StandbyDisks, Failure> + Send>;
+
+/// What a follower works on, beside its disks.
 pub struct Place {
     /// Guest RAM.
     pub memory: Arc<dyn PageMemory>,
-    /// The seat's disks and journal.
-    pub disks: StandbyDisks,
     /// What is accepted.
     pub limits: StagingLimits,
     /// What a guest finds here.
@@ -198,10 +203,12 @@ pub struct Receiving {
 }
 
 impl Receiving {
-    /// Starts the thread for a session. `last`: what memory is at, if no resync comes first.
+    /// Starts the thread for a session. `last`: what memory is at, if no resync comes first. Frames and orders may be given at
+    /// once: they wait for the disks.
     pub fn start(
         session: SessionId,
         place: Place,
+        disks: OpenDisks,
         last: Option<Base>,
         queue: Queue,
         enter: impl FnOnce() + Send + 'static,
@@ -211,7 +218,13 @@ impl Receiving {
         let waiting = backlog.clone();
         std::thread::Builder::new().name("receive".to_owned()).spawn(move || {
             enter();
-            Follower::new(session, place, last, queue).run(&todo, &waiting);
+            match disks() {
+                Ok(disks) => Follower::new(session, place, disks, last, queue).run(&todo, &waiting),
+                Err(failure) => {
+                    let news = News::NoDisks(failure);
+                    queue.follow(Report { session, news });
+                }
+            }
         })?;
         Ok(Self { jobs, backlog })
     }
@@ -262,6 +275,7 @@ pub struct Base {
 struct Follower {
     session: SessionId,
     place: Place,
+    disks: StandbyDisks,
     receiver: EpochReceiver,
     resync: ResyncTarget,
     staged: VecDeque<StagedEpoch>,
@@ -274,7 +288,7 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(session: SessionId, place: Place, last: Option<Base>, queue: Queue) -> Self {
+    fn new(session: SessionId, place: Place, disks: StandbyDisks, last: Option<Base>, queue: Queue) -> Self {
         let last_epoch = last.as_ref().map(|last| last.epoch);
         let mut outputs = OutputLog::new(LOG_BYTES);
         let applied = last.map(|last| {
@@ -287,6 +301,7 @@ impl Follower {
             receiver: EpochReceiver::new(place.limits.clone(), last_epoch),
             resync: ResyncTarget::new(&place.limits, place.offer.clone(), place.tells_holds),
             place,
+            disks,
             staged: VecDeque::new(),
             applied,
             inputs: InputLog::new(LOG_BYTES),
@@ -328,6 +343,7 @@ impl Follower {
                         return self.report(News::Failed(failure));
                     }
                 }
+                Job::SyncAhead => self.disks.sync_ahead(),
                 Job::Prepare { epoch, reply } => {
                     let prepared = self.apply_through(epoch).map_err(|failure| failure.why);
                     let state = prepared.and_then(|()| Ok(self.state_of(epoch)?.clone()));
@@ -349,7 +365,7 @@ impl Follower {
         if self.applied.is_none() {
             return Ok(());
         }
-        Ok(self.place.disks.begin_after_own_guest()?)
+        Ok(self.disks.begin_after_own_guest()?)
     }
 
     fn report(&self, news: News) {
@@ -367,10 +383,10 @@ impl Follower {
                 Ok(())
             }
             Kind::ResyncBegin | Kind::ResyncPlan | Kind::ResyncMemory | Kind::ResyncDisk | Kind::ResyncEnd => {
-                let place = &mut self.place;
+                let place = &self.place;
                 let taken = self
                     .resync
-                    .accept(frame.kind, frame.payload, &*place.memory, &mut place.disks);
+                    .accept(frame.kind, frame.payload, &*place.memory, &mut self.disks);
                 let taken = taken.map_err(|error| Failure {
                     why: error.to_string(),
                     code: error.exit_code(),
@@ -399,11 +415,11 @@ impl Follower {
 
     fn stage(&mut self, staged: StagedEpoch) -> Result<(), Failure> {
         let joins = staged.base.is_none();
-        let disks = &mut self.place.disks;
         if joins {
-            disks.begin_stream(self.place.stream)?;
+            self.disks.begin_stream(self.place.stream)?;
         }
-        disks.stage(staged.epoch, &staged.disk, staged.contains_flush || joins)?;
+        self.disks
+            .stage(staged.epoch, &staged.disk, staged.contains_flush || joins)?;
         let news = News::Staged {
             epoch: staged.epoch,
             leader_acked: staged.released_through,
@@ -424,8 +440,7 @@ impl Follower {
         while self.staged.front().is_some_and(|staged| staged.epoch <= epoch) {
             let Some(staged) = self.staged.pop_front() else { break };
             staged.apply_pages(&*self.place.memory);
-            let disks = &mut self.place.disks;
-            disks.commit(staged.epoch)?;
+            self.disks.commit(staged.epoch)?;
             self.inputs.contained_through(staged.epoch);
             self.outputs.add(staged.epoch, staged.outputs, staged.released_through);
             self.applied = Some((staged.epoch, staged.state));
@@ -460,13 +475,15 @@ impl Follower {
             state,
             inputs: self.inputs.take_for_injection(epoch),
             outputs: self.outputs.take_for_resending(),
-            disks: self.place.disks,
+            disks: self.disks,
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::kvm::{CpuOffer, Kvm, cpu_of_host};
     use crate::replication::changed::Holds;
@@ -483,11 +500,10 @@ mod tests {
         session: SessionId(3),
     };
 
-    fn follower(disks: StandbyDisks, last: Option<Base>) -> Follower {
+    fn place() -> Place {
         let host = cpu_of_host(&Kvm::open().expect("KVM")).expect("baseline");
-        let place = Place {
+        Place {
             memory: Arc::new(HeapMemory::new(1)),
-            disks,
             limits: StagingLimits {
                 page_count: 1,
                 disk_bytes: vec![4096],
@@ -506,8 +522,48 @@ mod tests {
             credit: LinkSender::to_nobody(),
             tells_holds: true,
             waiting_bytes: 1 << 20,
+        }
+    }
+
+    fn follower(disks: StandbyDisks, last: Option<Base>) -> Follower {
+        Follower::new(STREAM.session, place(), disks, last, Queue(channel().0))
+    }
+
+    /// The source of a switchover follows: neither its driver nor its target waits for its disks, and what comes meanwhile is taken in
+    /// order. If the disks can't be used, the session fails.
+    #[test]
+    fn who_begins_to_follow_waits_for_no_disk() {
+        let base = || Base {
+            epoch: 8,
+            state: vec![1, 2, 3],
+            since: Instant::now(),
+            outputs: Vec::new(),
         };
-        Follower::new(STREAM.session, place, last, Queue(channel().0))
+        let (queue, inputs) = crate::driver::queue();
+        let start = |disks: OpenDisks| {
+            Receiving::start(STREAM.session, place(), disks, Some(base()), queue.clone(), || {}).expect("starts")
+        };
+        let (ready, readied) = channel();
+        let receiving = start(Box::new(move || -> Result<StandbyDisks, Failure> {
+            let waited = readied.recv_timeout(Duration::from_secs(20));
+            waited.map_err(|_| "the driver waited for the disks".to_owned())?;
+            let journal = MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize]);
+            Ok(StandbyDisks::open(
+                journal,
+                vec![MemStorage::new(vec![0; 4096])],
+                &None,
+            )?)
+        }));
+        receiving.give(Job::SyncAhead);
+        ready.send(()).expect("the thread waits for it");
+        assert_eq!(receiving.take_over(8).expect("taken over").state, [1, 2, 3]);
+        let receiving = start(Box::new(|| Err(Failure::from("the disk is gone".to_owned()))));
+        let report = match inputs.0.recv_timeout(Duration::from_secs(20)) {
+            Ok(crate::driver::Input::Follow(report)) => report,
+            other => panic!("{other:?}"),
+        };
+        assert!(matches!(&report.news, News::NoDisks(Failure { why, .. }) if why == "the disk is gone"));
+        assert!(receiving.take_over(8).is_err());
     }
 
     /// The source of a switchover has on its disks what failed there, or was under way when the guest stood still, and its
@@ -527,9 +583,9 @@ mod tests {
             let mut follower = follower(open(), last);
             follower.begin().expect("no fault");
             if !own {
-                follower.place.disks.begin_stream(STREAM).expect("no fault");
+                follower.disks.begin_stream(STREAM).expect("no fault");
             }
-            follower.place.disks.stage(9, &[], true).expect("no fault");
+            follower.disks.stage(9, &[], true).expect("no fault");
             drop(follower);
             let holds = (!own).then_some(Holds {
                 stream: STREAM,

@@ -1,10 +1,10 @@
 //! The machine with its devices and what it boots from, as the driver uses it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::boot::BootSource;
-use crate::devices::set::{DeviceCounts, DeviceSet};
+use crate::devices::set::{DeviceCounts, DeviceSet, DisksInUse};
 use crate::kvm::CpuOffer;
 use crate::machine::{Machine, MachineError};
 use crate::memory::{DirtyPages, GuestRam};
@@ -143,14 +143,14 @@ impl SeatMachine {
         self.machine.after_takeover();
     }
 
-    /// Waits until no request of a paused guest is using a disk, for each no longer than `most`. True: none is.
-    pub fn wait_disks_idle(&self, most: Duration) -> bool {
-        self.devices.wait_disks_idle(most)
-    }
-
     /// Since when the request that each disk has under way has been so; none where there is none.
     pub fn requests_since(&self) -> Vec<Option<Instant>> {
         self.devices.requests_since()
+    }
+
+    /// The disks' requests that a paused guest has under way.
+    pub fn disks_in_use(&self) -> DisksInUse {
+        self.devices.disks_in_use()
     }
 
     /// Types into the serial console; gives how many bytes had room. The guest must run.

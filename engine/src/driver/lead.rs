@@ -267,12 +267,24 @@ pub struct Leading {
     pub window: Option<Arc<ResyncWindow>>,
     /// Sealed and not acknowledged, with the time of the seal.
     pub in_flight: VecDeque<(Epoch, Instant)>,
+    /// The last sealed epoch in which the guest flushed a disk: the follower makes it durable before it acknowledges.
+    pub flushed: Option<Epoch>,
 }
 
 impl Leading {
     /// The oldest epoch that is sealed and not acknowledged.
     pub fn unacknowledged(&self) -> Option<Epoch> {
         self.in_flight.front().map(|(epoch, _)| *epoch)
+    }
+
+    /// An epoch was sealed, with a flush or without: the next one builds on it.
+    pub fn sealed(&mut self, epoch: Epoch, flushes: bool) {
+        self.base = Some(epoch);
+        self.stage = Stage::Streaming;
+        self.in_flight.push_back((epoch, Instant::now()));
+        if flushes {
+            self.flushed = Some(epoch);
+        }
     }
 
     /// Ends the session's thread without waiting for it: it may wait for a link that is about to go.

@@ -12,7 +12,8 @@
 //! all actions of a step in order before it takes the next event.
 //!
 //! Invariant: the driver never waits for a peer, a disk or the daemon. What may take long has a thread of its own that
-//! reports back. The one exception is a takeover, which waits for what was received to be applied to memory.
+//! reports back. The one exception is a takeover, which waits for what was received to be applied to memory, and, just after
+//! this seat gave the guest away, for the disks that its receiver opens.
 
 mod act;
 mod announce;
@@ -20,6 +21,7 @@ mod command;
 mod epochs;
 mod follow;
 mod guest;
+mod hand_over;
 mod header;
 mod hold;
 mod late;
@@ -214,6 +216,8 @@ pub struct Driver {
     commanding: Option<CommandId>,
     digest: Option<epochs::PendingDigest>,
     takeover: takeover::Takeover,
+    /// What the target of a switchover said, and the core has not heard yet.
+    claimed: Option<hand_over::Claimed>,
     announcer: announce::Announcer,
     pause_over: Option<epochs::PauseOver>,
     figures: status::Figures,
@@ -265,6 +269,7 @@ impl Driver {
             commanding: None,
             digest: None,
             takeover: takeover::Takeover::default(),
+            claimed: None,
             announcer: announce::Announcer::default(),
             pause_over: None,
             figures: status::Figures::default(),
@@ -291,6 +296,7 @@ impl Driver {
             }
             self.announce_if_due();
             self.drive_epochs();
+            self.drive_hand_over();
             self.drive_late_input();
             let wait = self.next_wake();
             match inputs.0.recv_timeout(wait) {
@@ -325,7 +331,9 @@ impl Driver {
         let announcement = self.announcer.due().filter(|_| self.guest.is_here());
         let looks = self.stands_for_switchover() || self.passes_late_input_on();
         let look = looks.then(|| Instant::now() + LOOK_FOR_INPUT);
-        let due = [self.epoch_due(), announcement, look].into_iter().flatten().min();
+        let claimed = self.claimed.as_ref().map(hand_over::Claimed::due);
+        let times = [self.epoch_due(), announcement, look, claimed];
+        let due = times.into_iter().flatten().min();
         due.map_or(tick, |due| tick.min(due.saturating_duration_since(Instant::now())))
     }
 
@@ -378,10 +386,14 @@ impl Driver {
     }
 
     /// A guest without a follower needs no tracking; it is switched on again before a session begins. The source of a
-    /// switchover follows before its session begins here.
+    /// switchover follows before its session begins here. A standby needs none, until it is about to get the guest.
     fn settle_tracking(&mut self, status: &CoreStatus) {
         let followed = self.leading.is_some() || status.peer.is_some();
-        let needless = self.guest.is_here() && !followed && status.role == RoleName::Active;
+        let needless = match status.role {
+            RoleName::Active => self.guest.is_here() && !followed,
+            RoleName::Standby => !status.claiming,
+            _ => false,
+        };
         if needless && self.seat.machine.is_tracking() {
             self.stop_recording();
         }

@@ -13,7 +13,7 @@ use crate::control::{
 };
 use crate::outbox::Rule;
 use crate::seccomp::{Filters, ThreadKind, install_handler};
-use crate::{error_chain, priority};
+use crate::{error_chain, log, priority};
 
 /// Runs the seat that the daemon launches over `connection`; gives the exit code of the process. `rule` says what may leave it:
 /// [`outbox::admitted`](crate::outbox::admitted) in every engine that is for use.
@@ -49,6 +49,7 @@ pub fn run(connection: Connection, rule: Rule) -> u8 {
             tracing::error!("the exit report can't be written: {error}");
         }
     }
+    log::end();
     exit.code
 }
 
@@ -71,6 +72,14 @@ fn run_launched(
         Ok(filters) => Arc::new(filters),
         Err(error) => return (None, failed(exit_code::JAIL, &error)),
     };
+    let own = filters.clone();
+    let enter = move || {
+        own.enter(ThreadKind::Worker)
+            .expect("a thread enters the filter that was compiled for it");
+    };
+    if let Err(error) = log::begin(enter) {
+        tracing::warn!("the log is written by whoever has something to say: {error}");
+    }
     let endpoint = match start_control(launch, fds, connection, &queue, &filters) {
         Ok(endpoint) => endpoint,
         Err(error) => return (None, failed(exit_code::LAUNCH, &error)),

@@ -10,11 +10,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ftvm_protocol::core::{Config, StoredHeader};
 use ftvm_protocol::wire::{Hello, Kind};
 
-use super::follow::Place;
+use super::follow::{Failure, OpenDisks, Place};
 use super::guest::SeatMachine;
 use super::late::Route;
 use super::limits::EpochLimits;
-use super::{Queue, seat_watch};
+use super::status::hanging_text;
+use super::storage::HANGS_AFTER;
+use super::{Queue, hand_over, seat_watch};
 use crate::backends::{DiskBackend, NetBackend};
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
@@ -31,11 +33,12 @@ use crate::outbox::{self, Outbox};
 use crate::pause::PauseGate;
 use crate::replication::changed::{ChangedBlocks, Stream};
 use crate::replication::epoch::StagingLimits;
+use crate::replication::journal::Journal;
 use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsError, TlsIdentity};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{Offer, ResyncProgress, ResyncSource};
-use crate::replication::standby_disks::{SeatVolume, Settler, StandbyDisks};
+use crate::replication::standby_disks::{ClosedDisks, SeatVolume, Settler, StandbyDisks, StandbyDisksError};
 use crate::replication::storage::{FileStorage, Storage};
 use crate::seat_io::{DiskLog, HostSink, Inbox, NicPlace, SeatConsole, SeatDisk, SeatNic, discard_queued, queued_for};
 use crate::seccomp::{Filters, ThreadKind};
@@ -159,12 +162,16 @@ pub struct Seat {
     pub pacer: PacerConfig,
     /// What the guest does while no standby would take over, at first.
     pub when_unprotected: WhenUnprotected,
+    /// How long a claim of the record waits for what the guest has under way.
+    pub(super) claim_waits: Duration,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Route>>,
     volumes: Vec<Arc<SeatVolume>>,
-    /// Brings the volumes in order after a takeover.
+    /// Brings the volumes in order after a takeover, and empties the journal.
     settler: Option<Settler>,
     journal: Arc<dyn Storage>,
+    /// The journal as a boot emptied it. Nobody uses it while the guest is here.
+    emptied: Option<Journal>,
     header: Option<HeaderFile>,
     dropped: Arc<AtomicU64>,
     filters: Option<Arc<Filters>>,
@@ -254,10 +261,12 @@ pub fn prepare(
         },
         pacer: pacer_config(limits, &launch.protection),
         when_unprotected: launch.protection.when_unprotected,
+        claim_waits: hand_over::waits(launch.timing.switch_ms),
         route: Arc::default(),
         volumes,
         settler: None,
         journal,
+        emptied: None,
         header: Some(header),
         dropped,
         filters: filters.clone(),
@@ -636,18 +645,43 @@ impl Seat {
             .ok_or_else(|| std::io::ErrorKind::AlreadyExists.into())
     }
 
-    fn open_disks(&mut self, joins: bool) -> Result<StandbyDisks, String> {
-        if let Some(settler) = self.settler.take() {
-            settler.wait()?;
-        }
+    fn closed_disks(&self) -> Result<ClosedDisks, String> {
         let volumes = self.volumes.iter().map(|volume| volume.direct()).collect();
-        let open = if joins {
-            StandbyDisks::open_to_join
-        } else {
-            StandbyDisks::open
-        };
-        let opened = open(self.journal.clone(), volumes, &self.filters);
-        opened.map_err(|error| crate::error_chain(&error))
+        let closed = ClosedDisks::new(self.journal.clone(), volumes, &self.filters);
+        closed.map_err(|error| crate::error_chain(&error))
+    }
+
+    /// The disks for a session that is followed. `joins`: a resync brings everything; otherwise the guest was here until now, and what
+    /// it had under way comes to its end first.
+    pub fn disks_to_follow(&mut self, joins: bool) -> Result<OpenDisks, String> {
+        let closed = self.closed_disks()?;
+        let in_use = self.machine.disks_in_use();
+        let (settler, emptied) = (self.settler.take(), self.emptied.take());
+        Ok(Box::new(move || -> Result<StandbyDisks, Failure> {
+            // A write that is under way would land behind what the new leader sends.
+            if !in_use.end_within(HANGS_AFTER) {
+                // Its storage counts as failed from here on: settler and journal are given up, and this engine never follows again.
+                return Err(Failure {
+                    why: format!("a disk of this seat hangs: {}", hanging_text()),
+                    code: Some(exit_code::STORAGE),
+                });
+            }
+            let emptied = match settler {
+                Some(settler) => Some(settler.wait()?),
+                None => emptied,
+            };
+            let opened = match emptied {
+                Some(journal) => return Ok(closed.open_emptied(journal)),
+                None if joins => closed.open_to_join(),
+                None => closed.open(),
+            };
+            Ok(opened?)
+        }))
+    }
+
+    /// Whether nothing of a takeover waits for the disks any more.
+    pub fn is_settled(&self) -> bool {
+        self.settler.as_ref().is_none_or(Settler::has_ended)
     }
 
     /// Lets the guest use the volumes while what a takeover left in `disks` is written to them.
@@ -665,9 +699,11 @@ impl Seat {
 
     /// Brings the volumes to what was acknowledged before this engine started.
     pub fn recover_disks(&mut self) -> Result<(), String> {
-        self.open_disks(false)?
-            .settle()
-            .map_err(|error| crate::error_chain(&error))
+        let text = |error: StandbyDisksError| crate::error_chain(&error);
+        let mut disks = self.closed_disks()?.open().map_err(text)?;
+        disks.settle().map_err(text)?;
+        self.emptied = Some(disks.into_journal());
+        Ok(())
     }
 
     /// Makes everything durable that the guest wrote.
@@ -680,18 +716,11 @@ impl Seat {
         self.volumes.clone()
     }
 
-    /// What a receiving thread works on. `joins`: a resync brings everything.
-    pub fn follower_place(
-        &mut self,
-        credit: LinkSender,
-        stream: Stream,
-        tells_holds: bool,
-        joins: bool,
-    ) -> Result<Place, String> {
+    /// What a receiving thread works on.
+    pub fn follower_place(&self, credit: LinkSender, stream: Stream, tells_holds: bool) -> Place {
         let page_count = self.machine.ram().pages();
-        Ok(Place {
+        Place {
             memory: self.page_memory(),
-            disks: self.open_disks(joins)?,
             stream,
             credit,
             tells_holds,
@@ -706,7 +735,7 @@ impl Seat {
                 nics: self.macs.len() as u16,
                 max_epoch_bytes: self.limits.staging_bytes,
             },
-        })
+        }
     }
 
     /// Memory and disks, to be copied while the guest runs.

@@ -11,8 +11,8 @@ use crate::devices::event::DeviceEvent;
 
 /// A request that is under way for longer hangs: so long Linux waits for a SCSI disk before it gives a command up.
 pub const HANGS_AFTER: Duration = Duration::from_secs(30);
-/// Whoever ends, or follows, waits so long for what its disks are doing.
-pub const IDLE_WITHIN: Duration = Duration::from_secs(1);
+/// Whoever ends waits so long for what its disks are doing.
+const IDLE_WITHIN: Duration = Duration::from_secs(1);
 /// One look counts no more: if it comes later than that, this process did not run, and neither did those that work for its disks.
 const LOOK_MAX: Duration = Duration::from_millis(500);
 
@@ -139,7 +139,7 @@ impl Driver {
 
     /// Whether a disk is still being used after a while: by a request that hangs.
     pub fn is_hanging(&self) -> bool {
-        !self.seat.machine.wait_disks_idle(IDLE_WITHIN)
+        !self.seat.machine.disks_in_use().end_within(IDLE_WITHIN)
     }
 }
 

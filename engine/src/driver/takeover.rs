@@ -16,7 +16,7 @@ use ftvm_protocol::identity::{Epoch, Term};
 
 use super::late::Route;
 use super::trace::{Change, Step, Trace};
-use super::{Driver, Guest};
+use super::{Driver, Guest, follow};
 use crate::control::Ask;
 use crate::machine::VmEvent;
 use crate::outbox::Output;
@@ -42,6 +42,8 @@ pub struct Takeover {
     prepared: Option<(Epoch, bool)>,
     /// The term of the record that the arbiter's client has seen.
     seen_term: Option<Term>,
+    /// What a switchover needs of this seat was begun when it was asked to claim the record.
+    readied: bool,
     /// Frames were called to this seat for the switchover that is asked for.
     called: bool,
 }
@@ -113,6 +115,10 @@ impl Driver {
             self.call_frames_here();
         }
         self.takeover.called = status.switching;
+        if status.claiming && !self.takeover.readied {
+            self.get_ready_for_switchover();
+        }
+        self.takeover.readied = status.claiming;
         if status.role != RoleName::Standby {
             return self.tell_takeover();
         }
@@ -133,6 +139,18 @@ impl Driver {
             self.call_frames_here();
         }
         self.prepare_takeover(status.epoch);
+    }
+
+    /// The leader is to hand the guest over, and runs on until the record names this seat: what can be done before the guest stands
+    /// still is done now. The kernel takes a while to begin with tracking, and disks that have taken everything durably are settled the sooner.
+    fn get_ready_for_switchover(&mut self) {
+        if let Err(error) = self.seat.machine.set_tracking(true) {
+            // The takeover tries it again, and says so.
+            tracing::warn!("not ready for a switchover yet: {}", crate::error_chain(&error));
+        }
+        if let Some(following) = &self.following {
+            following.receiving.give(follow::Job::SyncAhead);
+        }
     }
 
     /// Lets the arbiter's client look at a record that is new to this seat, so that it need not look for it, nor make its

@@ -117,6 +117,11 @@ impl DiskLog {
         self.books().epoch.bytes
     }
 
+    /// Whether a flush is recorded in the running epoch.
+    pub fn contains_flush(&self) -> bool {
+        self.books().epoch.contains_flush
+    }
+
     fn completed(&self, disk: u16, op: &DiskOp<'_>, ok: bool) {
         match *op {
             DiskOp::Write { offset, data } => self.changed.mark(disk, offset, data.len() as u64),

@@ -90,6 +90,8 @@ pub struct Status {
     pub switchover: Option<Refusal>,
     /// A standby whose leader is gone or silent: it tries to take over.
     pub leader_lost: bool,
+    /// A standby whose leader wants to hand the guest over: it lets the record name it, or has done so (rule 6).
+    pub claiming: bool,
     /// A standby whose leader stands still and asked it to take over (rule 6).
     pub switching: bool,
     /// A standby that is to end: it waits until its leader has ejected it.
@@ -153,6 +155,7 @@ impl Core {
                 .map(|since_ms| self.now_ms.saturating_sub(since_ms)),
             switchover: self.may_switch_over().err(),
             leader_lost: matches!(&self.role, Role::Standby(standby) if self.is_leader_lost(standby)),
+            claiming: matches!(&self.role, Role::Standby(standby) if standby.claim.is_some()),
             switching: matches!(&self.role, Role::Standby(standby) if standby.switch.is_some()),
             leaving: matches!(&self.role, Role::Standby(standby) if standby.leave_ms.is_some()),
             stopping: active.is_some_and(|active| active.stop.is_some()),

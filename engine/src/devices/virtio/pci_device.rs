@@ -260,8 +260,8 @@ pub(crate) struct Function<F: Frontend> {
 pub(crate) trait Mapped: Send {
     /// Brings the MMIO bus in line with the base address register.
     fn remap(&mut self);
-    /// Takes the device off the MMIO bus until it is mapped again.
-    fn unmap(&mut self);
+    /// Takes the device off the MMIO bus, until it is mapped again, if its base address register says another place.
+    fn unmap_if_moved(&mut self);
 }
 
 impl<F: Frontend> Function<F> {
@@ -298,6 +298,22 @@ impl<F: Frontend> Function<F> {
         }
     }
 
+    /// Where the guest wants BAR 0, and its length.
+    fn wanted(&self) -> Option<(u64, u64)> {
+        self.device.lock().transport.config.bar0()
+    }
+
+    fn unmap(&mut self) {
+        let Some(base) = self.mapped.take() else { return };
+        for (queue, wake) in self.device.wakes.iter().enumerate() {
+            if std::mem::take(&mut self.registered[queue]) {
+                // Nothing can be done about a failure, and a stale registration only wakes the worker once more.
+                let _ = self.notify.unregister(Self::notify_address(base, queue), wake.as_fd());
+            }
+        }
+        self.mmio.remove(base);
+    }
+
     /// The part of BAR 0 that an access to the window capability's data means (4.1.4.9).
     fn window_target(&self) -> Option<(u64, usize)> {
         let inner = self.device.lock();
@@ -318,24 +334,18 @@ impl<F: Frontend> Function<F> {
 
 impl<F: Frontend> Mapped for Function<F> {
     fn remap(&mut self) {
-        let wanted = self.device.lock().transport.config.bar0();
-        if wanted.map(|(base, _)| base) != self.mapped {
-            self.unmap();
-            if let Some((base, len)) = wanted {
-                self.map(base, len);
-            }
+        self.unmap_if_moved();
+        if self.mapped.is_none()
+            && let Some((base, len)) = self.wanted()
+        {
+            self.map(base, len);
         }
     }
 
-    fn unmap(&mut self) {
-        let Some(base) = self.mapped.take() else { return };
-        for (queue, wake) in self.device.wakes.iter().enumerate() {
-            if std::mem::take(&mut self.registered[queue]) {
-                // Nothing can be done about a failure, and a stale registration only wakes the worker once more.
-                let _ = self.notify.unregister(Self::notify_address(base, queue), wake.as_fd());
-            }
+    fn unmap_if_moved(&mut self) {
+        if self.wanted().map(|(base, _)| base) != self.mapped {
+            self.unmap();
         }
-        self.mmio.remove(base);
     }
 }
 

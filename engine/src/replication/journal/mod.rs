@@ -294,6 +294,11 @@ impl Journal {
         self.restart(None)
     }
 
+    /// Whether it is as [`Self::reset`] leaves it: durably empty, and nothing is said of the volumes.
+    pub fn is_reset(&self) -> bool {
+        !self.failed && self.origin.is_none() && self.last.is_none()
+    }
+
     /// Empties the journal durably and begins the history of `stream`. `holds`: what of it the volumes have already, durably;
     /// none lets the first epoch that is appended as durable say so. From now on only that stream changes the volumes.
     pub fn begin(&mut self, stream: Stream, holds: Option<u64>) -> Result<(), JournalError> {

@@ -233,6 +233,11 @@ impl Applier {
         })
     }
 
+    /// What it writes to, by disk index.
+    pub fn volumes(&self) -> &[Arc<dyn Storage>] {
+        &self.shared.volumes
+    }
+
     /// Queues changes, in order; with `epoch` they are the last ones of that epoch.
     pub fn apply(&self, changes: Vec<DiskChange>, epoch: Option<u64>) -> Result<(), VolumeError> {
         self.shared.push(changes, epoch)

@@ -3,7 +3,8 @@
 //! ```text
 //!   stage(epoch, changes, durable) ─► journal (fsync if durable)          acknowledged after this
 //!   commit(epoch)                  ─► applier thread ─► volumes ─► sync ─► the journal's older half is free again
-//!   takeover: the guest reads through what waits (SeatVolume), a thread settles it meanwhile
+//!   takeover: the guest reads through what waits (SeatVolume), a thread settles it meanwhile, and its emptied journal is kept
+//!             for when this seat gives the guest away: then nobody waits for a disk ([`ClosedDisks::open_emptied`])
 //! ```
 //!
 //! Invariant: nothing that was not committed reaches a volume while the engine lives; after it was killed,
@@ -69,49 +70,69 @@ pub struct StandbyDisks {
     recovered: Recovered,
 }
 
+/// Disks of a seat that will follow: the thread that writes to the volumes is there, the journal is not open yet. Opening may take
+/// long, and needs no thread.
+pub struct ClosedDisks {
+    journal: Arc<dyn Storage>,
+    applier: Applier,
+}
+
+impl ClosedDisks {
+    /// For these volumes, by disk index. Nothing of them is touched yet.
+    pub fn new(
+        journal: Arc<dyn Storage>,
+        volumes: Vec<Arc<dyn Storage>>,
+        filters: &ThreadFilters,
+    ) -> Result<Self, StandbyDisksError> {
+        let applier = Applier::start(volumes, filters).map_err(StandbyDisksError::Spawn)?;
+        Ok(Self { journal, applier })
+    }
+
+    /// Replays the journal onto the volumes and starts empty. An engine does this before it uses its disks in any role.
+    pub fn open(self) -> Result<StandbyDisks, StandbyDisksError> {
+        let (journal, recovered) = Journal::recover(self.journal, self.applier.volumes())?;
+        Ok(StandbyDisks::start(journal, recovered, self.applier))
+    }
+
+    /// As [`Self::open`], for a seat that gets everything from another one. Where the journal is damaged, or another machine's,
+    /// nothing is known of the volumes: the resync that has to come empties it, and copies them whole.
+    pub fn open_to_join(self) -> Result<StandbyDisks, StandbyDisksError> {
+        let volumes = self.applier.volumes();
+        let (journal, recovered) = match Journal::recover(self.journal.clone(), volumes) {
+            Err(error @ (JournalError::Damaged { .. } | JournalError::Foreign { .. })) => {
+                tracing::warn!("{error}; it counts for nothing, this seat's disks will be copied whole");
+                (Journal::unusable(self.journal, volumes)?, Recovered::default())
+            }
+            recovered => recovered?,
+        };
+        Ok(StandbyDisks::start(journal, recovered, self.applier))
+    }
+
+    /// With the journal that [`StandbyDisks::settle`] emptied when this seat got the guest, and that nobody has used since: there
+    /// is nothing to read or to replay.
+    pub fn open_emptied(self, journal: Journal) -> StandbyDisks {
+        StandbyDisks::start(journal, Recovered::default(), self.applier)
+    }
+}
+
 impl StandbyDisks {
-    /// Replays the journal onto the volumes (by disk index) and starts empty. An engine does this before it uses its
-    /// disks in any role.
+    /// [`ClosedDisks::open`], at once.
     pub fn open(
         journal: Arc<dyn Storage>,
         volumes: Vec<Arc<dyn Storage>>,
         filters: &ThreadFilters,
     ) -> Result<Self, StandbyDisksError> {
-        let (journal, recovered) = Journal::recover(journal, &volumes)?;
-        Self::start(journal, recovered, volumes, filters)
+        ClosedDisks::new(journal, volumes, filters)?.open()
     }
 
-    /// As [`Self::open`], for a seat that gets everything from another one. Where the journal is damaged, or another machine's,
-    /// nothing is known of the volumes: the resync that has to come empties it, and copies them whole.
-    pub fn open_to_join(
-        journal: Arc<dyn Storage>,
-        volumes: Vec<Arc<dyn Storage>>,
-        filters: &ThreadFilters,
-    ) -> Result<Self, StandbyDisksError> {
-        let (journal, recovered) = match Journal::recover(journal.clone(), &volumes) {
-            Err(error @ (JournalError::Damaged { .. } | JournalError::Foreign { .. })) => {
-                tracing::warn!("{error}; it counts for nothing, this seat's disks will be copied whole");
-                (Journal::unusable(journal, &volumes)?, Recovered::default())
-            }
-            recovered => recovered?,
-        };
-        Self::start(journal, recovered, volumes, filters)
-    }
-
-    fn start(
-        journal: Journal,
-        recovered: Recovered,
-        volumes: Vec<Arc<dyn Storage>>,
-        filters: &ThreadFilters,
-    ) -> Result<Self, StandbyDisksError> {
-        let applier = Applier::start(volumes, filters).map_err(StandbyDisksError::Spawn)?;
-        Ok(Self {
+    fn start(journal: Journal, recovered: Recovered, applier: Applier) -> Self {
+        Self {
             journal,
             applier,
             staged: VecDeque::new(),
             unsynced: false,
             recovered,
-        })
+        }
     }
 
     /// What the journal held when it was opened.
@@ -197,6 +218,9 @@ impl StandbyDisks {
     /// stood still, and that nobody else knows of. So the journal says nothing of them until a resync has made them whole.
     pub fn begin_after_own_guest(&mut self) -> Result<(), StandbyDisksError> {
         self.unsynced = true;
+        if self.journal.is_reset() {
+            return Ok(());
+        }
         Ok(self.journal.reset()?)
     }
 
@@ -213,6 +237,16 @@ impl StandbyDisks {
         self.applier.sync_now()?;
         self.unsynced = false;
         Ok(self.journal.reset()?)
+    }
+
+    /// The journal of settled disks, for [`ClosedDisks::open_emptied`].
+    pub fn into_journal(self) -> Journal {
+        self.journal
+    }
+
+    /// Begins to make durable what was committed, without waiting: a takeover that is about to come has the less to settle.
+    pub fn sync_ahead(&self) {
+        self.applier.request_sync();
     }
 
     /// Waits until everything that was committed, or written through [`Self::volume`], is on the volumes.

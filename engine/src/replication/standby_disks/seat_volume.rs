@@ -19,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockRead
 use std::thread::JoinHandle;
 
 use super::{ReadThrough, StandbyDisks};
+use crate::replication::journal::Journal;
 use crate::replication::storage::Storage;
 use crate::replication::threads::{ThreadFilters, spawn};
 use crate::seccomp::ThreadKind;
@@ -142,7 +143,7 @@ impl Storage for SeatVolume {
 }
 
 /// Lets a successor use its volumes at once, and brings them and the journal in order meanwhile.
-pub struct Settler(JoinHandle<Result<(), String>>);
+pub struct Settler(JoinHandle<Result<Journal, String>>);
 
 impl Settler {
     /// From now on `volumes` (by disk index) are seen through what waits in `disks`, until a thread has settled that.
@@ -162,21 +163,27 @@ impl Settler {
         }
         let volumes = volumes.to_vec();
         let thread = spawn("settle".to_owned(), ThreadKind::Disk, filters, move || {
-            let outcome = settle(&volumes, disks, &settling);
-            report(&outcome);
-            outcome
+            let settled = settle(&volumes, disks, &settling);
+            report(&settled.as_ref().map(|_| ()).map_err(String::clone));
+            settled
         })?;
         Ok(Self(thread))
     }
 
-    /// Waits for the end. After an error the journal still counts, and the volumes must not be used in another role.
-    pub fn wait(self) -> Result<(), String> {
+    /// Whether [`Self::wait`] returns at once.
+    pub fn has_ended(&self) -> bool {
+        self.0.is_finished()
+    }
+
+    /// Waits for the end, and gives the emptied journal. After an error the journal still counts, and the volumes must not be used in
+    /// another role.
+    pub fn wait(self) -> Result<Journal, String> {
         let panicked = || "the thread that settles the disks is gone".to_owned();
         self.0.join().unwrap_or_else(|_| Err(panicked()))
     }
 }
 
-fn settle(volumes: &[Arc<SeatVolume>], mut disks: StandbyDisks, settling: &Settling) -> Result<(), String> {
+fn settle(volumes: &[Arc<SeatVolume>], mut disks: StandbyDisks, settling: &Settling) -> Result<Journal, String> {
     let settled = disks.settle().map_err(|error| crate::error_chain(&error));
     settling.end(settled.clone());
     // After an error the guest's flushes fail, and what it reads is still what was acknowledged: the views stay.
@@ -186,12 +193,13 @@ fn settle(volumes: &[Arc<SeatVolume>], mut disks: StandbyDisks, settling: &Settl
     }
     let mut all: Vec<_> = volumes.iter().map(|volume| volume.set_through()).collect();
     // Nobody can add anything now.
-    let drained = disks.drain().map_err(|error| crate::error_chain(&error));
-    match &drained {
-        Ok(()) => all.iter_mut().for_each(|through| **through = None),
-        Err(_) => std::mem::forget(disks),
+    if let Err(error) = disks.drain() {
+        std::mem::forget(disks);
+        return Err(crate::error_chain(&error));
     }
-    drained
+    all.iter_mut().for_each(|through| **through = None);
+    drop(all);
+    Ok(disks.into_journal())
 }
 
 #[cfg(test)]

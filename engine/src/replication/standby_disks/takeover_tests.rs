@@ -1,7 +1,9 @@
 //! Takeovers that don't wait for disks: what the guest reads and keeps, also when the power fails.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Condvar, Mutex};
+use std::time::Duration;
 
 use super::tests::{Bench, SECTORS, apply_all, changes};
 use super::*;
@@ -180,6 +182,49 @@ fn a_flush_after_a_takeover_waits_until_the_journal_is_empty() {
     }
 }
 
+/// A seat that gives its guest away follows with the journal that its own takeover emptied: it stages and commits while journal and
+/// volumes make nothing durable. What has to be durable waits, and then contains what its guest wrote.
+#[test]
+fn who_gives_the_guest_away_waits_for_no_disk() {
+    let bench = Bench::new();
+    let journal = Held::new(bench.journal.clone());
+    let held = bench.volumes.each_ref().map(|volume| Held::new(volume.clone()));
+    let direct: Vec<_> = held.iter().map(|volume| volume.clone() as Arc<dyn Storage>).collect();
+    let mut disks = StandbyDisks::open(journal.clone(), direct.clone(), &None).expect("opens");
+    let taken_over = DiskChange::written(0, 0, &[1; 512]);
+    disks.stage(7, &[taken_over], true).expect("staged");
+    disks.commit(7).expect("committed");
+    disks.settle().expect("settled");
+    let emptied = disks.into_journal();
+    bench.volumes[0].write_at(512, &[2; 512]).expect("the own guest's");
+    let hold = |slow: bool| {
+        journal.hold(slow);
+        held.iter().for_each(|volume| volume.hold(slow));
+    };
+    hold(true);
+    let closed = ClosedDisks::new(journal.clone(), direct, &None).expect("starts");
+    let (followed, follows) = channel();
+    std::thread::spawn(move || {
+        let mut disks = closed.open_emptied(emptied);
+        disks.begin_after_own_guest().expect("begun");
+        let moved = DiskChange::written(1, 0, &[3; 512]);
+        disks.stage(8, &[moved], false).expect("staged");
+        disks.commit(8).expect("committed");
+        followed.send(disks).expect("somebody waits");
+    });
+    let follows = follows.recv_timeout(Duration::from_secs(20));
+    hold(false);
+    let mut disks = follows.expect("no disk was waited for");
+    disks.stage(9, &[], true).expect("staged");
+    let mut seeded = Seeded::new(7);
+    for _ in 0..50 {
+        let left = recovered(&bench, &mut seeded);
+        assert_eq!(left[0][..512], [1; 512]);
+        assert_eq!(left[0][512..1024], [2; 512]);
+        assert_eq!(left[1][..512], [3; 512]);
+    }
+}
+
 /// What can't be settled fails flushes, and is still read as it was acknowledged.
 #[test]
 fn a_volume_that_fails_after_a_takeover_fails_flushes_and_keeps_its_journal() {
@@ -198,7 +243,7 @@ fn a_volume_that_fails_after_a_takeover_fails_flushes_and_keeps_its_journal() {
     });
     assert!(volumes[0].sync().is_err());
     assert_eq!(read(&volumes[0])[512..1024], [7; 512]);
-    let why = settler.expect("starts").wait().expect_err("the volume fails");
+    let why = settler.expect("starts").wait().err().expect("the volume fails");
     assert_eq!(*told.lock().unwrap(), Some(Err(why)));
     let mended = Bench {
         volumes: Bench::new().volumes,

@@ -298,7 +298,7 @@ fn a_damaged_journal_is_begun_anew_by_a_whole_resync_and_by_nothing_else() {
     let before = bench.journal.bytes();
     let open_to_join = || {
         let volumes = bench.volumes.iter().map(|volume| volume.clone() as Arc<dyn Storage>);
-        StandbyDisks::open_to_join(bench.journal.clone(), volumes.collect(), &None)
+        ClosedDisks::new(bench.journal.clone(), volumes.collect(), &None)?.open_to_join()
     };
     for _ in 0..2 {
         let refused = bench.open().err().expect("a boot refuses it");

@@ -272,7 +272,7 @@ fn a_request_is_under_way_once_there_is_room_for_it() {
     let asked = disk.ask(OUT, 0, &[1; 512], 0);
     let set = &disk.rig.set;
     wait_until("the request is taken", || {
-        (!set.wait_disks_idle(Duration::ZERO)).then_some(())
+        (!set.disks_in_use().end_within(Duration::ZERO)).then_some(())
     });
     assert!(set.requests_since().iter().all(Option::is_none));
     drop(full);
@@ -443,8 +443,9 @@ fn requests_of_a_past_that_was_replaced_are_forgotten() {
     let waited = AtomicU64::new(0);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            assert!(!set.wait_disks_idle(Duration::from_millis(1)), "no longer than it may");
-            assert!(set.wait_disks_idle(Duration::from_secs(60)));
+            let in_use = set.disks_in_use();
+            assert!(!in_use.end_within(Duration::from_millis(1)), "no longer than it may");
+            assert!(in_use.end_within(Duration::from_secs(60)));
             waited.store(1, Ordering::SeqCst);
         });
         std::thread::sleep(Duration::from_millis(20));
