@@ -91,6 +91,7 @@ mutations! {
     FollowWithFailedDisk = 13, "source whose disk failed follows, and its disk counts as whole";
     FlushErrorForgotten = 13, "a flush that failed is forgotten: later ones succeed";
     AnswerBeforeHandOver = 13, "a flush that was not done is answered as done before the guest moves";
+    StopFlushUnheard = 13, "a last flush that fails before a stop is not heard of";
     LateWriteIntoNextLife = 13, "a seat's next engine begins before the former process is gone";
 }
 
@@ -151,6 +152,7 @@ impl World {
                 message: Message::Leave { .. },
                 ..
             } if mutation == Mutation::LeaveUnheard => return None,
+            Event::Storage(_) if mutation == Mutation::StopFlushUnheard && status.stopping => return None,
             Event::Storage(health) => return mutate_storage(mutation, status.role, health).map(Event::Storage),
             Event::Received { link, message } => Event::Received {
                 link,

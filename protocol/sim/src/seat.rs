@@ -602,16 +602,15 @@ impl World {
             || self.mutation.is_some()
             || !self.arbiter.disturbed
         {
-            let state = self.slots[slot]
-                .engine
-                .as_ref()
-                .and_then(|engine| engine.driver.state());
+            let engine = self.slots[slot].engine.as_ref();
+            let me = engine.map(|engine| engine.incarnation);
+            let state = engine.and_then(|engine| engine.driver.state());
             // Where nobody else has it, what a disk that failed did not take is lost as with a power cut.
-            let members = self
+            let others = self
                 .arbiter
                 .get()
-                .map(|snapshot| snapshot.record.members.iter().count());
-            let kept = members > Some(1) || state == self.slots[slot].disk.durable;
+                .is_some_and(|snapshot| snapshot.record.members.iter().any(|member| Some(member) != me));
+            let kept = others || state == self.slots[slot].disk.durable;
             self.checks.tell_stopped(&self.history, state.is_some() && kept);
         }
         self.user.powered_off |= !self.user.wants_stop;

@@ -216,6 +216,9 @@ impl Core {
         if self.has_tried() || starting.stopped.is_some() || starting.accept_loss.is_some() {
             return Err(Refusal::Unsettled);
         }
+        if !self.storage.works() {
+            return Err(Refusal::OwnStorage);
+        }
         if self
             .durable
             .as_ref()
@@ -433,6 +436,10 @@ impl Core {
         let stale = term < frozen.claimed || term < self.known_term;
         if stale {
             return Err(Refusal::TermBelowKnown);
+        }
+        if !self.storage.works() && self.unsettled.is_some() {
+            // A write of its own may have made this seat the holder: it does not go before it knows.
+            return Err(Refusal::Unsettled);
         }
         if !self.storage.works() {
             // Rule 13: whatever this seat would acknowledge, nobody knows what its disks hold.

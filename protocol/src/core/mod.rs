@@ -76,7 +76,8 @@ pub struct Core {
     /// The header on disk.
     durable: Option<SeatHeader>,
     writing: Option<(RequestId, SeatHeader)>,
-    writing_since_ms: u64,
+    /// How long that has been under way, in time in which this process ran.
+    writing_for_ms: u64,
     header_retry_ms: u64,
     /// This seat's disks and journal.
     storage: OwnStorage,
@@ -127,7 +128,7 @@ impl Core {
             known_uid: durable.as_ref().map(|header| header.uid),
             durable,
             writing: None,
-            writing_since_ms: now_ms,
+            writing_for_ms: 0,
             header_retry_ms: 0,
             storage: OwnStorage::new(timing),
             adopting: None,
@@ -165,6 +166,9 @@ impl Core {
         let elapsed_ms = now_ms.saturating_sub(self.now_ms);
         self.silence
             .pass(peer, elapsed_ms, on_time_ms, self.timing.peer_lost_ms);
+        if self.writing.is_some() {
+            self.writing_for_ms += elapsed_ms.min(on_time_ms);
+        }
         self.now_ms = self.now_ms.max(now_ms);
         let first = actions.len();
         self.expire_attempt(actions);
@@ -438,7 +442,7 @@ impl Core {
         if let Some(header) = self.needed_header() {
             let request = self.next_request();
             self.writing = Some((request, header.clone()));
-            self.writing_since_ms = self.now_ms;
+            self.writing_for_ms = 0;
             actions.push(Action::WriteHeader { request, header });
         }
     }

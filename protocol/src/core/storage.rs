@@ -4,6 +4,8 @@
 //! failed once stays failed for the life of the engine, whatever it claims later: after a flush that failed the kernel may
 //! call pages clean which never got to the disk.
 
+use crate::identity::Incarnation;
+
 use super::role::{Active, Confirmed, Role};
 use super::{Action, Core, EndReason, StorageHealth, Timing};
 
@@ -56,27 +58,27 @@ impl Core {
     /// The active's own storage is in trouble: the guest goes to the standby, whose storage works as far as is known, for one
     /// that fails breaks its session.
     pub(super) fn drive_storage(&mut self, actions: &mut Vec<Action>) {
-        if self.storage.works() {
-            return;
-        }
         if self.is_header_stuck() {
             self.end(EndReason::StorageFailed, actions);
             return;
         }
-        if self.now_ms < self.storage.next_ms || self.command_switchover().is_err() {
+        if self.storage.works() || self.now_ms < self.storage.next_ms || self.command_switchover().is_err() {
             return;
         }
         self.storage.next_ms = self.now_ms + self.storage.pause_ms;
         self.storage.pause_ms = (2 * self.storage.pause_ms).min(PAUSE_MAX * self.timing.switch_ms);
     }
 
-    /// A header is on its way to storage that is in trouble, and nothing is released meanwhile. A switchover needs it too.
+    /// A header does not get to the disk, and nothing is released meanwhile. A switchover needs it too. Of storage that is not known to be in
+    /// trouble one waits for longer: the header may be all that anybody asks of it.
     fn is_header_stuck(&self) -> bool {
         let Role::Active(active) = &self.role else { return false };
-        let writes_long = self
-            .writing
-            .as_ref()
-            .is_some_and(|_| self.now_ms.saturating_sub(self.writing_since_ms) > self.timing.switch_ms);
+        let limit_ms = if self.storage.works() {
+            self.timing.ack_stall_ms
+        } else {
+            self.timing.switch_ms
+        };
+        let writes_long = self.writing.is_some() && self.writing_for_ms > limit_ms;
         writes_long && !self.header_is_current() && self.is_replaceable(active)
     }
 
@@ -85,11 +87,15 @@ impl Core {
         active.confirmed == Confirmed::Pair && !active.doubt && active.stop.is_none() && self.is_lead_healthy()
     }
 
-    /// The guest was stopped, and its last writes are on the other member's disk and perhaps not on this one: it never boots
-    /// beside that one.
+    /// Whom a stop leaves as the only member: the guest's last writes are on its disk, and perhaps not on this one. That must not depend on
+    /// what can still be written here.
+    pub(super) fn stop_leaves(&self, active: &Active) -> Option<Incarnation> {
+        let failed = self.storage.health == StorageHealth::Failed && active.confirmed == Confirmed::Pair;
+        active.lead.as_ref().filter(|_| failed).map(|lead| lead.peer)
+    }
+
+    /// The guest was stopped, and the other seat's disk is the one to boot from.
     pub(super) fn is_left_behind(&self, active: &Active) -> bool {
-        self.storage.health == StorageHealth::Failed
-            && active.confirmed == Confirmed::Pair
-            && active.stop.is_some_and(|stop| stop.done.is_some())
+        self.stop_leaves(active).is_some() && active.stop.is_some_and(|stop| stop.done.is_some())
     }
 }

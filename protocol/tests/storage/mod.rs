@@ -1,8 +1,9 @@
 //! Rule 13: disks that fail or hang.
 
 use ftvm_protocol::core::{Action, Command, EndReason, Event, Gate, Refusal, RoleName, Seal, StorageHealth};
+use ftvm_protocol::identity::SessionId;
 use ftvm_protocol::message::{Message, SessionEnd};
-use ftvm_protocol::record::Members;
+use ftvm_protocol::record::{Members, Phase};
 
 use crate::bench::{Arbiter, Bench};
 
@@ -175,38 +176,114 @@ fn a_switchover_that_comes_to_nothing_is_asked_for_later_and_later() {
 
 #[test]
 fn a_stop_on_a_failed_disk_leaves_the_boot_to_the_other_one() {
-    let mut bench = Bench::pair();
-    bench.seats[0].manual_seals = true;
-    bench.step(0, Event::Command(Command::Stop));
-    // The last flush failed, and the driver says so first.
-    bench.step(0, FAILED);
-    let session = bench.seats[0].core.status().session.expect("a session");
-    let last = bench.seal_event(0, Seal::Final);
-    let Event::EpochSealed { epoch, .. } = last else {
-        unreachable!("a seal")
-    };
-    bench.step(0, last);
-    let leader_acked = bench.seats[0].core.status().acked;
-    bench.step(
-        1,
-        Event::EpochStaged {
+    // The header that says so may never get to that disk.
+    for header_hangs in [false, true] {
+        let mut bench = Bench::pair();
+        bench.seats[0].manual_seals = true;
+        bench.step(0, Event::Command(Command::Stop));
+        // The last flush failed, and the driver says so first.
+        bench.step(0, FAILED);
+        bench.seats[0].header_hangs = header_hangs;
+        let session = bench.seats[0].core.status().session.expect("a session");
+        let last = bench.seal_event(0, Seal::Final);
+        let Event::EpochSealed { epoch, .. } = last else {
+            unreachable!("a seal")
+        };
+        bench.step(0, last);
+        let leader_acked = bench.seats[0].core.status().acked;
+        let staged = Event::EpochStaged {
             session,
             epoch,
             leader_acked,
-        },
-    );
-    bench.pass(500);
-    assert_eq!(bench.seats[0].ended, Some(EndReason::Stopped));
-    let complete = |at: usize| bench.seats[at].header.as_ref().map(|header| header.complete);
-    assert_eq!((complete(0), complete(1)), (Some(false), Some(true)));
-    let over_stopped_term = bench.record.clone().expect("a record").record.term;
-    for at in 0..2 {
-        bench.restart(at);
-        bench.step(at, Event::Command(Command::Start { over_stopped_term }));
+        };
+        bench.step(1, staged);
+        // It looks at the record now and then.
+        bench.pass(11_000);
+        assert_eq!(bench.seats[0].ended, Some(EndReason::Stopped));
+        let told = |action: &Action| matches!(action, Action::ReportStopped { .. });
+        assert_eq!(bench.seats[0].wanted(told), !header_hangs);
+        let complete = |at: usize| bench.seats[at].header.as_ref().map(|header| header.complete);
+        assert_eq!((complete(0), complete(1)), (Some(header_hangs), Some(true)));
+        let record = bench.record.clone().expect("a record").record;
+        assert_eq!(record.phase, Phase::Stopped);
+        assert_eq!(record.members, Members::one(bench.seats[1].me));
+        for at in 0..2 {
+            bench.restart(at);
+        }
+        let over_stopped_term = record.term;
+        for at in 0..2 {
+            bench.step(at, Event::Command(Command::Start { over_stopped_term }));
+        }
+        bench.pass(1_000);
+        assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+        assert!(!bench.seats[0].wanted(|action| matches!(action, Action::BootFromDisk { .. })));
     }
-    bench.pass(1_000);
-    assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
-    assert!(!bench.seats[0].wanted(|action| matches!(action, Action::BootFromDisk { .. })));
+}
+
+#[test]
+fn an_active_whose_header_does_not_get_to_its_disk_lets_the_standby_go_on() {
+    for (told, limit_ms) in [(Some(HANGS), 3_000), (None, 10_000)] {
+        let mut bench = Bench::new();
+        bench.pass(100);
+        bench.seats[0].header_hangs = true;
+        bench.connect();
+        bench.pass(500);
+        let record = bench.record.clone().expect("a record").record;
+        assert_eq!(record.members, Members::pair(bench.seats[0].me, bench.seats[1].me));
+        assert_eq!(bench.gate(0), Gate::Closed);
+        if let Some(told) = told {
+            bench.step(0, told);
+        }
+        bench.pass(limit_ms - 1_000);
+        assert_eq!(bench.seats[0].ended, None, "it may yet be written");
+        bench.pass(2_000);
+        assert_eq!(bench.seats[0].ended, Some(EndReason::StorageFailed));
+        assert_eq!(bench.seats[1].core.status().role, RoleName::Active);
+        assert_eq!(bench.gate(1), Gate::Open);
+    }
+}
+
+#[test]
+fn a_seat_whose_disk_hangs_joins_once_it_works() {
+    let mut bench = Bench::new();
+    bench.pass(100);
+    bench.step(1, HANGS);
+    bench.connect();
+    bench.pass(500);
+    assert!(bench.seats[1].wanted(|action| *action == Action::Refused(Refusal::OwnStorage)));
+    assert!(!bench.seats[1].wanted(|action| matches!(action, Action::ReceiveResync { .. })));
+    bench.step(1, WORKS);
+    bench.pass(12_000);
+    assert!(bench.seats[0].core.status().protected);
+}
+
+#[test]
+fn a_source_whose_own_write_may_have_landed_does_not_go() {
+    let mut bench = Bench::pair();
+    bench.seats[0].manual_seals = true;
+    bench.step(0, FAILED);
+    bench.pass(20);
+    assert_eq!(bench.seats[0].core.status().role, RoleName::Frozen);
+    // The target takes its time, and the source wants to go on by itself.
+    bench.seats[0].arbiter = Arbiter::SwallowsWrites;
+    let previous = bench.seats[0].core.status().session.expect("a session");
+    let freeze = bench.seal_event(0, Seal::Freeze);
+    let Event::EpochSealed { epoch, .. } = freeze else {
+        unreachable!("a seal")
+    };
+    bench.step(0, freeze);
+    while !bench.seats[0].core.status().unsettled {
+        assert!(bench.now_ms < 60_000, "it gives up some time");
+        bench.pass(10);
+    }
+    let follow = Message::Follow {
+        session: SessionId(99),
+        previous,
+        epoch,
+        term: bench.record.clone().expect("a record").record.term,
+    };
+    bench.say(1, follow);
+    assert_eq!(bench.seats[0].ended, None, "it may be the holder");
 }
 
 #[test]
