@@ -2,6 +2,7 @@
 
 mod bench;
 mod cold_start;
+mod storage;
 
 use bench::{Arbiter, Bench};
 use ftvm_protocol::core::{

@@ -76,6 +76,14 @@ pub trait DiskBackend: Send {
     /// The request was executed (`ok`: without error) and the guest is told next. Called inside the pause gate and in the
     /// order of execution, just before the used ring is updated, so it belongs to the current epoch. Must not block.
     fn completed(&mut self, op: &DiskOp<'_>, ok: bool);
+    /// Waits until the disk may be changed again. Called outside the pause gate, before each request that changes it: time that passes
+    /// here is not the disk's.
+    fn wait_for_room(&mut self) {}
+    /// Another disk with the same content may soon take the place of this one: a request that failed here need not be the guest's
+    /// error yet.
+    fn may_move(&self) -> bool {
+        false
+    }
 }
 
 /// Where the characters of the guest's serial console go. Called on a vCPU thread: must not block for long.

@@ -58,7 +58,7 @@ pub fn of_end(reason: EndReason) -> u8 {
     match reason {
         EndReason::Stopped => OK,
         EndReason::LostToSuccessor | EndReason::Ejected | EndReason::SessionOver => SEAT_LOST,
-        EndReason::HeaderFailed => STORAGE,
+        EndReason::HeaderFailed | EndReason::StorageFailed => STORAGE,
         EndReason::GuestFailed => GUEST,
     }
 }

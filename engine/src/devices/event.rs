@@ -9,7 +9,7 @@ pub enum DeviceEvent {
     Reset,
     /// The guest switched the machine off (ACPI S5).
     PowerOff,
-    /// A disk failed a request; the guest was told. Reported once until a request succeeds again.
+    /// A disk failed a request. Reported once until a request succeeds again.
     DiskError {
         /// Index of the disk in the machine's configuration.
         disk: usize,
@@ -42,7 +42,10 @@ impl fmt::Display for DeviceEvent {
         match self {
             Self::Reset => write!(f, "the guest resets the machine"),
             Self::PowerOff => write!(f, "the guest switched the machine off"),
-            Self::DiskError { disk, message } => write!(f, "disk {disk}: {message}; the guest got an I/O error"),
+            Self::DiskError { disk, message } => write!(
+                f,
+                "disk {disk}: {message}; it is the guest's error where no standby takes over"
+            ),
             Self::DiskRecovered { disk } => write!(f, "disk {disk} works again"),
             Self::NetError { nic, message } => write!(f, "network interface {nic}: {message}"),
             Self::NeedsReset { device, message } => {

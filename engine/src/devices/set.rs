@@ -1,6 +1,7 @@
 //! All devices of one machine: built from its configuration, saved, loaded, kicked and reset together.
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -309,6 +310,11 @@ impl DeviceSet {
         self.remap();
     }
 
+    /// Since when the request that each disk has under way has been so; none where there is none.
+    pub fn requests_since(&self) -> Vec<Option<Instant>> {
+        self.executing.iter().map(|executing| executing.since()).collect()
+    }
+
     /// With the gate closed: what the disks' threads are using their backends for. A seat that gives the guest away has to wait for its
     /// end before the disks' contents become the other side's business, in any thread, and before the gate opens again.
     pub fn disks_in_use(&self) -> DisksInUse {
@@ -355,9 +361,9 @@ impl DeviceSet {
 pub struct DisksInUse(Vec<Arc<Executing>>);
 
 impl DisksInUse {
-    /// Waits until no thread is using a disk's backend.
-    pub fn wait_end(&self) {
-        self.0.iter().for_each(|executing| executing.wait_end());
+    /// Waits until no thread is using a disk's backend, for each disk no longer than `most`. True: none is.
+    pub fn end_within(&self, most: Duration) -> bool {
+        self.0.iter().all(|executing| executing.wait_end(most))
     }
 }
 

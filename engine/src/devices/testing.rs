@@ -250,6 +250,10 @@ pub(crate) struct MemoryDisk {
     pub(crate) completed: Arc<Mutex<Vec<(Seen, bool)>>>,
     pub(crate) executed: Arc<AtomicU64>,
     pub(crate) fails: Arc<AtomicBool>,
+    /// Another disk may take its place.
+    pub(crate) moves: Arc<AtomicBool>,
+    /// Requests that change something wait for room while this is held.
+    pub(crate) room: Arc<Mutex<()>>,
     /// Requests wait, outside the gate, while this is held.
     pub(crate) door: Arc<Mutex<()>>,
     pub(crate) gate: Arc<Mutex<Option<Arc<PauseGate>>>>,
@@ -262,6 +266,8 @@ impl MemoryDisk {
             completed: Arc::default(),
             executed: Arc::default(),
             fails: Arc::default(),
+            moves: Arc::default(),
+            room: Arc::default(),
             door: Arc::default(),
             gate: Arc::default(),
         }
@@ -328,6 +334,14 @@ impl DiskBackend for MemoryDisk {
             DiskOp::WriteZeroes { offset, len, unmap } => Seen::WriteZeroes(offset, len, unmap),
         };
         lock(&self.completed).push((seen, ok));
+    }
+
+    fn wait_for_room(&mut self) {
+        drop(lock(&self.room));
+    }
+
+    fn may_move(&self) -> bool {
+        self.moves.load(Ordering::SeqCst)
     }
 }
 

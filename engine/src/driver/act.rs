@@ -528,6 +528,11 @@ impl Driver {
                 None => "the session ended before this seat became a member: a new engine may join".to_owned(),
             },
             EndReason::HeaderFailed => "the seat's header could not be written: check the seat's storage".to_owned(),
+            EndReason::StorageFailed => match self.failing_disks.first().as_ref().or(self.troubles.session.as_ref()) {
+                Some(trouble) => format!("this seat's storage failed: {trouble}; a new engine may join"),
+                None => "this seat's storage failed or hangs, and the other seat has the guest: a new engine may join"
+                    .to_owned(),
+            },
             EndReason::GuestFailed => {
                 let text = self.core.status().failure.unwrap_or_default();
                 format!("the guest could not be loaded or run on this host: {text}")

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ftvm_protocol::core::{Event, Seal};
+use ftvm_protocol::core::{Event, Seal, StorageHealth};
 use ftvm_protocol::identity::{Epoch, SessionId};
 
 use super::follow::Base;
@@ -12,7 +12,7 @@ use super::seat::Seat;
 use super::status::Figures;
 use super::{Driver, Guest, follow, lead, trace};
 use crate::checkpoint::{Decision, Observation};
-use crate::control::{CommandId, Digest, Reply};
+use crate::control::{CommandId, Digest, Reply, exit_code};
 use crate::outbox::Output;
 use crate::pause::clock::{PauseClock, Step};
 use crate::replication::changed::Holds;
@@ -331,6 +331,9 @@ impl Driver {
             // The order to run comes next: from now on the follower may change its disks by itself.
             self.seat.changed.forget();
         }
+        if seal == Seal::Final && self.leading.is_some() {
+            return self.flush_then_seal();
+        }
         self.seal(seal);
     }
 
@@ -422,7 +425,7 @@ impl Driver {
         }
         match report.news {
             follow::News::Failed(failure) => self.cant_follow(session, failure),
-            follow::News::NoDisks(why) => self.cant_open_disks(session, why),
+            follow::News::NoDisks(failure) => self.cant_open_disks(session, failure),
             follow::News::Digest { epoch, memory } => {
                 let digest = digest_reply(epoch, memory);
                 self.figures.digest = Some(digest.clone());
@@ -462,12 +465,17 @@ impl Driver {
         self.tell_leader(&why);
         self.troubles.session = Some(why);
         self.troubles.session_code = code;
-        self.step(Event::SessionFailed { session });
+        if code == Some(exit_code::STORAGE) {
+            self.step(Event::Storage(StorageHealth::Failed));
+        }
+        if self.ended.is_none() {
+            self.step(Event::SessionFailed { session });
+        }
     }
 
     /// Nobody has touched the memory: a source that was to follow from its own last epoch goes on there, should its target be lost.
-    fn cant_open_disks(&mut self, session: SessionId, why: String) {
-        self.cant_follow(session, why.into());
+    fn cant_open_disks(&mut self, session: SessionId, failure: follow::Failure) {
+        self.cant_follow(session, failure);
         self.set_route(Route::Nowhere);
         self.following = None;
     }

@@ -16,6 +16,7 @@ use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
+use crate::control::exit_code;
 use crate::replication::changed::Stream;
 use crate::replication::epoch::{
     EpochReceiver, InputLog, OutputLog, PortData, StagedEpoch, StagingLimits, decode_input,
@@ -23,7 +24,7 @@ use crate::replication::epoch::{
 use crate::replication::link::{Frame, LinkSender};
 use crate::replication::memory::PageMemory;
 use crate::replication::resync::{Digest, Offer, ResyncTarget, digest_memory};
-use crate::replication::standby_disks::StandbyDisks;
+use crate::replication::standby_disks::{StandbyDisks, StandbyDisksError};
 
 /// Most bytes of input kept for injection, and of output kept for sending again.
 const LOG_BYTES: usize = 8 << 20;
@@ -104,8 +105,8 @@ pub enum News {
     },
     /// The session can't go on.
     Failed(Failure),
-    /// This seat's disks can't be used, in these words: nothing of the session was taken, nor will be.
-    NoDisks(String),
+    /// This seat's disks can't be used: nothing of the session was taken, nor will be.
+    NoDisks(Failure),
 }
 
 /// Why a session can't be followed.
@@ -123,8 +124,17 @@ impl From<String> for Failure {
     }
 }
 
+impl From<StandbyDisksError> for Failure {
+    fn from(error: StandbyDisksError) -> Self {
+        Self {
+            why: error.to_string(),
+            code: error.is_storage().then_some(exit_code::STORAGE),
+        }
+    }
+}
+
 /// Gives the seat's disks and journal once nobody else uses them. May wait for disks, so it is called in the receiving thread.
-pub type OpenDisks = Box<dyn FnOnce() -> Result<StandbyDisks, String> + Send>;
+pub type OpenDisks = Box<dyn FnOnce() -> Result<StandbyDisks, Failure> + Send>;
 
 /// What a follower works on, beside its disks.
 pub struct Place {
@@ -210,8 +220,8 @@ impl Receiving {
             enter();
             match disks() {
                 Ok(disks) => Follower::new(session, place, disks, last, queue).run(&todo, &waiting),
-                Err(why) => {
-                    let news = News::NoDisks(why);
+                Err(failure) => {
+                    let news = News::NoDisks(failure);
                     queue.follow(Report { session, news });
                 }
             }
@@ -304,9 +314,9 @@ impl Follower {
     fn run(mut self, todo: &Receiver<Job>, backlog: &Backlog) {
         // A stream that failed brings nothing more; what was staged before is still this seat's state to take over from.
         let mut failed = false;
-        if let Err(why) = self.begin() {
+        if let Err(failure) = self.begin() {
             failed = true;
-            self.report(News::Failed(why.into()));
+            self.report(News::Failed(failure));
         }
         while let Ok(job) = todo.recv() {
             if let Job::Frame(frame) = &job {
@@ -329,13 +339,13 @@ impl Follower {
                     }
                 }
                 Job::Apply(epoch) => {
-                    if let Err(why) = self.apply_through(epoch) {
-                        return self.report(News::Failed(why.into()));
+                    if let Err(failure) = self.apply_through(epoch) {
+                        return self.report(News::Failed(failure));
                     }
                 }
                 Job::SyncAhead => self.disks.sync_ahead(),
                 Job::Prepare { epoch, reply } => {
-                    let prepared = self.apply_through(epoch);
+                    let prepared = self.apply_through(epoch).map_err(|failure| failure.why);
                     let state = prepared.and_then(|()| Ok(self.state_of(epoch)?.clone()));
                     // A driver that does not wait any more is one that ends.
                     let _ = reply.send(state);
@@ -351,12 +361,11 @@ impl Follower {
 
     /// A seat that joins has the stream's state with its checkpoint. One that goes on from its own ran the guest: what its disks
     /// hold is known to nobody.
-    fn begin(&mut self) -> Result<(), String> {
+    fn begin(&mut self) -> Result<(), Failure> {
         if self.applied.is_none() {
             return Ok(());
         }
-        let begun = self.disks.begin_after_own_guest();
-        begun.map_err(|error| error.to_string())
+        Ok(self.disks.begin_after_own_guest()?)
     }
 
     fn report(&self, news: News) {
@@ -397,23 +406,20 @@ impl Follower {
             kind => {
                 let staged = self.receiver.accept(kind, frame.epoch, frame.payload);
                 match staged.map_err(|error| error.to_string())? {
-                    Some(staged) => Ok(self.stage(staged)?),
+                    Some(staged) => self.stage(staged),
                     None => Ok(()),
                 }
             }
         }
     }
 
-    fn stage(&mut self, staged: StagedEpoch) -> Result<(), String> {
+    fn stage(&mut self, staged: StagedEpoch) -> Result<(), Failure> {
         let joins = staged.base.is_none();
         if joins {
-            self.disks
-                .begin_stream(self.place.stream)
-                .map_err(|error| error.to_string())?;
+            self.disks.begin_stream(self.place.stream)?;
         }
         self.disks
-            .stage(staged.epoch, &staged.disk, staged.contains_flush || joins)
-            .map_err(|error| error.to_string())?;
+            .stage(staged.epoch, &staged.disk, staged.contains_flush || joins)?;
         let news = News::Staged {
             epoch: staged.epoch,
             leader_acked: staged.released_through,
@@ -430,11 +436,11 @@ impl Follower {
         Ok(())
     }
 
-    fn apply_through(&mut self, epoch: Epoch) -> Result<(), String> {
+    fn apply_through(&mut self, epoch: Epoch) -> Result<(), Failure> {
         while self.staged.front().is_some_and(|staged| staged.epoch <= epoch) {
             let Some(staged) = self.staged.pop_front() else { break };
             staged.apply_pages(&*self.place.memory);
-            self.disks.commit(staged.epoch).map_err(|error| error.to_string())?;
+            self.disks.commit(staged.epoch)?;
             self.inputs.contained_through(staged.epoch);
             self.outputs.add(staged.epoch, staged.outputs, staged.released_through);
             self.applied = Some((staged.epoch, staged.state));
@@ -463,7 +469,7 @@ impl Follower {
     }
 
     fn take_over(mut self, epoch: Epoch) -> Result<TakenOver, String> {
-        self.apply_through(epoch)?;
+        self.apply_through(epoch).map_err(|failure| failure.why)?;
         let state = self.state_of(epoch)?.clone();
         Ok(TakenOver {
             state,
@@ -538,21 +544,25 @@ mod tests {
             Receiving::start(STREAM.session, place(), disks, Some(base()), queue.clone(), || {}).expect("starts")
         };
         let (ready, readied) = channel();
-        let receiving = start(Box::new(move || {
+        let receiving = start(Box::new(move || -> Result<StandbyDisks, Failure> {
             let waited = readied.recv_timeout(Duration::from_secs(20));
             waited.map_err(|_| "the driver waited for the disks".to_owned())?;
             let journal = MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize]);
-            StandbyDisks::open(journal, vec![MemStorage::new(vec![0; 4096])], &None).map_err(|error| error.to_string())
+            Ok(StandbyDisks::open(
+                journal,
+                vec![MemStorage::new(vec![0; 4096])],
+                &None,
+            )?)
         }));
         receiving.give(Job::SyncAhead);
         ready.send(()).expect("the thread waits for it");
         assert_eq!(receiving.take_over(8).expect("taken over").state, [1, 2, 3]);
-        let receiving = start(Box::new(|| Err("the disk is gone".to_owned())));
+        let receiving = start(Box::new(|| Err(Failure::from("the disk is gone".to_owned()))));
         let report = match inputs.0.recv_timeout(Duration::from_secs(20)) {
             Ok(crate::driver::Input::Follow(report)) => report,
             other => panic!("{other:?}"),
         };
-        assert!(matches!(&report.news, News::NoDisks(why) if why == "the disk is gone"));
+        assert!(matches!(&report.news, News::NoDisks(Failure { why, .. }) if why == "the disk is gone"));
         assert!(receiving.take_over(8).is_err());
     }
 

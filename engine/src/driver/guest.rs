@@ -143,6 +143,11 @@ impl SeatMachine {
         self.machine.after_takeover();
     }
 
+    /// Since when the request that each disk has under way has been so; none where there is none.
+    pub fn requests_since(&self) -> Vec<Option<Instant>> {
+        self.devices.requests_since()
+    }
+
     /// The disks' requests that a paused guest has under way.
     pub fn disks_in_use(&self) -> DisksInUse {
         self.devices.disks_in_use()

@@ -33,6 +33,7 @@ pub mod process;
 mod seat;
 mod seat_watch;
 mod status;
+mod storage;
 mod takeover;
 mod trace;
 
@@ -62,7 +63,10 @@ enum Input {
         request: RequestId,
         written: Result<(), String>,
     },
-    Warning(String),
+    /// A disk or the journal failed.
+    StorageFailed(String),
+    /// The disks were flushed for a stop, or could not be.
+    Flushed(Result<(), String>),
     /// Output of the running epoch began to wait.
     OutputWaits,
     /// The seat's program is gone, and its time to come back is over; told again and again.
@@ -118,8 +122,8 @@ impl Queue {
         self.put(Input::LateFrames);
     }
 
-    fn warn(&self, text: String) {
-        self.put(Input::Warning(text));
+    fn storage_failed(&self, why: String) {
+        self.put(Input::StorageFailed(why));
     }
 
     fn header(&self, request: RequestId, written: Result<(), String>) {
@@ -220,6 +224,9 @@ pub struct Driver {
     figures: status::Figures,
     troubles: status::Troubles,
     failing_disks: status::FailingDisks,
+    watch: storage::Watch,
+    /// The disks are being flushed for a stop, for so long by now.
+    flushing: Option<Duration>,
     told: status::Told,
     leaving: Option<leave::Leaving>,
     ended: Option<Ended>,
@@ -269,6 +276,8 @@ impl Driver {
             figures: status::Figures::default(),
             troubles: status::Troubles::default(),
             failing_disks: status::FailingDisks::default(),
+            watch: storage::Watch::default(),
+            flushing: None,
             told: status::Told::default(),
             leaving: None,
             ended: None,
@@ -305,6 +314,7 @@ impl Driver {
             if self.now_ms() >= self.core.next_wake_ms() {
                 self.forget_old_input();
                 self.hear();
+                self.watch_disks();
                 self.step(Event::Tick);
             }
             self.drive_leaving();
@@ -417,7 +427,8 @@ impl Driver {
                     self.step(Event::HeaderFailed { request });
                 }
             },
-            Input::Warning(text) => self.warn(text),
+            Input::StorageFailed(why) => self.storage_failed(why),
+            Input::Flushed(flushed) => self.flushed(flushed),
             // The loop decides anew when the epoch ends.
             Input::OutputWaits => {}
             Input::SeatGone => self.seat_gone(),
@@ -448,10 +459,7 @@ impl Driver {
                 self.step(Event::GuestPoweredOff);
             }
             VmEvent::Fatal(error) => self.step(Event::GuestFailed { error }),
-            VmEvent::Device(event) => {
-                self.failing_disks.noticed(&event);
-                self.warn(event.to_string());
-            }
+            VmEvent::Device(event) => self.device_event(&event),
         }
     }
 

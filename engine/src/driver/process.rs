@@ -86,7 +86,14 @@ fn run_launched(
     };
     let handle = endpoint.handle();
     let ended = match start_driver(launch, fds, &handle, &queue, &filters, rule) {
-        Ok(mut driver) => driver.run(&inputs),
+        Ok(mut driver) => {
+            let ended = driver.run(&inputs);
+            if driver.is_hanging() {
+                // Taking it apart would wait for the disk's thread. The kernel ends that with the process, once the request is done.
+                std::mem::forget(driver);
+            }
+            ended
+        }
         Err(error) => failed(error.exit_code(), &error),
     };
     // The control thread lives until the process ends: the exit report goes through it.

@@ -10,11 +10,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ftvm_protocol::core::{Config, StoredHeader};
 use ftvm_protocol::wire::{Hello, Kind};
 
-use super::follow::{OpenDisks, Place};
+use super::follow::{Failure, OpenDisks, Place};
 use super::guest::SeatMachine;
 use super::late::Route;
 use super::limits::EpochLimits;
 use super::nics::{Nic, duplicate_taps, host_sink, net_backends, open_nics};
+use super::status::hanging_text;
+use super::storage::HANGS_AFTER;
 use super::{Queue, hand_over, seat_watch};
 use crate::backends::DiskBackend;
 use crate::boot::BootSource;
@@ -541,6 +543,16 @@ pub enum Work {
     Storage,
 }
 
+/// Makes everything durable that was written to these disks.
+pub fn flush_all(volumes: &[Arc<SeatVolume>]) -> Result<(), String> {
+    for (volume, disk) in volumes.iter().zip(0..) {
+        volume
+            .sync()
+            .map_err(|error| format!("flushing disk {disk} failed: {error}"))?;
+    }
+    Ok(())
+}
+
 impl Seat {
     /// What runs first in a thread of this kind: its system call filter.
     pub fn enter(&self, work: Work) -> impl FnOnce() + Send + 'static {
@@ -585,8 +597,15 @@ impl Seat {
         let closed = self.closed_disks()?;
         let in_use = self.machine.disks_in_use();
         let (settler, emptied) = (self.settler.take(), self.emptied.take());
-        Ok(Box::new(move || -> Result<StandbyDisks, String> {
-            in_use.wait_end();
+        Ok(Box::new(move || -> Result<StandbyDisks, Failure> {
+            // A write that is under way would land behind what the new leader sends.
+            if !in_use.end_within(HANGS_AFTER) {
+                // Its storage counts as failed from here on: settler and journal are given up, and this engine never follows again.
+                return Err(Failure {
+                    why: format!("a disk of this seat hangs: {}", hanging_text()),
+                    code: Some(exit_code::STORAGE),
+                });
+            }
             let emptied = match settler {
                 Some(settler) => Some(settler.wait()?),
                 None => emptied,
@@ -596,7 +615,7 @@ impl Seat {
                 None if joins => closed.open_to_join(),
                 None => closed.open(),
             };
-            opened.map_err(|error| crate::error_chain(&error))
+            Ok(opened?)
         }))
     }
 
@@ -609,7 +628,7 @@ impl Seat {
     pub fn take_disks_over(&mut self, disks: StandbyDisks, queue: Queue) -> std::io::Result<()> {
         let report = move |outcome: &Result<(), String>| {
             if let Err(why) = outcome {
-                queue.warn(format!(
+                queue.storage_failed(format!(
                     "after the takeover the guest can't make its writes durable: {why}"
                 ));
             }
@@ -629,12 +648,12 @@ impl Seat {
 
     /// Makes everything durable that the guest wrote.
     pub fn flush_disks(&self) -> Result<(), String> {
-        for volume in &self.volumes {
-            volume
-                .sync()
-                .map_err(|error| format!("flushing a disk failed: {error}"))?;
-        }
-        Ok(())
+        flush_all(&self.volumes)
+    }
+
+    /// The disks, in the order of the machine's configuration.
+    pub fn volumes(&self) -> Vec<Arc<SeatVolume>> {
+        self.volumes.clone()
     }
 
     /// What a receiving thread works on.

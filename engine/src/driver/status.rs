@@ -7,10 +7,12 @@ use ftvm_protocol::core::{AcceptedLoss as CoreLoss, ArbiterState, RoleName, Stat
 use ftvm_protocol::identity::{Epoch, SessionId};
 use serde_json::{Map, Value, json};
 
+use super::storage::HANGS_AFTER;
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
 use crate::control::{AcceptedLoss, Digest, Event, FailingDisk, PeerStatus, Role, StandbyStatus, Status};
 use crate::devices::event::DeviceEvent;
+use crate::devices::set::DeviceCounts;
 use crate::pause::clock::{PauseClock, SlowestPauses};
 use crate::replication::epoch::EpochStats;
 use crate::replication::pages::PageStats;
@@ -43,6 +45,8 @@ pub struct Figures {
     pub braked: Duration,
     /// Time that it stood still for want of a standby, up to the last time that it went on.
     pub unprotected: Duration,
+    /// The longest that a request of a disk was seen to be under way.
+    pub slowest_request: Duration,
     /// As a follower: the digest that the leader asked for last.
     pub digest: Option<Digest>,
 }
@@ -119,17 +123,21 @@ impl Figures {
 
 /// Disks that failed what the guest asked for, and have not worked since, with what they said.
 #[derive(Debug, Default)]
-pub struct FailingDisks(BTreeMap<usize, String>);
+pub struct FailingDisks {
+    failed: BTreeMap<usize, String>,
+    /// The one whose request has been under way for too long.
+    hanging: Option<usize>,
+}
 
 impl FailingDisks {
     /// Takes what a device says of itself.
     pub fn noticed(&mut self, event: &DeviceEvent) {
         match event {
             DeviceEvent::DiskError { disk, message } => {
-                self.0.entry(*disk).or_insert_with(|| message.clone());
+                self.failed.entry(*disk).or_insert_with(|| message.clone());
             }
             DeviceEvent::DiskRecovered { disk } => {
-                self.0.remove(disk);
+                self.failed.remove(disk);
             }
             DeviceEvent::Reset
             | DeviceEvent::PowerOff
@@ -143,8 +151,30 @@ impl FailingDisks {
             disk: *disk,
             why: why.clone(),
         };
-        self.0.iter().map(told).collect()
+        let hanging = self.hanging.filter(|disk| !self.failed.contains_key(disk));
+        let hanging = hanging.map(|disk| FailingDisk {
+            disk,
+            why: hanging_text(),
+        });
+        self.failed.iter().map(told).chain(hanging).collect()
     }
+
+    /// The disk that hangs now, if one does. True: that is news.
+    pub fn hangs(&mut self, disk: Option<usize>) -> bool {
+        std::mem::replace(&mut self.hanging, disk) != disk
+    }
+
+    /// The first of them, in words.
+    pub fn first(&self) -> Option<String> {
+        let told = self.told().into_iter().next();
+        told.map(|FailingDisk { disk, why }| format!("disk {disk} fails ({why})"))
+    }
+}
+
+/// What is said of a disk that hangs.
+pub fn hanging_text() -> String {
+    let seconds = HANGS_AFTER.as_secs();
+    format!("a request has been under way for more than {seconds} s")
 }
 
 /// What was told last, so that only changes are told.
@@ -221,7 +251,10 @@ impl Driver {
     }
 
     fn why(&self, status: &CoreStatus) -> String {
-        let why = self.why_so(status);
+        let why = match self.why_storage(status) {
+            Some(storage) => format!("{storage}; {}", self.why_so(status)),
+            None => self.why_so(status),
+        };
         match self.guest {
             Guest::Held => format!("{}: {why}", hold::WHY),
             Guest::None | Guest::Running | Guest::Paused => why,
@@ -313,7 +346,7 @@ impl Driver {
     fn counters(&self) -> Map<String, Value> {
         let figures = &self.figures;
         let released = self.seat.outbox.released();
-        let nics = self.seat.machine.device_counts().nics;
+        let DeviceCounts { nics, disks } = self.seat.machine.device_counts();
         let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let counters = json!({
             "pause_us_p50": figures.pause.quantile_us(0.5),
@@ -360,6 +393,9 @@ impl Driver {
             return Map::new();
         };
         counters.insert("nic_refused".to_owned(), json!(self.seat.refused()));
+        let errors: u64 = disks.iter().map(|disk| disk.errors).sum();
+        counters.insert("disk_errors".to_owned(), errors.into());
+        counters.insert("disk_request_us_max".to_owned(), us(figures.slowest_request).into());
         if let Some(trace) = self.takeover.trace() {
             trace.counters(&mut counters);
         }
@@ -416,6 +452,10 @@ mod tests {
         failing.noticed(&DeviceEvent::DiskRecovered { disk: 1 });
         failing.noticed(&DeviceEvent::DiskRecovered { disk: 0 });
         assert!(failing.told().is_empty());
+        assert!(failing.hangs(Some(1)) && !failing.hangs(Some(1)), "told once");
+        assert_eq!(failing.told(), [disk(1, &hanging_text())]);
+        assert!(failing.hangs(None));
+        assert_eq!(failing.first(), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use twox_hash::XxHash3_128;
 
 /// A volume or file of fixed size. Shared between threads; concurrent changes of the same range leave either content.
@@ -64,6 +64,9 @@ impl FileStorage {
                 format!("it has {has} bytes, {size_bytes} are needed"),
             ));
         }
+        // Where a flush of the process before failed, the cache may have what never got to the medium, and call it clean: it is read anew.
+        // What keeps no cache knows no such advice.
+        let _ = fadvise(&file, 0, None, Advice::DontNeed);
         Ok(Self {
             file,
             size_bytes,

@@ -116,6 +116,11 @@ impl MemStorage {
         let faults = &mut self.contents().faults;
         faults.fail_from = Some((faults.operations + after, error));
     }
+
+    /// Fails no more.
+    pub fn work_again(&self) {
+        self.contents().faults.fail_from = None;
+    }
 }
 
 impl Contents {

@@ -107,6 +107,11 @@ impl DiskLog {
         epoch
     }
 
+    /// Whether changes are recorded: somebody follows, or is about to.
+    fn is_recording(&self) -> bool {
+        self.books().recording
+    }
+
     /// Bytes recorded in the running epoch: an epoch with many of them ends early.
     pub fn bytes(&self) -> usize {
         self.books().epoch.bytes
@@ -188,7 +193,6 @@ impl DiskBackend for SeatDisk {
     }
 
     fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.log.wait_for_room();
         self.volume.write_at(offset, data)
     }
 
@@ -197,12 +201,10 @@ impl DiskBackend for SeatDisk {
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.log.wait_for_room();
         self.volume.zero(offset, len)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.log.wait_for_room();
         self.volume.zero(offset, len)
     }
 
@@ -210,6 +212,14 @@ impl DiskBackend for SeatDisk {
         // A failed write may have changed some of its blocks. The guest was told that it failed, so either content is
         // right; the range is recorded as it was meant, and the sides agree again when the guest tries once more.
         self.log.completed(self.disk, op, ok);
+    }
+
+    fn wait_for_room(&mut self) {
+        self.log.wait_for_room();
+    }
+
+    fn may_move(&self) -> bool {
+        self.log.is_recording()
     }
 }
 
@@ -246,6 +256,7 @@ mod tests {
             move || {
                 while !stop.load(Ordering::SeqCst) {
                     let data = [1; 4096];
+                    disk.wait_for_room();
                     disk.write_at(0, &data).expect("no fault");
                     disk.completed(&DiskOp::Write { offset: 0, data: &data }, true);
                     written.fetch_add(1, Ordering::SeqCst);

@@ -13,7 +13,8 @@ use crate::history::{History, Node, ROOT};
 pub enum Kind {
     /// A seat becomes active without something that was released.
     Lost,
-    /// A seat boots from a disk without a flushed write that somebody was told of.
+    /// A flushed write that somebody was told of is missing: on a disk from which a seat boots, on that of the seat that protects the guest, or
+    /// on the one beside the guest itself.
     FlushLost,
     /// A seat that is not active any more releases something that the active one does not have.
     News,
@@ -119,6 +120,44 @@ impl Checks {
             Some(missing) if self.active() == Some(by) => Err((
                 Kind::FalselyProtected,
                 format!("{by:?} calls the VM protected by a peer with state {peer:?}, but {missing} was released"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// What that seat releases tells of flushes: they are on the medium of its disk.
+    pub fn flushed_here(
+        &self,
+        history: &History,
+        node: Node,
+        by: Incarnation,
+        disk: Option<Node>,
+    ) -> Result<(), (Kind, String)> {
+        let flushed = history.flushed(node);
+        if flushed == ROOT || disk.is_some_and(|disk| history.contains(disk, flushed)) {
+            return Ok(());
+        }
+        Err((
+            Kind::FlushLost,
+            format!("{by:?} releases state {node}, but {flushed} was flushed and its disk has {disk:?}"),
+        ))
+    }
+
+    /// That seat calls the VM protected by `peer`: whatever was flushed and told is on the medium of the peer's disk.
+    pub fn flushed_there(
+        &self,
+        history: &History,
+        by: Incarnation,
+        peer: Incarnation,
+        disk: Option<Node>,
+    ) -> Result<(), (Kind, String)> {
+        let there = |flushed: &&Node| disk.is_some_and(|disk| history.contains(disk, **flushed));
+        match self.durable.iter().find(|flushed| !there(flushed)) {
+            Some(missing) if self.active() == Some(by) => Err((
+                Kind::FlushLost,
+                format!(
+                    "{missing} was flushed and told, and {peer:?}, which protects {by:?}, has {disk:?} on its disk"
+                ),
             )),
             _ => Ok(()),
         }

@@ -70,6 +70,10 @@ names! {
     HeaderFailed,
     /// Staging or streaming failed.
     SessionFailed,
+    /// What this seat's disk is asked for fails.
+    DiskFails,
+    /// What this seat's disk is asked for is not done for a while.
+    DiskHangs,
 }
 
 names! {

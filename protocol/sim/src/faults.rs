@@ -60,6 +60,10 @@ pub enum Injection {
     DeleteWhileCut,
     /// The record is deleted; when it is made anew a process pauses, it is deleted again, and the request arrives once more.
     DeleteTwice,
+    /// A disk fails for a while.
+    DiskFails,
+    /// A disk answers nothing for a while.
+    DiskHangs,
 }
 
 impl Injection {
@@ -90,6 +94,8 @@ impl Injection {
         Self::RestoreWhileCut,
         Self::DeleteWhileCut,
         Self::DeleteTwice,
+        Self::DiskFails,
+        Self::DiskHangs,
     ];
 
     /// In how many of 100 seeds it occurs.
@@ -105,7 +111,7 @@ impl Injection {
             | Self::LongCut => 12,
             Self::Stop | Self::PowerOff | Self::Override => 20,
             Self::Start => 60,
-            Self::PowerCutBoth | Self::ArbiterDown | Self::SessionFails => 30,
+            Self::PowerCutBoth | Self::ArbiterDown | Self::SessionFails | Self::DiskFails | Self::DiskHangs => 30,
             _ => 50,
         }
     }
@@ -203,6 +209,8 @@ impl World {
             }
             Injection::Override => self.override_holder(),
             Injection::SessionFails => self.fail_session(slot),
+            Injection::DiskFails => self.fail_disk(slot),
+            Injection::DiskHangs => self.hang_disk(slot),
         }
     }
 
@@ -242,11 +250,7 @@ impl World {
         self.kill_engine(slot, false);
         self.slots[slot].node_up = false;
         let keeps = self.rng.percent(30);
-        let disk = &mut self.slots[slot].disk;
-        if !keeps {
-            disk.volatile = disk.durable;
-        }
-        disk.durable = disk.volatile;
+        self.slots[slot].disk.cut_power(keeps);
         let delay_ms = self.rng.range(20, 500);
         self.after(delay_ms, What::Start { slot });
     }
@@ -424,7 +428,14 @@ impl World {
                 .header
                 .clone()
                 .map_or(HeaderReport::Absent, HeaderReport::Found),
-            guest: if holds { GuestReport::Present } else { GuestReport::None },
+            guest: if holds {
+                GuestReport::Present
+            } else if slot.engine.is_none() && slot.disk.occupied_until_ms > self.now_ms {
+                // A process that was told to end, and can't.
+                GuestReport::Unknown
+            } else {
+                GuestReport::None
+            },
         }
     }
 }

@@ -11,6 +11,7 @@
 pub mod arbiter;
 pub mod checks;
 pub mod coverage;
+mod disk;
 mod faults;
 pub mod history;
 mod liveness;

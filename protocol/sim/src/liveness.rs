@@ -28,6 +28,9 @@ impl World {
         self.log(|| "---- faults stop".to_string());
         for slot in 0..2 {
             self.slots[slot].cut_until_ms = 0;
+            self.slots[slot].disk.fails_until_ms = 0;
+            let hangs_until_ms = &mut self.slots[slot].disk.hangs_until_ms;
+            *hangs_until_ms = self.now_ms.min(*hangs_until_ms);
             if let Some(life) = self.slots[slot].engine.as_ref().map(|engine| engine.life) {
                 self.resume(slot, life);
             }
@@ -70,7 +73,12 @@ impl World {
         }
         let protected = statuses().any(|status| status.role == RoleName::Active && status.protected);
         let leaving = statuses().any(|status| status.leaving);
-        protected && !leaving && self.checks.releases > released + 5
+        // A guest beside whose disk there is a better one moves there.
+        let misplaced = self.slots.iter().any(|slot| {
+            let role = slot.engine.as_ref().map(|engine| engine.core.status().role);
+            slot.disk.unsure && role == Some(RoleName::Active)
+        });
+        protected && !leaving && !misplaced && self.checks.releases > released + 5
     }
 
     fn person_needed(&self) -> Option<PersonNeeded> {

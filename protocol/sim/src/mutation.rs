@@ -4,8 +4,8 @@
 //! and the invariants know nothing of mutations. Each must be caught by the general invariants on random seeds.
 
 use ftvm_protocol::core::{
-    ArbiterState, Event, Gate, GuestReport, HeaderReport, ReadOutcome, Refusal, RoleName, Seal, Status, SwapOutcome,
-    Timing,
+    ArbiterState, Event, Gate, GuestReport, HeaderReport, ReadOutcome, Refusal, RoleName, Seal, Status, StorageHealth,
+    SwapOutcome, Timing,
 };
 use ftvm_protocol::header::SeatHeader;
 use ftvm_protocol::identity::{ArbiterUid, Epoch, LinkId, RequestId, SessionId};
@@ -87,6 +87,12 @@ mutations! {
     NoContactLimit = 11, "takeover after T without contact";
     StaleContact = 11, "an old answer counts as contact now";
     RunOnUnreachable = 12, "arbiter unreachable and peer lost: runs on";
+    StorageUnheard = 13, "a disk that fails or hangs is not heard of";
+    FollowWithFailedDisk = 13, "source whose disk failed follows, and its disk counts as whole";
+    FlushErrorForgotten = 13, "a flush that failed is forgotten: later ones succeed";
+    AnswerBeforeHandOver = 13, "a flush that was not done is answered as done before the guest moves";
+    StopFlushUnheard = 13, "a last flush that fails before a stop is not heard of";
+    LateWriteIntoNextLife = 13, "a seat's next engine begins before the former process is gone";
 }
 
 impl World {
@@ -146,6 +152,8 @@ impl World {
                 message: Message::Leave { .. },
                 ..
             } if mutation == Mutation::LeaveUnheard => return None,
+            Event::Storage(_) if mutation == Mutation::StopFlushUnheard && status.stopping => return None,
+            Event::Storage(health) => return mutate_storage(mutation, status.role, health).map(Event::Storage),
             Event::Received { link, message } => Event::Received {
                 link,
                 message: self.mutate_message(mutation, slot, &status, link, message),
@@ -427,6 +435,21 @@ impl World {
         !self.is(Mutation::NoJournal)
     }
 
+    /// Is a flush that was not done answered as done? `failed_before`: an earlier one failed.
+    pub(crate) fn mutated_answer(&self, failed_before: bool) -> bool {
+        self.is(Mutation::AnswerBeforeHandOver) || self.is(Mutation::FlushErrorForgotten) && failed_before
+    }
+
+    /// Does the journal of a disk that failed when the guest ran here count as flushed?
+    pub(crate) fn mutated_follower_is_sure(&self, failed_before: bool) -> bool {
+        self.is(Mutation::FollowWithFailedDisk) && failed_before
+    }
+
+    /// The seat's next engine does not wait for the end of the former one.
+    pub(crate) fn mutated_next_life(&self) -> bool {
+        self.is(Mutation::LateWriteIntoNextLife)
+    }
+
     pub(crate) fn mutated_no_pause(&self, seal: Seal) -> bool {
         self.is(Mutation::NoFreeze) && seal == Seal::Freeze
     }
@@ -458,6 +481,13 @@ impl World {
     }
 
     pub(crate) fn mutate_after_step(&mut self, slot: usize) {
+        if self.is(Mutation::FollowWithFailedDisk)
+            && self
+                .status(slot)
+                .is_some_and(|status| status.role == RoleName::Frozen && status.storage == StorageHealth::Hangs)
+        {
+            self.step(slot, Event::Storage(StorageHealth::Works));
+        }
         if !self.is(Mutation::RunOnUnreachable) {
             return;
         }
@@ -515,5 +545,18 @@ impl World {
             return;
         };
         self.send(slot, link, Message::Ack { leader, session, epoch });
+    }
+}
+
+/// What is heard of a seat's storage.
+fn mutate_storage(mutation: Mutation, role: RoleName, health: StorageHealth) -> Option<StorageHealth> {
+    match (mutation, role, health) {
+        (Mutation::StorageUnheard, ..) | (Mutation::FlushErrorForgotten, _, StorageHealth::Failed) => None,
+        (Mutation::FollowWithFailedDisk, RoleName::Standby, StorageHealth::Failed) => None,
+        // One that may come back, and does as soon as the guest stands still.
+        (Mutation::FollowWithFailedDisk, RoleName::Active | RoleName::Frozen, StorageHealth::Failed) => {
+            Some(StorageHealth::Hangs)
+        }
+        (.., health) => Some(health),
     }
 }

@@ -10,8 +10,9 @@ use ftvm_protocol::record::Phase;
 
 use crate::checks::Kind;
 use crate::coverage::Fault;
+use crate::disk::Disk;
 use crate::history::Node;
-use crate::world::{Disk, Engine, Input, TIMING, What, World};
+use crate::world::{Engine, Input, TIMING, What, World};
 
 /// One epoch on the wire. It travels in several parts and is nothing until all are there.
 #[derive(Debug, Clone)]
@@ -119,6 +120,10 @@ impl World {
     // ---- the process
 
     pub(crate) fn start_engine(&mut self, slot: usize) {
+        if let Some(left_ms) = self.occupied_ms(slot).filter(|_| !self.mutated_next_life()) {
+            self.after(left_ms, What::Start { slot });
+            return;
+        }
         self.slots[slot].node_up = true;
         self.slots[slot].fenced = false;
         if self.slots[slot].engine.is_some() {
@@ -158,11 +163,12 @@ impl World {
         self.step(slot, Event::Tick);
     }
 
-    /// The process is gone. `orderly`: its connections are closed at once by the node's kernel.
+    /// The process is gone. `orderly`: its connections are closed at once by the node's kernel, unless it has writes under way.
     pub(crate) fn kill_engine(&mut self, slot: usize, orderly: bool) {
         let Some(engine) = self.slots[slot].engine.take() else {
             return;
         };
+        let orderly = orderly && !self.leave_disk(slot);
         for at in 0..self.links.len() {
             for end in 0..2 {
                 if self.links[at].ends[end] != (slot, engine.life) {
@@ -205,8 +211,13 @@ impl World {
             Input::Cut(session) => self.cut_due(slot, session),
             Input::Captured(seal) => self.seal(slot, seal),
             Input::Staged(session, epoch) => self.staged(slot, session, epoch),
+            Input::DiskWaits => self.disk_waited(slot),
             Input::HeaderDone(request, header) => {
-                if self.rng.percent(self.profile.header_fails_percent) {
+                if let Some(wait_ms) = self.disk_waits(slot) {
+                    self.input_after(wait_ms, slot, Input::HeaderDone(request, header));
+                    return;
+                }
+                if self.disk_fails(slot) || self.rng.percent(self.profile.header_fails_percent) {
                     self.meet(Fault::HeaderFailed, slot);
                     self.step(slot, Event::HeaderFailed { request });
                     return;
@@ -238,6 +249,9 @@ impl World {
             self.log(|| format!("{slot}: releases {state}"));
             let result = self.checks.release(&self.history, state, by);
             self.check(result);
+            let disk = self.slots[slot].disk.durable;
+            let result = self.checks.flushed_here(&self.history, state, by, disk);
+            self.check(result);
             if gate == Gate::Open {
                 self.creates(by);
             }
@@ -255,7 +269,11 @@ impl World {
             .and_then(|peer| self.engine_of(peer));
         if let Some(engine) = peer {
             let state = engine.driver.state();
+            let peer = engine.incarnation;
             let result = self.checks.covered(&self.history, status.incarnation, state);
+            self.check(result);
+            let disk = self.slot_of(peer).and_then(|slot| self.slots[slot].disk.durable);
+            let result = self.checks.flushed_there(&self.history, status.incarnation, peer, disk);
             self.check(result);
         }
     }
@@ -282,13 +300,23 @@ impl World {
             return;
         };
         engine.driver.guest_scheduled = false;
-        let Some(guest) = engine.driver.guest.as_mut().filter(|guest| guest.running) else {
+        let running = engine.driver.guest.as_ref().is_some_and(|guest| guest.running);
+        if !running {
+            return;
+        }
+        let (done, told) = if flush {
+            self.guest_flushes(slot)
+        } else {
+            (false, false)
+        };
+        let Some(engine) = &mut self.slots[slot].engine else {
             return;
         };
-        let state = self.history.step(guest.state, flush);
+        let Some(guest) = &mut engine.driver.guest else { return };
+        let state = self.history.step(guest.state, told);
         guest.state = state;
         self.slots[slot].disk.volatile = Some(state);
-        if flush {
+        if done {
             self.slots[slot].disk.durable = Some(state);
         }
         if output {
@@ -327,7 +355,8 @@ impl World {
             Action::WriteHeader { request, header } => {
                 let delay_ms = self.rng.range(1, 4);
                 // It may be on the disk before anybody hears of it.
-                if self.rng.percent(20) && !self.mutated_header_is_lost(&header) {
+                let troubled = self.disk_fails(slot) || self.disk_waits(slot).is_some();
+                if self.rng.percent(20) && !troubled && !self.mutated_header_is_lost(&header) {
                     self.slots[slot].disk.header = Some(header.clone());
                 }
                 self.input_after(delay_ms, slot, Input::HeaderDone(request, header));
@@ -435,8 +464,7 @@ impl World {
                     engine.driver.checkpoint = None;
                     engine.driver.following = Some(Following::new(session, None));
                 }
-                self.slots[slot].disk.volatile = None;
-                self.slots[slot].disk.durable = None;
+                self.slots[slot].disk.overwrite();
             }
             Action::FollowFrom { session, base, .. } => self.follow_from(slot, session, base),
             Action::ReportStopped { .. } => self.report_stopped(slot),
@@ -574,11 +602,16 @@ impl World {
             || self.mutation.is_some()
             || !self.arbiter.disturbed
         {
-            let ran = self.slots[slot]
-                .engine
-                .as_ref()
-                .is_some_and(|engine| engine.driver.guest.is_some());
-            self.checks.tell_stopped(&self.history, ran);
+            let engine = self.slots[slot].engine.as_ref();
+            let me = engine.map(|engine| engine.incarnation);
+            let state = engine.and_then(|engine| engine.driver.state());
+            // Where nobody else has it, what a disk that failed did not take is lost as with a power cut.
+            let others = self
+                .arbiter
+                .get()
+                .is_some_and(|snapshot| snapshot.record.members.iter().any(|member| Some(member) != me));
+            let kept = others || state == self.slots[slot].disk.durable;
+            self.checks.tell_stopped(&self.history, state.is_some() && kept);
         }
         self.user.powered_off |= !self.user.wants_stop;
         self.user.start_over = None;
@@ -618,11 +651,7 @@ impl World {
     }
 
     pub(crate) fn lose_disk(&mut self, slot: usize) {
-        self.slots[slot].disk = Disk {
-            header: None,
-            volatile: None,
-            durable: None,
-        };
+        self.slots[slot].disk = Disk::default();
         self.slots[slot].published = crate::world::Published::default();
         self.disks_lost += 1;
         self.lives += 1;

@@ -2,9 +2,10 @@
 
 use std::rc::Rc;
 
-use ftvm_protocol::core::{Event, Seal};
+use ftvm_protocol::core::{Event, Seal, StorageHealth};
 use ftvm_protocol::identity::{Epoch, SessionId};
 
+use crate::disk::Flush;
 use crate::seat::Bulk;
 use crate::world::{Input, World};
 
@@ -53,6 +54,17 @@ impl World {
     }
 
     pub(crate) fn seal(&mut self, slot: usize, seal: Seal) {
+        let mut flushed = false;
+        if seal == Seal::Final {
+            match self.flush(slot) {
+                Flush::Done => flushed = true,
+                Flush::Failed => self.step(slot, Event::Storage(StorageHealth::Failed)),
+                Flush::Hangs(wait_ms) => {
+                    self.input_after(wait_ms, slot, Input::Captured(seal));
+                    return;
+                }
+            }
+        }
         let Some(engine) = &mut self.slots[slot].engine else {
             return;
         };
@@ -69,7 +81,7 @@ impl World {
                 .is_none_or(|last| self.history.flushed(last) != self.history.flushed(state))
             || seal == Seal::Final;
         driver.last_sealed = Some(state);
-        if seal == Seal::Final {
+        if flushed {
             self.slots[slot].disk.durable = Some(state);
         }
         let leader_acked = engine.core.status().acked;
@@ -147,6 +159,15 @@ impl World {
 
     pub(crate) fn staged(&mut self, slot: usize, session: SessionId, epoch: Epoch) {
         let journals = self.mutated_journals();
+        let engine = self.slots[slot].engine.as_ref();
+        let following = engine.and_then(|engine| engine.driver.following.as_ref());
+        let staging = following
+            .filter(|following| following.session == session)
+            .and_then(|following| following.staging.as_ref());
+        let flush = staging.is_some_and(|(_, bulk)| bulk.flush);
+        if flush && journals && !self.journal_flushes(slot, session, epoch) {
+            return;
+        }
         let Some(engine) = &mut self.slots[slot].engine else {
             return;
         };
@@ -177,9 +198,10 @@ impl World {
             disk.volatile = state;
             disk.durable = state;
         } else {
-            disk.volatile = state;
-            if bulk.flush && journals {
-                disk.durable = state;
+            // An epoch makes no disk whole.
+            disk.volatile = disk.volatile.and(state);
+            if bulk.flush && journals && !disk.unsure {
+                disk.durable = disk.volatile;
             }
         }
         self.log(|| format!("{slot}: staged epoch {epoch} with state {state:?}"));

@@ -17,7 +17,8 @@ use ftvm_protocol::recreation::Vouched;
 use crate::arbiter::Arbiter;
 use crate::checks::{Checks, Kind, Violation};
 use crate::coverage::{Coverage, Fault};
-use crate::history::{History, Node, ROOT};
+use crate::disk::Disk;
+use crate::history::{History, ROOT};
 use crate::mutation::Mutation;
 use crate::profile::Profile;
 use crate::rng::Rng;
@@ -55,6 +56,8 @@ pub(crate) enum Input {
     Staged(SessionId, u64),
     /// A header is on its way to the disk.
     HeaderDone(RequestId, SeatHeader),
+    /// A request may have been under way for too long.
+    DiskWaits,
 }
 
 #[derive(Debug)]
@@ -117,6 +120,16 @@ pub(crate) enum What {
     Delete {
         copy_percent: u64,
     },
+    /// A disk hangs no more, unless it began to anew.
+    DiskBack {
+        slot: usize,
+    },
+    /// What a process left under way lands.
+    LateWrite {
+        slot: usize,
+        until_ms: u64,
+        copies: u64,
+    },
 }
 
 pub(crate) struct Entry {
@@ -140,16 +153,6 @@ impl Ord for Entry {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         (self.at_ms, self.order).cmp(&(other.at_ms, other.order))
     }
-}
-
-/// Disk of a slot: what survives its process, and what survives its node.
-#[derive(Debug, Clone)]
-pub(crate) struct Disk {
-    pub(crate) header: Option<SeatHeader>,
-    /// State in the volume and the page cache; `None` while it is no whole state.
-    pub(crate) volatile: Option<Node>,
-    /// State that survives a power cut.
-    pub(crate) durable: Option<Node>,
 }
 
 pub(crate) struct Engine {
@@ -269,11 +272,7 @@ impl World {
             seat: seat(n),
             node_up: true,
             fenced: false,
-            disk: Disk {
-                header: None,
-                volatile: None,
-                durable: None,
-            },
+            disk: Disk::default(),
             engine: None,
             cut_until_ms: 0,
             arbiter_down_until_ms: 0,
@@ -314,6 +313,7 @@ impl World {
             header: Some(SeatHeader::genesis(seat(0), ArbiterUid(1))),
             volatile: Some(ROOT),
             durable: Some(ROOT),
+            ..Disk::default()
         };
         for slot in 0..2 {
             world.after(slot as u64, What::Start { slot });
@@ -425,6 +425,8 @@ impl World {
             What::Restore { back } => self.restore(back),
             What::Outage { back } => self.arbiter_outage(back),
             What::Delete { copy_percent } => self.delete(copy_percent),
+            What::DiskBack { slot } => self.disk_back(slot),
+            What::LateWrite { slot, until_ms, copies } => self.late_write(slot, until_ms, copies),
             What::Copy { record } => {
                 if self.arbiter.get().is_none() {
                     self.log(|| format!("somebody applies an old copy: {record:?}"));

@@ -56,7 +56,7 @@ fn every_mutation_is_caught() {
 
 #[test]
 fn every_rule_has_a_mutation() {
-    for rule in 1..=12 {
+    for rule in 1..=13 {
         assert!(
             Mutation::ALL.iter().any(|mutation| mutation.rule() == rule),
             "rule {rule}"

@@ -44,6 +44,9 @@ pub enum EndReason {
     SessionOver,
     /// The header could not be written: the seat's storage is broken.
     HeaderFailed,
+    /// A disk or the journal failed or hangs, and the other seat has the guest: what is here must be copied again. Whoever starts the next
+    /// engine of this seat waits until this process is gone: a write that is under way may land until then.
+    StorageFailed,
     /// The guest could not be loaded or run on this host.
     GuestFailed,
 }

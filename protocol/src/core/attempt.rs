@@ -249,7 +249,9 @@ impl Core {
         let holder = if goal == Goal::WriteStopped {
             old.holder
         } else {
-            self.me
+            // Rule 13: a stop that leaves this seat behind.
+            let other = members.iter().next().filter(|_| !members.contains(self.me));
+            other.unwrap_or(self.me)
         };
         let record = Record {
             holder,

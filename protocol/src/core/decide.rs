@@ -302,6 +302,10 @@ impl Core {
 
     /// What the active wants, without having read.
     pub(super) fn active_goal(&self, active: &Active) -> Option<Goal> {
+        if self.is_left_behind(active) {
+            // Rule 13: the other seat has what this disk lacks. It stays a member.
+            return None;
+        }
         let healthy = self.is_lead_healthy();
         let live = |stage| matches!(stage, LeadStage::Live | LeadStage::AwaitFollowing { .. });
         let final_epoch = active
@@ -352,8 +356,13 @@ impl Core {
             Lineage::Successor | Lineage::Strange => return Err(Decision::Refuse(Refusal::RecordStrange)),
         }
         if !holder && !claimed {
+            // Rule 13: this seat's own stop, whose answer was lost, or the header for it does not get to the disk. The record is enough.
+            let stopped = record.phase == Phase::Stopped && active.stop.is_some();
+            let left_behind = self.stop_leaves(active).filter(|other| record.members.is_only(*other));
             return Err(if low {
                 Decision::Refuse(Refusal::TermBelowKnown)
+            } else if stopped && left_behind.is_some() {
+                Decision::End(EndReason::Stopped)
             } else {
                 Decision::End(EndReason::LostToSuccessor)
             });
@@ -383,8 +392,14 @@ impl Core {
             .map_or(alone.clone(), |lead| Members::pair(self.me, lead.peer));
         let (members, phase) = match goal {
             Goal::Settle | Goal::AdmitJoin => (pair, record.phase),
-            Goal::Stop if active.confirmed == Confirmed::Pair => (pair, Phase::Stopped),
-            Goal::Stop => (alone, Phase::Stopped),
+            Goal::Stop => {
+                let whole = if active.confirmed == Confirmed::Pair {
+                    pair
+                } else {
+                    alone
+                };
+                (self.stop_leaves(active).map_or(whole, Members::one), Phase::Stopped)
+            }
             _ => (alone, record.phase),
         };
         Ok(Decision::Swap { goal, members, phase })

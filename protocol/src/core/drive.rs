@@ -242,7 +242,8 @@ impl Core {
         // Whoever has read that the record is gone vouches for a new one that names the leader (rule 10).
         let gone = self.arbiter == ArbiterState::Gone;
         let free = !gone && self.is_free();
-        if here && free && term == self.known_term && !self.is_leader_lost(standby) && !self.is_contact_too_old() {
+        let able = !standby.failed && !self.is_leader_lost(standby) && !self.is_contact_too_old();
+        if here && free && able && term == self.known_term {
             self.cancel_attempt();
             self.switch_over(term, actions);
         }
@@ -328,6 +329,10 @@ impl Core {
             }
             actions.push(Action::ReportStopped { term });
             self.end(EndReason::Stopped, actions);
+            return;
+        }
+        self.drive_storage(actions);
+        if matches!(self.role, Role::Ended(_)) {
             return;
         }
         self.drive_hand_over(actions);

@@ -83,6 +83,18 @@ pub struct SeatReport {
     pub guest: GuestReport,
 }
 
+/// What a seat's own storage does, all of it together: its disks, its journal. Of several the worst counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StorageHealth {
+    /// As far as known.
+    Works,
+    /// A request has been under way for longer than anybody should wait. It may still be done, at any time.
+    Hangs,
+    /// A request failed (EIO, ENOSPC). Nothing takes that back in this life of the engine: after a flush that failed, what was
+    /// written before it may be lost although later ones succeed.
+    Failed,
+}
+
 /// A person's or a controller's wish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
@@ -190,6 +202,12 @@ pub enum Event {
         /// Of the WriteHeader.
         request: RequestId,
     },
+
+    // ---- storage
+    /// What this seat's disks and journal do, when that changes. A driver whose disks fail the last flush before a stop says
+    /// so before it reports that seal. A flush that failed or was not done is never answered as done, neither to the guest nor to a
+    /// leader, and no flush of that disk succeeds after it in this life of the engine.
+    Storage(StorageHealth),
 
     // ---- arbiter and other seats, through the daemon
     /// Answer to a read. May come late or never.

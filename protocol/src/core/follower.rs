@@ -146,15 +146,19 @@ impl Core {
         }
     }
 
-    /// An acknowledgment may have been held back while a write of ours was unsettled, or got lost: say it again.
+    /// An acknowledgment may have been held back while a write of ours was unsettled, or got lost: say it again. So may the word
+    /// that there will be none any more.
     fn repeat_ack(&mut self, link: LinkId, actions: &mut Vec<Action>) {
         let tried = self.has_tried();
-        if let Role::Standby(standby) = &self.role
-            && standby.link == link
-            && standby.acked > 0
-            && !standby.failed
-            && !tried
-        {
+        let Role::Standby(standby) = &self.role else { return };
+        if standby.link != link {
+            return;
+        }
+        if standby.failed {
+            let session = standby.session;
+            let reason = SessionEnd::FollowerFailed;
+            self.send(link, Message::End { session, reason }, actions);
+        } else if standby.acked > 0 && !tried {
             let ack = Message::Ack {
                 leader: standby.leader,
                 session: standby.session,
@@ -211,6 +215,9 @@ impl Core {
         };
         if self.has_tried() || starting.stopped.is_some() || starting.accept_loss.is_some() {
             return Err(Refusal::Unsettled);
+        }
+        if !self.storage.works() {
+            return Err(Refusal::OwnStorage);
         }
         if self
             .durable
@@ -293,7 +300,11 @@ impl Core {
             (Role::Standby(standby), SessionEnd::JoinAborted | SessionEnd::Ejected) => standby.verify = true,
             (Role::Active(_) | Role::Frozen(_), SessionEnd::FollowerFailed | SessionEnd::FollowerLeft) => {
                 if let Some((peer, ..)) = self.role.session() {
-                    self.break_lead(Refusal::PeerLost(peer), actions);
+                    let refusal = match reason {
+                        SessionEnd::FollowerFailed => Refusal::FollowerFailed(peer),
+                        _ => Refusal::PeerLost(peer),
+                    };
+                    self.break_lead(refusal, actions);
                 }
             }
             _ => return Err(Refusal::WrongRole),
@@ -423,7 +434,21 @@ impl Core {
         }
         // Not of a record that this seat has written over.
         let stale = term < frozen.claimed || term < self.known_term;
-        if stale || !self.header_is_current() || self.adopting.is_some() {
+        if stale {
+            return Err(Refusal::TermBelowKnown);
+        }
+        if !self.storage.works() && self.unsettled.is_some() {
+            // A write of its own may have made this seat the holder: it does not go before it knows.
+            return Err(Refusal::Unsettled);
+        }
+        if !self.storage.works() {
+            // Rule 13: whatever this seat would acknowledge, nobody knows what its disks hold.
+            let reason = SessionEnd::FollowerFailed;
+            self.send(link, Message::End { session, reason }, actions);
+            self.end(EndReason::StorageFailed, actions);
+            return Ok(());
+        }
+        if !self.header_is_current() || self.adopting.is_some() {
             return Err(Refusal::TermBelowKnown);
         }
         let leader = lead.peer;

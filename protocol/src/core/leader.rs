@@ -178,7 +178,7 @@ impl Core {
         }
     }
 
-    fn command_switchover(&mut self) -> Result<(), Refusal> {
+    pub(super) fn command_switchover(&mut self) -> Result<(), Refusal> {
         self.may_switch_over()?;
         let now_ms = self.now_ms;
         if let Role::Active(active) = &mut self.role {

@@ -36,10 +36,11 @@ mod refusal;
 mod role;
 mod silence;
 mod status;
+mod storage;
 
 pub use action::{Action, EndReason, Gate};
 pub use config::{Config, StoredHeader, Timing};
-pub use event::{Command, Event, GuestReport, HeaderReport, ReadOutcome, Seal, SeatReport, SwapOutcome};
+pub use event::{Command, Event, GuestReport, HeaderReport, ReadOutcome, Seal, SeatReport, StorageHealth, SwapOutcome};
 pub use refusal::Refusal;
 pub use status::{AcceptedLoss, ArbiterState, RoleName, Status};
 
@@ -50,6 +51,7 @@ use attempt::Attempt;
 use links::Link;
 use role::{Confirmed, JoinStage, LeadStage, Role, Starting};
 use silence::Silence;
+use storage::OwnStorage;
 
 /// A re-created record that is being made this seat's own.
 #[derive(Debug, Clone, Copy)]
@@ -74,7 +76,11 @@ pub struct Core {
     /// The header on disk.
     durable: Option<SeatHeader>,
     writing: Option<(RequestId, SeatHeader)>,
+    /// How long that has been under way, in time in which this process ran.
+    writing_for_ms: u64,
     header_retry_ms: u64,
+    /// This seat's disks and journal.
+    storage: OwnStorage,
     known_term: Term,
     known_uid: Option<ArbiterUid>,
     /// A re-created record that names us: its UID is being written to the header.
@@ -122,7 +128,9 @@ impl Core {
             known_uid: durable.as_ref().map(|header| header.uid),
             durable,
             writing: None,
+            writing_for_ms: 0,
             header_retry_ms: 0,
+            storage: OwnStorage::new(timing),
             adopting: None,
             unseen: None,
             links: Vec::new(),
@@ -158,6 +166,9 @@ impl Core {
         let elapsed_ms = now_ms.saturating_sub(self.now_ms);
         self.silence
             .pass(peer, elapsed_ms, on_time_ms, self.timing.peer_lost_ms);
+        if self.writing.is_some() {
+            self.writing_for_ms += elapsed_ms.min(on_time_ms);
+        }
         self.now_ms = self.now_ms.max(now_ms);
         let first = actions.len();
         self.expire_attempt(actions);
@@ -203,6 +214,7 @@ impl Core {
             Event::SessionFailed { session } => self.on_session_failed(session, actions),
             Event::HeaderWritten { request } => self.on_header_written(request, actions),
             Event::HeaderFailed { request } => self.on_header_failed(request, actions),
+            Event::Storage(health) => self.on_storage(health, actions),
             Event::RecordRead { request, outcome } => self.on_read(request, outcome, actions),
             Event::RecordSwapped { request, outcome } => self.on_swapped(request, outcome, actions),
             Event::SeatsReported { request, reports } => self.on_reports(request, &reports, actions),
@@ -369,6 +381,10 @@ impl Core {
                 actions,
             );
         }
+        let reason = match reason {
+            EndReason::Ejected | EndReason::SessionOver if !self.storage.works() => EndReason::StorageFailed,
+            reason => reason,
+        };
         self.attempt = None;
         self.role = Role::Ended(reason);
         actions.push(Action::End(reason));
@@ -400,7 +416,7 @@ impl Core {
                 term: active.term.max(self.adopting.map_or(0, |adopting| adopting.term)),
                 uid: uid?,
                 incarnations: vec![self.me],
-                complete: true,
+                complete: !self.is_left_behind(active),
             }),
             Role::Ended(_) => None,
         }
@@ -426,6 +442,7 @@ impl Core {
         if let Some(header) = self.needed_header() {
             let request = self.next_request();
             self.writing = Some((request, header.clone()));
+            self.writing_for_ms = 0;
             actions.push(Action::WriteHeader { request, header });
         }
     }
@@ -451,9 +468,7 @@ impl Core {
         self.refuse(Refusal::HeaderNotWritten, actions);
         let peer_can_do_it = match &self.role {
             Role::Joining(_) => true,
-            Role::Active(active) => {
-                active.confirmed == Confirmed::Pair && !active.doubt && active.stop.is_none() && self.is_lead_healthy()
-            }
+            Role::Active(active) => self.is_replaceable(active),
             Role::Starting(_) | Role::Standby(_) | Role::Frozen(_) | Role::Ended(_) => false,
         };
         if peer_can_do_it {

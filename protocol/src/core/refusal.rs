@@ -109,9 +109,15 @@ pub enum Refusal {
     /// The target refused a switchover or did not answer in time.
     #[error("{0} did not take over in time: the guest goes on here after a swap")]
     SwitchFailed(Incarnation),
+    /// What this seat's disks would hold is unknown.
+    #[error("this seat's storage hangs or has failed: it follows nobody")]
+    OwnStorage,
     /// The follower made no progress.
     #[error("{0} acknowledged nothing for too long: it is ejected")]
     FollowerStalled(Incarnation),
+    /// The follower can't go on.
+    #[error("{0} can't follow any more, its storage or its stream failed: it is ejected")]
+    FollowerFailed(Incarnation),
     /// The peer is lost.
     #[error("{0} is lost: no answer to heartbeats, or its process is gone")]
     PeerLost(Incarnation),

@@ -5,6 +5,7 @@ use crate::record::{Members, Phase, Record};
 
 use super::Core;
 use super::action::{EndReason, Gate};
+use super::event::StorageHealth;
 use super::refusal::Refusal;
 use super::role::{Confirmed, Frozen, LeadStage, Role};
 
@@ -97,6 +98,8 @@ pub struct Status {
     pub leaving: bool,
     /// A stop is under way.
     pub stopping: bool,
+    /// What this seat's own storage does; `Failed` stays.
+    pub storage: StorageHealth,
     /// Why the last attempt or command was refused; what a person sees when it waits.
     pub refused: Option<Refusal>,
     /// What became of a loss that a person accepted. `None`: there was none, or the seat does not wait any more.
@@ -156,6 +159,7 @@ impl Core {
             switching: matches!(&self.role, Role::Standby(standby) if standby.switch.is_some()),
             leaving: matches!(&self.role, Role::Standby(standby) if standby.leave_ms.is_some()),
             stopping: active.is_some_and(|active| active.stop.is_some()),
+            storage: self.storage.health,
             refused: self.refused,
             accepted_loss: match &self.role {
                 Role::Starting(starting) if starting.accept_loss.is_some() => Some(AcceptedLoss::UnderWay),

@@ -38,6 +38,8 @@ pub struct Seat {
     pub mute: bool,
     /// Seals are left to the test.
     pub manual_seals: bool,
+    /// No header gets to its disk, and none fails.
+    pub header_hangs: bool,
     epoch: u64,
 }
 
@@ -64,6 +66,7 @@ impl Seat {
             lost: None,
             mute: false,
             manual_seals: false,
+            header_hangs: false,
             epoch: 0,
         }
     }
@@ -168,7 +171,7 @@ impl Bench {
             Action::Send { link, message } if !self.seats[at].mute && self.link == Some(link) => {
                 todo.push((1 - at, Event::Received { link, message }));
             }
-            Action::WriteHeader { request, header } => {
+            Action::WriteHeader { request, header } if !self.seats[at].header_hangs => {
                 self.seats[at].header = Some(header);
                 todo.push((at, Event::HeaderWritten { request }));
             }

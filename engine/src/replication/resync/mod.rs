@@ -198,6 +198,7 @@ impl ResyncError {
             Self::Cpu(_) => Some(exit_code::CPU),
             Self::Mtu { .. } => Some(exit_code::NETWORK),
             Self::OtherMachine { .. } => Some(exit_code::CONFIG),
+            Self::Disks(error) if error.is_storage() => Some(exit_code::STORAGE),
             _ => None,
         }
     }

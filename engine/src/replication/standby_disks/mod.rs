@@ -45,6 +45,20 @@ pub enum StandbyDisksError {
     Spawn(#[source] io::Error),
 }
 
+impl StandbyDisksError {
+    /// A disk or the journal failed: what is on it is unknown.
+    pub fn is_storage(&self) -> bool {
+        match self {
+            Self::Volume(_) => true,
+            Self::Journal(error) => matches!(
+                error,
+                JournalError::Io { .. } | JournalError::Volume { .. } | JournalError::Failed
+            ),
+            Self::NotStaged(_) | Self::Spawn(_) => false,
+        }
+    }
+}
+
 /// Journal and volumes of one standby seat. One thread uses it.
 pub struct StandbyDisks {
     journal: Journal,

@@ -9,8 +9,12 @@
 //! Invariant: a guest's flush returns only after the journal is empty. A replay after a power cut puts the journal's old
 //! contents over newer ones; what was not flushed may be lost that way, as on any disk with a volatile cache, and what was
 //! flushed never.
+//!
+//! Invariant: after a sync that failed none succeeds in this life of the engine. The kernel tells of an error once, and calls the pages
+//! clean that it could not write (fsync(2), "Errors"): a later sync would say nothing of them.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 
@@ -58,6 +62,8 @@ struct Through {
 pub struct SeatVolume {
     direct: Arc<dyn Storage>,
     through: RwLock<Option<Through>>,
+    /// A sync failed.
+    unsure: AtomicBool,
 }
 
 impl SeatVolume {
@@ -66,6 +72,7 @@ impl SeatVolume {
         Self {
             direct,
             through: RwLock::default(),
+            unsure: AtomicBool::new(false),
         }
     }
 
@@ -76,6 +83,18 @@ impl SeatVolume {
 
     fn through(&self) -> RwLockReadGuard<'_, Option<Through>> {
         self.through.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sync_once(&self) -> io::Result<()> {
+        let settling = match &*self.through() {
+            None => return self.direct.sync(),
+            Some(through) => {
+                // Under the lock: the thread that writes to the volumes lives as long as anybody can get here.
+                through.view.sync()?;
+                through.settling.clone()
+            }
+        };
+        settling.wait()
     }
 
     fn set_through(&self) -> RwLockWriteGuard<'_, Option<Through>> {
@@ -110,15 +129,16 @@ impl Storage for SeatVolume {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let settling = match &*self.through() {
-            None => return self.direct.sync(),
-            Some(through) => {
-                // Under the lock: the thread that writes to the volumes lives as long as anybody can get here.
-                through.view.sync()?;
-                through.settling.clone()
-            }
-        };
-        settling.wait()
+        if self.unsure.load(Ordering::SeqCst) {
+            return Err(io::Error::other(
+                "an earlier flush failed, and what was written before it may be lost: this counts until the engine ends",
+            ));
+        }
+        let synced = self.sync_once();
+        if synced.is_err() {
+            self.unsure.store(true, Ordering::SeqCst);
+        }
+        synced
     }
 }
 
@@ -180,4 +200,25 @@ fn settle(volumes: &[Arc<SeatVolume>], mut disks: StandbyDisks, settling: &Settl
     all.iter_mut().for_each(|through| **through = None);
     drop(all);
     Ok(disks.into_journal())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replication::testing::MemStorage;
+
+    #[test]
+    fn a_sync_that_failed_is_not_forgotten() {
+        let disk = MemStorage::new(vec![0; 512]);
+        let volume = SeatVolume::new(disk.clone());
+        volume.sync().expect("no fault");
+        disk.fail_after(0, io::ErrorKind::StorageFull);
+        assert_eq!(volume.sync().expect_err("a fault").kind(), io::ErrorKind::StorageFull);
+        disk.work_again();
+        disk.sync().expect("works again");
+        volume
+            .write_at(0, &[1; 512])
+            .expect("what does not say that it is durable may go on");
+        volume.sync().expect_err("nobody knows what got lost");
+    }
 }

@@ -3,6 +3,7 @@ use crate::devices::event::DeviceEvent;
 use crate::devices::testing::{Seen, wait_until};
 use crate::devices::virtio::rig::{BLK_SLOT, BUFFERS, Buffer, DISK_BYTES, Driver, Rig, Vq};
 use crate::devices::virtio::{F_EVENT_IDX, F_VERSION_1};
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 const IN: u32 = 0;
@@ -228,6 +229,60 @@ fn a_failing_disk_is_the_guests_error_and_the_owners_event() {
     assert!(message.contains("writing 512 bytes at 0"), "{message}");
 }
 
+/// What a disk can't do is the guest's error only where nobody else can: a successor finds it in flight, and does it.
+#[test]
+fn what_fails_is_done_by_the_successor_if_there_may_be_one() {
+    let mut disk = disk();
+    disk.rig.disk.fails.store(true, Ordering::SeqCst);
+    disk.rig.disk.moves.store(true, Ordering::SeqCst);
+    let asked = disk.ask(OUT, 0, &[1; 512], 0);
+    let failing = || disk.rig.bench.events.take().into_iter().next();
+    let event = wait_until("the owner hears of it", failing);
+    assert!(matches!(event, DeviceEvent::DiskError { disk: 0, .. }), "{event:?}");
+    let state = disk.rig.save();
+    assert_eq!((disk.status(asked), disk.rig.disk.seen()), (NO_STATUS, vec![]));
+    let mut successor = disk.successor();
+    successor.rig.take_over(&state);
+    assert_eq!(successor.vq.wait_used().0, asked.head);
+    assert_eq!(successor.status(asked), OK);
+    assert_eq!(successor.rig.disk.content.lock().unwrap()[..512], [1; 512]);
+}
+
+#[test]
+fn what_failed_is_told_once_nobody_can_do_it() {
+    let mut disk = disk();
+    disk.rig.disk.fails.store(true, Ordering::SeqCst);
+    disk.rig.disk.moves.store(true, Ordering::SeqCst);
+    let asked = disk.ask(FLUSH, 0, &[], 0);
+    wait_until("the owner hears of it", || {
+        disk.rig.bench.events.take().into_iter().next()
+    });
+    assert_eq!(disk.status(asked), NO_STATUS);
+    disk.rig.disk.moves.store(false, Ordering::SeqCst);
+    assert_eq!(disk.vq.wait_used().0, asked.head);
+    assert_eq!(disk.status(asked), IO_ERROR);
+}
+
+/// Room is the epoch's affair, and may be long in coming: the disk does not hang meanwhile.
+#[test]
+fn a_request_is_under_way_once_there_is_room_for_it() {
+    let mut disk = disk();
+    let (room, door) = (disk.rig.disk.room.clone(), disk.rig.disk.door.clone());
+    let (full, held) = (room.lock().unwrap(), door.lock().unwrap());
+    let asked = disk.ask(OUT, 0, &[1; 512], 0);
+    let set = &disk.rig.set;
+    wait_until("the request is taken", || {
+        (!set.disks_in_use().end_within(Duration::ZERO)).then_some(())
+    });
+    assert!(set.requests_since().iter().all(Option::is_none));
+    drop(full);
+    disk.wait_executing(1);
+    assert!(disk.rig.set.requests_since().iter().any(Option::is_some));
+    drop(held);
+    assert_eq!(disk.vq.wait_used().0, asked.head);
+    assert_eq!(disk.status(asked), OK);
+}
+
 #[test]
 fn completion_comes_before_the_used_ring() {
     let mut disk = disk();
@@ -388,10 +443,12 @@ fn requests_of_a_past_that_was_replaced_are_forgotten() {
     let waited = AtomicU64::new(0);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            set.disks_in_use().wait_end();
+            let in_use = set.disks_in_use();
+            assert!(!in_use.end_within(Duration::from_millis(1)), "no longer than it may");
+            assert!(in_use.end_within(Duration::from_secs(60)));
             waited.store(1, Ordering::SeqCst);
         });
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
         assert_eq!(waited.load(Ordering::SeqCst), 0, "the backend is in use");
         drop(held);
     });

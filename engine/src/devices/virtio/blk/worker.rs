@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::request::{Action, Limits, Request};
+use super::request::{Action, Limits, Request, Status};
 use super::{BATCH_BYTES, Blk, BlkMetrics, SERIAL_BYTES};
 use crate::backends::DiskBackend;
 use crate::devices::bus::lock;
@@ -18,6 +18,13 @@ use crate::memory::GuestMem;
 const BATCH_REQUESTS: usize = 16;
 /// Buffers that have grown beyond this are given back to the allocator.
 const KEPT_BUFFER_BYTES: usize = 64 << 10;
+/// What failed is kept from the guest for so long, where another side may take the disk's place meanwhile: longer than a switchover takes
+/// in both of its parts. Time in which the guest stands still for it does not count.
+const HELD_MAX: Duration = Duration::from_secs(10);
+/// How often it is looked whether that is still so.
+const HELD_LOOK_MS: u32 = 50;
+/// One look counts no more: after a longer time the gate was closed, or this process did not run.
+const HELD_LOOK_MAX: Duration = Duration::from_millis(500);
 /// A disk counts as working again when each kind of request that failed is done again so long after it failed last.
 const RECOVERED_AFTER: Duration = Duration::from_secs(10);
 
@@ -73,23 +80,69 @@ impl Health {
     }
 }
 
-/// Whether a disk's thread is using its backend right now.
+/// What a disk's thread uses its backend for.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Using {
+    #[default]
+    Nothing,
+    /// It has taken requests, and the next one has not begun: the epoch may have no room for it.
+    Waits,
+    /// A request has been under way since then.
+    Executes(Instant),
+}
+
+/// What a disk's thread uses its backend for right now, for others to see.
 #[derive(Debug, Default)]
 pub(crate) struct Executing {
-    now: Mutex<bool>,
+    now: Mutex<Using>,
     ended: Condvar,
 }
 
 impl Executing {
-    fn set(&self, now: bool) {
+    fn set(&self, now: Using) {
         *lock(&self.now) = now;
-        self.ended.notify_all();
+        if now == Using::Nothing {
+            self.ended.notify_all();
+        }
     }
 
-    /// Waits until the backend is left alone. With the gate closed nothing new begins.
-    pub(crate) fn wait_end(&self) {
-        let ended = self.ended.wait_while(lock(&self.now), |now| *now);
-        drop(ended.unwrap_or_else(PoisonError::into_inner));
+    /// Since when the request under way has been so; none if there is none.
+    pub(crate) fn since(&self) -> Option<Instant> {
+        match *lock(&self.now) {
+            Using::Executes(since) => Some(since),
+            Using::Nothing | Using::Waits => None,
+        }
+    }
+
+    /// Waits until the backend is left alone, but no longer than `most`. With the gate closed nothing new begins. True: it is.
+    pub(crate) fn wait_end(&self, most: Duration) -> bool {
+        let uses = |now: &mut Using| *now != Using::Nothing;
+        let waited = self.ended.wait_timeout_while(lock(&self.now), most, uses);
+        let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        *now == Using::Nothing
+    }
+}
+
+/// How long something that failed has been kept from the guest.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    lasts: Duration,
+    looked: Instant,
+}
+
+impl Held {
+    fn new(now: Instant) -> Self {
+        Self {
+            lasts: Duration::ZERO,
+            looked: now,
+        }
+    }
+
+    /// Whether it may be kept for longer.
+    fn may_last(&mut self, now: Instant) -> bool {
+        self.lasts += now.saturating_duration_since(self.looked).min(HELD_LOOK_MAX);
+        self.looked = now;
+        self.lasts < HELD_MAX
     }
 }
 
@@ -110,6 +163,8 @@ pub(crate) struct BlkWorker {
     chain: Chain,
     buffers: Vec<Vec<u8>>,
     health: Health,
+    /// What failed while another side may do it, all of it together.
+    held: Option<Held>,
 }
 
 impl BlkWorker {
@@ -142,6 +197,7 @@ impl BlkWorker {
             chain: Chain::default(),
             buffers: Vec::new(),
             health: Health::default(),
+            held: None,
         }
     }
 
@@ -237,6 +293,22 @@ impl BlkWorker {
         }
     }
 
+    /// Something failed that a successor may do, who finds it in flight in the state that it loads: neither guest nor backend are told
+    /// for now.
+    fn holds(&mut self, inner: &Inner<Blk>) -> bool {
+        if !self.disk.may_move() {
+            self.held = None;
+            return false;
+        }
+        let failed =
+            |request: &Request| request.outcome == Some(Status::IoError) && Kind::of(&request.action).is_some();
+        if inner.life != self.life || inner.transport.reset_pending() || !self.batch.iter().any(failed) {
+            return false;
+        }
+        let now = Instant::now();
+        self.held.get_or_insert_with(|| Held::new(now)).may_last(now)
+    }
+
     /// Reports what a request says of the disk's health, if that is news.
     fn judge(&mut self, kind: Kind, result: Result<(), String>) {
         let disk = self.index;
@@ -255,6 +327,9 @@ impl Worker for BlkWorker {
     fn inside(&mut self) -> Next {
         let device = self.device.clone();
         let mut inner = device.lock();
+        if self.holds(&inner) {
+            return Next::WaitFor(HELD_LOOK_MS);
+        }
         let mem = device.mem();
         let completed = self.complete(&mut inner, mem);
         if inner.transport.reset_pending() {
@@ -271,7 +346,7 @@ impl Worker for BlkWorker {
         });
         match taken {
             Ok(true) => {
-                self.executing.set(true);
+                self.executing.set(Using::Waits);
                 Next::Outside
             }
             Ok(false) => Next::Wait(None),
@@ -289,13 +364,19 @@ impl Worker for BlkWorker {
     fn outside(&mut self) {
         let mut batch = std::mem::take(&mut self.batch);
         for request in &mut batch {
+            let kind = Kind::of(&request.action);
+            if kind == Some(Kind::Change) {
+                self.executing.set(Using::Waits);
+                self.disk.wait_for_room();
+            }
+            self.executing.set(Using::Executes(Instant::now()));
             let result = request.execute(self.disk.as_mut(), &self.serial);
-            if let Some(kind) = Kind::of(&request.action) {
+            if let Some(kind) = kind {
                 self.judge(kind, result);
             }
         }
         self.batch = batch;
-        self.executing.set(false);
+        self.executing.set(Using::Nothing);
     }
 }
 
@@ -317,6 +398,24 @@ mod tests {
         assert_eq!(at(61, Kind::Flush, false), Some(News::Fails));
         assert_eq!(at(62, Kind::Flush, true), None, "too soon");
         assert_eq!(at(71, Kind::Flush, true), Some(News::Recovered));
+    }
+
+    /// A switchover that is refused lets the guest stand still for a while, and so may a busy host.
+    #[test]
+    fn what_failed_is_kept_from_a_guest_for_a_part_of_the_time_that_it_runs() {
+        let began = Instant::now();
+        let look = Duration::from_millis(u64::from(HELD_LOOK_MS));
+        let mut held = Held::new(began);
+        let mut now = began;
+        for _ in 0..10 {
+            now += Duration::from_secs(60);
+            assert!(held.may_last(now));
+        }
+        let looks = (HELD_MAX - 10 * HELD_LOOK_MAX).as_millis() / look.as_millis();
+        for left in (0..looks).rev() {
+            now += look;
+            assert_eq!(held.may_last(now), left > 0);
+        }
     }
 
     /// A file system turned read-only, and a sector can't be read either: that the sector was mended says nothing of writes.
