@@ -125,6 +125,17 @@ impl World {
         Flush::Failed
     }
 
+    /// The last flush before a stop. One that hangs for too long is given up: nobody knows whether it was done.
+    pub(crate) fn last_flush(&mut self, slot: usize) -> Flush {
+        match self.flush(slot) {
+            Flush::Hangs(wait_ms) if wait_ms > HANGS_AFTER_MS => {
+                self.slots[slot].disk.unsure = true;
+                Flush::Failed
+            }
+            flush => flush,
+        }
+    }
+
     /// The guest flushes: is that done, and is the guest told so? If not it waits for the answer, or is told an error.
     pub(crate) fn guest_flushes(&mut self, slot: usize) -> (bool, bool) {
         let failed_before = self.slots[slot].disk.unsure;

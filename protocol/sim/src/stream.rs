@@ -56,7 +56,7 @@ impl World {
     pub(crate) fn seal(&mut self, slot: usize, seal: Seal) {
         let mut flushed = false;
         if seal == Seal::Final {
-            match self.flush(slot) {
+            match self.last_flush(slot) {
                 Flush::Done => flushed = true,
                 Flush::Failed => self.step(slot, Event::Storage(StorageHealth::Failed)),
                 Flush::Hangs(wait_ms) => {

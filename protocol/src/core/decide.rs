@@ -280,7 +280,7 @@ impl Core {
                 phase: record.phase,
             });
         }
-        if lost || own_landed || self.is_stuck(standby) {
+        if lost && !self.lets_leader_go_first(standby) || own_landed || self.is_stuck(standby) {
             self.need_contact(record, reports)?;
             return Ok(Decision::Swap {
                 goal: Goal::Takeover,
@@ -289,6 +289,13 @@ impl Core {
             });
         }
         Ok(Decision::Done)
+    }
+
+    /// Rule 13: a seat that can't follow any more is no place for the guest while its leader may live. That one ejects it as soon as it can.
+    fn lets_leader_go_first(&self, standby: &Standby) -> bool {
+        let limit_ms = self.timing.peer_lost_ms + self.timing.switch_ms;
+        let may_live = self.now_ms.saturating_sub(standby.contact_ms) <= limit_ms;
+        standby.failed && may_live && !self.has_tried()
     }
 
     /// A write of ours has been unsettled for long and the leader does not settle it.

@@ -204,8 +204,8 @@ pub enum Event {
     },
 
     // ---- storage
-    /// What this seat's disks and journal do, when that changes. A driver whose disks fail the last flush before a stop says
-    /// so before it reports that seal. A flush that failed or was not done is never answered as done, neither to the guest nor to a
+    /// What this seat's disks and journal do, when that changes. A driver whose disks fail the last flush before a stop, or do not
+    /// do it in time, says `Failed` before it reports that seal. A flush that failed or was not done is never answered as done, neither to the guest nor to a
     /// leader, and no flush of that disk succeeds after it in this life of the engine.
     Storage(StorageHealth),
 

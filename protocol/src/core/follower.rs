@@ -69,6 +69,7 @@ impl Core {
             }
             Role::Standby(standby) => {
                 standby.failed = true;
+                standby.claim = None;
                 self.send(link, failed, actions);
             }
             Role::Active(_) | Role::Frozen(_) => self.break_lead(Refusal::PeerLost(peer), actions),

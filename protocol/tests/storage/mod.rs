@@ -1,6 +1,8 @@
 //! Rule 13: disks that fail or hang.
 
-use ftvm_protocol::core::{Action, Command, EndReason, Event, Gate, Refusal, RoleName, Seal, StorageHealth};
+use ftvm_protocol::core::{
+    Action, Command, EndReason, Event, Gate, GuestReport, Refusal, RoleName, Seal, StorageHealth,
+};
 use ftvm_protocol::identity::SessionId;
 use ftvm_protocol::message::{Message, SessionEnd};
 use ftvm_protocol::record::{Members, Phase};
@@ -116,6 +118,32 @@ fn a_standby_whose_disk_fails_is_ejected_and_takes_no_guest() {
         assert_eq!(bench.seats[1].ended, Some(EndReason::StorageFailed));
         let record = bench.record.clone().expect("a record").record;
         assert_eq!(record.members, Members::one(bench.seats[0].me));
+    }
+}
+
+#[test]
+fn a_standby_whose_disk_fails_takes_over_once_its_leader_had_time_to() {
+    for leader_lives in [true, false] {
+        let mut bench = Bench::pair();
+        // The word of it does not arrive, and there is no link any more.
+        bench.seats[1].mute = true;
+        bench.step(1, FAILED);
+        bench.seats[0].arbiter = Arbiter::Away;
+        bench.seats[0].lost = (!leader_lives).then_some(GuestReport::None);
+        bench.cut();
+        bench.pass(1_000);
+        bench.seats[0].arbiter = Arbiter::Works;
+        bench.pass(1_000);
+        let role = |bench: &Bench, at: usize| bench.seats[at].core.status().role;
+        if leader_lives {
+            assert_eq!(bench.seats[1].ended, Some(EndReason::StorageFailed));
+            assert_eq!(role(&bench, 0), RoleName::Active);
+            assert_eq!(bench.gate(0), Gate::Open);
+            continue;
+        }
+        assert_eq!(role(&bench, 1), RoleName::Standby);
+        bench.pass(3_000);
+        assert_eq!(role(&bench, 1), RoleName::Active, "nobody else is there");
     }
 }
 
