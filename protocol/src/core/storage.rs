@@ -6,7 +6,7 @@
 
 use crate::identity::Incarnation;
 
-use super::role::{Active, Confirmed, Role};
+use super::role::{Active, Confirmed, Lead, LeadStage, Role};
 use super::{Action, Core, EndReason, StorageHealth, Timing};
 
 /// Longest pause between two switchovers that storage asks for, in times of [`Timing::switch_ms`].
@@ -82,9 +82,12 @@ impl Core {
         writes_long && !self.header_is_current() && self.is_replaceable(active)
     }
 
-    /// Should this active end, its standby takes over with everything that was released.
+    /// Should this active end, its standby takes over with everything that was released: it follows, does not leave, and no write of this
+    /// seat, which might eject it, is on its way.
     pub(super) fn is_replaceable(&self, active: &Active) -> bool {
-        active.confirmed == Confirmed::Pair && !active.doubt && active.stop.is_none() && self.is_lead_healthy()
+        let follows = |lead: &Lead| lead.stage == LeadStage::Live && !lead.leaving;
+        let is_pair = active.confirmed == Confirmed::Pair && !active.doubt && active.stop.is_none();
+        is_pair && active.lead.as_ref().is_some_and(follows) && self.is_lead_healthy() && !self.has_tried()
     }
 
     /// Whom a stop leaves as the only member: the guest's last writes are on its disk, and perhaps not on this one. That must not depend on

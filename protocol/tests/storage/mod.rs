@@ -272,6 +272,36 @@ fn an_active_whose_header_does_not_get_to_its_disk_lets_the_standby_go_on() {
 }
 
 #[test]
+fn an_active_that_may_just_have_ejected_its_standby_does_not_go() {
+    let mut bench = Bench::new();
+    bench.pass(100);
+    bench.seats[0].header_hangs = true;
+    bench.connect();
+    bench.pass(500);
+    bench.seats[0].arbiter = Arbiter::SwallowsWrites;
+    bench.seats[1].mute = true;
+    let before = bench.seats[0].actions.len();
+    let ejects = |bench: &Bench| {
+        let mut since = bench.seats[0].actions[before..].iter();
+        since.any(|action| matches!(action, Action::SwapRecord { .. }))
+    };
+    while !ejects(&bench) {
+        assert!(bench.now_ms < 5_000, "it gives the silent one up");
+        bench.pass(10);
+    }
+    bench.seats[1].mute = false;
+    bench.pass(50);
+    let writes = |action: &Action| match action {
+        Action::WriteHeader { request, .. } => Some(*request),
+        _ => None,
+    };
+    let request = bench.seats[0].actions.iter().rev().find_map(writes).expect("a header");
+    bench.step(0, Event::HeaderFailed { request });
+    assert!(bench.seats[0].wanted(|action| *action == Action::Refused(Refusal::HeaderNotWritten)));
+    assert_eq!(bench.seats[0].ended, None, "the other one may be in no record any more");
+}
+
+#[test]
 fn a_seat_whose_disk_hangs_joins_once_it_works() {
     let mut bench = Bench::new();
     bench.pass(100);
