@@ -76,8 +76,7 @@ impl<'a> Acts<'a> {
     /// # Errors
     /// If it is not.
     pub fn nothing_changed(&mut self, before: Pair) -> anyhow::Result<()> {
-        let now = self.stage.pair()?;
-        ensure!(now == before, "{before:?} became {now:?}");
+        judge_same(before, self.stage.pair()?)?;
         self.stage.answers_go_on().map(drop)
     }
 
@@ -86,12 +85,7 @@ impl<'a> Acts<'a> {
     /// # Errors
     /// If it does not.
     pub fn holds_for(&mut self, before: Pair, time: Duration) -> anyhow::Result<()> {
-        let end = Instant::now() + time;
-        while Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(500));
-            self.nothing_changed(before)?;
-        }
-        Ok(())
+        hold(time, Duration::from_millis(500), || self.nothing_changed(before))
     }
 
     /// The name of a host's node.
@@ -123,17 +117,15 @@ impl<'a> Acts<'a> {
     /// # Errors
     /// If it goes on answering.
     pub fn falls_silent(&self, time: Duration) -> anyhow::Result<()> {
-        let deadline = Instant::now() + 6 * time;
-        let (mut known, mut since) = (self.stage.answers(), Instant::now());
-        while since.elapsed() < time {
-            ensure!(Instant::now() < deadline, "the guest goes on answering");
+        let mut silence = Silence::new(time, self.stage.answers(), Instant::now());
+        loop {
             std::thread::sleep(Duration::from_millis(20));
+            let asked = Instant::now();
             let answers = self.stage.answers();
-            if answers != known {
-                (known, since) = (answers, Instant::now());
+            if silence.lasts(asked, answers, Instant::now())? {
+                return Ok(());
             }
         }
-        Ok(())
     }
 
     /// The machine's object.
@@ -160,10 +152,179 @@ impl<'a> Acts<'a> {
 pub fn wait_condition(cluster: &Cluster, vm: &str, kind: &str, status: &str, reason: &str) -> anyhow::Result<String> {
     wait_for(&format!("{vm}: {kind} is {status} ({reason})"), PATIENCE, || {
         let vm = cluster.get(&["ftvm", "--namespace", NAMESPACE, vm])?;
-        let conditions = vm["status"]["conditions"].as_array().context("no conditions")?;
-        let found = conditions.iter().find(|condition| condition["type"] == kind);
-        let found = found.context("no such condition")?;
-        ensure!(found["status"] == status && found["reason"] == reason, "{found}");
-        Ok(found["message"].as_str().unwrap_or_default().to_owned())
+        judge_condition(&vm, kind, status, reason)
     })
+}
+
+/// The condition's message, if it is as it should be.
+fn judge_condition(vm: &Value, kind: &str, status: &str, reason: &str) -> anyhow::Result<String> {
+    let conditions = vm["status"]["conditions"].as_array().context("no conditions")?;
+    let found = conditions.iter().find(|condition| condition["type"] == kind);
+    let found = found.context("no such condition")?;
+    ensure!(found["status"] == status && found["reason"] == reason, "{found}");
+    Ok(found["message"].as_str().unwrap_or_default().to_owned())
+}
+
+fn judge_same(before: Pair, now: Pair) -> anyhow::Result<()> {
+    ensure!(now == before, "{before:?} became {now:?}");
+    Ok(())
+}
+
+/// Looks again and again; the last look begins when the time is over.
+fn hold(time: Duration, pause: Duration, mut look: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let end = Instant::now() + time;
+    loop {
+        let last = Instant::now() >= end;
+        look()?;
+        if last {
+            return Ok(());
+        }
+        std::thread::sleep(pause);
+    }
+}
+
+/// Whether a guest has said nothing for so long, look by look.
+struct Silence {
+    time: Duration,
+    deadline: Instant,
+    answers: u64,
+    since: Instant,
+}
+
+impl Silence {
+    /// So many answers were known at this moment.
+    fn new(time: Duration, answers: u64, since: Instant) -> Self {
+        Self {
+            time,
+            deadline: since + 6 * time,
+            answers,
+            since,
+        }
+    }
+
+    /// A look between two moments found so many answers. An answer counts for the later one, silence up to the earlier one: how long a look took
+    /// never counts as silence.
+    fn lasts(&mut self, asked: Instant, answers: u64, told: Instant) -> anyhow::Result<bool> {
+        if answers != self.answers {
+            (self.answers, self.since) = (answers, told);
+        } else if asked.saturating_duration_since(self.since) >= self.time {
+            return Ok(true);
+        }
+        ensure!(told < self.deadline, "the guest goes on answering");
+        Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn fault<T: std::fmt::Debug>(result: anyhow::Result<T>) -> String {
+        format!("{:#}", result.unwrap_err())
+    }
+
+    /// Looks every 20 ms at answers that come as `answers` says of a time in milliseconds: when silence was found, or why not.
+    fn silent_after_ms(time_ms: u32, answers: impl Fn(u32) -> u64) -> anyhow::Result<u32> {
+        let begin = Instant::now();
+        let mut silence = Silence::new(time_ms * MS, answers(0), begin);
+        for at in (20..).step_by(20) {
+            if silence.lasts(begin + at * MS, answers(at), begin + at * MS)? {
+                return Ok(at);
+            }
+        }
+        unreachable!("there is a deadline")
+    }
+
+    #[test]
+    fn a_guest_that_goes_on_answering_is_not_silent() {
+        assert_eq!(silent_after_ms(200, |_| 7).unwrap(), 200);
+        // Its last answers are on their way; then it is silent.
+        assert_eq!(silent_after_ms(200, |ms| ms.min(300).into()).unwrap(), 500);
+        assert!(fault(silent_after_ms(200, u64::from)).contains("goes on answering"));
+        // Neither is one that answers once in a while.
+        assert!(fault(silent_after_ms(200, |ms| (ms / 180).into())).contains("goes on answering"));
+    }
+
+    #[test]
+    fn a_look_that_took_long_is_no_silence() {
+        let begin = Instant::now();
+        let mut silence = Silence::new(200 * MS, 7, begin);
+        // Whoever looked was not run between a look's two moments.
+        assert!(!silence.lasts(begin + 20 * MS, 7, begin + 900 * MS).unwrap());
+        assert!(!silence.lasts(begin + 920 * MS, 8, begin + 930 * MS).unwrap());
+        assert!(!silence.lasts(begin + 1_120 * MS, 8, begin + 1_121 * MS).unwrap());
+        assert!(silence.lasts(begin + 1_130 * MS, 8, begin + 1_131 * MS).unwrap());
+    }
+
+    #[test]
+    fn another_host_or_term_is_a_change() {
+        let before = Pair {
+            active: 0,
+            standby: 1,
+            term: 7,
+        };
+        judge_same(before, before).unwrap();
+        let changed = [
+            Pair {
+                active: 1,
+                standby: 0,
+                ..before
+            },
+            Pair { standby: 2, ..before },
+            Pair { term: 8, ..before },
+        ];
+        for now in changed {
+            assert!(fault(judge_same(before, now)).contains("became"), "{now:?}");
+        }
+    }
+
+    #[test]
+    fn what_holds_is_looked_at_until_the_end() {
+        let begin = Instant::now();
+        let mut last = begin;
+        let held = hold(20 * MS, MS, || {
+            last = Instant::now();
+            Ok(())
+        });
+        held.unwrap();
+        assert!(last >= begin + 20 * MS, "the last look came after {:?}", last - begin);
+        let mut looks = 0;
+        let broken = hold(3_600_000 * MS, MS, || {
+            looks += 1;
+            ensure!(looks < 3, "look {looks}");
+            Ok(())
+        });
+        assert_eq!(fault(broken), "look 3");
+        // What breaks at the very end does break.
+        assert_eq!(fault(hold(Duration::ZERO, MS, || anyhow::bail!("broken"))), "broken");
+    }
+
+    #[test]
+    fn a_condition_has_its_status_and_its_reason() {
+        let condition = |kind: &str, status: &str, reason: &str| {
+            json!({
+                "type": kind, "status": status, "reason": reason, "message": "no standby", "observedGeneration": 1,
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+            })
+        };
+        let ready = condition("Ready", "True", "Running");
+        let vm = |protected: Value| json!({"status": {"phase": "Running", "conditions": [ready.clone(), protected]}});
+        let judge = |vm: &Value| judge_condition(vm, "Protected", "False", "SeatLost");
+        assert_eq!(
+            judge(&vm(condition("Protected", "False", "SeatLost"))).unwrap(),
+            "no standby"
+        );
+        let due = fault(judge(&vm(condition("Protected", "True", "SeatLost"))));
+        assert!(due.contains("\"True\""), "{due}");
+        let other = fault(judge(&vm(condition("Protected", "False", "Resyncing"))));
+        assert!(other.contains("Resyncing"), "{other}");
+        // What another condition says does not count.
+        let another = vm(condition("Degraded", "False", "SeatLost"));
+        assert_eq!(fault(judge(&another)), "no such condition");
+        assert_eq!(fault(judge(&json!({"status": {}}))), "no conditions");
+    }
 }

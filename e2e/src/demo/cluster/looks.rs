@@ -29,6 +29,8 @@ const JOURNAL: &str = "ftvm-guest: journal: boot ";
 /// Ports of metrics: of a daemon, on its node's address, and of an operator, on its pod's.
 const DAEMON_PORT: u16 = 7401;
 const OPERATOR_PORT: u16 = 8080;
+/// What a daemon answers at paths that are there, and at others.
+const PROBES: [(&str, u16); 4] = [("/healthz", 200), ("/readyz", 200), ("/", 404), ("/metrics/", 404)];
 /// Who asks for nothing for so long is at rest.
 const QUIET: Duration = Duration::from_secs(3);
 
@@ -68,21 +70,8 @@ pub fn shows(acts: &Acts<'_>, pair: Pair) -> anyhow::Result<Seats> {
 /// # Errors
 /// If it is not so.
 pub fn console(cluster: &Cluster, seats: &Seats) -> anyhow::Result<()> {
-    let said = |pod: &str| -> anyhow::Result<bool> {
-        let log = cluster.kubectl(&["logs", "--namespace", NAMESPACE, pod])?;
-        Ok(log.lines().any(|line| line.starts_with(CONSOLE)))
-    };
-    ensure!(
-        said(&seats.active)?,
-        "the log of {} lacks the guest's console",
-        seats.active
-    );
-    ensure!(
-        !said(&seats.standby)?,
-        "{} has a console without a guest",
-        seats.standby
-    );
-    Ok(())
+    let log = |pod: &str| cluster.kubectl(&["logs", "--namespace", NAMESPACE, pod]);
+    judge_console(seats, &log(&seats.active)?, &log(&seats.standby)?)
 }
 
 /// Whether any seat's pod of a machine has something of the guest's console.
@@ -92,8 +81,7 @@ pub fn console(cluster: &Cluster, seats: &Seats) -> anyhow::Result<()> {
 pub fn has_spoken(cluster: &Cluster, vm: &str) -> anyhow::Result<bool> {
     let of_vm = format!("--selector=ftvm.dev/vm={vm}");
     let words = ["logs", "--namespace", NAMESPACE, "--tail=-1", "--ignore-errors", &of_vm];
-    let log = cluster.kubectl(&words)?;
-    Ok(log.lines().any(|line| line.starts_with(CONSOLE)))
+    Ok(has_console(&cluster.kubectl(&words)?))
 }
 
 /// Waits until the guest says that it was booted for this time, with so many records in its journal and no error: its disk is the one that it was.
@@ -113,10 +101,8 @@ pub fn has_booted(cluster: &Cluster, vm: &str, boot: u64, records: &RangeInclusi
 /// # Errors
 /// What they say.
 pub fn probes(cluster: &Cluster) -> anyhow::Result<()> {
-    for (path, expected) in [("/healthz", 200), ("/readyz", 200), ("/", 404), ("/metrics/", 404)] {
-        for (host, (status, body)) in daemons_answers(cluster, path)?.into_iter().enumerate() {
-            ensure!(status == expected, "{path} of host {host}: {status}, {body}");
-        }
+    for (path, expected) in PROBES {
+        judge_probe(path, expected, &daemons_answers(cluster, path)?)?;
     }
     Ok(())
 }
@@ -162,10 +148,7 @@ fn servers_and_reads(page: &str) -> anyhow::Result<(Vec<String>, u64)> {
 /// If they can't be read.
 pub fn events(cluster: &Cluster, vm: &str, reason: &str) -> anyhow::Result<Vec<String>> {
     let of_vm = format!("--field-selector=involvedObject.name={vm},reason={reason}");
-    let found = cluster.get(&["events", "--namespace", NAMESPACE, &of_vm])?;
-    let items = found["items"].as_array().context("no events")?.iter();
-    let message = |event: &Value| event["message"].as_str().unwrap_or_default().to_owned();
-    Ok(items.map(message).collect())
+    messages(&cluster.get(&["events", "--namespace", NAMESPACE, &of_vm])?)
 }
 
 /// Waits until an event of this reason tells these words of a machine.
@@ -174,9 +157,7 @@ pub fn events(cluster: &Cluster, vm: &str, reason: &str) -> anyhow::Result<Vec<S
 /// What is told instead.
 pub fn wait_event(cluster: &Cluster, vm: &str, reason: &str, words: &str) -> anyhow::Result<()> {
     wait_for(&format!("an event tells: {reason}, {words}"), PATIENCE, || {
-        let told = events(cluster, vm, reason)?;
-        ensure!(told.iter().any(|told| told.contains(words)), "{told:?}");
-        Ok(())
+        judge_events(&events(cluster, vm, reason)?, words)
     })
 }
 
@@ -186,8 +167,7 @@ pub fn wait_event(cluster: &Cluster, vm: &str, reason: &str, words: &str) -> any
 /// If they can't be read.
 pub fn standing(cluster: &Cluster) -> anyhow::Result<usize> {
     let pods = pods(cluster)?;
-    let stays = |pod: &&Value| is_ready(pod) && pod["metadata"]["deletionTimestamp"].is_null();
-    Ok(pods.iter().filter(stays).count())
+    Ok(pods.iter().filter(|pod| stands(pod)).count())
 }
 
 /// Waits until the operator asks the API server for nothing any more.
@@ -198,12 +178,7 @@ pub fn operator_rests(cluster: &Cluster) -> anyhow::Result<()> {
     wait_for("the operator rests", PATIENCE, || {
         let before = operators_requests(cluster)?;
         std::thread::sleep(QUIET);
-        let after = operators_requests(cluster)?;
-        ensure!(
-            after == before,
-            "{before} requests until then, {after} until {QUIET:?} later"
-        );
-        Ok(())
+        judge_rest(before, operators_requests(cluster)?)
     })
 }
 
@@ -211,16 +186,33 @@ pub fn operator_rests(cluster: &Cluster) -> anyhow::Result<()> {
 fn operators_requests(cluster: &Cluster) -> anyhow::Result<u64> {
     let operators = "--selector=app.kubernetes.io/name=ftvm-operator";
     let pods = cluster.get(&["pods", "--namespace", SYSTEM, operators])?;
-    let mut sum = 0;
+    let mut pages = Vec::new();
     for pod in pods["items"].as_array().context("no pods")? {
         let address = pod["status"]["podIP"].as_str().context("no address")?.parse()?;
         let (status, page) = cluster.http_get(SocketAddr::new(address, OPERATOR_PORT), "/metrics")?;
         ensure!(status == 200, "{status}: {page}");
-        let requests = samples(&page, "ftvm_operator_api_requests_total");
-        sum += requests.iter().map(|(_, count)| count).sum::<u64>();
+        pages.push(page);
     }
+    requests_on(&pages)
+}
+
+/// Sums what all these pages count.
+fn requests_on(pages: &[String]) -> anyhow::Result<u64> {
+    let requests = pages
+        .iter()
+        .flat_map(|page| samples(page, "ftvm_operator_api_requests_total"));
+    let sum: u64 = requests.map(|(_, count)| count).sum();
     ensure!(sum > 0, "none of them ever asked for anything");
     Ok(sum)
+}
+
+/// Requests until two moments, with some time between them.
+fn judge_rest(before: u64, after: u64) -> anyhow::Result<()> {
+    ensure!(
+        after == before,
+        "{before} requests until then, {after} until {QUIET:?} later"
+    );
+    Ok(())
 }
 
 fn pods(cluster: &Cluster) -> anyhow::Result<Vec<Value>> {
@@ -243,6 +235,42 @@ fn daemons_pages(cluster: &Cluster, path: &str) -> anyhow::Result<Vec<String>> {
         Ok(page)
     });
     pages.collect()
+}
+
+/// Answers of all daemons at one path, by host.
+fn judge_probe(path: &str, expected: u16, answers: &[(u16, String)]) -> anyhow::Result<()> {
+    ensure!(!answers.is_empty(), "{path}: no daemon was asked");
+    for (host, (status, body)) in answers.iter().enumerate() {
+        ensure!(*status == expected, "{path} of host {host}: {status}, {body}");
+    }
+    Ok(())
+}
+
+fn has_console(log: &str) -> bool {
+    log.lines().any(|line| line.starts_with(CONSOLE))
+}
+
+/// Logs of both seats' pods.
+fn judge_console(seats: &Seats, active: &str, standby: &str) -> anyhow::Result<()> {
+    ensure!(
+        has_console(active),
+        "the log of {} lacks the guest's console",
+        seats.active
+    );
+    ensure!(!has_console(standby), "{} has a console without a guest", seats.standby);
+    Ok(())
+}
+
+/// Of a list of events.
+fn messages(list: &Value) -> anyhow::Result<Vec<String>> {
+    let items = list["items"].as_array().context("no events")?.iter();
+    let message = |event: &Value| event["message"].as_str().unwrap_or_default().to_owned();
+    Ok(items.map(message).collect())
+}
+
+fn judge_events(told: &[String], words: &str) -> anyhow::Result<()> {
+    ensure!(told.iter().any(|told| told.contains(words)), "{told:?}");
+    Ok(())
 }
 
 /// Names of columns, and what stands in them, of a table with one line below its header. An empty cell is one, too.
@@ -321,6 +349,11 @@ fn judge_journal(log: &str, boot: u64, records: &RangeInclusive<u64>) -> anyhow:
         "boot {boot} with {records:?} records is due: {said}"
     );
     Ok(())
+}
+
+/// Ready, and nobody deletes it.
+fn stands(pod: &Value) -> bool {
+    is_ready(pod) && pod["metadata"]["deletionTimestamp"].is_null()
 }
 
 fn is_ready(pod: &Value) -> bool {
@@ -418,6 +451,98 @@ mod tests {
         let unready = [first.clone(), pod("b", "n2", "standby", "False")];
         assert!(fault(judge(&unready)).contains("not ready"));
         assert!(fault(judge(&[first, pod("b", "n3", "standby", "True")])).contains("no pod on n2"));
+    }
+
+    #[test]
+    fn a_pod_that_goes_or_is_not_ready_does_not_stand() {
+        let ready = pod("a", "n1", "active", "True");
+        assert!(stands(&ready));
+        assert!(!stands(&pod("a", "n1", "active", "False")));
+        assert!(!stands(&pod("a", "n1", "active", "Unknown")));
+        // A kubelet goes on calling it ready until its containers have ended.
+        let mut goes = ready;
+        goes["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        assert!(!stands(&goes));
+        // Scheduled, and no kubelet has told of it.
+        assert!(!stands(
+            &json!({"metadata": {"name": "a"}, "status": {"phase": "Pending"}})
+        ));
+    }
+
+    #[test]
+    fn a_daemon_that_is_not_well_or_shows_too_much_is_found() {
+        let (well, gone) = ((200, "ok\n".to_owned()), (404, String::new()));
+        for (path, expected) in PROBES {
+            let (right, wrong) = if expected == 200 {
+                (&well, &gone)
+            } else {
+                (&gone, &well)
+            };
+            judge_probe(path, expected, &[right.clone(), right.clone()]).unwrap();
+            let found = fault(judge_probe(path, expected, &[right.clone(), wrong.clone()]));
+            assert!(found.starts_with(&format!("{path} of host 1: ")), "{found}");
+        }
+        let unready = (503, "no\n".to_owned());
+        let found = fault(judge_probe("/readyz", 200, &[unready, well]));
+        assert!(found.contains("host 0: 503, no"), "{found}");
+        assert!(fault(judge_probe("/readyz", 200, &[])).contains("no daemon"));
+    }
+
+    #[test]
+    fn a_console_belongs_to_the_active_alone() {
+        let seats = Seats {
+            active: "demo-a".to_owned(),
+            standby: "demo-b".to_owned(),
+        };
+        // Engines write their own log there, too, which may cite the guest.
+        let engine = format!("INFO the guest runs, its console begins with {CONSOLE:?}\n");
+        let spoken = format!("{engine}{JOURNAL}1, 0 records, capacity 16000, 0 errors\n");
+        judge_console(&seats, &spoken, &engine).unwrap();
+        judge_console(&seats, &spoken, "").unwrap();
+        let ran = fault(judge_console(&seats, &spoken, &spoken));
+        assert_eq!(ran, "demo-b has a console without a guest");
+        let silent = fault(judge_console(&seats, &engine, &engine));
+        assert_eq!(silent, "the log of demo-a lacks the guest's console");
+        let swapped = fault(judge_console(&seats, &engine, &spoken));
+        assert!(swapped.contains("demo-a lacks"), "{swapped}");
+    }
+
+    #[test]
+    fn an_event_that_tells_something_else_is_none() {
+        let event = |message: &str| json!({"reason": "ActiveChanged", "message": message, "count": 1});
+        let told = messages(&json!({"kind": "List", "items": [event("the guest runs on node n2, before: n1")]}));
+        let told = told.unwrap();
+        judge_events(&told, "on node n2, before: n1").unwrap();
+        assert!(fault(judge_events(&told, "on node n1, before: n2")).contains("n2, before: n1"));
+        let none = messages(&json!({"kind": "List", "items": []})).unwrap();
+        assert_eq!(fault(judge_events(&none, "the guest runs")), "[]");
+        // Without a message it tells nothing, and an answer that is no list is not an empty one.
+        assert_eq!(messages(&json!({"items": [{"reason": "x"}]})).unwrap(), [""]);
+        assert!(fault(messages(&json!({"kind": "Status", "code": 403}))).contains("no events"));
+    }
+
+    #[test]
+    fn an_operator_that_goes_on_asking_does_not_rest() {
+        let page = |reads: u64, writes: u64| {
+            format!(
+                "# TYPE ftvm_operator_api_requests_total counter\n\
+                 ftvm_operator_api_requests_total{{kind=\"pods\",verb=\"get\"}} {reads}\n\
+                 ftvm_operator_api_requests_total{{kind=\"pods\",verb=\"patch\"}} {writes}\n\
+                 ftvm_operator_reconcile_seconds_count 99\n"
+            )
+        };
+        // Nothing was asked by a replica that does not lead.
+        let other = "ftvm_operator_leader 0\n".to_owned();
+        let asked = |reads, writes| requests_on(&[other.clone(), page(reads, writes)]).unwrap();
+        assert_eq!(asked(30, 12), 42);
+        judge_rest(asked(30, 12), asked(30, 12)).unwrap();
+        for after in [asked(31, 12), asked(30, 13)] {
+            assert!(fault(judge_rest(asked(30, 12), after)).contains("42 requests until then, 43"));
+        }
+        // It was started again: that is no rest either.
+        assert!(judge_rest(asked(30, 12), asked(3, 1)).is_err());
+        assert!(fault(requests_on(std::slice::from_ref(&other))).contains("none of them"));
+        assert!(fault(requests_on(&[])).contains("none of them"));
     }
 
     #[test]
