@@ -45,14 +45,9 @@ fn a_fleet_is_protected_rests_and_loses_a_node() {
         let value = json.pointer(path).and_then(serde_json::Value::as_f64);
         assert!(value.is_some_and(|value| value > 0.0), "{path}: {value:?} in {json:#}");
     }
-    let rest = report.fleet.expect("measured").rest;
-    assert_eq!(
-        (rest.reads, rest.writes),
-        (0, 0),
-        "an operator at rest asks for nothing"
-    );
+    report.fleet.expect("measured").rest.judge_rest().expect("rest");
     assert!(
-        report.goals.iter().all(|goal| goal.met == Some(true)),
+        !report.goals.is_empty() && report.goals.iter().all(|goal| goal.met == Some(true)),
         "{:#?}",
         report.goals
     );

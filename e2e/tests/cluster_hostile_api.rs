@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::install::NAMESPACE as SYSTEM;
 use ftvm_e2e::cluster::leadership::{self, ELECTION};
 use ftvm_e2e::cluster::record_history::record_history;
-use ftvm_e2e::cluster::{Asked, Asker, Deeds, Dice, Fault, wait_for};
+use ftvm_e2e::cluster::{Asked, Asker, Deeds, Dice, Fault, pace, wait_for};
 use ftvm_e2e::demo::cluster::acts::Acts;
 use ftvm_e2e::demo::cluster::{GUEST_ADDRESS, NAMESPACE, Setting, VM, on_stage};
 use ftvm_e2e::demo::rounds::Pair;
@@ -289,18 +289,9 @@ fn leader(acts: &Acts<'_>) -> anyhow::Result<String> {
     Ok(leadership::pod_of(holder.context("nobody leads")?).to_owned())
 }
 
-/// Restarts of containers of operator and daemons, by pod, where the node did not die.
+/// Restarts of operator and daemons, where the node did not die.
 fn restarts(acts: &Acts<'_>, dead: Option<&str>) -> anyhow::Result<BTreeMap<String, u64>> {
-    let pods = acts.cluster.get(&["pods", "--namespace", SYSTEM])?;
-    let pods = pods["items"].as_array().context("no pods")?.iter();
-    let pods = pods.filter(|pod| pod["spec"]["nodeName"].as_str() != dead);
-    let count = |pod: &serde_json::Value| {
-        let name = pod["metadata"]["uid"].as_str().context("a pod without UID")?.to_owned();
-        let statuses = pod["status"]["containerStatuses"].as_array();
-        let counts = statuses.context("a pod without containers")?.iter();
-        Ok((name, counts.filter_map(|one| one["restartCount"].as_u64()).sum()))
-    };
-    pods.map(count).collect()
+    pace::restarts(&acts.cluster.get(&["pods", "--namespace", SYSTEM])?, dead)
 }
 
 /// An act under mischief. `blow` may say whose node it killed; that one is started again once the proxy is calm.
@@ -350,21 +341,14 @@ fn act_under(
             .explain(|host, at| history.holder_at(at) == Some(nodes[host].as_str()));
         no_hot_loop(&deeds, &proxy.deeds(), begin.elapsed())?;
         let dead = killed.map(|host| acts.node(host));
-        for (pod, count) in restarts(acts, dead.as_deref())? {
-            let before = restarted.get(&pod).copied().unwrap_or_default();
-            ensure!(count == before, "pod {pod} restarted {} times", count - before);
-        }
-        Ok(())
+        pace::judge_restarts(&restarted, &restarts(acts, dead.as_deref())?)
     })
 }
 
 fn no_hot_loop(before: &Deeds, after: &Deeds, time: Duration) -> anyhow::Result<()> {
-    for (asker, count) in &after.requests {
-        let earlier = before.requests.get(asker).copied().unwrap_or_default();
-        let rate = (count - earlier) as f64 / time.as_secs_f64();
-        if is_daemon(&asker.user) || is_operator(&asker.user) {
-            println!("{asker:?}: {rate:.1} requests a second");
-            ensure!(rate < REQUESTS_PER_S_MAX, "{asker:?} asked {rate:.1} times a second");
+    for whom in [is_daemon, is_operator] {
+        for (asker, per_s) in pace::judge(before, after, time, (whom, REQUESTS_PER_S_MAX))? {
+            println!("{asker:?}: {per_s:.1} requests a second");
         }
     }
     Ok(())

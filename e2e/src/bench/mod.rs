@@ -24,6 +24,7 @@ pub mod command;
 pub mod facts;
 pub mod gap;
 pub mod goals;
+pub mod join;
 pub mod kubernetes;
 pub mod pair;
 pub mod process;

@@ -29,6 +29,7 @@ pub mod install;
 pub mod leadership;
 mod native;
 mod node;
+pub mod pace;
 mod pki;
 pub mod plan;
 mod preload;

@@ -10,6 +10,7 @@ use super::system::{Role, Seat, System};
 use super::witness::{Tally, Witness};
 use super::{Fault, Options};
 use crate::hosts::CutDirection;
+use crate::judge::emission::EmissionReport;
 use crate::judge::packet::Mac;
 use crate::judge::sniffer::Sniffer;
 use crate::report::{Progress, Report, Round};
@@ -55,6 +56,36 @@ pub struct Pair {
 /// Whether a seat follows again, or is about to.
 fn came_back(seat: Seat) -> bool {
     matches!(seat.role, Role::Joining | Role::Standby) && !seat.leaving
+}
+
+/// What a comparison of both sides came to.
+enum Sides {
+    Equal,
+    Differ {
+        error: anyhow::Error,
+        /// The pair is still what it was: nothing but a difference explains it.
+        still: bool,
+    },
+}
+
+/// Compares until it is known of a pair that stays what it is; what differs at the end of all patience counts, too.
+fn judge_sides(patience: Duration, mut compare: impl FnMut() -> anyhow::Result<Sides>) -> anyhow::Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match compare()? {
+            Sides::Equal => return Ok(()),
+            Sides::Differ { error, still } if still || Instant::now() > deadline => return Err(error),
+            Sides::Differ { .. } => {}
+        }
+    }
+}
+
+/// What the client and the observer of its network found must be nothing.
+fn judge_books(tally: Tally, emitted: &EmissionReport) -> anyhow::Result<()> {
+    ensure!(tally == Tally::default(), "lost or doubled: {tally:?}");
+    let dual = emitted.violations();
+    ensure!(dual == 0, "{dual} frames of a deposed host, or rewritten");
+    Ok(())
 }
 
 /// Answers that must come after a failover before the gap counts as over.
@@ -228,19 +259,19 @@ impl<'a, W: Witness> Stage<'a, W> {
 
     /// Compares both sides, whichever they are by then: a pair that lost its protection meanwhile is waited for.
     fn compare(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + self.patience.protected;
-        loop {
+        judge_sides(self.patience.protected, || {
             let Pair { active, standby, .. } = self.pair()?;
             let Err(error) = self.system.compare_sides(active, standby) else {
-                return Ok(());
+                return Ok(Sides::Equal);
             };
             let roles = format!("comparing {} with {}", self.names[active], self.names[standby]);
             let still =
                 self.seat(active).is_some_and(|seat| seat.protected) && self.standby_beside(active) == Some(standby);
-            if still || Instant::now() > deadline {
-                return Err(error.context(roles));
-            }
-        }
+            Ok(Sides::Differ {
+                error: error.context(roles),
+                still,
+            })
+        })
     }
 
     /// A third machine takes the place of the lost one, which comes back as the spare; if there is no third, the lost one
@@ -486,11 +517,7 @@ impl<'a, W: Witness> Stage<'a, W> {
     /// # Errors
     /// What they found.
     pub fn nothing_lost(&self) -> anyhow::Result<()> {
-        let tally = self.witness.tally();
-        ensure!(tally == Tally::default(), "lost or doubled: {tally:?}");
-        let dual = self.sniffer.emissions().report().violations();
-        ensure!(dual == 0, "{dual} frames of a deposed host, or rewritten");
-        Ok(())
+        judge_books(self.witness.tally(), self.sniffer.emissions().report())
     }
 
     /// Lets time pass in which the machine may be protected or not, and hosts may take over from each other.
@@ -641,5 +668,86 @@ impl<'a, W: Witness> Stage<'a, W> {
             ));
         }
         lines.join("; ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+    use crate::judge::Findings;
+
+    fn differ(text: &'static str, still: bool) -> Sides {
+        let error = anyhow!(text);
+        Sides::Differ { error, still }
+    }
+
+    #[test]
+    fn sides_of_a_standing_pair_may_not_differ() {
+        let patience = Duration::from_secs(3600);
+        judge_sides(patience, || Ok(Sides::Equal)).unwrap();
+        let mut looks = 0;
+        let found = judge_sides(patience, || {
+            looks += 1;
+            Ok(differ("memory differs at epoch 9", true))
+        });
+        assert_eq!(
+            (found.unwrap_err().to_string().as_str(), looks),
+            ("memory differs at epoch 9", 1)
+        );
+    }
+
+    #[test]
+    fn a_pair_that_changed_meanwhile_is_compared_again() {
+        let patience = Duration::from_secs(3600);
+        let mut looks = vec![Sides::Equal, differ("no answer", false), differ("no answer", false)];
+        judge_sides(patience, || Ok(looks.pop().unwrap())).unwrap();
+        assert!(looks.is_empty());
+        // That it changed once excuses nothing later.
+        let mut looks = vec![Sides::Equal, differ("memory differs", true), differ("no answer", false)];
+        let found = judge_sides(patience, || Ok(looks.pop().unwrap()));
+        assert_eq!(
+            (found.unwrap_err().to_string().as_str(), looks.len()),
+            ("memory differs", 1)
+        );
+        // Nor is a pair that never stands still called equal.
+        let found = judge_sides(Duration::from_millis(1), || Ok(differ("the disks differ", false)));
+        assert_eq!(found.unwrap_err().to_string(), "the disks differ");
+        let found = judge_sides(patience, || bail!("not protected"));
+        assert_eq!(found.unwrap_err().to_string(), "not protected");
+    }
+
+    #[test]
+    fn nothing_that_was_lost_doubled_or_said_by_two_passes() {
+        let clean = EmissionReport {
+            frames: [(0, 900), (1, 300)].into(),
+            handovers: 1,
+            // Allowed: what a deposed host repeats.
+            late_repeats: 3,
+            ..EmissionReport::default()
+        };
+        judge_books((&Findings::default()).into(), &clean).unwrap();
+        let none = Findings::default();
+        let lost: [fn(&mut Findings); 5] = [
+            |found| found.lost_answers = 1,
+            |found| found.lost_journal_records = 1,
+            |found| found.contradictions = 1,
+            |found| found.duplicated_answers = 1,
+            |found| found.applied_twice = 1,
+        ];
+        for change in lost {
+            let mut found = none.clone();
+            change(&mut found);
+            let error = judge_books((&found).into(), &clean).unwrap_err().to_string();
+            assert!(error.starts_with("lost or doubled: "), "{found:?}: {error}");
+        }
+        let changes: [fn(&mut EmissionReport); 2] = [|seen| seen.dual_active = 2, |seen| seen.rewritten = 2];
+        for change in changes {
+            let mut seen = clean.clone();
+            change(&mut seen);
+            let error = judge_books(Tally::default(), &seen).unwrap_err().to_string();
+            assert!(error.starts_with("2 frames"), "{seen:?}: {error}");
+        }
     }
 }

@@ -1,4 +1,5 @@
 //! What the parts of Kubernetes found. Keys of the JSON are stable: new ones may be added, units come last.
+use anyhow::ensure;
 use serde::Serialize;
 
 use super::super::process::ProcessMemory;
@@ -99,4 +100,43 @@ pub struct Work {
     pub reconciles: u64,
     /// Average time of one, its requests included, in milliseconds.
     pub reconcile_ms: Option<f64>,
+}
+
+impl Work {
+    /// Who is at rest asks for nothing, in a window that had some length.
+    ///
+    /// # Errors
+    /// What was asked for.
+    pub fn judge_rest(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.reads == 0 && self.writes == 0 && self.took_ms > 0.0,
+            "an operator at rest asks for nothing: {} reads and {} writes in {:.0} ms",
+            self.reads,
+            self.writes,
+            self.took_ms
+        );
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_is_no_rest() {
+        let rest = Work {
+            took_ms: 4_000.0,
+            // It may look at a VM without a request.
+            cpu_ms: 3.0,
+            reconciles: 1,
+            reconcile_ms: Some(0.1),
+            ..Work::default()
+        };
+        rest.judge_rest().unwrap();
+        let fault = |work: Work| work.judge_rest().unwrap_err().to_string();
+        assert!(fault(Work { reads: 1, ..rest }).contains("1 reads and 0 writes"));
+        assert!(fault(Work { writes: 1, ..rest }).contains("0 reads and 1 writes"));
+        assert!(fault(Work { took_ms: 0.0, ..rest }).contains("in 0 ms"));
+    }
 }

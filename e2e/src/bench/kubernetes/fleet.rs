@@ -14,7 +14,7 @@ use super::super::process::{ProcessMemory, thread_times};
 use super::figures::{FleetFigures, Work};
 use super::requests::Requests;
 use super::{NAMESPACE, Options, PATIENCE, define, milliseconds, say, vm};
-use crate::cluster::{self, Cluster, wait_for};
+use crate::cluster::{self, AuditEvent, Cluster, wait_for};
 use crate::lab::binaries;
 use crate::report::Progress;
 
@@ -216,7 +216,7 @@ impl Fleet<'_> {
             let before = self.look()?;
             std::thread::sleep(self.options.rest_window());
             let rest = self.since(&before)?;
-            if !self.options.short || rest.reads + rest.writes == 0 || Instant::now() > deadline {
+            if !self.options.short || rest.judge_rest().is_ok() || Instant::now() > deadline {
                 return Ok(rest);
             }
         }
@@ -224,16 +224,10 @@ impl Fleet<'_> {
 
     /// Waits until the operator asks for nothing any more: an operator that never does is told, not measured.
     fn come_to_rest(&self, patience: Duration) -> anyhow::Result<()> {
-        let asked = || -> anyhow::Result<u64> {
-            let asked = Requests::count(&self.cluster.audit_events()?);
-            Ok(asked.operator_reads + asked.operator_writes)
-        };
         wait_for("the operator comes to rest", patience, || {
-            let before = asked()?;
+            let before = self.cluster.audit_events()?;
             std::thread::sleep(QUIET);
-            let more = asked()? - before;
-            ensure!(more == 0, "{more} requests in {} s", QUIET.as_secs());
-            Ok(())
+            judge_rest(&before, &self.cluster.audit_events()?)
         })
     }
 
@@ -244,6 +238,21 @@ impl Fleet<'_> {
             .kubectl(&["get", "pods", "--namespace", NAMESPACE, &on_node, "--output=name"])?;
         Ok(pods.lines().count() as u64)
     }
+}
+
+/// What was written down of all requests until two moments, [`QUIET`] apart.
+fn judge_rest(before: &[AuditEvent], after: &[AuditEvent]) -> anyhow::Result<()> {
+    let asked = |events: &[AuditEvent]| {
+        let asked = Requests::count(events);
+        asked.operator_reads + asked.operator_writes
+    };
+    let (before, after) = (asked(before), asked(after));
+    ensure!(
+        after == before,
+        "{before} requests until then, {after} until {} s later",
+        QUIET.as_secs()
+    );
+    Ok(())
 }
 
 struct Operator {
@@ -365,6 +374,49 @@ impl HollowNodes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As the API server writes them down.
+    fn event(verb: &str, user: &str, resource: &str, name: &str) -> AuditEvent {
+        let user_agent = if user == "operator" {
+            "ftvm-operator/0.1.0"
+        } else {
+            "kube-scheduler/v1.37.0"
+        };
+        let event = json!({
+            "kind": "Event", "level": "Metadata", "stage": "ResponseComplete", "verb": verb, "userAgent": user_agent,
+            "user": {"username": format!("system:serviceaccount:ftvm-system:{user}"), "groups": ["system:authenticated"]},
+            "objectRef": {"resource": resource, "namespace": NAMESPACE, "name": name, "apiVersion": "v1"},
+            "responseStatus": {"code": 200}, "requestReceivedTimestamp": "2026-01-01T00:00:00.000000Z",
+        });
+        serde_json::from_value(event).unwrap()
+    }
+
+    #[test]
+    fn an_operator_that_goes_on_asking_does_not_come_to_rest() {
+        let before = vec![
+            event("list", "operator", "pods", ""),
+            event("patch", "operator", "faulttolerantvms", "vm-0"),
+        ];
+        let later = |more: AuditEvent| [before.clone(), vec![more]].concat();
+        judge_rest(&before, &before).unwrap();
+        // What others ask is nothing of it, nor is who leads, nor a watch that stays open.
+        judge_rest(
+            &before,
+            &later(event("update", "scheduler", "leases", "kube-scheduler")),
+        )
+        .unwrap();
+        judge_rest(&before, &later(event("patch", "operator", "leases", "ftvm-operator"))).unwrap();
+        judge_rest(&before, &later(event("watch", "operator", "pods", ""))).unwrap();
+        for busy in [
+            event("get", "operator", "pods", "vm-0-a"),
+            event("create", "operator", "events", "vm-0.17"),
+        ] {
+            let found = judge_rest(&before, &later(busy)).unwrap_err().to_string();
+            assert_eq!(found, "2 requests until then, 3 until 10 s later");
+        }
+        // A log that has less than before is no rest.
+        assert!(judge_rest(&before, &before[..1]).is_err());
+    }
 
     #[test]
     fn metrics_are_found_by_their_whole_name() {
