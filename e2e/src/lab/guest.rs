@@ -34,10 +34,11 @@ pub(super) fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 /// Examines a disk that no guest uses: replays the file system's journal as a boot would, then everything must be in order, Redis' log too.
-/// Works on a copy in `scratch`; the disk stays as it is.
+/// Nor may the guest have found an error itself. Works on a copy in `scratch`; the disk stays as it is. What it finds is shown by
+/// `e2e/tests/emulated_examination.rs`.
 ///
 /// # Errors
-/// What is damaged, in the words of e2fsck or redis-check-aof.
+/// What is damaged, in the words of e2fsck, dumpe2fs or redis-check-aof.
 pub fn examine_disk(disk: &Path, scratch: &Path) -> anyhow::Result<()> {
     let copy = copy_disk(disk, scratch)?;
     examine_copy(&copy, scratch).with_context(|| format!("{} is damaged", disk.display()))
@@ -64,21 +65,40 @@ pub fn examine_copy(copy: &Path, scratch: &Path) -> anyhow::Result<()> {
 }
 
 fn examine(copy: &Path, scratch: &Path) -> anyhow::Result<()> {
+    examine_file_system(copy)?;
+    let logs = scratch.join("examined-redis");
+    std::fs::create_dir(&logs)?;
+    let result = examine_logs(copy, &logs);
+    std::fs::remove_dir_all(&logs)?;
+    result
+}
+
+fn examine_file_system(copy: &Path) -> anyhow::Result<()> {
     // 1: the journal was replayed, as after any power cut. That must be all there was to mend: the second run says so.
     tool(
         Command::new("e2fsck").args(["-p", "-E", "journal_only"]).arg(copy),
         &[0, 1],
     )?;
     tool(Command::new("e2fsck").args(["-f", "-n"]).arg(copy), &[0])?;
-    let logs = scratch.join("examined-redis");
-    std::fs::create_dir(&logs)?;
+    // What a kernel found while the file system was in use it writes down there; to e2fsck it is no damage by itself.
+    let said = tool(Command::new("dumpe2fs").arg("-h").arg(copy), &[0])?;
+    let said = String::from_utf8_lossy(&said.stdout);
+    let value = |key: &str| said.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
+    let state = value("Filesystem state:").context("dumpe2fs tells no state")?;
+    let errors = value("FS Error count:").unwrap_or("0");
+    ensure!(
+        !state.contains("error") && errors == "0",
+        "the guest found errors in its file system: dumpe2fs calls it {state}, with {errors} errors"
+    );
+    Ok(())
+}
+
+fn examine_logs(copy: &Path, logs: &Path) -> anyhow::Result<()> {
     let rdump = format!("rdump /var/lib/redis/appendonlydir {}", logs.display());
     tool(Command::new("debugfs").args(["-R", &rdump]).arg(copy), &[0])?;
     let manifest = logs.join("appendonlydir/appendonly.aof.manifest");
     ensure!(manifest.exists(), "Redis left no append-only log on it");
-    let checked = tool(Command::new("redis-check-aof").arg(&manifest), &[0]).map(|_| ());
-    std::fs::remove_dir_all(&logs)?;
-    checked
+    tool(Command::new("redis-check-aof").arg(&manifest), &[0]).map(drop)
 }
 
 /// Runs a tool that must end with one of `codes`.
