@@ -312,7 +312,7 @@ mod tests {
             })
         };
         let ready = condition("Ready", "True", "Running");
-        let vm = |protected: Value| json!({"status": {"phase": "Running", "conditions": [ready.clone(), protected]}});
+        let vm = |protected: Value| json!({"status": {"phase": "Running", "conditions": [ready, protected]}});
         let judge = |vm: &Value| judge_condition(vm, "Protected", "False", "SeatLost");
         assert_eq!(
             judge(&vm(condition("Protected", "False", "SeatLost"))).unwrap(),
