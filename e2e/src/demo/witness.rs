@@ -15,13 +15,21 @@ pub struct Tally {
     pub lost: u64,
     /// Answers, or requests carried out, more than once.
     pub doubled: u64,
+    /// Everything else that must not be, such as restarts of the guest, or answers out of turn.
+    pub other: u64,
 }
 
 impl From<&Findings> for Tally {
     fn from(findings: &Findings) -> Self {
+        let (lost, doubled) = (
+            findings.lost_in_all(),
+            findings.duplicated_answers + findings.applied_twice,
+        );
+        let all: u64 = findings.complaints().iter().map(|(_, count)| count).sum();
         Self {
-            lost: findings.lost_in_all(),
-            doubled: findings.duplicated_answers + findings.applied_twice,
+            lost,
+            doubled,
+            other: all - lost - doubled,
         }
     }
 }
