@@ -28,7 +28,8 @@ pub const ANNOTATION_NODES: &str = "ftvm.dev/nodes";
 pub const ANNOTATION_SEAT_STATUS: &str = "ftvm.dev/seat-status";
 /// Annotation on a seat's pod: [`crate::seat::SeatRequest`].
 pub const ANNOTATION_REQUEST: &str = "ftvm.dev/request";
-/// Annotation on a seat's pod: what the operator drew at its first look at the virtual machine ([`crate::seat::look`]).
+/// Annotation on a seat's pod: what the operator drew at its first look at the virtual machine, or before it takes away another seat
+/// ([`crate::seat::look`]).
 pub const ANNOTATION_LOOK: &str = "ftvm.dev/look";
 /// Annotation on a node: the CPU that it can give to guests ([`crate::cpu::NodeCpu`]).
 pub const ANNOTATION_CPU: &str = "ftvm.dev/cpu";

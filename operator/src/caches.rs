@@ -242,11 +242,11 @@ fn of_node(triggers: Triggers, vms: Store<FaultTolerantVM>) -> impl Fn(&Node) + 
         known.insert(name.clone(), (seen, gone));
         drop(known);
         for vm in vms.state() {
-            let seats = vm.status.as_ref().map_or(&[][..], |status| &status.seats);
-            // One that has no node, or waits for another one.
-            let looks = seats
-                .iter()
-                .any(|entry| entry.node.is_none() || entry.lost_since.is_some());
+            let status = vm.status.as_ref();
+            let seats = status.map_or(&[][..], |status| &status.seats);
+            // A seat that has no node, or that does not follow and may wait for another node.
+            let looks =
+                status.is_some_and(|status| status.standby.is_none()) || seats.iter().any(|entry| entry.node.is_none());
             if looks || nodes_to_ask(seats).any(|node| node == name) {
                 let _ = triggers.send(ObjectRef::from_obj(&vm));
             }
@@ -259,6 +259,7 @@ mod tests {
     use std::future::ready;
     use std::time::Duration;
 
+    use ftvm_crds::{FaultTolerantVMStatus, SeatEntry};
     use hyper::http::request::Parts;
     use serde_json::json;
 
@@ -297,16 +298,48 @@ mod tests {
         assert!(matches!(found, Ok(Some(Event::InitApply(pod))) if pod.name_any() == "new"));
     }
 
+    fn vm(name: &str) -> FaultTolerantVM {
+        let vm = json!({
+            "apiVersion": "ftvm.dev/v1alpha1", "kind": "FaultTolerantVM", "metadata": {"name": name, "namespace": "shop"},
+            "spec": {"machine": {"memory": "64Mi"}, "boot": {"image": {"reference": "web:1"}}, "disks": [{"name": "root", "size": "64Mi"}]},
+        });
+        serde_json::from_value(vm).unwrap()
+    }
+
+    /// A seat that is kept because no other node could have it is replaced once one comes.
+    #[test]
+    fn of_a_node_that_comes_vms_without_a_standby_are_told() {
+        let (vms, mut kept) = reflector::store();
+        for (name, standby) in [("protected", Some("node-1")), ("alone", None)] {
+            let seat = SeatEntry {
+                name: format!("{name}-a"),
+                node: Some("node-1".to_owned()),
+                ..SeatEntry::default()
+            };
+            let status = FaultTolerantVMStatus {
+                standby: standby.map(str::to_owned),
+                seats: vec![seat],
+                ..FaultTolerantVMStatus::default()
+            };
+            let vm = FaultTolerantVM {
+                status: Some(status),
+                ..vm(name)
+            };
+            kept.apply_watcher_event(&Event::Apply(vm));
+        }
+        let (triggers, mut triggered) = mpsc::unbounded_channel();
+        let node: Node = serde_json::from_value(json!({"metadata": {"name": "node-2"}})).unwrap();
+        of_node(triggers, vms)(&node);
+        assert_eq!(triggered.try_recv().unwrap().name, "alone");
+        assert!(triggered.try_recv().is_err());
+    }
+
     /// What a list lacks is told of by no event: all VMs are looked at.
     #[tokio::test]
     async fn all_vms_are_looked_at_after_a_list() {
         let (client, lists) = server().await;
-        let vm = json!({
-            "apiVersion": "ftvm.dev/v1alpha1", "kind": "FaultTolerantVM", "metadata": {"name": "web", "namespace": "shop"},
-            "spec": {"machine": {"memory": "64Mi"}, "boot": {"image": {"reference": "web:1"}}, "disks": [{"name": "root", "size": "64Mi"}]},
-        });
         let (vms, mut kept) = reflector::store();
-        kept.apply_watcher_event(&Event::Apply(serde_json::from_value::<FaultTolerantVM>(vm).unwrap()));
+        kept.apply_watcher_event(&Event::Apply(vm("web")));
         let (triggers, mut triggered) = mpsc::unbounded_channel();
         let mut watches = JoinSet::new();
         let listed = of_all(triggers, vms);

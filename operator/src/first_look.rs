@@ -24,7 +24,7 @@ const ANEW: Duration = Duration::from_secs(10);
 /// What decisions know of a first look.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FirstLook {
-    /// Drawn then. A daemon that repeats it has said all else since.
+    /// Drawn then. A daemon that repeats it, or what begins with it (`decide::words`), has said all else since.
     pub drawn: String,
     /// How long ago that was.
     pub age: Duration,

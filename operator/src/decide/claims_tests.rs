@@ -235,7 +235,10 @@ fn a_seat_without_its_claims_is_in_trouble() {
     world.claims.get_mut(&name).unwrap().lost = true;
     world.step();
     world.pass(60);
-    world.without_engines(20);
+    for _ in 0..20 {
+        world.without_engines(1);
+        world.repeat_looks();
+    }
     assert!(world.entry(&standby.name).is_none(), "{:#?}", world.book());
     assert!(world.entry(&active.name).is_some_and(|entry| !entry.leaving));
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   Always:  enter seats ─► claims, pods ─► admit (identity, UID into the book) ─► Lease once ─► nodes, requests
-//!            alone for long and the other seat in trouble ─► leaving ─► pod ─► claims ─► out of the book ─► enter another
+//!            alone for long and the other seat in trouble ─► the holder's daemon says so now ─► leaving ─► pod ─► claims ─► out of the book
+//!            ─► enter another
 //!   Halted:  stop request ─► record Stopped, engines ended ─► pods
 //!   deleted: as Halted ─► claims by policy ─► finalizer
 //! ```
@@ -16,6 +17,7 @@
 //! Invariant: the book never has more than two seats.
 //! Invariant: nothing that costs a disk, or has a guest booted, is decided from what a leader read first: whoever the record names has said it since, or had
 //! the time for it (`words`).
+//! Invariant: no disk goes of a VM whose guest ran but by a word of the holder's daemon that was asked for then, and only just (`words`).
 //! Invariant: when everything is as it should be, there is nothing to do.
 
 mod asked;
@@ -170,7 +172,7 @@ impl Action {
     }
 }
 
-/// No CPU can be chosen for the guest: its seats' pods wait, so that none is placed in vain.
+/// Something waits, and nothing that is observed tells why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// In one word.
@@ -198,8 +200,10 @@ pub struct Decision {
     pub replacements: u32,
     /// The CPU that was chosen for the guest.
     pub cpu: Option<ChosenCpu>,
-    /// Why no pods are made before a CPU is chosen.
+    /// No CPU can be chosen for the guest: its seats' pods wait, so that none is placed in vain.
     pub held: Option<Held>,
+    /// A seat is kept that would be replaced if the holder's daemon answered.
+    pub silent: Option<Held>,
     /// Look again after this time, even if nothing happens.
     pub recheck: Option<Duration>,
     /// A VM that is halted or goes has no pod any more.
@@ -429,6 +433,8 @@ fn book_of_pods(seen: &Observed, book: &mut [SeatEntry]) {
     }
 }
 
+#[cfg(test)]
+mod assured_tests;
 #[cfg(test)]
 mod claims_tests;
 #[cfg(test)]

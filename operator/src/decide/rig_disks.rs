@@ -7,7 +7,8 @@ use ftvm_crds::names::claim_name;
 use ftvm_protocol::record::Record;
 
 use super::rig::World;
-use super::{WORD_WITHIN, accepted_since, is_genesis, is_named};
+use super::words::WORD_HOLDS;
+use super::{WORD_WITHIN, accepted_since, holder, is_genesis, is_named};
 use crate::observe::{ClaimSeen, Observed};
 
 /// What is on a seat's volume.
@@ -36,6 +37,33 @@ impl World {
                 goes || is_genesis(record) || !is_named(&entry, record),
                 "a claim of seat {seat} is deleted: {record:?}"
             );
+            assert!(
+                goes || is_genesis(record) || self.is_spoken_for(&seat, record),
+                "nobody was asked before a claim of seat {seat} is deleted: {record:?}"
+            );
+        }
+    }
+
+    /// Did the holder's daemon say what it is once the operator had asked because of this seat, and only just?
+    fn is_spoken_for(&self, seat: &str, record: &Record) -> bool {
+        let book = self.book();
+        let pod = holder(&book, record).and_then(|entry| self.pods.get(&entry.name));
+        let look = pod.and_then(|pod| pod.published.as_ref().ok()?.look.as_deref());
+        let parts: Vec<&str> = look.unwrap_or_default().split('.').collect();
+        let [_, of, at] = parts[..] else { return false };
+        let age = self.now.as_second() - at.parse::<i64>().unwrap();
+        seat.ends_with(&format!("-{of}")) && (0..=WORD_HOLDS.as_secs().cast_signed()).contains(&age)
+    }
+
+    /// Daemons repeat what they were asked for, with what they said before.
+    pub fn repeat_looks(&mut self) {
+        for seat in self.pods.keys().cloned().collect::<Vec<_>>() {
+            let lives = self.alive(&seat);
+            if let Some(pod) = self.pods.get_mut(&seat).filter(|_| lives)
+                && let Ok(published) = &mut pod.published
+            {
+                published.look = pod.look.clone();
+            }
         }
     }
 

@@ -13,7 +13,7 @@ use kube::ResourceExt;
 use super::loss::give_up_holder;
 use super::recreate::recreate;
 use super::spare::{is_spare, never_ran};
-use super::words::{self, are_told, await_words};
+use super::words::{self, are_told, await_assurance, await_words, is_assured};
 use super::{
     Action, Decision, Held, SEATS, Trouble, asked, claim_trouble, claims, former, holder, is_genesis, is_named,
     lease_is_strange, pod, record, says_active, seat_id, trouble,
@@ -67,7 +67,7 @@ pub fn is_known(book: &[SeatEntry], record: &Record) -> bool {
     is_genesis(record) || holder(book, record).is_some()
 }
 
-/// Marks a seat that was in trouble for long while the other one is alone, and forgets troubles that ended.
+/// Marks a seat that was in trouble for long while the other one is alone, if the holder's daemon says only now that it is; forgets troubles that ended.
 fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     let genesis = never_ran(seen, record, &decision.book);
     let alone = record.members.iter().count() == 1;
@@ -77,6 +77,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     let runs = guest_runs(seen, record, &decision.book);
     let spare = is_spare(seen, record, &decision.book);
     let (told, mut waits) = (are_told(seen, record, &decision.book), false);
+    let mut wanted = None;
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
     let replacements = decision.replacements;
     let book = decision.book.clone();
@@ -102,6 +103,8 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         let trouble = (alone && !named).then(|| super::trouble(seen, entry)).flatten();
         // While no guest runs there is nothing to join.
         let trouble = trouble.filter(|trouble| runs || !matches!(trouble, Trouble::NoEngine | Trouble::Slow));
+        // As long as no other node could have it nothing counts: what keeps it from joining later is another loss.
+        let trouble = trouble.filter(|trouble| genesis || helps(seen, &book, entry, trouble));
         let patience = trouble
             .as_ref()
             .and_then(|trouble| trouble::patience(seen, trouble, replacements));
@@ -116,10 +119,16 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         waits = true;
         if !left.is_zero() {
             sooner(&mut decision.recheck, left);
-        } else if told && !leaving && spare && (genesis || helps(seen, &book, entry, trouble.as_ref())) {
-            entry.leaving = true;
-            leaving = true;
+        } else if told && !leaving && spare {
+            if genesis || is_assured(seen, record, &book, entry) {
+                (entry.leaving, leaving) = (true, true);
+            } else {
+                wanted = Some(entry.clone());
+            }
         }
+    }
+    if let Some(entry) = wanted {
+        await_assurance(seen, record, &entry, decision);
     }
     if genesis && !has_original(seen, record, &decision.book) {
         // Disks of seats that were not the original are made to get everything by replication: no guest can begin there.
@@ -134,8 +143,8 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
 }
 
 /// Would another seat be better off? Where no other node could have it, its disks are kept: its node may come back, and little has to be copied then.
-fn helps(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry, trouble: Option<&Trouble>) -> bool {
-    let of_node = matches!(trouble, Some(Trouble::Node | Trouble::Bound));
+fn helps(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry, trouble: &Trouble) -> bool {
+    let of_node = matches!(trouble, Trouble::Node | Trouble::Bound);
     !of_node || claim_trouble(seen, entry).is_some() || cpu::has_other_place(seen, book, entry)
 }
 
@@ -182,7 +191,13 @@ fn remove_leaving(seen: &Observed, record: &Record, decision: &mut Decision) {
     if !are_told(seen, record, &decision.book) {
         return await_words(seen, record, decision);
     }
-    if remove_seat(seen, &entry, &mut decision.actions) {
+    let mut steps = Vec::new();
+    let done = remove_seat(seen, &entry, &mut steps);
+    if !steps.is_empty() && !genesis && !is_assured(seen, record, &decision.book, &entry) {
+        return await_assurance(seen, record, &entry, decision);
+    }
+    decision.actions.append(&mut steps);
+    if done {
         decision.book.retain(|other| other.name != entry.name);
         decision.replacements += 1;
     }

@@ -18,10 +18,13 @@ fn alone() -> (World, SeatEntry, SeatEntry) {
     (world, active, standby)
 }
 
-/// For hours nobody does anything but the operator, and the cluster with volumes.
+/// For hours nobody does anything but the operator, and the cluster with volumes. Daemons say again what they said.
 fn hours(world: &mut World) {
     for _ in 0..60 {
-        world.step();
+        for _ in 0..3 {
+            world.step();
+            world.repeat_looks();
+        }
         world.volumes();
         world.pass(120);
     }

@@ -369,6 +369,7 @@ fn the_last_disk_is_kept_while_nobody_has_the_guest() {
     waits(&mut world, &active.name, term);
     for _ in 0..10 {
         world.step();
+        world.repeat_looks();
         world.volumes();
     }
     assert!(world.entry(&standby.name).is_none(), "{:#?}", world.book());

@@ -202,7 +202,8 @@ fn why(seen: &Observed, book: &[SeatEntry], roles: &Roles<'_>) -> Option<String>
 
 /// What a person has to mend first.
 fn obstacle(seen: &Observed, decision: &Decision) -> Option<Obstacle> {
-    let held = decision.held.as_ref().map(|held| Obstacle {
+    let held = decision.held.as_ref().or(decision.silent.as_ref());
+    let held = held.map(|held| Obstacle {
         reason: held.reason,
         message: held.message.clone(),
     });
