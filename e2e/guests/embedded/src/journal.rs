@@ -148,11 +148,10 @@ impl Journal {
             self.write_header(number)?;
         }
         log!(
-            "journal: boot {}, {} records, capacity {}, {} disks, {} errors",
+            "journal: boot {}, {} records, capacity {}, {} errors",
             self.boots,
             self.durable_seq,
             self.capacity,
-            self.disks.len(),
             self.errors
         );
         Some(past)
