@@ -344,6 +344,18 @@ impl Standalone {
         Ok(())
     }
 
+    /// Compares two seats' disks, which may take so long to become equal.
+    ///
+    /// # Errors
+    /// If two differ: which, and where.
+    pub fn compare_disks(&self, active: usize, standby: usize, patience: Duration) -> anyhow::Result<()> {
+        for disk in 0..self.disks {
+            compare::disks(&self.disk(active, disk), &self.disk(standby, disk), patience)
+                .with_context(|| format!("disk {disk}"))?;
+        }
+        Ok(())
+    }
+
     fn digest(&self, host: usize) -> anyhow::Result<Digest> {
         let reply = self.ask_engine(host, json!({ "do": "digest" }))?;
         ensure!(
@@ -477,10 +489,7 @@ impl System for Standalone {
     }
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
-        for disk in 0..self.disks {
-            compare::disks(&self.disk(active, disk), &self.disk(standby, disk), SETTLE)
-                .with_context(|| format!("disk {disk}"))?;
-        }
+        self.compare_disks(active, standby, SETTLE)?;
         compare::memory(|host| self.digest(host), active, standby, SETTLE)
     }
 
