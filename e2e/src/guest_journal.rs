@@ -8,8 +8,11 @@
 //! may be missing (records that were never flushed) from what must be there.
 //!
 //! A sector is written whole or not at all; a half-written one counts as an error.
+//!
+//! A guest with several disks keeps the same journal on each. Its sectors name their disk, so that no two disks hold the
+//! same, and one that is taken for another is found.
 
-use crate::guest_protocol::Checksum;
+use crate::guest_protocol::{Checksum, MAX_CARDS};
 
 /// Size of a sector, and of a record.
 pub const SECTOR_BYTES: usize = 512;
@@ -17,6 +20,8 @@ pub const SECTOR_BYTES: usize = 512;
 pub const HEADER_SECTORS: u64 = 2;
 /// A journal never has more records than this, however large its disk.
 pub const MAX_RECORDS: u64 = 8192;
+/// Most disks that a guest keeps its journal on.
+pub const MAX_DISKS: usize = 8;
 /// Where a sector's checksum is: the last eight bytes.
 pub const CHECKSUM_OFFSET: usize = SECTOR_BYTES - 8;
 
@@ -48,6 +53,8 @@ pub struct Header {
     pub capacity: u64,
     /// Records up to this one were durable when the header was written.
     pub durable_seq: u64,
+    /// The disk's number, from 0 on.
+    pub disk: u32,
 }
 
 /// What a header or record sector holds.
@@ -67,7 +74,14 @@ impl Header {
         let mut sector = [0; SECTOR_BYTES];
         put(
             &mut sector,
-            &[HEADER_MAGIC, u64::from(self.boots), self.capacity, self.durable_seq],
+            0,
+            &[
+                HEADER_MAGIC,
+                u64::from(self.boots),
+                self.capacity,
+                self.durable_seq,
+                u64::from(self.disk),
+            ],
         );
         seal(&mut sector);
         sector
@@ -78,16 +92,31 @@ impl Header {
         match open(sector, HEADER_MAGIC) {
             Content::Empty => Content::Empty,
             Content::Bad => Content::Bad,
-            Content::Valid(_) => match u32::try_from(word(sector, 1)) {
-                Ok(boots) => Content::Valid(Self {
+            Content::Valid(_) => match (u32::try_from(word(sector, 1)), u32::try_from(word(sector, 4))) {
+                (Ok(boots), Ok(disk)) => Content::Valid(Self {
                     boots,
                     capacity: word(sector, 2),
                     durable_seq: word(sector, 3),
+                    disk,
                 }),
-                Err(_) => Content::Bad,
+                _ => Content::Bad,
             },
         }
     }
+}
+
+/// What the requests that came by one network card have added up to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Increments.
+    pub count: u64,
+    /// The hash over them, see [`next_chain`](crate::guest_protocol::next_chain).
+    pub chain: u64,
+}
+
+/// The word of a record in which a card's tally begins: the further cards' were added behind everything else.
+fn tally_word(card: usize) -> usize {
+    if card == 0 { 4 } else { 8 + 2 * card }
 }
 
 /// One record.
@@ -99,16 +128,16 @@ pub struct Record {
     pub boots: u32,
     /// The request that asked for it.
     pub request_seq: u64,
-    /// The guest's count right after that request.
-    pub count: u64,
-    /// The guest's chain right after that request.
-    pub chain: u64,
+    /// All cards' tallies right after that request.
+    pub tallies: [Tally; MAX_CARDS],
     /// Guest time at that moment.
     pub guest_time_ns: u64,
     /// Records up to this one were durable then.
     pub durable_seq: u64,
     /// Checksum of the record before this one, 0 for the first.
     pub previous: u64,
+    /// The number of the disk that it is on, from 0 on.
+    pub disk: u32,
 }
 
 impl Record {
@@ -117,18 +146,22 @@ impl Record {
         let mut sector = [0; SECTOR_BYTES];
         put(
             &mut sector,
+            0,
+            &[RECORD_MAGIC, self.seq, u64::from(self.boots), self.request_seq],
+        );
+        put(
+            &mut sector,
+            6,
             &[
-                RECORD_MAGIC,
-                self.seq,
-                u64::from(self.boots),
-                self.request_seq,
-                self.count,
-                self.chain,
                 self.guest_time_ns,
                 self.durable_seq,
                 self.previous,
+                u64::from(self.disk),
             ],
         );
+        for (card, tally) in self.tallies.iter().enumerate() {
+            put(&mut sector, tally_word(card), &[tally.count, tally.chain]);
+        }
         seal(&mut sector);
         sector
     }
@@ -138,18 +171,21 @@ impl Record {
         match open(sector, RECORD_MAGIC) {
             Content::Empty => Content::Empty,
             Content::Bad => Content::Bad,
-            Content::Valid(_) => match u32::try_from(word(sector, 2)) {
-                Ok(boots) => Content::Valid(Self {
+            Content::Valid(_) => match (u32::try_from(word(sector, 2)), u32::try_from(word(sector, 9))) {
+                (Ok(boots), Ok(disk)) => Content::Valid(Self {
                     seq: word(sector, 1),
                     boots,
                     request_seq: word(sector, 3),
-                    count: word(sector, 4),
-                    chain: word(sector, 5),
+                    tallies: core::array::from_fn(|card| Tally {
+                        count: word(sector, tally_word(card)),
+                        chain: word(sector, tally_word(card) + 1),
+                    }),
                     guest_time_ns: word(sector, 6),
                     durable_seq: word(sector, 7),
                     previous: word(sector, 8),
+                    disk,
                 }),
-                Err(_) => Content::Bad,
+                _ => Content::Bad,
             },
         }
     }
@@ -184,6 +220,7 @@ impl Slot {
 pub struct Scan<'a> {
     slots: &'a mut [Slot],
     durable_seq: u64,
+    disk: u32,
 }
 
 /// What a scan says.
@@ -198,16 +235,20 @@ pub struct Assessment {
 }
 
 impl<'a> Scan<'a> {
-    /// Starts a scan of a journal with as many records as `slots`; `durable_seq` is the header's, or higher if the
-    /// reader knows better.
-    pub fn new(slots: &'a mut [Slot], durable_seq: u64) -> Self {
+    /// Starts a scan of a journal on this disk with as many records as `slots`; `durable_seq` is the header's, or higher if
+    /// the reader knows better.
+    pub fn new(slots: &'a mut [Slot], durable_seq: u64, disk: u32) -> Self {
         slots.fill(Slot::EMPTY);
-        Self { slots, durable_seq }
+        Self::resume(slots, durable_seq, disk)
     }
 
     /// Goes on with a scan whose slots were kept.
-    pub fn resume(slots: &'a mut [Slot], durable_seq: u64) -> Self {
-        Self { slots, durable_seq }
+    pub fn resume(slots: &'a mut [Slot], durable_seq: u64, disk: u32) -> Self {
+        Self {
+            slots,
+            durable_seq,
+            disk,
+        }
     }
 
     /// The last record that is known to be durable so far.
@@ -221,7 +262,7 @@ impl<'a> Scan<'a> {
         let Some(slot) = self.slots.get_mut(index) else { return };
         *slot = match Record::decode(sector) {
             Content::Empty => Slot::EMPTY,
-            Content::Valid(record) if belongs(record.seq, index, capacity) => {
+            Content::Valid(record) if record.disk == self.disk && belongs(record.seq, index, capacity) => {
                 self.durable_seq = self.durable_seq.max(record.durable_seq.min(record.seq - 1));
                 Slot {
                     seq: record.seq,
@@ -285,8 +326,9 @@ fn belongs(seq: u64, index: usize, capacity: usize) -> bool {
     seq > 0 && seq < MAX_SEQ && (seq - 1) % capacity as u64 == index as u64
 }
 
-fn put(sector: &mut Sector, words: &[u64]) {
-    for (place, word) in sector.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+/// Writes words from word number `first` on.
+fn put(sector: &mut Sector, first: usize, words: &[u64]) {
+    for (place, word) in sector.as_chunks_mut::<8>().0.iter_mut().skip(first).zip(words) {
         *place = word.to_le_bytes();
     }
 }
@@ -316,7 +358,14 @@ mod tests {
 
     const CAPACITY: usize = 8;
 
-    /// A disk on which records `1..=count` were appended, the durable one always two behind.
+    fn tallies(count: u64, chain: u64) -> [Tally; MAX_CARDS] {
+        core::array::from_fn(|card| Tally {
+            count: count + card as u64,
+            chain: chain + card as u64,
+        })
+    }
+
+    /// Disk 0 on which records `1..=count` were appended, the durable one always two behind.
     fn disk(count: u64) -> Vec<Sector> {
         let mut sectors = vec![[0; SECTOR_BYTES]; CAPACITY];
         let mut previous = 0;
@@ -325,7 +374,7 @@ mod tests {
                 seq,
                 boots: 1,
                 request_seq: seq * 10,
-                count: seq,
+                tallies: tallies(seq, 0),
                 durable_seq: seq.saturating_sub(2),
                 previous,
                 ..Record::default()
@@ -339,7 +388,7 @@ mod tests {
 
     fn assess(sectors: &[Sector], durable_seq: u64) -> Assessment {
         let mut slots = [Slot::EMPTY; CAPACITY];
-        let mut scan = Scan::new(&mut slots, durable_seq);
+        let mut scan = Scan::new(&mut slots, durable_seq, 0);
         sectors
             .iter()
             .enumerate()
@@ -353,15 +402,18 @@ mod tests {
             boots: 3,
             capacity: 8,
             durable_seq: 17,
+            disk: 5,
         };
         assert_eq!(Header::decode(&header.encode()), Content::Valid(header));
         let record = Record {
             seq: 4,
             boots: 2,
             request_seq: 9,
-            count: 5,
-            chain: 6,
-            ..Record::default()
+            tallies: tallies(5, 60),
+            guest_time_ns: 70,
+            durable_seq: 3,
+            previous: 80,
+            disk: 7,
         };
         assert_eq!(Record::decode(&record.encode()), Content::Valid(record));
         assert_eq!(Record::decode(&[0; SECTOR_BYTES]), Content::Empty);
@@ -408,7 +460,7 @@ mod tests {
         let mut sectors = disk(5);
         sectors[3] = [0; SECTOR_BYTES];
         let mut slots = [Slot::EMPTY; CAPACITY];
-        let mut scan = Scan::new(&mut slots, 0);
+        let mut scan = Scan::new(&mut slots, 0, 0);
         sectors
             .iter()
             .enumerate()
@@ -427,7 +479,7 @@ mod tests {
         let mut other = disk(8);
         let stranger = Record {
             seq: 3,
-            count: 99,
+            tallies: tallies(99, 0),
             ..Record::default()
         }
         .encode();
@@ -436,5 +488,11 @@ mod tests {
             assess(&other, 8).errors >= 1,
             "a valid record that the next one does not follow"
         );
+        let mut other = disk(8);
+        let Content::Valid(last) = Record::decode(&other[7]) else {
+            panic!("it was written");
+        };
+        other[7] = Record { disk: 1, ..last }.encode();
+        assert_eq!(assess(&other, 8).errors, 1, "the last record of another disk");
     }
 }

@@ -26,6 +26,9 @@ pub const REFUSED: u32 = 1 << 31;
 /// Set in [`Op::SetChurn`]'s `arg2` to write one word of a page instead of the whole page.
 pub const CHURN_WORD_ONLY: u64 = 1 << 63;
 
+/// Most network cards on which the guest answers.
+pub const MAX_CARDS: usize = 8;
+
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -132,9 +135,10 @@ pub struct Answer {
     pub op: u32,
     /// The request's `seq`.
     pub seq: u64,
-    /// Increments applied since the disk's first boot. Kept in RAM; a start takes it up from the last journal record.
+    /// Increments applied by this network card's requests since the disk's first boot. Kept in RAM; a start takes it up from the last
+    /// journal record.
     pub count: u64,
-    /// Hash over every increment, see [`next_chain`]; for [`Op::Sink`] the checksum of its payload.
+    /// Hash over every increment of this card, see [`next_chain`]; for [`Op::Sink`] the checksum of its payload.
     pub chain: u64,
     /// Monotonic time since this boot.
     pub guest_time_ns: u64,

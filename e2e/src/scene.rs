@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::demo::programs::Programs;
 use crate::demo::standalone::Standalone;
 use crate::demo::system::{Role, Seat, System};
-use crate::demo::{GUEST_ADDRESS, Options, place};
+use crate::demo::{Options, card_address, place};
 use crate::guest_protocol::{DEFAULT_PORT, Op};
 use crate::hosts::{Lab, LabPlan};
 use crate::judge::client::{self, Judge, JudgePlan, Outcome};
@@ -27,7 +27,13 @@ pub fn turn() -> MutexGuard<'static, ()> {
 /// Where the guest answers.
 #[must_use]
 pub fn guest() -> SocketAddr {
-    SocketAddr::from((GUEST_ADDRESS, DEFAULT_PORT))
+    guest_by(0)
+}
+
+/// Where the guest answers by this network card.
+#[must_use]
+pub fn guest_by(card: usize) -> SocketAddr {
+    SocketAddr::from((card_address(card), DEFAULT_PORT))
 }
 
 /// A connection to the guest, once it takes one; from within the client's network.
@@ -50,12 +56,35 @@ pub fn connect() -> TcpStream {
 /// # Panics
 /// If the client's network is not there.
 pub fn judge(lab: &Lab, patience: Duration) -> Judge {
+    judge_by(lab, 0, patience)
+}
+
+/// Likewise by this network card of the guest's.
+///
+/// # Panics
+/// If the client's network is not there.
+pub fn judge_by(lab: &Lab, card: usize, patience: Duration) -> Judge {
     let plan = JudgePlan {
         connect_within: PATIENCE,
         stalled_after: patience,
-        ..JudgePlan::new(guest())
+        ..JudgePlan::new(guest_by(card))
     };
     Judge::start(plan, lab.client_entrance().expect("the client's namespace")).expect("a client")
+}
+
+/// A client's end, and what the guest says on another connection by the same network card.
+///
+/// # Panics
+/// If the guest does not answer there.
+pub fn judgement(lab: &Lab, client: Judge, card: usize) -> Outcome {
+    let entrance = lab.client_entrance().expect("the client's namespace");
+    let mut outcome = client.finish();
+    let asked = std::thread::spawn(move || {
+        entrance().expect("the client's namespace");
+        client::inspect(guest_by(card), PATIENCE).expect("the guest answers")
+    });
+    outcome.ledger.inspect(&asked.join().expect("no panic"));
+    outcome
 }
 
 /// The client goes first when a scene ends, then the pair, then the hosts.
@@ -174,14 +203,7 @@ impl Scene<Judge> {
     /// # Panics
     /// If the guest does not answer there.
     pub fn judgement(self) -> Outcome {
-        let entrance = self.lab.client_entrance().expect("the client's namespace");
-        let mut outcome = self.client.finish();
-        let asked = std::thread::spawn(move || {
-            entrance().expect("the client's namespace");
-            client::inspect(guest(), PATIENCE).expect("the guest answers")
-        });
-        outcome.ledger.inspect(&asked.join().expect("no panic"));
-        outcome
+        judgement(&self.lab, self.client, 0)
     }
 
     /// Nothing may be lost or contradicted.

@@ -118,6 +118,18 @@ pub const GUEST_ADDRESS: [u8; 4] = [10, 77, 0, 2];
 /// The guest's MAC address, the same wherever it runs.
 pub const GUEST_MAC: Mac = [0x02, 0xF7, 0x00, 0x00, 0x00, 0x01];
 
+/// The guest's address by this network card: the first one's is [`GUEST_ADDRESS`].
+pub fn card_address(card: usize) -> [u8; 4] {
+    let [a, b, c, d] = GUEST_ADDRESS;
+    [a, b, c, d + card as u8]
+}
+
+/// The MAC address of this network card: the first one's is [`GUEST_MAC`].
+pub fn card_mac(card: usize) -> Mac {
+    let [a, b, c, d, e, f] = GUEST_MAC;
+    [a, b, c, d, e, f + card as u8]
+}
+
 /// Pages that the guest keeps writing, and how fast: enough for several rounds of pre-copy in every epoch.
 const CHURN_PAGES: u32 = 2_000;
 const CHURN_PAGES_PER_S: u32 = 20_000;

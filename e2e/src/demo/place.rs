@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
-use super::standalone::{DISK, JOURNAL};
+use super::standalone::{JOURNAL, disk_name};
+use crate::guest_journal::MAX_DISKS;
 
 /// Where the inner program sees its folder.
 const SHORT_FOLDER: &str = "/mnt";
@@ -36,7 +37,7 @@ pub fn new_folder(name: &str) -> anyhow::Result<PathBuf> {
 /// If the folder can't be read or a file not be removed.
 pub fn remove_disks(folder: &Path) -> anyhow::Result<()> {
     for entry in fs::read_dir(folder)?.filter_map(Result::ok) {
-        for name in [DISK, JOURNAL] {
+        for name in (0..MAX_DISKS).map(disk_name).chain([JOURNAL.to_owned()]) {
             let file = entry.path().join(name);
             if file.exists() {
                 fs::remove_file(&file).with_context(|| format!("removing {}", file.display()))?;

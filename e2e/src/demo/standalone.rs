@@ -3,7 +3,7 @@
 //! ```text
 //!   FOLDER/arbiter/            the record, which all hosts reach
 //!   FOLDER/hN/config.yaml      the daemon's configuration
-//!   FOLDER/hN/disk.raw         the seat's disk
+//!   FOLDER/hN/disk.raw         the seat's disk; disk1.raw … where it has several
 //!   FOLDER/hN/journal          the seat's journal
 //!   FOLDER/hN/state/           the daemon's state folder: sockets, logs
 //!   FOLDER/hN/daemon.log
@@ -21,10 +21,10 @@ use super::background::Background;
 use super::place::remove_disks;
 use super::programs::Programs;
 use super::system::{Digest, Seat, System};
-use super::{GUEST_ADDRESS, GUEST_MAC, Options, compare, daemon, guest_command_line, mac_text};
+use super::{GUEST_ADDRESS, Options, card_address, card_mac, compare, daemon, guest_command_line, mac_text};
 use crate::hosts::{HostProcess, Lab};
 
-/// File name of a seat's disk in its host's folder.
+/// File name of a seat's first disk in its host's folder.
 pub const DISK: &str = "disk.raw";
 /// File name of a seat's journal, likewise.
 pub const JOURNAL: &str = "journal";
@@ -34,7 +34,7 @@ const VM: &str = "demo";
 pub const LINK_PORT: u16 = 7100;
 /// Where daemons hear each other with [`Standalone::with_daemons_apart`].
 pub const DAEMON_PORT: u16 = 7400;
-/// Size of the guest's disk.
+/// Size of each of the guest's disks.
 pub const DISK_MIB: u64 = 64;
 /// How long a daemon may take to answer, longer than it waits for its engine. A frozen one is not asked.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -55,8 +55,12 @@ pub struct Standalone {
     checkpoint: Value,
     /// The seats' `when_unprotected`, likewise.
     when_unprotected: &'static str,
-    /// The `addresses` of their card, likewise.
+    /// The `addresses` of their cards, likewise.
     addresses: Value,
+    /// How many disks the guest has.
+    disks: usize,
+    /// How many network cards it has.
+    cards: usize,
     /// What else the guest is told at its start.
     told_more: String,
     /// The first two daemons talk over the network, not by their sockets.
@@ -81,6 +85,8 @@ impl Standalone {
             when_unprotected: "continue",
             told_more: String::new(),
             addresses: json!([]),
+            disks: 1,
+            cards: 1,
             apart: false,
             timing: match options.peer_lost_ms {
                 Some(peer_lost_ms) => json!({ "peer_lost_ms": peer_lost_ms }),
@@ -117,6 +123,12 @@ impl Standalone {
     /// With a guest that has these IP addresses and no others, as far as its seats know.
     pub fn with_addresses(mut self, addresses: &[&str]) -> Self {
         self.addresses = json!(addresses);
+        self
+    }
+
+    /// With a guest that has so many disks, and answers on so many network cards ([`card_address`]).
+    pub fn with_devices(mut self, disks: usize, cards: usize) -> Self {
+        (self.disks, self.cards) = (disks, cards);
         self
     }
 
@@ -159,8 +171,10 @@ impl Standalone {
         self.folder.join(self.lab.host(host).name())
     }
 
-    fn disk(&self, host: usize) -> PathBuf {
-        self.host_folder(host).join(DISK)
+    /// A disk of a host's seat.
+    #[must_use]
+    pub fn disk(&self, host: usize, disk: usize) -> PathBuf {
+        self.host_folder(host).join(disk_name(disk))
     }
 
     fn socket(&self, host: usize) -> PathBuf {
@@ -207,11 +221,9 @@ impl Standalone {
             "identity": self.folder.join("identities").join(seat_name(host)),
             "original_disk": host == 0,
             "machine": { "memory_mib": self.memory_mib, "vcpus": self.vcpus },
-            "boot": { "kernel": self.programs.guest, "cmdline": guest_command_line(GUEST_ADDRESS) + &self.told_more },
-            "nics": [{
-                "name": "net0", "mac": mac_text(GUEST_MAC), "addresses": self.addresses, "tap": "guest0", "bridge": Lab::GUEST_BRIDGE,
-            }],
-            "disks": [{ "name": "disk0", "path": self.disk(host), "size_mib": DISK_MIB }],
+            "boot": { "kernel": self.programs.guest, "cmdline": self.command_line() },
+            "nics": (0..self.cards).map(|card| self.nic_config(card)).collect::<Vec<_>>(),
+            "disks": (0..self.disks).map(|disk| self.disk_config(host, disk)).collect::<Vec<_>>(),
             "header": folder.join("header"),
             "journal": folder.join(JOURNAL),
             "link": { "listen": self.address(host, LINK_PORT), "peers": peers },
@@ -221,15 +233,39 @@ impl Standalone {
         })
     }
 
-    /// An empty host gets a disk and a daemon.
+    /// What the guest is told at its start.
+    fn command_line(&self) -> String {
+        let further = (1..self.cards).map(|card| {
+            let [a, b, c, d] = card_address(card);
+            format!(" ip{card}={a}.{b}.{c}.{d}/24")
+        });
+        guest_command_line(GUEST_ADDRESS) + &further.collect::<String>() + &self.told_more
+    }
+
+    fn nic_config(&self, card: usize) -> Value {
+        json!({
+            "name": format!("net{card}"),
+            "mac": mac_text(card_mac(card)),
+            "addresses": self.addresses,
+            "tap": format!("guest{card}"),
+            "bridge": Lab::GUEST_BRIDGE,
+        })
+    }
+
+    fn disk_config(&self, host: usize, disk: usize) -> Value {
+        json!({ "name": format!("disk{disk}"), "path": self.disk(host, disk), "size_mib": DISK_MIB })
+    }
+
+    /// An empty host gets disks and a daemon.
     fn prepare_host(&mut self, host: usize, peer: Option<usize>) -> anyhow::Result<()> {
         let folder = self.host_folder(host);
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-        let disk = self.disk(host);
-        if !disk.exists() {
-            let file = File::create(&disk).with_context(|| format!("creating {}", disk.display()))?;
-            file.set_len(DISK_MIB << 20)
-                .with_context(|| format!("sizing {}", disk.display()))?;
+        for disk in (0..self.disks).map(|disk| self.disk(host, disk)) {
+            if !disk.exists() {
+                let file = File::create(&disk).with_context(|| format!("creating {}", disk.display()))?;
+                file.set_len(DISK_MIB << 20)
+                    .with_context(|| format!("sizing {}", disk.display()))?;
+            }
         }
         let config = self.config_path(host);
         let text = serde_json::to_string_pretty(&self.config(host, peer)?)?;
@@ -308,6 +344,18 @@ impl Standalone {
         Ok(())
     }
 
+    /// Compares two seats' disks, which may take so long to become equal.
+    ///
+    /// # Errors
+    /// If two differ: which, and where.
+    pub fn compare_disks(&self, active: usize, standby: usize, patience: Duration) -> anyhow::Result<()> {
+        for disk in 0..self.disks {
+            compare::disks(&self.disk(active, disk), &self.disk(standby, disk), patience)
+                .with_context(|| format!("disk {disk}"))?;
+        }
+        Ok(())
+    }
+
     fn digest(&self, host: usize) -> anyhow::Result<Digest> {
         let reply = self.ask_engine(host, json!({ "do": "digest" }))?;
         ensure!(
@@ -327,6 +375,14 @@ fn finish(mut command: Command) -> anyhow::Result<()> {
     let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     ensure!(output.status.success(), "{command:?} ({}): {text}", output.status);
     Ok(())
+}
+
+/// File name of one of a seat's disks in its host's folder.
+pub fn disk_name(disk: usize) -> String {
+    match disk {
+        0 => DISK.to_owned(),
+        disk => format!("disk{disk}.raw"),
+    }
 }
 
 /// The engine's program.
@@ -433,7 +489,7 @@ impl System for Standalone {
     }
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
-        compare::disks(&self.disk(active), &self.disk(standby), SETTLE)?;
+        self.compare_disks(active, standby, SETTLE)?;
         compare::memory(|host| self.digest(host), active, standby, SETTLE)
     }
 

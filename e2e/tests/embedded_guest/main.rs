@@ -289,6 +289,44 @@ fn a_damaged_journal_is_reported_at_start_and_when_asked() {
 }
 
 #[test]
+fn two_disks_have_the_same_journal() {
+    let [first, second] = ["first", "second"].map(|name| Disk::create(name, DISK_BYTES));
+    let guest = Guest::start("two-1", [&first, &second], "");
+    let mut client = guest.connect();
+    (1..=20).for_each(|seq| assert_eq!(client.call(Op::Journal, seq, 0, 0).journal_errors, 0));
+    assert_eq!(client.call(Op::Verify, 21, 0, 0).journal_errors, 0);
+    let capacity = guest_journal::capacity(DISK_BYTES / SECTOR_BYTES as u64);
+    let record = |seq| guest_journal::sector_of(seq, capacity) * SECTOR_BYTES as u64;
+    second.flip(record(7) + 100);
+    assert!(
+        client.call(Op::Verify, 22, 0, 0).journal_errors > 0,
+        "the second disk is not read back"
+    );
+    second.flip(record(7) + 100);
+    drop(guest);
+
+    // A record that was under way may be on one disk alone.
+    second.zero(record(20), SECTOR_BYTES);
+    let guest = Guest::start("two-2", [&first, &second], "");
+    let status = guest.connect().call(Op::Verify, 1, 0, 0);
+    assert_eq!(
+        (status.boots, status.journal_seq, status.count, status.journal_errors),
+        (2, 20, 20, 0),
+        "what one disk has the other one gets"
+    );
+    drop(guest);
+
+    second.zero(record(20), SECTOR_BYTES);
+    let guest = Guest::start("two-3", [&first, &second], "");
+    let mut client = guest.connect();
+    let refused = client.call(Op::Journal, 1, 0, 0);
+    assert!(
+        refused.refused() && refused.journal_errors > 0,
+        "a durable record that one disk lacks is missed"
+    );
+}
+
+#[test]
 fn arp_ping_and_a_neighbour_that_moves() {
     let mut wire = wire::Wire::open();
     let _guest = Guest::start_on("wire", None, "ip=10.9.0.2/24 gw=none", &wire.netdev());

@@ -61,17 +61,22 @@ pub struct Guest {
 
 impl Guest {
     /// Starts a guest with user networking and waits until it serves.
-    pub fn start(name: &str, disk: Option<&Disk>, command_line: &str) -> Self {
+    pub fn start<'a>(name: &str, disks: impl IntoIterator<Item = &'a Disk>, command_line: &str) -> Self {
         let port = free_port();
         let network =
             format!("user,net=10.0.0.0/24,host=10.0.0.1,hostfwd=tcp:127.0.0.1:{port}-10.0.0.2:{DEFAULT_PORT}");
-        let mut guest = Self::start_on(name, disk, command_line, &network);
+        let mut guest = Self::start_on(name, disks, command_line, &network);
         guest.port = port;
         guest
     }
 
     /// Starts a guest with another network.
-    pub fn start_on(name: &str, disk: Option<&Disk>, command_line: &str, network: &str) -> Self {
+    pub fn start_on<'a>(
+        name: &str,
+        disks: impl IntoIterator<Item = &'a Disk>,
+        command_line: &str,
+        network: &str,
+    ) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let elf = build_embedded_guest(&root).expect("the guest builds");
         let mut command = Command::new("qemu-system-x86_64");
@@ -101,10 +106,14 @@ impl Guest {
             .arg(elf)
             .args(["-netdev", &format!("{network},id=net"), "-device"])
             .arg("virtio-net-pci,netdev=net,disable-legacy=on,romfile=");
-        if let Some(disk) = disk {
+        for (number, disk) in disks.into_iter().enumerate() {
             let path = disk.0.to_str().expect("a plain path");
-            command.args(["-drive", &format!("file={path},if=none,id=disk,format=raw"), "-device"]);
-            command.arg("virtio-blk-pci,drive=disk,disable-legacy=on");
+            command.args([
+                "-drive",
+                &format!("file={path},if=none,id=disk{number},format=raw"),
+                "-device",
+            ]);
+            command.arg(format!("virtio-blk-pci,drive=disk{number},disable-legacy=on"));
         }
         let mut child = command
             .stdin(Stdio::null())

@@ -10,6 +10,8 @@ pub const TIMER_VECTOR: u8 = 32;
 const WAKE_VECTOR: u8 = 33;
 /// First vector for devices.
 pub const DEVICE_VECTOR: u8 = 40;
+/// The last one; boot.s has a gate up to here.
+pub const LAST_DEVICE_VECTOR: u8 = 47;
 const SPURIOUS_VECTOR: u32 = 0xFF;
 
 const BASE: u64 = 0xFEE0_0000;

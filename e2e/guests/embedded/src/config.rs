@@ -1,16 +1,17 @@
 //! The command line: `key=value` words.
 
+use crate::protocol::MAX_CARDS;
 use core::str::FromStr;
 use smoltcp::wire::{Ipv4Address, Ipv4Cidr};
 
 /// What the command line may change.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// `ip=10.0.0.2/24`
-    pub ip: Ipv4Cidr,
-    /// `mac=02:00:00:00:00:02`: another hardware address than the card's.
+    /// `ip=10.0.0.2/24` of the first network card, `ip1=` to `ip7=` of the further ones; one without an address is left alone.
+    pub ips: [Option<Ipv4Cidr>; MAX_CARDS],
+    /// `mac=02:00:00:00:00:02`: another hardware address than the first card's.
     pub mac: Option<[u8; 6]>,
-    /// `gw=10.0.0.1`, `gw=none`: router to other networks.
+    /// `gw=10.0.0.1`, `gw=none`: router to other networks, behind the first card.
     pub gateway: Option<Ipv4Address>,
     /// `port=7777`
     pub port: u16,
@@ -30,8 +31,10 @@ impl Config {
     /// Reads the command line. Words it does not know, or cannot read, are reported and left out: the guest stays
     /// reachable by its defaults.
     pub fn parse(command_line: &str) -> Self {
+        let mut ips = [None; MAX_CARDS];
+        ips[0] = Some(Ipv4Cidr::new(Ipv4Address::new(10, 0, 0, 2), 24));
         let mut config = Self {
-            ip: Ipv4Cidr::new(Ipv4Address::new(10, 0, 0, 2), 24),
+            ips,
             mac: None,
             gateway: Some(Ipv4Address::new(10, 0, 0, 1)),
             port: crate::protocol::DEFAULT_PORT,
@@ -52,11 +55,7 @@ impl Config {
     fn take(&mut self, word: &str) -> Option<()> {
         let (key, value) = word.split_once('=')?;
         match key {
-            "ip" => {
-                self.ip = Ipv4Cidr::from_str(value)
-                    .ok()
-                    .filter(|ip| !ip.address().is_multicast() && !ip.address().is_unspecified())?
-            }
+            "ip" => self.ips[0] = Some(unicast_ip(value)?),
             "mac" => self.mac = Some(unicast_mac(value)?),
             "gw" if value == "none" => self.gateway = None,
             "gw" => self.gateway = Some(Ipv4Address::from_str(value).ok()?),
@@ -66,10 +65,20 @@ impl Config {
             "churn_rate" => self.churn_rate = value.parse().ok()?,
             "churn_mode" => self.churn_words = ["page", "word"].iter().position(|&mode| mode == value)? == 1,
             "check_pages" => self.check_rate = value.parse().ok()?,
-            _ => return None,
+            _ => {
+                let card: usize = key.strip_prefix("ip")?.parse().ok()?;
+                let further = self.ips.get_mut(card).filter(|_| card > 0)?;
+                *further = Some(unicast_ip(value)?);
+            }
         }
         Some(())
     }
+}
+
+fn unicast_ip(text: &str) -> Option<Ipv4Cidr> {
+    Ipv4Cidr::from_str(text)
+        .ok()
+        .filter(|ip| !ip.address().is_multicast() && !ip.address().is_unspecified())
 }
 
 fn unicast_mac(text: &str) -> Option<[u8; 6]> {

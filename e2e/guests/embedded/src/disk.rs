@@ -1,6 +1,6 @@
 //! virtio-blk: one request at a time, without waiting. (Virtio 1.2, section 5.2.)
 
-use crate::guest_journal::SECTOR_BYTES;
+use crate::guest_journal::{MAX_DISKS, SECTOR_BYTES};
 use crate::net::begin;
 use crate::statics::Once;
 use crate::virtio::{GuestHal, PciTransport};
@@ -22,11 +22,13 @@ struct Buffers {
     status: [u8; 1],
 }
 
-static BUFFERS: Once<Buffers> = Once::new(Buffers {
-    header: [0; 16],
-    data: [0; REQUEST_SECTORS * SECTOR_BYTES],
-    status: [0],
-});
+static BUFFERS: [Once<Buffers>; MAX_DISKS] = [const {
+    Once::new(Buffers {
+        header: [0; 16],
+        data: [0; REQUEST_SECTORS * SECTOR_BYTES],
+        status: [0],
+    })
+}; MAX_DISKS];
 
 /// What a request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,8 +56,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens the disk.
-    pub fn open(mut transport: PciTransport) -> Result<Self, virtio_drivers::Error> {
+    /// Opens disk `number` of those that are opened.
+    pub fn open(mut transport: PciTransport, number: usize) -> Result<Self, virtio_drivers::Error> {
         let features = begin(&mut transport, VERSION_1 | READ_ONLY | FLUSH);
         let low: u32 = transport.read_config_space(0)?;
         let high: u32 = transport.read_config_space(4)?;
@@ -65,7 +67,7 @@ impl Disk {
         Ok(Self {
             transport,
             queue,
-            buffers: BUFFERS.take(),
+            buffers: BUFFERS[number].take(),
             sectors,
             features,
             running: None,

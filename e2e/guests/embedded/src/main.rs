@@ -19,6 +19,7 @@ use guest_protocol as protocol;
 mod serial;
 mod acpi;
 mod apic;
+mod card;
 mod config;
 mod cpu;
 mod disk;
@@ -35,20 +36,30 @@ mod virtio;
 mod worker;
 
 use acpi::Acpi;
+use card::{Card, Identity};
 use config::Config;
 use cpu::MAX_VCPUS;
 use disk::Disk;
+use guest_journal::MAX_DISKS;
 use journal::Journal;
 use memory::Region;
 use net::Net;
+use protocol::MAX_CARDS;
 use service::Service;
 use start_info::StartInfo;
-use statics::Published;
+use statics::{Once, Published};
 use virtio::PciTransport;
 use worker::{Churn, Next, Worker};
 
 /// What the other vCPUs need to begin: the pages, and how many vCPUs share them.
 static PARTS: Published<(Region, usize)> = Published::new();
+
+/// Too large for the stack.
+static CARDS: Once<Cards> = Once::new([const { None }; MAX_CARDS]);
+static DISKS: Once<Disks> = Once::new([const { None }; MAX_DISKS]);
+
+type Cards = [Option<Card>; MAX_CARDS];
+type Disks = [Option<Disk>; MAX_DISKS];
 
 const NETWORK: u32 = 1;
 const BLOCK: u32 = 2;
@@ -73,9 +84,10 @@ extern "C" fn guest_main() -> ! {
         clock.tsc_hz / 1_000_000,
         clock.apic_hz / 1_000_000
     );
-    let (net, disk) = open_devices();
-    let (journal, past) = Journal::open(disk);
-    let Some(net) = net else {
+    let (cards, disks) = (CARDS.take(), DISKS.take());
+    open_devices(&config, cards, disks);
+    let (journal, past) = Journal::open(disks);
+    let [Some(_), further @ ..] = &*cards else {
         panic!("no virtio network card: nobody can reach this guest");
     };
 
@@ -90,14 +102,12 @@ extern "C" fn guest_main() -> ! {
         });
     }
     (1..vcpus).for_each(apic::wake);
-    log!(
-        "boots {}, count {}, ready on {} port {}",
-        journal.boots,
-        past.count,
-        config.ip,
-        config.port
-    );
-    let mut service = Service::start(net, &config, journal, past, region, acpi, vcpus);
+    log!("network cards: {}", 1 + further.iter().flatten().count());
+    if let Some(ip) = config.ips[0] {
+        let (boots, count, port) = (journal.boots, past[0].count, config.port);
+        log!("boots {boots}, count {count}, ready on {ip} port {port}");
+    }
+    let mut service = Service::start(cards, config.port, journal, past, region, acpi, vcpus);
     let mut worker = Worker::new(region, vcpus);
     run(
         || {
@@ -179,26 +189,52 @@ fn start_others(acpi: &Acpi, config: &Config) -> usize {
     vcpus
 }
 
-/// Opens the first network card and the first disk.
-fn open_devices() -> (Option<Net>, Option<Disk>) {
-    let (mut net, mut disk) = (None, None);
+/// Opens every disk, and every network card that has an address: the first one always has.
+fn open_devices(config: &Config, cards: &mut Cards, disks: &mut Disks) {
+    let (mut cards_found, mut disks_opened) = (0, 0);
     pci::for_each_virtio(&[NETWORK, BLOCK], |registers, vector| {
         let (kind, place) = (registers.kind, registers.function);
+        let transport = PciTransport::new(registers);
         let opened = match kind {
-            NETWORK if net.is_none() => Net::open(PciTransport::new(registers)).map(|card| {
-                let [a, b, c, d, e, f] = card.mac;
-                log!("{place}: network card {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}, vector {vector}");
-                net = Some(card);
+            NETWORK => {
+                let number = cards_found;
+                cards_found += 1;
+                let Some(identity) = identity(config, number) else {
+                    log!("{place}: network card {number} has no address, left alone");
+                    return;
+                };
+                Net::open(transport, number).map(|net| {
+                    let [a, b, c, d, e, f] = net.mac;
+                    let ip = identity.ip;
+                    log!(
+                        "{place}: network card {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} on {ip}, vector {vector}"
+                    );
+                    cards[number] = Some(Card::new(net, number, &identity));
+                })
+            }
+            _ if disks_opened < MAX_DISKS => Disk::open(transport, disks_opened).map(|disk| {
+                log!("{place}: disk of {} sectors, vector {vector}", disk.sectors());
+                disks[disks_opened] = Some(disk);
+                disks_opened += 1;
             }),
-            BLOCK if disk.is_none() => Disk::open(PciTransport::new(registers)).map(|opened| {
-                log!("{place}: disk of {} sectors, vector {vector}", opened.sectors());
-                disk = Some(opened);
-            }),
-            _ => Ok(()),
+            _ => {
+                log!("{place}: a disk beyond {MAX_DISKS}, left alone");
+                return;
+            }
         };
         if let Err(error) = opened {
             log!("{place}: virtio type {kind} can't be opened: {error}");
         }
     });
-    (net, disk)
+}
+
+/// Who the guest is on this card; nobody where the command line says nothing.
+fn identity(config: &Config, card: usize) -> Option<Identity> {
+    let ip = config.ips.get(card).copied().flatten()?;
+    let first = card == 0;
+    Some(Identity {
+        ip,
+        mac: config.mac.filter(|_| first),
+        gateway: config.gateway.filter(|_| first),
+    })
 }

@@ -1,5 +1,6 @@
 //! virtio-net below smoltcp: one receive and one transmit queue, no offloads. (Virtio 1.2, section 5.1.)
 
+use crate::protocol::MAX_CARDS;
 use crate::statics::Once;
 use crate::virtio::{GuestHal, PciTransport};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium};
@@ -26,8 +27,8 @@ const MTU_OFFSET: usize = 10;
 type Buffers = [[u8; BUFFER_BYTES]; QUEUE_SIZE];
 type Queue = VirtQueue<GuestHal, QUEUE_SIZE>;
 
-static RECEIVE_BUFFERS: Once<Buffers> = Once::new([[0; BUFFER_BYTES]; QUEUE_SIZE]);
-static TRANSMIT_BUFFERS: Once<Buffers> = Once::new([[0; BUFFER_BYTES]; QUEUE_SIZE]);
+static RECEIVE_BUFFERS: [Once<Buffers>; MAX_CARDS] = [const { Once::new([[0; BUFFER_BYTES]; QUEUE_SIZE]) }; MAX_CARDS];
+static TRANSMIT_BUFFERS: [Once<Buffers>; MAX_CARDS] = [const { Once::new([[0; BUFFER_BYTES]; QUEUE_SIZE]) }; MAX_CARDS];
 
 /// A network card.
 pub struct Net {
@@ -60,8 +61,8 @@ struct Transmitter {
 }
 
 impl Net {
-    /// Opens the card.
-    pub fn open(mut transport: PciTransport) -> Result<Self, virtio_drivers::Error> {
+    /// Opens card `number`.
+    pub fn open(mut transport: PciTransport, number: usize) -> Result<Self, virtio_drivers::Error> {
         transport.set_status(virtio_drivers::transport::DeviceStatus::empty());
         // Whoever agrees on the MTU has buffers for it (5.1.4.2). The field is there before that is agreed, and another number if it is not.
         let mtu = transport
@@ -71,7 +72,7 @@ impl Net {
         let wanted = VERSION_1 | MAC | if fits { MTU } else { 0 };
         let features = begin(&mut transport, wanted);
         let mtu = if features & MTU != 0 { mtu } else { MTU_DEFAULT };
-        let mut mac = [0x02, 0x46, 0x54, 0x56, 0x4D, 0x01];
+        let mut mac = [0x02, 0x46, 0x54, 0x56, 0x4D, 0x01 + number as u8];
         if features & MAC != 0 {
             for (index, byte) in mac.iter_mut().enumerate() {
                 *byte = transport.read_config_space(index)?;
@@ -79,13 +80,13 @@ impl Net {
         }
         let mut receiver = Receiver {
             queue: VirtQueue::new(&mut transport, RECEIVE, false, false)?,
-            buffers: RECEIVE_BUFFERS.take(),
+            buffers: RECEIVE_BUFFERS[number].take(),
             owner: [0; QUEUE_SIZE],
             kick: false,
         };
         let mut transmitter = Transmitter {
             queue: VirtQueue::new(&mut transport, TRANSMIT, false, false)?,
-            buffers: TRANSMIT_BUFFERS.take(),
+            buffers: TRANSMIT_BUFFERS[number].take(),
             owner: [0; QUEUE_SIZE],
             sizes: [0; QUEUE_SIZE],
             free: core::array::from_fn(|index| index as u8),

@@ -136,7 +136,11 @@ pub fn for_each_virtio(kinds: &[u32], mut found: impl FnMut(VirtioFunction, u8))
                 match set_up(function, kind, vector, &mut window_end) {
                     Some(virtio) => {
                         found(virtio, vector);
-                        vector += 1;
+                        // Devices may share one: a vCPU that wakes looks at all of them.
+                        vector = match vector {
+                            apic::LAST_DEVICE_VECTOR => apic::DEVICE_VECTOR,
+                            vector => vector + 1,
+                        };
                     }
                     None => log!("{function}: virtio type {kind} lacks capabilities, left alone"),
                 }

@@ -1,41 +1,29 @@
-//! The service: smoltcp's interface and sockets, and what a request does. PROTOCOL.md describes it for clients.
+//! The service: connections on all cards, and what a request does. PROTOCOL.md describes it for clients.
 
 use crate::acpi::Acpi;
 use crate::apic;
-use crate::config::Config;
+use crate::card::{ALL_CONNECTIONS, Card};
 use crate::cpu::out8;
-use crate::guest_journal::Record;
+use crate::guest_journal::{Record, Tally};
 use crate::journal::{BATCH_RECORDS, Journal, Past};
 use crate::memory::Region;
-use crate::net::Net;
 use crate::protocol::{
-    ANSWER_BYTES, Answer, CHURN_WORD_ONLY, Checksum, MAX_PAYLOAD_BYTES, Op, REFUSED, REQUEST_BYTES, Request, fill_bulk,
-    next_chain,
+    ANSWER_BYTES, Answer, CHURN_WORD_ONLY, Checksum, MAX_CARDS, MAX_PAYLOAD_BYTES, Op, REFUSED, REQUEST_BYTES, Request,
+    fill_bulk, next_chain,
 };
 use crate::statics::Once;
 use crate::time::{self, Nanoseconds};
 use crate::worker::{self, Churn};
-use smoltcp::iface::{Interface, SocketHandle, SocketSet, SocketStorage};
-use smoltcp::socket::tcp::{Socket, SocketBuffer, State as TcpState};
-use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr};
+use smoltcp::iface::SocketHandle;
+use smoltcp::socket::tcp::{Socket, State as TcpState};
 
-/// Connections at a time.
-pub const CONNECTIONS: usize = 12;
-const BUFFER_BYTES: usize = 256 << 10;
-/// A client that is silently gone gives its connection back after this; a paused one is not taken for gone.
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
-const TIMEOUT: Duration = Duration::from_secs(300);
 /// Requests of one connection that are served before the others' turn.
 const REQUESTS_A_TURN: usize = 64;
 /// How long a reset or power-off waits for the client's TCP to acknowledge the answer.
 const ENDING_NS: u64 = 200_000_000;
 
-type Buffers = [[u8; BUFFER_BYTES]; CONNECTIONS];
-static RECEIVE: Once<Buffers> = Once::new([[0; BUFFER_BYTES]; CONNECTIONS]);
-static SEND: Once<Buffers> = Once::new([[0; BUFFER_BYTES]; CONNECTIONS]);
-static WAITING: Once<[Waiting; CONNECTIONS]> = Once::new([Waiting::NEW; CONNECTIONS]);
-static STORAGE: Once<[SocketStorage<'static>; CONNECTIONS]> = Once::new([SocketStorage::EMPTY; CONNECTIONS]);
+static WAITING: Once<[Waiting; ALL_CONNECTIONS]> = Once::new([Waiting::NEW; ALL_CONNECTIONS]);
+static CONNECTIONS: Once<[Option<Connection>; ALL_CONNECTIONS]> = Once::new([const { None }; ALL_CONNECTIONS]);
 
 /// What a connection is at.
 enum Phase {
@@ -98,6 +86,7 @@ const EMPTY_ANSWER: Answer = Answer {
 };
 
 struct Connection {
+    card: usize,
     handle: SocketHandle,
     phase: Phase,
     waiting: &'static mut Waiting,
@@ -109,78 +98,55 @@ struct Machine {
     region: Region,
     acpi: Acpi,
     vcpus: usize,
-    count: u64,
-    chain: u64,
+    /// By card.
+    tallies: [Tally; MAX_CARDS],
 }
 
-/// The network interface, its connections and the machine behind them.
+/// The network cards, their connections and the machine behind them.
 pub struct Service {
-    net: Net,
-    interface: Interface,
-    sockets: SocketSet<'static>,
-    connections: [Connection; CONNECTIONS],
+    cards: &'static mut [Option<Card>; MAX_CARDS],
+    connections: &'static mut [Option<Connection>; ALL_CONNECTIONS],
     machine: Machine,
     port: u16,
 }
 
-fn instant(now: Nanoseconds) -> Instant {
-    Instant::from_micros((now / 1000) as i64)
-}
-
 impl Service {
-    /// Brings the interface up and listens.
+    /// Listens on all cards.
     pub fn start(
-        mut net: Net,
-        config: &Config,
+        cards: &'static mut [Option<Card>; MAX_CARDS],
+        port: u16,
         journal: Journal,
         past: Past,
         region: Region,
         acpi: Acpi,
         vcpus: usize,
     ) -> Self {
-        let mac = config.mac.unwrap_or(net.mac);
-        let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ethernet(EthernetAddress(mac)));
-        settings.random_seed = crate::cpu::time_stamp();
-        let mut interface = Interface::new(settings, &mut net, instant(time::now()));
-        interface.update_ip_addrs(|addresses| {
-            addresses.push(IpCidr::Ipv4(config.ip)).expect("room for one address");
-        });
-        if let Some(gateway) = config.gateway {
-            interface
-                .routes_mut()
-                .add_default_ipv4_route(gateway)
-                .expect("room for one route");
+        let connections = CONNECTIONS.take();
+        let mut free = connections.iter_mut().zip(WAITING.take().iter_mut());
+        for card in cards.iter_mut().flatten() {
+            let number = card.number;
+            card.make_sockets(|handle| {
+                let (place, waiting) = free.next().expect("as many as all cards' sockets");
+                *place = Some(Connection {
+                    card: number,
+                    handle,
+                    phase: Phase::Ready,
+                    waiting,
+                });
+            });
         }
-        let mut sockets = SocketSet::new(&mut STORAGE.take()[..]);
-        let mut buffers = RECEIVE.take().iter_mut().zip(SEND.take().iter_mut());
-        let mut waiting = WAITING.take().iter_mut();
-        let connections = core::array::from_fn(|_| {
-            let (receive, send) = buffers.next().expect("as many buffers as connections");
-            let mut socket = Socket::new(SocketBuffer::new(&mut receive[..]), SocketBuffer::new(&mut send[..]));
-            socket.set_nagle_enabled(false);
-            socket.set_keep_alive(Some(KEEP_ALIVE));
-            socket.set_timeout(Some(TIMEOUT));
-            Connection {
-                handle: sockets.add(socket),
-                phase: Phase::Ready,
-                waiting: waiting.next().expect("one a connection"),
-            }
-        });
         let machine = Machine {
             journal,
             region,
             acpi,
             vcpus,
-            count: past.count,
-            chain: past.chain,
+            tallies: past,
         };
         Self {
-            net,
-            interface,
-            sockets,
+            cards,
             connections,
             machine,
-            port: config.port,
+            port,
         }
     }
 
@@ -188,18 +154,17 @@ impl Service {
     pub fn poll(&mut self) {
         loop {
             let now = time::now();
-            if self.net.neighbour_moved() {
-                // smoltcp forgets its neighbours when addresses change, and offers no other way.
-                self.interface.update_ip_addrs(|_| {});
+            let mut progress = false;
+            for card in self.cards.iter_mut().flatten() {
+                progress |= card.poll(now);
             }
-            let mut progress =
-                self.interface.poll(instant(now), &mut self.net, &mut self.sockets) != smoltcp::iface::PollResult::None;
             progress |= self.machine.journal.poll();
-            for connection in &mut self.connections {
-                let socket = self.sockets.get_mut::<Socket>(connection.handle);
+            for connection in self.connections.iter_mut().flatten() {
+                let card = self.cards[connection.card].as_mut().expect("it made this connection");
+                let socket = card.sockets.get_mut::<Socket>(connection.handle);
                 progress |= connection.serve(socket, &mut self.machine, self.port);
             }
-            self.net.flush();
+            self.cards.iter_mut().flatten().for_each(Card::flush);
             if !progress {
                 return;
             }
@@ -208,15 +173,13 @@ impl Service {
 
     /// When [`Service::poll`] has to run again though no interrupt came.
     pub fn next(&mut self, now: Nanoseconds) -> Option<Nanoseconds> {
-        let stack = self
-            .interface
-            .poll_delay(instant(now), &self.sockets)
-            .map(|delay| now + delay.total_micros() * 1000);
-        let ending = self.connections.iter().filter_map(|connection| match connection.phase {
+        let stacks = self.cards.iter_mut().flatten().filter_map(|card| card.next(now));
+        let connections = self.connections.iter().flatten();
+        let ending = connections.filter_map(|connection| match connection.phase {
             Phase::Ending { deadline, .. } => Some(deadline),
             _ => None,
         });
-        stack.into_iter().chain(ending).min()
+        stacks.chain(ending).min()
     }
 }
 
@@ -290,7 +253,7 @@ impl Connection {
                 let chain = sum.finish();
                 let answer = Answer {
                     chain,
-                    ..machine.answer(*request)
+                    ..machine.answer(self.card, *request)
                 };
                 send(socket, &answer);
             }
@@ -310,14 +273,14 @@ impl Connection {
                 if !worker::churn_ready(*ticket, machine.vcpus) || !room_for_answer(socket) {
                     return false;
                 }
-                send(socket, &machine.answer(*request));
+                send(socket, &machine.answer(self.card, *request));
             }
             Phase::Verify { request, ticket } => {
                 let done = worker::verified(*ticket, machine.vcpus) && !machine.journal.verifying();
                 if !done || !room_for_answer(socket) {
                     return false;
                 }
-                send(socket, &machine.answer(*request));
+                send(socket, &machine.answer(self.card, *request));
             }
             Phase::Ending { op, deadline } => {
                 if socket.send_queue() == 0 || time::now() >= *deadline {
@@ -345,7 +308,7 @@ impl Connection {
                 return false;
             }
             consume(socket);
-            let (record, answer) = machine.journal_increment(request);
+            let (record, answer) = machine.journal_increment(self.card, request);
             self.waiting.push(record, answer);
             return true;
         }
@@ -386,7 +349,7 @@ impl Connection {
                 };
             }
             Some(Op::Bulk) if request.arg <= MAX_PAYLOAD_BYTES => {
-                send(socket, &machine.answer(request));
+                send(socket, &machine.answer(self.card, request));
                 self.phase = Phase::Bulk {
                     seq: request.seq,
                     offset: 0,
@@ -394,20 +357,20 @@ impl Connection {
                 };
             }
             Some(op @ (Op::Reset | Op::PowerOff)) => {
-                send(socket, &machine.answer(request));
+                send(socket, &machine.answer(self.card, request));
                 self.phase = Phase::Ending {
                     op,
                     deadline: time::now() + ENDING_NS,
                 };
             }
             _ => {
-                let done = op.is_some_and(|op| machine.apply(op, &request));
+                let done = op.is_some_and(|op| machine.apply(op, self.card, &request));
                 let refused = if done { 0 } else { REFUSED };
                 send(
                     socket,
                     &Answer {
                         op: request.op | refused,
-                        ..machine.answer(request)
+                        ..machine.answer(self.card, request)
                     },
                 );
                 if op == Some(Op::Sink) {
@@ -421,9 +384,9 @@ impl Connection {
 
 impl Machine {
     /// The requests that are done at once. False if it is refused.
-    fn apply(&mut self, op: Op, request: &Request) -> bool {
+    fn apply(&mut self, op: Op, card: usize, request: &Request) -> bool {
         match op {
-            Op::Increment => self.increment(request.seq),
+            Op::Increment => self.increment(card, request.seq),
             Op::Status => {}
             Op::SetWork if request.arg <= 1 => {
                 worker::order_work(request.arg == 1);
@@ -435,30 +398,31 @@ impl Machine {
         true
     }
 
-    fn increment(&mut self, seq: u64) {
-        self.count += 1;
-        self.chain = next_chain(self.chain, seq, self.count);
+    fn increment(&mut self, card: usize, seq: u64) {
+        let tally = &mut self.tallies[card];
+        tally.count += 1;
+        tally.chain = next_chain(tally.chain, seq, tally.count);
     }
 
-    fn journal_increment(&mut self, request: Request) -> (u64, Answer) {
-        self.increment(request.seq);
+    fn journal_increment(&mut self, card: usize, request: Request) -> (u64, Answer) {
+        self.increment(card, request.seq);
         let record = Record {
             request_seq: request.seq,
-            count: self.count,
-            chain: self.chain,
+            tallies: self.tallies,
             guest_time_ns: time::now(),
             ..Record::default()
         };
-        (self.journal.append(record), self.answer(request))
+        (self.journal.append(record), self.answer(card, request))
     }
 
-    /// An answer to `request` with the state as it is now.
-    fn answer(&self, request: Request) -> Answer {
+    /// An answer to `request`, which came by this card, with the state as it is now.
+    fn answer(&self, card: usize, request: Request) -> Answer {
+        let tally = self.tallies[card];
         let known = Answer {
             op: request.op,
             seq: request.seq,
-            count: self.count,
-            chain: self.chain,
+            count: tally.count,
+            chain: tally.chain,
             ..EMPTY_ANSWER
         };
         self.state(known)

@@ -1,7 +1,9 @@
 //! The transport that the crate `virtio-drivers` builds its queues on, with what its own lacks: MSI-X vectors, and
 //! notification without reading anything from the device.
 
+use crate::guest_journal::MAX_DISKS;
 use crate::pci::VirtioFunction;
+use crate::protocol::MAX_CARDS;
 use crate::statics::Once;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering};
@@ -169,7 +171,8 @@ impl Transport for PciTransport {
     }
 }
 
-const DMA_PAGES: usize = 32;
+/// Two pages a queue: cards have two queues, disks one.
+const DMA_PAGES: usize = 2 * (2 * MAX_CARDS + MAX_DISKS);
 static DMA: Once<[u8; DMA_PAGES * PAGE_SIZE]> = Once::new([0; DMA_PAGES * PAGE_SIZE]);
 static DMA_BASE: AtomicUsize = AtomicUsize::new(0);
 static DMA_USED: AtomicUsize = AtomicUsize::new(0);
