@@ -63,6 +63,7 @@ enum Input {
         request: RequestId,
         written: Result<(), String>,
     },
+    Warning(String),
     /// A disk or the journal failed.
     StorageFailed(String),
     /// The disks were flushed for a stop, or could not be.
@@ -120,6 +121,10 @@ impl Queue {
 
     fn late_input(&self) {
         self.put(Input::LateFrames);
+    }
+
+    fn warn(&self, text: String) {
+        self.put(Input::Warning(text));
     }
 
     fn storage_failed(&self, why: String) {
@@ -427,6 +432,7 @@ impl Driver {
                     self.step(Event::HeaderFailed { request });
                 }
             },
+            Input::Warning(text) => self.warn(text),
             Input::StorageFailed(why) => self.storage_failed(why),
             Input::Flushed(flushed) => self.flushed(flushed),
             // The loop decides anew when the epoch ends.
