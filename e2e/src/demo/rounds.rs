@@ -729,7 +729,8 @@ mod tests {
         };
         judge_books((&Findings::default()).into(), &clean).unwrap();
         let none = Findings::default();
-        let wrongs: [(fn(&mut Findings), &str); 12] = [
+        type Wrong = (fn(&mut Findings), &'static str);
+        let wrongs: [Wrong; 12] = [
             (|found| found.lost_answers = 3, "lost: 3"),
             (|found| found.lost_journal_records = 3, "lost: 3"),
             (|found| found.contradictions = 3, "lost: 3"),

@@ -39,6 +39,7 @@ fn what_people_choose_accept_and_ask_for_is_done() -> anyhow::Result<()> {
         ..Options::default()
     };
     let setting = Setting {
+        api_servers: 1,
         profile: Profile::Dev,
         api_proxy: false,
     };
