@@ -229,13 +229,7 @@ pub fn prepare(
     let waits = queue.clone();
     outbox.on_waiting(move || waits.output_waits());
     let boot = boot_source(launch, fds)?;
-    let waits = queue.clone();
-    let sizes: Vec<_> = volumes.iter().map(|volume| volume.size_bytes()).collect();
-    let changed = Arc::new(ChangedBlocks::new(&sizes));
-    let log = DiskLog::new(changed.clone(), limits.disk_bytes, limits.recorded_bytes, move || {
-        waits.output_waits()
-    });
-    let disk_log = Arc::new(log);
+    let (changed, disk_log) = change_logs(&volumes, limits, queue);
     let parts = build(
         &kvm,
         &machine,
@@ -287,6 +281,17 @@ pub fn prepare(
         link,
         listener,
     })
+}
+
+/// What was written to the disks: since the standby knew it, and in this epoch.
+fn change_logs(volumes: &[Arc<SeatVolume>], limits: EpochLimits, queue: &Queue) -> (Arc<ChangedBlocks>, Arc<DiskLog>) {
+    let sizes: Vec<_> = volumes.iter().map(|volume| volume.size_bytes()).collect();
+    let changed = Arc::new(ChangedBlocks::new(&sizes));
+    let waits = queue.clone();
+    let log = DiskLog::new(changed.clone(), limits.disk_bytes, limits.recorded_bytes, move || {
+        waits.output_waits()
+    });
+    (changed, Arc::new(log))
 }
 
 fn pacer_config(limits: EpochLimits, protection: &Protection) -> PacerConfig {
