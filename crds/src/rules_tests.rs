@@ -83,7 +83,7 @@ fn a_card_has_at_most_as_many_addresses_as_the_daemon_takes() {
     assert_eq!(addresses["maxItems"], crate::ADDRESSES_MAX);
     assert_eq!(
         addresses["items"]["maxLength"],
-        "2001:db8:1111:2222:3333:4444:5555:6666".len()
+        "2001:dddd:1111:2222:3333:4444:5555:6666".len()
     );
 }
 
