@@ -267,6 +267,10 @@ impl<'a, W: Witness> Stage<'a, W> {
             let roles = format!("comparing {} with {}", self.names[active], self.names[standby]);
             let still =
                 self.seat(active).is_some_and(|seat| seat.protected) && self.standby_beside(active) == Some(standby);
+            if !still {
+                self.progress
+                    .say(format!("{roles}: {error:#}; the pair has changed meanwhile, once more"));
+            }
             Ok(Sides::Differ {
                 error: error.context(roles),
                 still,
