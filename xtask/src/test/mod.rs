@@ -34,6 +34,9 @@ pub struct Test {
     /// Only what runs in under two minutes without emulated nodes
     #[arg(long)]
     quick: bool,
+    /// What takes long and is not part of every run as well
+    #[arg(long, conflicts_with = "quick")]
+    long: bool,
     /// Only this tier (may be given several times)
     #[arg(long = "tier", value_name = "NAME")]
     tiers: Vec<String>,
@@ -50,6 +53,8 @@ struct Tier {
     build: Duration,
     /// Part of `--quick`.
     quick: bool,
+    /// Only with `--long`, or by its name.
+    long: bool,
     commands: Vec<Vec<String>>,
 }
 
@@ -76,7 +81,7 @@ impl Test {
         }
         let chosen: Vec<Tier> = all.into_iter().filter(|tier| self.wants(tier)).collect();
         packages::ensure(packages::NATIVE)?;
-        if chosen.iter().any(|tier| tier.name == "cluster") {
+        if chosen.iter().any(|tier| ["cluster", "long"].contains(&tier.name)) {
             packages::ensure(packages::CLUSTER)?;
         }
         if chosen.iter().any(|tier| tier.name == "emulated") {
@@ -91,7 +96,7 @@ impl Test {
 
     fn wants(&self, tier: &Tier) -> bool {
         if self.tiers.is_empty() {
-            tier.quick || !self.quick
+            (tier.quick || !self.quick) && (self.long || !tier.long)
         } else {
             self.tiers.iter().any(|name| name == tier.name)
         }
@@ -111,8 +116,17 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
     let (emulated, others): (Vec<String>, Vec<String>) = integration_tests(root)?
         .into_iter()
         .partition(|name| name.starts_with("emulated_"));
+    let (long, others): (Vec<String>, Vec<String>) = others.into_iter().partition(|name| name.starts_with("long_"));
     let (cluster, native): (Vec<String>, Vec<String>) =
         others.into_iter().partition(|name| name.starts_with("cluster_"));
+    // Kubernetes itself is built from source.
+    let with_kubernetes = |tests: &[String]| match tests {
+        [] => Vec::new(),
+        tests => [vec![this.to_owned(), "cluster".to_owned(), "build".to_owned()]]
+            .into_iter()
+            .chain(test_commands(tests))
+            .collect(),
+    };
     let tiers = vec![
         Tier {
             name: "check",
@@ -121,6 +135,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(14),
             build: minutes(8),
             quick: false,
+            long: false,
             commands: vec![vec![this.to_owned(), "check".to_owned()]],
         },
         Tier {
@@ -129,6 +144,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(3),
             build: minutes(10),
             quick: true,
+            long: false,
             commands: vec![
                 cargo(&["test", "--workspace", "--no-fail-fast", "--lib", "--bins"]),
                 cargo(&["test", "--workspace", "--no-fail-fast", "--doc"]),
@@ -140,6 +156,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(25),
             build: minutes(8),
             quick: false,
+            long: false,
             // The tests start the programs of other packages.
             commands: [cargo(&["build", "--workspace", "--bins", "--examples"])]
                 .into_iter()
@@ -149,18 +166,11 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "cluster",
             about: "a real Kubernetes, its nodes made of namespaces",
-            budget: minutes(46),
-            // Kubernetes itself is built from source.
+            budget: minutes(40),
             build: minutes(25),
             quick: false,
-            commands: if cluster.is_empty() {
-                Vec::new()
-            } else {
-                [vec![this.to_owned(), "cluster".to_owned(), "build".to_owned()]]
-                    .into_iter()
-                    .chain(test_commands(&cluster))
-                    .collect()
-            },
+            long: false,
+            commands: with_kubernetes(&cluster),
         },
         Tier {
             name: "emulated",
@@ -169,7 +179,17 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(45),
             build: minutes(12),
             quick: false,
+            long: false,
             commands: test_commands(&emulated),
+        },
+        Tier {
+            name: "long",
+            about: "what takes too long for every run",
+            budget: minutes(15),
+            build: minutes(25),
+            quick: false,
+            long: true,
+            commands: with_kubernetes(&long),
         },
     ];
     Ok(tiers.into_iter().filter(|tier| !tier.commands.is_empty()).collect())
