@@ -51,11 +51,19 @@ struct Tier {
     budget: Duration,
     /// Time to build them on a new machine.
     build: Duration,
-    /// Part of `--quick`.
-    quick: bool,
-    /// Only with `--long`, or by its name.
-    long: bool,
+    runs: Runs,
     commands: Vec<Vec<String>>,
+}
+
+/// When a tier is run that was not asked for by its name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Runs {
+    /// Also with `--quick`.
+    Always,
+    /// Without `--quick`.
+    Usually,
+    /// With `--long`.
+    Rarely,
 }
 
 struct Outcome {
@@ -96,7 +104,11 @@ impl Test {
 
     fn wants(&self, tier: &Tier) -> bool {
         if self.tiers.is_empty() {
-            (tier.quick || !self.quick) && (self.long || !tier.long)
+            match tier.runs {
+                Runs::Always => true,
+                Runs::Usually => !self.quick,
+                Runs::Rarely => self.long,
+            }
         } else {
             self.tiers.iter().any(|name| name == tier.name)
         }
@@ -134,8 +146,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             // Lints, documentation and generators each build what the workspace depends on.
             budget: minutes(14),
             build: minutes(8),
-            quick: false,
-            long: false,
+            runs: Runs::Usually,
             commands: vec![vec![this.to_owned(), "check".to_owned()]],
         },
         Tier {
@@ -143,8 +154,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             about: "each module by itself",
             budget: minutes(3),
             build: minutes(10),
-            quick: true,
-            long: false,
+            runs: Runs::Always,
             commands: vec![
                 cargo(&["test", "--workspace", "--no-fail-fast", "--lib", "--bins"]),
                 cargo(&["test", "--workspace", "--no-fail-fast", "--doc"]),
@@ -155,8 +165,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             about: "real processes and sockets, this machine's KVM, the protocol in its simulator",
             budget: minutes(25),
             build: minutes(8),
-            quick: false,
-            long: false,
+            runs: Runs::Usually,
             // The tests start the programs of other packages.
             commands: [cargo(&["build", "--workspace", "--bins", "--examples"])]
                 .into_iter()
@@ -168,8 +177,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             about: "a real Kubernetes, its nodes made of namespaces",
             budget: minutes(40),
             build: minutes(25),
-            quick: false,
-            long: false,
+            runs: Runs::Usually,
             commands: with_kubernetes(&cluster),
         },
         Tier {
@@ -178,8 +186,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             // 25 minutes where the images of the machines are there; a new machine builds them, with packages from the network, here.
             budget: minutes(45),
             build: minutes(12),
-            quick: false,
-            long: false,
+            runs: Runs::Usually,
             commands: test_commands(&emulated),
         },
         Tier {
@@ -187,8 +194,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             about: "what takes too long for every run",
             budget: minutes(15),
             build: minutes(25),
-            quick: false,
-            long: true,
+            runs: Runs::Rarely,
             commands: with_kubernetes(&long),
         },
     ];
