@@ -83,6 +83,8 @@ pub(crate) struct Driver {
     pub(crate) last_sealed: Option<Node>,
     /// The last staged epoch and its state.
     pub(crate) checkpoint: Option<(Epoch, Node)>,
+    /// Those before it that are not applied yet: the core may know of no later one, or want none.
+    pub(crate) checkpoints_before: Vec<(Epoch, Node)>,
     pub(crate) stored_outputs: BTreeMap<Epoch, Vec<Node>>,
     pub(crate) leading: Option<Leading>,
     pub(crate) following: Option<Following>,
@@ -101,6 +103,7 @@ impl Driver {
             produced: Vec::new(),
             last_sealed: None,
             checkpoint: None,
+            checkpoints_before: Vec::new(),
             stored_outputs: BTreeMap::new(),
             leading: None,
             following: None,
@@ -531,10 +534,9 @@ impl World {
         };
         let me = engine.incarnation;
         let driver = &mut engine.driver;
-        let state = driver
-            .checkpoint
-            .filter(|(staged, _)| *staged == epoch)
-            .map(|(_, state)| state);
+        let before = std::mem::take(&mut driver.checkpoints_before);
+        let mut staged = driver.checkpoint.into_iter().chain(before);
+        let state = staged.find(|(staged, _)| *staged == epoch).map(|(_, state)| state);
         driver.following = None;
         driver.last_epoch = false;
         driver.epoch = epoch + 1;

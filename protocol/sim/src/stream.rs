@@ -188,6 +188,9 @@ impl World {
         } else {
             driver.checkpoint.map(|(_, state)| state)
         };
+        let before = driver.checkpoint.filter(|_| !bulk.join);
+        let staged = before.into_iter().chain(driver.checkpoints_before.drain(..));
+        driver.checkpoints_before = staged.filter(|(staged, _)| *staged >= bulk.leader_acked).collect();
         driver.checkpoint = state.map(|state| (epoch, state));
         driver.stored_outputs.insert(epoch, bulk.outputs.clone());
         while driver.stored_outputs.len() > 16 {
