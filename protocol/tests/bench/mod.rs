@@ -265,13 +265,14 @@ impl Bench {
 
     /// The active seals an ordinary epoch; the standby stages it.
     pub fn epoch(&mut self, at: usize) -> u64 {
+        self.seal_and_stage(at, Seal::Ordinary)
+    }
+
+    /// The active seals an epoch in this way; the standby stages it.
+    pub fn seal_and_stage(&mut self, at: usize, seal: Seal) -> u64 {
         let session = self.seats[at].core.status().session.expect("a session");
+        let epoch = self.seal(at, seal);
         let leader_acked = self.seats[at].core.status().acked;
-        let event = self.seal_event(at, Seal::Ordinary);
-        let Event::EpochSealed { epoch, .. } = event else {
-            unreachable!("a seal")
-        };
-        self.step(at, event);
         self.step(
             1 - at,
             Event::EpochStaged {
@@ -280,6 +281,16 @@ impl Bench {
                 leader_acked,
             },
         );
+        epoch
+    }
+
+    /// The active seals an epoch in this way.
+    pub fn seal(&mut self, at: usize, seal: Seal) -> u64 {
+        let event = self.seal_event(at, seal);
+        let Event::EpochSealed { epoch, .. } = event else {
+            unreachable!("a seal")
+        };
+        self.step(at, event);
         epoch
     }
 

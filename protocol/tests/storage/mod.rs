@@ -83,19 +83,7 @@ fn a_disk_that_hung_and_is_back_before_the_guest_has_moved_follows() {
     bench.pass(20);
     assert_eq!(bench.seats[0].core.status().role, RoleName::Frozen);
     bench.step(0, WORKS);
-    let session = bench.seats[0].core.status().session.expect("a session");
-    let freeze = bench.seal_event(0, Seal::Freeze);
-    let Event::EpochSealed { epoch, .. } = freeze else {
-        unreachable!("a seal")
-    };
-    bench.step(0, freeze);
-    let leader_acked = bench.seats[0].core.status().acked;
-    let staged = Event::EpochStaged {
-        session,
-        epoch,
-        leader_acked,
-    };
-    bench.step(1, staged);
+    bench.seal_and_stage(0, Seal::Freeze);
     bench.pass(500);
     assert_eq!(bench.seats[0].core.status().role, RoleName::Standby);
     assert!(bench.seats[1].core.status().protected);
@@ -212,19 +200,7 @@ fn a_stop_on_a_failed_disk_leaves_the_boot_to_the_other_one() {
         // The last flush failed, and the driver says so first.
         bench.step(0, FAILED);
         bench.seats[0].header_hangs = header_hangs;
-        let session = bench.seats[0].core.status().session.expect("a session");
-        let last = bench.seal_event(0, Seal::Final);
-        let Event::EpochSealed { epoch, .. } = last else {
-            unreachable!("a seal")
-        };
-        bench.step(0, last);
-        let leader_acked = bench.seats[0].core.status().acked;
-        let staged = Event::EpochStaged {
-            session,
-            epoch,
-            leader_acked,
-        };
-        bench.step(1, staged);
+        bench.seal_and_stage(0, Seal::Final);
         // It looks at the record now and then.
         bench.pass(11_000);
         assert_eq!(bench.seats[0].ended, Some(EndReason::Stopped));
@@ -325,11 +301,7 @@ fn a_source_whose_own_write_may_have_landed_does_not_go() {
     // The target takes its time, and the source wants to go on by itself.
     bench.seats[0].arbiter = Arbiter::SwallowsWrites;
     let previous = bench.seats[0].core.status().session.expect("a session");
-    let freeze = bench.seal_event(0, Seal::Freeze);
-    let Event::EpochSealed { epoch, .. } = freeze else {
-        unreachable!("a seal")
-    };
-    bench.step(0, freeze);
+    let epoch = bench.seal(0, Seal::Freeze);
     while !bench.seats[0].core.status().unsettled {
         assert!(bench.now_ms < 60_000, "it gives up some time");
         bench.pass(10);
