@@ -76,7 +76,7 @@ mod tests {
     use kube::Api;
 
     use super::*;
-    use crate::stub::Stub;
+    use crate::stub::{Stub, block_on};
 
     /// What the kernel waits for at the client's end of connections to this port, as proc_net_tcp(5) has it: 2 is a keepalive timer.
     fn timers(port: u16) -> Vec<String> {
@@ -91,11 +91,7 @@ mod tests {
     #[test]
     fn a_connection_that_only_listens_is_probed() {
         let stub = Stub::start();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
+        block_on(async {
             let maps = Api::<ConfigMap>::all(client(stub.config()).unwrap());
             maps.list(&Default::default()).await.unwrap();
             let begin = Instant::now();

@@ -81,15 +81,11 @@ mod tests {
     use kube::ResourceExt;
 
     use super::*;
-    use crate::stub::Stub;
+    use crate::stub::{Stub, block_on};
 
     /// What a watch tells until it tells of a change.
     fn changed(stub: &Stub, config: watcher::Config) -> String {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
+        block_on(async {
             let maps = Api::<ConfigMap>::all(client(stub.config()).unwrap());
             let told = lasting(maps, config).filter_map(|event| async move {
                 match event {

@@ -14,6 +14,15 @@ struct Seen {
     silent: u32,
 }
 
+/// Runs a test's future.
+pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(future)
+}
+
 /// The server. Its threads end with the test's process.
 pub(crate) struct Stub {
     port: u16,
