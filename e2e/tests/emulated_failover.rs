@@ -1,35 +1,8 @@
 //! A protected Debian survives the death of its machine: the demonstration with Linux, as a test.
-use ftvm_e2e::demo::{Fault, Guest, Options, linux};
-use ftvm_e2e::lab::binaries::Profile;
-use ftvm_e2e::report::{Progress, table};
+use ftvm_e2e::demo::linux;
 
-fn survives(fault: Fault, vcpus: u32, rounds: u32) {
-    let options = Options {
-        fault,
-        guest: Guest::Linux,
-        memory_mib: 256,
-        vcpus,
-        rounds,
-        ..Options::default()
-    };
-    // Optimised: everything is emulated, and unoptimised programs would be waited for several times as long.
-    let report = linux::play(&options, Profile::Fast, &Progress::new());
-    print!("{}", table(&report, false));
-    assert!(report.passed(), "{:#?}", report.complaints);
-    assert_eq!(report.rounds, rounds);
-    assert!(
-        report.per_round.iter().all(|round| round.examined),
-        "a round was not examined"
-    );
-    assert!(report.answers > 0 && report.duplicated_answers == 0);
-}
-
-#[test]
-fn pulled_plug_three_times() {
-    survives(Fault::KillHost, 1, 3);
-}
-
+/// There and back: each machine dies once, and takes its place again.
 #[test]
 fn pulled_plug_with_two_vcpus() {
-    survives(Fault::KillHost, 2, 1);
+    linux::survives_pulled_plugs(2, 2);
 }

@@ -32,6 +32,10 @@ const CLIENTS_MAX: usize = 32;
 const STATUS_PATIENCE: Duration = Duration::from_millis(500);
 /// An engine begins a command within this time.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(10);
+/// How much of a guest's memory is digested in a second, at the very least: beside all else that a small and busy machine does.
+const DIGEST_MIB_PER_S: u64 = 4;
+/// No digest is waited for longer.
+const DIGEST_PATIENCE_MAX: Duration = Duration::from_secs(600);
 /// Deadline of an arbiter request of the daemon's own.
 const ARBITER_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -357,8 +361,20 @@ fn refused(code: u8, message: String) -> Response {
     Response::Refused { code, message }
 }
 
+/// How long an engine may take to answer.
+fn patience(command: &Command, memory_mib: u64) -> Duration {
+    match command {
+        Command::Digest => {
+            let reading = Duration::from_secs(memory_mib / DIGEST_MIB_PER_S);
+            (COMMAND_PATIENCE + reading).min(DIGEST_PATIENCE_MAX)
+        }
+        _ => COMMAND_PATIENCE,
+    }
+}
+
 fn command_seat(seat: &Seat, command: Command) -> Response {
-    match seat.command(command, COMMAND_PATIENCE) {
+    let patience = patience(&command, seat.config().machine.memory_mib);
+    match seat.command(command, patience) {
         Ok(reply) => Response::Reply { reply },
         Err(error @ CommandError::NoEngine { .. }) => refused(exit_code::REFUSED, explain(&error)),
         Err(error @ CommandError::NoAnswer { .. }) => refused(exit_code::TIMEOUT, explain(&error)),

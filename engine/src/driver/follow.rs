@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Instant;
 
 use ftvm_protocol::identity::{Epoch, SessionId};
@@ -23,7 +23,7 @@ use crate::replication::epoch::{
 };
 use crate::replication::link::{Frame, LinkSender};
 use crate::replication::memory::PageMemory;
-use crate::replication::resync::{Digest, Offer, ResyncTarget, digest_memory};
+use crate::replication::resync::{DIGEST_PIECE_PAGES, Digest, Offer, ResyncTarget, StillDigest};
 use crate::replication::standby_disks::{StandbyDisks, StandbyDisksError};
 
 /// Most bytes of input kept for injection, and of output kept for sending again.
@@ -284,6 +284,8 @@ struct Follower {
     outputs: OutputLog,
     /// The leader wants a digest of this epoch.
     digest_at: Option<Epoch>,
+    /// The digest that is being taken, and of which epoch.
+    digesting: Option<(Epoch, StillDigest)>,
     queue: Queue,
 }
 
@@ -307,6 +309,7 @@ impl Follower {
             inputs: InputLog::new(LOG_BYTES),
             outputs,
             digest_at: None,
+            digesting: None,
             queue,
         }
     }
@@ -318,7 +321,7 @@ impl Follower {
             failed = true;
             self.report(News::Failed(failure));
         }
-        while let Ok(job) = todo.recv() {
+        while let Some(job) = self.next_job(todo) {
             if let Job::Frame(frame) = &job {
                 // Before it is decoded: whoever keeps it counts it again.
                 backlog.taken(frame);
@@ -357,6 +360,25 @@ impl Follower {
                 }
             }
         }
+    }
+
+    /// The next job, none if nobody gives any more. A digest is taken between jobs, piece by piece: neither an acknowledgment nor
+    /// a takeover waits for all of it.
+    fn next_job(&mut self, todo: &Receiver<Job>) -> Option<Job> {
+        while let Some((epoch, digest)) = &mut self.digesting {
+            if let Some(memory) = digest.advance(&*self.place.memory, DIGEST_PIECE_PAGES) {
+                let epoch = *epoch;
+                self.digesting = None;
+                self.report(News::Digest { epoch, memory });
+                break;
+            }
+            match todo.try_recv() {
+                Ok(job) => return Some(job),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return None,
+            }
+        }
+        todo.recv().ok()
     }
 
     /// A seat that joins has the stream's state with its checkpoint. One that goes on from its own ran the guest: what its disks
@@ -400,6 +422,7 @@ impl Follower {
             }
             Kind::Digest => {
                 self.digest_at = Some(frame.epoch);
+                self.digesting = None;
                 self.digest_if_due();
                 Ok(())
             }
@@ -439,7 +462,11 @@ impl Follower {
     fn apply_through(&mut self, epoch: Epoch) -> Result<(), Failure> {
         while self.staged.front().is_some_and(|staged| staged.epoch <= epoch) {
             let Some(staged) = self.staged.pop_front() else { break };
-            staged.apply_pages(&*self.place.memory);
+            let memory = &*self.place.memory;
+            if let Some((_, digest)) = &mut self.digesting {
+                staged.visit_pages(|page| digest.keep(memory, page));
+            }
+            staged.apply_pages(memory);
             self.disks.commit(staged.epoch)?;
             self.inputs.contained_through(staged.epoch);
             self.outputs.add(staged.epoch, staged.outputs, staged.released_through);
@@ -451,12 +478,8 @@ impl Follower {
 
     fn digest_if_due(&mut self) {
         let applied = self.applied.as_ref().map(|(epoch, _)| *epoch);
-        if self.digest_at.is_some() && self.digest_at == applied {
-            self.digest_at = None;
-            self.report(News::Digest {
-                epoch: applied.unwrap_or_default(),
-                memory: digest_memory(&*self.place.memory, 1),
-            });
+        if let Some(epoch) = self.digest_at.take_if(|epoch| applied == Some(*epoch)) {
+            self.digesting = Some((epoch, StillDigest::default()));
         }
     }
 

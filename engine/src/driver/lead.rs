@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Instant;
 
 use ftvm_protocol::identity::{Epoch, Incarnation, SessionId};
@@ -18,7 +18,9 @@ use crate::replication::changed::Stream;
 use crate::replication::epoch::{EpochSender, EpochStats, FrameSink, SealedEpoch, SendError};
 use crate::replication::memory::PageMemory;
 use crate::replication::pages::{LivePages, SinkClosed};
-use crate::replication::resync::{Digest, PageDigests, Resync, ResyncError, ResyncSource, ResyncStats, ResyncWindow};
+use crate::replication::resync::{
+    DIGEST_PIECE_PAGES, Digest, PageDigests, Resync, ResyncError, ResyncSource, ResyncStats, ResyncWindow,
+};
 
 /// Something to send.
 pub enum Job {
@@ -46,8 +48,8 @@ pub enum Job {
         /// Give the digest of memory at its end, and ask the follower for its own.
         digest: bool,
     },
-    /// Take the digest of all of memory, as it is, and keep it up to date until an epoch is finished with its digest. An
-    /// epoch that was sealed before this was reported must not be: memory was ahead of it.
+    /// Take the digest of all of memory, as it is, between other jobs, and keep it up to date until an epoch is finished with its
+    /// digest. An epoch that was sealed before this was reported must not be: memory was ahead of it.
     Digest,
 }
 
@@ -150,9 +152,24 @@ struct Worker {
 
 impl Worker {
     fn send_all(&mut self, session: SessionId, todo: &Receiver<Job>, queue: &Queue) {
-        while let Ok(job) = todo.recv() {
+        loop {
+            if self.read_piece() {
+                let done = Done::Digest;
+                queue.lead(Report { session, done });
+            }
+            let next = if self.reads() {
+                todo.try_recv()
+            } else {
+                todo.recv().map_err(|_| TryRecvError::Disconnected)
+            };
+            let job = match next {
+                Ok(job) => job,
+                Err(TryRecvError::Empty) => continue,
+                Err(TryRecvError::Disconnected) => return,
+            };
             let done = match self.do_job(job) {
-                Ok(done) => done,
+                Ok(None) => continue,
+                Ok(Some(done)) => done,
                 Err(error) => Done::Failed { why: error.to_string() },
             };
             let failed = matches!(done, Done::Failed { .. });
@@ -163,20 +180,35 @@ impl Worker {
         }
     }
 
-    fn do_job(&mut self, job: Job) -> Result<Done, JobError> {
-        match job {
+    /// Whether a digest was asked for and pages are left that were never read for it.
+    fn reads(&self) -> bool {
+        self.digests.as_ref().is_some_and(|digests| !digests.is_whole())
+    }
+
+    /// Reads some of memory for a digest that was asked for: epochs wait for no more than that. True if that was the last of it.
+    fn read_piece(&mut self) -> bool {
+        let Some(digests) = self.digests.as_mut().filter(|digests| !digests.is_whole()) else {
+            return false;
+        };
+        digests.advance(&*self.memory, DIGEST_PIECE_PAGES);
+        digests.is_whole()
+    }
+
+    /// What there is to report of a job, if it is anything yet.
+    fn do_job(&mut self, job: Job) -> Result<Option<Done>, JobError> {
+        let done = match job {
             Job::Resync(source) => {
                 self.resync = Some(source.copy(&mut self.sender)?);
-                Ok(Done::Pass)
+                Done::Pass
             }
             Job::Pass(pages) => {
                 let resync = self.resync.as_mut().ok_or(JobError::NoResync)?;
                 resync.pass(&mut self.sender, pages)?;
-                Ok(Done::Pass)
+                Done::Pass
             }
             Job::EndResync => {
                 let resync = self.resync.take().ok_or(JobError::NoResync)?;
-                Ok(Done::Resync(resync.end(&mut self.sender)?))
+                Done::Resync(resync.end(&mut self.sender)?)
             }
             Job::Round {
                 epoch,
@@ -194,7 +226,7 @@ impl Worker {
                 }
                 self.sender
                     .pages(Arc::new(LivePages::new(self.memory.clone(), pages)))?;
-                Ok(Done::Round)
+                Done::Round
             }
             Job::Finish { sealed, digest } => {
                 let stats = self.sender.finish(&sealed)?;
@@ -210,18 +242,19 @@ impl Worker {
                     self.sink.frame(Kind::Digest, epoch, Vec::new())?;
                 }
                 let digest = digests.map(|digests| digests.digest());
-                Ok(Done::Epoch {
+                Done::Epoch {
                     epoch,
                     stats,
                     cache_bytes: self.sender.encoder().cache_bytes(),
                     digest,
-                })
+                }
             }
             Job::Digest => {
-                self.digests = Some(PageDigests::of(&*self.memory));
-                Ok(Done::Digest)
+                self.digests = Some(PageDigests::new(self.memory.page_count()));
+                return Ok(None);
             }
-        }
+        };
+        Ok(Some(done))
     }
 }
 

@@ -192,7 +192,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "long",
             about: "what takes too long for every run",
-            budget: minutes(15),
+            budget: minutes(35),
             build: minutes(25),
             runs: Runs::Rarely,
             commands: with_kubernetes(&long),

@@ -24,6 +24,8 @@ const DISK_NAME: &str = "root";
 const ANSWER: Duration = Duration::from_secs(2);
 /// How long both sides may take to become equal once nothing happens any more.
 const SETTLE: Duration = Duration::from_secs(20);
+/// For a digest of memory, longer than its daemon waits for its engine.
+const DIGEST: Duration = Duration::from_secs(50);
 /// For a node that was started to be of use again.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -128,8 +130,8 @@ impl Kubernetes {
         let seat = self.named(machine)?;
         let vm = format!("{NAMESPACE}/{VM}");
         let request = json!({"request": "command", "vm": vm, "seat": seat, "command": {"do": "digest"}});
-        wait_for(&format!("{seat} has a digest"), self.patience(SETTLE), || {
-            let answer = self.ask(machine, &request, SETTLE)?;
+        wait_for(&format!("{seat} has a digest"), self.patience(DIGEST), || {
+            let answer = self.ask(machine, &request, self.patience(DIGEST))?;
             let reply = &answer["reply"];
             ensure!(reply["reply"] == "digest", "{seat} said {answer}");
             Ok(serde_json::from_value(reply.clone())?)
@@ -268,7 +270,7 @@ impl System for Kubernetes {
                 self.compare_copies(active, standby)?;
             }
         }
-        compare::memory(|machine| self.digest(machine), active, standby, self.patience(SETTLE))
+        compare::memory(|machine| self.digest(machine), active, standby, self.patience(DIGEST))
     }
 
     fn logs(&self) -> Vec<PathBuf> {

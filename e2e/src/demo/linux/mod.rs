@@ -17,11 +17,11 @@ use self::system::EmulatedSystem;
 use self::witness::RedisWitness;
 use super::machines::Machines;
 use super::rounds::{Patience, Stage};
-use super::{Fault, Options};
+use super::{Fault, Guest, Options};
 use crate::lab::binaries::{self, Profile};
 use crate::lab::image::Image;
 use crate::lab::{Lab, NodeConfig, guest};
-use crate::report::{Progress, Report};
+use crate::report::{Progress, Report, table};
 
 /// Everything is slower by a factor of ten to a hundred in here.
 const PATIENCE: Patience = Patience {
@@ -48,6 +48,31 @@ pub fn run(options: &Options, profile: Profile) -> anyhow::Result<ExitCode> {
 /// The whole play; an error outside of a round is a complaint too.
 pub fn play(options: &Options, profile: Profile, progress: &Progress) -> Report {
     play_on_stage(options, profile, progress).unwrap_or_else(|error| Report::failed(options, &error, progress))
+}
+
+/// The play with a pulled plug, as a test, so many times, each with everything examined.
+///
+/// # Panics
+/// If anything that a client was told did not hold, or was not looked at.
+pub fn survives_pulled_plugs(vcpus: u32, rounds: u32) {
+    let options = Options {
+        fault: Fault::KillHost,
+        guest: Guest::Linux,
+        memory_mib: 256,
+        vcpus,
+        rounds,
+        ..Options::default()
+    };
+    // Optimised: everything is emulated, and unoptimised programs would be waited for several times as long.
+    let report = play(&options, Profile::Fast, &Progress::new());
+    print!("{}", table(&report, false));
+    assert!(report.passed(), "{:#?}", report.complaints);
+    assert_eq!(report.rounds, rounds);
+    assert!(
+        report.per_round.iter().all(|round| round.examined),
+        "a round was not examined"
+    );
+    assert!(report.answers > 0 && report.duplicated_answers == 0);
 }
 
 fn play_on_stage(options: &Options, profile: Profile, progress: &Progress) -> anyhow::Result<Report> {

@@ -30,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const START: Duration = Duration::from_secs(400);
 /// A machine whose cut link hides an answer is not waited for long.
 const ANSWER: Duration = Duration::from_secs(30);
+/// For a digest of memory, longer than its daemon waits for its engine.
+const DIGEST: Duration = Duration::from_secs(100);
 
 /// Daemons and engines on emulated machines.
 pub struct EmulatedSystem {
@@ -136,12 +138,16 @@ impl EmulatedSystem {
     }
 
     fn ask(&mut self, machine: usize, request: &Value) -> anyhow::Result<Value> {
+        self.ask_for(machine, request, ANSWER)
+    }
+
+    fn ask_for(&mut self, machine: usize, request: &Value, patience: Duration) -> anyhow::Result<Value> {
         let node = &self.machines.nodes[machine];
         let relay = match &mut self.relays[machine] {
             Some(relay) => relay,
             none => none.insert(Relay::start(node, SOCKET)?),
         };
-        let answer = relay.ask(request, ANSWER);
+        let answer = relay.ask(request, patience);
         if answer.is_err() {
             self.relays[machine] = None;
         }
@@ -152,7 +158,7 @@ impl EmulatedSystem {
 
     fn digest(&mut self, machine: usize) -> anyhow::Result<Digest> {
         let request = json!({ "request": "command", "vm": VM, "seat": SEATS[machine], "command": { "do": "digest" } });
-        let answer = self.ask(machine, &request)?;
+        let answer = self.ask_for(machine, &request, DIGEST)?;
         let reply = &answer["reply"];
         ensure!(
             reply["reply"] == "digest",

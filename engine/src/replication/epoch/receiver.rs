@@ -138,6 +138,11 @@ impl StagedEpoch {
         self.chunks.iter().for_each(|chunk| chunk.apply(memory));
     }
 
+    /// Visits the numbers of the pages that [`Self::apply_pages`] changes (one that was sent twice: twice).
+    pub fn visit_pages(&self, mut visit: impl FnMut(u32)) {
+        self.chunks.iter().for_each(|chunk| chunk.visit_pages(&mut visit));
+    }
+
     /// Pages that [`Self::apply_pages`] changes (one that was sent twice counts twice).
     pub fn pages(&self) -> u64 {
         self.chunks.iter().map(PageChunk::pages).sum()
