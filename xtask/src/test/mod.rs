@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every test of the project, in tiers; the cheap ones first.
 //!
 //! A tier is a list of commands with a budget of time for all of them. Tests find their tier by their place: what is in a package's `src` is
-//! `unit`; integration tests are `native`, unless their file's name begins with `cluster_` or `emulated_`.
+//! `unit`; integration tests are `native`, unless their file's name begins with `cluster_`, `emulated_` or `long_`.
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -325,6 +325,29 @@ mod tests {
         assert_eq!(test_commands(&without)[0].join(" "), one);
         assert_eq!(test_commands(&without).len(), 1);
         assert!(test_commands(&[]).is_empty());
+    }
+
+    #[test]
+    fn long_tests_are_run_for_those_alone_who_ask_for_them() {
+        let tiers = tiers(&crate::root()).unwrap();
+        for tier in &tiers {
+            let has_long = tier.commands.iter().flatten().any(|word| word.starts_with("long_"));
+            assert_eq!(has_long, tier.name == "long", "{}", tier.name);
+        }
+        let chosen = |quick: bool, long: bool, names: &[&str]| -> Vec<&'static str> {
+            let test = Test {
+                quick,
+                long,
+                tiers: names.iter().copied().map(str::to_owned).collect(),
+            };
+            let wanted = tiers.iter().filter(|tier| test.wants(tier));
+            wanted.map(|tier| tier.name).collect()
+        };
+        let usual = ["check", "unit", "native", "cluster", "emulated"];
+        assert_eq!(chosen(true, false, &[]), ["unit"]);
+        assert_eq!(chosen(false, false, &[]), usual);
+        assert_eq!(chosen(false, true, &[]), [&usual[..], &["long"][..]].concat());
+        assert_eq!(chosen(false, false, &["long"]), ["long"]);
     }
 
     #[test]
