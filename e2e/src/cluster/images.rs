@@ -308,6 +308,15 @@ mod tests {
     }
 
     #[test]
+    fn the_page_shows_the_dockerfile_of_guest_images() {
+        let dockerfile = include_str!("../../../docs/examples/guest.Dockerfile");
+        let lines = dockerfile.lines().filter(|line| !line.starts_with('#'));
+        let shown: String = lines.map(|line| format!("    {line}\n")).collect();
+        assert!(shown.contains("FROM scratch"), "{shown}");
+        assert!(include_str!("../../../docs/kubernetes.md").contains(&shown), "{shown}");
+    }
+
+    #[test]
     fn a_packed_image_is_a_consistent_archive() {
         let folder = std::env::temp_dir().join(format!("ftvm-images-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
