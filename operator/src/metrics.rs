@@ -94,7 +94,29 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    #[test]
+    fn the_page_lists_each_metric() {
+        let metrics = Metrics::new().unwrap();
+        // What has labels is told once there is something to count.
+        metrics.failures.with_label_values(&["refused"]).inc();
+        metrics.requests.with_label_values(&["get", "Pod"]).inc();
+        metrics.vms.with_label_values(&["running"]).set(1);
+        let text = metrics.text();
+        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        let told: BTreeSet<&str> = types.filter_map(|line| line.split(' ').next()).collect();
+        let page = include_str!("../../docs/kubernetes.md");
+        let listed = page
+            .lines()
+            .find(|line| line.starts_with("- Operator metrics: "))
+            .unwrap();
+        let words = listed.split('`').skip(1).step_by(2);
+        let documented: BTreeSet<&str> = words.filter_map(|word| word.split('{').next()).collect();
+        assert_eq!(told, documented);
+    }
 
     #[test]
     fn only_the_leader_counts_vms() {

@@ -472,4 +472,6 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
 }
 
 #[cfg(test)]
+mod page_tests;
+#[cfg(test)]
 mod tests;
