@@ -1,8 +1,6 @@
 //! One request of a disk: parsed out of a chain, executed on private memory, told to the guest.
 
-use std::io;
-
-use super::{BlkMetrics, RANGE_SECTORS, RANGES, REQUEST_BYTES, SECTOR_BYTES, SERIAL_BYTES};
+use super::{BlkMetrics, RANGE_SECTORS, REQUEST_BYTES, SECTOR_BYTES, SERIAL_BYTES};
 use crate::backends::{DiskBackend, DiskOp};
 use crate::devices::virtio::queue::{Chain, QueueError};
 use crate::memory::GuestMem;
@@ -47,8 +45,8 @@ pub(super) enum Action {
     },
     Flush,
     GetId,
-    Discard(Vec<Range>),
-    WriteZeroes(Vec<Range>),
+    Discard(Range),
+    WriteZeroes(Range),
     /// Nothing: the request is answered with this status.
     Refuse(Status),
 }
@@ -135,7 +133,7 @@ impl Request {
                 self.data.resize((room as usize).min(SERIAL_BYTES), 0);
                 Action::GetId
             }
-            TYPE_DISCARD | TYPE_WRITE_ZEROES => ranges(kind, sent, chain, mem, limits)?,
+            TYPE_DISCARD | TYPE_WRITE_ZEROES => zeroes(kind, sent, chain, mem, limits)?,
             _ => Action::Refuse(Status::Unsupported),
         };
         Ok(())
@@ -158,13 +156,13 @@ impl Request {
                 self.data.copy_from_slice(&serial[..len]);
                 (Ok(()), String::new())
             }
-            Action::Discard(ranges) => (
-                each(ranges, |range| disk.discard(range.offset, range.len)),
-                "discarding".to_owned(),
+            Action::Discard(range) => (
+                disk.discard(range.offset, range.len),
+                format!("discarding {} bytes at {}", range.len, range.offset),
             ),
-            Action::WriteZeroes(ranges) => (
-                each(ranges, |range| disk.write_zeroes(range.offset, range.len)),
-                "zeroing".to_owned(),
+            Action::WriteZeroes(range) => (
+                disk.write_zeroes(range.offset, range.len),
+                format!("zeroing {} bytes at {}", range.len, range.offset),
             ),
             Action::Refuse(status) => {
                 self.outcome = Some(*status);
@@ -173,6 +171,14 @@ impl Request {
         };
         self.outcome = Some(if result.is_ok() { Status::Ok } else { Status::IoError });
         result.map_err(|error| format!("{what}: {error}"))
+    }
+
+    /// Bytes of the disk that it is about, as far as they take time.
+    pub(super) fn disk_bytes(&self) -> usize {
+        match &self.action {
+            Action::Discard(range) | Action::WriteZeroes(range) => range.len as usize,
+            _ => self.data.len(),
+        }
     }
 
     /// Tells the backend, inside the gate, what was executed.
@@ -194,8 +200,8 @@ impl Request {
                 ok,
             ),
             Action::Flush => disk.completed(&DiskOp::Flush, ok),
-            Action::Discard(ranges) => ranges.iter().for_each(|range| disk.completed(&range.discard(), ok)),
-            Action::WriteZeroes(ranges) => ranges.iter().for_each(|range| disk.completed(&range.zeroes(), ok)),
+            Action::Discard(range) => disk.completed(&range.discard(), ok),
+            Action::WriteZeroes(range) => disk.completed(&range.zeroes(), ok),
             Action::GetId | Action::Refuse(_) => {}
         }
     }
@@ -235,8 +241,8 @@ impl Request {
             Action::Flush => {
                 add(&metrics.flushes, 1);
             }
-            Action::Discard(ranges) | Action::WriteZeroes(ranges) => {
-                add(&metrics.ranges, ranges.len() as u64);
+            Action::Discard(_) | Action::WriteZeroes(_) => {
+                add(&metrics.ranges, 1);
             }
             Action::GetId | Action::Refuse(_) => {}
         }
@@ -269,39 +275,28 @@ impl Limits {
     }
 }
 
-fn each(ranges: &[Range], mut run: impl FnMut(&Range) -> io::Result<()>) -> io::Result<()> {
-    ranges.iter().try_for_each(&mut run)
-}
-
-/// Parses the ranges of a discard or write-zeroes request (5.2.6).
-fn ranges(kind: u32, sent: u64, chain: &Chain, mem: &GuestMem, limits: Limits) -> Result<Action, QueueError> {
-    let most = u64::from(RANGES) * RANGE_BYTES as u64;
-    if sent == 0 || !sent.is_multiple_of(RANGE_BYTES as u64) || sent > most {
+/// Parses the range of a discard or write-zeroes request (5.2.6). More than one was not offered.
+fn zeroes(kind: u32, sent: u64, chain: &Chain, mem: &GuestMem, limits: Limits) -> Result<Action, QueueError> {
+    if sent != RANGE_BYTES as u64 {
         return Ok(Action::Refuse(Status::IoError));
     }
-    let mut raw = vec![0; sent as usize];
+    let mut raw = [0; RANGE_BYTES];
     chain.read(mem, HEADER_BYTES as u64, &mut raw)?;
-    let mut ranges = Vec::with_capacity(raw.len() / RANGE_BYTES);
-    for bytes in raw.chunks_exact(RANGE_BYTES) {
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let (sector, sectors, flags) = (u64::from(word(0)) | u64::from(word(4)) << 32, word(8), word(12));
-        // A discard may not ask for unmapping, and other flags do not exist (5.2.6.2).
-        if flags & !RANGE_UNMAP != 0 || kind == TYPE_DISCARD && flags != 0 {
-            return Ok(Action::Refuse(Status::Unsupported));
-        }
-        let len = u64::from(sectors) * SECTOR_BYTES;
-        match limits.range(sector, len) {
-            Some(offset) if sectors <= RANGE_SECTORS => ranges.push(Range {
-                offset,
-                len,
-                unmap: flags & RANGE_UNMAP != 0,
-            }),
-            _ => return Ok(Action::Refuse(Status::IoError)),
-        }
+    let word = |at: usize| u32::from_le_bytes([raw[at], raw[at + 1], raw[at + 2], raw[at + 3]]);
+    let (sector, sectors, flags) = (u64::from(word(0)) | u64::from(word(4)) << 32, word(8), word(12));
+    // A discard may not ask for unmapping, and other flags do not exist (5.2.6.2). Zeroing may, and is not heard.
+    if flags & !RANGE_UNMAP != 0 || kind == TYPE_DISCARD && flags != 0 {
+        return Ok(Action::Refuse(Status::Unsupported));
     }
+    let len = u64::from(sectors) * SECTOR_BYTES;
+    let Some(offset) = limits.range(sector, len).filter(|_| sectors <= RANGE_SECTORS) else {
+        return Ok(Action::Refuse(Status::IoError));
+    };
+    let unmap = flags & RANGE_UNMAP != 0;
+    let range = Range { offset, len, unmap };
     Ok(if kind == TYPE_DISCARD {
-        Action::Discard(ranges)
+        Action::Discard(range)
     } else {
-        Action::WriteZeroes(ranges)
+        Action::WriteZeroes(range)
     })
 }

@@ -272,7 +272,7 @@ impl BlkWorker {
             inner.frontend.in_flight.push(self.chain.head);
             let buffer = self.buffers.pop().unwrap_or_default();
             let request = Request::parse(&self.chain, mem, self.limits, buffer)?;
-            bytes += request.data.len();
+            bytes += request.disk_bytes();
             let ends = request.action == Action::Flush;
             self.batch.push(request);
             if ends {
