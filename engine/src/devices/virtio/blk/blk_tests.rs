@@ -162,8 +162,9 @@ fn ranges_are_discarded_and_zeroed() {
     let mut disk = disk();
     disk.run(OUT, 0, &[1; 8192], 0);
     assert_eq!(disk.run(DISCARD, 0, &range(1, 2, 0), 0).0, OK);
-    assert_eq!(disk.run(ZEROES, 0, &range(5, 1, 1), 0).0, OK);
-    assert_eq!(disk.run(ZEROES, 0, &range(7, 1, 0), 0).0, OK);
+    // One range is offered. Earlier releases offered 16, and guests that run since then go by that.
+    let two = [range(5, 1, 1), range(7, 1, 0)].concat();
+    assert_eq!(disk.run(ZEROES, 0, &two, 0).0, OK);
     let content = disk.rig.disk.content.lock().unwrap()[..8192].to_vec();
     let zeroed = |sector: usize| matches!(sector, 1 | 2 | 5 | 7);
     assert!(
@@ -189,7 +190,7 @@ fn ranges_are_discarded_and_zeroed() {
         (DISCARD, range(0, 0, 0), IO_ERROR),
         (DISCARD, vec![0; 15], IO_ERROR),
         (DISCARD, vec![], IO_ERROR),
-        (ZEROES, [range(0, 1, 0), range(1, 1, 0)].concat(), IO_ERROR),
+        (ZEROES, range(0, 1, 0).repeat(17), IO_ERROR),
     ] {
         assert_eq!(disk.run(kind, 0, &ranges, 0).0, status, "{kind} {ranges:?}");
     }
@@ -198,6 +199,8 @@ fn ranges_are_discarded_and_zeroed() {
         4,
         "refused requests never reach the backend"
     );
+    assert_eq!(disk.run(DISCARD, 0, &range(1, 1, 0).repeat(16), 0).0, OK);
+    assert_eq!(disk.rig.disk.seen().len(), 4 + 16);
 }
 
 /// A hand-over waits until what was taken is done: what may have to be written is not taken together with more.

@@ -47,8 +47,11 @@ pub const BATCH_MAX_BYTES: usize = BATCH_BYTES + REQUEST_BYTES as usize;
 const BATCH_BYTES: usize = 256 << 10;
 /// Most sectors of one range to discard or zero: 64 MiB. Where zeros are written ([`crate::zeroing`]), that much is written.
 const RANGE_SECTORS: u32 = 128 << 10;
-/// Ranges of one request: with more of them one request could take so long that its disk counts as hanging.
+/// Ranges of one request that are offered: what is taken together has to be done before a hand-over.
 const RANGES: u32 = 1;
+/// Ranges of one request that are taken. Earlier releases offered so many, and a driver keeps what it read when it started: a guest that
+/// came from there sends them until it is started anew.
+const RANGES_TAKEN: u32 = 16;
 /// Longest identity string (5.2.6).
 pub(crate) const SERIAL_BYTES: usize = 20;
 const CONFIG_BYTES: usize = 60;

@@ -1,6 +1,8 @@
 //! One request of a disk: parsed out of a chain, executed on private memory, told to the guest.
 
-use super::{BlkMetrics, RANGE_SECTORS, REQUEST_BYTES, SECTOR_BYTES, SERIAL_BYTES};
+use std::io;
+
+use super::{BlkMetrics, RANGE_SECTORS, RANGES_TAKEN, REQUEST_BYTES, SECTOR_BYTES, SERIAL_BYTES};
 use crate::backends::{DiskBackend, DiskOp};
 use crate::devices::virtio::queue::{Chain, QueueError};
 use crate::memory::GuestMem;
@@ -45,8 +47,8 @@ pub(super) enum Action {
     },
     Flush,
     GetId,
-    Discard(Range),
-    WriteZeroes(Range),
+    Discard(Vec<Range>),
+    WriteZeroes(Vec<Range>),
     /// Nothing: the request is answered with this status.
     Refuse(Status),
 }
@@ -133,14 +135,21 @@ impl Request {
                 self.data.resize((room as usize).min(SERIAL_BYTES), 0);
                 Action::GetId
             }
-            TYPE_DISCARD | TYPE_WRITE_ZEROES => zeroes(kind, sent, chain, mem, limits)?,
+            TYPE_DISCARD | TYPE_WRITE_ZEROES => ranges(kind, sent, chain, mem, limits)?,
             _ => Action::Refuse(Status::Unsupported),
         };
         Ok(())
     }
 
-    /// Does it. May block; errors become the guest's and are returned for the owner.
-    pub(super) fn execute(&mut self, disk: &mut dyn DiskBackend, serial: &[u8; SERIAL_BYTES]) -> Result<(), String> {
+    /// Does it. May block; errors become the guest's and are returned for the owner. `begins` is called when it begins, and again for
+    /// each range: one takes as long as a request may, and several are still none that hangs.
+    pub(super) fn execute(
+        &mut self,
+        disk: &mut dyn DiskBackend,
+        serial: &[u8; SERIAL_BYTES],
+        begins: &mut dyn FnMut(),
+    ) -> Result<(), String> {
+        begins();
         let (result, what) = match &self.action {
             Action::Read { offset } => (
                 disk.read_at(*offset, &mut self.data),
@@ -156,14 +165,12 @@ impl Request {
                 self.data.copy_from_slice(&serial[..len]);
                 (Ok(()), String::new())
             }
-            Action::Discard(range) => (
-                disk.discard(range.offset, range.len),
-                format!("discarding {} bytes at {}", range.len, range.offset),
-            ),
-            Action::WriteZeroes(range) => (
-                disk.write_zeroes(range.offset, range.len),
-                format!("zeroing {} bytes at {}", range.len, range.offset),
-            ),
+            Action::Discard(ranges) => each("discarding", ranges, begins, |range| {
+                disk.discard(range.offset, range.len)
+            }),
+            Action::WriteZeroes(ranges) => each("zeroing", ranges, begins, |range| {
+                disk.write_zeroes(range.offset, range.len)
+            }),
             Action::Refuse(status) => {
                 self.outcome = Some(*status);
                 return Ok(());
@@ -176,7 +183,9 @@ impl Request {
     /// Bytes of the disk that it is about, as far as they take time.
     pub(super) fn disk_bytes(&self) -> usize {
         match &self.action {
-            Action::Discard(range) | Action::WriteZeroes(range) => range.len as usize,
+            Action::Discard(ranges) | Action::WriteZeroes(ranges) => {
+                ranges.iter().map(|range| range.len as usize).sum()
+            }
             _ => self.data.len(),
         }
     }
@@ -200,8 +209,8 @@ impl Request {
                 ok,
             ),
             Action::Flush => disk.completed(&DiskOp::Flush, ok),
-            Action::Discard(range) => disk.completed(&range.discard(), ok),
-            Action::WriteZeroes(range) => disk.completed(&range.zeroes(), ok),
+            Action::Discard(ranges) => ranges.iter().for_each(|range| disk.completed(&range.discard(), ok)),
+            Action::WriteZeroes(ranges) => ranges.iter().for_each(|range| disk.completed(&range.zeroes(), ok)),
             Action::GetId | Action::Refuse(_) => {}
         }
     }
@@ -241,8 +250,8 @@ impl Request {
             Action::Flush => {
                 add(&metrics.flushes, 1);
             }
-            Action::Discard(_) | Action::WriteZeroes(_) => {
-                add(&metrics.ranges, 1);
+            Action::Discard(ranges) | Action::WriteZeroes(ranges) => {
+                add(&metrics.ranges, ranges.len() as u64);
             }
             Action::GetId | Action::Refuse(_) => {}
         }
@@ -275,28 +284,82 @@ impl Limits {
     }
 }
 
-/// Parses the range of a discard or write-zeroes request (5.2.6). More than one was not offered.
-fn zeroes(kind: u32, sent: u64, chain: &Chain, mem: &GuestMem, limits: Limits) -> Result<Action, QueueError> {
-    if sent != RANGE_BYTES as u64 {
+/// Does one range after the other, until one fails; with the error belongs which one that was.
+fn each(
+    what: &str,
+    ranges: &[Range],
+    begins: &mut dyn FnMut(),
+    mut run: impl FnMut(&Range) -> io::Result<()>,
+) -> (io::Result<()>, String) {
+    for range in ranges {
+        begins();
+        if let Err(error) = run(range) {
+            return (Err(error), format!("{what} {} bytes at {}", range.len, range.offset));
+        }
+    }
+    (Ok(()), String::new())
+}
+
+/// Parses the ranges of a discard or write-zeroes request (5.2.6).
+fn ranges(kind: u32, sent: u64, chain: &Chain, mem: &GuestMem, limits: Limits) -> Result<Action, QueueError> {
+    let most = u64::from(RANGES_TAKEN) * RANGE_BYTES as u64;
+    if sent == 0 || !sent.is_multiple_of(RANGE_BYTES as u64) || sent > most {
         return Ok(Action::Refuse(Status::IoError));
     }
-    let mut raw = [0; RANGE_BYTES];
+    let mut raw = vec![0; sent as usize];
     chain.read(mem, HEADER_BYTES as u64, &mut raw)?;
-    let word = |at: usize| u32::from_le_bytes([raw[at], raw[at + 1], raw[at + 2], raw[at + 3]]);
-    let (sector, sectors, flags) = (u64::from(word(0)) | u64::from(word(4)) << 32, word(8), word(12));
-    // A discard may not ask for unmapping, and other flags do not exist (5.2.6.2). Zeroing may, and is not heard.
-    if flags & !RANGE_UNMAP != 0 || kind == TYPE_DISCARD && flags != 0 {
-        return Ok(Action::Refuse(Status::Unsupported));
+    let mut ranges = Vec::with_capacity(raw.len() / RANGE_BYTES);
+    for bytes in raw.chunks_exact(RANGE_BYTES) {
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let (sector, sectors, flags) = (u64::from(word(0)) | u64::from(word(4)) << 32, word(8), word(12));
+        // A discard may not ask for unmapping, and other flags do not exist (5.2.6.2). Zeroing may, and is not heard.
+        if flags & !RANGE_UNMAP != 0 || kind == TYPE_DISCARD && flags != 0 {
+            return Ok(Action::Refuse(Status::Unsupported));
+        }
+        let len = u64::from(sectors) * SECTOR_BYTES;
+        match limits.range(sector, len) {
+            Some(offset) if sectors <= RANGE_SECTORS => ranges.push(Range {
+                offset,
+                len,
+                unmap: flags & RANGE_UNMAP != 0,
+            }),
+            _ => return Ok(Action::Refuse(Status::IoError)),
+        }
     }
-    let len = u64::from(sectors) * SECTOR_BYTES;
-    let Some(offset) = limits.range(sector, len).filter(|_| sectors <= RANGE_SECTORS) else {
-        return Ok(Action::Refuse(Status::IoError));
-    };
-    let unmap = flags & RANGE_UNMAP != 0;
-    let range = Range { offset, len, unmap };
     Ok(if kind == TYPE_DISCARD {
-        Action::Discard(range)
+        Action::Discard(ranges)
     } else {
-        Action::WriteZeroes(range)
+        Action::WriteZeroes(ranges)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::testing::MemoryDisk;
+
+    /// Sixteen long ranges may take longer than a request may, all together.
+    #[test]
+    fn each_range_has_a_time_of_its_own() {
+        let mut disk = MemoryDisk::new(1 << 16);
+        let executed = disk.executed.clone();
+        let range = |number: u64| Range {
+            offset: number * 1024,
+            len: 512,
+            unmap: false,
+        };
+        let mut request = Request {
+            action: Action::WriteZeroes((0..3).map(range).collect()),
+            data: Vec::new(),
+            outcome: None,
+        };
+        let mut begun = Vec::new();
+        let mut begins = || begun.push(executed.load(Ordering::SeqCst));
+        let result = request.execute(&mut disk, &[0; SERIAL_BYTES], &mut begins);
+        assert_eq!((result, request.disk_bytes()), (Ok(()), 3 * 512));
+        assert_eq!(begun, [0, 0, 1, 2]);
+        disk.fails.store(true, Ordering::SeqCst);
+        let error = request.execute(&mut disk, &[0; SERIAL_BYTES], &mut || {}).unwrap_err();
+        assert!(error.starts_with("zeroing 512 bytes at 0: "), "{error}");
+    }
 }
