@@ -18,6 +18,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use rustix::fs::{FallocateFlags, fallocate, fstatfs};
+use rustix::io::Errno;
 
 /// File systems that zero a range in place, by their magic number (linux/magic.h).
 ///
@@ -55,11 +56,31 @@ impl Zeroing {
     /// is no room to note that an extent is now two or three (a guest that gives back every other block of a disk, on an ext4 that
     /// is full). Whatever it is, writing needs none of that, and its error is the one that counts.
     pub fn zero(self, file: &File, offset: u64, len: u64) -> io::Result<()> {
-        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-        if self == Self::InPlace && fallocate(file, flags, offset, len).is_ok() {
+        if self == Self::InPlace && zero_range(file, offset, len).is_ok() {
             return Ok(());
         }
         write_zeros(file, offset, len)
+    }
+}
+
+fn zero_range(file: &File, offset: u64, len: u64) -> rustix::io::Result<()> {
+    fallocate(
+        file,
+        FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
+        offset,
+        len,
+    )
+}
+
+/// Makes a range of any length read as zeros, in a file that is being filled and that nobody relies on yet. The kernel does it wherever
+/// it can, for a disk may be zeros for the most part, and whoever fills it is not waited for until they are written. If it fails blocks may
+/// be missing; if not, there are as many as before.
+pub fn zero_anew(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    match zero_range(file, offset, len) {
+        Ok(()) => Ok(()),
+        // It does not know the call, or not for such a range.
+        Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::NOSYS | Errno::INVAL) => write_zeros(file, offset, len),
+        Err(errno) => Err(errno.into()),
     }
 }
 

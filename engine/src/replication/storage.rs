@@ -9,7 +9,7 @@ use std::time::UNIX_EPOCH;
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use twox_hash::XxHash3_128;
 
-use crate::zeroing::{Zeroing, write_zeros};
+use crate::zeroing::{self, Zeroing, write_zeros};
 
 /// A volume or file of fixed size. Shared between threads; concurrent changes of the same range leave either content.
 pub trait Storage: Send + Sync {
@@ -21,6 +21,10 @@ pub trait Storage: Send + Sync {
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Makes a range read as zeroes; its blocks stay allocated.
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Like [`Self::zero`], in a volume that is being filled and that no guest relies on yet: after an error blocks may be missing.
+    fn zero_anew(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.zero(offset, len)
+    }
     /// Returns when everything written before is durable.
     fn sync(&self) -> io::Result<()>;
     /// What tells it from another that takes its place later, under the same name; none if nothing does.
@@ -130,6 +134,11 @@ impl Storage for FileStorage {
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
         self.zeroing.zero(&self.file, offset, len)
+    }
+
+    fn zero_anew(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(offset, len)?;
+        zeroing::zero_anew(&self.file, offset, len)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -13,7 +13,7 @@ use crate::replication::storage::Storage;
 pub struct EpochChanges {
     /// Completed changes, in the order of completion.
     pub changes: Vec<DiskChange>,
-    /// Their bytes.
+    /// Their bytes, as [`DiskChange::work_bytes`] counts.
     pub bytes: usize,
     /// A flush completed.
     pub contains_flush: bool,
@@ -150,7 +150,7 @@ impl DiskLog {
             }
         };
         let before = books.epoch.bytes;
-        books.epoch.bytes += change.staged_bytes();
+        books.epoch.bytes += change.work_bytes();
         books.epoch.changes.push(change);
         if (before..books.epoch.bytes).contains(&(self.bytes_much - 1)) {
             drop(books);
@@ -278,6 +278,18 @@ mod tests {
         log.record(false);
         guest.join().expect("the disk waits no more");
         assert!(written.load(Ordering::SeqCst) >= taken);
+    }
+
+    /// Its own disk zeroes a range in no time, and the follower's may have to write it: the disk waits for that one.
+    #[test]
+    fn what_is_zeroed_counts_like_what_is_written() {
+        let log = DiskLog::new(nothing_known(), NO_LIMIT, NO_LIMIT, || {});
+        log.record(true);
+        let (offset, len, unmap) = (0, 64 << 10, false);
+        log.completed(0, &DiskOp::Discard { offset, len }, true);
+        assert!(log.bytes() >= 64 << 10);
+        log.completed(0, &DiskOp::WriteZeroes { offset, len, unmap }, true);
+        assert!(log.bytes() >= 128 << 10);
     }
 
     /// A resync that was given up takes nothing from its successor; the flush that an epoch contains is not forgotten
