@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ftvm_engine::replication::storage::{FileStorage, Storage};
 use ftvm_node_daemon::disks::{DiskError, thick};
 use imports::{Bench, MIB, program, sha256};
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
 /// Contents that tell every place apart, with a stretch of zeros in the middle.
@@ -408,6 +408,25 @@ fn what_a_guest_discards_stays_its_own_on_a_full_volume() {
         written.and_then(|()| disk.sync()).expect(system);
         judge(0x5a);
     }
+}
+
+/// Most of many disks is zeros, and whoever copies one does not wait for hours until they are written.
+#[test]
+fn zeros_of_a_copy_are_not_written_and_the_disk_is_thick_afterwards() {
+    let bench = Bench::on("xfs", 400);
+    let disk = blank_disk(&bench, 16);
+    let size_bytes = disk.size_bytes();
+    let raw = File::open(bench.path("disk.img")).unwrap();
+    let first_data = || {
+        disk.sync().unwrap();
+        seek(&raw, SeekFrom::Data(0)).ok()
+    };
+    // The control: what a guest zeroes is written.
+    disk.zero(0, size_bytes).unwrap();
+    assert_eq!(first_data(), Some(0));
+    disk.zero_anew(0, size_bytes).unwrap();
+    assert_eq!(first_data(), None);
+    bench.judge("disk.img", &vec![0; size_bytes as usize]).unwrap();
 }
 
 /// The control: where XFS zeroes by itself it gives blocks back and takes others, and the taker is faster.
