@@ -18,7 +18,6 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use rustix::fs::{FallocateFlags, fallocate, fstatfs};
-use rustix::io::Errno;
 
 /// File systems that zero a range in place, by their magic number (linux/magic.h).
 ///
@@ -33,8 +32,8 @@ static ZEROS: [u8; PIECE_BYTES] = [0; PIECE_BYTES];
 /// How ranges of a file or block device are zeroed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Zeroing {
-    /// By the kernel, which keeps the blocks; by writing what it refuses.
-    InPlace,
+    /// By the kernel, which keeps the blocks where [`Zeroing::of`] chooses it; by writing what it refuses.
+    ByKernel,
     /// By writing.
     Written,
 }
@@ -44,43 +43,23 @@ impl Zeroing {
     pub fn of(file: &File) -> Self {
         let device = file.metadata().is_ok_and(|data| data.file_type().is_block_device());
         if device || fstatfs(file).is_ok_and(|system| IN_PLACE.contains(&system.f_type)) {
-            Self::InPlace
+            Self::ByKernel
         } else {
             Self::Written
         }
     }
 
-    /// Makes a range read as zeros; its blocks stay, and those that are missing are allocated.
+    /// Makes a range read as zeros. Its blocks stay, if this is what [`Zeroing::of`] gave, and those that are missing are allocated.
     ///
     /// The kernel may refuse for many reasons: it does not know the call, the range is no whole number of a device's blocks, or there
     /// is no room to note that an extent is now two or three (a guest that gives back every other block of a disk, on an ext4 that
-    /// is full). Whatever it is, writing needs none of that, and its error is the one that counts.
+    /// is full; an XFS that is full does not even begin). Whatever it is, writing needs none of that, and its error is the one that counts.
     pub fn zero(self, file: &File, offset: u64, len: u64) -> io::Result<()> {
-        if self == Self::InPlace && zero_range(file, offset, len).is_ok() {
+        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        if self == Self::ByKernel && fallocate(file, flags, offset, len).is_ok() {
             return Ok(());
         }
         write_zeros(file, offset, len)
-    }
-}
-
-fn zero_range(file: &File, offset: u64, len: u64) -> rustix::io::Result<()> {
-    fallocate(
-        file,
-        FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
-        offset,
-        len,
-    )
-}
-
-/// Makes a range of any length read as zeros, in a file that is being filled and that nobody relies on yet. The kernel does it wherever
-/// it can, for a disk may be zeros for the most part, and whoever fills it is not waited for until they are written. If it fails blocks may
-/// be missing; if not, there are as many as before.
-pub fn zero_anew(file: &File, offset: u64, len: u64) -> io::Result<()> {
-    match zero_range(file, offset, len) {
-        Ok(()) => Ok(()),
-        // It does not know the call, or not for such a range.
-        Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::NOSYS | Errno::INVAL) => write_zeros(file, offset, len),
-        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -114,7 +93,7 @@ mod tests {
     fn a_range_is_zeroed_to_the_byte_whether_the_kernel_does_it_or_not() {
         let piece = PIECE_BYTES as u64;
         let (start, len, size) = (piece - 512, 2 * piece + 1024, 4 * piece);
-        for zeroing in [Zeroing::InPlace, Zeroing::Written] {
+        for zeroing in [Zeroing::ByKernel, Zeroing::Written] {
             let file = file();
             file.write_all_at(&vec![7; size as usize], 0).expect("written");
             zeroing.zero(&file, start, len).expect("zeroed");

@@ -91,7 +91,7 @@ impl Target<'_> {
         }
         // A device may know a faster way than to be written.
         let zeroing = if self.device {
-            Zeroing::InPlace
+            Zeroing::ByKernel
         } else {
             Zeroing::Written
         };
