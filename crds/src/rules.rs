@@ -56,12 +56,18 @@ pub(crate) fn spec() -> Value {
     ])
 }
 
-/// Of one disk before and after: the API server compares those of one name.
+/// Of one disk; before and after, the API server compares those of one name.
 pub(crate) fn disk() -> Value {
-    json!([rule(
-        "self.size == oldSelf.size && self.source == oldSelf.source",
-        "a disk's size and source are fixed for the VM's life: put back what was there, or make another VM",
-    )])
+    json!([
+        rule(
+            "self.size == oldSelf.size && self.source == oldSelf.source",
+            "a disk's size and source are fixed for the VM's life: put back what was there, or make another VM",
+        ),
+        rule(
+            "!(has(self.storageClassName) && has(self.storageClassNames))",
+            "name one class for both seats in storageClassName, or one for each seat in storageClassNames, and leave the other field out",
+        ),
+    ])
 }
 
 pub(crate) fn memory() -> Value {

@@ -194,6 +194,10 @@ pub struct Disk {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub storage_class_name: Option<String>,
+    /// Storage classes of the first and the second seat's volume, in the place of storageClassName, so that the two copies lie on different storage. With one name the second seat's is the cluster's default. A change is for seats made from then on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 2), inner(length(min = 1, max = 253)))]
+    pub storage_class_names: Vec<String>,
     /// First contents.
     #[serde(default)]
     pub source: DiskSource,
@@ -492,6 +496,14 @@ impl Network {
 }
 
 impl Disk {
+    /// Storage class of the volume of a seat in this slot; none: the cluster's default.
+    pub fn storage_class(&self, slot: u8) -> Option<&str> {
+        if self.storage_class_names.is_empty() {
+            return self.storage_class_name.as_deref();
+        }
+        self.storage_class_names.get(usize::from(slot)).map(String::as_str)
+    }
+
     /// Where the first contents are.
     pub fn contents(&self) -> Contents {
         let source = &self.source;

@@ -103,7 +103,7 @@ pub struct SeatEntry {
     /// Name of the seat and of its pod.
     #[schemars(length(max = 63))]
     pub name: String,
-    /// Place among the VM's seats, 0 or 1: which entry of `placement.seats` it follows.
+    /// Place among the VM's seats, 0 or 1: which entry of `placement.seats`, and of a disk's `storageClassNames`, it follows.
     #[serde(default)]
     pub slot: u8,
     /// UID of the pod, which is the seat's identity; entered once the seat's certificate exists. Missing: no such pod yet.

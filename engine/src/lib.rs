@@ -21,6 +21,7 @@ pub mod seat_io;
 pub mod seccomp;
 pub mod state;
 pub mod vcpu;
+pub mod zeroing;
 
 /// An error with its causes in one line.
 pub fn error_chain(error: &dyn std::error::Error) -> String {

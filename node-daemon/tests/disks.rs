@@ -2,10 +2,18 @@
 
 mod imports;
 
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use ftvm_node_daemon::disks::thick;
+use ftvm_engine::replication::storage::{FileStorage, Storage};
+use ftvm_node_daemon::disks::{DiskError, thick};
 use imports::{Bench, MIB, program, sha256};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
 
 /// Contents that tell every place apart, with a stretch of zeros in the middle.
 fn contents(mib: u64) -> Vec<u8> {
@@ -300,15 +308,180 @@ fn file_systems_of_every_kind() {
     let output = bench.import("disk.img", 32, &["--file", &file]);
     assert!(output.status.success(), "{}", imports::said(&output));
     bench.judge("disk.img", &expected).unwrap();
-    let plain = std::fs::File::open(bench.write("plain.img", &expected)).unwrap();
+    let plain = File::open(bench.write("plain.img", &expected)).unwrap();
     let error = thick::verify(&plain, 32 << 20).unwrap_err().to_string();
     assert!(error.contains("btrfs") && error.contains("storage class"), "{error}");
     // No block is anybody's own where two files share it.
     let bench = Bench::on("xfs", 400);
     bench.write("one.img", &expected);
     bench.run("cp", &["--reflink=always", "one.img", "two.img"], "two.img");
-    let error = thick::verify(&std::fs::File::open(bench.path("two.img")).unwrap(), 32 << 20).unwrap_err();
+    let error = thick::verify(&File::open(bench.path("two.img")).unwrap(), 32 << 20).unwrap_err();
     assert!(error.to_string().contains("shared with another file"), "{error}");
+}
+
+const BLOCK: usize = 4096;
+
+/// A disk as an engine has it, all of it allocated.
+fn blank_disk(bench: &Bench, mib: u64) -> FileStorage {
+    let output = bench.import("disk.img", mib, &["--blank"]);
+    assert!(output.status.success(), "{}", imports::said(&output));
+    open_disk(&bench.path("disk.img"))
+}
+
+fn open_disk(path: &Path) -> FileStorage {
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    FileStorage::new(file, None).unwrap()
+}
+
+/// Every other block is written: as many extents as there can be.
+fn scatter(disk: &FileStorage) -> io::Result<()> {
+    for at in (0..disk.size_bytes()).step_by(2 * BLOCK) {
+        disk.write_at(at, &[0xa5; BLOCK])?;
+    }
+    disk.sync()
+}
+
+/// Makes a file longer by all that is free, in pieces that get smaller; returns how long it is.
+fn take(file: &File, mut length: u64) -> u64 {
+    let longer = |length: u64, piece: u64| match fallocate(file, FallocateFlags::empty(), length, piece) {
+        Err(Errno::OPNOTSUPP) => file.write_all_at(&vec![0; piece as usize], length).is_ok(),
+        allocated => allocated.is_ok(),
+    };
+    for piece in [16 << 20, 1 << 20, 64 << 10, BLOCK as u64] {
+        while longer(length, piece) {
+            length += piece;
+        }
+    }
+    length
+}
+
+/// Does `work` while another file has what is free, and takes at once what becomes free.
+fn beside_a_taker<T>(bench: &Bench, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let other = File::create(bench.path("other")).unwrap();
+    let (full, over) = (Barrier::new(2), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut length = take(&other, 0);
+            full.wait();
+            while !over.load(Ordering::Relaxed) {
+                length = take(&other, length);
+            }
+        });
+        full.wait();
+        let done = work();
+        over.store(true, Ordering::Relaxed);
+        done
+    })
+}
+
+#[test]
+fn what_a_guest_discards_stays_its_own_on_a_full_volume() {
+    // A btrfs that is full looks for room, with a commit, at each block that is written: a small disk, and no barriers.
+    for (system, volume_mib, disk_mib) in [
+        ("ext4", 96, 16),
+        ("ext2", 48, 16),
+        ("xfs", 400, 16),
+        ("btrfs,nobarrier", 400, 1),
+        ("tmpfs", 64, 16),
+    ] {
+        let bench = Bench::on(system, volume_mib);
+        let disk = blank_disk(&bench, disk_mib);
+        let size_bytes = disk.size_bytes();
+        scatter(&disk).expect(system);
+        let discarded = beside_a_taker(&bench, || {
+            // Single blocks first: there is no room to note more extents either.
+            for at in (0..size_bytes).step_by(4 * BLOCK) {
+                disk.zero(at, BLOCK as u64)?;
+            }
+            disk.zero(0, size_bytes)?;
+            disk.sync()
+        });
+        discarded.expect(system);
+        let judge = |content: u8| {
+            let expected = vec![content; size_bytes as usize];
+            let judged = bench.judge("disk.img", &expected);
+            judged.unwrap_or_else(|why| panic!("{system}, {content}: {why}"));
+        };
+        judge(0);
+        // The guest needs its blocks again, and the volume still has no other ones.
+        let written = disk.write_at(0, &vec![0x5a; size_bytes as usize]);
+        written.and_then(|()| disk.sync()).expect(system);
+        judge(0x5a);
+    }
+}
+
+/// Most of many disks is zeros, and whoever copies one does not wait for hours until they are written.
+#[test]
+fn zeros_of_a_copy_are_not_written_and_the_disk_is_thick_afterwards() {
+    let bench = Bench::on("xfs", 400);
+    let disk = blank_disk(&bench, 16);
+    let size_bytes = disk.size_bytes();
+    let raw = File::open(bench.path("disk.img")).unwrap();
+    let first_data = || {
+        disk.sync().unwrap();
+        seek(&raw, SeekFrom::Data(0)).ok()
+    };
+    // The control: what a guest zeroes is written.
+    disk.zero(0, size_bytes).unwrap();
+    assert_eq!(first_data(), Some(0));
+    disk.zero_anew(0, size_bytes).unwrap();
+    assert_eq!(first_data(), None);
+    bench.judge("disk.img", &vec![0; size_bytes as usize]).unwrap();
+}
+
+/// The control: where XFS zeroes by itself it gives blocks back and takes others, and the taker is faster.
+#[test]
+fn on_xfs_the_kernels_way_to_zero_costs_a_disk_its_blocks() {
+    const ROOM_BYTES: u64 = 64 << 10;
+    const TRIES: u64 = 20;
+    let bench = Bench::on("xfs", 400);
+    let disk = blank_disk(&bench, 16);
+    let size_bytes = disk.size_bytes();
+    let mut options = OpenOptions::new();
+    let raw = options.read(true).write(true).open(bench.path("disk.img")).unwrap();
+    let room = File::create(bench.path("room")).unwrap();
+    fallocate(&room, FallocateFlags::empty(), 0, TRIES * ROOM_BYTES).unwrap();
+    scatter(&disk).unwrap();
+    let lost = beside_a_taker(&bench, || {
+        for left in (0..TRIES).rev() {
+            // A few blocks, without which XFS does not even begin.
+            room.set_len(left * ROOM_BYTES)?;
+            let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+            if let Err(errno) = fallocate(&raw, flags, 0, size_bytes) {
+                let found = thick::verify(&raw, size_bytes);
+                if matches!(found, Err(DiskError::NotThick { .. })) {
+                    return Ok(Some(errno));
+                }
+            }
+            scatter(&disk)?;
+        }
+        Ok(None)
+    });
+    assert_eq!(lost.unwrap(), Some(Errno::NOSPC));
+}
+
+#[test]
+fn a_block_device_is_zeroed_without_giving_back_a_block() {
+    let bench = Bench::on("ext4", 64);
+    let below = bench.write("device.img", &vec![0xee; 8 * MIB]);
+    let device = bench.device("device.img");
+    let disk = open_disk(&device.path);
+    let blocks = || {
+        disk.sync().unwrap();
+        std::fs::metadata(&below).unwrap().blocks()
+    };
+    let before = blocks();
+    // From within a block of the file system below to within another one.
+    disk.zero(512, 6 << 20).unwrap();
+    assert!(blocks() >= before);
+    let mut expected = vec![0xee; 8 * MIB];
+    expected[512..512 + 6 * MIB].fill(0);
+    let mut found = vec![0; 8 * MIB];
+    disk.read_at(0, &mut found).unwrap();
+    assert!(found == expected, "contents");
+    // The control: what a device is told to discard is given back below.
+    bench.run("blkdiscard", &["--force", &device.path.display().to_string()], "");
+    assert!(blocks() < before);
 }
 
 #[test]
@@ -340,24 +513,21 @@ fn a_block_device_is_written_whole() {
 fn a_disk_in_use_and_one_that_is_complete_are_left_alone() {
     let bench = Bench::new();
     let file = bench.write("root.raw", &contents(4)).display().to_string();
-    let disk = std::fs::File::create(bench.path("disk.img")).unwrap();
+    let disk = File::create(bench.path("disk.img")).unwrap();
     rustix::fs::flock(&disk, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let output = bench.import("disk.img", 8, &["--file", &file]);
     assert!(imports::said(&output).contains("in use"), "{}", imports::said(&output));
     drop(disk);
     assert!(bench.import("disk.img", 8, &["--file", &file]).status.success());
     // A guest writes; nothing is imported over it, and blocks that it gave back are taken again.
-    let disk = std::fs::OpenOptions::new()
-        .write(true)
-        .open(bench.path("disk.img"))
-        .unwrap();
+    let disk = OpenOptions::new().write(true).open(bench.path("disk.img")).unwrap();
     disk.write_all_at(b"of the guest", 0).unwrap();
-    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-    rustix::fs::fallocate(&disk, flags, MIB as u64, MIB as u64).unwrap();
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&disk, flags, MIB as u64, MIB as u64).unwrap();
     assert!(bench.import("disk.img", 8, &["--file", &file]).status.success());
     let found = std::fs::read(bench.path("disk.img")).unwrap();
     assert!(found.starts_with(b"of the guest"));
-    thick::verify(&std::fs::File::open(bench.path("disk.img")).unwrap(), 8 << 20).unwrap();
+    thick::verify(&File::open(bench.path("disk.img")).unwrap(), 8 << 20).unwrap();
     let output = bench.import("disk.img", 9, &["--file", &file]);
     assert!(imports::said(&output).contains("size of a disk can't be changed"));
 }

@@ -290,6 +290,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     let advice = wait_reason(&cluster, "unbound", "Protected", "VolumeNotBound")?;
     assert!(advice.contains("name a class that provisions"), "{advice}");
     cluster.kubectl(&["delete", "ftvm", "unbound", "--timeout=60s"])?;
+    classes_by_slot(&cluster)?;
     cluster.apply(&example("web", Some("local")).to_string())?;
     let advice = wait_reason(&cluster, "web", "Protected", "NoKvmNode")?;
     assert!(advice.contains("/dev/kvm"), "{advice}");
@@ -712,6 +713,29 @@ fn kept_volumes(cluster: &Cluster) -> anyhow::Result<()> {
         wait_event(cluster, "kept", "VolumesRetained", name)?;
     }
     wait_event(cluster, "kept", "VolumesRetained", "--selector ftvm.dev/vm=kept")
+}
+
+/// Each seat's volume is of a class of its own.
+fn classes_by_slot(cluster: &Cluster) -> anyhow::Result<()> {
+    let classes = ["local", "elsewhere"];
+    let mut vm = example("classes", None);
+    vm["spec"]["disks"][0]["storageClassNames"] = json!(classes);
+    cluster.apply(&vm.to_string())?;
+    wait_for("both seats have claims of their classes", PATIENCE, || {
+        let seats = cluster.get(&["ftvm", "classes"])?["status"]["seats"].clone();
+        let seats = seats.as_array().context("no book")?;
+        ensure!(seats.len() == 2, "{seats:?}");
+        for seat in seats {
+            let (name, slot) = (&seat["name"], &seat["slot"]);
+            let claim = format!("{}-root", name.as_str().context("no name")?);
+            let class = classes.get(slot.as_u64().context("no slot")? as usize);
+            let found = cluster.get(&["pvc", &claim])?["spec"]["storageClassName"].clone();
+            ensure!(class.is_some_and(|class| found == *class), "{claim}: {found}");
+        }
+        Ok(())
+    })?;
+    cluster.kubectl(&["delete", "ftvm", "classes", "--timeout=60s"])?;
+    Ok(())
 }
 
 /// Nobody serves the class, and the scheduler says nothing while it waits: the operator looks again by itself, says what to do, and

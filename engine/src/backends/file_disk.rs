@@ -1,7 +1,7 @@
 //! A raw disk in a file or on a block device.
 //!
 //! Disks are thick: every block is allocated before a guest runs, by whoever starts the engine, and stays so, therefore
-//! discarding and zeroing write zeroes without giving blocks back.
+//! discarding and zeroing give no block back ([`crate::zeroing`]).
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -9,17 +9,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::OFlags;
 use thiserror::Error;
 
 use super::{DiskBackend, DiskOp};
+use crate::zeroing::Zeroing;
 
 const SECTOR_BYTES: u64 = 512;
-/// Unit of writing zeroes where the file system can't do it by itself.
-const ZEROES_BYTES: usize = 256 << 10;
 
 // linux/fs.h
-const BLKZEROOUT: libc::c_ulong = 0x127f;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 
 /// Why there is no disk.
@@ -99,9 +97,7 @@ pub struct FileDisk {
     path: PathBuf,
     size_bytes: u64,
     read_only: bool,
-    block_device: bool,
-    /// The file system zeroes ranges by itself, as far as known.
-    zeroes_ranges: bool,
+    zeroing: Zeroing,
 }
 
 impl FileDisk {
@@ -140,12 +136,11 @@ impl FileDisk {
             });
         }
         Ok(Self {
+            zeroing: Zeroing::of(&file),
             file,
             path,
             size_bytes,
             read_only,
-            block_device,
-            zeroes_ranges: true,
         })
     }
 
@@ -169,25 +164,6 @@ impl FileDisk {
     /// The open file.
     pub fn file(&self) -> &File {
         &self.file
-    }
-
-    fn zero(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        if self.block_device {
-            let range = [offset, len];
-            // SAFETY: BLKZEROOUT reads two 64-bit numbers.
-            if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT as _, range.as_ptr()) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            return Ok(());
-        }
-        if self.zeroes_ranges {
-            let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-            match rustix::fs::fallocate(&self.file, flags, offset, len) {
-                Err(rustix::io::Errno::OPNOTSUPP) => self.zeroes_ranges = false,
-                other => return Ok(other?),
-            }
-        }
-        write_zeroes(&self.file, offset, len)
     }
 }
 
@@ -228,17 +204,6 @@ fn lock(file: &File, read_only: bool) -> io::Result<()> {
     Ok(())
 }
 
-fn write_zeroes(file: &File, mut offset: u64, mut len: u64) -> io::Result<()> {
-    let zeroes = vec![0; ZEROES_BYTES.min(len as usize)];
-    while len > 0 {
-        let part = len.min(zeroes.len() as u64);
-        file.write_all_at(&zeroes[..part as usize], offset)?;
-        offset += part;
-        len -= part;
-    }
-    Ok(())
-}
-
 impl DiskBackend for FileDisk {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
@@ -261,11 +226,11 @@ impl DiskBackend for FileDisk {
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.zero(offset, len)
+        self.zeroing.zero(&self.file, offset, len)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.zero(offset, len)
+        self.zeroing.zero(&self.file, offset, len)
     }
 
     fn completed(&mut self, _: &DiskOp<'_>, _: bool) {}

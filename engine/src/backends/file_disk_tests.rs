@@ -50,8 +50,8 @@ fn discarded_blocks_read_as_zeroes_and_stay_allocated() {
     assert!(allocated * 512 >= 4 << 20, "only {allocated} blocks");
     disk.discard(4096, 1 << 20).unwrap();
     disk.write_zeroes(2 << 20, 1 << 20).unwrap();
-    // Where the file system can't zero ranges, zeroes are written.
-    disk.zeroes_ranges = false;
+    // Where the file system is not known to keep its blocks, zeros are written.
+    disk.zeroing = Zeroing::Written;
     disk.write_zeroes((3 << 20) + 512, 512).unwrap();
     disk.flush().unwrap();
     let mut data = vec![9; 4 << 20];

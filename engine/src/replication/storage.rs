@@ -9,6 +9,8 @@ use std::time::UNIX_EPOCH;
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use twox_hash::XxHash3_128;
 
+use crate::zeroing::{Zeroing, write_zeros};
+
 /// A volume or file of fixed size. Shared between threads; concurrent changes of the same range leave either content.
 pub trait Storage: Send + Sync {
     /// Size in bytes.
@@ -19,6 +21,10 @@ pub trait Storage: Send + Sync {
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Makes a range read as zeroes; its blocks stay allocated.
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Like [`Self::zero`], in a volume that is being filled and that no guest relies on yet: after an error blocks may be missing.
+    fn zero_anew(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.zero(offset, len)
+    }
     /// Returns when everything written before is durable.
     fn sync(&self) -> io::Result<()>;
     /// What tells it from another that takes its place later, under the same name; none if nothing does.
@@ -37,19 +43,18 @@ pub fn identity_of(volumes: &[Arc<dyn Storage>]) -> Option<u128> {
     Some(XxHash3_128::oneshot(&bytes))
 }
 
-/// Written at once when a file system can't zero a range by itself.
-static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
-
 /// A file or block device.
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
     size_bytes: u64,
     identity: Option<u128>,
+    zeroing: Zeroing,
 }
 
 impl FileStorage {
-    /// Takes over an open file or block device of at least `size_bytes`; `None` takes its own size.
+    /// Takes over an open file or block device of at least `size_bytes`; `None` takes its own size. Asks for its file system, so not
+    /// in a thread that is in its system call filter.
     pub fn new(mut file: File, size_bytes: Option<u64>) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let has = if metadata.file_type().is_block_device() {
@@ -68,6 +73,7 @@ impl FileStorage {
         // What keeps no cache knows no such advice.
         let _ = fadvise(&file, 0, None, Advice::DontNeed);
         Ok(Self {
+            zeroing: Zeroing::of(&file),
             file,
             size_bytes,
             identity: identity(&metadata),
@@ -81,7 +87,7 @@ impl FileStorage {
             match fallocate(&file, FallocateFlags::empty(), 0, size_bytes) {
                 Ok(()) => {}
                 // A file system without it: written instead.
-                Err(rustix::io::Errno::OPNOTSUPP) => write_zeroes(&file, 0, size_bytes)?,
+                Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(&file, 0, size_bytes)?,
                 Err(error) => return Err(error.into()),
             }
             file.sync_all()?;
@@ -110,16 +116,6 @@ fn identity(metadata: &Metadata) -> Option<u128> {
     (born_ns > 0).then(|| XxHash3_128::oneshot(&[inode, born].concat()))
 }
 
-fn write_zeroes(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
-    let end = offset + len;
-    while offset < end {
-        let piece = (end - offset).min(ZEROES.len() as u64);
-        file.write_all_at(&ZEROES[..piece as usize], offset)?;
-        offset += piece;
-    }
-    Ok(())
-}
-
 impl Storage for FileStorage {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
@@ -137,18 +133,13 @@ impl Storage for FileStorage {
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
-        match fallocate(
-            &self.file,
-            FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
-            offset,
-            len,
-        ) {
-            Ok(()) => Ok(()),
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NODEV | rustix::io::Errno::INVAL) => {
-                write_zeroes(&self.file, offset, len)
-            }
-            Err(error) => Err(error.into()),
-        }
+        self.zeroing.zero(&self.file, offset, len)
+    }
+
+    fn zero_anew(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(offset, len)?;
+        // In no time, on most file systems: a disk that is copied may be zeros for the most part, and its source waits.
+        Zeroing::ByKernel.zero(&self.file, offset, len)
     }
 
     fn sync(&self) -> io::Result<()> {

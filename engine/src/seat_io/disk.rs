@@ -25,6 +25,8 @@ struct Books {
     /// How often recording was switched.
     number: u64,
     epoch: EpochChanges,
+    /// What those who follow may have to write ([`DiskChange::work_bytes`]). The disks wait for it, and the guest does not.
+    work_bytes: usize,
 }
 
 /// The changes of all disks in the running epoch. They are bounded: who is about to change a disk waits while they are
@@ -35,7 +37,7 @@ pub struct DiskLog {
     changed: Arc<ChangedBlocks>,
     /// Somebody took what was recorded, or nothing is recorded any more.
     room: Condvar,
-    /// Bytes recorded with which disks wait.
+    /// Bytes recorded, or to be written by those who follow, with which disks wait.
     bytes_max: usize,
     /// Bytes recorded with which `much` is called.
     bytes_much: usize,
@@ -72,13 +74,14 @@ impl DiskLog {
             recording,
             number: books.number + 1,
             epoch: EpochChanges::default(),
+            work_bytes: 0,
         };
         self.room.notify_all();
     }
 
     /// Waits until more may be recorded. Outside the pause gate, before a disk is changed.
     fn wait_for_room(&self) {
-        let full = |books: &mut Books| books.recording && books.epoch.bytes >= self.bytes_max;
+        let full = |books: &mut Books| books.recording && books.work_bytes >= self.bytes_max;
         let waited = self.room.wait_while(self.books(), full);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
@@ -95,16 +98,17 @@ impl DiskLog {
         if books.number != number {
             return Vec::new();
         }
-        books.epoch.bytes = 0;
+        (books.epoch.bytes, books.work_bytes) = (0, 0);
         self.room.notify_all();
         std::mem::take(&mut books.epoch.changes)
     }
 
     /// Takes the changes of the epoch that ends; called while the pause gate is closed.
     pub fn take(&self) -> EpochChanges {
-        let epoch = std::mem::take(&mut self.books().epoch);
+        let mut books = self.books();
+        books.work_bytes = 0;
         self.room.notify_all();
-        epoch
+        std::mem::take(&mut books.epoch)
     }
 
     /// Whether changes are recorded: somebody follows, or is about to.
@@ -151,6 +155,7 @@ impl DiskLog {
         };
         let before = books.epoch.bytes;
         books.epoch.bytes += change.staged_bytes();
+        books.work_bytes += change.work_bytes();
         books.epoch.changes.push(change);
         if (before..books.epoch.bytes).contains(&(self.bytes_much - 1)) {
             drop(books);
@@ -278,6 +283,28 @@ mod tests {
         log.record(false);
         guest.join().expect("the disk waits no more");
         assert!(written.load(Ordering::SeqCst) >= taken);
+    }
+
+    /// Its own disk zeroes a range in no time, and the follower's may have to write it: the disk waits for that one. The guest does not
+    /// stand still for it.
+    #[test]
+    fn what_is_zeroed_counts_like_what_is_written() {
+        let log = DiskLog::new(nothing_known(), NO_LIMIT, NO_LIMIT, || {});
+        let (offset, len, unmap) = (0, 64 << 10, false);
+        for taken in [false, true] {
+            log.record(true);
+            log.completed(0, &DiskOp::Discard { offset, len }, true);
+            assert!(log.books().work_bytes >= 64 << 10);
+            log.completed(0, &DiskOp::WriteZeroes { offset, len, unmap }, true);
+            assert!(log.books().work_bytes >= 128 << 10);
+            assert!(log.bytes() < 4096);
+            if taken {
+                log.take_of(log.number());
+            } else {
+                log.take();
+            }
+            assert_eq!(log.books().work_bytes, 0);
+        }
     }
 
     /// A resync that was given up takes nothing from its successor; the flush that an epoch contains is not forgotten

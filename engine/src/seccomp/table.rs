@@ -232,8 +232,6 @@ const VOLUME: &[Allow] = &[any(SYS_pread64), any(SYS_preadv)];
 
 /// Block devices.
 const DISK: &[Allow] = &[
-    with(SYS_ioctl, &[ioctl(BLOCK, 119)]), // BLKDISCARD
-    with(SYS_ioctl, &[ioctl(BLOCK, 127)]), // BLKZEROOUT
     with(SYS_ioctl, &[ioctl(BLOCK, 114)]), // BLKGETSIZE64
     with(SYS_ioctl, &[ioctl(BLOCK, 97)]),  // BLKFLSBUF
 ];

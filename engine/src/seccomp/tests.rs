@@ -106,7 +106,9 @@ fn each_kind_reaches_the_kernel_with_its_own_calls() {
         (libc::SYS_ioctl, kvm(0x7c), &[Driver, Vcpu]),
         (libc::SYS_ioctl, kvm(0x01), &[Driver]),
         (libc::SYS_ioctl, kvm(0xa5), &[Driver, Vcpu, Net, Disk]),
-        (libc::SYS_ioctl, [BAD_FD, 0x1277, 0, 0, 0, 0], &[Disk]),
+        // BLKDISCARD: nothing gives back a block.
+        (libc::SYS_ioctl, [BAD_FD, 0x1277, 0, 0, 0, 0], &[]),
+        (libc::SYS_ioctl, [BAD_FD, 0x1272, 0, 0, 0, 0], &[Driver, Disk]),
         (libc::SYS_pread64, [BAD_FD, 0, 0, 0, 0, 0], &[Driver, Disk, Worker]),
         (libc::SYS_pwrite64, [BAD_FD, 0, 0, 0, 0, 0], &[Driver, Disk]),
         (libc::SYS_fdatasync, [BAD_FD, 0, 0, 0, 0, 0], &[Driver, Disk]),

@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use ftvm_engine::zeroing::Zeroing;
+
 use super::frame::Frame;
 use super::helper::{Helper, Read};
 use super::mark::{Mark, MarkFile};
-use super::{DiskError, Job, MARK_BYTES, Progress, Step, of_source, thick};
+use super::{DiskError, Job, MARK_BYTES, Progress, Step, of_source};
 
 /// Zeros are written so many between two looks at the progress.
 const ZEROS_BYTES: u64 = 64 << 20;
@@ -87,12 +89,14 @@ impl Target<'_> {
         if self.blank || from >= to {
             return Ok(());
         }
-        let write = if self.device {
-            thick::zero_device
+        // A device may know a faster way than to be written.
+        let zeroing = if self.device {
+            Zeroing::ByKernel
         } else {
-            thick::write_zeros
+            Zeroing::Written
         };
-        write(self.file, from, to - from).map_err(DiskError::write("writing zeros"))
+        let zeroed = zeroing.zero(self.file, from, to - from);
+        zeroed.map_err(DiskError::write("writing zeros"))
     }
 
     /// Everything before this is written.

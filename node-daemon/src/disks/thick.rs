@@ -7,15 +7,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use ftvm_engine::zeroing::write_zeros;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::DiskError;
 
-/// Zeros are written so many at a time.
-const ZEROS_BYTES: usize = 1 << 20;
 /// Extents that are asked for at a time.
 const EXTENTS: usize = 128;
 /// `FS_IOC_FIEMAP` (linux/fiemap.h).
@@ -280,27 +279,6 @@ fn fill_holes(file: &File, size_bytes: u64) -> io::Result<()> {
         at = data;
     }
     Ok(())
-}
-
-/// Writes zeros, and never takes the blocks away.
-pub fn write_zeros(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    let zeros = vec![0u8; ZEROS_BYTES];
-    let mut at = offset;
-    while at < offset + length {
-        let count = usize::try_from(offset + length - at).map_or(ZEROS_BYTES, |left| left.min(ZEROS_BYTES));
-        file.write_all_at(&zeros[..count], at)?;
-        at += count as u64;
-    }
-    Ok(())
-}
-
-/// Zeros on a block device, by the device where it can: it keeps the blocks (`BLKDEV_ZERO_NOUNMAP`).
-pub fn zero_device(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, flags, offset, length) {
-        Ok(()) => Ok(()),
-        Err(_) => write_zeros(file, offset, length),
-    }
 }
 
 #[cfg(test)]

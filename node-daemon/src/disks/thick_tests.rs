@@ -1,5 +1,6 @@
 use super::*;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
 const SIZE: u64 = 8 << 20;
 

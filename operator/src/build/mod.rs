@@ -92,7 +92,7 @@ pub fn claim(vm: &FaultTolerantVM, entry: &SeatEntry, disk: usize) -> Result<Per
         },
         spec: Some(PersistentVolumeClaimSpec {
             access_modes: Some(vec!["ReadWriteOnce".to_owned()]),
-            storage_class_name: disk_spec.storage_class_name.clone(),
+            storage_class_name: disk_spec.storage_class(entry.slot).map(str::to_owned),
             volume_mode: Some("Filesystem".to_owned()),
             resources: Some(VolumeResourceRequirements {
                 requests: Some([("storage".to_owned(), request)].into()),

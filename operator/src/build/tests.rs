@@ -243,6 +243,29 @@ fn claims() {
 }
 
 #[test]
+fn a_claim_has_the_storage_class_of_its_slot() {
+    let mut vm = vm();
+    let classes = |vm: &FaultTolerantVM| {
+        [0, 1].map(|slot| {
+            let entry = SeatEntry { slot, ..entry() };
+            claim(vm, &entry, 1).unwrap().spec.unwrap().storage_class_name
+        })
+    };
+    let named = |class: &str| Some(class.to_owned());
+    assert_eq!(classes(&vm), [None, None]);
+    vm.spec.disks[1].storage_class_name = named("both");
+    assert_eq!(classes(&vm), [named("both"), named("both")]);
+    vm.spec.disks[1].storage_class_name = None;
+    vm.spec.disks[1].storage_class_names = vec!["fast".to_owned()];
+    assert_eq!(classes(&vm), [named("fast"), None], "the cluster's default");
+    vm.spec.disks[1].storage_class_names.push("slow".to_owned());
+    assert_eq!(classes(&vm), [named("fast"), named("slow")]);
+    snapshot("claim-by-slot.yaml", &claim(&vm, &entry(), 1).unwrap());
+    let first = claim(&vm, &entry(), 0).unwrap();
+    assert_eq!(first.spec.unwrap().storage_class_name, None, "of another disk");
+}
+
+#[test]
 fn shared_objects() {
     snapshot("budget.yaml", &budget(&vm()));
     snapshot("network-policy.yaml", &network_policy(&vm(), false));

@@ -128,6 +128,8 @@ fn a_dead_standby_is_replaced_on_a_third_node_after_a_while() {
     assert!(world.now.duration_since(begin).as_secs() >= 20);
     assert_eq!(world.vm.status.as_ref().unwrap().standby.as_deref(), Some("node-2"));
     assert!(!world.claims.values().any(|claim| claim.seat == standby.name));
+    // What goes by slot (labels of nodes, storage classes) is as it was.
+    assert_eq!(seats(&world).1.slot, standby.slot);
 }
 
 #[test]
@@ -140,6 +142,7 @@ fn the_successor_of_a_dead_active_gets_a_new_partner() {
     assert!(world.is_protected());
     assert_eq!(world.vm.status.as_ref().unwrap().active, standby.node);
     assert!(world.entry(&active.name).is_none());
+    assert_eq!(seats(&world).1.slot, active.slot);
 }
 
 #[test]

@@ -38,6 +38,7 @@ pub(super) fn vm(options: &Options, run: &str) -> FaultTolerantVM {
             name: "root".to_owned(),
             size: "64Mi".to_owned(),
             storage_class_name: options.storage_class_name.clone(),
+            storage_class_names: Vec::new(),
             source: DiskSource::default(),
         }],
         networks: options.bridge.iter().map(network).collect(),

@@ -490,12 +490,17 @@ fn unbound(seen: &Observed, entry: &SeatEntry, seat: &PodSeen) -> Option<Obstacl
         let age = unbound_for(seen, seen.claims.get(&name)?)?;
         let told = seat.unschedulable.as_deref().is_some_and(|text| text.contains("PersistentVolumeClaim"));
         (told || (seat.unschedulable.is_none() && age >= BINDING)).then(|| {
-            let class = disk.storage_class_name.as_deref().unwrap_or("the cluster's default");
+            let class = disk.storage_class(entry.slot).unwrap_or("the cluster's default");
+            let field = if disk.storage_class_names.is_empty() {
+                "storageClassName"
+            } else {
+                "storageClassNames"
+            };
             let pod = &entry.name;
             obstacle(
                 "VolumeNotBound",
                 format!(
-                    "claim {name} has no volume (storage class: {class}), see `kubectl describe pvc {name}`: mend what provisions for the class; or name a class that provisions in spec.disks[].storageClassName and delete claim {name} and pod {pod}, which are then made anew"
+                    "claim {name} has no volume (storage class: {class}), see `kubectl describe pvc {name}`: mend what provisions for the class; or name a class that provisions in spec.disks[].{field} and delete claim {name} and pod {pod}, which are then made anew"
                 ),
             )
         })
@@ -550,7 +555,7 @@ fn unschedulable(seen: &Observed, entry: &SeatEntry, text: &str) -> Obstacle {
         return obstacle(
             "NoVolume",
             format!(
-                "seat {seat} can't be placed: no node that is left has a free volume for its claims ({text}): add volumes there, or name another class in spec.disks[].storageClassName"
+                "seat {seat} can't be placed: no node that is left has a free volume for its claims ({text}): add volumes there, or name another class in spec.disks[].storageClassName, or one for each seat in storageClassNames"
             ),
         );
     }

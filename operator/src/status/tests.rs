@@ -357,7 +357,9 @@ fn a_volume_that_does_not_come_is_told_after_a_while() {
     let mut world = started();
     assert_eq!(said(&mut world, PROTECTED).reason, "Starting");
     world.pass(31);
-    expect(&said(&mut world, PROTECTED), "VolumeNotBound", "storageClassName");
+    expect(&said(&mut world, PROTECTED), "VolumeNotBound", "storageClassName ");
+    world.vm.spec.disks[0].storage_class_names = vec!["fast".to_owned(), "slow".to_owned()];
+    expect(&said(&mut world, PROTECTED), "VolumeNotBound", "class: fast");
 }
 
 #[test]

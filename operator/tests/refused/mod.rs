@@ -35,6 +35,14 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "guest and identity are names of the seat's own volumes",
     ),
     (
+        "spec: {disks: [{name: root, size: 2Gi, storageClassName: fast, storageClassNames: [fast, slow]}]}",
+        "name one class for both seats in storageClassName, or one for each seat in storageClassNames",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, storageClassNames: [fast, slow, slow]}]}",
+        "at most 2 items",
+    ),
+    (
         "spec: {disks: [{name: root, size: 2Gi, source: {image: {}, blank: {}}}]}",
         "name one of source.image, source.claim, source.http and source.blank",
     ),
@@ -216,5 +224,6 @@ pub const AFTERWARDS: &[(&str, &str)] = &[
 pub const ACCEPTED: &[&str] = &[
     "spec: {faultTolerance: {replaceAfterSeconds: 60}}",
     "spec: {placement: {seats: [{nodeSelector: {rack: one}}]}}",
+    "spec: {disks: [{name: root, size: 2Gi, source: {image: {}}, storageClassNames: [fast, slow]}]}",
     "spec: {runStrategy: Halted}",
 ];

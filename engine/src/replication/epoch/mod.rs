@@ -116,6 +116,12 @@ impl DiskChange {
         };
         size_of::<Self>() + data
     }
+
+    /// Bytes by which those who follow are waited for: beside what the change holds, what one of them may have to write where
+    /// others zero a range in no time.
+    pub fn work_bytes(&self) -> usize {
+        size_of::<Self>() + self.len() as usize
+    }
 }
 
 #[cfg(test)]

@@ -36,6 +36,9 @@ pub const JOURNAL_MIN_BYTES: u64 = 64 * 1024;
 const WRITE_BYTES: usize = 1 << 20;
 /// A longer write is recorded in pieces.
 const PIECE_BYTES: usize = 256 * 1024;
+/// A half takes no more after it has zeroed so many bytes of disks, if the other one is free: their records take no room, and a replay
+/// may have to write them all, before a guest runs.
+const ZEROED_MAX_BYTES: u64 = 1 << 30;
 
 /// Why the journal can't be written or replayed.
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +132,8 @@ struct Half {
     end: u64,
     /// Last epoch in it.
     last: Option<u64>,
+    /// Bytes of disks that its records zero.
+    zeroed_bytes: u64,
 }
 
 /// The journal. One thread writes it.
@@ -284,6 +289,7 @@ impl Journal {
             generation,
             end: HALF_HEADER_BYTES as u64,
             last: None,
+            zeroed_bytes: 0,
         };
         Ok(())
     }
@@ -352,11 +358,13 @@ impl Journal {
         if needed > room {
             return Err(JournalError::TooLarge { epoch, needed, room });
         }
-        if self.halves[self.current].end + needed > self.half_bytes {
-            let other = 1 - self.current;
-            if self.halves[other].last > synced_through {
-                return Err(JournalError::Full);
-            }
+        let (current, other) = (self.halves[self.current], 1 - self.current);
+        let free = self.halves[other].last <= synced_through;
+        let full = current.end + needed > self.half_bytes;
+        if full && !free {
+            return Err(JournalError::Full);
+        }
+        if full || (free && current.zeroed_bytes >= ZEROED_MAX_BYTES) {
             self.failed = true;
             self.disown_and_write_header(other, self.last)?;
             self.current = other;
@@ -368,16 +376,19 @@ impl Journal {
         }
         self.failed = false;
         self.last = Some(epoch);
-        self.halves[self.current].last = Some(epoch);
+        let half = &mut self.halves[self.current];
+        half.last = Some(epoch);
+        half.zeroed_bytes = half.zeroed_bytes.saturating_add(zeroed_bytes(changes));
         Ok(())
     }
 
-    /// Whether the volumes should be synced soon, through the epoch returned: the current half is half full and the
-    /// other one is not free.
+    /// Whether the volumes should be synced soon, through the epoch returned: the current half has taken half of
+    /// what it may, and the other one is not free.
     pub fn wants_sync(&self, synced_through: Option<u64>) -> Option<u64> {
         let current = &self.halves[self.current];
         let other = &self.halves[1 - self.current];
-        (current.end > self.half_bytes / 2 && other.last > synced_through)
+        let half_full = current.end > self.half_bytes / 2 || current.zeroed_bytes >= ZEROED_MAX_BYTES / 2;
+        (half_full && other.last > synced_through)
             .then_some(other.last)
             .flatten()
     }
@@ -530,6 +541,13 @@ impl Journal {
         }
         Ok(())
     }
+}
+
+fn zeroed_bytes(changes: &[DiskChange]) -> u64 {
+    let zeroed = changes
+        .iter()
+        .filter(|change| matches!(change.what, DiskData::Zeroed(_)));
+    zeroed.map(DiskChange::len).fold(0, u64::saturating_add)
 }
 
 /// What counts in a half.

@@ -196,11 +196,13 @@ impl ResyncTarget {
     fn disk(&mut self, payload: &[u8], disks: &mut StandbyDisks) -> Result<(), ResyncError> {
         let changes = wire::decode_disk(payload, DISK_PREFIX_BYTES, &self.disk_bytes)?;
         match payload[DISK_PREFIX_BYTES - 1] {
-            DISK_CHANGES => {}
-            DISK_COPY => changes.iter().try_for_each(|change| self.copied(change))?,
-            _ => return Err(PayloadError::Malformed("ResyncDisk").into()),
+            DISK_CHANGES => Ok(disks.write_resync(changes)?),
+            DISK_COPY => {
+                changes.iter().try_for_each(|change| self.copied(change))?;
+                Ok(disks.copy_resync(changes)?)
+            }
+            _ => Err(PayloadError::Malformed("ResyncDisk").into()),
         }
-        Ok(disks.write_resync(changes)?)
     }
 
     fn copied(&mut self, change: &DiskChange) -> Result<(), ResyncError> {

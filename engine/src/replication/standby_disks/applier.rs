@@ -27,8 +27,23 @@ pub struct VolumeError {
     pub error: Arc<io::Error>,
 }
 
+/// Whose changes they are.
+#[derive(Clone, Copy)]
+enum By {
+    /// The last ones of this epoch.
+    Epoch(u64),
+    /// A guest's, outside an epoch.
+    Guest,
+    /// A disk that is copied: nobody relies on what is here before all of it has come.
+    Copy,
+}
+
 enum Item {
-    Change(u64, DiskChange),
+    Change {
+        number: u64,
+        change: DiskChange,
+        copied: bool,
+    },
     /// All changes of this epoch are before it.
     Applied(u64),
 }
@@ -65,7 +80,7 @@ impl Shared {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn push(&self, changes: Vec<DiskChange>, epoch: Option<u64>) -> Result<(), VolumeError> {
+    fn push(&self, changes: Vec<DiskChange>, by: By) -> Result<(), VolumeError> {
         let mut state = self.state();
         for change in changes {
             while state.failed.is_none() && state.waiting_bytes > WAITING_MAX_BYTES {
@@ -74,14 +89,17 @@ impl Shared {
             state.check()?;
             let number = state.next_change;
             state.next_change += 1;
-            state.waiting_bytes += change.staged_bytes();
+            state.waiting_bytes += change.work_bytes();
             if let Some(overlay) = state.overlays.get_mut(usize::from(change.disk)) {
                 overlay.add(number, &change);
             }
-            state.items.push_back(Item::Change(number, change));
+            let copied = matches!(by, By::Copy);
+            state.items.push_back(Item::Change { number, change, copied });
         }
         state.check()?;
-        state.items.extend(epoch.map(Item::Applied));
+        if let By::Epoch(epoch) = by {
+            state.items.push_back(Item::Applied(epoch));
+        }
         drop(state);
         self.changed.notify_all();
         Ok(())
@@ -120,21 +138,21 @@ impl Shared {
     }
 
     fn take<'a>(&'a self, mut state: MutexGuard<'a, State>, item: Item) -> MutexGuard<'a, State> {
-        let (number, change) = match item {
+        let (number, change, copied) = match item {
             Item::Applied(epoch) => {
                 state.applied_through = Some(epoch);
                 // It may have been the last that somebody waits for.
                 self.changed.notify_all();
                 return state;
             }
-            Item::Change(number, change) => (number, change),
+            Item::Change { number, change, copied } => (number, change, copied),
         };
         state.busy = true;
         drop(state);
-        let result = self.write(&change);
+        let result = self.write(&change, copied);
         let mut state = self.state();
         state.busy = false;
-        state.waiting_bytes -= change.staged_bytes();
+        state.waiting_bytes -= change.work_bytes();
         match result {
             Ok(()) => {
                 if let Some(overlay) = state.overlays.get_mut(usize::from(change.disk)) {
@@ -147,7 +165,7 @@ impl Shared {
         state
     }
 
-    fn write(&self, change: &DiskChange) -> Result<(), VolumeError> {
+    fn write(&self, change: &DiskChange, copied: bool) -> Result<(), VolumeError> {
         let disk = change.disk;
         let failed = |what| {
             move |error| VolumeError {
@@ -164,6 +182,7 @@ impl Shared {
         };
         match &change.what {
             DiskData::Written(data) => volume.write_at(change.offset, data).map_err(failed("writing")),
+            DiskData::Zeroed(len) if copied => volume.zero_anew(change.offset, *len).map_err(failed("zeroing")),
             DiskData::Zeroed(len) => volume.zero(change.offset, *len).map_err(failed("zeroing")),
         }
     }
@@ -238,9 +257,19 @@ impl Applier {
         &self.shared.volumes
     }
 
-    /// Queues changes, in order; with `epoch` they are the last ones of that epoch.
-    pub fn apply(&self, changes: Vec<DiskChange>, epoch: Option<u64>) -> Result<(), VolumeError> {
-        self.shared.push(changes, epoch)
+    /// Queues changes, in order: the last ones of this epoch.
+    pub fn apply(&self, changes: Vec<DiskChange>, epoch: u64) -> Result<(), VolumeError> {
+        self.shared.push(changes, By::Epoch(epoch))
+    }
+
+    /// Queues what a guest changed while its disks are copied.
+    pub fn write(&self, changes: Vec<DiskChange>) -> Result<(), VolumeError> {
+        self.shared.push(changes, By::Guest)
+    }
+
+    /// Queues a piece of a disk that is copied.
+    pub fn copy(&self, changes: Vec<DiskChange>) -> Result<(), VolumeError> {
+        self.shared.push(changes, By::Copy)
     }
 
     /// Waits until everything queued is written.
@@ -316,7 +345,7 @@ impl ReadThrough {
             let what = format!("{} bytes at {} are outside the volume", change.len(), change.offset);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        self.shared.push(vec![change], None).map_err(io::Error::other)
+        self.shared.push(vec![change], By::Guest).map_err(io::Error::other)
     }
 }
 

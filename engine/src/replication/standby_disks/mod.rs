@@ -181,7 +181,7 @@ impl StandbyDisks {
             let Some((staged, changes)) = self.staged.pop_front() else {
                 break;
             };
-            self.applier.apply(changes, Some(staged))?;
+            self.applier.apply(changes, staged)?;
         }
         if self.journal.wants_sync(self.applier.synced_through()).is_some() {
             self.applier.request_sync();
@@ -224,10 +224,16 @@ impl StandbyDisks {
         Ok(self.journal.reset()?)
     }
 
-    /// Writes what a resync brings, in the order of the calls. Waits while too much waits for the volumes.
+    /// Writes what the guest changed during a resync, in the order of the calls. Waits while too much waits for the volumes.
     pub fn write_resync(&mut self, changes: Vec<DiskChange>) -> Result<(), StandbyDisksError> {
         self.unsynced = true;
-        Ok(self.applier.apply(changes, None)?)
+        Ok(self.applier.write(changes)?)
+    }
+
+    /// The same with what a resync copies: most of many disks are zeros, which need not be written ([`Storage::zero_anew`]).
+    pub fn copy_resync(&mut self, copied: Vec<DiskChange>) -> Result<(), StandbyDisksError> {
+        self.unsynced = true;
+        Ok(self.applier.copy(copied)?)
     }
 
     /// Returns when everything committed is durable on the volumes and the journal is empty, so that a

@@ -179,6 +179,68 @@ fn a_volume_that_fails_is_told_and_what_was_durable_stays_in_the_journal() {
     }
 }
 
+/// A volume whose zeroes take as long as a lock is held; what it zeroes may be copied, or a guest's.
+#[derive(Default)]
+struct Zeroing {
+    held: std::sync::Mutex<()>,
+    anew: std::sync::Mutex<Vec<bool>>,
+}
+
+impl Zeroing {
+    fn took(&self, anew: bool) -> io::Result<()> {
+        drop(self.held.lock().expect("no panic"));
+        self.anew.lock().expect("no panic").push(anew);
+        Ok(())
+    }
+}
+
+impl Storage for Zeroing {
+    fn size_bytes(&self) -> u64 {
+        1 << 40
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_at(&self, _: u64, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, _: u64, _: u64) -> io::Result<()> {
+        self.took(false)
+    }
+
+    fn zero_anew(&self, _: u64, _: u64) -> io::Result<()> {
+        self.took(true)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The other side zeroes in no time, and this one writes: what waits for that counts like what is written. A copy is zeroed anew,
+/// and what a guest zeroes meanwhile is not.
+#[test]
+fn what_is_to_be_zeroed_waits_like_what_is_to_be_written() {
+    let (volume, bench) = (Arc::new(Zeroing::default()), Bench::new());
+    let mut disks =
+        StandbyDisks::open(bench.journal.clone(), vec![volume.clone() as Arc<dyn Storage>], &None).expect("opens");
+    let zeroed = || vec![DiskChange::zeroed(0, 0, 64 << 20)];
+    let held = volume.held.lock().expect("no panic");
+    disks.stage(1, &zeroed(), false).expect("staged");
+    disks.commit(1).expect("nothing else waits");
+    assert!(disks.waiting_bytes() >= 64 << 20);
+    drop(held);
+    disks.begin_resync(None).expect("drained");
+    assert_eq!(disks.waiting_bytes(), 0);
+    disks.copy_resync(zeroed()).expect("queued");
+    disks.write_resync(zeroed()).expect("queued");
+    disks.settle().expect("settled");
+    assert_eq!(*volume.anew.lock().expect("no panic"), [false, true, false]);
+}
+
 #[test]
 fn epochs_commit_only_after_they_were_staged() {
     let mut disks = Bench::new().open().expect("opens");

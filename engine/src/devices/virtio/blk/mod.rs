@@ -42,12 +42,16 @@ const SEGMENT_BYTES: u32 = 32 << 10;
 pub(crate) const REQUEST_BYTES: u64 = SEGMENTS as u64 * SEGMENT_BYTES as u64;
 /// Most data of what a disk's thread executes at once: a batch is closed when it is full, by one more request.
 pub const BATCH_MAX_BYTES: usize = BATCH_BYTES + REQUEST_BYTES as usize;
-/// A batch is closed when it has this much data: it is copied inside the gate, so a pause may have to wait for it.
+/// A batch is closed when it has this much data: it is copied inside the gate, so a pause may have to wait for it. A range that may have
+/// to be written counts as data, for a hand-over waits until the batch is done.
 const BATCH_BYTES: usize = 256 << 10;
-/// Most sectors of one range to discard or zero: 64 MiB.
+/// Most sectors of one range to discard or zero: 64 MiB. Where zeros are written ([`crate::zeroing`]), that much is written.
 const RANGE_SECTORS: u32 = 128 << 10;
-/// Most ranges of one request.
-const RANGES: u32 = 16;
+/// Ranges of one request that are offered: what is taken together has to be done before a hand-over.
+const RANGES: u32 = 1;
+/// Ranges of one request that are taken. Earlier releases offered so many, and a driver keeps what it read when it started: a guest that
+/// came from there sends them until it is started anew.
+const RANGES_TAKEN: u32 = 16;
 /// Longest identity string (5.2.6).
 pub(crate) const SERIAL_BYTES: usize = 20;
 const CONFIG_BYTES: usize = 60;
@@ -155,10 +159,9 @@ fn config_space(size_bytes: u64) -> [u8; CONFIG_BYTES] {
     put(36, &RANGE_SECTORS.to_le_bytes());
     put(40, &RANGES.to_le_bytes());
     put(44, &8u32.to_le_bytes());
-    // Write zeroes: sectors, segments; unmapping is allowed, for it changes nothing.
+    // Write zeroes: sectors, segments. `write_zeroes_may_unmap` is 0: nothing is ever unmapped.
     put(48, &RANGE_SECTORS.to_le_bytes());
     put(52, &RANGES.to_le_bytes());
-    put(56, &[1]);
     config
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{BlkMetrics, RANGE_SECTORS, RANGES, REQUEST_BYTES, SECTOR_BYTES, SERIAL_BYTES};
+use super::{BlkMetrics, RANGE_SECTORS, RANGES_TAKEN, REQUEST_BYTES, SECTOR_BYTES, SERIAL_BYTES};
 use crate::backends::{DiskBackend, DiskOp};
 use crate::devices::virtio::queue::{Chain, QueueError};
 use crate::memory::GuestMem;
@@ -141,8 +141,15 @@ impl Request {
         Ok(())
     }
 
-    /// Does it. May block; errors become the guest's and are returned for the owner.
-    pub(super) fn execute(&mut self, disk: &mut dyn DiskBackend, serial: &[u8; SERIAL_BYTES]) -> Result<(), String> {
+    /// Does it. May block; errors become the guest's and are returned for the owner. `begins` is called when it begins, and again for
+    /// each range: one takes as long as a request may, and several are still none that hangs.
+    pub(super) fn execute(
+        &mut self,
+        disk: &mut dyn DiskBackend,
+        serial: &[u8; SERIAL_BYTES],
+        begins: &mut dyn FnMut(),
+    ) -> Result<(), String> {
+        begins();
         let (result, what) = match &self.action {
             Action::Read { offset } => (
                 disk.read_at(*offset, &mut self.data),
@@ -158,14 +165,12 @@ impl Request {
                 self.data.copy_from_slice(&serial[..len]);
                 (Ok(()), String::new())
             }
-            Action::Discard(ranges) => (
-                each(ranges, |range| disk.discard(range.offset, range.len)),
-                "discarding".to_owned(),
-            ),
-            Action::WriteZeroes(ranges) => (
-                each(ranges, |range| disk.write_zeroes(range.offset, range.len)),
-                "zeroing".to_owned(),
-            ),
+            Action::Discard(ranges) => each("discarding", ranges, begins, |range| {
+                disk.discard(range.offset, range.len)
+            }),
+            Action::WriteZeroes(ranges) => each("zeroing", ranges, begins, |range| {
+                disk.write_zeroes(range.offset, range.len)
+            }),
             Action::Refuse(status) => {
                 self.outcome = Some(*status);
                 return Ok(());
@@ -173,6 +178,16 @@ impl Request {
         };
         self.outcome = Some(if result.is_ok() { Status::Ok } else { Status::IoError });
         result.map_err(|error| format!("{what}: {error}"))
+    }
+
+    /// Bytes of the disk that it is about, as far as they take time.
+    pub(super) fn disk_bytes(&self) -> usize {
+        match &self.action {
+            Action::Discard(ranges) | Action::WriteZeroes(ranges) => {
+                ranges.iter().map(|range| range.len as usize).sum()
+            }
+            _ => self.data.len(),
+        }
     }
 
     /// Tells the backend, inside the gate, what was executed.
@@ -269,13 +284,25 @@ impl Limits {
     }
 }
 
-fn each(ranges: &[Range], mut run: impl FnMut(&Range) -> io::Result<()>) -> io::Result<()> {
-    ranges.iter().try_for_each(&mut run)
+/// Does one range after the other, until one fails; with the error belongs which one that was.
+fn each(
+    what: &str,
+    ranges: &[Range],
+    begins: &mut dyn FnMut(),
+    mut run: impl FnMut(&Range) -> io::Result<()>,
+) -> (io::Result<()>, String) {
+    for range in ranges {
+        begins();
+        if let Err(error) = run(range) {
+            return (Err(error), format!("{what} {} bytes at {}", range.len, range.offset));
+        }
+    }
+    (Ok(()), String::new())
 }
 
 /// Parses the ranges of a discard or write-zeroes request (5.2.6).
 fn ranges(kind: u32, sent: u64, chain: &Chain, mem: &GuestMem, limits: Limits) -> Result<Action, QueueError> {
-    let most = u64::from(RANGES) * RANGE_BYTES as u64;
+    let most = u64::from(RANGES_TAKEN) * RANGE_BYTES as u64;
     if sent == 0 || !sent.is_multiple_of(RANGE_BYTES as u64) || sent > most {
         return Ok(Action::Refuse(Status::IoError));
     }
@@ -285,7 +312,7 @@ fn ranges(kind: u32, sent: u64, chain: &Chain, mem: &GuestMem, limits: Limits) -
     for bytes in raw.chunks_exact(RANGE_BYTES) {
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let (sector, sectors, flags) = (u64::from(word(0)) | u64::from(word(4)) << 32, word(8), word(12));
-        // A discard may not ask for unmapping, and other flags do not exist (5.2.6.2).
+        // A discard may not ask for unmapping, and other flags do not exist (5.2.6.2). Zeroing may, and is not heard.
         if flags & !RANGE_UNMAP != 0 || kind == TYPE_DISCARD && flags != 0 {
             return Ok(Action::Refuse(Status::Unsupported));
         }
@@ -304,4 +331,35 @@ fn ranges(kind: u32, sent: u64, chain: &Chain, mem: &GuestMem, limits: Limits) -
     } else {
         Action::WriteZeroes(ranges)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::testing::MemoryDisk;
+
+    /// Sixteen long ranges may take longer than a request may, all together.
+    #[test]
+    fn each_range_has_a_time_of_its_own() {
+        let mut disk = MemoryDisk::new(1 << 16);
+        let executed = disk.executed.clone();
+        let range = |number: u64| Range {
+            offset: number * 1024,
+            len: 512,
+            unmap: false,
+        };
+        let mut request = Request {
+            action: Action::WriteZeroes((0..3).map(range).collect()),
+            data: Vec::new(),
+            outcome: None,
+        };
+        let mut begun = Vec::new();
+        let mut begins = || begun.push(executed.load(Ordering::SeqCst));
+        let result = request.execute(&mut disk, &[0; SERIAL_BYTES], &mut begins);
+        assert_eq!((result, request.disk_bytes()), (Ok(()), 3 * 512));
+        assert_eq!(begun, [0, 0, 1, 2]);
+        disk.fails.store(true, Ordering::SeqCst);
+        let error = request.execute(&mut disk, &[0; SERIAL_BYTES], &mut || {}).unwrap_err();
+        assert!(error.starts_with("zeroing 512 bytes at 0: "), "{error}");
+    }
 }

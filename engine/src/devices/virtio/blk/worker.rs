@@ -87,7 +87,7 @@ enum Using {
     Nothing,
     /// It has taken requests, and the next one has not begun: the epoch may have no room for it.
     Waits,
-    /// A request has been under way since then.
+    /// A request, or one of its ranges, has been under way since then.
     Executes(Instant),
 }
 
@@ -272,7 +272,7 @@ impl BlkWorker {
             inner.frontend.in_flight.push(self.chain.head);
             let buffer = self.buffers.pop().unwrap_or_default();
             let request = Request::parse(&self.chain, mem, self.limits, buffer)?;
-            bytes += request.data.len();
+            bytes += request.disk_bytes();
             let ends = request.action == Action::Flush;
             self.batch.push(request);
             if ends {
@@ -369,8 +369,9 @@ impl Worker for BlkWorker {
                 self.executing.set(Using::Waits);
                 self.disk.wait_for_room();
             }
-            self.executing.set(Using::Executes(Instant::now()));
-            let result = request.execute(self.disk.as_mut(), &self.serial);
+            let executing = &self.executing;
+            let mut begins = || executing.set(Using::Executes(Instant::now()));
+            let result = request.execute(self.disk.as_mut(), &self.serial, &mut begins);
             if let Some(kind) = kind {
                 self.judge(kind, result);
             }
