@@ -1,0 +1,136 @@
+//! What it means to go on without what only seats that are gone have: told before it is accepted. Pure.
+
+use ftvm_crds::lease::{check_owner, snapshot};
+use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, RunStrategy, SeatEntry, VmPhase};
+use ftvm_protocol::identity::{Incarnation, Term};
+use ftvm_protocol::record::{Phase, Record};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::ResourceExt as _;
+
+use crate::detail::advice;
+
+/// What would be written, and what it means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// `HOLDER@TERM`, as the operator takes it.
+    pub of: String,
+    /// Its term.
+    pub term: Term,
+    /// What a person should know, a line each.
+    pub lines: Vec<String>,
+}
+
+/// Of a VM and its Lease.
+///
+/// # Errors
+/// Why nothing can be accepted, and what to do.
+pub fn plan(vm: &FaultTolerantVM, lease: Option<&Lease>) -> Result<Plan, String> {
+    let record = record(vm, lease)?;
+    let missing = FaultTolerantVMStatus::default();
+    let status = vm.status.as_ref().unwrap_or(&missing);
+    may_be_accepted(vm, status, &record)?;
+    let mut lines = vec![used(status, &record), lost(&record)];
+    if let Some(known) = status.term.filter(|known| *known > record.term) {
+        lines.push(format!(
+            "The record says term {}, and {known} was read before: it is an old copy. All that happened since may be lost. Put the last record back, if there is a copy of it (docs/kubernetes.md, \"A Lease that is gone\").",
+            record.term
+        ));
+    }
+    lines.extend(status.seats.iter().map(|entry| seat(entry, &record)));
+    let wrong = advice(vm);
+    if !wrong.iter().any(|line| line.contains(ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS)) {
+        lines.push("No condition of the VM asks for this: what they say may be all that is to be done.".to_owned());
+    }
+    lines.extend(wrong.iter().map(|line| format!("The VM says: {line}")));
+    Ok(Plan {
+        of: format!("{}@{}", record.holder, record.term),
+        term: record.term,
+        lines,
+    })
+}
+
+fn record(vm: &FaultTolerantVM, lease: Option<&Lease>) -> Result<Record, String> {
+    let lease = lease.ok_or(
+        "the VM has no Lease, so that nobody knows who had the guest last: see the condition ArbiterReachable (docs/kubernetes.md, \"A Lease that is gone\")",
+    )?;
+    let vm_id = vm.uid().unwrap_or_default().parse();
+    let vm_id = vm_id.map_err(|error| format!("the VM's UID: {error}"))?;
+    check_owner(lease, &vm.name_any(), vm_id).map_err(|error| error.to_string())?;
+    Ok(snapshot(lease).map_err(|error| error.to_string())?.record)
+}
+
+fn may_be_accepted(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, record: &Record) -> Result<(), String> {
+    if vm.metadata.deletion_timestamp.is_some() {
+        return Err("the VM is being deleted: nothing of it is booted".to_owned());
+    }
+    if vm.spec.run_strategy == RunStrategy::Halted {
+        return Err("the VM is halted: `kubectl ftvm start` it first, and see whether anything has to be lost".to_owned());
+    }
+    if let Some(VmPhase::Running | VmPhase::Paused) = status.phase {
+        let node = status.active.as_deref().unwrap_or("an unknown node");
+        return Err(format!(
+            "the guest is on node {node}: nothing has to be lost for it to go on. What keeps it from being protected is in `kubectl ftvm status`"
+        ));
+    }
+    let never_ran = record.term == 1 && record.members.is_only(Incarnation::genesis(record.holder.seat));
+    if never_ran {
+        return Err("no guest of this VM ever ran: there is nothing to lose, and what keeps it from starting is in `kubectl ftvm status`".to_owned());
+    }
+    Ok(())
+}
+
+/// The seat of the book that an incarnation was.
+fn seat_of(status: &FaultTolerantVMStatus, incarnation: Incarnation) -> Option<&SeatEntry> {
+    let uid = incarnation.seat.to_string();
+    status.seats.iter().find(|entry| entry.had_uid(&uid))
+}
+
+fn used(status: &FaultTolerantVMStatus, record: &Record) -> String {
+    let holder = match seat_of(status, record.holder) {
+        Some(entry) => format!("seat {} on {}", entry.name, node(entry)),
+        None => format!("{}, which is none of the VM's seats,", record.holder),
+    };
+    format!(
+        "By the record of term {} {holder} had the guest last. That disk is used if its node can boot it; or that of a seat which is known to have a later term, for it is newer; else another one.",
+        record.term
+    )
+}
+
+fn lost(record: &Record) -> String {
+    let others = record.members.iter().filter(|member| *member != record.holder).count();
+    let memory = "What was in the guest's memory alone is lost in any case: it is booted.";
+    let text = match (record.phase, others) {
+        (Phase::Stopped, _) => {
+            "It was stopped in order: nothing is lost if the disk of a seat that was told of the stop is used."
+        }
+        (Phase::Running, 0) => {
+            "It ran alone: nothing that it flushed is lost if that seat's disk is used; if another one's is, all that happened since it went on alone is lost."
+        }
+        (Phase::Running, _) => {
+            "It was protected: nothing that it flushed and that anybody was told of is lost, whichever disk of the pair is used, unless the record is an old copy."
+        }
+    };
+    format!("{text} {memory}")
+}
+
+fn node(entry: &SeatEntry) -> String {
+    let former = entry.former.iter().rev().find_map(|former| former.node.as_deref());
+    match (entry.node.as_deref(), former) {
+        (Some(node), _) => format!("node {node}"),
+        (None, Some(node)) => format!("no node yet (before: {node})"),
+        (None, None) => "no node yet".to_owned(),
+    }
+}
+
+fn seat(entry: &SeatEntry, record: &Record) -> String {
+    let named = record.members.iter().any(|member| entry.had_uid(&member.seat.to_string()));
+    let named = if named { "the record names it" } else { "the record does not name it" };
+    let lost = entry.lost_since.as_ref();
+    let lost = lost.map_or_else(String::new, |time| format!("; missed since {}", time.0));
+    let leaving = if entry.leaving { "; it is being removed" } else { "" };
+    format!("Seat {}: {}; {named}{lost}{leaving}.", entry.name, node(entry))
+}
+
+#[cfg(test)]
+#[path = "loss_tests.rs"]
+mod tests;
