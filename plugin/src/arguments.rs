@@ -9,7 +9,12 @@ use crate::objects::Form;
 
 /// How fault-tolerant virtual machines are, and what a person may ask of them.
 #[derive(Parser)]
-#[command(name = "kubectl-ftvm", bin_name = "kubectl ftvm", version, disable_help_subcommand = true)]
+#[command(
+    name = "kubectl-ftvm",
+    bin_name = "kubectl ftvm",
+    version,
+    disable_help_subcommand = true
+)]
 pub struct Arguments {
     #[command(subcommand)]
     pub command: Command,

@@ -134,9 +134,7 @@ impl Cluster {
     /// What the pods of a VM say. Nobody needs the right to see pods to be told how a VM is.
     pub async fn said(&self, name: &str) -> Said {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
-        let params = ListParams::default()
-            .labels(&format!("{LABEL_VM}={name}"))
-            .limit(PAGE);
+        let params = ListParams::default().labels(&format!("{LABEL_VM}={name}")).limit(PAGE);
         let listed = answered("list pods", pods.list_metadata(&params)).await;
         let listed = listed.map_err(|failure| failure.to_string())?;
         let said = |pod: PartialObjectMeta<Pod>| {

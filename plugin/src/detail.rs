@@ -28,16 +28,30 @@ pub fn render(vm: &FaultTolerantVM, said: &Said, now: Timestamp, paper: Paper) -
         paper,
     ));
     if let Err(why) = said {
-        text.push_str(&paragraph("!", &format!("what they say themselves is missing: {why}"), paper));
+        text.push_str(&paragraph(
+            "!",
+            &format!("what they say themselves is missing: {why}"),
+            paper,
+        ));
     }
     let disks = vm.spec.disks.iter().map(disk).collect();
-    text.push_str(&section("Disks", &["NAME", "SIZE", "CLASS", "FIRST CONTENTS"], disks, paper));
+    text.push_str(&section(
+        "Disks",
+        &["NAME", "SIZE", "CLASS", "FIRST CONTENTS"],
+        disks,
+        paper,
+    ));
     for line in preparing(status, said) {
         text.push_str(&paragraph("-", &line, paper));
     }
     let cards = vm.spec.networks.iter().enumerate();
     let cards = cards.map(|(card, network)| network_row(vm, card, network)).collect();
-    text.push_str(&section("Networks", &["NAME", "ATTACHED TO", "MAC", "ADDRESSES"], cards, paper));
+    text.push_str(&section(
+        "Networks",
+        &["NAME", "ATTACHED TO", "MAC", "ADDRESSES"],
+        cards,
+        paper,
+    ));
     let names = ["CONDITION", "STATUS", "REASON", "SINCE"];
     text.push_str(&section("Conditions", &names, conditions(status, now), paper));
     text.push('\n');
@@ -210,7 +224,11 @@ fn seat_note(entry: &SeatEntry, said: &Said, now: Timestamp) -> String {
             if let Some(percent) = found.resync_percent {
                 notes.push(format!("{percent} %"));
             }
-            let code = if found.code == 0 { String::new() } else { format!(" (code {})", found.code) };
+            let code = if found.code == 0 {
+                String::new()
+            } else {
+                format!(" (code {})", found.code)
+            };
             if !found.why.is_empty() && !prepares(found) {
                 notes.push(format!("{}{code}", found.why));
             }
@@ -295,7 +313,11 @@ pub fn advice(vm: &FaultTolerantVM) -> Vec<String> {
     let mut told: Vec<&str> = Vec::new();
     for condition in troubles(status) {
         let message = condition.message.as_str();
-        let message = if message.is_empty() { condition.reason.as_str() } else { message };
+        let message = if message.is_empty() {
+            condition.reason.as_str()
+        } else {
+            message
+        };
         if !told.contains(&message) {
             told.push(message);
         }
@@ -310,7 +332,9 @@ fn what_to_do(vm: &FaultTolerantVM, paper: Paper) -> String {
         return title("Nothing is to be done.");
     }
     let lines = advice.iter().map(|line| paragraph("-", line, paper));
-    std::iter::once(title("What is wrong, and what to do")).chain(lines).collect()
+    std::iter::once(title("What is wrong, and what to do"))
+        .chain(lines)
+        .collect()
 }
 
 #[cfg(test)]

@@ -76,7 +76,10 @@ fn a_vm_that_is_not_protected_says_why_and_what_to_do() {
     let vm = vm(seen("web", RESYNCING));
     let said = said(&[
         (FIRST, json!({"role": "active", "term": 8})),
-        (SECOND, json!({"role": "joining", "term": 8, "resyncPercent": 42, "why": "receives memory"})),
+        (
+            SECOND,
+            json!({"role": "joining", "term": 8, "resyncPercent": 42, "why": "receives memory"}),
+        ),
     ]);
     let text = shown(&vm, &said);
     for line in [
@@ -108,7 +111,10 @@ fn an_import_stands_with_the_disks() {
 fn a_pod_that_is_not_in_the_book_says_nothing() {
     let vm = vm(seen("web", IN_STEP));
     let stranger = "0123abcd-0000-4000-8000-0000000000ee";
-    let text = shown(&vm, &said(&[(stranger, json!({"role": "active", "why": "believe me"}))]));
+    let text = shown(
+        &vm,
+        &said(&[(stranger, json!({"role": "active", "why": "believe me"}))]),
+    );
     assert!(!text.contains("believe me"), "{text}");
     assert!(text.contains("  web-x7k2q  n1    -"), "{text}");
 }
@@ -117,18 +123,30 @@ fn a_pod_that_is_not_in_the_book_says_nothing() {
 fn who_may_not_see_pods_is_told_and_sees_the_rest() {
     let vm = vm(seen("web", IN_STEP));
     let text = shown(&vm, &Err("list pods: forbidden".to_owned()));
-    assert!(text.contains("  !  what they say themselves is missing: list pods: forbidden\n"), "{text}");
+    assert!(
+        text.contains("  !  what they say themselves is missing: list pods: forbidden\n"),
+        "{text}"
+    );
     assert!(text.contains("Nothing is to be done."), "{text}");
     let damaged = BTreeMap::from([(FIRST.to_owned(), Err("annotation is malformed".to_owned()))]);
     let text = shown(&vm, &Ok(damaged));
-    assert!(text.contains("  web-x7k2q  n1    -           annotation is malformed\n"), "{text}");
+    assert!(
+        text.contains("  web-x7k2q  n1    -           annotation is malformed\n"),
+        "{text}"
+    );
 }
 
 #[test]
 fn a_vm_without_a_status_says_who_is_missing() {
     let text = shown(&vm(seen("web", "")), &said(&[]));
-    assert!(text.contains("  Phase      ?\n  Protected  ?\n  Active     none\n"), "{text}");
-    assert!(text.contains("  -  the operator has not looked at the VM yet"), "{text}");
+    assert!(
+        text.contains("  Phase      ?\n  Protected  ?\n  Active     none\n"),
+        "{text}"
+    );
+    assert!(
+        text.contains("  -  the operator has not looked at the VM yet"),
+        "{text}"
+    );
     assert!(!text.contains("Seats\n") && !text.contains("Conditions\n"), "{text}");
 }
 
@@ -155,7 +173,10 @@ fn what_was_asked_for_is_told_with_its_outcome() {
     asked["status"]["switchover"] = json!({"request": "r1", "outcome": "Refused", "why": "the link is down"});
     asked["status"]["failover"] = json!({"request": "r2", "outcome": "Done"});
     let text = shown(&vm(of(asked)), &pair());
-    assert!(text.contains("  Switchover     refused (r1): the link is down\n"), "{text}");
+    assert!(
+        text.contains("  Switchover     refused (r1): the link is down\n"),
+        "{text}"
+    );
     assert!(text.contains("  Failover       done (r2)\n"), "{text}");
 }
 
@@ -174,7 +195,8 @@ fn the_same_trouble_is_told_once_and_wrapped_on_a_narrow_terminal() {
         ..Paper::default()
     };
     let text = render(&vm, &pair(), now(), paper);
-    let wrapped = "  -  node n2 is away: bring it back, or make sure that it is\n     switched off and say so with a taint\n";
+    let wrapped =
+        "  -  node n2 is away: bring it back, or make sure that it is\n     switched off and say so with a taint\n";
     assert!(text.contains(wrapped), "{text}");
 }
 
@@ -192,5 +214,8 @@ fn hostile_objects_and_pods_write_no_lines_of_their_own() {
     let harmless = |character: char| character == '\n' || crate::text::is_plain(character);
     assert!(text.chars().all(harmless), "{text}");
     assert!(text.lines().all(|line| line != "Nothing is to be done."), "{text}");
-    assert!(text.matches("x\\u{1b}]0;title\\u{7}\\r\\nNothing").count() >= 6, "{text}");
+    assert!(
+        text.matches("x\\u{1b}]0;title\\u{7}\\r\\nNothing").count() >= 6,
+        "{text}"
+    );
 }

@@ -34,7 +34,9 @@ pub enum Failure {
         lasts: bool,
     },
     /// The kind is not known.
-    #[error("{what}: the cluster does not know FaultTolerantVMs ({why}): install the chart, or choose another --context")]
+    #[error(
+        "{what}: the cluster does not know FaultTolerantVMs ({why}): install the chart, or choose another --context"
+    )]
     NoKind {
         /// What was asked.
         what: String,

@@ -8,7 +8,16 @@ use crate::health::{NOT_LOOKED_AT, Protection, phase_name, protection, told, tro
 use crate::seen::Seen;
 use crate::text::{Cell, Last, Paper, Tone, age, table};
 
-const HEAD: [&str; 8] = ["NAME", "PHASE", "PROTECTED", "ACTIVE", "STANDBY", "TERM", "FAILOVER", "AGE"];
+const HEAD: [&str; 8] = [
+    "NAME",
+    "PHASE",
+    "PROTECTED",
+    "ACTIVE",
+    "STANDBY",
+    "TERM",
+    "FAILOVER",
+    "AGE",
+];
 
 /// Names of the columns.
 pub fn head(all: bool) -> Vec<Cell> {

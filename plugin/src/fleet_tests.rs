@@ -47,7 +47,8 @@ fn a_vm_of_another_release_is_told_beside_the_others() {
     let text = render(&[of(strange), seen("web", PROTECTED)], false, now(), Paper::default());
     let lines: Vec<&str> = text.lines().collect();
     assert!(
-        lines[1].starts_with("strange ") && lines[1].contains("this release can't read it (status.phase: unknown variant `Dreaming`"),
+        lines[1].starts_with("strange ")
+            && lines[1].contains("this release can't read it (status.phase: unknown variant `Dreaming`"),
         "{text}"
     );
     assert!(lines[2].starts_with("web      Running  yes"), "{text}");
@@ -63,8 +64,14 @@ fn hostile_objects_write_into_their_line_alone() {
     assert_eq!(text.lines().count(), 2, "{text}");
     let harmless = |character: char| character == '\n' || crate::text::is_plain(character);
     assert!(text.chars().all(harmless), "{text}");
-    assert!(text.contains("a\\nb") && text.contains("n1\\u{1b}[2J\\r\\nfine"), "{text}");
-    assert!(text.contains("Resyncing: \\u{9b}2K\\u{202e}all is well\\u{7}"), "{text}");
+    assert!(
+        text.contains("a\\nb") && text.contains("n1\\u{1b}[2J\\r\\nfine"),
+        "{text}"
+    );
+    assert!(
+        text.contains("Resyncing: \\u{9b}2K\\u{202e}all is well\\u{7}"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -78,7 +85,10 @@ fn tones_say_what_matters() {
 #[test]
 fn one_that_is_gone_says_nothing_else() {
     let cells = gone(&seen("web", PROTECTED), true, now());
-    assert_eq!(cells, [Cell::new("shop"), Cell::new("web"), Cell::toned("gone", Tone::Bad)]);
+    assert_eq!(
+        cells,
+        [Cell::new("shop"), Cell::new("web"), Cell::toned("gone", Tone::Bad)]
+    );
 }
 
 #[test]
@@ -90,5 +100,8 @@ fn storage_that_fails_is_told_of_a_protected_vm() {
         now(),
         Paper::default(),
     );
-    assert!(text.ends_with("DiskFailed: disk root of seat web-x7k2q fails\n"), "{text}");
+    assert!(
+        text.ends_with("DiskFailed: disk root of seat web-x7k2q fails\n"),
+        "{text}"
+    );
 }

@@ -56,7 +56,11 @@ pub fn protection(status: &FaultTolerantVMStatus) -> Protection {
 /// A condition in one line.
 pub fn told(condition: &Condition) -> String {
     let Condition { reason, message, .. } = condition;
-    if message.is_empty() { reason.clone() } else { format!("{reason}: {message}") }
+    if message.is_empty() {
+        reason.clone()
+    } else {
+        format!("{reason}: {message}")
+    }
 }
 
 /// The word for a phase, as the object has it.

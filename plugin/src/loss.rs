@@ -2,7 +2,7 @@
 
 use ftvm_crds::lease::{check_owner, snapshot};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, RunStrategy, SeatEntry, VmPhase};
-use ftvm_protocol::identity::{Incarnation, Term};
+use ftvm_protocol::identity::{Incarnation, Term, VmId};
 use ftvm_protocol::record::{Phase, Record};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::ResourceExt as _;
@@ -38,7 +38,10 @@ pub fn plan(vm: &FaultTolerantVM, lease: Option<&Lease>) -> Result<Plan, String>
     }
     lines.extend(status.seats.iter().map(|entry| seat(entry, &record)));
     let wrong = advice(vm);
-    if !wrong.iter().any(|line| line.contains(ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS)) {
+    if !wrong
+        .iter()
+        .any(|line| line.contains(ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS))
+    {
         lines.push("No condition of the VM asks for this: what they say may be all that is to be done.".to_owned());
     }
     lines.extend(wrong.iter().map(|line| format!("The VM says: {line}")));
@@ -53,7 +56,7 @@ fn record(vm: &FaultTolerantVM, lease: Option<&Lease>) -> Result<Record, String>
     let lease = lease.ok_or(
         "the VM has no Lease, so that nobody knows who had the guest last: see the condition ArbiterReachable (docs/kubernetes.md, \"A Lease that is gone\")",
     )?;
-    let vm_id = vm.uid().unwrap_or_default().parse();
+    let vm_id = vm.uid().unwrap_or_default().parse::<VmId>();
     let vm_id = vm_id.map_err(|error| format!("the VM's UID: {error}"))?;
     check_owner(lease, &vm.name_any(), vm_id).map_err(|error| error.to_string())?;
     Ok(snapshot(lease).map_err(|error| error.to_string())?.record)
@@ -64,7 +67,9 @@ fn may_be_accepted(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, record:
         return Err("the VM is being deleted: nothing of it is booted".to_owned());
     }
     if vm.spec.run_strategy == RunStrategy::Halted {
-        return Err("the VM is halted: `kubectl ftvm start` it first, and see whether anything has to be lost".to_owned());
+        return Err(
+            "the VM is halted: `kubectl ftvm start` it first, and see whether anything has to be lost".to_owned(),
+        );
     }
     if let Some(VmPhase::Running | VmPhase::Paused) = status.phase {
         let node = status.active.as_deref().unwrap_or("an unknown node");
@@ -123,8 +128,15 @@ fn node(entry: &SeatEntry) -> String {
 }
 
 fn seat(entry: &SeatEntry, record: &Record) -> String {
-    let named = record.members.iter().any(|member| entry.had_uid(&member.seat.to_string()));
-    let named = if named { "the record names it" } else { "the record does not name it" };
+    let named = record
+        .members
+        .iter()
+        .any(|member| entry.had_uid(&member.seat.to_string()));
+    let named = if named {
+        "the record names it"
+    } else {
+        "the record does not name it"
+    };
     let lost = entry.lost_since.as_ref();
     let lost = lost.map_or_else(String::new, |time| format!("; missed since {}", time.0));
     let leaving = if entry.leaving { "; it is being removed" } else { "" };

@@ -18,13 +18,12 @@ fn incarnation(seat: &str) -> Incarnation {
 
 fn record_of(members: &[&str], phase: Phase) -> Record {
     let holder = incarnation(members[0]);
+    let members = members.iter().map(|seat| incarnation(seat)).collect();
     Record {
+        holder,
+        members: Members::from_list(members).unwrap(),
         term: 7,
-        members: Members::from_list(members.iter().map(|seat| incarnation(seat)).collect()).unwrap(),
-        ..Record {
-            holder,
-            ..Record::genesis(holder.seat, phase)
-        }
+        ..Record::genesis(holder.seat, phase)
     }
 }
 
@@ -48,13 +47,17 @@ fn waiting(change: impl Fn(&mut Value)) -> FaultTolerantVM {
     let ready = &mut object["status"]["conditions"][0];
     ready["status"] = json!("False");
     ready["reason"] = json!("NodeNeeded");
-    ready["message"] = json!("node n1 is away: accept it (kubectl annotate ftvm web --overwrite ftvm.dev/accept-data-loss=X@7)");
+    ready["message"] =
+        json!("node n1 is away: accept it (kubectl annotate ftvm web --overwrite ftvm.dev/accept-data-loss=X@7)");
     change(&mut object);
     *of(object).vm.unwrap()
 }
 
 fn lines(record: &Record, change: impl Fn(&mut Value)) -> String {
-    plan(&waiting(change), Some(&lease_of(record))).unwrap().lines.join("\n")
+    plan(&waiting(change), Some(&lease_of(record)))
+        .unwrap()
+        .lines
+        .join("\n")
 }
 
 #[test]
@@ -77,20 +80,32 @@ fn who_is_used_and_what_is_lost_is_told() {
     ] {
         assert!(pair.contains(words), "{words}: {pair}");
     }
-    assert!(!pair.contains("No condition of the VM asks for this") && !pair.contains("old copy. All"), "{pair}");
+    assert!(
+        !pair.contains("No condition of the VM asks for this") && !pair.contains("old copy. All"),
+        "{pair}"
+    );
     let alone = lines(&record_of(&[FIRST], Phase::Running), |_| ());
-    assert!(alone.contains("It ran alone") && alone.contains("Seat web-bbbbb: node n2; the record does not name it."), "{alone}");
+    assert!(
+        alone.contains("It ran alone") && alone.contains("Seat web-bbbbb: node n2; the record does not name it."),
+        "{alone}"
+    );
     let stopped = lines(&record_of(&[FIRST, SECOND], Phase::Stopped), |_| ());
     assert!(stopped.contains("It was stopped in order"), "{stopped}");
     let unknown = lines(&record_of(&[STRANGER], Phase::Running), |_| ());
-    assert!(unknown.contains("which is none of the VM's seats, had the guest last"), "{unknown}");
+    assert!(
+        unknown.contains("which is none of the VM's seats, had the guest last"),
+        "{unknown}"
+    );
 }
 
 #[test]
 fn an_old_copy_of_the_record_and_conditions_that_ask_for_nothing_are_told() {
     let record = record_of(&[FIRST, SECOND], Phase::Running);
     let old = lines(&record, |object| object["status"]["term"] = json!(9));
-    assert!(old.contains("says term 7, and 9 was read before: it is an old copy. All"), "{old}");
+    assert!(
+        old.contains("says term 7, and 9 was read before: it is an old copy. All"),
+        "{old}"
+    );
     let unasked = lines(&record, |object| {
         object["status"]["conditions"][0]["message"] = json!("an image can't be pulled");
     });
@@ -121,9 +136,21 @@ fn what_can_not_be_accepted_is_refused_with_the_reason() {
         assert!(why.contains(words), "{words}: {why}");
     };
     refused(&|_| (), None, "has no Lease");
-    refused(&|object| object["status"]["phase"] = json!("Running"), Some(&lease), "the guest is on");
-    refused(&|object| object["status"]["phase"] = json!("Paused"), Some(&lease), "the guest is on");
-    refused(&|object| object["spec"]["runStrategy"] = json!("Halted"), Some(&lease), "the VM is halted");
+    refused(
+        &|object| object["status"]["phase"] = json!("Running"),
+        Some(&lease),
+        "the guest is on",
+    );
+    refused(
+        &|object| object["status"]["phase"] = json!("Paused"),
+        Some(&lease),
+        "the guest is on",
+    );
+    refused(
+        &|object| object["spec"]["runStrategy"] = json!("Halted"),
+        Some(&lease),
+        "the VM is halted",
+    );
     let goes = |object: &mut Value| object["metadata"]["deletionTimestamp"] = json!("2026-01-02T05:04:05Z");
     refused(&goes, Some(&lease), "being deleted");
     let genesis = lease_of(&Record::genesis(FIRST.parse().unwrap(), Phase::Running));

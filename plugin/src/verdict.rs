@@ -63,7 +63,10 @@ impl Asked {
 
 fn switched_over(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, request: &str, before: Option<&str>) -> Verdict {
     let Some(known) = status.switchover.as_ref().filter(|known| known.request == request) else {
-        let stands = vm.annotations().get(ANNOTATION_SWITCHOVER).is_some_and(|text| text == request);
+        let stands = vm
+            .annotations()
+            .get(ANNOTATION_SWITCHOVER)
+            .is_some_and(|text| text == request);
         return if stands {
             Yet("the operator has not taken it up yet; if that lasts: does it run, and has it a leader?".to_owned())
         } else {
@@ -75,14 +78,20 @@ fn switched_over(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, request: 
     let active = status.active.as_deref();
     let node = active.unwrap_or("an unknown node");
     match known.outcome {
-        Outcome::Pending => Yet(known.why.clone().unwrap_or_else(|| "the active seat was told".to_owned())),
+        Outcome::Pending => Yet(known
+            .why
+            .clone()
+            .unwrap_or_else(|| "the active seat was told".to_owned())),
         Outcome::Refused => Never(format!(
             "refused: {}",
-            known.why.as_deref().unwrap_or("no reason was given; see the log of the node-daemon")
+            known
+                .why
+                .as_deref()
+                .unwrap_or("no reason was given; see the log of the node-daemon")
         )),
-        Outcome::Done if active.is_none() || active == before => {
-            Yet(format!("it is told as done, and the status has the guest on {node} as before"))
-        }
+        Outcome::Done if active.is_none() || active == before => Yet(format!(
+            "it is told as done, and the status has the guest on {node} as before"
+        )),
         Outcome::Done => Done(format!("the guest runs on node {node}")),
     }
 }
@@ -131,9 +140,8 @@ fn booted(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, annotation: &str
     }
     // What booted over the loss has written a later record.
     let later = status.term.is_some_and(|known| known > term);
-    match status.phase {
-        Some(VmPhase::Running | VmPhase::Paused) if later => return Done(runs(status)),
-        _ => {}
+    if later && matches!(status.phase, Some(VmPhase::Running | VmPhase::Paused)) {
+        return Done(runs(status));
     }
     let stands = vm
         .annotations()

@@ -15,7 +15,10 @@ fn changed(status: &str, change: impl Fn(&mut Value)) -> FaultTolerantVM {
 }
 
 fn yet(verdict: &Verdict, words: &str) {
-    assert!(matches!(verdict, Yet(why) if why.contains(words)), "{words}: {verdict:?}");
+    assert!(
+        matches!(verdict, Yet(why) if why.contains(words)),
+        "{words}: {verdict:?}"
+    );
 }
 
 fn never(verdict: &Verdict, words: &str) {
@@ -64,8 +67,14 @@ fn a_start_is_done_when_the_guest_runs_by_this_spec() {
     let running = changed(PROTECTED, |_| ());
     assert_eq!(asked.judge(&running), Done("the guest runs on node n1".to_owned()));
     // What the status says of an earlier spec proves nothing.
-    yet(&Asked::Start { generation: 4 }.judge(&running), "has not looked at the change");
-    yet(&asked.judge(&changed(HALTED, |_| ())), "Halted: Halted: the VM is halted");
+    yet(
+        &Asked::Start { generation: 4 }.judge(&running),
+        "has not looked at the change",
+    );
+    yet(
+        &asked.judge(&changed(HALTED, |_| ())),
+        "Halted: Halted: the VM is halted",
+    );
     let paused = changed(PROTECTED, |object| object["status"]["phase"] = json!("Paused"));
     yet(&asked.judge(&paused), "Paused: GuestRuns");
     let halted = changed(PROTECTED, |object| object["spec"]["runStrategy"] = json!("Halted"));
@@ -79,7 +88,10 @@ fn a_stop_is_done_when_nothing_runs_by_this_spec() {
     let halted = |status: &str| changed(status, |object| object["spec"]["runStrategy"] = json!("Halted"));
     assert!(matches!(asked.judge(&halted(HALTED)), Done(_)));
     yet(&asked.judge(&halted(PROTECTED)), "Running: GuestRuns");
-    yet(&Asked::Stop { generation: 4 }.judge(&halted(HALTED)), "has not looked at the change");
+    yet(
+        &Asked::Stop { generation: 4 }.judge(&halted(HALTED)),
+        "has not looked at the change",
+    );
     never(&asked.judge(&changed(HALTED, |_| ())), "asked for a start");
     let goes = changed(PROTECTED, |object| {
         object["metadata"]["deletionTimestamp"] = json!("2026-01-02T05:04:05Z");
@@ -93,13 +105,15 @@ fn a_loss_was_worth_it_when_the_guest_runs_by_a_later_record() {
         annotation: "holder@7 text".to_owned(),
         term: 7,
     };
-    let with = |status: &str, text: &str| {
-        changed(status, |object| annotated(object, ANNOTATION_ACCEPT_DATA_LOSS, text))
-    };
+    let with =
+        |status: &str, text: &str| changed(status, |object| annotated(object, ANNOTATION_ACCEPT_DATA_LOSS, text));
     // The status of before, when the holder had the guest.
     yet(&asked.judge(&with(PROTECTED, "holder@7 text")), "Running: GuestRuns");
     assert!(matches!(asked.judge(&with(RESYNCING, "holder@7 text")), Done(_)));
-    never(&asked.judge(&with(PROTECTED, "holder@7 other")), "was changed or removed");
+    never(
+        &asked.judge(&with(PROTECTED, "holder@7 other")),
+        "was changed or removed",
+    );
     let waits = changed(PROTECTED, |object| {
         annotated(object, ANNOTATION_ACCEPT_DATA_LOSS, "holder@7 text");
         object["status"]["phase"] = json!("Starting");
