@@ -118,11 +118,7 @@ impl Cluster {
     }
 
     /// Changes of one VM, or of all that [`Cluster::fleet`] has, from how they are now on.
-    pub fn changes(
-        &self,
-        name: Option<&str>,
-        all: bool,
-    ) -> impl Stream<Item = watcher::Result<Event<Seen>>> + Send + use<> {
+    pub fn changes(&self, name: Option<&str>, all: bool) -> impl Stream<Item = watcher::Result<Event<Seen>>> {
         let config = watcher::Config::default();
         let config = match name {
             Some(name) => config.fields(&format!("metadata.name={name}")),

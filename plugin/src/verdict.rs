@@ -75,6 +75,10 @@ fn switched_over(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, request: 
             ))
         };
     };
+    // Who was told had the guest; what the status said before may have been old.
+    let told = known.told.as_ref().map(|told| told.pod_uid.as_str());
+    let told = told.and_then(|uid| status.seats.iter().find(|entry| entry.had_uid(uid)));
+    let before = told.and_then(|entry| entry.node.as_deref()).or(before);
     let active = status.active.as_deref();
     let node = active.unwrap_or("an unknown node");
     match known.outcome {

@@ -57,6 +57,14 @@ fn a_switchover_is_done_when_this_one_is_and_the_guest_moved() {
         before: Some("n1".to_owned()),
     };
     yet(&back.judge(&told("this", "Done")), "on n1 as before");
+    // The status was old when it was asked for: who was told had the guest.
+    for (pod, moved) in [('a', false), ('b', true)] {
+        let uid = format!("0123abcd-0000-4000-8000-00000000000{pod}");
+        let vm = changed(PROTECTED, |object| {
+            object["status"]["switchover"] = json!({"request": "this", "outcome": "Done", "told": {"podUid": uid}});
+        });
+        assert_eq!(matches!(back.judge(&vm), Done(_)), moved, "{pod}");
+    }
     let other = changed(PROTECTED, |object| annotated(object, ANNOTATION_SWITCHOVER, "another"));
     never(&asked.judge(&other), "was changed or removed");
 }

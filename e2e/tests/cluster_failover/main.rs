@@ -47,6 +47,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         acts.act("the node-daemons are replaced one by one", restarted_daemons)?;
         acts.act("the operator dies during a failover", killed_operator)?;
         acts.act("the active's node is drained", drains::active)?;
+        acts.act("a person asks for a switchover", drains::asked)?;
         acts.act("the standby's node is drained", drains::standby)?;
         acts.act("both nodes are drained at once", drains::both)?;
         acts.act("the API server is away", absent_api_server)?;

@@ -1,85 +1,35 @@
 //! `kubectl ftvm`, as kubectl runs it, beside the objects that it shows and changes.
 
 use std::fs::File;
-use std::os::unix::fs::symlink;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 
 use anyhow::{Context, ensure};
-use ftvm_e2e::cluster::{Cluster, wait_for};
-use ftvm_e2e::lab::binaries::{self, Profile};
+use ftvm_e2e::cluster::{self, Answer, Cluster, wait_for};
 use serde_json::Value;
 
 use super::{PATIENCE, condition};
 
 /// Exit codes (`docs/exit-codes.md`).
+const CONFIG: i32 = 10;
 const REFUSED: i32 = 26;
 const TIMEOUT: i32 = 28;
 const NOT_FOUND: i32 = 32;
 
-/// The plugin in a folder of its own, which is all that kubectl's `PATH` has.
+/// The plugin and its cluster.
 pub struct Plugin<'a> {
     cluster: &'a Cluster,
-    folder: PathBuf,
-}
-
-/// What a command said.
-struct Said {
-    code: Option<i32>,
-    out: String,
-    err: String,
-}
-
-impl Said {
-    fn ends_with(&self, code: i32) -> anyhow::Result<&Said> {
-        let Said { code: found, out, err } = self;
-        ensure!(*found == Some(code), "code {found:?}, not {code}: {out}{err}");
-        Ok(self)
-    }
-
-    fn fails(&self, code: i32, words: &str) -> anyhow::Result<()> {
-        self.ends_with(code)?;
-        ensure!(self.err.contains(words), "{words}: {}", self.err);
-        Ok(())
-    }
+    plugin: cluster::Plugin,
 }
 
 impl<'a> Plugin<'a> {
     pub fn new(cluster: &'a Cluster) -> anyhow::Result<Plugin<'a>> {
-        let built = binaries::build(&[("ftvm-plugin", "kubectl-ftvm")], Profile::Dev)?;
-        let program = built.first().context("cargo built nothing")?;
-        let folder = cluster.folder().join("plugin");
-        std::fs::create_dir(&folder)?;
-        for name in ["kubectl-ftvm", "kubectl_complete-ftvm"] {
-            symlink(program, folder.join(name))?;
-        }
-        Ok(Plugin { cluster, folder })
+        let plugin = cluster::Plugin::new(cluster)?;
+        Ok(Plugin { cluster, plugin })
     }
 
-    fn kubectl(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(self.cluster.programs().join("kubectl"));
-        command
-            .args(words)
-            .env("KUBECONFIG", self.cluster.admin_kubeconfig())
-            .env("PATH", &self.folder)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    }
-
-    fn run(&self, words: &[&str]) -> anyhow::Result<Said> {
-        let child = self.cluster.sandbox().spawn(self.kubectl(words))?;
-        let output = child.wait_with_output()?;
-        Ok(Said {
-            code: output.status.code(),
-            out: String::from_utf8(output.stdout)?,
-            err: String::from_utf8(output.stderr)?,
-        })
-    }
-
-    fn ftvm(&self, words: &[&str]) -> anyhow::Result<Said> {
-        self.run(&[&["ftvm"], words].concat())
+    fn ftvm(&self, words: &[&str]) -> anyhow::Result<Answer> {
+        self.plugin.run(self.cluster, &[&["ftvm"], words].concat())
     }
 
     /// What it shows is what the objects say.
@@ -95,26 +45,26 @@ impl<'a> Plugin<'a> {
                 self.cluster.get(&["ftvm", "web"])? == before,
                 "it was changed meanwhile"
             );
-            let read = |said: &Said| anyhow::Ok(serde_json::from_str::<Value>(&said.ends_with(0)?.out)?);
+            let read = |said: &Answer| anyhow::Ok(serde_json::from_str::<Value>(said.with(0)?)?);
             ensure!(read(&json)? == before, "{}", json.out);
             ensure!(
-                ftvm_crds::yaml::read::<Value>(&yaml.ends_with(0)?.out)? == before,
+                ftvm_crds::yaml::read::<Value>(yaml.with(0)?)? == before,
                 "{}",
                 yaml.out
             );
             let items = read(&list)?["items"].as_array().context("no list")?.clone();
             ensure!(items.contains(&before), "{}", list.out);
-            in_a_line(&before, &table.ends_with(0)?.out)?;
+            in_a_line(&before, table.with(0)?)?;
             let of_web = |line: &&str| line.starts_with("default ") && line.contains(" web ");
-            ensure!(all.ends_with(0)?.out.lines().filter(of_web).count() == 1, "{}", all.out);
-            in_full(&before, &full.ends_with(0)?.out)
+            ensure!(all.with(0)?.lines().filter(of_web).count() == 1, "{}", all.out);
+            in_full(&before, full.with(0)?)
         })?;
         self.ftvm(&["status", "nobody"])?
             .fails(NOT_FOUND, "there is no FaultTolerantVM default/nobody")?;
         self.ftvm(&["status", "web", "--context", "elsewhere"])?
-            .fails(10, "elsewhere")?;
-        let offered = self.run(&["__complete", "ftvm", "sta"])?;
-        let words: Vec<&str> = offered.ends_with(0)?.out.lines().collect();
+            .fails(CONFIG, "elsewhere")?;
+        let offered = self.plugin.run(self.cluster, &["__complete", "ftvm", "sta"])?;
+        let words: Vec<&str> = offered.with(0)?.lines().collect();
         ensure!(words.starts_with(&["status", "start"]), "{words:?}");
         Ok(())
     }
@@ -132,11 +82,7 @@ impl<'a> Plugin<'a> {
         self.ftvm(&["status", "newer"])?
             .fails(REFUSED, "can't be read by this release")?;
         let yaml = self.ftvm(&["status", "newer", "-o", "yaml"])?;
-        ensure!(
-            yaml.ends_with(0)?.out.contains("runStrategy: Sometimes"),
-            "{}",
-            yaml.out
-        );
+        ensure!(yaml.with(0)?.contains("runStrategy: Sometimes"), "{}", yaml.out);
         Ok(())
     }
 
@@ -161,7 +107,7 @@ impl<'a> Plugin<'a> {
     pub fn stops_and_starts(&self) -> anyhow::Result<()> {
         let stopped = self.ftvm(&["stop", "web", "--timeout-seconds", "180"])?;
         ensure!(
-            stopped.ends_with(0)?.out == "stop of web: the VM is halted; its disks are kept\n",
+            stopped.with(0)? == "stop of web: the VM is halted; its disks are kept\n",
             "{}",
             stopped.out
         );
@@ -171,19 +117,16 @@ impl<'a> Plugin<'a> {
             "{vm}"
         );
         let started = self.ftvm(&["start", "web", "--wait=false"])?;
-        ensure!(
-            started.ends_with(0)?.out == "start of web: asked for\n",
-            "{}",
-            started.out
-        );
+        ensure!(started.with(0)? == "start of web: asked for\n", "{}", started.out);
         ensure!(self.cluster.get(&["ftvm", "web"])?["spec"]["runStrategy"] == "Always");
         Ok(())
     }
 
     /// Watches a VM; what it says goes into a file.
     pub fn watch(&self, name: &str) -> anyhow::Result<Watching> {
-        let path = self.folder.join("watched.txt");
-        let mut command = self.kubectl(&["ftvm", "status", name, "--watch"]);
+        let path = self.cluster.folder().join("watched.txt");
+        let words = ["ftvm", "status", name, "--watch"];
+        let mut command = self.plugin.command(self.cluster, &words);
         let file = File::create(&path)?;
         command.stdout(file.try_clone()?).stderr(file);
         let child = self.cluster.sandbox().spawn(command)?;
@@ -207,7 +150,11 @@ impl<'a> Plugin<'a> {
         ensure!(annotation()?.is_none(), "accepted by nobody");
         let this = [&accept[..], &["--yes-i-lose-data", name]].concat();
         let said = self.ftvm(&this)?;
-        ensure!(said.ends_with(0)?.err.contains("It was protected"), "{}", said.err);
+        ensure!(
+            said.with(0).is_ok() && said.err.contains("It was protected"),
+            "{}",
+            said.err
+        );
         let text = annotation()?.context("no annotation")?;
         ensure!(text.starts_with(&format!("{holder}@7 kubectl-ftvm-")), "{text}");
         Ok(())
