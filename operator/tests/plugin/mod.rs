@@ -47,11 +47,7 @@ impl<'a> Plugin<'a> {
             );
             let read = |said: &Answer| anyhow::Ok(serde_json::from_str::<Value>(said.with(0)?)?);
             ensure!(read(&json)? == before, "{}", json.out);
-            ensure!(
-                ftvm_crds::yaml::read::<Value>(yaml.with(0)?)? == before,
-                "{}",
-                yaml.out
-            );
+            ensure!(ftvm_crds::yaml::read::<Value>(yaml.with(0)?)? == before, "{}", yaml.out);
             let items = read(&list)?["items"].as_array().context("no list")?.clone();
             ensure!(items.contains(&before), "{}", list.out);
             in_a_line(&before, table.with(0)?)?;
