@@ -45,7 +45,7 @@ pub enum Command {
 }
 
 /// Which cluster and namespace.
-#[derive(Args)]
+#[derive(Args, Default)]
 pub struct Place {
     /// Namespace; if missing that of the context.
     #[arg(short, long, value_parser = object_name)]
@@ -128,7 +128,7 @@ pub struct AcceptDataLoss {
 }
 
 /// A name that stays one in a path: no other object is asked for by it.
-fn object_name(text: &str) -> Result<String, String> {
+pub fn object_name(text: &str) -> Result<String, String> {
     let letters = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-.".contains(&byte);
     let begins = text.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
     if begins && text.len() <= 253 && text.bytes().all(letters) {

@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     let mut words = std::env::args_os();
     let done = if words.next().is_some_and(|program| complete::is_asked(&program)) {
         let words: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
-        print(&complete::answer(&Arguments::command(), &words))
+        offer(&words)
     } else {
         // Usage errors are clap's own exit code, 2.
         run(Arguments::parse().command)
@@ -70,6 +70,18 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Completion { shell } => completion(shell),
         Command::Man { folder } => man(&folder),
     }
+}
+
+/// What kubectl asks for when somebody asks it to complete a word.
+fn offer(words: &[String]) -> Result<(), Failure> {
+    let command = Arguments::command();
+    wait(async {
+        let names = match complete::wants_names(&command, words) {
+            Some(place) => complete::names(&place).await,
+            None => Vec::new(),
+        };
+        print(&complete::answer(&command, words, names))
+    })
 }
 
 fn wait(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {

@@ -59,9 +59,15 @@ impl<'a> Plugin<'a> {
             .fails(NOT_FOUND, "there is no FaultTolerantVM default/nobody")?;
         self.ftvm(&["status", "web", "--context", "elsewhere"])?
             .fails(CONFIG, "elsewhere")?;
-        let offered = self.plugin.run(self.cluster, &["__complete", "ftvm", "sta"])?;
-        let words: Vec<&str> = offered.with(0)?.lines().collect();
-        ensure!(words.starts_with(&["status", "start"]), "{words:?}");
+        for (last, expected) in [
+            (&["sta"][..], &["status", "start"][..]),
+            (&["stop", "we"][..], &["web"][..]),
+        ] {
+            let words = [&["__complete", "ftvm"], last].concat();
+            let offered = self.plugin.run(self.cluster, &words)?;
+            let offered: Vec<&str> = offered.with(0)?.lines().collect();
+            ensure!(offered.starts_with(expected), "{offered:?}");
+        }
         Ok(())
     }
 
