@@ -28,6 +28,8 @@ const MANAGER: &str = "kubectl-ftvm";
 const ANSWER: Duration = Duration::from_secs(20);
 /// VMs, or pods, that one answer may have.
 const PAGE: u32 = 500;
+/// Which proxy that is is not told: there may be a password in it.
+const NO_PROXIES: &str = "this program can't use the proxy that HTTPS_PROXY, https_proxy, or proxy-url in the kubeconfig names; unset the variable for this command if the API server is reached without";
 
 /// What the pods of a VM's seats say of themselves, by the pods' UIDs; or why they can't be read.
 pub type Said = Result<BTreeMap<String, Result<SeatPublished, String>>, String>;
@@ -55,6 +57,9 @@ impl Cluster {
                 .await
                 .map_err(|error| Failure::Config(with_causes(&error)))?,
         };
+        if config.proxy_url.is_some() {
+            return Err(Failure::Config(NO_PROXIES.to_owned()));
+        }
         let namespace = place.namespace.clone();
         let namespace = namespace.unwrap_or_else(|| config.default_namespace.clone());
         let client = ftvm_watch::client(config).map_err(|error| Failure::Config(with_causes(&error)))?;
@@ -156,8 +161,25 @@ impl Cluster {
             ..PatchParams::default()
         };
         let what = format!("patch {}", self.path(&name));
-        let changed = answered(&what, self.vms().patch(&name, &params, &Patch::Merge(change))).await?;
-        self.readable(&name, changed)
+        let changed = answered(&what, self.vms().patch(&name, &params, &Patch::Merge(change))).await;
+        let changed = changed.map_err(|failure| match failure {
+            // It was there a moment ago.
+            Failure::NoKind { .. } => Failure::Gone {
+                namespace: self.namespace.clone(),
+                name: name.clone(),
+            },
+            Failure::ApiServer {
+                what,
+                why,
+                lasts: false,
+            } => Failure::ApiServer {
+                what,
+                why: format!("{why}; it may have been changed all the same: see before you ask again"),
+                lasts: false,
+            },
+            failure => failure,
+        });
+        self.readable(&name, changed?)
     }
 }
 

@@ -6,7 +6,6 @@ use std::error::Error;
 mod code {
     pub const OK: u8 = 0;
     pub const INTERNAL: u8 = 1;
-    pub const USAGE: u8 = 2;
     pub const CONFIG: u8 = 10;
     pub const REFUSED: u8 = 26;
     pub const TIMEOUT: u8 = 28;
@@ -17,9 +16,6 @@ mod code {
 /// Why a command ends. What the API server says in it is not harmless yet: [`crate::text::plain`].
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// Words that contradict each other.
-    #[error("{0}")]
-    Usage(String),
     /// No configuration for the API server.
     #[error("no way to the API server ({0}): set KUBECONFIG, or choose a context of it with --context")]
     Config(String),
@@ -133,7 +129,6 @@ impl Failure {
     /// Exit code.
     pub fn code(&self) -> u8 {
         match self {
-            Failure::Usage(_) => code::USAGE,
             Failure::Config(_) => code::CONFIG,
             Failure::ApiServer { .. } => code::API_SERVER,
             Failure::NoKind { .. } | Failure::NoVm { .. } | Failure::Gone { .. } => code::NOT_FOUND,

@@ -112,11 +112,33 @@ async fn follow_all(cluster: &Cluster, all: bool, form: Option<Form>) -> Result<
     let mut patience = Impatience::default();
     let mut board = Board::new(all, form, Paper::stdout());
     while let Some(event) = changes.next().await {
-        if let Some(event) = patience.hear(event)? {
+        // Who can't list them is told so, and does not wait: as without a watch.
+        let event = if board.begun {
+            patience.hear(event)?
+        } else {
+            Some(event.map_err(failure)?)
+        };
+        if let Some(event) = event {
             print(&board.pass(event, Timestamp::now()))?;
         }
     }
     Ok(())
+}
+
+/// Why a watch does not go on.
+fn failure(error: watcher::Error) -> Failure {
+    const WHAT: &str = "watch FaultTolerantVMs";
+    match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => Failure::of(WHAT, &error),
+        watcher::Error::WatchError(status) => Failure::of(WHAT, &kube::Error::Api(status)),
+        error @ watcher::Error::NoResourceVersion => Failure::ApiServer {
+            what: WHAT.to_owned(),
+            why: error.to_string(),
+            lasts: true,
+        },
+    }
 }
 
 /// What a watch can't do, and may be able to in a moment, is told and waited for.
@@ -128,17 +150,7 @@ impl Impatience {
     fn hear(&mut self, event: watcher::Result<Event<Seen>>) -> Result<Option<Event<Seen>>, Failure> {
         let failure = match event {
             Ok(event) => return Ok(Some(event)),
-            Err(
-                watcher::Error::InitialListFailed(error)
-                | watcher::Error::WatchStartFailed(error)
-                | watcher::Error::WatchFailed(error),
-            ) => Failure::of("watch FaultTolerantVMs", &error),
-            Err(watcher::Error::WatchError(status)) => Failure::of("watch FaultTolerantVMs", &kube::Error::Api(status)),
-            Err(error @ watcher::Error::NoResourceVersion) => Failure::ApiServer {
-                what: "watch FaultTolerantVMs".to_owned(),
-                why: error.to_string(),
-                lasts: true,
-            },
+            Err(error) => failure(error),
         };
         if !failure.may_pass() {
             return Err(failure);
