@@ -59,7 +59,8 @@ pub async fn accept_data_loss(arguments: &AcceptDataLoss) -> Result<(), Failure>
     let ask = &arguments.ask;
     let (cluster, vm) = asked(ask).await?;
     let lease = cluster.lease(&ask.name).await?;
-    let plan = loss::plan(&vm, lease.as_ref()).map_err(|why| refused(WHAT, &why))?;
+    let said = cluster.said(&ask.name).await;
+    let plan = loss::plan(&vm, lease.as_ref(), &said).map_err(|why| refused(WHAT, &why))?;
     for line in &plan.lines {
         say(line);
     }

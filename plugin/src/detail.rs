@@ -179,7 +179,7 @@ fn outcome(asked: &AskedFor) -> Cell {
 }
 
 /// What the seat's pod of the book says; others of its name do not count.
-fn published<'a>(entry: &SeatEntry, said: &'a Said) -> Option<&'a Result<SeatPublished, String>> {
+pub fn published<'a>(entry: &SeatEntry, said: &'a Said) -> Option<&'a Result<SeatPublished, String>> {
     said.as_ref().ok()?.get(entry.pod_uid.as_deref()?)
 }
 

@@ -2,12 +2,16 @@
 
 use ftvm_crds::lease::{check_owner, snapshot};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, RunStrategy, SeatEntry, VmPhase};
-use ftvm_protocol::identity::{Incarnation, Term, VmId};
+use ftvm_protocol::identity::{ArbiterUid, Incarnation, Term, VmId};
 use ftvm_protocol::record::{Phase, Record};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::ResourceExt as _;
 
-use crate::detail::advice;
+use crate::cluster::Said;
+use crate::detail::{advice, published};
+
+/// Of every disk that is booted.
+const MEMORY: &str = "What was in the guest's memory alone is lost in any case: it is booted.";
 
 /// What would be written, and what it means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,23 +24,24 @@ pub struct Plan {
     pub lines: Vec<String>,
 }
 
-/// Of a VM and its Lease.
+/// Of a VM, its Lease, and what its seats' pods say.
 ///
 /// # Errors
 /// Why nothing can be accepted, and what to do.
-pub fn plan(vm: &FaultTolerantVM, lease: Option<&Lease>) -> Result<Plan, String> {
-    let record = record(vm, lease)?;
+pub fn plan(vm: &FaultTolerantVM, lease: Option<&Lease>, said: &Said) -> Result<Plan, String> {
     let missing = FaultTolerantVMStatus::default();
     let status = vm.status.as_ref().unwrap_or(&missing);
-    may_be_accepted(vm, status, &record)?;
-    let mut lines = vec![used(status, &record), lost(&record)];
-    if let Some(known) = status.term.filter(|known| *known > record.term) {
+    let record = record(vm, status, lease)?;
+    let old = old_copy(status, &record, said);
+    may_be_accepted(vm, status, &record, old.is_some())?;
+    let lost = old.unwrap_or_else(|| lost(&record).to_owned());
+    let mut lines = vec![used(status, &record), lost, MEMORY.to_owned()];
+    lines.extend(status.seats.iter().map(|entry| seat(entry, &record, said)));
+    if let Err(why) = said {
         lines.push(format!(
-            "The record says term {}, and {known} was read before: it is an old copy. All that happened since may be lost. Put the last record back, if there is a copy of it (docs/kubernetes.md, \"A Lease that is gone\").",
-            record.term
+            "What the seats' pods say is not known ({why}): a seat may know a later term than the record, which nothing tells here."
         ));
     }
-    lines.extend(status.seats.iter().map(|entry| seat(entry, &record)));
     let wrong = advice(vm);
     if !wrong
         .iter()
@@ -52,17 +57,54 @@ pub fn plan(vm: &FaultTolerantVM, lease: Option<&Lease>) -> Result<Plan, String>
     })
 }
 
-fn record(vm: &FaultTolerantVM, lease: Option<&Lease>) -> Result<Record, String> {
+fn record(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, lease: Option<&Lease>) -> Result<Record, String> {
     let lease = lease.ok_or(
         "the VM has no Lease, so that nobody knows who had the guest last: see the condition ArbiterReachable (docs/kubernetes.md, \"A Lease that is gone\")",
     )?;
     let vm_id = vm.uid().unwrap_or_default().parse::<VmId>();
     let vm_id = vm_id.map_err(|error| format!("the VM's UID: {error}"))?;
     check_owner(lease, &vm.name_any(), vm_id).map_err(|error| error.to_string())?;
-    Ok(snapshot(lease).map_err(|error| error.to_string())?.record)
+    let found = snapshot(lease).map_err(|error| error.to_string())?;
+    // The operator goes by no other one, whatever is accepted of it.
+    let same = |known: ArbiterUid| found.uid == known || found.record.predecessor == Some(known);
+    let known = status.lease_uid.as_deref();
+    if known.is_some_and(|known| !known.parse().is_ok_and(same)) {
+        return Err(
+            "the VM's Lease is another object than the operator made, so that its record is not gone by: see the condition ArbiterReachable (docs/kubernetes.md, \"A Lease that is gone\")".to_owned(),
+        );
+    }
+    Ok(found.record)
 }
 
-fn may_be_accepted(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, record: &Record) -> Result<(), String> {
+/// The highest term that the engine of this seat knows, if its pod says one.
+fn term(entry: &SeatEntry, said: &Said) -> Option<Term> {
+    let found = published(entry, said)?.as_ref().ok()?;
+    Some(found.term).filter(|term| *term > 0)
+}
+
+/// What it means that somebody knows a later term than the record, if so: a backup was restored, or an old copy put in its place.
+fn old_copy(status: &FaultTolerantVMStatus, record: &Record, said: &Said) -> Option<String> {
+    let told = status.seats.iter().filter_map(|entry| {
+        let who = format!("seat {} knows", entry.name);
+        Some((term(entry, said)?, who))
+    });
+    let read = status.term.map(|term| (term, "the status knew".to_owned()));
+    // Of the same term a seat is told: it has the disk.
+    let later = read.into_iter().chain(told).filter(|(term, _)| *term > record.term);
+    let (term, who) = later.max_by_key(|(term, _)| *term)?;
+    Some(format!(
+        "The record says term {}, and {who} {term}: it is an old copy. All that happened since may be lost, unless the disk of the latest term is used. Put the last record back, if there is a copy of it (docs/kubernetes.md, \"A Lease that is gone\").",
+        record.term
+    ))
+}
+
+/// `old`: somebody knows a later term than the record.
+fn may_be_accepted(
+    vm: &FaultTolerantVM,
+    status: &FaultTolerantVMStatus,
+    record: &Record,
+    old: bool,
+) -> Result<(), String> {
     if vm.metadata.deletion_timestamp.is_some() {
         return Err("the VM is being deleted: nothing of it is booted".to_owned());
     }
@@ -77,8 +119,9 @@ fn may_be_accepted(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, record:
             "the guest is on node {node}: nothing has to be lost for it to go on. What keeps it from being protected is in `kubectl ftvm status`"
         ));
     }
-    let never_ran = record.term == 1 && record.members.is_only(Incarnation::genesis(record.holder.seat));
-    if never_ran {
+    // A backup may have brought the first record back.
+    let first = record.term == 1 && record.members.is_only(Incarnation::genesis(record.holder.seat));
+    if first && !old {
         return Err("no guest of this VM ever ran: there is nothing to lose, and what keeps it from starting is in `kubectl ftvm status`".to_owned());
     }
     Ok(())
@@ -91,20 +134,24 @@ fn seat_of(status: &FaultTolerantVMStatus, incarnation: Incarnation) -> Option<&
 }
 
 fn used(status: &FaultTolerantVMStatus, record: &Record) -> String {
-    let holder = match seat_of(status, record.holder) {
-        Some(entry) => format!("seat {} on {}", entry.name, node(entry)),
-        None => format!("{}, which is none of the VM's seats,", record.holder),
+    let Some(entry) = seat_of(status, record.holder) else {
+        return format!(
+            "By the record of term {} {}, which is none of the VM's seats, had the guest last. Its disk is not used; that of the seat with the latest term is, or any. If there is a former copy of the Lease put it back instead.",
+            record.term, record.holder
+        );
     };
     format!(
-        "By the record of term {} {holder} had the guest last. That disk is used if its node can boot it; or that of a seat which is known to have a later term, for it is newer; else another one.",
-        record.term
+        "By the record of term {} seat {} on {} had the guest last. That disk is used if its node can boot it; or that of a seat which is known to have a later term, for it is newer; else another one.",
+        record.term,
+        entry.name,
+        node(entry)
     )
 }
 
-fn lost(record: &Record) -> String {
+/// What only seats that are gone may have, by a record that is the last one.
+fn lost(record: &Record) -> &'static str {
     let others = record.members.iter().filter(|member| *member != record.holder).count();
-    let memory = "What was in the guest's memory alone is lost in any case: it is booted.";
-    let text = match (record.phase, others) {
+    match (record.phase, others) {
         (Phase::Stopped, _) => {
             "It was stopped in order: nothing is lost if the disk of a seat that was told of the stop is used."
         }
@@ -114,8 +161,7 @@ fn lost(record: &Record) -> String {
         (Phase::Running, _) => {
             "It was protected: nothing that it flushed and that anybody was told of is lost, whichever disk of the pair is used, unless the record is an old copy."
         }
-    };
-    format!("{text} {memory}")
+    }
 }
 
 fn node(entry: &SeatEntry) -> String {
@@ -127,7 +173,7 @@ fn node(entry: &SeatEntry) -> String {
     }
 }
 
-fn seat(entry: &SeatEntry, record: &Record) -> String {
+fn seat(entry: &SeatEntry, record: &Record, said: &Said) -> String {
     let named = record
         .members
         .iter()
@@ -140,7 +186,12 @@ fn seat(entry: &SeatEntry, record: &Record) -> String {
     let lost = entry.lost_since.as_ref();
     let lost = lost.map_or_else(String::new, |time| format!("; missed since {}", time.0));
     let leaving = if entry.leaving { "; it is being removed" } else { "" };
-    format!("Seat {}: {}; {named}{lost}{leaving}.", entry.name, node(entry))
+    let knows = match term(entry, said) {
+        Some(term) if term > record.term => format!("; it knows term {term}, its disk is newer than the record"),
+        Some(term) => format!("; it knows term {term}"),
+        None => "; it does not say which term it knows".to_owned(),
+    };
+    format!("Seat {}: {}; {named}{knows}{lost}{leaving}.", entry.name, node(entry))
 }
 
 #[cfg(test)]

@@ -1,3 +1,6 @@
+use std::collections::BTreeMap;
+
+use ftvm_crds::seat::SeatPublished;
 use ftvm_protocol::identity::SeatId;
 use ftvm_protocol::record::Members;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -10,6 +13,7 @@ use crate::testing::{PROTECTED, of, seen};
 const FIRST: &str = "0123abcd-0000-4000-8000-00000000000a";
 const SECOND: &str = "0123abcd-0000-4000-8000-00000000000b";
 const STRANGER: &str = "0123abcd-0000-4000-8000-0000000000ee";
+const LEASE: &str = "0123abcd-0000-4000-8000-000000000001";
 
 fn incarnation(seat: &str) -> Incarnation {
     let seat: SeatId = seat.parse().unwrap();
@@ -34,9 +38,21 @@ fn lease_of(record: &Record) -> Lease {
         ..OwnerReference::default()
     };
     let mut lease = ftvm_crds::lease::new("shop", "web", owner, record, String::new(), Timestamp::UNIX_EPOCH);
-    lease.metadata.uid = Some("0123abcd-0000-4000-8000-000000000001".to_owned());
+    lease.metadata.uid = Some(LEASE.to_owned());
     lease.metadata.resource_version = Some("12345".to_owned());
     lease
+}
+
+/// Which terms pods tell.
+fn said(terms: &[(&str, Term)]) -> Said {
+    let told = |(uid, term): &(&str, Term)| {
+        let told = SeatPublished {
+            term: *term,
+            ..SeatPublished::default()
+        };
+        ((*uid).to_owned(), Ok(told))
+    };
+    Ok(terms.iter().map(told).collect())
 }
 
 /// Nobody has the guest; `change` is made of that.
@@ -44,6 +60,7 @@ fn waiting(change: impl Fn(&mut Value)) -> FaultTolerantVM {
     let mut object = seen("web", PROTECTED).object;
     object["status"]["phase"] = json!("Starting");
     object["status"]["active"] = Value::Null;
+    object["status"]["leaseUid"] = json!(LEASE);
     let ready = &mut object["status"]["conditions"][0];
     ready["status"] = json!("False");
     ready["reason"] = json!("NodeNeeded");
@@ -54,7 +71,7 @@ fn waiting(change: impl Fn(&mut Value)) -> FaultTolerantVM {
 }
 
 fn lines(record: &Record, change: impl Fn(&mut Value)) -> String {
-    plan(&waiting(change), Some(&lease_of(record)))
+    plan(&waiting(change), Some(&lease_of(record)), &said(&[(FIRST, 7)]))
         .unwrap()
         .lines
         .join("\n")
@@ -63,7 +80,7 @@ fn lines(record: &Record, change: impl Fn(&mut Value)) -> String {
 #[test]
 fn the_annotation_names_holder_and_term_as_the_record_has_them() {
     let record = record_of(&[FIRST, SECOND], Phase::Running);
-    let plan = plan(&waiting(|_| ()), Some(&lease_of(&record))).unwrap();
+    let plan = plan(&waiting(|_| ()), Some(&lease_of(&record)), &said(&[])).unwrap();
     assert_eq!(plan.of, format!("{FIRST}/000000000000beef@7"));
     assert_eq!(plan.term, 7);
 }
@@ -75,7 +92,8 @@ fn who_is_used_and_what_is_lost_is_told() {
         "term 7 seat web-x7k2q on node n1 had the guest last",
         "It was protected: nothing that it flushed",
         "is lost in any case: it is booted",
-        "Seat web-bbbbb: node n2; the record names it.",
+        "Seat web-x7k2q: node n1; the record names it; it knows term 7.",
+        "Seat web-bbbbb: node n2; the record names it; it does not say which term it knows.",
         "The VM says: node n1 is away",
     ] {
         assert!(pair.contains(words), "{words}: {pair}");
@@ -86,14 +104,14 @@ fn who_is_used_and_what_is_lost_is_told() {
     );
     let alone = lines(&record_of(&[FIRST], Phase::Running), |_| ());
     assert!(
-        alone.contains("It ran alone") && alone.contains("Seat web-bbbbb: node n2; the record does not name it."),
+        alone.contains("It ran alone") && alone.contains("Seat web-bbbbb: node n2; the record does not name it;"),
         "{alone}"
     );
     let stopped = lines(&record_of(&[FIRST, SECOND], Phase::Stopped), |_| ());
     assert!(stopped.contains("It was stopped in order"), "{stopped}");
     let unknown = lines(&record_of(&[STRANGER], Phase::Running), |_| ());
     assert!(
-        unknown.contains("which is none of the VM's seats, had the guest last"),
+        unknown.contains("which is none of the VM's seats, had the guest last. Its disk is not used"),
         "{unknown}"
     );
 }
@@ -103,8 +121,29 @@ fn an_old_copy_of_the_record_and_conditions_that_ask_for_nothing_are_told() {
     let record = record_of(&[FIRST, SECOND], Phase::Running);
     let old = lines(&record, |object| object["status"]["term"] = json!(9));
     assert!(
-        old.contains("says term 7, and 9 was read before: it is an old copy. All"),
+        old.contains("says term 7, and the status knew 9: it is an old copy. All") && !old.contains("It was protected"),
         "{old}"
+    );
+    // So it is where seats alone know, also if the first record was brought back.
+    let genesis = Record::genesis(FIRST.parse().unwrap(), Phase::Running);
+    for record in [&record, &genesis] {
+        let told = said(&[(FIRST, 7), (SECOND, 12)]);
+        let plan = plan(&waiting(|_| ()), Some(&lease_of(record)), &told).unwrap();
+        assert_eq!(plan.of, format!("{}@{}", record.holder, record.term));
+        let old = plan.lines.join("\n");
+        assert!(
+            old.contains("seat web-bbbbb knows 12: it is an old copy")
+                && old.contains("Seat web-bbbbb: node n2;")
+                && old.contains("it knows term 12, its disk is newer than the record"),
+            "{old}"
+        );
+    }
+    let unheard: Said = Err("list pods: forbidden".to_owned());
+    let unheard = plan(&waiting(|_| ()), Some(&lease_of(&record)), &unheard).unwrap();
+    let unheard = unheard.lines.join("\n");
+    assert!(
+        unheard.contains("is not known (list pods: forbidden): a seat may know a later term"),
+        "{unheard}"
     );
     let unasked = lines(&record, |object| {
         object["status"]["conditions"][0]["message"] = json!("an image can't be pulled");
@@ -132,7 +171,7 @@ fn what_can_not_be_accepted_is_refused_with_the_reason() {
     let record = record_of(&[FIRST, SECOND], Phase::Running);
     let lease = lease_of(&record);
     let refused = |change: &dyn Fn(&mut Value), lease: Option<&Lease>, words: &str| {
-        let why = plan(&waiting(change), lease).unwrap_err();
+        let why = plan(&waiting(change), lease, &said(&[])).unwrap_err();
         assert!(why.contains(words), "{words}: {why}");
     };
     refused(&|_| (), None, "has no Lease");
@@ -154,7 +193,10 @@ fn what_can_not_be_accepted_is_refused_with_the_reason() {
     let goes = |object: &mut Value| object["metadata"]["deletionTimestamp"] = json!("2026-01-02T05:04:05Z");
     refused(&goes, Some(&lease), "being deleted");
     let genesis = lease_of(&Record::genesis(FIRST.parse().unwrap(), Phase::Running));
-    refused(&|_| (), Some(&genesis), "no guest of this VM ever ran");
+    let first = |object: &mut Value| object["status"]["term"] = json!(1);
+    refused(&first, Some(&genesis), "no guest of this VM ever ran");
+    let replaced = |object: &mut Value| object["status"]["leaseUid"] = json!(STRANGER);
+    refused(&replaced, Some(&lease), "another object than the operator made");
     let mut foreign = lease.clone();
     foreign.metadata.labels = None;
     refused(&|_| (), Some(&foreign), "is not the operator's");
