@@ -46,17 +46,25 @@ impl Answer {
 }
 
 impl Plugin {
-    /// Builds it, if it is not fresh.
+    /// Builds it, if it is not fresh, and says where it is. That takes the processors for minutes, from which a machine may suffer.
     ///
     /// # Errors
     /// If it does not compile.
+    pub fn build() -> anyhow::Result<PathBuf> {
+        let mut built = binaries::build(&[("ftvm-plugin", "kubectl-ftvm")], Profile::Dev)?;
+        built.pop().context("cargo built nothing")
+    }
+
+    /// For a cluster, built if it is not.
+    ///
+    /// # Errors
+    /// If it does not compile, or was put into the cluster's folder before.
     pub fn new(cluster: &Cluster) -> anyhow::Result<Self> {
-        let built = binaries::build(&[("ftvm-plugin", "kubectl-ftvm")], Profile::Dev)?;
-        let program = built.first().context("cargo built nothing")?;
+        let program = Self::build()?;
         let folder = cluster.folder().join("plugin");
         std::fs::create_dir(&folder)?;
         for name in ["kubectl-ftvm", "kubectl_complete-ftvm"] {
-            symlink(program, folder.join(name))?;
+            symlink(&program, folder.join(name))?;
         }
         Ok(Self { folder })
     }

@@ -132,7 +132,14 @@ impl<'a> Plugin<'a> {
         let file = File::create(&path)?;
         command.stdout(file.try_clone()?).stderr(file);
         let child = self.cluster.sandbox().spawn(command)?;
-        Ok(Watching { child, path })
+        let watching = Watching { child, path };
+        // What changes from here on is seen.
+        wait_for("the watch has begun", PATIENCE, || {
+            let text = std::fs::read_to_string(&watching.path)?;
+            ensure!(text.contains("to be done.") || text.contains("what to do\n"), "{text}");
+            Ok(())
+        })?;
+        Ok(watching)
     }
 
     /// A loss is accepted in the words of the record, and by the VM's name alone.
