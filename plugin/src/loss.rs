@@ -1,6 +1,7 @@
 //! What it means to go on without what only seats that are gone have: told before it is accepted. Pure.
 
 use ftvm_crds::lease::{check_owner, snapshot};
+use ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS;
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus, RunStrategy, SeatEntry, VmPhase};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Term, VmId};
 use ftvm_protocol::record::{Phase, Record};
@@ -42,19 +43,17 @@ pub fn plan(vm: &FaultTolerantVM, lease: Option<&Lease>, said: &Said) -> Result<
             "What the seats' pods say is not known ({why}): a seat may know a later term than the record, which nothing tells here."
         ));
     }
+    let of = format!("{}@{}", record.holder, record.term);
+    let before = vm.annotations().get(ANNOTATION_ACCEPT_DATA_LOSS);
     let wrong = advice(vm);
-    if !wrong
-        .iter()
-        .any(|line| line.contains(ftvm_crds::names::ANNOTATION_ACCEPT_DATA_LOSS))
-    {
+    if before.is_some_and(|text| text.split_whitespace().next() == Some(of.as_str())) {
+        lines.push("This was accepted before, of this very record: see first what it waits for.".to_owned());
+    } else if !wrong.iter().any(|line| line.contains(ANNOTATION_ACCEPT_DATA_LOSS)) {
         lines.push("No condition of the VM asks for this: what they say may be all that is to be done.".to_owned());
     }
     lines.extend(wrong.iter().map(|line| format!("The VM says: {line}")));
-    Ok(Plan {
-        of: format!("{}@{}", record.holder, record.term),
-        term: record.term,
-        lines,
-    })
+    let term = record.term;
+    Ok(Plan { of, term, lines })
 }
 
 fn record(vm: &FaultTolerantVM, status: &FaultTolerantVMStatus, lease: Option<&Lease>) -> Result<Record, String> {

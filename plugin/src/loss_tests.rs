@@ -149,6 +149,14 @@ fn an_old_copy_of_the_record_and_conditions_that_ask_for_nothing_are_told() {
         object["status"]["conditions"][0]["message"] = json!("an image can't be pulled");
     });
     assert!(unasked.contains("No condition of the VM asks for this"), "{unasked}");
+    // Accepted of this record, and of another one.
+    for (term, known) in [(7, true), (70, false)] {
+        let again = lines(&record, |object| {
+            let text = format!("{FIRST}/000000000000beef@{term} text");
+            object["metadata"]["annotations"] = json!({ ANNOTATION_ACCEPT_DATA_LOSS: text });
+        });
+        assert_eq!(again.contains("was accepted before"), known, "{again}");
+    }
 }
 
 #[test]
