@@ -60,11 +60,11 @@ impl Plugin {
     /// # Errors
     /// If it does not compile, or was put into the cluster's folder before.
     pub fn new(cluster: &Cluster) -> anyhow::Result<Self> {
-        let program = Self::build()?;
+        let program = &Self::build()?;
         let folder = cluster.folder().join("plugin");
         std::fs::create_dir(&folder)?;
         for name in ["kubectl-ftvm", "kubectl_complete-ftvm"] {
-            symlink(&program, folder.join(name))?;
+            symlink(program, folder.join(name))?;
         }
         Ok(Self { folder })
     }
