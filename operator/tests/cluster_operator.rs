@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 mod cpus;
 mod newer;
+mod plugin;
 mod refused;
 mod troubles;
 mod zones;
@@ -328,7 +329,11 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     let asked = requests(&cluster)?.into_iter();
     let finalizers = asked.filter(|asked| asked == "patch faulttolerantvms web");
     assert_eq!(finalizers.count(), 1, "the finalizer is put on once");
+    let plugin = plugin::Plugin::new(&cluster)?;
+    plugin.shows_the_objects()?;
+    plugin.asks_for_a_switchover()?;
     newer::apply(&cluster)?;
+    plugin.bears_a_newer_one()?;
     // Another replica takes over; nothing is made twice.
     let first = leader(&cluster)?;
     for (name, operator) in &mut replicas {
@@ -347,10 +352,10 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     foreign_lease(&cluster)?;
     former_authority(&cluster)?;
     troubles::refused(&cluster)?;
-    halt_and_delete(&cluster)?;
+    halt_and_delete(&cluster, &plugin)?;
     kept_volumes(&cluster)?;
     troubles::offer_seats(&cluster)?;
-    lease_made_anew(&cluster)?;
+    lease_made_anew(&cluster, &plugin)?;
     absent_provisioner(&cluster)
 }
 
@@ -485,7 +490,7 @@ fn no_lease(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
 }
 
 /// What daemons publish is written by hand: there is no engine that could vouch. The one node has one of the seats.
-fn lease_made_anew(cluster: &Cluster) -> anyhow::Result<()> {
+fn lease_made_anew(cluster: &Cluster, plugin: &plugin::Plugin<'_>) -> anyhow::Result<()> {
     cluster.apply(&zones::volumes().to_string())?;
     cluster.apply(&troubles::small("gone", "anywhere").to_string())?;
     wait_reason(cluster, "gone", "ArbiterReachable", "Reachable")?;
@@ -551,6 +556,7 @@ fn lease_made_anew(cluster: &Cluster) -> anyhow::Result<()> {
         cluster.get(&["ftvm", "gone"])?["status"]["leaseUid"],
         second["metadata"]["uid"]
     );
+    plugin.accepts_a_loss("gone", &seats[0].1)?;
     // What was vouched for then is old now.
     cluster.kubectl(&["delete", "lease", "gone"])?;
     says("succeeds another record")?;
@@ -559,16 +565,12 @@ fn lease_made_anew(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn halt_and_delete(cluster: &Cluster) -> anyhow::Result<()> {
-    run_strategy(cluster, "Halted")?;
-    wait_for("the VM is halted", PATIENCE, || {
-        let vm = cluster.get(&["ftvm", "web"])?;
-        ensure!(vm["status"]["phase"] == "Halted", "{}", vm["status"]);
-        Ok(())
-    })?;
-    run_strategy(cluster, "Always")?;
+fn halt_and_delete(cluster: &Cluster, plugin: &plugin::Plugin<'_>) -> anyhow::Result<()> {
+    let watching = plugin.watch("web")?;
+    plugin.stops_and_starts()?;
     wait_reason(cluster, "web", "Protected", "NoKvmNode")?;
     cluster.kubectl(&["delete", "ftvm", "web", "--timeout=120s"])?;
+    watching.end()?;
     wait_for("everything is gone", PATIENCE, || {
         let left = cluster.kubectl(&[
             "get",

@@ -32,6 +32,7 @@ mod node;
 pub mod pace;
 mod pki;
 pub mod plan;
+mod plugin;
 mod preload;
 pub mod programs;
 mod raw;
@@ -44,6 +45,7 @@ pub use control_plane::Component;
 pub use native::{Native, Stopped};
 pub use node::{Node, NodeProgram};
 pub use plan::{NodeKind, NodePlan, Options, Say};
+pub use plugin::{Answer, Plugin};
 pub use wait::wait_for;
 
 use cgroup::Groups;

@@ -1,12 +1,12 @@
-//! Nodes are drained: seats hand over, or are ejected, and go one after the other. None of it is a failover.
+//! Nodes are drained: seats hand over, or are ejected, and go one after the other. So they do when a person asks for it. None of it is a failover.
 use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use ftvm_e2e::cluster::wait_for;
-use ftvm_e2e::demo::cluster::NAMESPACE;
+use ftvm_e2e::cluster::{Plugin, wait_for};
 use ftvm_e2e::demo::cluster::acts::Acts;
 use ftvm_e2e::demo::cluster::looks;
+use ftvm_e2e::demo::cluster::{NAMESPACE, VM};
 use ftvm_e2e::demo::rounds::Pair;
 use serde_json::Value;
 
@@ -21,6 +21,23 @@ pub fn active(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
     acts.stage.system().hand_over(before.active)?;
     acts.standby_takes_over(before)?;
     acts.stage.system().make_spare(before.active)?;
+    let now = acts.stage.pair()?;
+    ensure!(now.active == before.standby, "{before:?} became {now:?}");
+    handed_over(acts, now, &failover)
+}
+
+/// `kubectl ftvm switchover` ends when the standby has the guest, and says so.
+pub fn asked(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
+    let failover = last_failover(acts)?;
+    let plugin = Plugin::new(&acts.cluster)?;
+    let words = ["ftvm", "switchover", VM, "--namespace", NAMESPACE];
+    let answer = plugin.run(&acts.cluster, &words)?;
+    let expected = format!(
+        "switchover of {VM}: the guest runs on node {}\n",
+        acts.node(before.standby)
+    );
+    ensure!(answer.with(0)? == expected, "{}", answer.out);
+    acts.standby_takes_over(before)?;
     let now = acts.stage.pair()?;
     ensure!(now.active == before.standby, "{before:?} became {now:?}");
     handed_over(acts, now, &failover)

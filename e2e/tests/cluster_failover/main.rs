@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::install::NAMESPACE as SYSTEM;
-use ftvm_e2e::cluster::{Cluster, Component, NodeProgram, wait_for};
+use ftvm_e2e::cluster::{Cluster, Component, NodeProgram, Plugin, wait_for};
 use ftvm_e2e::demo::cluster::acts::{Acts, wait_condition};
 use ftvm_e2e::demo::cluster::looks::{self, wait_event};
 use ftvm_e2e::demo::cluster::{NAMESPACE, Setting, VM, on_stage};
@@ -35,6 +35,8 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         peer_lost_ms: Some(1_500),
         ..Options::default()
     };
+    // Not while the machine runs.
+    Plugin::build()?;
     let progress = Progress::new();
     let folder = place::new_folder("cluster-failover")?;
     let setting = Setting::new(Profile::Dev);
@@ -47,6 +49,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         acts.act("the node-daemons are replaced one by one", restarted_daemons)?;
         acts.act("the operator dies during a failover", killed_operator)?;
         acts.act("the active's node is drained", drains::active)?;
+        acts.act("a person asks for a switchover", drains::asked)?;
         acts.act("the standby's node is drained", drains::standby)?;
         acts.act("both nodes are drained at once", drains::both)?;
         acts.act("the API server is away", absent_api_server)?;
