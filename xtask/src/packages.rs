@@ -21,6 +21,7 @@ pub const NATIVE: &[Package] = &[
     ("strace", "strace"),
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
+    ("promtool", "prometheus"),
 ];
 
 /// For emulated nodes.
@@ -95,8 +96,8 @@ fn apt_get(arguments: &[&str]) -> anyhow::Result<()> {
         .env("DEBIAN_FRONTEND", "noninteractive")
         .stdin(Stdio::null())
         .stdout(Stdio::null());
-    // No service is to start on the machine that runs the tests.
-    command.env("RUNLEVEL", "1");
+    // No service is to start on the machine that runs the tests: neither by SysV's scripts nor by systemd.
+    command.env("RUNLEVEL", "1").env("SYSTEMD_OFFLINE", "1");
     let status = command.status().context("cannot start apt-get")?;
     if !status.success() {
         bail!("apt-get {} ended with {status}", arguments.join(" "));
