@@ -21,6 +21,7 @@ use tally::Tally;
 /// Test programs with two tests at a time: each test has a cluster, a machine or a folder of its own, and uses one core or waits most of the
 /// time; nothing that it judges is how long something took, nor what is left on this machine. All others share what they have, or measure.
 const TWO_AT_A_TIME: &[&str] = &[
+    "alerts",
     "cluster_chart",
     "cluster_operator",
     "disks",
