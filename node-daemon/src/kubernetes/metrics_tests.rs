@@ -245,6 +245,28 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
     assert!(has(&none, "ftvm_seats 0") && !none.contains("ftvm_seat_"), "{none}");
 }
 
+/// The engine is as hostile as its guest: it has so many figures, with names as figures have them.
+#[test]
+fn what_an_engine_calls_figures_is_bounded() {
+    let rig = Rig::new();
+    let (longest, longer) = ("a".repeat(64), "a".repeat(65));
+    rig.say(|status| {
+        for name in [longest.as_str(), longer.as_str(), "a name", "a\n1", "A"] {
+            status.counters.insert(name.to_owned(), 1.into());
+        }
+    });
+    let endpoint = Endpoint::new(health, |node| drop(add_running(node, &rig)));
+    let figures = |text: &str| text.lines().filter(|line| line.starts_with("ftvm_engine{")).count();
+    let text = endpoint.metrics();
+    assert!(figures(&text) == 1 && text.contains(&longest), "{text}");
+    rig.say(|status| {
+        for number in 0..1000 {
+            status.counters.insert(format!("z_{number}"), 1.into());
+        }
+    });
+    assert_eq!(figures(&endpoint.metrics()), 128);
+}
+
 #[test]
 fn progress_and_the_end_of_an_engine_are_told() {
     let rig = Rig::new();

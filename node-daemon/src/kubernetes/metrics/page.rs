@@ -17,6 +17,10 @@ use crate::seat_socket::{DiskProgress, role_name};
 /// Labels of what is told of a seat.
 const SEAT: [&str; 3] = ["namespace", "vm", "seat"];
 
+/// Figures of an engine, and how long their names are: an engine that its guest has taken over must not fill the memory of whoever scrapes.
+const FIGURES_MAX: usize = 128;
+const FIGURE_NAME_BYTES_MAX: usize = 64;
+
 /// Name and labels of each metric of a node-daemon, for whoever writes rules about them.
 ///
 /// # Errors
@@ -215,12 +219,12 @@ impl Page {
             .with_label_values(&labels)
             .set(i64::from(engine.arbiter_reachable));
         self.tell_refused(labels, nics, engine.counters.get("nic_refused"));
-        for (name, value) in &engine.counters {
-            if let Some(value) = value.as_i64() {
-                self.figures
-                    .with_label_values(&[labels[0], labels[1], labels[2], name])
-                    .set(value);
-            }
+        let figures = engine.counters.iter().filter(|(name, _)| is_figure(name));
+        let figures = figures.filter_map(|(name, value)| Some((name, value.as_i64()?)));
+        for (name, value) in figures.take(FIGURES_MAX) {
+            self.figures
+                .with_label_values(&[labels[0], labels[1], labels[2], name])
+                .set(value);
         }
     }
 
@@ -248,4 +252,10 @@ impl Page {
             self.places.with_label_values(&[server.as_str()]).set(place);
         }
     }
+}
+
+/// Is it a name that an engine's figure can have?
+fn is_figure(name: &str) -> bool {
+    let known = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+    name.len() <= FIGURE_NAME_BYTES_MAX && name.bytes().all(known)
 }
