@@ -1,7 +1,6 @@
 //! Where the network believes the guest to be: frames for it must reach the seat that will answer. And as whom the guest may speak.
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -13,7 +12,7 @@ use ftvm_e2e::demo::system::System as _;
 use ftvm_e2e::demo::{GUEST_MAC, Options, mac_text};
 use ftvm_e2e::guest_protocol::{ANSWER_BYTES, Answer, Op, Request};
 use ftvm_e2e::hosts::outer::{made_outside, test_inside};
-use ftvm_e2e::hosts::{Host, Lab, net};
+use ftvm_e2e::hosts::{Host, Lab};
 use ftvm_e2e::judge::packet::Mac;
 use ftvm_e2e::judge::sniffer::Sniffer;
 use ftvm_e2e::judge::timeline::{Direction, Kind};
@@ -127,22 +126,7 @@ fn speak_as(source: Mac, host: &Host) {
     // An EtherType for experiments (IEEE 802).
     frame.extend_from_slice(&[0x88, 0xb5]);
     frame.resize(60, 0);
-    let entrance = host.entrance().expect("the host runs");
-    let sent = std::thread::spawn(move || {
-        entrance().expect("the host's namespace");
-        let index = net::link_index("client0").expect("its link");
-        // SAFETY: a new socket that nobody else owns; the address is plain data of the size given.
-        unsafe {
-            let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0));
-            let mut address: libc::sockaddr_ll = std::mem::zeroed();
-            address.sll_family = libc::AF_PACKET as u16;
-            address.sll_ifindex = index as i32;
-            let size = size_of_val(&address) as u32;
-            let (bytes, length) = (frame.as_ptr().cast(), frame.len());
-            libc::sendto(socket.as_raw_fd(), bytes, length, 0, (&raw const address).cast(), size)
-        }
-    });
-    assert!(sent.join().expect("no panic") > 0);
+    host.send_frame(frame).expect("a frame that is sent");
 }
 
 /// The engine is dead and its successor has not won yet, for its daemon stands still: what is sent now is for the

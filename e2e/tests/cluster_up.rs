@@ -2,6 +2,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::TcpListener;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -215,9 +216,18 @@ fn images_are_built_and_mounted(cluster: &Cluster) -> anyhow::Result<()> {
     let guest = folder.join("guest.tar");
     images::pack_guest("lab.ftvm.dev/guest:1", &kernel, None, &[("root.img", &kernel)], &guest)?;
     cluster.import_image(&guest)?;
+    let documented = folder.join("documented.tar");
+    build_as_documented("lab.ftvm.dev/documented:1", &documented)?;
+    cluster.import_image(&documented)?;
 
-    let volumes = json!([{"name": "guest", "image": {"reference": "lab.ftvm.dev/guest:1", "pullPolicy": "Never"}}]);
-    let mounts = json!({"command": ["/built", "serve", "80"], "volumeMounts": [{"name": "guest", "mountPath": "/guest", "readOnly": true}]});
+    let volumes = json!([
+        {"name": "guest", "image": {"reference": "lab.ftvm.dev/guest:1", "pullPolicy": "Never"}},
+        {"name": "documented", "image": {"reference": "lab.ftvm.dev/documented:1", "pullPolicy": "Never"}},
+    ]);
+    let mounts = json!({"command": ["/built", "serve", "80"], "volumeMounts": [
+        {"name": "guest", "mountPath": "/guest", "readOnly": true},
+        {"name": "documented", "mountPath": "/documented", "readOnly": true},
+    ]});
     let manifest = pod("with-guest", "n2", "lab.ftvm.dev/built:1", mounts, volumes);
     cluster.apply(&manifest.to_string())?;
     cluster.wait_pod_ready("default", "with-guest")?;
@@ -225,8 +235,38 @@ fn images_are_built_and_mounted(cluster: &Cluster) -> anyhow::Result<()> {
         let content = cluster.kubectl(&["exec", "with-guest", "--", "/built", "show", file])?;
         assert_eq!(content, "the guest's kernel", "{file}");
     }
+    for (file, path) in DOCUMENTED {
+        let content = cluster.kubectl(&[
+            "exec",
+            "with-guest",
+            "--",
+            "/built",
+            "show",
+            &format!("/documented{path}"),
+        ])?;
+        assert_eq!(content, file, "{path}");
+    }
     cluster.kubectl(&["delete", "pod", "with-guest", "with-disk"])?;
     Ok(())
+}
+
+/// (a file beside the Dockerfile of docs/kubernetes.md, "Guest images"; where seats look for it in the image)
+const DOCUMENTED: [(&str, &str); 3] = [
+    ("vmlinuz", "/boot/vmlinuz"),
+    ("initrd", "/boot/initrd"),
+    ("root.raw", "/disk/root.raw"),
+];
+
+/// A guest image as people make it. Each file has its own name as its content.
+fn build_as_documented(name: &str, archive: &Path) -> anyhow::Result<()> {
+    let context = archive.with_extension("files");
+    fs::create_dir(&context)?;
+    for (file, _) in DOCUMENTED {
+        fs::write(context.join(file), file)?;
+    }
+    let dockerfile = archive.with_extension("Dockerfile");
+    fs::write(&dockerfile, include_str!("../../docs/examples/guest.Dockerfile"))?;
+    images::build_from(&context, &dockerfile, name, archive)
 }
 
 fn a_node_is_killed_and_comes_back(cluster: &Cluster) -> anyhow::Result<()> {

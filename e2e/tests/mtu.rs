@@ -50,7 +50,7 @@ fn scene(test: &str, programs: &Programs, mtus: [u16; 3]) -> Scene {
 
 /// Of the host's link to the client network: a bridge whose MTU was not set follows its ports.
 fn set_mtu(host: &Host, mtu: u16) {
-    ip(host, &["link", "set", "client0", "mtu", &mtu.to_string()]);
+    ip(host, &["link", "set", Lab::CLIENT_LINK, "mtu", &mtu.to_string()]);
     let told = ip(host, &["link", "show", Lab::GUEST_BRIDGE]);
     assert!(told.contains(&format!("mtu {mtu} ")), "{told}");
 }
@@ -150,7 +150,7 @@ fn a_host_that_carries_less_than_the_guests_mtu_does_not_take_it() {
         expect_mtu(&scene.seat(0), 1500);
         assert_eq!(largest_from(&scene, 0), 1500 - HEADERS_BYTES);
         // Mended as the message says. (The tap of an engine that tries may be on the bridge, so its MTU is set.)
-        for device in ["client0", Lab::GUEST_BRIDGE] {
+        for device in [Lab::CLIENT_LINK, Lab::GUEST_BRIDGE] {
             ip(scene.lab.host(1), &["link", "set", device, "mtu", "1500"]);
         }
         scene.wait_for_protection(0);

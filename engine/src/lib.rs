@@ -9,6 +9,7 @@ pub mod devices;
 pub mod driver;
 pub mod kvm;
 pub mod log;
+pub mod mac;
 pub mod machine;
 pub mod memory;
 pub mod outbox;

@@ -11,6 +11,7 @@ use ftvm_cpu::CpuBaseline;
 use ftvm_crds::ADDRESSES_MAX;
 use ftvm_crds::quantity::MEMORY_MIB;
 use ftvm_engine::control;
+use ftvm_engine::mac::{is_unicast, parse_mac};
 use ftvm_protocol::identity::SeatId;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -516,7 +517,7 @@ impl SeatConfig {
         let mut names = BTreeSet::new();
         for nic in &self.nics {
             check_name("nics.name", &nic.name)?;
-            if parse_mac(&nic.mac).is_none() {
+            if !parse_mac(&nic.mac).is_some_and(is_unicast) {
                 let why = format!("`{}` is no unicast MAC address", nic.mac);
                 return refuse(
                     at("nics.mac"),
@@ -629,18 +630,6 @@ fn is_of_a_host(address: IpAddr) -> bool {
         IpAddr::V6(address) => address.to_ipv4_mapped().is_some(),
     };
     !special && !other
-}
-
-/// A unicast MAC address from text.
-pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0u8; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2)?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    let unicast = mac[0] & 1 == 0 && mac != [0; 6];
-    (parts.next().is_none() && unicast).then_some(mac)
 }
 
 #[cfg(test)]

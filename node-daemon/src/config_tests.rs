@@ -76,6 +76,9 @@ fn contradictions_are_refused_with_a_reason() {
         ("no unicast MAC", |c| {
             c.seats[0].nics[0].mac = "ff:ff:ff:ff:ff:ff".into()
         }),
+        ("no unicast MAC", |c| {
+            c.seats[0].nics[0].mac = "+2:00:00:00:00:01".into()
+        }),
         ("no host has 224.0.0.1", |c| {
             c.seats[0].nics[0].addresses = vec![[224, 0, 0, 1].into()]
         }),

@@ -58,6 +58,10 @@ pub fn check(root: &Path) -> anyhow::Result<()> {
             complaints.push(format!("Dockerfile: no line {line:?}, as the workspace has it"));
         }
     }
+    let tag = concat!("/fault-tolerant-vm:", env!("CARGO_PKG_VERSION"));
+    if !read(&root.join("README.md"))?.contains(tag) {
+        complaints.push(format!("README.md: builds no image {tag}, as the chart has it"));
+    }
     let (sources, copies) = (root.join(DEFINITIONS), folder.join("files/crds"));
     let names: BTreeSet<String> = definitions(&sources)?
         .into_iter()

@@ -16,9 +16,6 @@ pub struct Demo {
     /// What happens to the active host: kill-engine, kill-host, pause-host, cut-link, cut-link-one-way, hand-over or none
     #[arg(long, default_value = "kill-host", value_parser = fault)]
     fault: Fault,
-    /// What runs in the machine: embedded (on this machine's KVM), or linux (Debian in emulated nodes, anywhere)
-    #[arg(long, default_value = "embedded", value_parser = guest)]
-    guest: Guest,
     #[command(flatten)]
     play: Play,
 }
@@ -29,18 +26,18 @@ pub struct ClusterDemo {
     /// What happens to the active's node: kill-engine, kill-node, pause-node, cut-link, cut-link-one-way, drain or none
     #[arg(long, default_value = "kill-node", value_parser = fault_of_nodes)]
     fault: Fault,
-    /// What runs in the machine: embedded (native nodes, on this machine's KVM), or linux (Debian on emulated nodes)
-    #[arg(long, default_value = "embedded", value_parser = guest)]
-    guest: Guest,
-    #[command(flatten)]
-    api: Api,
     #[command(flatten)]
     play: Play,
+    #[command(flatten)]
+    api: Api,
 }
 
 /// What both have.
 #[derive(Args)]
 struct Play {
+    /// What runs in the machine: embedded (on this machine's KVM), or linux (Debian on emulated nodes, anywhere)
+    #[arg(long, default_value = "embedded", value_parser = guest)]
+    guest: Guest,
     /// Memory of the guest in MiB [default: 128, or 256 for linux]
     #[arg(long)]
     memory: Option<u32>,
@@ -107,12 +104,12 @@ fn guest(name: &str) -> Result<Guest, String> {
 }
 
 impl Play {
-    fn options(self, fault: Fault, guest: Guest) -> (Options, Profile) {
+    fn options(self, fault: Fault) -> (Options, Profile) {
         let profile = self.build.profile();
         let options = Options {
             fault,
-            guest,
-            memory_mib: self.memory.unwrap_or(match guest {
+            guest: self.guest,
+            memory_mib: self.memory.unwrap_or(match self.guest {
                 Guest::Embedded => 128,
                 Guest::Linux => 256,
             }),
@@ -130,7 +127,7 @@ impl Play {
 impl Demo {
     /// Runs the demonstration.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let (options, profile) = self.play.options(self.fault, self.guest);
+        let (options, profile) = self.play.options(self.fault);
         let arguments: Vec<_> = std::env::args_os().skip(1).collect();
         command::run(&options, profile, &arguments)
     }
@@ -140,10 +137,10 @@ impl ClusterDemo {
     /// Runs the demonstration on a cluster of its own.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         packages::ensure(packages::CLUSTER)?;
-        if self.guest == Guest::Linux {
+        if self.play.guest == Guest::Linux {
             packages::ensure(packages::EMULATED)?;
         }
-        let (options, profile) = self.play.options(self.fault, self.guest);
+        let (options, profile) = self.play.options(self.fault);
         let setting = Setting {
             api_servers: self.api.api_servers,
             ..Setting::new(profile)

@@ -76,3 +76,37 @@ fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of what people copy from a page, its indented blocks, the lines that call this program, without their comments.
+    fn commands(page: &str) -> impl Iterator<Item = &str> {
+        let lines = page.lines().filter_map(|line| line.strip_prefix("    cargo xtask "));
+        lines.filter_map(|line| line.split(" #").next())
+    }
+
+    fn parse(command: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("cargo xtask").chain(command.split_whitespace()))
+    }
+
+    #[test]
+    fn commands_of_the_pages_are_understood() {
+        for (page, text) in [
+            ("README.md", include_str!("../../README.md")),
+            ("docs/benchmarks.md", include_str!("../../docs/benchmarks.md")),
+            ("docs/testing.md", include_str!("../../docs/testing.md")),
+        ] {
+            assert!(commands(text).count() > 0, "{page}");
+            for command in commands(text) {
+                if let Err(error) = parse(command) {
+                    panic!("{page}: cargo xtask {command}: {error}");
+                }
+            }
+        }
+        for wrong in ["tests", "test --longer", "demo --fault none --rounds"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

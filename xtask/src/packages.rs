@@ -5,13 +5,13 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, bail};
 
 /// (a file that the package brings, its name)
-type Package = (&'static str, &'static str);
+pub type Package = (&'static str, &'static str);
 
-/// For tests on this machine's own kernel.
+/// For whatever makes namespaces of this machine.
+pub const NAMESPACES: &[Package] = &[("ip", "iproute2"), ("nft", "nftables"), ("unshare", "util-linux")];
+
+/// For tests on this machine's own kernel, beside [`NAMESPACES`].
 pub const NATIVE: &[Package] = &[
-    ("ip", "iproute2"),
-    ("nft", "nftables"),
-    ("unshare", "util-linux"),
     ("gcc", "gcc"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-img", "qemu-utils"),
@@ -21,8 +21,10 @@ pub const NATIVE: &[Package] = &[
     ("strace", "strace"),
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
-    ("promtool", "prometheus"),
 ];
+
+/// For the chart's alerts, which Prometheus' own program plays.
+pub const ALERTS: &[Package] = &[("promtool", "prometheus")];
 
 /// For emulated nodes.
 pub const EMULATED: &[Package] = &[
@@ -61,6 +63,7 @@ pub fn ensure(wanted: &[Package]) -> anyhow::Result<()> {
         .filter(|(file, _)| !present(file))
         .map(|(_, name)| *name)
         .collect();
+    missing.sort_unstable();
     missing.dedup();
     if missing.is_empty() {
         return Ok(());

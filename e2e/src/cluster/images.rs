@@ -1,5 +1,6 @@
 //! Container images without a registry: built from Dockerfiles by buildah, or packed from files. Both are OCI archives, which
 //! [`Cluster::import_image`](super::Cluster::import_image) gives to every node.
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -58,22 +59,43 @@ impl ImageFile {
 /// # Errors
 /// If buildah fails, with what it said.
 pub fn build(dockerfile: &Path, name: &str, binaries: &Path, archive: &Path) -> anyhow::Result<()> {
+    let mut builder = OsString::from("builder=");
+    builder.push(binaries);
+    let options = [OsStr::new("--build-context"), builder.as_os_str()];
+    in_a_storage(archive, |storage| {
+        let context = storage.join("context");
+        fs::create_dir_all(&context)?;
+        build_in(storage, &options, (dockerfile, name, context.as_path(), archive))
+    })
+}
+
+/// Builds an image from a Dockerfile, as users do, with what it copies in the folder `context`. `archive` becomes an OCI archive of the image
+/// `name`.
+///
+/// # Errors
+/// If buildah fails, with what it said.
+pub fn build_from(context: &Path, dockerfile: &Path, name: &str, archive: &Path) -> anyhow::Result<()> {
+    in_a_storage(archive, |storage| {
+        build_in(storage, &[], (dockerfile, name, context, archive))
+    })
+}
+
+/// A folder beside the archive while `build` runs: buildah keeps what it builds, and nobody asks for it again.
+fn in_a_storage(archive: &Path, build: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let parent = archive.parent().context("an archive is in a folder")?;
-    // buildah keeps what it builds; nobody asks for it again.
     let storage = parent.join(format!("buildah-{}", std::process::id()));
-    let context = storage.join("context");
-    fs::create_dir_all(&context)?;
-    let built = build_in(&storage, &context, (dockerfile, name, binaries, archive));
+    fs::create_dir_all(&storage)?;
+    let built = build(&storage);
     let removed = fs::remove_dir_all(&storage).with_context(|| format!("cannot remove {}", storage.display()));
     built.and(removed)
 }
 
 fn build_in(
     storage: &Path,
-    context: &Path,
-    (dockerfile, name, binaries, archive): (&Path, &str, &Path, &Path),
+    options: &[&OsStr],
+    (dockerfile, name, context, archive): (&Path, &str, &Path, &Path),
 ) -> anyhow::Result<()> {
-    let buildah = |words: &[&std::ffi::OsStr]| {
+    let buildah = |words: &[&OsStr]| {
         let mut command = Command::new("buildah");
         command
             .arg("--root")
@@ -97,19 +119,10 @@ fn build_in(
         );
         Ok(())
     };
-    let builder = format!("builder={}", binaries.display());
-    buildah(&[
-        "build".as_ref(),
-        "--isolation".as_ref(),
-        "chroot".as_ref(),
-        "--build-context".as_ref(),
-        builder.as_ref(),
-        "--tag".as_ref(),
-        name.as_ref(),
-        "--file".as_ref(),
-        dockerfile.as_os_str(),
-        context.as_os_str(),
-    ])?;
+    let build = ["build", "--isolation", "chroot", "--tag", name, "--file"].map(OsStr::new);
+    let files = [dockerfile.as_os_str(), context.as_os_str()];
+    // Options come before the context.
+    buildah(&[&build[..], &files[..1], options, &files[1..]].concat())?;
     let target = format!("oci-archive:{}:{name}", archive.display());
     buildah(&["push".as_ref(), name.as_ref(), target.as_ref()])
 }
@@ -292,6 +305,15 @@ mod tests {
             "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         );
         assert_eq!(blob.size_bytes, 3);
+    }
+
+    #[test]
+    fn the_page_shows_the_dockerfile_of_guest_images() {
+        let dockerfile = include_str!("../../../docs/examples/guest.Dockerfile");
+        let lines = dockerfile.lines().filter(|line| !line.starts_with('#'));
+        let shown: String = lines.map(|line| format!("    {line}\n")).collect();
+        assert!(shown.contains("FROM scratch"), "{shown}");
+        assert!(include_str!("../../../docs/kubernetes.md").contains(&shown), "{shown}");
     }
 
     #[test]

@@ -14,6 +14,8 @@ use crate::lab::cache;
 
 /// The version of Kubernetes that `e2e/cluster/kubernetes/go.mod` names; a test compares them.
 const KUBERNETES: &str = "1.37.2";
+/// The oldest Go that builds the modules, as their `go.mod` name it; a test compares them.
+const GO: &str = "1.26.6";
 /// A line of progress after so long.
 const PROGRESS: Duration = Duration::from_secs(15);
 
@@ -109,9 +111,9 @@ fn go() -> Command {
 }
 
 fn go_version() -> anyhow::Result<String> {
-    let output = go().args(["env", "GOVERSION"]).output().context(
-        "cannot start `go`: Go 1.26 or newer builds Kubernetes (https://go.dev/dl; add its bin folder to PATH)",
-    )?;
+    let output = go().args(["env", "GOVERSION"]).output().with_context(|| {
+        format!("cannot start `go`: Go {GO} or newer builds Kubernetes (https://go.dev/dl; add its bin folder to PATH)")
+    })?;
     ensure!(
         output.status.success(),
         "go env: {}",
@@ -219,6 +221,20 @@ mod tests {
         let wanted = format!("require k8s.io/kubernetes v{KUBERNETES}\n");
         assert!(MODULES[0].files[0].1.contains(&wanted), "go.mod lacks {wanted}");
         assert!(flags().iter().any(|flag| flag.contains("gitMinor=37")));
+    }
+
+    #[test]
+    fn the_modules_name_the_oldest_go() {
+        let named = |module: &Module| {
+            let line = module.files[0].1.lines().find_map(|line| line.strip_prefix("go "));
+            let numbers = line.unwrap().split('.').map(|number| number.parse().unwrap());
+            numbers.collect::<Vec<u32>>()
+        };
+        let oldest = MODULES.iter().map(named).max().unwrap();
+        let words: Vec<String> = oldest.iter().map(u32::to_string).collect();
+        assert_eq!(GO, words.join("."));
+        let page = include_str!("../../../README.md");
+        assert!(page.contains(&format!("Go {GO}")), "README.md does not say so");
     }
 
     #[test]

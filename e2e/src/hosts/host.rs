@@ -70,6 +70,8 @@ pub enum CutDirection {
 impl Lab {
     /// Bridge of a host that joins the guest's tap with the client network.
     pub const GUEST_BRIDGE: &str = "guest";
+    /// A host's link on the client network, as it sees it.
+    pub const CLIENT_LINK: &str = "client0";
     /// A host's link on the replication network, as it sees it.
     pub const REPLICATION_LINK: &str = "ft0";
 
@@ -200,7 +202,7 @@ impl Host {
         let init = namespace::Init::start(&self.plan.name, &new_boot_id(&self.lab_folder, &self.plan.name)?)?;
         let pid = init.pid();
         for (port, inner, bridge) in [
-            (self.client_port(), "client0", "client"),
+            (self.client_port(), Lab::CLIENT_LINK, "client"),
             (self.replication_port(), Lab::REPLICATION_LINK, "ft"),
         ] {
             net::ip(&format!("link add {port} type veth peer name {inner} netns {pid}\n"))?;
@@ -253,6 +255,17 @@ impl Host {
     pub fn entrance(&self) -> Result<impl FnOnce() -> Result<(), HostsError> + Send + use<>, HostsError> {
         let network = self.with_init(|init| network_of(init.pid()))?;
         Ok(move || namespace::enter_network(&network))
+    }
+
+    /// Sends a whole Ethernet frame out of its link to the client network.
+    pub fn send_frame(&self, frame: Vec<u8>) -> Result<(), HostsError> {
+        let entrance = self.entrance()?;
+        // A thread that has entered stays there.
+        let sent = std::thread::spawn(move || {
+            entrance()?;
+            net::send_frame(Lab::CLIENT_LINK, &frame)
+        });
+        sent.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// A persistent tap of this name, joined to the guest's bridge.

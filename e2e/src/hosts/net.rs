@@ -72,6 +72,29 @@ pub fn set_link(name: &str, up: bool) -> Result<(), HostsError> {
     Ok(())
 }
 
+/// Sends a whole Ethernet frame out of a link of the calling thread's network namespace.
+pub fn send_frame(link: &str, frame: &[u8]) -> Result<(), HostsError> {
+    let what = format!("sending a frame out of link {link}");
+    let index = link_index(link)?;
+    // SAFETY: a new socket that nobody else owns; sendto gets the frame and the address, which is plain data, with their sizes.
+    unsafe {
+        let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
+        if socket < 0 {
+            return Err(failed(what)(io::Error::last_os_error()));
+        }
+        let socket = OwnedFd::from_raw_fd(socket);
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as libc::c_ushort;
+        address.sll_ifindex = index as libc::c_int;
+        let size = size_of_val(&address) as libc::socklen_t;
+        let (bytes, length) = (frame.as_ptr().cast(), frame.len());
+        if libc::sendto(socket.as_raw_fd(), bytes, length, 0, (&raw const address).cast(), size) < 0 {
+            return Err(failed(what)(io::Error::last_os_error()));
+        }
+    }
+    Ok(())
+}
+
 /// The index of a link of this process's network namespace.
 pub fn link_index(name: &str) -> Result<u32, HostsError> {
     let name_c = std::ffi::CString::new(name).map_err(|_| bad_name(name))?;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::hosts::outer::test_inside;
-use crate::hosts::{Host, Lab, LabPlan, net};
+use crate::hosts::{Host, Lab, LabPlan};
 use crate::judge::packet::{Segment, build};
 
 const GUEST: Mac = [2, 0xF7, 0, 0, 0, 1];
@@ -21,29 +21,7 @@ fn send(host: &Host, source: Mac, seq: u32, payload: &[u8]) {
         rst: false,
         payload,
     };
-    let frame = build::frame(source, &segment);
-    let entrance = host.entrance().unwrap();
-    let sent = std::thread::spawn(move || {
-        entrance().unwrap();
-        let index = net::link_index("client0").unwrap();
-        // SAFETY: a new socket that nobody else owns; the address is plain data of the size given.
-        unsafe {
-            let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0));
-            let mut address: libc::sockaddr_ll = std::mem::zeroed();
-            address.sll_family = libc::AF_PACKET as u16;
-            address.sll_ifindex = index as i32;
-            let size = size_of_val(&address) as u32;
-            libc::sendto(
-                socket.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                0,
-                (&raw const address).cast(),
-                size,
-            )
-        }
-    });
-    assert!(sent.join().unwrap() > 0, "{}", io::Error::last_os_error());
+    host.send_frame(build::frame(source, &segment)).unwrap();
 }
 
 #[test]

@@ -117,6 +117,8 @@ const REFUSED: &[(&[&str], &[&str])] = &[
         &["nodeDaemon.allowedBridges[0]=longer-than-a-name"],
         &["/nodeDaemon/allowedBridges/0", "does not match pattern"],
     ),
+    (&["nodeDaemon.seats=-1"], &["/nodeDaemon/seats", "minimum"]),
+    (&["nodeDaemon.seats=many"], &["/nodeDaemon/seats", "want integer"]),
     (
         &["test.guestImage=a", "test.bridge=br0"],
         &["guests may not be connected to br0", "nodeDaemon.allowedBridges"],
@@ -346,17 +348,26 @@ fn the_test_is_rendered_when_it_has_a_guest() {
     );
 }
 
+/// The daemons' arguments that have this in them.
+fn told_to_daemons(word: &str, sets: &[&str]) -> Vec<String> {
+    let output = text(&template(
+        &[&["--show-only=templates/node-daemon/daemonset.yaml"], sets].concat(),
+    ));
+    let lines = output.lines().map(str::trim);
+    lines.filter(|line| line.contains(word)).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_number_of_seats_reaches_the_daemons() {
+    assert_eq!(told_to_daemons("--seats", &[]), [""; 0], "by their memory");
+    let set = "--set=nodeDaemon.seats=7";
+    assert_eq!(told_to_daemons("--seats", &[set]), ["- --seats=7"]);
+}
+
 /// What the daemons are told, and that the test's own bridge has to be among it.
 #[test]
 fn bridges_for_guests_reach_the_daemons() {
-    let told = |sets: &[&str]| {
-        let output = text(&template(
-            &[&["--show-only=templates/node-daemon/daemonset.yaml"], sets].concat(),
-        ));
-        let lines = output.lines().map(str::trim);
-        let found = lines.filter(|line| line.contains("allowed-bridge")).map(str::to_owned);
-        found.collect::<Vec<_>>()
-    };
+    let told = |sets: &[&str]| told_to_daemons("allowed-bridge", sets);
     assert_eq!(told(&[]), [""; 0], "none by default");
     assert_eq!(
         told(&["--set=nodeDaemon.allowedBridges={br0,vm-*}"]),

@@ -68,6 +68,15 @@ impl Rig {
     }
 }
 
+fn send_command(daemon: &Connection, id: u64, command: Command) {
+    daemon.send(&ToEngine::Command { id, command }, &[]).unwrap();
+}
+
+fn send_answer(daemon: &Connection, request: u64, answer: &Answer) {
+    let (answer, why) = (answer.clone(), None);
+    daemon.send(&ToEngine::Answer { request, answer, why }, &[]).unwrap();
+}
+
 fn is_answer(input: &Input, number: u64, expected: &Answer) -> bool {
     matches!(input, Input::Answer { request, answer, .. } if *request == number && answer == expected)
 }
@@ -88,15 +97,7 @@ const LONG: Duration = Duration::from_secs(3600);
 fn commands_are_enqueued_and_replies_return() {
     let rig = rig("commands", uid());
     let daemon = rig.daemon.as_ref().unwrap();
-    daemon
-        .send(
-            &ToEngine::Command {
-                id: 7,
-                command: Command::Switchover,
-            },
-            &[],
-        )
-        .unwrap();
+    send_command(daemon, 7, Command::Switchover);
     let Input::Command {
         id,
         command: Command::Switchover,
@@ -125,26 +126,9 @@ fn each_request_is_answered_once() {
     assert_eq!(seen, request);
     let answer = Answer::Swap(SwapOutcome::Conflict);
     for _ in 0..2 {
-        daemon
-            .send(
-                &ToEngine::Answer {
-                    request,
-                    answer: answer.clone(),
-                    why: None,
-                },
-                &[],
-            )
-            .unwrap();
+        send_answer(daemon, request, &answer);
     }
-    daemon
-        .send(
-            &ToEngine::Command {
-                id: 1,
-                command: Command::Status,
-            },
-            &[],
-        )
-        .unwrap();
+    send_command(daemon, 1, Command::Status);
     assert!(is_answer(&rig.next(), request, &answer));
     assert!(
         matches!(rig.next(), Input::Command { .. }),
@@ -164,25 +148,8 @@ fn a_late_answer_is_the_safe_one() {
         .request(Ask::ReadRecord, Duration::from_millis(10));
     assert!(is_answer(&rig.next(), read, &Answer::Read(ReadOutcome::Unreachable)));
     let late = Answer::Swap(SwapOutcome::Conflict);
-    daemon
-        .send(
-            &ToEngine::Answer {
-                request: write,
-                answer: late,
-                why: None,
-            },
-            &[],
-        )
-        .unwrap();
-    daemon
-        .send(
-            &ToEngine::Command {
-                id: 1,
-                command: Command::Status,
-            },
-            &[],
-        )
-        .unwrap();
+    send_answer(daemon, write, &late);
+    send_command(daemon, 1, Command::Status);
     assert!(
         matches!(rig.next(), Input::Command { .. }),
         "the late answer is dropped"
@@ -194,16 +161,7 @@ fn an_answer_to_another_question_is_no_answer() {
     let rig = rig("other", uid());
     let daemon = rig.daemon.as_ref().unwrap();
     let request = rig.swap(LONG);
-    daemon
-        .send(
-            &ToEngine::Answer {
-                request,
-                answer: Answer::Seats(vec![]),
-                why: None,
-            },
-            &[],
-        )
-        .unwrap();
+    send_answer(daemon, request, &Answer::Seats(vec![]));
     assert!(is_answer(&rig.next(), request, &Answer::Swap(SwapOutcome::Unknown)));
 }
 
@@ -221,15 +179,7 @@ fn the_daemons_death_settles_nothing_and_a_new_daemon_adopts() {
     let second = Connection::connect(&rig.path).unwrap();
     assert_eq!(rig.read(&second), FromEngine::Hello(hello()));
     assert_eq!(rig.next(), Input::DaemonConnected);
-    second
-        .send(
-            &ToEngine::Command {
-                id: 1,
-                command: Command::Status,
-            },
-            &[],
-        )
-        .unwrap();
+    send_command(&second, 1, Command::Status);
     let Input::Command { id, .. } = rig.next() else {
         panic!("a command comes")
     };
@@ -258,15 +208,7 @@ fn strangers_and_nonsense_are_refused() {
         rustix::net::SendFlags::empty(),
     )
     .unwrap();
-    daemon
-        .send(
-            &ToEngine::Command {
-                id: 2,
-                command: Command::Status,
-            },
-            &[],
-        )
-        .unwrap();
+    send_command(daemon, 2, Command::Status);
     assert!(
         matches!(
             rig.next(),
@@ -282,15 +224,7 @@ fn strangers_and_nonsense_are_refused() {
 #[test]
 fn launch_descriptors_are_taken_once_and_all() {
     let (daemon, engine) = Connection::pair().unwrap();
-    daemon
-        .send(
-            &ToEngine::Command {
-                id: 1,
-                command: Command::Status,
-            },
-            &[],
-        )
-        .unwrap();
+    send_command(&daemon, 1, Command::Status);
     assert!(matches!(receive_launch(&engine), Err(EndpointError::NotALaunch)));
     let mut fds = LaunchFds(vec![Some(engine.into_fd()), Some(daemon.into_fd())]);
     fds.take(Fd(1), "kvm").unwrap();

@@ -23,6 +23,7 @@ use super::virtio::transport::BAR_BYTES;
 use super::virtio::worker::{Worker, WorkerThread};
 use super::{DeviceError, decode, encode, kind};
 use crate::backends::{ConsoleBackend, DiskBackend, NetBackend};
+use crate::mac::is_unicast;
 use crate::memory::{GuestRam, PCI_MMIO_START};
 use crate::pause::PauseGate;
 use crate::state::{Section, StateError, StateReader, StateWriter};
@@ -436,7 +437,7 @@ fn check_config(config: &DeviceSetConfig, backends: &Backends) -> Result<(), Dev
         if !(MTU_MIN..=MTU_MAX).contains(mtu) {
             return Err(DeviceError::Mtu { nic, mtu: *mtu });
         }
-        if mac[0] & 1 != 0 || *mac == [0; 6] {
+        if !is_unicast(*mac) {
             return Err(DeviceError::Mac { nic, mac: *mac });
         }
     }

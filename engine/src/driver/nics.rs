@@ -10,6 +10,7 @@ use super::seat::{SeatError, system};
 use crate::backends::NetBackend;
 use crate::control::{Launch, LaunchFds};
 use crate::devices::DeviceError;
+use crate::mac::parse_mac;
 use crate::outbox::Outbox;
 use crate::pause::PauseGate;
 use crate::seat_io::{Claims, Guard, HostSink, Inbox, NicPlace, Refused, SeatNic};
@@ -43,16 +44,6 @@ pub fn open_nics(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Nic>, SeatE
         });
     }
     Ok(nics)
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2)?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    parts.next().is_none().then_some(mac)
 }
 
 /// A second descriptor of each tap.

@@ -474,4 +474,6 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
 }
 
 #[cfg(test)]
+mod page_tests;
+#[cfg(test)]
 mod tests;

@@ -425,7 +425,7 @@ fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
 }
 
 /// Reasons of kubelet for a container whose image it does not get (`pkg/kubelet/images/types.go`, and the errors of CRI).
-const IMAGE_TROUBLES: [&str; 7] = [
+pub(super) const IMAGE_TROUBLES: [&str; 7] = [
     "ErrImagePull",
     "ImagePullBackOff",
     "InvalidImageName",

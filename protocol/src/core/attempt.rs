@@ -112,9 +112,14 @@ impl Core {
         }
     }
 
+    /// The stage that waits for the answer to this request, if any does.
+    fn waits_for(&self, request: RequestId) -> Option<&Stage> {
+        let attempt = self.attempt.as_ref()?;
+        (attempt.request == request).then_some(&attempt.stage)
+    }
+
     pub(super) fn on_read(&mut self, request: RequestId, outcome: ReadOutcome, actions: &mut Vec<Action>) {
-        let reading = |attempt: &Attempt| attempt.request == request && matches!(attempt.stage, Stage::Reading);
-        if !self.attempt.as_ref().is_some_and(reading) {
+        if !matches!(self.waits_for(request), Some(Stage::Reading)) {
             actions.push(Action::Refused(Refusal::StaleAnswer));
             return;
         }
@@ -156,19 +161,10 @@ impl Core {
     }
 
     pub(super) fn on_reports(&mut self, request: RequestId, reports: &[SeatReport], actions: &mut Vec<Action>) {
-        let Some(Attempt {
-            request: asked,
-            stage: Stage::Asking { snapshot, seats },
-            ..
-        }) = &self.attempt
-        else {
+        let Some(Stage::Asking { snapshot, seats }) = self.waits_for(request) else {
             actions.push(Action::Refused(Refusal::StaleAnswer));
             return;
         };
-        if *asked != request {
-            actions.push(Action::Refused(Refusal::StaleAnswer));
-            return;
-        }
         let snapshot = snapshot.clone();
         let reports: Vec<_> = reports
             .iter()
@@ -291,25 +287,16 @@ impl Core {
     }
 
     pub(super) fn on_swapped(&mut self, request: RequestId, outcome: SwapOutcome, actions: &mut Vec<Action>) {
-        let Some(Attempt {
-            request: asked,
-            stage:
-                Stage::Swapping {
-                    goal,
-                    uid,
-                    version,
-                    record,
-                },
-            ..
-        }) = &self.attempt
+        let Some(Stage::Swapping {
+            goal,
+            uid,
+            version,
+            record,
+        }) = self.waits_for(request)
         else {
             actions.push(Action::Refused(Refusal::StaleAnswer));
             return;
         };
-        if *asked != request {
-            actions.push(Action::Refused(Refusal::StaleAnswer));
-            return;
-        }
         let (goal, uid, version, record) = (*goal, *uid, *version, record.clone());
         match outcome {
             SwapOutcome::Won(snapshot) if snapshot.uid == uid && snapshot.record == record => {

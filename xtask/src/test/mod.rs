@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every test of the project, in tiers; the cheap ones first.
 //!
 //! A tier is a list of commands with a budget of time for all of them. Tests find their tier by their place: what is in a package's `src` is
-//! `unit`; integration tests are `native`, unless their file's name begins with `cluster_` or `emulated_`.
+//! `unit`; integration tests are `native`, unless their file's name begins with `cluster_`, `emulated_` or `long_`.
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use anyhow::Context;
 use clap::Args;
 use ftvm_e2e::cargo::cargo;
 
-use crate::packages;
+use crate::packages::{self, ALERTS, CLUSTER, EMULATED, NAMESPACES, NATIVE, Package};
 
 mod room;
 mod runner;
@@ -53,6 +53,8 @@ struct Tier {
     /// Time to build them on a new machine.
     build: Duration,
     runs: Runs,
+    /// What its tests start.
+    packages: &'static [&'static [Package]],
     commands: Vec<Vec<String>>,
 }
 
@@ -89,13 +91,7 @@ impl Test {
             anyhow::bail!("there is no tier {unknown:?}; there are: {}", names.join(", "));
         }
         let chosen: Vec<Tier> = all.into_iter().filter(|tier| self.wants(tier)).collect();
-        packages::ensure(packages::NATIVE)?;
-        if chosen.iter().any(|tier| ["cluster", "long"].contains(&tier.name)) {
-            packages::ensure(packages::CLUSTER)?;
-        }
-        if chosen.iter().any(|tier| tier.name == "emulated") {
-            packages::ensure(packages::EMULATED)?;
-        }
+        packages::ensure(&wanted(&chosen))?;
         let outcomes = chosen
             .iter()
             .map(|tier| run_tier(tier, &root))
@@ -116,6 +112,12 @@ impl Test {
     }
 }
 
+/// The packages of these tiers.
+fn wanted<'a>(tiers: impl IntoIterator<Item = &'a Tier>) -> Vec<Package> {
+    let lists = tiers.into_iter().flat_map(|tier| tier.packages);
+    lists.copied().flatten().copied().collect()
+}
+
 fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
     let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
     let cargo = |words: &[&str]| {
@@ -132,14 +134,6 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
     let (long, others): (Vec<String>, Vec<String>) = others.into_iter().partition(|name| name.starts_with("long_"));
     let (cluster, native): (Vec<String>, Vec<String>) =
         others.into_iter().partition(|name| name.starts_with("cluster_"));
-    // Kubernetes itself is built from source.
-    let with_kubernetes = |tests: &[String]| match tests {
-        [] => Vec::new(),
-        tests => [vec![this.to_owned(), "cluster".to_owned(), "build".to_owned()]]
-            .into_iter()
-            .chain(test_commands(tests))
-            .collect(),
-    };
     let tiers = vec![
         Tier {
             name: "check",
@@ -148,6 +142,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(14),
             build: minutes(8),
             runs: Runs::Usually,
+            packages: &[],
             commands: vec![vec![this.to_owned(), "check".to_owned()]],
         },
         Tier {
@@ -156,6 +151,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(3),
             build: minutes(10),
             runs: Runs::Always,
+            packages: &[NAMESPACES],
             commands: vec![
                 cargo(&["test", "--workspace", "--no-fail-fast", "--lib", "--bins"]),
                 cargo(&["test", "--workspace", "--no-fail-fast", "--doc"]),
@@ -167,6 +163,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(25),
             build: minutes(8),
             runs: Runs::Usually,
+            packages: &[NAMESPACES, NATIVE, ALERTS],
             // The tests start the programs of other packages.
             commands: [cargo(&["build", "--workspace", "--bins", "--examples"])]
                 .into_iter()
@@ -179,7 +176,8 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(40),
             build: minutes(25),
             runs: Runs::Usually,
-            commands: with_kubernetes(&cluster),
+            packages: &[NAMESPACES, NATIVE, CLUSTER],
+            commands: with_kubernetes(this, &cluster),
         },
         Tier {
             name: "emulated",
@@ -188,6 +186,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(45),
             build: minutes(12),
             runs: Runs::Usually,
+            packages: &[NAMESPACES, NATIVE, EMULATED],
             commands: test_commands(&emulated),
         },
         Tier {
@@ -196,10 +195,20 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(15),
             build: minutes(25),
             runs: Runs::Rarely,
-            commands: with_kubernetes(&long),
+            packages: &[NAMESPACES, NATIVE, CLUSTER],
+            commands: with_kubernetes(this, &long),
         },
     ];
     Ok(tiers.into_iter().filter(|tier| !tier.commands.is_empty()).collect())
+}
+
+/// Commands that run these test programs, if there are any; before that Kubernetes itself is built from source, by this program.
+fn with_kubernetes(this: &str, tests: &[String]) -> Vec<Vec<String>> {
+    if tests.is_empty() {
+        return Vec::new();
+    }
+    let build = [this, "cluster", "build"].map(str::to_owned).to_vec();
+    std::iter::once(build).chain(test_commands(tests)).collect()
 }
 
 /// Commands that run these test programs: together those whose tests go one at a time, then those of [`TWO_AT_A_TIME`].
@@ -326,6 +335,50 @@ mod tests {
         assert_eq!(test_commands(&without)[0].join(" "), one);
         assert_eq!(test_commands(&without).len(), 1);
         assert!(test_commands(&[]).is_empty());
+    }
+
+    #[test]
+    fn long_tests_are_run_for_those_alone_who_ask_for_them() {
+        let tiers = tiers(&crate::root()).unwrap();
+        for tier in &tiers {
+            let has_long = tier.commands.iter().flatten().any(|word| word.starts_with("long_"));
+            assert_eq!(has_long, tier.name == "long", "{}", tier.name);
+        }
+        let chosen = |quick: bool, long: bool, names: &[&str]| -> Vec<&'static str> {
+            let test = Test {
+                quick,
+                long,
+                tiers: names.iter().copied().map(str::to_owned).collect(),
+            };
+            let wanted = tiers.iter().filter(|tier| test.wants(tier));
+            wanted.map(|tier| tier.name).collect()
+        };
+        let usual = ["check", "unit", "native", "cluster", "emulated"];
+        assert_eq!(chosen(true, false, &[]), ["unit"]);
+        assert_eq!(chosen(false, false, &[]), usual);
+        assert_eq!(chosen(false, true, &[]), [&usual[..], &["long"][..]].concat());
+        assert_eq!(chosen(false, false, &["long"]), ["long"]);
+    }
+
+    #[test]
+    fn each_tier_asks_for_the_packages_that_it_needs() {
+        let tiers = tiers(&crate::root()).unwrap();
+        for (tier, package, asked) in [
+            ("check", "nftables", false),
+            ("unit", "nftables", true),
+            ("unit", "qemu-system-x86", false),
+            ("native", "qemu-system-x86", true),
+            ("native", "prometheus", true),
+            ("cluster", "prometheus", false),
+            ("native", "buildah", false),
+            ("cluster", "buildah", true),
+            ("emulated", "buildah", false),
+            ("emulated", "mmdebstrap", true),
+            ("long", "buildah", true),
+        ] {
+            let all = wanted(tiers.iter().filter(|one| one.name == tier));
+            assert_eq!(all.iter().any(|(_, name)| *name == package), asked, "{tier}: {package}");
+        }
     }
 
     #[test]
