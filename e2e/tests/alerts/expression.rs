@@ -18,6 +18,8 @@ pub struct Used {
     pub metric: String,
     /// Each with the values that are allowed.
     pub labels: Vec<(String, Vec<String>)>,
+    /// By which it is grouped or matched.
+    grouped: BTreeSet<String>,
 }
 
 /// All that is selected.
@@ -27,9 +29,14 @@ pub fn uses(expression: &str) -> Vec<Used> {
 
 /// What is selected, and the labels by which it is grouped or matched.
 fn parts(expression: &str) -> (Vec<Used>, BTreeSet<String>) {
-    let (mut used, mut grouping) = (Vec::new(), BTreeSet::new());
+    let (mut used, mut grouping) = (Vec::<Used>::new(), BTreeSet::new());
+    // Of aggregations around what comes next, each with how much is left where it ends.
+    let mut around: Vec<(usize, Vec<String>)> = Vec::new();
+    // By which what comes next is matched with what came last.
+    let mut matched = Vec::new();
     let mut rest = expression;
     while let Some(first) = rest.chars().next() {
+        around.retain(|(end, _)| rest.len() > *end);
         let word: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
         if word.is_empty() {
             // Ranges and numbers are of no interest; selectors are taken with their metric.
@@ -45,8 +52,17 @@ fn parts(expression: &str) -> (Vec<Used>, BTreeSet<String>) {
                 .strip_prefix('(')
                 .and_then(|list| list.split_once(')'))
                 .expect("labels");
-            grouping.extend(labels.split(',').map(|label| label.trim().to_owned()));
+            let labels: Vec<String> = labels.split(',').map(|label| label.trim().to_owned()).collect();
+            grouping.extend(labels.iter().cloned());
             rest = after;
+            if word == "by" || word == "without" {
+                around.push((rest.len() - parenthesis(rest).len(), labels));
+            } else {
+                if let Some(last) = used.last_mut() {
+                    last.grouped.extend(labels.iter().cloned());
+                }
+                matched = labels;
+            }
         } else if first.is_ascii_digit()
             || OPERATORS.contains(&word.as_str())
             || rest.starts_with('(')
@@ -61,11 +77,32 @@ fn parts(expression: &str) -> (Vec<Used>, BTreeSet<String>) {
             used.push(Used {
                 metric: word,
                 labels: matchers(selector),
+                grouped: around
+                    .iter()
+                    .flat_map(|(_, labels)| labels)
+                    .chain(&matched)
+                    .cloned()
+                    .collect(),
             });
+            matched.clear();
             rest = after;
         }
     }
     (used, grouping)
+}
+
+/// Up to the end of the first parenthesis.
+fn parenthesis(text: &str) -> &str {
+    let mut depth = 0;
+    for (place, c) in text.char_indices() {
+        match c {
+            '(' => depth += 1,
+            ')' if depth == 1 => return &text[..=place],
+            ')' => depth -= 1,
+            _ => {}
+        }
+    }
+    panic!("a parenthesis ends");
 }
 
 /// Does `by (…)` or `without (…)` follow?
@@ -102,12 +139,17 @@ fn untold(
         if used.is_empty() {
             found.push(format!("{name} asks for nothing"));
         }
-        for Used { metric, labels } in used {
+        for Used {
+            metric,
+            labels,
+            grouped,
+        } in used
+        {
             let Some(known) = metrics.get(&metric) else {
                 found.push(format!("{name}: nobody tells {metric}"));
                 continue;
             };
-            let asked = labels.iter().map(|(label, _)| label).chain(&grouping);
+            let asked = labels.iter().map(|(label, _)| label).chain(&grouped);
             for label in asked {
                 if !known.contains(label) && !OF_THE_SCRAPE.contains(&label.as_str()) {
                     found.push(format!("{name}: {metric} has no label {label}"));
@@ -164,6 +206,12 @@ fn alerts_ask_for_what_programs_tell() {
         found.iter().any(|text| text.ends_with("ftvm_engine has no label name")),
         "{found:?}"
     );
+    let mut without_group = metrics.clone();
+    let progress = without_group.get_mut("ftvm_seat_progress_percent").unwrap();
+    progress.remove("seat");
+    let found = untold(&alerts, &without_group, &values);
+    let words = "FtvmResyncStalled: ftvm_seat_progress_percent has no label seat";
+    assert!(found.iter().any(|text| text == words), "{found:?}");
     let mut without_value = values.clone();
     without_value
         .get_mut(&("ftvm_engine", "name"))
@@ -204,4 +252,6 @@ fn expressions_are_taken_apart() {
     });
     assert_eq!(used[0].labels, labels);
     assert_eq!(Vec::from_iter(grouping), ["a", "b", "c", "d"]);
+    let grouped = used.iter().map(|used| Vec::from_iter(used.grouped.clone()).join(" "));
+    assert_eq!(grouped.collect::<Vec<_>>(), ["a b", "a c", "a c d", ""]);
 }
