@@ -1,5 +1,11 @@
 //! Prometheus metrics.
 
+mod each;
+
+use std::collections::BTreeMap;
+
+pub use each::{Each, Vm};
+use prometheus::core::Collector;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -22,8 +28,12 @@ pub struct Metrics {
     pub unprotected: IntGauge,
     /// VMs that this operator can't read.
     pub unreadable: IntGauge,
+    /// Each VM by its name.
+    pub each: Each,
     /// 1 while this replica is the leader.
     pub leader: IntGauge,
+    /// 1, with this program's version.
+    build: IntGaugeVec,
 }
 
 impl Metrics {
@@ -59,19 +69,44 @@ impl Metrics {
                 "ftvm_vms_unreadable",
                 "VMs that the operator does nothing for, because it can't read them",
             )?,
+            each: Each::new()?,
             leader: IntGauge::new("ftvm_operator_leader", "1 while this replica is the leader")?,
+            build: IntGaugeVec::new(
+                Opts::new("ftvm_build_info", "1, with the program and its version"),
+                &["component", "version"],
+            )?,
             registry,
         };
-        let registry = &metrics.registry;
-        registry.register(Box::new(metrics.reconciles.clone()))?;
-        registry.register(Box::new(metrics.failures.clone()))?;
-        registry.register(Box::new(metrics.seconds.clone()))?;
-        registry.register(Box::new(metrics.requests.clone()))?;
-        registry.register(Box::new(metrics.vms.clone()))?;
-        registry.register(Box::new(metrics.unprotected.clone()))?;
-        registry.register(Box::new(metrics.unreadable.clone()))?;
-        registry.register(Box::new(metrics.leader.clone()))?;
+        for family in metrics.families() {
+            metrics.registry.register(family)?;
+        }
+        let version = ["operator", env!("CARGO_PKG_VERSION")];
+        metrics.build.with_label_values(&version).set(1);
         Ok(metrics)
+    }
+
+    fn families(&self) -> Vec<Box<dyn Collector>> {
+        vec![
+            Box::new(self.reconciles.clone()),
+            Box::new(self.failures.clone()),
+            Box::new(self.seconds.clone()),
+            Box::new(self.requests.clone()),
+            Box::new(self.vms.clone()),
+            Box::new(self.unprotected.clone()),
+            Box::new(self.unreadable.clone()),
+            Box::new(self.each.clone()),
+            Box::new(self.leader.clone()),
+            Box::new(self.build.clone()),
+        ]
+    }
+
+    /// Name and labels of each metric, for whoever writes rules about them.
+    pub fn described(&self) -> BTreeMap<String, Vec<String>> {
+        let families = self.families();
+        let described = families.iter().flat_map(|family| family.desc());
+        described
+            .map(|desc| (desc.fq_name.clone(), desc.variable_labels.clone()))
+            .collect()
     }
 
     /// Whoever leads now counts the VMs: two replicas that count them would double every sum.
@@ -80,6 +115,7 @@ impl Metrics {
         self.vms.reset();
         self.unprotected.set(0);
         self.unreadable.set(0);
+        self.each.set(Vec::new());
     }
 
     /// In Prometheus' text format.
@@ -94,29 +130,8 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-
-    #[test]
-    fn the_page_lists_each_metric() {
-        let metrics = Metrics::new().unwrap();
-        // What has labels is told once there is something to count.
-        metrics.failures.with_label_values(&["refused"]).inc();
-        metrics.requests.with_label_values(&["get", "Pod"]).inc();
-        metrics.vms.with_label_values(&["running"]).set(1);
-        let text = metrics.text();
-        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
-        let told: BTreeSet<&str> = types.filter_map(|line| line.split(' ').next()).collect();
-        let page = include_str!("../../docs/kubernetes.md");
-        let listed = page
-            .lines()
-            .find(|line| line.starts_with("- Operator metrics: "))
-            .unwrap();
-        let words = listed.split('`').skip(1).step_by(2);
-        let documented: BTreeSet<&str> = words.filter_map(|word| word.split('{').next()).collect();
-        assert_eq!(told, documented);
-    }
+    use crate::decide::rig::World;
 
     #[test]
     fn only_the_leader_counts_vms() {
@@ -126,8 +141,30 @@ mod tests {
         metrics.vms.with_label_values(&["running"]).set(7);
         metrics.unprotected.set(2);
         metrics.unreadable.set(1);
+        let vm = World::new(3).vm;
+        metrics.each.set(vec![Vm::of(&vm, "running".to_owned(), true)]);
+        assert!(metrics.text().contains("ftvm_vm_unprotected{"));
         assert!(metrics.text().contains("ftvm_vms{phase=\"running\"} 7"));
         metrics.leads_no_longer();
         assert_eq!(metrics.text(), follower);
+    }
+
+    /// All are in docs/kubernetes.md, and nothing else.
+    #[test]
+    fn names_and_documentation_agree() {
+        let page = include_str!("../../docs/kubernetes.md");
+        let listed = page
+            .lines()
+            .find(|line| line.starts_with("- Metrics of the operator: "))
+            .unwrap();
+        let words = listed.split('`').skip(1).step_by(2);
+        let documented: BTreeMap<String, Vec<String>> = words
+            .map(|word| {
+                let (name, labels) = word.trim_end_matches('}').split_once('{').unwrap_or((word, ""));
+                let labels = labels.split(',').filter(|label| !label.is_empty());
+                (name.to_owned(), labels.map(str::to_owned).collect())
+            })
+            .collect();
+        assert_eq!(Metrics::new().unwrap().described(), documented);
     }
 }

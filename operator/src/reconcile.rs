@@ -25,7 +25,7 @@ use crate::decide::{self, Acceptance, Action, Decision, Want, accepted_since, de
 use crate::events::{Events, RECONCILE_FAILED};
 use crate::first_look::Looked;
 use crate::image_volumes::ImageVolumes;
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics};
 use crate::observe::{Observed, Refusal};
 use crate::refusal::{self, Last, Refused};
 use crate::status::{self, NOT_RUNNING};
@@ -569,12 +569,15 @@ fn lacks_protection(phase: VmPhase, protected: Option<&Condition>) -> bool {
 pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metrics) {
     let mut phases: HashMap<VmPhase, i64> = HashMap::new();
     let mut unprotected = 0;
+    let mut each = Vec::new();
     for vm in vms {
         let status = vm.status.as_ref();
         let phase = status.and_then(|status| status.phase).unwrap_or(VmPhase::Starting);
         *phases.entry(phase).or_default() += 1;
         let protected = status.and_then(|status| status.condition(status::PROTECTED));
-        unprotected += i64::from(lacks_protection(phase, protected));
+        let lacks = lacks_protection(phase, protected);
+        unprotected += i64::from(lacks);
+        each.push(metrics::Vm::of(vm, phase_name(phase), lacks));
     }
     let all = [
         VmPhase::Starting,
@@ -586,12 +589,14 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
     ];
     for phase in all {
         let count = phases.get(&phase).copied().unwrap_or_default();
-        metrics
-            .vms
-            .with_label_values(&[&format!("{phase:?}").to_lowercase()])
-            .set(count);
+        metrics.vms.with_label_values(&[&phase_name(phase)]).set(count);
     }
     metrics.unprotected.set(unprotected);
+    metrics.each.set(each);
+}
+
+fn phase_name(phase: VmPhase) -> String {
+    format!("{phase:?}").to_lowercase()
 }
 
 #[cfg(test)]

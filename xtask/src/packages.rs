@@ -23,6 +23,9 @@ pub const NATIVE: &[Package] = &[
     ("zstd", "zstd"),
 ];
 
+/// For the chart's alerts, which Prometheus' own program plays.
+pub const ALERTS: &[Package] = &[("promtool", "prometheus")];
+
 /// For emulated nodes.
 pub const EMULATED: &[Package] = &[
     ("mmdebstrap", "mmdebstrap"),
@@ -96,8 +99,8 @@ fn apt_get(arguments: &[&str]) -> anyhow::Result<()> {
         .env("DEBIAN_FRONTEND", "noninteractive")
         .stdin(Stdio::null())
         .stdout(Stdio::null());
-    // No service is to start on the machine that runs the tests.
-    command.env("RUNLEVEL", "1");
+    // No service is to start on the machine that runs the tests: neither by SysV's scripts nor by systemd.
+    command.env("RUNLEVEL", "1").env("SYSTEMD_OFFLINE", "1");
     let status = command.status().context("cannot start apt-get")?;
     if !status.success() {
         bail!("apt-get {} ended with {status}", arguments.join(" "));

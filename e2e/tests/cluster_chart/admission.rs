@@ -277,16 +277,13 @@ fn install_monitoring_definitions(cluster: &Cluster) {
         "{about}"
     );
     let folder = Path::new(about["Dir"].as_str().unwrap()).join("example/prometheus-operator-crd");
-    let definition = fs::read_to_string(folder.join("monitoring.coreos.com_servicemonitors.yaml")).unwrap();
-    cluster.apply(&definition).unwrap();
-    cluster
-        .kubectl(&[
-            "wait",
-            "--for=condition=Established",
-            "crd/servicemonitors.monitoring.coreos.com",
-            "--timeout=120s",
-        ])
-        .unwrap();
+    for kind in ["servicemonitors", "prometheusrules"] {
+        let definition = fs::read_to_string(folder.join(format!("monitoring.coreos.com_{kind}.yaml"))).unwrap();
+        cluster.apply(&definition).unwrap();
+        let name = format!("crd/{kind}.monitoring.coreos.com");
+        let wait = ["wait", "--for=condition=Established", &name, "--timeout=120s"];
+        cluster.kubectl(&wait).unwrap();
+    }
 }
 
 /// The controller manager has looked at every expression and found nothing; it finds something in one that is wrong.

@@ -3,6 +3,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use ftvm_e2e::cluster::programs;
+use serde_json::Value;
 
 use crate::{chart, value_sets};
 
@@ -149,6 +150,12 @@ const REFUSED: &[(&[&str], &[&str])] = &[
         &["/monitors/interval", "does not match pattern"],
     ),
     (
+        &["alerts.runbooks=a b"],
+        &["/alerts/runbooks", "does not match pattern"],
+    ),
+    (&["alerts.enabled=maybe"], &["/alerts/enabled", "want boolean"]),
+    (&["alerts.rules=none"], &["/alerts", "'rules' not allowed"]),
+    (
         &["test.guestImage=a b"],
         &["/test/guestImage", "does not match pattern"],
     ),
@@ -203,6 +210,7 @@ fn switches_switch() {
         ("priorityClasses.create", "PriorityClass", 0, 2),
         ("networkPolicy.enabled", "NetworkPolicy", 0, 1),
         ("monitors.enabled", "ServiceMonitor", 0, 2),
+        ("alerts.enabled", "PrometheusRule", 0, 1),
         ("rbac.aggregate", "ClusterRole", 3, 5),
         ("uninstall.evenWithVms", "Job", 1, 0),
     ] {
@@ -218,6 +226,44 @@ fn switches_switch() {
             assert_eq!(count(&[&values], kind), 6, "{set:?}");
         }
     }
+}
+
+/// One source: what Prometheus gets is the file that `e2e/tests/alerts` plays, but for where the runbooks are.
+#[test]
+fn alerts_are_those_of_the_file() {
+    let parse = |text: &str| serde_yaml::from_str::<Value>(text).unwrap();
+    let spec = |more: &[&str]| {
+        let words = ["--show-only=templates/alerts.yaml", "--set=alerts.enabled=true"];
+        let output = template(&[&words[..], more].concat());
+        let text = text(&output);
+        assert!(output.status.success(), "{text}");
+        parse(&text)["spec"].clone()
+    };
+    let file = std::fs::read_to_string(chart().join("files/alerts.yaml")).unwrap();
+    assert_eq!(spec(&[]), parse(&file));
+    let elsewhere = file.replace("runbook_url: docs/runbooks/", "runbook_url: https://a.example/b/");
+    assert_ne!(elsewhere, file);
+    for place in ["https://a.example/b", "https://a.example/b/"] {
+        let set = format!("--set=alerts.runbooks={place}");
+        assert_eq!(spec(&[&set]), parse(&elsewhere));
+    }
+    // Values of an earlier release know nothing of alerts.
+    assert!(template(&["--set=alerts=null"]).status.success());
+    assert_eq!(
+        spec(&["--set=alerts.runbooks=null", "--set=alerts.labels=null"]),
+        parse(&file)
+    );
+}
+
+/// Alerts go by the namespaces that metrics name, which are those of VMs and not that of the release.
+#[test]
+fn monitors_honour_the_labels_of_metrics() {
+    let rendered = text(&template(&[
+        "--show-only=templates/monitors.yaml",
+        "--set=monitors.enabled=true",
+    ]));
+    let lines = rendered.lines().filter(|line| line.trim() == "honorLabels: true");
+    assert_eq!(lines.count(), 2, "{rendered}");
 }
 
 #[test]

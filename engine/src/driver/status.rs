@@ -345,7 +345,6 @@ impl Driver {
 
     fn counters(&self) -> Map<String, Value> {
         let figures = &self.figures;
-        let released = self.seat.outbox.released();
         let DeviceCounts { nics, disks } = self.seat.machine.device_counts();
         let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let counters = json!({
@@ -376,12 +375,6 @@ impl Driver {
             "link_sent_bytes": self.links.values().map(|link| link.sender.state().taken_bytes).sum::<u64>(),
             "braked_us": us(figures.braked),
             "paused_us": us(figures.unprotected + self.hold.lasts()),
-            "released_items": released.items,
-            "released_bytes": released.bytes,
-            "held_us_max": us(released.held_max),
-            "held_us_total": us(released.held_total),
-            "held_us_p50": self.seat.outbox.waited_us(0.5),
-            "held_us_p90": self.seat.outbox.waited_us(0.9),
             "output_dropped": self.seat.dropped(),
             "nic_mtus": self.seat.machine.mtus(),
             "nic_tx_dropped": nics.iter().map(|nic| nic.tx_dropped).sum::<u64>(),
@@ -392,6 +385,7 @@ impl Driver {
         let Value::Object(mut counters) = counters else {
             return Map::new();
         };
+        self.seat.outbox.counters(&mut counters);
         counters.insert("nic_refused".to_owned(), json!(self.seat.refused()));
         let errors: u64 = disks.iter().map(|disk| disk.errors).sum();
         counters.insert("disk_errors".to_owned(), errors.into());

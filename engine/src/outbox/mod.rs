@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde_json::{Map, Value};
+
 use crate::checkpoint::Histogram;
 
 /// The gate's value for "everything may leave at once".
@@ -90,17 +92,15 @@ impl Watched {
     }
 }
 
-/// What has left, for metrics.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Released {
-    /// Items that left.
-    pub items: u64,
-    /// Their bytes.
-    pub bytes: u64,
+/// What has left.
+#[derive(Default)]
+struct Released {
+    items: u64,
+    bytes: u64,
     /// Sum of the time that they were held.
-    pub held_total: Duration,
+    held_total: Duration,
     /// Longest time that one was held.
-    pub held_max: Duration,
+    held_max: Duration,
 }
 
 /// Holds output back until its epoch may be released.
@@ -247,14 +247,29 @@ impl Outbox {
         queue.held_bytes = 0;
     }
 
-    /// What has left so far.
-    pub fn released(&self) -> Released {
-        self.queue().released
-    }
-
-    /// How long a share `q` (0 to 1) of what was held had to wait at most, in microseconds; what left at once does not count.
-    pub fn waited_us(&self, q: f64) -> u64 {
-        self.queue().waited.quantile_us(q)
+    /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`: without what left at once), and since when the oldest
+    /// item waits that has not left yet.
+    pub fn counters(&self, into: &mut Map<String, Value>) {
+        let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let queue = self.queue();
+        let oldest = queue.held.front().map_or(Duration::ZERO, |held| held.since.elapsed());
+        let Released {
+            items,
+            bytes,
+            held_total,
+            held_max,
+        } = queue.released;
+        for (name, value) in [
+            ("released_items", items),
+            ("released_bytes", bytes),
+            ("held_us_total", us(held_total)),
+            ("held_us_max", us(held_max)),
+            ("held_us_p50", queue.waited.quantile_us(0.5)),
+            ("held_us_p90", queue.waited.quantile_us(0.9)),
+            ("output_waits_us", us(oldest)),
+        ] {
+            into.insert(name.to_owned(), value.into());
+        }
     }
 }
 
@@ -345,7 +360,31 @@ mod tests {
         outbox.discard();
         outbox.open();
         assert_eq!(wire.0.lock().unwrap().len(), 2);
-        assert_eq!(outbox.released().items, 2);
+        assert_eq!(counter(&outbox, "released_items"), 2);
+    }
+
+    fn counter(outbox: &Outbox, name: &str) -> u64 {
+        let mut counters = Map::new();
+        outbox.counters(&mut counters);
+        counters[name].as_u64().unwrap()
+    }
+
+    #[test]
+    fn it_is_told_for_how_long_the_oldest_item_waits() {
+        let (outbox, _) = outbox();
+        assert_eq!(counter(&outbox, "output_waits_us"), 0);
+        outbox.put(1, frame(1));
+        std::thread::sleep(Duration::from_millis(20));
+        outbox.put(2, frame(2));
+        let both = counter(&outbox, "output_waits_us");
+        assert!(both >= 20_000, "{both}");
+        outbox.release_through(1);
+        assert!(counter(&outbox, "held_us_max") >= both);
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(counter(&outbox, "output_waits_us") > 0, "the other one waits");
+        outbox.open();
+        assert_eq!(counter(&outbox, "output_waits_us"), 0);
+        assert_eq!(counter(&outbox, "released_bytes"), 2);
     }
 
     /// A sink that closes the gate while the first item leaves: the second item of the same batch must stay.

@@ -4,6 +4,8 @@ use std::net::TcpStream as Client;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
+use ftvm_engine::control::Role;
+use ftvm_engine::seat_io::Reason;
 use ftvm_protocol::core::ReadOutcome;
 use ftvm_protocol::identity::VmId;
 use serde_json::json;
@@ -11,8 +13,10 @@ use tokio::runtime::Runtime;
 
 use super::*;
 use crate::arbiter::{Arbiter, Server};
+use crate::disks::Step;
 use crate::kubernetes::node::tests::{add_running, add_waiting, node};
 use crate::seat::testing::Rig;
+use crate::seat_socket::DiskProgress;
 use crate::testing::Folder;
 
 /// The endpoint at an address of its own.
@@ -187,6 +191,7 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
         &format!("ftvm_seat_term{{{labels}}} 3"),
         &format!("ftvm_seat_arbiter_reachable{{{labels}}} 1"),
         &format!("ftvm_seat_program_connected{{{labels}}} 0"),
+        &format!("ftvm_seat_engine_starts_total{{{labels}}} 0"),
         &format!(r#"ftvm_engine{{name="pause_us_total",{labels}}} 1234"#),
         r#"ftvm_guest_frames_refused_total{namespace="shop",nic="front",reason="mac",seat="web-a",vm="web"} 3"#,
         r#"ftvm_guest_frames_refused_total{namespace="shop",nic="front",reason="arp",seat="web-a",vm="web"} 0"#,
@@ -202,6 +207,9 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
         .filter(|line| line.starts_with("ftvm_guest_frames_refused_total{"));
     assert_eq!(refusals.count(), Reason::ALL.len(), "of what there is alone: {text}");
     assert!(!text.contains("made_up") && !text.contains("made-up"), "{text}");
+    for absent in ["ftvm_seat_progress_percent", "ftvm_seat_engine_exit_code"] {
+        assert!(!text.contains(absent), "nothing is under way, none has ended: {text}");
+    }
     rig.say(|status| {
         (status.role, status.protected, status.arbiter_reachable) = (Role::Ended, true, false);
         status.counters.clear();
@@ -237,6 +245,66 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
     assert!(has(&none, "ftvm_seats 0") && !none.contains("ftvm_seat_"), "{none}");
 }
 
+/// The engine is as hostile as its guest: it has so many figures, with names as figures have them.
+#[test]
+fn what_an_engine_calls_figures_is_bounded() {
+    let rig = Rig::new();
+    let (longest, longer) = ("a".repeat(64), "a".repeat(65));
+    rig.say(|status| {
+        for name in [longest.as_str(), longer.as_str(), "a name", "a\n1", "A"] {
+            status.counters.insert(name.to_owned(), 1.into());
+        }
+    });
+    let endpoint = Endpoint::new(health, |node| drop(add_running(node, &rig)));
+    let figures = |text: &str| text.lines().filter(|line| line.starts_with("ftvm_engine{")).count();
+    let text = endpoint.metrics();
+    assert!(figures(&text) == 1 && text.contains(&longest), "{text}");
+    rig.say(|status| {
+        for number in 0..1000 {
+            status.counters.insert(format!("z_{number}"), 1.into());
+        }
+    });
+    assert_eq!(figures(&endpoint.metrics()), 128);
+}
+
+#[test]
+fn progress_and_the_end_of_an_engine_are_told() {
+    let rig = Rig::new();
+    rig.say(|status| status.resync_percent = Some(41));
+    let mut pod = None;
+    let endpoint = Endpoint::new(health, |node| pod = Some(add_running(node, &rig).pod.clone()));
+    let labels = r#"namespace="shop",seat="web-a",vm="web""#;
+    let text = endpoint.metrics();
+    let resync = format!("ftvm_seat_progress_percent{{{labels}}} 41");
+    assert!(has(&text, &resync) && !text.contains("exit_code"), "{text}");
+    rig.say(|status| status.resync_percent = None);
+    assert!(!endpoint.metrics().contains("ftvm_seat_progress_percent"));
+    rig.seat.fail().unwrap();
+    rig.wait("its end is noticed", |rig| !rig.seat.has_engine());
+    let killed = format!("ftvm_seat_engine_exit_code{{{labels}}} 1");
+    let text = endpoint.metrics();
+    assert!(has(&text, &killed) && !text.contains("ftvm_seat_protected"), "{text}");
+    // The next one's disks are prepared first.
+    let pod = pod.unwrap();
+    pod.set_progress(|progress| {
+        progress.preparing(DiskProgress {
+            disk: "root".to_owned(),
+            step: Step::Writing,
+            done_bytes: 3,
+            total_bytes: 4,
+        });
+    });
+    let preparing = format!("ftvm_seat_progress_percent{{{labels}}} 75");
+    let text = endpoint.metrics();
+    assert!(has(&text, &preparing), "{text}");
+    pod.set_progress(|progress| progress.trouble = Some("no room".to_owned()));
+    let text = endpoint.metrics();
+    assert!(
+        !text.contains("ftvm_seat_progress_percent"),
+        "it does not go on: {text}"
+    );
+}
+
 #[test]
 fn the_daemons_own_figures_follow_what_happens() {
     let endpoint = Endpoint::new(health, |_| {});
@@ -247,6 +315,13 @@ fn the_daemons_own_figures_follow_what_happens() {
         r#"ftvm_api_server_place{server="127.0.0.1:9"} 0"#,
         r#"ftvm_arbiter_requests_total{outcome="unreachable",request="read"} 0"#,
         r#"ftvm_arbiter_requests_total{outcome="won",request="swap"} 0"#,
+        r#"ftvm_arbiter_requests_us_total{request="read"} 0"#,
+        r#"ftvm_arbiter_requests_us_total{request="swap"} 0"#,
+        concat!(
+            r#"ftvm_build_info{component="node-daemon",version=""#,
+            env!("CARGO_PKG_VERSION"),
+            r#""} 1"#
+        ),
     ] {
         assert!(has(&before, line), "{line}\n{before}");
     }
@@ -265,9 +340,12 @@ fn the_daemons_own_figures_follow_what_happens() {
         "ftvm_kvm_works 1",
         "ftvm_api_server_synced 1",
         r#"ftvm_arbiter_requests_total{outcome="unreachable",request="read"} 1"#,
+        r#"ftvm_arbiter_requests_us_total{request="swap"} 0"#,
     ] {
         assert!(has(&after, line), "{line}\n{after}");
     }
+    let no_time = r#"ftvm_arbiter_requests_us_total{request="read"} 0"#;
+    assert!(!has(&after, no_time), "what failed took time, too: {after}");
 }
 
 /// Every metric has a help and a type, is in docs/kubernetes.md, and only what is there is told. Counters end in `_total` (Prometheus,
@@ -302,6 +380,9 @@ fn names_types_and_documentation_agree() {
     let listed = page.lines().find(|line| line.starts_with("- Metrics: ")).unwrap();
     let words = listed.split('`').skip(1).step_by(2);
     let documented: BTreeSet<&str> = words.filter_map(|word| word.split('{').next()).collect();
+    let described = described().unwrap();
+    let names: BTreeSet<&str> = described.keys().map(String::as_str).collect();
+    assert_eq!(names, documented);
     let told: BTreeSet<&str> = types.keys().copied().collect();
-    assert_eq!(told, documented);
+    assert!(told.is_subset(&names) && told.len() > 10, "{told:?}");
 }

@@ -626,6 +626,19 @@ fn condition(world: &World) -> (String, String) {
     (said.reason.clone(), said.message.clone())
 }
 
+/// A seat that joins does not ask: what it knew before says nothing of now.
+#[test]
+fn who_cannot_reach_the_lease_is_told_unless_it_joins() {
+    let mut world = protected(3);
+    let (_, standby) = seats(&world);
+    for (role, reason) in [(SeatRole::Joining, "Reachable"), (SeatRole::Standby, "SeatCantReach")] {
+        let published = world.pods.get_mut(&standby.name).unwrap().published.as_mut().unwrap();
+        (published.role, published.arbiter_reachable) = (Some(role), false);
+        world.step();
+        assert_eq!(condition(&world).0, reason, "{role:?}");
+    }
+}
+
 fn each_engine(world: &mut World) {
     for seat in world.pods.keys().cloned().collect::<Vec<_>>() {
         world.engine(&seat);

@@ -376,9 +376,11 @@ fn arbiter(seen: &Observed, book: &[SeatEntry], decision_uid: Option<&String>) -
         LeaseSeen::Found(_) => {}
     }
     let engines = book.iter().filter_map(|entry| Some((entry, published(seen, entry)?)));
+    // One that joins does not ask: what it knows may be of long ago.
+    let asks = |published: &SeatPublished| published.incarnation.is_some() && published.role != Some(SeatRole::Joining);
     let unreachable = engines
         .into_iter()
-        .find(|(_, published)| published.incarnation.is_some() && !published.arbiter_reachable);
+        .find(|(_, published)| asks(published) && !published.arbiter_reachable);
     match unreachable {
         Some((entry, published)) => said(
             ARBITER_REACHABLE,

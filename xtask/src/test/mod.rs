@@ -10,7 +10,7 @@ use anyhow::Context;
 use clap::Args;
 use ftvm_e2e::cargo::cargo;
 
-use crate::packages::{self, CLUSTER, EMULATED, NAMESPACES, NATIVE, Package};
+use crate::packages::{self, ALERTS, CLUSTER, EMULATED, NAMESPACES, NATIVE, Package};
 
 mod room;
 mod runner;
@@ -21,6 +21,7 @@ use tally::Tally;
 /// Test programs with two tests at a time: each test has a cluster, a machine or a folder of its own, and uses one core or waits most of the
 /// time; nothing that it judges is how long something took, nor what is left on this machine. All others share what they have, or measure.
 const TWO_AT_A_TIME: &[&str] = &[
+    "alerts",
     "cluster_chart",
     "cluster_operator",
     "disks",
@@ -162,7 +163,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
             budget: minutes(25),
             build: minutes(8),
             runs: Runs::Usually,
-            packages: &[NAMESPACES, NATIVE],
+            packages: &[NAMESPACES, NATIVE, ALERTS],
             // The tests start the programs of other packages.
             commands: [cargo(&["build", "--workspace", "--bins", "--examples"])]
                 .into_iter()
@@ -367,6 +368,8 @@ mod tests {
             ("unit", "nftables", true),
             ("unit", "qemu-system-x86", false),
             ("native", "qemu-system-x86", true),
+            ("native", "prometheus", true),
+            ("cluster", "prometheus", false),
             ("native", "buildah", false),
             ("cluster", "buildah", true),
             ("emulated", "buildah", false),

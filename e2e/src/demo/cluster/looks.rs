@@ -43,7 +43,7 @@ pub struct Seats {
     pub standby: String,
 }
 
-/// Waits until everything shows this pair: the columns of `kubectl get`, roles and readiness of the pods, the daemons' metrics.
+/// Waits until everything shows this pair: the columns of `kubectl get`, roles and readiness of the pods, metrics of daemons and operator.
 ///
 /// # Errors
 /// What is shown instead.
@@ -59,6 +59,9 @@ pub fn shows(acts: &Acts<'_>, pair: Pair) -> anyhow::Result<Seats> {
     })?;
     wait_for("metrics show the active", PATIENCE, || {
         judge_metrics(&daemons_pages(cluster, "/metrics")?, pair.active)
+    })?;
+    wait_for("the operator's metrics show that it is protected", PATIENCE, || {
+        judge_leader(&operators_pages(cluster, stands)?)
     })?;
     wait_for("the seats' pods are ready and called by their roles", PATIENCE, || {
         judge_pods(&pods(cluster)?, nodes)
@@ -184,16 +187,24 @@ pub fn operator_rests(cluster: &Cluster) -> anyhow::Result<()> {
 
 /// Of all replicas since they began; watches and their election are not counted.
 fn operators_requests(cluster: &Cluster) -> anyhow::Result<u64> {
+    requests_on(&operators_pages(cluster, |_| true)?)
+}
+
+/// Metrics of these replicas.
+fn operators_pages(cluster: &Cluster, asked: impl Fn(&Value) -> bool) -> anyhow::Result<Vec<String>> {
     let operators = "--selector=app.kubernetes.io/name=ftvm-operator";
     let pods = cluster.get(&["pods", "--namespace", SYSTEM, operators])?;
     let mut pages = Vec::new();
     for pod in pods["items"].as_array().context("no pods")? {
+        if !asked(pod) {
+            continue;
+        }
         let address = pod["status"]["podIP"].as_str().context("no address")?.parse()?;
         let (status, page) = cluster.http_get(SocketAddr::new(address, OPERATOR_PORT), "/metrics")?;
         ensure!(status == 200, "{status}: {page}");
         pages.push(page);
     }
-    requests_on(&pages)
+    Ok(pages)
 }
 
 /// Sums what all these pages count.
@@ -389,6 +400,23 @@ fn judge_metrics(pages: &[String], active: usize) -> anyhow::Result<()> {
         }
     }
     ensure!(said == [active], "host {active} is active, hosts {said:?} say so");
+    Ok(())
+}
+
+/// Pages of operators: one of them leads, and tells of the machine that it runs and is protected, which alerts go by.
+fn judge_leader(pages: &[String]) -> anyhow::Result<()> {
+    let own = [format!("namespace=\"{NAMESPACE}\""), format!("vm=\"{VM}\"")];
+    for (metric, word, expected) in [
+        ("ftvm_vm_phase", "phase=\"running\"", 1),
+        ("ftvm_vm_condition", "condition=\"Protected\"", 1),
+        ("ftvm_vm_unprotected", "", 0),
+    ] {
+        let told = pages.iter().flat_map(|page| samples(page, metric));
+        let told = told.filter(|(labels, _)| own.iter().all(|own| labels.contains(own.as_str())));
+        let values = told.filter(|(labels, _)| labels.contains(word));
+        let values: Vec<u64> = values.map(|(_, value)| value).collect();
+        ensure!(values == [expected], "{metric} {word}: {values:?}, not {expected} once");
+    }
     Ok(())
 }
 
@@ -591,5 +619,25 @@ mod tests {
         assert!(fault(judge_metrics(&[standby, other], 0)).contains("[]"));
         assert!(fault(judge_metrics(&[page("active", VM, 0)], 0)).contains("ftvm_kvm_works"));
         assert!(fault(judge_metrics(&[String::new()], 0)).contains("ftvm_kvm_works"));
+    }
+
+    #[test]
+    fn exactly_one_operator_tells_that_the_machine_is_protected() {
+        let page = |phase: &str, holds: u32| {
+            let own = format!("namespace=\"{NAMESPACE}\",vm=\"{VM}\"");
+            format!(
+                "ftvm_vm_condition{{{own},condition=\"Ready\"}} 1\nftvm_vm_condition{{{own},condition=\"Protected\"}} {holds}\n\
+                 ftvm_vm_phase{{{own},phase=\"{phase}\"}} 1\nftvm_vm_unprotected{{{own}}} {}\n",
+                1 - holds
+            )
+        };
+        let (leader, other) = (page("running", 1), "ftvm_operator_leader 0\n".to_owned());
+        judge_leader(&[other.clone(), leader.clone()]).unwrap();
+        assert!(fault(judge_leader(&[leader.clone(), leader.clone()])).contains("[1, 1]"));
+        assert!(fault(judge_leader(&[other])).contains("ftvm_vm_phase"));
+        assert!(fault(judge_leader(&[page("paused", 1)])).contains("ftvm_vm_phase"));
+        assert!(fault(judge_leader(&[page("running", 0)])).contains("[0], not 1"));
+        let elsewhere = leader.replace(NAMESPACE, "elsewhere");
+        assert!(fault(judge_leader(&[elsewhere])).contains("[], not 1"));
     }
 }

@@ -27,7 +27,7 @@ mod http;
 mod servers;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ftvm_crds::lease::{check_owner, set_record, snapshot};
@@ -54,7 +54,24 @@ const READ_MAX: Duration = Duration::from_secs(10);
 pub struct Leases {
     server: Arc<Server>,
     runtime: Arc<Runtime>,
-    counts: Arc<Mutex<BTreeMap<(&'static str, &'static str), u64>>>,
+    counts: Arc<Mutex<Counts>>,
+}
+
+/// Requests since the start.
+struct Counts {
+    /// How often, by request and outcome.
+    outcomes: BTreeMap<(&'static str, &'static str), u64>,
+    /// How long all of them took, in microseconds, by request.
+    took_us: BTreeMap<&'static str, u64>,
+}
+
+impl Counts {
+    fn new() -> Counts {
+        Counts {
+            outcomes: OUTCOMES.into_iter().map(|outcome| (outcome, 0)).collect(),
+            took_us: OUTCOMES.into_iter().map(|(request, _)| (request, 0)).collect(),
+        }
+    }
 }
 
 /// What requests can come to, for metrics.
@@ -82,7 +99,7 @@ impl Leases {
         Ok(Leases {
             server: Arc::new(server),
             runtime: Arc::new(runtime),
-            counts: Arc::new(Mutex::new(OUTCOMES.into_iter().map(|outcome| (outcome, 0)).collect())),
+            counts: Arc::new(Mutex::new(Counts::new())),
         })
     }
 
@@ -91,18 +108,31 @@ impl Leases {
         self.server.clone()
     }
 
-    fn count(&self, request: &'static str, outcome: &'static str) {
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        *counts.entry((request, outcome)).or_default() += 1;
+    fn counted(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, request: &'static str, outcome: &'static str, took: Duration) {
+        let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let mut counts = self.counted();
+        *counts.outcomes.entry((request, outcome)).or_default() += 1;
+        let sum = counts.took_us.entry(request).or_default();
+        *sum = sum.saturating_add(took_us);
     }
 
     /// Request, outcome, how often, since the start.
     pub fn counts(&self) -> Vec<(&'static str, &'static str, u64)> {
-        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        counts
-            .iter()
+        let counts = self.counted();
+        let outcomes = counts.outcomes.iter();
+        outcomes
             .map(|((request, outcome), count)| (*request, *outcome, *count))
             .collect()
+    }
+
+    /// Request, how long all of that kind took since the start, in microseconds, whatever came of them.
+    pub fn took_us(&self) -> Vec<(&'static str, u64)> {
+        let counts = self.counted();
+        counts.took_us.iter().map(|(request, sum)| (*request, *sum)).collect()
     }
 
     /// The arbiter of one virtual machine.
@@ -240,17 +270,19 @@ impl LeaseArbiter {
 
 impl Arbiter for LeaseArbiter {
     fn read(&self) -> Said<ReadOutcome> {
+        let begun = Instant::now();
         let said = self.try_read();
         let outcome = match &said.0 {
             ReadOutcome::Found(_) => "found",
             ReadOutcome::Gone => "gone",
             ReadOutcome::Unreachable => "unreachable",
         };
-        self.leases.count("read", outcome);
+        self.leases.count("read", outcome, begun.elapsed());
         said
     }
 
     fn swap(&self, uid: ArbiterUid, version: u64, record: &Record, deadline: Instant) -> Said<SwapOutcome> {
+        let begun = Instant::now();
         let said = self.try_swap(uid, version, record, deadline);
         let outcome = match &said.0 {
             SwapOutcome::Won(_) => "won",
@@ -258,7 +290,7 @@ impl Arbiter for LeaseArbiter {
             SwapOutcome::NotSent => "not_sent",
             SwapOutcome::Unknown => "unknown",
         };
-        self.leases.count("swap", outcome);
+        self.leases.count("swap", outcome, begun.elapsed());
         said
     }
 }
