@@ -2,3 +2,8 @@
 //! two of them at a time keep two processors busy.
 mod moves;
 mod unprotected;
+
+#[test]
+fn debian_with_two_vcpus() {
+    unprotected::debian_boots_serves_resets_and_stops(2);
+}

@@ -84,7 +84,7 @@ fn clocks_agree(sandbox: &Sandbox) {
     }
 }
 
-fn debian_boots_serves_resets_and_stops(vcpus: u32) {
+pub fn debian_boots_serves_resets_and_stops(vcpus: u32) {
     let image = Image::guest().unwrap();
     let mut programs = binaries::build(&[("ftvm-engine", "ftvm-engine")], Profile::Dev).unwrap();
     programs.extend([image.kernel.clone(), image.initrd.clone()]);
@@ -147,14 +147,4 @@ fn debian_boots_serves_resets_and_stops(vcpus: u32) {
     node.sh("sync").unwrap();
     node.kill().unwrap();
     guest::examine_disk(&disk, lab.folder()).unwrap();
-}
-
-#[test]
-fn debian_with_one_vcpu() {
-    debian_boots_serves_resets_and_stops(1);
-}
-
-#[test]
-fn debian_with_two_vcpus() {
-    debian_boots_serves_resets_and_stops(2);
 }
