@@ -95,6 +95,9 @@ pub struct SeatPublished {
     /// Which disks of the seat failed what the guest asked for, and why, as long as they have not worked since.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage: Option<String>,
+    /// Engines in a row that ended because of the seat's storage (code 21), none of which was a standby or had the guest for long.
+    #[serde(skip_serializing_if = "crate::status::is_zero")]
+    pub storage_failures: u32,
     /// The last time that this seat became active.
     pub last_takeover: Option<Takeover>,
     /// How the last engine ended.
