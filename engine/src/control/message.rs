@@ -574,6 +574,45 @@ pub enum AcceptedLoss {
 pub struct FailingDisk {
     /// Its position in [`Launch::disks`].
     pub disk: usize,
+    /// How.
+    #[serde(default)]
+    pub kind: StorageKind,
+    /// What failed first, with the operating system's error.
+    pub why: String,
+}
+
+/// How storage does not work.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StorageKind {
+    /// An I/O error.
+    #[default]
+    Failed,
+    /// No room, or no quota, is left.
+    Full,
+    /// Something has been under way for too long, and may be done yet.
+    Hangs,
+}
+
+/// A part of a seat's storage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoragePart {
+    /// A disk, by its position in [`Launch::disks`].
+    Disk(usize),
+    /// The journal.
+    Journal,
+    /// The header.
+    Header,
+}
+
+/// What failed of a seat's storage, in [`ExitReport`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailingStorage {
+    /// Which part.
+    pub part: StoragePart,
+    /// How.
+    pub kind: StorageKind,
     /// What failed first, with the operating system's error.
     pub why: String,
 }
@@ -667,4 +706,7 @@ pub struct ExitReport {
     pub term: Term,
     /// What, where, why, what to do.
     pub message: String,
+    /// Of an engine that its storage ended (code 21): what failed, as far as that is known. Empty from an engine of an earlier version.
+    #[serde(default)]
+    pub storage: Vec<FailingStorage>,
 }

@@ -542,10 +542,17 @@ impl Driver {
             EndReason::SessionOver => self.troubles.session_code,
             _ => None,
         };
+        let code = code.unwrap_or(exit_code::of_end(reason));
+        let storage = if code == exit_code::STORAGE {
+            self.failing_storage()
+        } else {
+            Vec::new()
+        };
         self.ended = Some(Ended {
-            code: code.unwrap_or(exit_code::of_end(reason)),
+            code,
             message,
             term: self.core.status().term,
+            storage,
         });
     }
 }

@@ -45,7 +45,7 @@ use ftvm_protocol::core::{Core, Event, Gate, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, Term};
 
 use crate::clock::Moment;
-use crate::control::{self, CommandId, Handle};
+use crate::control::{self, CommandId, FailingStorage, Handle};
 use crate::machine::VmEvent;
 use crate::replication::link::{LinkEvent, LinkHub, LinkSender};
 
@@ -167,6 +167,8 @@ pub struct Ended {
     pub message: String,
     /// Last term known to be in force.
     pub term: Term,
+    /// What failed, where that was the seat's storage.
+    pub storage: Vec<FailingStorage>,
 }
 
 /// What the guest does.
@@ -250,8 +252,9 @@ impl Driver {
     /// A driver for a prepared seat.
     pub fn new(core: Core, mut seat: Seat, control: Handle, hub: LinkHub, queue: Queue) -> std::io::Result<Self> {
         let hold = hold::Hold::new(seat.when_unprotected);
-        let header =
-            header::HeaderWriter::start(seat.take_header_file()?, queue.clone(), seat.enter(seat::Work::Storage))?;
+        let file = seat.take_header_file()?;
+        let (failures, enter) = (seat.failures.clone(), seat.enter(seat::Work::Storage));
+        let header = header::HeaderWriter::start(file, queue.clone(), failures, enter)?;
         Ok(Self {
             core,
             seat,
@@ -313,6 +316,7 @@ impl Driver {
                         code: control::exit_code::INTERNAL,
                         message: "every thread of the engine has ended: a defect".to_owned(),
                         term: self.core.status().term,
+                        storage: Vec::new(),
                     };
                 }
             }

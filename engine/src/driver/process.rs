@@ -38,6 +38,7 @@ pub fn run(connection: Connection, rule: Rule) -> u8 {
         role: Role::Ended,
         term: ended.term,
         message: ended.message,
+        storage: ended.storage,
     };
     tracing::info!("ends with code {}: {}", exit.code, exit.message);
     if let Some(handle) = handle {
@@ -58,6 +59,7 @@ fn failed(code: u8, error: &dyn std::error::Error) -> Ended {
         code,
         message: error_chain(error),
         term: 0,
+        storage: Vec::new(),
     }
 }
 

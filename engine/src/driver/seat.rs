@@ -22,7 +22,7 @@ use crate::backends::DiskBackend;
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
 use crate::control::header_file::{HeaderFile, HeaderFileError};
-use crate::control::{EndpointError, Launch, LaunchFds, Peer, Protection, WhenUnprotected, exit_code};
+use crate::control::{EndpointError, Launch, LaunchFds, Peer, Protection, StoragePart, WhenUnprotected, exit_code};
 use crate::devices::DeviceError;
 use crate::devices::set::{Backends, DeviceSet, DeviceSetConfig, DeviceThread};
 use crate::devices::virtio::blk::DiskConfig;
@@ -37,6 +37,7 @@ use crate::replication::epoch::StagingLimits;
 use crate::replication::journal::Journal;
 use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsError, TlsIdentity};
 use crate::replication::memory::PageMemory;
+use crate::replication::noted::{Failures, Noted};
 use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{Offer, ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::{ClosedDisks, SeatVolume, Settler, StandbyDisks, StandbyDisksError};
@@ -172,6 +173,8 @@ pub struct Seat {
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Route>>,
     volumes: Vec<Arc<SeatVolume>>,
+    /// What failed of volumes, journal and header.
+    pub(super) failures: Arc<Failures>,
     /// Brings the volumes in order after a takeover, and empties the journal.
     settler: Option<Settler>,
     journal: Arc<dyn Storage>,
@@ -215,8 +218,10 @@ pub fn prepare(
     machine.dirty_ring_entries = machine.dirty_ring_entries.min(limits.ring_entries);
     let bytes = limits.journal_bytes;
     let journal = FileStorage::allocated(fds.take(launch.files.journal, "the journal")?.into(), bytes);
-    let journal: Arc<dyn Storage> = Arc::new(journal.map_err(|source| SeatError::Journal { bytes, source })?);
-    let volumes = open_volumes(launch, fds)?;
+    let journal = Arc::new(journal.map_err(|source| SeatError::Journal { bytes, source })?);
+    let failures: Arc<Failures> = Arc::default();
+    let journal: Arc<dyn Storage> = Arc::new(Noted::new(journal, StoragePart::Journal, failures.clone()));
+    let volumes = open_volumes(launch, fds, &failures)?;
     let nics = open_nics(launch, fds)?;
     let refused = nics.iter().map(|nic| nic.refused.clone()).collect();
     let console = File::from(fds.take(launch.files.console, "the console")?);
@@ -266,6 +271,7 @@ pub fn prepare(
         claim_waits: hand_over::waits(launch.timing.switch_ms),
         route: Arc::default(),
         volumes,
+        failures,
         settler: None,
         journal,
         emptied: None,
@@ -336,16 +342,21 @@ fn core_config(launch: &Launch, header: StoredHeader) -> Config {
     }
 }
 
-fn open_volumes(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Arc<SeatVolume>>, SeatError> {
+fn open_volumes(
+    launch: &Launch,
+    fds: &mut LaunchFds,
+    failures: &Arc<Failures>,
+) -> Result<Vec<Arc<SeatVolume>>, SeatError> {
     let mut volumes = Vec::new();
-    for disk in &launch.disks {
+    for (index, disk) in launch.disks.iter().enumerate() {
         let file: File = fds.take(disk.file, &disk.path)?.into();
         let storage = FileStorage::new(file, None).map_err(|source| SeatError::Disk {
             name: disk.name.clone(),
             path: disk.path.clone(),
             source,
         })?;
-        volumes.push(Arc::new(SeatVolume::new(Arc::new(storage))));
+        let noted = Noted::new(Arc::new(storage), StoragePart::Disk(index), failures.clone());
+        volumes.push(Arc::new(SeatVolume::new(Arc::new(noted))));
     }
     Ok(volumes)
 }

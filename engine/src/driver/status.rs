@@ -10,7 +10,10 @@ use serde_json::{Map, Value, json};
 use super::storage::HANGS_AFTER;
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
-use crate::control::{AcceptedLoss, Digest, Event, FailingDisk, PeerStatus, Role, StandbyStatus, Status};
+use crate::control::{
+    AcceptedLoss, Digest, Event, FailingDisk, FailingStorage, PeerStatus, Role, StandbyStatus, Status, StorageKind,
+    StoragePart,
+};
 use crate::devices::event::DeviceEvent;
 use crate::devices::set::DeviceCounts;
 use crate::pause::clock::{PauseClock, SlowestPauses};
@@ -149,11 +152,13 @@ impl FailingDisks {
     fn told(&self) -> Vec<FailingDisk> {
         let told = |(disk, why): (&usize, &String)| FailingDisk {
             disk: *disk,
+            kind: StorageKind::Failed,
             why: why.clone(),
         };
         let hanging = self.hanging.filter(|disk| !self.failed.contains_key(disk));
         let hanging = hanging.map(|disk| FailingDisk {
             disk,
+            kind: StorageKind::Hangs,
             why: hanging_text(),
         });
         self.failed.iter().map(told).chain(hanging).collect()
@@ -167,7 +172,7 @@ impl FailingDisks {
     /// The first of them, in words.
     pub fn first(&self) -> Option<String> {
         let told = self.told().into_iter().next();
-        told.map(|FailingDisk { disk, why }| format!("disk {disk} fails ({why})"))
+        told.map(|FailingDisk { disk, why, .. }| format!("disk {disk} fails ({why})"))
     }
 }
 
@@ -288,6 +293,30 @@ impl Driver {
         }
     }
 
+    /// Disks that fail the guest, and how.
+    fn disks_that_fail(&self) -> Vec<FailingDisk> {
+        let mut told = self.failing_disks.told();
+        for failing in told.iter_mut().filter(|failing| failing.kind == StorageKind::Failed) {
+            let kind = self.seat.failures.kind(StoragePart::Disk(failing.disk));
+            failing.kind = kind.unwrap_or_default();
+        }
+        told
+    }
+
+    /// What has failed of this seat's storage, or hangs, whoever used it: for whoever reads how this engine ended.
+    pub(super) fn failing_storage(&self) -> Vec<FailingStorage> {
+        let mut told = self.seat.failures.told();
+        let part = self.failing_disks.hanging.map(StoragePart::Disk);
+        if let Some(part) = part.filter(|part| told.iter().all(|failed| failed.part != *part)) {
+            told.push(FailingStorage {
+                part,
+                kind: StorageKind::Hangs,
+                why: hanging_text(),
+            });
+        }
+        told
+    }
+
     /// The whole state, for the daemon.
     pub(super) fn status(&self) -> Status {
         let status = self.core.status();
@@ -332,7 +361,7 @@ impl Driver {
             arbiter_uid: status.uid,
             vouches: status.recreate.clone(),
             resync_percent: self.seat.resync_percent(),
-            failing_disks: self.failing_disks.told(),
+            failing_disks: self.disks_that_fail(),
             accepted_loss: status.accepted_loss.map(|loss| match loss {
                 CoreLoss::UnderWay => AcceptedLoss::UnderWay,
                 CoreLoss::Refused(refusal) => AcceptedLoss::Refused {
@@ -441,6 +470,7 @@ mod tests {
         };
         let disk = |disk, why: &str| FailingDisk {
             disk,
+            kind: StorageKind::Failed,
             why: why.to_owned(),
         };
         assert_eq!(fails(1, "writing"), [disk(1, "writing")]);
@@ -453,7 +483,12 @@ mod tests {
         failing.noticed(&DeviceEvent::DiskRecovered { disk: 0 });
         assert!(failing.told().is_empty());
         assert!(failing.hangs(Some(1)) && !failing.hangs(Some(1)), "told once");
-        assert_eq!(failing.told(), [disk(1, &hanging_text())]);
+        let kind = StorageKind::Hangs;
+        let hangs = FailingDisk {
+            kind,
+            ..disk(1, &hanging_text())
+        };
+        assert_eq!(failing.told(), [hangs]);
         assert!(failing.hangs(None));
         assert_eq!(failing.first(), None);
     }

@@ -7,6 +7,7 @@ use ftvm_protocol::core::{Event, RoleName, Seal, Status as CoreStatus, StorageHe
 
 use super::seat::{Work, flush_all};
 use super::{Driver, Input};
+use crate::control::StoragePart;
 use crate::devices::event::DeviceEvent;
 
 /// A request that is under way for longer hangs: so long Linux waits for a SCSI disk before it gives a command up.
@@ -53,8 +54,13 @@ impl Driver {
     pub(super) fn device_event(&mut self, event: &DeviceEvent) {
         self.failing_disks.noticed(event);
         self.warn(event.to_string());
-        if matches!(event, DeviceEvent::DiskError { .. }) {
-            self.step(Event::Storage(StorageHealth::Failed));
+        match event {
+            DeviceEvent::DiskError { .. } => self.step(Event::Storage(StorageHealth::Failed)),
+            DeviceEvent::DiskRecovered { disk } => self.seat.failures.forget(StoragePart::Disk(*disk)),
+            DeviceEvent::Reset
+            | DeviceEvent::PowerOff
+            | DeviceEvent::NetError { .. }
+            | DeviceEvent::NeedsReset { .. } => {}
         }
     }
 

@@ -23,6 +23,7 @@ pub mod epoch;
 pub mod journal;
 pub mod link;
 pub mod memory;
+pub mod noted;
 pub mod pages;
 pub mod resync;
 pub mod standby_disks;
