@@ -1,6 +1,7 @@
 //! What daemon and operator tell each other through annotations of a seat's pod.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Term};
@@ -92,9 +93,9 @@ pub struct SeatPublished {
     pub vouches: Option<Record>,
     /// Progress of preparing disks or of a resync, 0 to 100.
     pub resync_percent: Option<u8>,
-    /// Which disks of the seat failed what the guest asked for, and why, as long as they have not worked since.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub storage: Option<String>,
+    /// What of the seat's storage does not work: under the guest, until it works again; what ended an engine (code 21), until a later one has served for long.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub storage: Vec<StorageTrouble>,
     /// Engines in a row that ended because of the seat's storage (code 21), none of which was a standby or had the guest for long.
     #[serde(skip_serializing_if = "crate::status::is_zero")]
     pub storage_failures: u32,
@@ -122,6 +123,57 @@ pub struct SeatPublished {
     pub interval_ms: Option<u32>,
     /// Average time in milliseconds that output waited for the standby, as of this writing; no reason to write soon.
     pub lag_ms: Option<u32>,
+}
+
+/// Something of a seat's storage does not work.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StorageTrouble {
+    /// Which part.
+    pub part: StoragePart,
+    /// How.
+    pub kind: StorageKind,
+    /// Since when, in milliseconds since 1970 by its node's clock.
+    pub since_unix_ms: u64,
+    /// What failed, with the operating system's error.
+    pub why: String,
+}
+
+/// A part of a seat's storage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StoragePart {
+    /// A disk of the guest, by its name.
+    Disk(String),
+    /// The journal of a seat that follows.
+    Journal,
+    /// The seat's header.
+    Header,
+    /// One of these: `why` says which, if that is known.
+    Unknown,
+}
+
+impl fmt::Display for StoragePart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disk(name) => write!(f, "disk {name}"),
+            Self::Journal => f.write_str("the journal"),
+            Self::Header => f.write_str("the header"),
+            Self::Unknown => f.write_str("its storage"),
+        }
+    }
+}
+
+/// How storage does not work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StorageKind {
+    /// An I/O error.
+    Failed,
+    /// No room, or no quota, is left.
+    Full,
+    /// A request has been under way for too long, and may be done yet.
+    Hangs,
 }
 
 /// A seat became active.
@@ -325,6 +377,35 @@ mod tests {
     }
 
     #[test]
+    fn storage_is_written_as_documented() {
+        let trouble = |part, kind| StorageTrouble {
+            part,
+            kind,
+            since_unix_ms: 7,
+            why: "no".to_owned(),
+        };
+        let published = SeatPublished {
+            storage: vec![
+                trouble(StoragePart::Disk("root".to_owned()), StorageKind::Full),
+                trouble(StoragePart::Journal, StorageKind::Hangs),
+            ],
+            storage_failures: 2,
+            ..SeatPublished::default()
+        };
+        let text = serde_json::to_string(&published).unwrap();
+        let root = r#"{"part":{"disk":"root"},"kind":"full","sinceUnixMs":7,"why":"no"}"#;
+        let journal = r#"{"part":"journal","kind":"hangs","sinceUnixMs":7,"why":"no"}"#;
+        let fields = format!(r#""storage":[{root},{journal}],"storageFailures":2"#);
+        assert!(text.contains(&fields), "{text}");
+        assert_eq!(
+            SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, &text)),
+            Ok(published)
+        );
+        let well = serde_json::to_string(&SeatPublished::default()).unwrap();
+        assert!(!well.contains("storage"), "{well}");
+    }
+
+    #[test]
     fn a_look_is_bounded() {
         let short = annotated(ANNOTATION_LOOK, "0123456789abcdef");
         assert_eq!(look(&short).map(String::as_str), Some("0123456789abcdef"));
@@ -352,6 +433,8 @@ mod tests {
             r#"{"role":"king"}"#,
             r#"{"incarnation":"x"}"#,
             r#"{"code":256}"#,
+            r#"{"storage":"root"}"#,
+            r#"{"storage":[{"part":"roof"}]}"#,
         ] {
             let error = SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, text)).unwrap_err();
             assert!(matches!(error, AnnotationError::Malformed { .. }), "{text}");

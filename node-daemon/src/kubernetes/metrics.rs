@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
-use ftvm_engine::control::Role;
+use ftvm_engine::control::{FailingDisk, Role, StorageKind};
 use ftvm_engine::seat_io::Reason;
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -24,7 +24,7 @@ use super::health::Health;
 use super::kvm_test::Tested;
 use super::node::Node;
 use crate::arbiter::Leases;
-use crate::config::NicConfig;
+use crate::config::{DiskConfig, NicConfig};
 use crate::seat_socket::role_name;
 
 /// An engine answers a status within this time.
@@ -167,6 +167,7 @@ fn gather(sources: &Sources) -> Result<String, prometheus::Error> {
         &["namespace", "vm", "seat", "name"],
     )?;
     let refused = refused_frames(&registry)?;
+    let (disks, failures) = storage(&registry)?;
     let seats = sources.node.seats();
     gauge("ftvm_seats", "Seats of this node")?.set(i64::try_from(seats.len()).unwrap_or(i64::MAX));
     for node_seat in seats {
@@ -178,6 +179,7 @@ fn gather(sources: &Sources) -> Result<String, prometheus::Error> {
             .set(i64::from(node_seat.pod.progress().connected));
         let name = status.engine.as_ref().map_or("none", |engine| role_name(engine.role));
         role.with_label_values(&[labels[0], labels[1], labels[2], name]).set(1);
+        failures.with_label_values(&labels).set(status.storage_failures.into());
         let Some(engine) = &status.engine else { continue };
         protected
             .with_label_values(&labels)
@@ -187,6 +189,7 @@ fn gather(sources: &Sources) -> Result<String, prometheus::Error> {
         reachable
             .with_label_values(&labels)
             .set(i64::from(engine.arbiter_reachable));
+        tell_disks(&disks, labels, &known.config.disks, &engine.failing_disks);
         tell_refused(&refused, labels, &known.config.nics, engine.counters.get("nic_refused"));
         for (name, value) in &engine.counters {
             if let Some(value) = value.as_i64() {
@@ -232,6 +235,43 @@ fn tell_refused(refused: &IntCounterVec, seat: [&str; 3], nics: &[NicConfig], to
             let count = told[&nic.name][reason].as_u64().unwrap_or(0);
             let labels = [seat[0], seat[1], seat[2], &nic.name, reason];
             refused.with_label_values(&labels).inc_by(count);
+        }
+    }
+}
+
+/// States of disks, and how often storage ended an engine.
+fn storage(registry: &Registry) -> Result<(IntGaugeVec, IntGaugeVec), prometheus::Error> {
+    let disks = Opts::new(
+        "ftvm_seat_disk",
+        "1 for the state of each of the seat's disks under its engine: works, failed, full, hangs",
+    );
+    let disks = IntGaugeVec::new(disks, &["namespace", "vm", "seat", "disk", "state"])?;
+    let failures = Opts::new(
+        "ftvm_seat_storage_failures",
+        "Engines in a row that ended because of the seat's storage, none of which served for long",
+    );
+    let failures = IntGaugeVec::new(failures, &["namespace", "vm", "seat"])?;
+    for gauges in [&disks, &failures] {
+        registry.register(Box::new(gauges.clone()))?;
+    }
+    Ok((disks, failures))
+}
+
+/// Of the disks that the seat has, whatever its engine names.
+fn tell_disks(states: &IntGaugeVec, seat: [&str; 3], disks: &[DiskConfig], failing: &[FailingDisk]) {
+    let kinds = [StorageKind::Failed, StorageKind::Full, StorageKind::Hangs];
+    for (index, disk) in disks.iter().enumerate() {
+        let found = failing.iter().find(|failing| failing.disk == index);
+        let now = found.map(|failing| failing.kind);
+        for kind in kinds.map(Some).into_iter().chain([None]) {
+            let state = match kind {
+                None => "works",
+                Some(StorageKind::Failed) => "failed",
+                Some(StorageKind::Full) => "full",
+                Some(StorageKind::Hangs) => "hangs",
+            };
+            let labels = [seat[0], seat[1], seat[2], &disk.name, state];
+            states.with_label_values(&labels).set((kind == now).into());
         }
     }
 }

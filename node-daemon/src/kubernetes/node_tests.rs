@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use ftvm_crds::seat::SeatPublished;
+use ftvm_crds::seat::{SeatPublished, StorageKind, StoragePart};
 use ftvm_protocol::core::GuestReport;
 use kube::Resource;
 use serde_json::json;
@@ -501,16 +501,28 @@ fn a_failing_disk_is_published_by_its_name() {
     let (node, rig) = (node(&folder), Rig::new());
     let seat = add_running(&node, &rig);
     let storage = || seat.publisher.due(&seat).unwrap().1.storage;
-    assert_eq!(storage(), None);
+    assert!(storage().is_empty());
+    let why = "writing 512 bytes at 0: I/O error";
     rig.say(|status| {
         status.failing_disks = vec![ftvm_engine::control::FailingDisk {
             disk: 0,
-            why: "writing 512 bytes at 0: I/O error".to_owned(),
+            kind: ftvm_engine::control::StorageKind::Full,
+            why: why.to_owned(),
         }];
     });
-    assert_eq!(storage().unwrap(), "disk root: writing 512 bytes at 0: I/O error");
+    let told = storage().remove(0);
+    assert_eq!(
+        (told.part, told.kind),
+        (StoragePart::Disk("root".to_owned()), StorageKind::Full)
+    );
+    assert_eq!(told.why, why);
+    assert_eq!(
+        storage()[0].since_unix_ms,
+        told.since_unix_ms,
+        "also where it could not be written"
+    );
     rig.say(|status| status.failing_disks.clear());
-    assert_eq!(storage(), None);
+    assert!(storage().is_empty());
 }
 
 /// The pod of [`POD`] as the API server has it.
