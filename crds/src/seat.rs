@@ -133,6 +133,9 @@ pub struct StorageTrouble {
     pub part: StoragePart,
     /// How.
     pub kind: StorageKind,
+    /// It was the guest that used it: the seat was the active one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub under_guest: bool,
     /// Since when, in milliseconds since 1970 by its node's clock.
     pub since_unix_ms: u64,
     /// What failed, with the operating system's error.
@@ -381,6 +384,7 @@ mod tests {
         let trouble = |part, kind| StorageTrouble {
             part,
             kind,
+            under_guest: kind == StorageKind::Full,
             since_unix_ms: 7,
             why: "no".to_owned(),
         };
@@ -393,7 +397,7 @@ mod tests {
             ..SeatPublished::default()
         };
         let text = serde_json::to_string(&published).unwrap();
-        let root = r#"{"part":{"disk":"root"},"kind":"full","sinceUnixMs":7,"why":"no"}"#;
+        let root = r#"{"part":{"disk":"root"},"kind":"full","underGuest":true,"sinceUnixMs":7,"why":"no"}"#;
         let journal = r#"{"part":"journal","kind":"hangs","sinceUnixMs":7,"why":"no"}"#;
         let fields = format!(r#""storage":[{root},{journal}],"storageFailures":2"#);
         assert!(text.contains(&fields), "{text}");

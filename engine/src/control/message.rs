@@ -613,6 +613,9 @@ pub struct FailingStorage {
     pub part: StoragePart,
     /// How.
     pub kind: StorageKind,
+    /// It was the guest that used it: the seat was the active one.
+    #[serde(default)]
+    pub under_guest: bool,
     /// What failed first, with the operating system's error.
     pub why: String,
 }

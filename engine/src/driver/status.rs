@@ -306,13 +306,17 @@ impl Driver {
     /// What has failed of this seat's storage, or hangs, whoever used it: for whoever reads how this engine ended.
     pub(super) fn failing_storage(&self) -> Vec<FailingStorage> {
         let mut told = self.seat.failures.told();
-        let part = self.failing_disks.hanging.map(StoragePart::Disk);
-        if let Some(part) = part.filter(|part| told.iter().all(|failed| failed.part != *part)) {
-            told.push(FailingStorage {
-                part,
-                kind: StorageKind::Hangs,
-                why: hanging_text(),
-            });
+        for failing in self.disks_that_fail() {
+            let part = StoragePart::Disk(failing.disk);
+            match told.iter_mut().find(|failed| failed.part == part) {
+                Some(failed) => failed.under_guest = true,
+                None => told.push(FailingStorage {
+                    part,
+                    kind: failing.kind,
+                    under_guest: true,
+                    why: failing.why,
+                }),
+            }
         }
         told
     }

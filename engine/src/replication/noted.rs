@@ -45,6 +45,7 @@ impl Failures {
         let told = failed.iter().map(|(part, (kind, why))| FailingStorage {
             part: *part,
             kind: *kind,
+            under_guest: false,
             why: why.clone(),
         });
         told.collect()

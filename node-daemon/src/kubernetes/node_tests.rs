@@ -515,7 +515,7 @@ fn a_failing_disk_is_published_by_its_name() {
         (told.part, told.kind),
         (StoragePart::Disk("root".to_owned()), StorageKind::Full)
     );
-    assert_eq!(told.why, why);
+    assert!(told.why == why && told.under_guest, "{told:?}");
     assert_eq!(
         storage()[0].since_unix_ms,
         told.since_unix_ms,

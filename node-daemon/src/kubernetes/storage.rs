@@ -16,13 +16,16 @@ pub(super) fn troubles(
     disks: &[DiskConfig],
     unix_ms: u64,
 ) -> Vec<StorageTrouble> {
-    let trouble = |part: StoragePart, kind, why: &str| {
+    let trouble = |part: StoragePart, kind: StorageKind, under_guest: bool, why: &str| {
         let known = before.iter().find(|known| known.part == part);
+        // What failed first is news once: where it fails each time differs.
+        let same = known.filter(|known| known.kind == kind);
         StorageTrouble {
+            under_guest: under_guest || known.is_some_and(|known| known.under_guest),
             since_unix_ms: known.map_or(unix_ms, |known| known.since_unix_ms),
+            why: same.map_or(why, |same| same.why.as_str()).to_owned(),
             part,
             kind,
-            why: why.to_owned(),
         }
     };
     let disk = |disk: usize| StoragePart::Disk(disks.get(disk).map_or("?", |disk| disk.name.as_str()).to_owned());
@@ -38,17 +41,17 @@ pub(super) fn troubles(
                 control::StoragePart::Journal => StoragePart::Journal,
                 control::StoragePart::Header => StoragePart::Header,
             };
-            put(&mut told, trouble(part, kind(failing.kind), &failing.why));
+            let trouble = trouble(part, kind(failing.kind), failing.under_guest, &failing.why);
+            put(&mut told, trouble);
         }
         if exit.storage.is_empty() {
-            put(
-                &mut told,
-                trouble(StoragePart::Unknown, StorageKind::Failed, &exit.message),
-            );
+            let trouble = trouble(StoragePart::Unknown, StorageKind::Failed, false, &exit.message);
+            put(&mut told, trouble);
         }
     }
     for failing in status.engine.iter().flat_map(|engine| &engine.failing_disks) {
-        put(&mut told, trouble(disk(failing.disk), kind(failing.kind), &failing.why));
+        let trouble = trouble(disk(failing.disk), kind(failing.kind), true, &failing.why);
+        put(&mut told, trouble);
     }
     let most = WHY_CHARS_MAX / told.len().max(1);
     for trouble in &mut told {
@@ -155,6 +158,7 @@ mod tests {
         let failed = |part, kind| FailingStorage {
             part,
             kind,
+            under_guest: false,
             why: "no".to_owned(),
         };
         let (journal, header) = ("the journal".to_owned(), "the header".to_owned());
@@ -189,11 +193,13 @@ mod tests {
         let long = |index| FailingStorage {
             part: control::StoragePart::Disk(index),
             kind: control::StorageKind::Failed,
+            under_guest: index == 0,
             why: "é".repeat(2 * WHY_CHARS_MAX),
         };
         ended(&mut status, vec![long(0), long(99)]);
         let told = troubles(&[], &status, &disks, 1);
         assert_eq!(told[1].part, StoragePart::Disk("?".to_owned()));
         assert!(told.iter().all(|told| told.why.chars().count() == WHY_CHARS_MAX / 2));
+        assert!(told[0].under_guest && !told[1].under_guest);
     }
 }

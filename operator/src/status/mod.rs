@@ -473,4 +473,6 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
 }
 
 #[cfg(test)]
+mod storage_tests;
+#[cfg(test)]
 mod tests;
