@@ -250,8 +250,11 @@ fn each_disk_that_the_seat_has_is_in_one_state() {
         (Some(StorageKind::Hangs), "hangs"),
     ] {
         let failing = |kind| {
-            let why = || "no".to_owned();
-            [0, 7].map(|disk| FailingDisk { disk, kind, why: why() })
+            [0, 7].map(|disk| FailingDisk {
+                disk,
+                kind,
+                why: "no".to_owned(),
+            })
         };
         rig.say(|status| status.failing_disks = kind.into_iter().flat_map(failing).collect());
         let text = endpoint.metrics();

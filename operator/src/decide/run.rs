@@ -185,7 +185,8 @@ fn lost_since(seen: &Observed, entry: &SeatEntry, trouble: Option<&Trouble>) -> 
     let since = entry.lost_since.as_ref().map_or(now, |since| since.0);
     let started = pod(seen, entry).and_then(|pod| pod.first_start);
     // By the node's clock: one that is ahead says nothing.
-    let started = started.filter(|started| *started <= now && trouble == Some(&Trouble::NoEngine));
+    let of_engine = matches!(trouble, Some(Trouble::NoEngine | Trouble::Storage));
+    let started = started.filter(|started| *started <= now && of_engine);
     started.map_or(since, |started| since.max(started))
 }
 
