@@ -47,6 +47,8 @@ struct State {
     last_exit: Option<SeatExit>,
     /// What did not work of its storage at the last look.
     storage: Vec<StorageTrouble>,
+    /// How often storage ended engines before, by what an earlier daemon published, until the seat knows.
+    storage_failures: u32,
     failures: u32,
     next: Option<Instant>,
     pace: Pace,
@@ -67,6 +69,7 @@ impl Publisher {
             last_takeover: None,
             last_exit: None,
             storage: Vec::new(),
+            storage_failures: 0,
             failures: 0,
             next: None,
             pace: Pace::default(),
@@ -112,6 +115,7 @@ impl Publisher {
                 if state.storage.is_empty() {
                     state.storage.clone_from(&found.storage);
                 }
+                state.storage_failures = found.storage_failures;
                 state.written = Some(found);
                 None
             }
@@ -121,6 +125,8 @@ impl Publisher {
 
     /// The patch that is due, and what it publishes.
     pub fn due(&self, seat: &NodeSeat) -> Option<(Value, SeatPublished)> {
+        let earlier = std::mem::take(&mut self.lock().storage_failures);
+        seat.pod.seat.had_storage_failures(earlier);
         let status = seat.pod.seat.status(STATUS_PATIENCE);
         let mut state = self.lock();
         let told = seat.requests.told();

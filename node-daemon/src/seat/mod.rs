@@ -394,6 +394,12 @@ impl Seat {
         self.wake();
     }
 
+    /// So many engines in a row ended because of the seat's storage before this daemon began to count.
+    pub fn had_storage_failures(&self, failures: u32) {
+        let mut inner = self.inner();
+        inner.storage_failures = inner.storage_failures.saturating_add(failures);
+    }
+
     /// Something that a start needs has come: tries at once, unless the virtual machine is stopped.
     pub fn try_soon(&self) {
         self.inner().next_start = None;
