@@ -60,7 +60,10 @@ fn of_seat(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obs
         return told.then(|| obstacle(DISK_FAILED, format!("seat {seat}: {}", published.why)));
     };
     let (at, what) = (place(entry), words(&published.storage));
-    if published.role == Some(SeatRole::Active) {
+    let holder = decide::record(seen).and_then(|record| holder(book, &record.snapshot.record));
+    // What it said last may be old: one whose disk hangs can't end, and says nothing new.
+    let leads = holder.is_none_or(|holder| holder.name == *seat);
+    if leads && published.role == Some(SeatRole::Active) {
         let then = of_active(seen, entry, published);
         return Some(obstacle(reason(first.kind), format!("{at}: {what}; {then}")));
     }

@@ -102,6 +102,10 @@ fn a_guest_that_went_to_the_other_seat_because_of_its_disk_is_told() {
     assert!(reasons(&went).contains(&"SwitchedForDisk".to_owned()));
     assert!(!reasons(&went).contains(&"SwitchedOver".to_owned()), "told once");
     assert!(!reasons(&followed).contains(&"SwitchedForDisk".to_owned()));
+    // Its engine can't end while the disk hangs, and its daemon repeats what it was.
+    let published = pod(&mut world, &former).published.as_mut().unwrap();
+    (published.role, published.code) = (Some(SeatRole::Active), 0);
+    expect(&said(&mut world, STORAGE_HEALTHY), "SwitchedOver", &there);
 }
 
 /// Its engine joins, ends and is begun again: what is told of it stays the same, so it is told once.
