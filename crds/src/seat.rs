@@ -7,7 +7,8 @@ use std::time::Duration;
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Term};
 use ftvm_protocol::record::Record;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::names::{ANNOTATION_LOOK, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS};
 
@@ -94,8 +95,9 @@ pub struct SeatPublished {
     /// Progress of preparing disks or of a resync, 0 to 100.
     pub resync_percent: Option<u8>,
     /// What of the seat's storage does not work: under the guest, until it works again; what ended an engine (code 21), until a later one has served for long.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub storage: Vec<StorageTrouble>,
+    /// Not `storage`, which was a text in earlier releases: theirs would not read another shape, nor anything else of this seat then.
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "known_troubles")]
+    pub storage_troubles: Vec<StorageTrouble>,
     /// Engines in a row that ended because of the seat's storage (code 21), none of which was a standby or had the guest for long.
     #[serde(skip_serializing_if = "crate::status::is_zero")]
     pub storage_failures: u32,
@@ -260,6 +262,13 @@ pub enum Order {
     },
 }
 
+/// What a later release says otherwise is left out: whatever else the seat says counts.
+fn known_troubles<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<StorageTrouble>, D::Error> {
+    let told = Value::deserialize(from)?;
+    let told = told.as_array().into_iter().flatten();
+    Ok(told.filter_map(|told| StorageTrouble::deserialize(told).ok()).collect())
+}
+
 impl SeatPublished {
     /// What a pod's annotations say.
     ///
@@ -389,7 +398,7 @@ mod tests {
             why: "no".to_owned(),
         };
         let published = SeatPublished {
-            storage: vec![
+            storage_troubles: vec![
                 trouble(StoragePart::Disk("root".to_owned()), StorageKind::Full),
                 trouble(StoragePart::Journal, StorageKind::Hangs),
             ],
@@ -399,7 +408,7 @@ mod tests {
         let text = serde_json::to_string(&published).unwrap();
         let root = r#"{"part":{"disk":"root"},"kind":"full","underGuest":true,"sinceUnixMs":7,"why":"no"}"#;
         let journal = r#"{"part":"journal","kind":"hangs","sinceUnixMs":7,"why":"no"}"#;
-        let fields = format!(r#""storage":[{root},{journal}],"storageFailures":2"#);
+        let fields = format!(r#""storageTroubles":[{root},{journal}],"storageFailures":2"#);
         assert!(text.contains(&fields), "{text}");
         assert_eq!(
             SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, &text)),
@@ -407,6 +416,33 @@ mod tests {
         );
         let well = serde_json::to_string(&SeatPublished::default()).unwrap();
         assert!(!well.contains("storage"), "{well}");
+    }
+
+    /// Operator and daemons are never replaced at once.
+    #[test]
+    fn storage_of_another_release_costs_no_other_word() {
+        let known = r#"{"part":"header","kind":"failed","sinceUnixMs":7,"why":"no"}"#;
+        for (text, troubles) in [
+            (r#""storage":"disk root: writing: I/O error""#.to_owned(), 0),
+            (r#""storageTroubles":"disk root: writing: I/O error""#.to_owned(), 0),
+            (format!(r#""storageTroubles":[{{"part":"roof"}},{known},7]"#), 1),
+        ] {
+            let text = format!(r#"{{"role":"active","protected":true,"term":9,{text},"look":"x"}}"#);
+            let published = SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, &text)).unwrap();
+            assert_eq!((published.role, published.term), (Some(SeatRole::Active), 9));
+            assert!(published.protected && published.look.is_some(), "{text}");
+            assert_eq!(published.storage_troubles.len(), troubles, "{text}");
+        }
+        // An earlier one reads a text there, or nothing.
+        let published = SeatPublished {
+            storage_troubles: vec![serde_json::from_str(known).unwrap()],
+            ..SeatPublished::default()
+        };
+        let told = serde_json::to_value(&published).unwrap();
+        assert!(
+            told.get("storageTroubles").is_some() && told.get("storage").is_none(),
+            "{told}"
+        );
     }
 
     #[test]
@@ -437,8 +473,7 @@ mod tests {
             r#"{"role":"king"}"#,
             r#"{"incarnation":"x"}"#,
             r#"{"code":256}"#,
-            r#"{"storage":"root"}"#,
-            r#"{"storage":[{"part":"roof"}]}"#,
+            r#"{"storageFailures":-1}"#,
         ] {
             let error = SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, text)).unwrap_err();
             assert!(matches!(error, AnnotationError::Malformed { .. }), "{text}");

@@ -500,7 +500,7 @@ fn a_failing_disk_is_published_by_its_name() {
     let folder = Folder::new("node");
     let (node, rig) = (node(&folder), Rig::new());
     let seat = add_running(&node, &rig);
-    let storage = || seat.publisher.due(&seat).unwrap().1.storage;
+    let storage = || seat.publisher.due(&seat).unwrap().1.storage_troubles;
     assert!(storage().is_empty());
     let why = "writing 512 bytes at 0: I/O error";
     rig.say(|status| {
@@ -532,7 +532,7 @@ fn what_an_earlier_daemon_said_of_storage_is_gone_on_with() {
     let (node, rig) = (node(&folder), Rig::new());
     let seat = add_running(&node, &rig);
     let before = SeatPublished {
-        storage: vec![StorageTrouble {
+        storage_troubles: vec![StorageTrouble {
             part: StoragePart::Journal,
             kind: StorageKind::Failed,
             under_guest: false,
@@ -546,8 +546,8 @@ fn what_an_earlier_daemon_said_of_storage_is_gone_on_with() {
     for _ in 0..2 {
         let published = publisher.due(&seat).unwrap().1;
         assert_eq!(
-            (published.storage, published.storage_failures),
-            (before.storage.clone(), 2)
+            (published.storage_troubles, published.storage_failures),
+            (before.storage_troubles.clone(), 2)
         );
     }
     // A third one.

@@ -113,7 +113,7 @@ impl Publisher {
                 state.last_takeover = state.last_takeover.take().or_else(|| found.last_takeover.clone());
                 state.last_exit = state.last_exit.take().or_else(|| found.last_exit.clone());
                 if state.storage.is_empty() {
-                    state.storage.clone_from(&found.storage);
+                    state.storage.clone_from(&found.storage_troubles);
                 }
                 state.storage_failures = found.storage_failures;
                 state.written = Some(found);
@@ -225,7 +225,7 @@ impl Publisher {
             why: clip(&status.why),
             code: status.code,
             resync_percent: preparing.map(DiskProgress::percent),
-            storage: state.storage.clone(),
+            storage_troubles: state.storage.clone(),
             storage_failures: status.storage_failures,
             last_takeover: state.last_takeover.clone(),
             last_exit: state.last_exit.clone(),

@@ -55,11 +55,11 @@ fn of_seat(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obs
         return Some(found);
     }
     let seat = &entry.name;
-    let Some(first) = published.storage.first() else {
+    let Some(first) = published.storage_troubles.first() else {
         let told = STORAGE_CODES.contains(&published.code);
         return told.then(|| obstacle(DISK_FAILED, format!("seat {seat}: {}", published.why)));
     };
-    let (at, what) = (place(entry), words(&published.storage));
+    let (at, what) = (place(entry), words(&published.storage_troubles));
     let holder = decide::record(seen).and_then(|record| holder(book, &record.snapshot.record));
     // What it said last may be old: one whose disk hangs can't end, and says nothing new.
     let leads = holder.is_none_or(|holder| holder.name == *seat);
@@ -68,7 +68,7 @@ fn of_seat(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obs
         return Some(obstacle(reason(first.kind), format!("{at}: {what}; {then}")));
     }
     let anew = "it is begun anew by itself, and copied. Look at its disks: where they fail again, a seat that the record does not name is replaced";
-    let had_guest = published.storage.iter().any(|trouble| trouble.under_guest);
+    let had_guest = published.storage_troubles.iter().any(|trouble| trouble.under_guest);
     let other = book
         .iter()
         .find(|other| other.name != *seat && says_active(seen, other));
@@ -88,7 +88,10 @@ fn of_seat(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obs
 pub(super) fn fails_again(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obstacle> {
     let record = &decide::record(seen)?.snapshot.record;
     let pod = pod(seen, entry).filter(|pod| !is_named(entry, record) && fails_at_every_join(pod))?;
-    let storage = pod.published.as_ref().map_or(&[][..], |published| &published.storage);
+    let storage = pod
+        .published
+        .as_ref()
+        .map_or(&[][..], |published| &published.storage_troubles);
     let what = match words(storage) {
         words if words.is_empty() => String::new(),
         words => format!("{words}; "),

@@ -43,7 +43,7 @@ fn a_disk_that_fails_under_the_guest_is_told_with_what_to_do() {
         (StorageKind::Full, "DiskFull", "is full"),
         (StorageKind::Hangs, "DiskHangs", "hangs"),
     ] {
-        pod(&mut world, &active).published.as_mut().unwrap().storage = vec![trouble(kind, true)];
+        pod(&mut world, &active).published.as_mut().unwrap().storage_troubles = vec![trouble(kind, true)];
         let condition = said(&mut world, STORAGE_HEALTHY);
         let what = format!("disk root {how} since 2027-01-15T08:00:00Z ({WHY})");
         expect(&condition, reason, &what);
@@ -71,7 +71,7 @@ fn a_guest_that_went_to_the_other_seat_because_of_its_disk_is_told() {
         pod(&mut world, &former).published = Ok(SeatPublished {
             code: 21,
             why: "this seat's storage failed".to_owned(),
-            storage: vec![trouble(StorageKind::Hangs, under_guest)],
+            storage_troubles: vec![trouble(StorageKind::Hangs, under_guest)],
             storage_failures: 1,
             ..SeatPublished::default()
         });
@@ -118,7 +118,7 @@ fn a_seat_whose_storage_fails_at_every_join_is_told_once() {
             role,
             peer_connected: role.is_some(),
             code: if role.is_some() { 0 } else { 21 },
-            storage: vec![trouble(StorageKind::Full, false)],
+            storage_troubles: vec![trouble(StorageKind::Full, false)],
             storage_failures: failures,
             ..SeatPublished::default()
         });
