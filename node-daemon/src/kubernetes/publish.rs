@@ -303,8 +303,9 @@ fn same(one: &SeatPublished, other: &SeatPublished) -> bool {
     worth(one) == worth(other)
 }
 
+/// Of whatever an engine says, so much that all of it can be read, and nothing that would change how a terminal shows it.
 pub(super) fn clip(text: &str) -> String {
-    text.chars().take(WHY_CHARS_MAX).collect()
+    text.chars().filter(|c| !c.is_control()).take(WHY_CHARS_MAX).collect()
 }
 
 /// An engine knows seats that can't be dialled by their ids alone, and people by their names.

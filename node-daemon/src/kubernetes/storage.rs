@@ -7,7 +7,7 @@ use crate::api::SeatStatus;
 use crate::config::DiskConfig;
 
 /// Longest reasons that are published, all of them together, in characters.
-const WHY_CHARS_MAX: usize = 500;
+const WHY_CHARS_MAX: usize = 400;
 
 /// What does not work. `before` is what was so at the last look: since when is kept as long as it stays so.
 pub(super) fn troubles(
@@ -33,6 +33,11 @@ pub(super) fn troubles(
     let silent = status.engine.is_none() && status.pid.is_some();
     let lasts = silent || status.storage_failures > 0;
     let mut told = if lasts { before.to_vec() } else { Vec::new() };
+    // Of what an earlier daemon said, what the seat has: a pod may say anything.
+    told.retain(|known| match &known.part {
+        StoragePart::Disk(name) => disks.iter().any(|disk| disk.name == *name),
+        StoragePart::Journal | StoragePart::Header | StoragePart::Unknown => true,
+    });
     let ended = |exit: &&control::ExitReport| status.storage_failures > 0 && exit.code == exit_code::STORAGE;
     if let Some(exit) = status.last_exit.as_ref().filter(ended) {
         for failing in &exit.storage {
@@ -55,7 +60,10 @@ pub(super) fn troubles(
     }
     let most = WHY_CHARS_MAX / told.len().max(1);
     for trouble in &mut told {
-        trouble.why = trouble.why.chars().take(most).collect();
+        let why = trouble.why.chars().filter(|c| !c.is_control());
+        trouble.why = why.take(most).collect();
+        // By a clock that was set back since, or whatever the pod said.
+        trouble.since_unix_ms = trouble.since_unix_ms.min(unix_ms);
     }
     told
 }
@@ -194,12 +202,33 @@ mod tests {
             part: control::StoragePart::Disk(index),
             kind: control::StorageKind::Failed,
             under_guest: index == 0,
-            why: "é".repeat(2 * WHY_CHARS_MAX),
+            why: "\u{1b}é".repeat(2 * WHY_CHARS_MAX),
         };
         ended(&mut status, vec![long(0), long(99)]);
         let told = troubles(&[], &status, &disks, 1);
         assert_eq!(told[1].part, StoragePart::Disk("?".to_owned()));
-        assert!(told.iter().all(|told| told.why.chars().count() == WHY_CHARS_MAX / 2));
+        assert!(told.iter().all(|told| told.why == "é".repeat(WHY_CHARS_MAX / 2)));
         assert!(told[0].under_guest && !told[1].under_guest);
+    }
+
+    /// Whatever somebody wrote on the pod before this daemon began.
+    #[test]
+    fn what_a_pod_says_of_disks_that_the_seat_lacks_is_not_gone_on_with() {
+        let (mut status, disks) = healthy();
+        ended(&mut status, Vec::new());
+        let said = |part| StorageTrouble {
+            part,
+            kind: StorageKind::Failed,
+            under_guest: false,
+            since_unix_ms: u64::MAX,
+            why: "no".to_owned(),
+        };
+        let strange = (0..100).map(|index| said(StoragePart::Disk(format!("strange-{index}"))));
+        let before: Vec<_> = strange
+            .chain([said(StoragePart::Disk(disks[0].name.clone()))])
+            .collect();
+        let told = parts(&troubles(&before, &status, &disks, 5));
+        let own = (format!("disk {}", disks[0].name), StorageKind::Failed, 5);
+        assert_eq!(told, [own, ("its storage".to_owned(), StorageKind::Failed, 5)]);
     }
 }

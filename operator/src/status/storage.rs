@@ -143,8 +143,10 @@ fn words(storage: &[StorageTrouble]) -> String {
         format!("{} {how} since {since} ({})", trouble.part, trouble.why)
     });
     let told: Vec<String> = told.collect();
-    // Whatever a pod says, there is room for what to do.
-    told.join(", ").chars().take(WORDS_CHARS_MAX).collect()
+    // Whatever a pod says, there is room for what to do, and a terminal shows it as it is.
+    let told = told.join(", ");
+    let told = told.chars().filter(|c| !c.is_control());
+    told.take(WORDS_CHARS_MAX).collect()
 }
 
 /// Storage classes of the VM's disks.
