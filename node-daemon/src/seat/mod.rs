@@ -593,9 +593,16 @@ impl Seat {
         tracing::info!(seat = inner.config.label(), "{}", describe(&event));
         if let Event::Role { role, .. } = event {
             inner.last_role = Some(role);
-            let serves = matches!(role, Role::Standby | Role::Active | Role::Frozen);
-            if let Some(engine) = inner.engine.as_mut().filter(|_| serves) {
-                engine.serves_since.get_or_insert_with(Instant::now);
+            // What it served before this counts; it is copied anew now.
+            inner.storage_failures = inner.storage_failures();
+            if let Some(engine) = &mut inner.engine {
+                match role {
+                    Role::Standby | Role::Active | Role::Frozen => {
+                        engine.serves_since.get_or_insert_with(Instant::now);
+                    }
+                    Role::Starting | Role::Joining => engine.serves_since = None,
+                    Role::Ended => {}
+                }
             }
         }
         inner.events.push_back(TimedEvent { unix_ms, event });

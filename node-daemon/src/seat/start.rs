@@ -472,6 +472,8 @@ mod tests {
             inner.engine.as_ref().unwrap().serves_since.is_some()
         };
         assert!(!becomes(Role::Starting) && !becomes(Role::Joining) && becomes(Role::Standby));
+        assert!(becomes(Role::Ended), "what it served counts at its end");
+        assert!(!becomes(Role::Joining), "it is copied anew");
     }
 
     /// The state folder is empty: another engine beside it, or the word that there is none, would be wrong.
