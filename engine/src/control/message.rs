@@ -713,3 +713,39 @@ pub struct ExitReport {
     #[serde(default)]
     pub storage: Vec<FailingStorage>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{from_str, from_value, to_value};
+
+    /// Engines outlive the daemon that began them.
+    #[test]
+    fn what_an_engine_of_an_earlier_release_tells_of_storage_is_read() {
+        let failing: FailingDisk = from_str(r#"{"disk":1,"why":"no"}"#).unwrap();
+        assert_eq!((failing.disk, failing.kind), (1, StorageKind::Failed));
+        let report = ExitReport {
+            vm: "demo".to_owned(),
+            seat: "a".to_owned(),
+            incarnation: Incarnation {
+                seat: SeatId(1),
+                start: 2,
+            },
+            code: 21,
+            role: Role::Ended,
+            term: 3,
+            message: "this seat's storage failed".to_owned(),
+            storage: vec![FailingStorage {
+                part: StoragePart::Disk(1),
+                kind: StorageKind::Full,
+                under_guest: true,
+                why: "no".to_owned(),
+            }],
+        };
+        let mut told = to_value(&report).unwrap();
+        assert_eq!(from_value::<ExitReport>(told.clone()).unwrap(), report);
+        told.as_object_mut().unwrap().remove("storage").unwrap();
+        let earlier: ExitReport = from_value(told).unwrap();
+        assert!(earlier.storage.is_empty() && earlier.code == report.code);
+    }
+}
