@@ -49,7 +49,7 @@ pub use loss::{ACCEPT_DATA_LOSS, Acceptance, WORD_WITHIN, accepted_loss, accepte
 pub use recreate::{all_go_by, recreation};
 pub use run::is_known;
 pub use spare::{is_old_copy, is_spare, was_newer};
-pub use trouble::{Trouble, fails_at_every_join, trouble};
+pub use trouble::{Trouble, fails_at_every_join, holder_fails, trouble};
 
 /// Seats of a VM.
 pub const SEATS: usize = 2;

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ftvm_cpu::CpuBaseline;
 use ftvm_crds::cpu::NodeCpu;
 use ftvm_crds::names::{FINALIZER, LABEL_CPU, claim_name};
-use ftvm_crds::seat::{DoneRequest, Order, SeatExit, SeatPublished, SeatRole};
+use ftvm_crds::seat::{DoneRequest, Order, SeatExit, SeatPublished, SeatRole, StorageTrouble};
 use ftvm_crds::{FaultTolerantVM, RunStrategy, SeatEntry, yaml};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Nonce, SeatId};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
@@ -103,6 +103,8 @@ pub struct World {
     pub storage_failures: BTreeMap<String, u32>,
     /// Joins that it failed in all.
     pub joins_failed: usize,
+    /// What whoever is active says of its disks.
+    pub guest_troubles: Vec<StorageTrouble>,
     /// What is on the volumes, by the UID of their claims.
     pub disks: BTreeMap<String, Disk>,
     /// What the leader drew at its first look, and when that was; none: it was there before the VM.
@@ -134,6 +136,7 @@ impl World {
             bad_storage: BTreeSet::new(),
             storage_failures: BTreeMap::new(),
             joins_failed: 0,
+            guest_troubles: Vec::new(),
             disks: BTreeMap::new(),
             first_look: None,
             acceptance: None,
@@ -655,6 +658,7 @@ impl World {
         if matches!(role, SeatRole::Standby | SeatRole::Active) {
             self.storage_failures.remove(&pod.uid);
         }
+        let troubles = self.guest_troubles.iter().filter(|_| role == SeatRole::Active);
         let published = SeatPublished {
             incarnation: Some(me),
             role: Some(role),
@@ -663,6 +667,7 @@ impl World {
             peer_connected: protected || role == SeatRole::Joining,
             arbiter_reachable: true,
             lease_uid: known,
+            storage_troubles: troubles.cloned().collect(),
             storage_failures: self.storage_failures.get(&pod.uid).copied().unwrap_or(0),
             done_request: self.executed.get(&pod.uid).cloned(),
             look: pod.look.clone(),

@@ -77,6 +77,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     }
     let runs = guest_runs(seen, record, &decision.book);
     let spare = is_spare(seen, record, &decision.book);
+    let holder_fails = trouble::holder_fails(seen, record, &decision.book);
     let (told, mut waits) = (are_told(seen, record, &decision.book), false);
     let mut wanted = None;
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
@@ -105,6 +106,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         // While no guest runs there is nothing to join.
         let idle = |trouble: &Trouble| matches!(trouble, Trouble::Storage | Trouble::NoEngine | Trouble::Slow);
         let trouble = trouble.filter(|trouble| runs || !idle(trouble));
+        let trouble = trouble.filter(|trouble| !holder_fails || *trouble != Trouble::Storage);
         // As long as no other node could have it nothing counts: what keeps it from joining later is another loss.
         let trouble = trouble.filter(|trouble| genesis || helps(seen, &book, entry, trouble));
         let patience = trouble

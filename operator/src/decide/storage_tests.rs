@@ -1,13 +1,13 @@
 //! A seat whose storage fails at every join is none that joins, whatever each engine copies before it ends.
 
 use ftvm_crds::names::claim_name;
-use ftvm_crds::seat::SeatRole;
+use ftvm_crds::seat::{SeatRole, StorageKind, StoragePart, StorageTrouble};
 use k8s_openapi::jiff::Timestamp;
 
 use super::rig::World;
 use super::stuck_tests::{seats, waits};
 use super::*;
-use crate::status::STORAGE_HEALTHY;
+use crate::status::{PROTECTED, STORAGE_HEALTHY};
 
 /// Protected until the active ejects the standby, whose storage has failed.
 fn ejected(nodes: usize) -> (World, SeatEntry, SeatEntry) {
@@ -169,6 +169,33 @@ fn while_no_other_node_could_have_it_the_seat_is_kept() {
     world.bad_storage.clear();
     assert!(world.settle(80) && world.is_protected(), "{:#?}", world.vm.status);
     assert!(world.entry(&standby.name).is_some());
+}
+
+/// What the other seat has may be all that can still be read.
+#[test]
+fn while_the_guests_own_disk_fails_the_other_seat_is_kept() {
+    let (mut world, _, standby) = ejected(4);
+    let fails = |kind| StorageTrouble {
+        part: StoragePart::Disk("root".to_owned()),
+        kind,
+        under_guest: true,
+        since_unix_ms: 7,
+        why: "no".to_owned(),
+    };
+    for kind in [StorageKind::Failed, StorageKind::Hangs] {
+        world.guest_troubles = vec![fails(kind)];
+        assert!(given_up(&mut world, 100).is_empty());
+        let kept = world.entry(&standby.name).unwrap();
+        assert!(kept.lost_since.is_none() && failures(&world, &standby.name) > 2);
+        let status = world.vm.status.clone().unwrap();
+        let told = &status.condition(PROTECTED).unwrap().message;
+        assert!(told.contains("may be all that is left"), "{told}");
+    }
+    // One that is full can be copied.
+    world.guest_troubles = vec![fails(StorageKind::Full)];
+    assert_eq!(given_up(&mut world, 40).len(), 1);
+    assert!(world.settle(80) && world.is_protected(), "{:#?}", world.vm.status);
+    assert!(world.entry(&standby.name).is_none());
 }
 
 /// Nobody has the guest: there is nothing to join, and what the seat has may be all that is left.

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use ftvm_crds::SeatEntry;
-use ftvm_crds::seat::{SeatPublished, SeatRole};
+use ftvm_crds::seat::{SeatPublished, SeatRole, StorageKind};
+use ftvm_protocol::record::Record;
 
-use super::{claim_trouble, pod};
+use super::{claim_trouble, holder, pod, published};
 use crate::observe::{Observed, PodPhase, PodSeen};
 
 /// After so many engines in a row that its storage ended a seat is none that joins, whatever the next one copies: the first may have had the guest, or met
@@ -80,6 +81,15 @@ pub fn fails_at_every_join(pod: &PodSeen) -> bool {
         published.storage_failures >= STORAGE_FAILURES && !whole
     };
     pod.published.as_ref().is_ok_and(fails)
+}
+
+/// Do disks of the record's holder fail, too? What another seat has may be all that can be read then. (One that is only full can be copied.)
+pub fn holder_fails(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    let told = holder(book, record).and_then(|holder| published(seen, holder));
+    told.is_some_and(|told| {
+        let mut troubles = told.storage_troubles.iter();
+        troubles.any(|trouble| trouble.kind != StorageKind::Full)
+    })
 }
 
 /// Does the seat make progress: disks prepared, or an engine that receives or holds a checkpoint? What says that it is active is

@@ -15,8 +15,8 @@ use super::obstacles::{Obstacle, obstacle};
 use super::{STORAGE_HEALTHY, Said, said};
 use crate::cpu;
 use crate::decide::{
-    self, ClaimTrouble, Want, claim_trouble, fails_at_every_join, holder, is_genesis, is_heard_of, is_named,
-    lease_is_strange, pod, published, says_active, want,
+    self, ClaimTrouble, Want, claim_trouble, fails_at_every_join, holder, holder_fails, is_genesis, is_heard_of,
+    is_named, lease_is_strange, pod, published, says_active, want,
 };
 use crate::observe::{Observed, PodPhase};
 
@@ -96,7 +96,9 @@ pub(super) fn fails_again(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry
         words if words.is_empty() => String::new(),
         words => format!("{words}; "),
     };
-    let then = if cpu::has_other_place(seen, book, entry) {
+    let then = if holder_fails(seen, record, book) {
+        "disks of the seat that has the guest fail, too, and what is on these may be all that is left, so the seat is kept: mend its volumes, or delete its pod and claims"
+    } else if cpu::has_other_place(seen, book, entry) {
         "it is replaced on another node, after spec.faultTolerance.replaceAfterSeconds and later each time"
     } else {
         "no other ready node could have it, so the seat is kept: mend or replace its volumes, or add a node with KVM"
