@@ -591,15 +591,12 @@ impl World {
             && record.holder.start == 1
             && leader.pod_uid.as_deref() == Some(&record.holder.seat.to_string())
         {
-            if self.pods[seat].published.as_ref().unwrap().role == Some(SeatRole::Joining) {
-                if self.fails_to_join(seat) {
-                    return;
-                }
+            if self.pods[seat].published.as_ref().unwrap().role != Some(SeatRole::Joining) {
+                self.publish(seat, SeatRole::Joining, me);
+            } else if !self.fails_to_join(seat) {
                 let holder = record.holder;
                 self.holds_guest(seat);
                 self.swap(|record| record.members = Members::pair(holder, me));
-            } else {
-                self.publish(seat, SeatRole::Joining, me);
             }
         }
     }
