@@ -250,6 +250,7 @@ impl Driver {
     /// A driver for a prepared seat.
     pub fn new(core: Core, mut seat: Seat, control: Handle, hub: LinkHub, queue: Queue) -> std::io::Result<Self> {
         let hold = hold::Hold::new(seat.when_unprotected);
+        let failing_disks = status::FailingDisks::new(seat.hangs_after);
         let header =
             header::HeaderWriter::start(seat.take_header_file()?, queue.clone(), seat.enter(seat::Work::Storage))?;
         Ok(Self {
@@ -280,7 +281,7 @@ impl Driver {
             pause_over: None,
             figures: status::Figures::default(),
             troubles: status::Troubles::default(),
-            failing_disks: status::FailingDisks::default(),
+            failing_disks,
             watch: storage::Watch::default(),
             flushing: None,
             told: status::Told::default(),

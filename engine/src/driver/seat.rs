@@ -16,7 +16,6 @@ use super::late::Route;
 use super::limits::EpochLimits;
 use super::nics::{Nic, duplicate_taps, host_sink, net_backends, open_nics};
 use super::status::hanging_text;
-use super::storage::HANGS_AFTER;
 use super::{Queue, hand_over, seat_watch};
 use crate::backends::DiskBackend;
 use crate::boot::BootSource;
@@ -169,6 +168,8 @@ pub struct Seat {
     pub when_unprotected: WhenUnprotected,
     /// How long a claim of the record waits for what the guest has under way.
     pub(super) claim_waits: Duration,
+    /// A request of a disk that is under way for longer hangs.
+    pub(super) hangs_after: Duration,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Route>>,
     volumes: Vec<Arc<SeatVolume>>,
@@ -264,6 +265,7 @@ pub fn prepare(
         pacer: pacer_config(limits, &launch.protection),
         when_unprotected: launch.protection.when_unprotected,
         claim_waits: hand_over::waits(launch.timing.switch_ms),
+        hangs_after: Duration::from_millis(launch.timing.disk_hang_ms.into()),
         route: Arc::default(),
         volumes,
         settler: None,
@@ -600,14 +602,14 @@ impl Seat {
     /// it had under way comes to its end first.
     pub fn disks_to_follow(&mut self, joins: bool) -> Result<OpenDisks, String> {
         let closed = self.closed_disks()?;
-        let in_use = self.machine.disks_in_use();
+        let (in_use, hangs_after) = (self.machine.disks_in_use(), self.hangs_after);
         let (settler, emptied) = (self.settler.take(), self.emptied.take());
         Ok(Box::new(move || -> Result<StandbyDisks, Failure> {
             // A write that is under way would land behind what the new leader sends.
-            if !in_use.end_within(HANGS_AFTER) {
+            if !in_use.end_within(hangs_after) {
                 // Its storage counts as failed from here on: settler and journal are given up, and this engine never follows again.
                 return Err(Failure {
-                    why: format!("a disk of this seat hangs: {}", hanging_text()),
+                    why: format!("a disk of this seat hangs: {}", hanging_text(hangs_after)),
                     code: Some(exit_code::STORAGE),
                 });
             }

@@ -7,7 +7,6 @@ use ftvm_protocol::core::{AcceptedLoss as CoreLoss, ArbiterState, RoleName, Stat
 use ftvm_protocol::identity::{Epoch, SessionId};
 use serde_json::{Map, Value, json};
 
-use super::storage::HANGS_AFTER;
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
 use crate::control::{AcceptedLoss, Digest, Event, FailingDisk, PeerStatus, Role, StandbyStatus, Status};
@@ -122,14 +121,25 @@ impl Figures {
 }
 
 /// Disks that failed what the guest asked for, and have not worked since, with what they said.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FailingDisks {
     failed: BTreeMap<usize, String>,
     /// The one whose request has been under way for too long.
     hanging: Option<usize>,
+    /// How long that is.
+    hangs_after: Duration,
 }
 
 impl FailingDisks {
+    /// None yet. A request that is under way for longer hangs.
+    pub fn new(hangs_after: Duration) -> Self {
+        Self {
+            failed: BTreeMap::new(),
+            hanging: None,
+            hangs_after,
+        }
+    }
+
     /// Takes what a device says of itself.
     pub fn noticed(&mut self, event: &DeviceEvent) {
         match event {
@@ -154,7 +164,7 @@ impl FailingDisks {
         let hanging = self.hanging.filter(|disk| !self.failed.contains_key(disk));
         let hanging = hanging.map(|disk| FailingDisk {
             disk,
-            why: hanging_text(),
+            why: hanging_text(self.hangs_after),
         });
         self.failed.iter().map(told).chain(hanging).collect()
     }
@@ -172,8 +182,8 @@ impl FailingDisks {
 }
 
 /// What is said of a disk that hangs.
-pub fn hanging_text() -> String {
-    let seconds = HANGS_AFTER.as_secs();
+pub fn hanging_text(hangs_after: Duration) -> String {
+    let seconds = hangs_after.as_secs_f64();
     format!("a request has been under way for more than {seconds} s")
 }
 
@@ -431,7 +441,8 @@ mod tests {
 
     #[test]
     fn a_disk_fails_until_it_works_again() {
-        let mut failing = FailingDisks::default();
+        let hangs_after = Duration::from_millis(1_500);
+        let mut failing = FailingDisks::new(hangs_after);
         let mut fails = |disk, message: &str| {
             failing.noticed(&DeviceEvent::DiskError {
                 disk,
@@ -453,7 +464,8 @@ mod tests {
         failing.noticed(&DeviceEvent::DiskRecovered { disk: 0 });
         assert!(failing.told().is_empty());
         assert!(failing.hangs(Some(1)) && !failing.hangs(Some(1)), "told once");
-        assert_eq!(failing.told(), [disk(1, &hanging_text())]);
+        let hangs = "a request has been under way for more than 1.5 s";
+        assert_eq!(failing.told(), [disk(1, hangs)]);
         assert!(failing.hangs(None));
         assert_eq!(failing.first(), None);
     }

@@ -9,8 +9,6 @@ use super::seat::{Work, flush_all};
 use super::{Driver, Input};
 use crate::devices::event::DeviceEvent;
 
-/// A request that is under way for longer hangs: so long Linux waits for a SCSI disk before it gives a command up.
-pub const HANGS_AFTER: Duration = Duration::from_secs(30);
 /// Whoever ends waits so long for what its disks are doing.
 const IDLE_WITHIN: Duration = Duration::from_secs(1);
 /// One look counts no more: if it comes later than that, this process did not run, and neither did those that work for its disks.
@@ -63,20 +61,21 @@ impl Driver {
         let ran = self.watch.look(Instant::now(), &self.seat.machine.requests_since());
         if let Some(flushing) = &mut self.flushing {
             *flushing += ran;
-            if *flushing > HANGS_AFTER {
+            if *flushing > self.seat.hangs_after {
                 self.flushed(Err("the last flush hangs: whether it was done is unknown".to_owned()));
             }
         }
         let slowest = self.watch.slowest();
         let lasts = slowest.map_or(Duration::ZERO, |(_, lasts)| lasts);
         self.figures.slowest_request = self.figures.slowest_request.max(lasts);
-        let hanging = slowest.filter(|_| lasts > HANGS_AFTER).map(|(disk, _)| disk);
+        let hanging = slowest.filter(|_| lasts > self.seat.hangs_after).map(|(disk, _)| disk);
         if !self.failing_disks.hangs(hanging) {
             return;
         }
         match hanging {
             Some(disk) => {
-                self.warn(format!("disk {disk} hangs: {}", super::status::hanging_text()));
+                let why = super::status::hanging_text(self.seat.hangs_after);
+                self.warn(format!("disk {disk} hangs: {why}"));
                 self.step(Event::Storage(StorageHealth::Hangs));
             }
             None => {
@@ -170,9 +169,10 @@ mod tests {
         assert_eq!(look(&mut watch, 60_160, &[other, None]), Some((0, ms(50))));
         assert_eq!(look(&mut watch, 60_210, &[None, None]), None);
         // One that really hangs is found.
+        let hangs_after = Duration::from_secs(30);
         for tick in 1..=602_u64 {
             let slowest = look(&mut watch, 60_210 + 50 * tick, &[other, None]);
-            let hangs = slowest.is_some_and(|(_, lasts)| lasts > HANGS_AFTER);
+            let hangs = slowest.is_some_and(|(_, lasts)| lasts > hangs_after);
             assert_eq!(hangs, tick == 602);
         }
     }
