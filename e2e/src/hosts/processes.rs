@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::{HostsError, io as failed, namespace};
@@ -27,6 +28,26 @@ impl ProcessInfo {
     pub fn stands_still(&self, all: &[Self]) -> bool {
         let child_stands = || all.iter().any(|other| other.parent == self.pid && other.state == 'T');
         matches!(self.state, 'T' | 'Z' | 'X') || (self.state == 'D' && child_stands())
+    }
+
+    /// Names of its threads that wait in the kernel for something that no signal interrupts, such as a disk. One that is killed has them until
+    /// that has come.
+    #[must_use]
+    pub fn uninterruptible(&self) -> Vec<String> {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
+            return Vec::new();
+        };
+        let waiting = threads.filter_map(|thread| {
+            let stat = Stat::read(&thread.ok()?.path())?;
+            (stat.state == 'D').then_some(stat.name)
+        });
+        waiting.collect()
+    }
+
+    /// Whether it is still there, if only because it can't end.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        Path::new(&format!("/proc/{}", self.pid)).exists()
     }
 }
 
@@ -101,18 +122,36 @@ pub(crate) fn stop_below(init: i32, program: &str) -> Result<Vec<OwnedFd>, Hosts
     Ok(stopped.collect())
 }
 
+/// What /proc/PID/stat says of a process or thread (proc(5)).
+struct Stat {
+    name: String,
+    state: char,
+    parent: i32,
+}
+
+impl Stat {
+    fn read(folder: &Path) -> Option<Self> {
+        let stat = fs::read_to_string(folder.join("stat")).ok()?;
+        // The name may contain anything.
+        let (head, tail) = stat.rsplit_once(')')?;
+        let (_, name) = head.split_once('(')?;
+        let mut fields = tail.split_ascii_whitespace();
+        Some(Self {
+            name: name.to_owned(),
+            state: fields.next()?.chars().next()?,
+            parent: fields.next()?.parse().ok()?,
+        })
+    }
+}
+
 fn information(pid: i32) -> Option<ProcessInfo> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (head, tail) = stat.rsplit_once(')')?;
-    let (_, comm) = head.split_once('(')?;
-    let mut fields = tail.split_ascii_whitespace();
-    let state = fields.next()?.chars().next()?;
-    let parent = fields.next()?.parse().ok()?;
+    let folder = PathBuf::from(format!("/proc/{pid}"));
+    let Stat { name, state, parent } = Stat::read(&folder)?;
     // The link of a zombie can't be read; the short name remains.
-    let program = fs::read_link(format!("/proc/{pid}/exe"))
+    let program = fs::read_link(folder.join("exe"))
         .ok()
         .and_then(|path| Some(path.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned()))
-        .unwrap_or_else(|| comm.to_owned());
+        .unwrap_or(name);
     Some(ProcessInfo {
         pid,
         program,
