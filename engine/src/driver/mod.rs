@@ -230,6 +230,7 @@ pub struct Driver {
     troubles: status::Troubles,
     failing_disks: status::FailingDisks,
     watch: storage::Watch,
+    follower_watch: storage::FollowerWatch,
     /// The disks are being flushed for a stop, for so long by now.
     flushing: Option<Duration>,
     told: status::Told,
@@ -283,6 +284,7 @@ impl Driver {
             troubles: status::Troubles::default(),
             failing_disks,
             watch: storage::Watch::default(),
+            follower_watch: storage::FollowerWatch::default(),
             flushing: None,
             told: status::Told::default(),
             leaving: None,

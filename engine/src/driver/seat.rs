@@ -5,7 +5,7 @@ use std::fs::File;
 use std::net::{IpAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ftvm_protocol::core::{Config, StoredHeader};
 use ftvm_protocol::wire::{Hello, Kind};
@@ -40,6 +40,7 @@ use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{Offer, ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::{ClosedDisks, SeatVolume, Settler, StandbyDisks, StandbyDisksError};
 use crate::replication::storage::{FileStorage, Storage};
+use crate::replication::watched::{UnderWay, Watched};
 use crate::seat_io::{DiskLog, Inbox, NicPlace, Refused, SeatConsole, SeatDisk, discard_queued, queued_for};
 use crate::seccomp::{Filters, ThreadKind};
 
@@ -170,12 +171,16 @@ pub struct Seat {
     pub(super) claim_waits: Duration,
     /// A request of a disk that is under way for longer hangs.
     pub(super) hangs_after: Duration,
+    /// A follower tells its leader of its own storage after so long: in time, before that one ejects it.
+    pub(super) tells_after: Duration,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Route>>,
     volumes: Vec<Arc<SeatVolume>>,
     /// Brings the volumes in order after a takeover, and empties the journal.
     settler: Option<Settler>,
     journal: Arc<dyn Storage>,
+    /// What is asked of the volumes and of the journal, but for what the guest asks.
+    under_way: Arc<UnderWay>,
     /// The journal as a boot emptied it. Nobody uses it while the guest is here.
     emptied: Option<Journal>,
     header: Option<HeaderFile>,
@@ -266,10 +271,12 @@ pub fn prepare(
         when_unprotected: launch.protection.when_unprotected,
         claim_waits: hand_over::waits(launch.timing.switch_ms),
         hangs_after: Duration::from_millis(launch.timing.disk_hang_ms.into()),
+        tells_after: Duration::from_millis(u64::from(launch.timing.ack_stall_ms) / 2),
         route: Arc::default(),
         volumes,
         settler: None,
         journal,
+        under_way: Arc::default(),
         emptied: None,
         header: Some(header),
         dropped,
@@ -593,9 +600,15 @@ impl Seat {
     }
 
     fn closed_disks(&self) -> Result<ClosedDisks, String> {
-        let volumes = self.volumes.iter().map(|volume| volume.direct()).collect();
-        let closed = ClosedDisks::new(self.journal.clone(), volumes, &self.filters);
+        let watched = |storage| Arc::new(Watched::new(storage, self.under_way.clone())) as Arc<dyn Storage>;
+        let volumes = self.volumes.iter().map(|volume| watched(volume.direct())).collect();
+        let closed = ClosedDisks::new(watched(self.journal.clone()), volumes, &self.filters);
         closed.map_err(|error| crate::error_chain(&error))
+    }
+
+    /// Since when volumes or journal have kept a follower waiting.
+    pub(super) fn storage_since(&self) -> Option<Instant> {
+        self.under_way.since()
     }
 
     /// The disks for a session that is followed. `joins`: a resync brings everything; otherwise the guest was here until now, and what

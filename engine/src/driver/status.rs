@@ -59,6 +59,8 @@ pub struct Troubles {
     pub session: Option<String>,
     /// The session of which its follower has said so.
     pub told: Option<SessionId>,
+    /// What the follower of a session says of itself while that goes on.
+    pub said: Option<(SessionId, String)>,
     /// As a joiner: its exit code, if a person has to mend it.
     pub session_code: Option<u8>,
     /// Why the arbiter did not do what it was asked last.
@@ -83,8 +85,28 @@ impl Troubles {
 
     /// The follower's words, why it can't go on.
     pub fn follower_said(&mut self, session: SessionId, why: String) {
+        self.said = Some((session, why.clone()));
         self.session = Some(why);
         self.told = Some(session);
+    }
+
+    /// It can go on after all.
+    pub fn follower_goes_on(&mut self, session: SessionId) {
+        self.said = None;
+        if self.told.take_if(|told| *told == session).is_some() {
+            self.session = None;
+        }
+    }
+
+    /// A session that this seat led is over. What its follower said is the reason, also where it could be one for as long as the pair was
+    /// whole.
+    pub fn session_over(&mut self, session: SessionId) {
+        if let Some((of, why)) = self.said.take()
+            && of == session
+        {
+            self.session = Some(why);
+            self.told = Some(session);
+        }
     }
 
     /// What a session that this seat led came to. That the link is down is no reason beside the follower's own.
@@ -423,6 +445,7 @@ mod tests {
             link: Some((18, "identity".to_owned())),
             session: Some("resync failed".to_owned()),
             told: None,
+            said: None,
             session_code: None,
             arbiter: None,
             connection: Some("no route".to_owned()),
@@ -482,5 +505,28 @@ mod tests {
         troubles.session_works();
         troubles.session_failed(SessionId(5), "the link is down".to_owned());
         assert_eq!(troubles.first(), Some("the link is down"), "since then it worked");
+    }
+
+    /// A follower whose disk hangs says so before its leader ejects it, while the pair is whole still.
+    #[test]
+    fn what_a_follower_says_is_the_reason_once_its_session_is_over() {
+        let said = |session| {
+            let mut troubles = Troubles::default();
+            troubles.follower_said(SessionId(session), "its storage hangs".to_owned());
+            troubles.session_works();
+            assert_eq!(troubles.first(), None, "protected");
+            troubles
+        };
+        let mut troubles = said(3);
+        troubles.session_over(SessionId(3));
+        troubles.session_failed(SessionId(3), "the link is down".to_owned());
+        assert_eq!(troubles.first(), Some("its storage hangs"));
+        let mut troubles = said(4);
+        troubles.follower_goes_on(SessionId(4));
+        troubles.session_over(SessionId(4));
+        assert_eq!(troubles.first(), None, "it went on");
+        let mut troubles = said(5);
+        troubles.session_over(SessionId(6));
+        assert_eq!(troubles.first(), None, "another session");
     }
 }

@@ -47,6 +47,23 @@ impl Watch {
     }
 }
 
+/// Counts how long volumes or journal have kept this seat waiting as a follower.
+#[derive(Debug, Default)]
+pub struct FollowerWatch {
+    watch: Watch,
+    /// The leader knows.
+    told: bool,
+}
+
+impl FollowerWatch {
+    /// One look. Some if the leader is to be told: true, that it waits for too long, and false, that it does so no more.
+    fn look(&mut self, now: Instant, since: Option<Instant>, limit: Duration) -> Option<bool> {
+        self.watch.look(now, &[since]);
+        let hangs = self.watch.slowest().is_some_and(|(_, lasts)| lasts > limit);
+        (std::mem::replace(&mut self.told, hangs) != hangs).then_some(hangs)
+    }
+}
+
 impl Driver {
     pub(super) fn device_event(&mut self, event: &DeviceEvent) {
         self.failing_disks.noticed(event);
@@ -58,6 +75,7 @@ impl Driver {
 
     /// Looks for a request that takes too long, and whether one that did has ended.
     pub(super) fn watch_disks(&mut self) {
+        self.watch_as_follower();
         let ran = self.watch.look(Instant::now(), &self.seat.machine.requests_since());
         if let Some(flushing) = &mut self.flushing {
             *flushing += ran;
@@ -82,6 +100,22 @@ impl Driver {
                 self.warn("no disk hangs any more".to_owned());
                 self.step(Event::Storage(StorageHealth::Works));
             }
+        }
+    }
+
+    /// Nobody acknowledges anything while this seat's own disks or journal hang, and its leader ejects it before long: it is told why. What
+    /// was said is taken back should the seat go on in time.
+    fn watch_as_follower(&mut self) {
+        let since = self.seat.storage_since().filter(|_| self.following.is_some());
+        let limit = self.seat.tells_after;
+        match self.follower_watch.look(Instant::now(), since, limit) {
+            Some(true) => {
+                let why = format!("its storage hangs: {}", super::status::hanging_text(limit));
+                self.tell_leader(&why);
+                self.warn(format!("this seat can't follow: {why}"));
+            }
+            Some(false) => self.tell_leader(""),
+            None => {}
         }
     }
 
@@ -129,6 +163,9 @@ impl Driver {
         let what = what.unwrap_or_else(|| "this seat's storage has failed".to_owned());
         Some(match (status.role, status.peer) {
             (RoleName::Active, Some(_)) => format!("{what}: the guest goes to the standby as soon as that can take it"),
+            (RoleName::Active, None) if status.storage == StorageHealth::Hangs => {
+                format!("{what}: the guest waits for it, or until a standby has joined and takes over")
+            }
             (RoleName::Active, None) => {
                 format!("{what}: the guest gets its errors until a standby has joined and takes over")
             }
@@ -140,11 +177,34 @@ impl Driver {
     pub fn is_hanging(&self) -> bool {
         !self.seat.machine.disks_in_use().end_within(IDLE_WITHIN)
     }
+
+    /// Nobody hears of this engine any more, however long its process may still be there.
+    pub fn close_links(&self) {
+        self.hub.close();
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_leader_is_told_once_that_its_follower_waits_and_once_that_it_does_not() {
+        let (mut watch, began) = (FollowerWatch::default(), Instant::now());
+        let limit = Duration::from_millis(100);
+        let mut at = |ms, since: Option<u64>| {
+            let moment = |ms| began + Duration::from_millis(ms);
+            watch.look(moment(ms), since.map(moment), limit)
+        };
+        assert_eq!(at(0, None), None);
+        assert_eq!(at(50, Some(40)), None);
+        assert_eq!(at(100, Some(90)), None, "another request");
+        assert_eq!(at(200, Some(90)), None, "no longer than it may");
+        assert_eq!(at(250, Some(90)), Some(true));
+        assert_eq!(at(300, Some(90)), None, "told");
+        assert_eq!(at(350, Some(340)), Some(false));
+        assert_eq!(at(400, None), None);
+    }
 
     #[test]
     fn a_request_hangs_by_the_time_in_which_this_process_ran() {

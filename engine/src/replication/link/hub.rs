@@ -143,10 +143,9 @@ impl LinkHub {
             link.queue.close(DownReason::ClosedHere(reason.to_owned()));
         }
     }
-}
 
-impl Drop for LinkHub {
-    fn drop(&mut self) {
+    /// Closes all links, and neither dials nor listens any more.
+    pub fn close(&self) {
         let threads = {
             let mut state = self.shared.state();
             state.stopping = true;
@@ -163,6 +162,12 @@ impl Drop for LinkHub {
                 let _ = thread.join();
             }
         }
+    }
+}
+
+impl Drop for LinkHub {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 
