@@ -4,6 +4,7 @@
 //! One guest and one connection of its client through three acts: the standby's volume hangs, the active's, and that of an active which is
 //! alone. The last one is the control: nobody else can do what its disk does not, so no write is answered before the disk goes on.
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ftvm_e2e::bench::client::GuestClient;
@@ -13,7 +14,7 @@ use ftvm_e2e::demo::system::{Role, System};
 use ftvm_e2e::demo::{GUEST_MAC, Options};
 use ftvm_e2e::guest_protocol::Op;
 use ftvm_e2e::hosts::disk::Volume;
-use ftvm_e2e::hosts::outer::{made_outside, test_inside};
+use ftvm_e2e::hosts::outer::{Outer, enter, made_outside, test_inside};
 use ftvm_e2e::hosts::{Host, Lab, ProcessInfo, thaw};
 use ftvm_e2e::judge::client::Judge;
 use ftvm_e2e::judge::sniffer::Sniffer;
@@ -27,6 +28,8 @@ const HANGS_AFTER_MS: u64 = 6_000;
 const HANGS_AFTER: Duration = Duration::from_millis(HANGS_AFTER_MS);
 /// Likewise for a standby that acknowledges nothing.
 const ACK_STALL_MS: u64 = 6_000;
+/// What a test ends with that is gone without a word.
+const GONE: i32 = 77;
 /// `exit_code::STORAGE`.
 const STORAGE: u64 = 21;
 
@@ -45,9 +48,9 @@ fn built() -> Programs {
 }
 
 /// Before the hosts are made: they see what is mounted then.
-fn volumes(guard: &Path) -> [Volume; 2] {
+fn volume(name: &str, guard: &Path) -> Volume {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hanging-volumes");
-    ["h1", "h2"].map(|host| Volume::mount(&folder.join(host), VOLUME_MIB, guard).expect("a volume"))
+    Volume::mount(&folder.join(name), VOLUME_MIB, guard).expect("a volume")
 }
 
 fn start(programs: &Programs, volumes: &[Volume; 2]) -> Scene {
@@ -189,7 +192,7 @@ fn a_disk_that_hangs_costs_no_answer() {
     let _turn = scene::turn();
     let programs = built();
     test_inside(TEST, || {
-        let volumes = volumes(&guard);
+        let volumes = ["h1", "h2"].map(|host| volume(host, &guard));
         let mut scene = start(&programs, &volumes);
         scene.wait_for_protection(0);
         let ports = scene.lab.hosts().iter().map(Host::client_port).collect();
@@ -203,4 +206,29 @@ fn a_disk_that_hangs_costs_no_answer() {
         assert_eq!(sniffer.finish().expect("it listened"), 0, "frames that nobody saw");
         scene.expect_clean();
     });
+}
+
+/// Whoever froze a volume ends without a word, and somebody waits for it who can't be killed: the namespaces end all the same.
+#[test]
+fn a_test_that_is_gone_leaves_nothing_frozen() {
+    let guard = guard();
+    let _turn = scene::turn();
+    let test = "a_test_that_is_gone_leaves_nothing_frozen";
+    let arguments = ["--exact", test, "--nocapture", "--test-threads=1"];
+    match enter(&arguments).expect("namespaces") {
+        Outer::Inside => {
+            let volume = volume("gone", &guard);
+            std::mem::forget(volume.hang().expect("it is frozen"));
+            let mut writer = Command::new("touch");
+            let mut writer = writer.arg(volume.folder().join("file")).spawn().expect("it starts");
+            let process = ProcessInfo::of(writer.id().cast_signed()).expect("it is there");
+            std::thread::spawn(move || writer.wait());
+            let deadline = Instant::now() + PATIENCE;
+            while process.uninterruptible().is_empty() {
+                assert!(Instant::now() < deadline, "it does not wait");
+            }
+            std::process::exit(GONE);
+        }
+        Outer::Ended(status) => assert_eq!(status.code(), Some(GONE)),
+    }
 }

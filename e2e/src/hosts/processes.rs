@@ -22,6 +22,24 @@ pub struct ProcessInfo {
 }
 
 impl ProcessInfo {
+    /// The process of this number, if it is there.
+    #[must_use]
+    pub fn of(pid: i32) -> Option<Self> {
+        let folder = PathBuf::from(format!("/proc/{pid}"));
+        let Stat { name, state, parent } = Stat::read(&folder)?;
+        // The link of a zombie can't be read; the short name remains.
+        let program = fs::read_link(folder.join("exe"))
+            .ok()
+            .and_then(|path| Some(path.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned()))
+            .unwrap_or(name);
+        Some(Self {
+            pid,
+            program,
+            state,
+            parent,
+        })
+    }
+
     /// Whether it can do nothing: it stands or has ended, or it waits in vfork(2), in the kernel, for a child that
     /// stands, and has its own SIGSTOP before it once that is over.
     #[must_use]
@@ -47,7 +65,7 @@ impl ProcessInfo {
     /// Whether it is still there, if only because it can't end.
     #[must_use]
     pub fn is_there(&self) -> bool {
-        Path::new(&format!("/proc/{}", self.pid)).exists()
+        Self::of(self.pid).is_some()
     }
 }
 
@@ -63,7 +81,7 @@ pub(crate) fn all(init: i32) -> Result<Vec<ProcessInfo>, HostsError> {
         };
         // A process may end at any moment: what can't be read any more is not there.
         if pid != init && namespace(pid).is_ok_and(|other| other == own) {
-            found.extend(information(pid));
+            found.extend(ProcessInfo::of(pid));
         }
     }
     Ok(found)
@@ -82,7 +100,7 @@ pub(crate) fn below(init: i32, program: &str) -> Result<Vec<ProcessInfo>, HostsE
     for entry in fs::read_dir("/proc").map_err(failed("reading /proc"))? {
         let name = entry.map_err(failed("reading /proc"))?.file_name();
         let pid = name.to_str().and_then(|name| name.parse::<i32>().ok());
-        all.extend(pid.and_then(information).map(|found| (found.pid, found)));
+        all.extend(pid.and_then(ProcessInfo::of).map(|found| (found.pid, found)));
     }
     let descends = |process: &ProcessInfo| {
         let parents = std::iter::successors(Some(process), |child| all.get(&child.parent));
@@ -102,7 +120,7 @@ pub(crate) fn kill(init: i32, program: &str) -> Result<(usize, Instant), HostsEr
         let Ok(handle) = namespace::pidfd_open(victim.pid) else {
             continue;
         };
-        if information(victim.pid).is_some_and(|now| now.program == program) {
+        if ProcessInfo::of(victim.pid).is_some_and(|now| now.program == program) {
             namespace::signal(&handle, libc::SIGKILL).map_err(failed(format!("killing {program}")))?;
             killed += 1;
         }
@@ -116,7 +134,7 @@ pub(crate) fn stop_below(init: i32, program: &str) -> Result<Vec<OwnedFd>, Hosts
     let stopped = found.into_iter().filter_map(|process| {
         // As in `kill`. One that has ended meanwhile needs no stopping.
         let handle = namespace::pidfd_open(process.pid).ok()?;
-        let same = information(process.pid).is_some_and(|now| now.program == program);
+        let same = ProcessInfo::of(process.pid).is_some_and(|now| now.program == program);
         (same && namespace::signal(&handle, libc::SIGSTOP).is_ok()).then_some(handle)
     });
     Ok(stopped.collect())
@@ -142,20 +160,4 @@ impl Stat {
             parent: fields.next()?.parse().ok()?,
         })
     }
-}
-
-fn information(pid: i32) -> Option<ProcessInfo> {
-    let folder = PathBuf::from(format!("/proc/{pid}"));
-    let Stat { name, state, parent } = Stat::read(&folder)?;
-    // The link of a zombie can't be read; the short name remains.
-    let program = fs::read_link(folder.join("exe"))
-        .ok()
-        .and_then(|path| Some(path.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned()))
-        .unwrap_or(name);
-    Some(ProcessInfo {
-        pid,
-        program,
-        state,
-        parent,
-    })
 }

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -64,31 +64,34 @@ pub fn guard(test: &str) -> anyhow::Result<PathBuf> {
     Ok(socket)
 }
 
-/// The life of the guard: one connection after the other, until the program that started it is gone.
+/// The life of the guard: until the program that started it is gone, and everybody who connected.
 fn be_guard(socket: &Path) -> ! {
     // One that was left behind.
     fs::remove_file(socket).ok();
     let Ok(listener) = UnixListener::bind(socket) else {
         std::process::exit(1)
     };
-    let attending = Arc::<Mutex<()>>::default();
+    let attending = Arc::<RwLock<()>>::default();
     let (path, attended) = (socket.to_owned(), attending.clone());
     std::thread::spawn(move || end_after_starter(&path, &attended));
     loop {
         let Ok((connection, _)) = listener.accept() else {
             continue;
         };
-        let _attending = attending.lock().unwrap_or_else(PoisonError::into_inner);
-        attend(&connection);
+        let attending = attending.clone();
+        std::thread::spawn(move || {
+            let _attending = attending.read().unwrap_or_else(PoisonError::into_inner);
+            attend(&connection);
+        });
     }
 }
 
 /// Standard input ends with the program that started the guard.
-fn end_after_starter(socket: &Path, attending: &Mutex<()>) {
+fn end_after_starter(socket: &Path, attending: &RwLock<()>) {
     // An error is an end, too.
     io::copy(&mut io::stdin(), &mut io::sink()).ok();
     // What was frozen by then is thawed first.
-    let _nobody = attending.lock().unwrap_or_else(PoisonError::into_inner);
+    let _nobody = attending.write().unwrap_or_else(PoisonError::into_inner);
     fs::remove_file(socket).ok();
     std::process::exit(0);
 }
@@ -123,7 +126,7 @@ fn receive(connection: &UnixStream) -> io::Result<Option<OwnedFd>> {
     Ok(rights.flatten().next())
 }
 
-/// A connection to the guard. It ends with this process.
+/// A connection to the guard. It ends with this process; so this process itself must not write to what is frozen, or it does not end.
 #[derive(Debug)]
 pub struct Guarded(UnixStream);
 

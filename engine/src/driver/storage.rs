@@ -180,7 +180,7 @@ impl Driver {
 
     /// Nobody hears of this engine any more, however long its process may still be there.
     pub fn close_links(&self) {
-        self.hub.close();
+        self.hub.end();
     }
 }
 

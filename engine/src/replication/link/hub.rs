@@ -145,7 +145,7 @@ impl LinkHub {
     }
 
     /// Closes all links, and neither dials nor listens any more.
-    pub fn close(&self) {
+    pub fn end(&self) {
         let threads = {
             let mut state = self.shared.state();
             state.stopping = true;
@@ -167,7 +167,7 @@ impl LinkHub {
 
 impl Drop for LinkHub {
     fn drop(&mut self) {
-        self.close();
+        self.end();
     }
 }
 
