@@ -10,6 +10,7 @@ use super::late::Route;
 use super::lead::{Done, Job, Leading, Stage};
 use super::seat::Seat;
 use super::status::Figures;
+use super::storage::FollowerWatch;
 use super::{Driver, Guest, follow, lead, trace};
 use crate::checkpoint::{Decision, Observation};
 use crate::control::{CommandId, Digest, Reply, exit_code};
@@ -463,6 +464,8 @@ impl Driver {
     fn cant_follow(&mut self, session: SessionId, follow::Failure { why, code }: follow::Failure) {
         tracing::warn!("session {} can't be followed: {why}", session.0);
         self.tell_leader(&why);
+        // What hung before has come to an end, with an error: that does not take these words back.
+        self.follower_watch = FollowerWatch::default();
         self.troubles.session = Some(why);
         self.troubles.session_code = code;
         if code == Some(exit_code::STORAGE) {

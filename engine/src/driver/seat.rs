@@ -171,7 +171,7 @@ pub struct Seat {
     pub(super) claim_waits: Duration,
     /// A request of a disk that is under way for longer hangs.
     pub(super) hangs_after: Duration,
-    /// A follower tells its leader of its own storage after so long: in time, before that one ejects it.
+    /// A standby tells its leader of its own storage after so long: in time, before that one ejects it.
     pub(super) tells_after: Duration,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Route>>,

@@ -47,7 +47,7 @@ impl Watch {
     }
 }
 
-/// Counts how long volumes or journal have kept this seat waiting as a follower.
+/// Counts how long volumes or journal have kept this seat waiting as a follower of one session.
 #[derive(Debug, Default)]
 pub struct FollowerWatch {
     watch: Watch,
@@ -107,7 +107,12 @@ impl Driver {
     /// was said is taken back should the seat go on in time.
     fn watch_as_follower(&mut self) {
         let since = self.seat.storage_since().filter(|_| self.following.is_some());
-        let limit = self.seat.tells_after;
+        let limit = if self.core.status().role == RoleName::Standby {
+            self.seat.tells_after
+        } else {
+            // Nobody ejects a joiner, and the sync of all that a resync brought may take long.
+            self.seat.tells_after.max(self.seat.hangs_after)
+        };
         match self.follower_watch.look(Instant::now(), since, limit) {
             Some(true) => {
                 let why = format!("its storage hangs: {}", super::status::hanging_text(limit));
