@@ -144,7 +144,7 @@ impl LinkHub {
         }
     }
 
-    /// Closes all links, and neither dials nor listens any more.
+    /// Closes all links, and neither dials nor accepts any more. Waits for the threads: while one dials, until its deadline.
     pub fn end(&self) {
         let threads = {
             let mut state = self.shared.state();
