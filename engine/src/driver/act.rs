@@ -10,7 +10,6 @@ use ftvm_protocol::wire::{Kind, VERSION_HOLDS};
 
 use super::late::Route;
 use super::seat::Work;
-use super::storage::FollowerWatch;
 use super::{Driver, Ended, Following, Guest, Link, follow, lead};
 use crate::checkpoint::Pacer;
 use crate::control::{Ask, Reply, exit_code};
@@ -350,7 +349,7 @@ impl Driver {
             Ok(receiving) => {
                 self.set_route(Route::Follower(receiving.clone()));
                 // This leader was told nothing yet.
-                self.follower_watch = FollowerWatch::default();
+                self.follower_watch.forget();
                 self.following = Some(Following {
                     session,
                     leader: leader_link,

@@ -10,7 +10,6 @@ use super::late::Route;
 use super::lead::{Done, Job, Leading, Stage};
 use super::seat::Seat;
 use super::status::Figures;
-use super::storage::FollowerWatch;
 use super::{Driver, Guest, follow, lead, trace};
 use crate::checkpoint::{Decision, Observation};
 use crate::control::{CommandId, Digest, Reply, exit_code};
@@ -465,7 +464,7 @@ impl Driver {
         tracing::warn!("session {} can't be followed: {why}", session.0);
         self.tell_leader(&why);
         // What hung before has come to an end, with an error: that does not take these words back.
-        self.follower_watch = FollowerWatch::default();
+        self.follower_watch.forget();
         self.troubles.session = Some(why);
         self.troubles.session_code = code;
         if code == Some(exit_code::STORAGE) {

@@ -62,6 +62,11 @@ impl FollowerWatch {
         let hangs = self.watch.slowest().is_some_and(|(_, lasts)| lasts > limit);
         (std::mem::replace(&mut self.told, hangs) != hangs).then_some(hangs)
     }
+
+    /// There is another leader, or this one was told something that is not to be taken back.
+    pub fn forget(&mut self) {
+        *self = Self::default();
+    }
 }
 
 impl Driver {
@@ -209,6 +214,24 @@ mod tests {
         assert_eq!(at(300, Some(90)), None, "told");
         assert_eq!(at(350, Some(340)), Some(false));
         assert_eq!(at(400, None), None);
+    }
+
+    #[test]
+    fn what_ends_with_an_error_does_not_take_that_back() {
+        let (mut watch, began) = (FollowerWatch::default(), Instant::now());
+        let moment = |ms| began + Duration::from_millis(ms);
+        let look = |watch: &mut FollowerWatch, ms, since: Option<u64>| {
+            watch.look(moment(ms), since.map(moment), Duration::from_millis(100))
+        };
+        for (ms, told) in [(0, None), (100, None), (200, Some(true))] {
+            assert_eq!(look(&mut watch, ms, Some(0)), told);
+        }
+        watch.forget();
+        assert_eq!(look(&mut watch, 250, None), None);
+        // Another leader is told anew.
+        for (ms, told) in [(300, None), (400, None), (500, Some(true))] {
+            assert_eq!(look(&mut watch, ms, Some(260)), told);
+        }
     }
 
     #[test]
