@@ -223,7 +223,7 @@ pub struct Identity {
     pub authority_pem: String,
 }
 
-/// Time-outs, in milliseconds: [`ftvm_protocol::core::Timing`], which explains each.
+/// Time-outs, in milliseconds: [`ftvm_protocol::core::Timing`], which explains each but the last.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Timing {
@@ -236,6 +236,8 @@ pub struct Timing {
     pub switch_ms: u32,
     pub observe_ms: u32,
     pub holder_first_ms: u32,
+    /// A disk's request that is under way for longer hangs.
+    pub disk_hang_ms: u32,
 }
 
 impl Default for Timing {
@@ -252,6 +254,8 @@ impl Default for Timing {
             switch_ms: ms(core.switch_ms),
             observe_ms: ms(core.observe_ms),
             holder_first_ms: ms(core.holder_first_ms),
+            // So long Linux waits for a SCSI disk before it gives a command up.
+            disk_hang_ms: 30_000,
         }
     }
 }

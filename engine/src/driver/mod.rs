@@ -232,6 +232,7 @@ pub struct Driver {
     troubles: status::Troubles,
     failing_disks: status::FailingDisks,
     watch: storage::Watch,
+    follower_watch: storage::FollowerWatch,
     /// The disks are being flushed for a stop, for so long by now.
     flushing: Option<Duration>,
     told: status::Told,
@@ -252,6 +253,7 @@ impl Driver {
     /// A driver for a prepared seat.
     pub fn new(core: Core, mut seat: Seat, control: Handle, hub: LinkHub, queue: Queue) -> std::io::Result<Self> {
         let hold = hold::Hold::new(seat.when_unprotected);
+        let failing_disks = status::FailingDisks::new(seat.hangs_after);
         let file = seat.take_header_file()?;
         let (failures, enter) = (seat.failures.clone(), seat.enter(seat::Work::Storage));
         let header = header::HeaderWriter::start(file, queue.clone(), failures, enter)?;
@@ -283,8 +285,9 @@ impl Driver {
             pause_over: None,
             figures: status::Figures::default(),
             troubles: status::Troubles::default(),
-            failing_disks: status::FailingDisks::default(),
+            failing_disks,
             watch: storage::Watch::default(),
+            follower_watch: storage::FollowerWatch::default(),
             flushing: None,
             told: status::Told::default(),
             leaving: None,

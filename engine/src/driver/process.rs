@@ -91,7 +91,9 @@ fn run_launched(
         Ok(mut driver) => {
             let ended = driver.run(&inputs);
             if driver.is_hanging() {
-                // Taking it apart would wait for the disk's thread. The kernel ends that with the process, once the request is done.
+                // Taking it apart would wait for the disk's thread. The kernel ends that with the process, once the request is done. Where
+                // links have no table of descriptors of their own, their sockets would be open until then.
+                driver.close_links();
                 std::mem::forget(driver);
             }
             ended

@@ -7,7 +7,6 @@ use ftvm_protocol::core::{AcceptedLoss as CoreLoss, ArbiterState, RoleName, Stat
 use ftvm_protocol::identity::{Epoch, SessionId};
 use serde_json::{Map, Value, json};
 
-use super::storage::HANGS_AFTER;
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
 use crate::control::{
@@ -63,6 +62,8 @@ pub struct Troubles {
     pub session: Option<String>,
     /// The session of which its follower has said so.
     pub told: Option<SessionId>,
+    /// What the follower of a session says of itself while that goes on.
+    pub said: Option<(SessionId, String)>,
     /// As a joiner: its exit code, if a person has to mend it.
     pub session_code: Option<u8>,
     /// Why the arbiter did not do what it was asked last.
@@ -87,8 +88,28 @@ impl Troubles {
 
     /// The follower's words, why it can't go on.
     pub fn follower_said(&mut self, session: SessionId, why: String) {
+        self.said = Some((session, why.clone()));
         self.session = Some(why);
         self.told = Some(session);
+    }
+
+    /// It can go on after all.
+    pub fn follower_goes_on(&mut self, session: SessionId) {
+        self.said = None;
+        if self.told.take_if(|told| *told == session).is_some() {
+            self.session = None;
+        }
+    }
+
+    /// A session that this seat led is over. What its follower said is the reason, also where it could be one for as long as the pair was
+    /// whole.
+    pub fn session_over(&mut self, session: SessionId) {
+        if let Some((of, why)) = self.said.take()
+            && of == session
+        {
+            self.session = Some(why);
+            self.told = Some(session);
+        }
     }
 
     /// What a session that this seat led came to. That the link is down is no reason beside the follower's own.
@@ -125,14 +146,25 @@ impl Figures {
 }
 
 /// Disks that failed what the guest asked for, and have not worked since, with what they said.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FailingDisks {
     failed: BTreeMap<usize, String>,
     /// The one whose request has been under way for too long.
     hanging: Option<usize>,
+    /// How long that is.
+    hangs_after: Duration,
 }
 
 impl FailingDisks {
+    /// None yet. A request that is under way for longer hangs.
+    pub fn new(hangs_after: Duration) -> Self {
+        Self {
+            failed: BTreeMap::new(),
+            hanging: None,
+            hangs_after,
+        }
+    }
+
     /// Takes what a device says of itself.
     pub fn noticed(&mut self, event: &DeviceEvent) {
         match event {
@@ -159,7 +191,7 @@ impl FailingDisks {
         let hanging = hanging.map(|disk| FailingDisk {
             disk,
             kind: StorageKind::Hangs,
-            why: hanging_text(),
+            why: hanging_text(self.hangs_after),
         });
         self.failed.iter().map(told).chain(hanging).collect()
     }
@@ -177,8 +209,8 @@ impl FailingDisks {
 }
 
 /// What is said of a disk that hangs.
-pub fn hanging_text() -> String {
-    let seconds = HANGS_AFTER.as_secs();
+pub fn hanging_text(hangs_after: Duration) -> String {
+    let seconds = hangs_after.as_secs_f64();
     format!("a request has been under way for more than {seconds} s")
 }
 
@@ -446,6 +478,7 @@ mod tests {
             link: Some((18, "identity".to_owned())),
             session: Some("resync failed".to_owned()),
             told: None,
+            said: None,
             session_code: None,
             arbiter: None,
             connection: Some("no route".to_owned()),
@@ -464,7 +497,8 @@ mod tests {
 
     #[test]
     fn a_disk_fails_until_it_works_again() {
-        let mut failing = FailingDisks::default();
+        let hangs_after = Duration::from_millis(1_500);
+        let mut failing = FailingDisks::new(hangs_after);
         let mut fails = |disk, message: &str| {
             failing.noticed(&DeviceEvent::DiskError {
                 disk,
@@ -488,11 +522,8 @@ mod tests {
         assert!(failing.told().is_empty());
         assert!(failing.hangs(Some(1)) && !failing.hangs(Some(1)), "told once");
         let kind = StorageKind::Hangs;
-        let hangs = FailingDisk {
-            kind,
-            ..disk(1, &hanging_text())
-        };
-        assert_eq!(failing.told(), [hangs]);
+        let hangs = disk(1, "a request has been under way for more than 1.5 s");
+        assert_eq!(failing.told(), [FailingDisk { kind, ..hangs }]);
         assert!(failing.hangs(None));
         assert_eq!(failing.first(), None);
     }
@@ -509,5 +540,28 @@ mod tests {
         troubles.session_works();
         troubles.session_failed(SessionId(5), "the link is down".to_owned());
         assert_eq!(troubles.first(), Some("the link is down"), "since then it worked");
+    }
+
+    /// A follower whose disk hangs says so before its leader ejects it, while the pair is whole still.
+    #[test]
+    fn what_a_follower_says_is_the_reason_once_its_session_is_over() {
+        let said = |session| {
+            let mut troubles = Troubles::default();
+            troubles.follower_said(SessionId(session), "its storage hangs".to_owned());
+            troubles.session_works();
+            assert_eq!(troubles.first(), None, "protected");
+            troubles
+        };
+        let mut troubles = said(3);
+        troubles.session_over(SessionId(3));
+        troubles.session_failed(SessionId(3), "the link is down".to_owned());
+        assert_eq!(troubles.first(), Some("its storage hangs"));
+        let mut troubles = said(4);
+        troubles.follower_goes_on(SessionId(4));
+        troubles.session_over(SessionId(4));
+        assert_eq!(troubles.first(), None, "it went on");
+        let mut troubles = said(5);
+        troubles.session_over(SessionId(6));
+        assert_eq!(troubles.first(), None, "another session");
     }
 }

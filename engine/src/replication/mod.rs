@@ -29,6 +29,7 @@ pub mod resync;
 pub mod standby_disks;
 pub mod storage;
 pub mod threads;
+pub mod watched;
 
 pub use memory::{HeapMemory, PAGE_SIZE, Page, PageMemory};
 
