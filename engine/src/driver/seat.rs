@@ -222,11 +222,8 @@ pub fn prepare(
     let ram_pages = u32::try_from(machine.memory_bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX);
     let limits = EpochLimits::new(ram_pages, machine.vcpus, launch.disks.len());
     machine.dirty_ring_entries = machine.dirty_ring_entries.min(limits.ring_entries);
-    let bytes = limits.journal_bytes;
-    let journal = FileStorage::allocated(fds.take(launch.files.journal, "the journal")?.into(), bytes);
-    let journal = Arc::new(journal.map_err(|source| SeatError::Journal { bytes, source })?);
     let failures: Arc<Failures> = Arc::default();
-    let journal: Arc<dyn Storage> = Arc::new(Noted::new(journal, StoragePart::Journal, failures.clone()));
+    let journal = open_journal(launch, fds, limits.journal_bytes, &failures)?;
     let volumes = open_volumes(launch, fds, &failures)?;
     let nics = open_nics(launch, fds)?;
     let refused = nics.iter().map(|nic| nic.refused.clone()).collect();
@@ -349,6 +346,18 @@ fn core_config(launch: &Launch, header: StoredHeader) -> Config {
         timing: (&launch.timing).into(),
         now_ms: 0,
     }
+}
+
+fn open_journal(
+    launch: &Launch,
+    fds: &mut LaunchFds,
+    bytes: u64,
+    failures: &Arc<Failures>,
+) -> Result<Arc<dyn Storage>, SeatError> {
+    let file: File = fds.take(launch.files.journal, "the journal")?.into();
+    let journal = FileStorage::allocated(file, bytes).map_err(|source| SeatError::Journal { bytes, source })?;
+    let noted = Noted::new(Arc::new(journal), StoragePart::Journal, failures.clone());
+    Ok(Arc::new(noted))
 }
 
 fn open_volumes(
