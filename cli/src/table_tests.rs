@@ -57,6 +57,7 @@ fn seat(name: &str, role: Option<Role>, protected: bool, term: u64) -> SeatStatu
         adopted: false,
         jail: "full".into(),
         starts: 1,
+        storage_failures: 0,
         console: "/c".into(),
         log: "/l".into(),
         engine,

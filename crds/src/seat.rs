@@ -1,12 +1,14 @@
 //! What daemon and operator tell each other through annotations of a seat's pod.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Term};
 use ftvm_protocol::record::Record;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::names::{ANNOTATION_LOOK, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS};
 
@@ -92,9 +94,13 @@ pub struct SeatPublished {
     pub vouches: Option<Record>,
     /// Progress of preparing disks or of a resync, 0 to 100.
     pub resync_percent: Option<u8>,
-    /// Which disks of the seat failed what the guest asked for, and why, as long as they have not worked since.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub storage: Option<String>,
+    /// What of the seat's storage does not work: under the guest, until it works again; what ended an engine (code 21), until a later one has served for long.
+    /// Not `storage`, which was a text in earlier releases: theirs would not read another shape, nor anything else of this seat then.
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "known_troubles")]
+    pub storage_troubles: Vec<StorageTrouble>,
+    /// Engines in a row that ended because of the seat's storage (code 21), none of which was a standby or had the guest for long.
+    #[serde(skip_serializing_if = "crate::status::is_zero")]
+    pub storage_failures: u32,
     /// The last time that this seat became active.
     pub last_takeover: Option<Takeover>,
     /// How the last engine ended.
@@ -119,6 +125,60 @@ pub struct SeatPublished {
     pub interval_ms: Option<u32>,
     /// Average time in milliseconds that output waited for the standby, as of this writing; no reason to write soon.
     pub lag_ms: Option<u32>,
+}
+
+/// Something of a seat's storage does not work.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StorageTrouble {
+    /// Which part.
+    pub part: StoragePart,
+    /// How.
+    pub kind: StorageKind,
+    /// It was the guest that used it: the seat was the active one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub under_guest: bool,
+    /// Since when, in milliseconds since 1970 by its node's clock.
+    pub since_unix_ms: u64,
+    /// What failed, with the operating system's error.
+    pub why: String,
+}
+
+/// A part of a seat's storage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StoragePart {
+    /// A disk of the guest, by its name.
+    Disk(String),
+    /// The journal of a seat that follows.
+    Journal,
+    /// The seat's header.
+    Header,
+    /// One of these: `why` says which, if that is known.
+    Unknown,
+}
+
+impl fmt::Display for StoragePart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disk(name) => write!(f, "disk {name}"),
+            Self::Journal => f.write_str("the journal"),
+            Self::Header => f.write_str("the header"),
+            Self::Unknown => f.write_str("its storage"),
+        }
+    }
+}
+
+/// How storage does not work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StorageKind {
+    /// An I/O error.
+    Failed,
+    /// No room, or no quota, is left.
+    Full,
+    /// A request has been under way for too long, and may be done yet.
+    Hangs,
 }
 
 /// A seat became active.
@@ -200,6 +260,13 @@ pub enum Order {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         over_stopped_term: Option<Term>,
     },
+}
+
+/// What a later release says otherwise is left out: whatever else the seat says counts.
+fn known_troubles<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<StorageTrouble>, D::Error> {
+    let told = Value::deserialize(from)?;
+    let told = told.as_array().into_iter().flatten();
+    Ok(told.filter_map(|told| StorageTrouble::deserialize(told).ok()).collect())
 }
 
 impl SeatPublished {
@@ -322,6 +389,63 @@ mod tests {
     }
 
     #[test]
+    fn storage_is_written_as_documented() {
+        let trouble = |part, kind| StorageTrouble {
+            part,
+            kind,
+            under_guest: kind == StorageKind::Full,
+            since_unix_ms: 7,
+            why: "no".to_owned(),
+        };
+        let published = SeatPublished {
+            storage_troubles: vec![
+                trouble(StoragePart::Disk("root".to_owned()), StorageKind::Full),
+                trouble(StoragePart::Journal, StorageKind::Hangs),
+            ],
+            storage_failures: 2,
+            ..SeatPublished::default()
+        };
+        let text = serde_json::to_string(&published).unwrap();
+        let root = r#"{"part":{"disk":"root"},"kind":"full","underGuest":true,"sinceUnixMs":7,"why":"no"}"#;
+        let journal = r#"{"part":"journal","kind":"hangs","sinceUnixMs":7,"why":"no"}"#;
+        let fields = format!(r#""storageTroubles":[{root},{journal}],"storageFailures":2"#);
+        assert!(text.contains(&fields), "{text}");
+        assert_eq!(
+            SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, &text)),
+            Ok(published)
+        );
+        let well = serde_json::to_string(&SeatPublished::default()).unwrap();
+        assert!(!well.contains("storage"), "{well}");
+    }
+
+    /// Operator and daemons are never replaced at once.
+    #[test]
+    fn storage_of_another_release_costs_no_other_word() {
+        let known = r#"{"part":"header","kind":"failed","sinceUnixMs":7,"why":"no"}"#;
+        for (text, troubles) in [
+            (r#""storage":"disk root: writing: I/O error""#.to_owned(), 0),
+            (r#""storageTroubles":"disk root: writing: I/O error""#.to_owned(), 0),
+            (format!(r#""storageTroubles":[{{"part":"roof"}},{known},7]"#), 1),
+        ] {
+            let text = format!(r#"{{"role":"active","protected":true,"term":9,{text},"look":"x"}}"#);
+            let published = SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, &text)).unwrap();
+            assert_eq!((published.role, published.term), (Some(SeatRole::Active), 9));
+            assert!(published.protected && published.look.is_some(), "{text}");
+            assert_eq!(published.storage_troubles.len(), troubles, "{text}");
+        }
+        // An earlier one reads a text there, or nothing.
+        let published = SeatPublished {
+            storage_troubles: vec![serde_json::from_str(known).unwrap()],
+            ..SeatPublished::default()
+        };
+        let told = serde_json::to_value(&published).unwrap();
+        assert!(
+            told.get("storageTroubles").is_some() && told.get("storage").is_none(),
+            "{told}"
+        );
+    }
+
+    #[test]
     fn a_look_is_bounded() {
         let short = annotated(ANNOTATION_LOOK, "0123456789abcdef");
         assert_eq!(look(&short).map(String::as_str), Some("0123456789abcdef"));
@@ -349,6 +473,7 @@ mod tests {
             r#"{"role":"king"}"#,
             r#"{"incarnation":"x"}"#,
             r#"{"code":256}"#,
+            r#"{"storageFailures":-1}"#,
         ] {
             let error = SeatPublished::of(&annotated(ANNOTATION_SEAT_STATUS, text)).unwrap_err();
             assert!(matches!(error, AnnotationError::Malformed { .. }), "{text}");

@@ -43,6 +43,10 @@ pub struct FaultTolerantVMStatus {
     /// Seats that were replaced since the VM was last protected. What did not help is tried again after twice the time.
     #[serde(skip_serializing_if = "is_zero")]
     pub replacements: u32,
+    /// Nodes where the storage of a seat failed at every join since the VM was last protected. Pods of other seats go there last.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = STORAGE_FAILED_ON_MAX), inner(length(max = 253)))]
+    pub storage_failed_on: Vec<String>,
     /// UID of the Lease with the arbiter's record, once it was made. Another Lease is never taken for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lease_uid: Option<String>,
@@ -75,7 +79,10 @@ impl FaultTolerantVMStatus {
     }
 }
 
-fn is_zero(value: &u32) -> bool {
+/// Most names in [`FaultTolerantVMStatus::storage_failed_on`].
+pub const STORAGE_FAILED_ON_MAX: usize = 16;
+
+pub(crate) fn is_zero(value: &u32) -> bool {
     *value == 0
 }
 

@@ -221,6 +221,7 @@ impl Engine {
             role: Role::Ended,
             term: 0,
             message: format!("told to exit with {code}"),
+            storage: Vec::new(),
         };
         self.report
             .write_all_at(&serde_json::to_vec(&report).unwrap(), 0)

@@ -189,6 +189,9 @@ pub struct SeatStatus {
     pub jail: String,
     /// Engines started by this daemon.
     pub starts: u64,
+    /// Engines in a row that ended because of the seat's storage (code 21), none of which was a standby or had the guest for long.
+    #[serde(default)]
+    pub storage_failures: u32,
     /// Console of the guest.
     pub console: PathBuf,
     /// Messages of the engine.

@@ -315,6 +315,8 @@ pub struct TimingConfig {
     pub observe_ms: Option<u32>,
     /// At a cold start another seat waits so long for the holder's.
     pub holder_first_ms: Option<u32>,
+    /// A disk whose request is under way for longer hangs: 500 to 60000, 30000 if missing.
+    pub disk_hang_ms: Option<u32>,
 }
 
 /// Checkpoint settings; what is missing has the engine's default.
@@ -349,6 +351,7 @@ impl TimingConfig {
             switch_ms: self.switch_ms.unwrap_or(default.switch_ms),
             observe_ms: self.observe_ms.unwrap_or(default.observe_ms),
             holder_first_ms: self.holder_first_ms.unwrap_or(default.holder_first_ms),
+            disk_hang_ms: self.disk_hang_ms.unwrap_or(default.disk_hang_ms),
         }
     }
 }
@@ -487,6 +490,10 @@ impl SeatConfig {
                 timing.peer_lost_ms, timing.heartbeat_ms
             );
             return refuse(at("timing"), why, "peer_lost_ms must be at least twice heartbeat_ms");
+        }
+        if !(500..=60_000).contains(&timing.disk_hang_ms) {
+            let why = format!("a disk that hangs after {} ms", timing.disk_hang_ms);
+            return refuse(at("timing"), why, "disk_hang_ms must be 500 to 60000");
         }
         let protection = self.protection();
         if protection.interval_min_us == 0 || protection.interval_max_us < protection.interval_min_us {

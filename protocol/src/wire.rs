@@ -110,7 +110,8 @@ kinds! {
     ResyncPlan = 37, 64 * KIB;
     /// Flow control and progress of bulk data.
     Credit = 40, 4 * KIB;
-    /// Why the sender can't go on with a session, in words for a person (UTF-8); its end follows as a control message.
+    /// Why the sender can't go on with a session, in words for a person (UTF-8). Nothing follows from them: the session's end is a control
+    /// message, or the receiver's own decision. Without words: it goes on after all.
     Trouble = 42, KIB;
     /// Digest of memory or disks at an epoch, for tests and scrubbing.
     Digest = 41, 64 * KIB;

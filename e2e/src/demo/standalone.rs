@@ -8,6 +8,9 @@
 //!   FOLDER/hN/state/           the daemon's state folder: sockets, logs
 //!   FOLDER/hN/daemon.log
 //! ```
+//!
+//! A seat may have a folder of its own for disks, header and journal ([`Standalone::with_volume`]).
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -63,6 +66,8 @@ pub struct Standalone {
     cards: usize,
     /// What else the guest is told at its start.
     told_more: String,
+    /// Where hosts have what their seats' volumes have on a cluster, if not in their folders.
+    volumes: BTreeMap<usize, PathBuf>,
     /// The first two daemons talk over the network, not by their sockets.
     apart: bool,
     daemons: Vec<Option<HostProcess>>,
@@ -87,6 +92,7 @@ impl Standalone {
             addresses: json!([]),
             disks: 1,
             cards: 1,
+            volumes: BTreeMap::new(),
             apart: false,
             timing: match options.peer_lost_ms {
                 Some(peer_lost_ms) => json!({ "peer_lost_ms": peer_lost_ms }),
@@ -132,6 +138,12 @@ impl Standalone {
         self
     }
 
+    /// With this folder for disks, header and journal of a host's seat; everything else stays where it is.
+    pub fn with_volume(mut self, host: usize, folder: &Path) -> Self {
+        self.volumes.insert(host, folder.to_owned());
+        self
+    }
+
     /// With daemons of the first pair that reach each other over the network, as on machines of their own.
     pub fn with_daemons_apart(mut self) -> Self {
         self.apart = true;
@@ -160,6 +172,12 @@ impl Standalone {
         seat["why"].as_str().unwrap_or_default().to_owned()
     }
 
+    /// The exit code of the engine that ended last on a host; none if its daemon knows of none.
+    #[must_use]
+    pub fn last_exit_code(&self, host: usize) -> Option<u64> {
+        self.seat_status(host)?["last_exit"]["code"].as_u64()
+    }
+
     /// What a host's daemon says of its seat.
     fn seat_status(&self, host: usize) -> Option<Value> {
         let mut status = daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).ok()?;
@@ -174,7 +192,12 @@ impl Standalone {
     /// A disk of a host's seat.
     #[must_use]
     pub fn disk(&self, host: usize, disk: usize) -> PathBuf {
-        self.host_folder(host).join(disk_name(disk))
+        self.volume(host).join(disk_name(disk))
+    }
+
+    fn volume(&self, host: usize) -> PathBuf {
+        let own = self.volumes.get(&host).cloned();
+        own.unwrap_or_else(|| self.host_folder(host))
     }
 
     fn socket(&self, host: usize) -> PathBuf {
@@ -214,7 +237,7 @@ impl Standalone {
             json!({ "seat": seat_name(peer), "address": self.address(peer, LINK_PORT), key: daemon })
         };
         let peers: Vec<Value> = of.into_iter().map(peer).collect();
-        let folder = self.host_folder(host);
+        let volume = self.volume(host);
         json!({
             "vm": VM,
             "seat": seat_name(host),
@@ -224,8 +247,8 @@ impl Standalone {
             "boot": { "kernel": self.programs.guest, "cmdline": self.command_line() },
             "nics": (0..self.cards).map(|card| self.nic_config(card)).collect::<Vec<_>>(),
             "disks": (0..self.disks).map(|disk| self.disk_config(host, disk)).collect::<Vec<_>>(),
-            "header": folder.join("header"),
-            "journal": folder.join(JOURNAL),
+            "header": volume.join("header"),
+            "journal": volume.join(JOURNAL),
             "link": { "listen": self.address(host, LINK_PORT), "peers": peers },
             "timing": self.timing,
             "checkpoint": self.checkpoint,

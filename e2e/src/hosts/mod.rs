@@ -18,17 +18,19 @@
 //!   the last process go the network and mount namespaces, bridges, taps and mounts. Nothing needs to be tidied up.
 //! * With root the namespaces are made directly, otherwise below a user namespace, where this process is root.
 //!
-//! Faults are real: processes die or stop, links lose their carrier, packets are dropped by nftables.
+//! Faults are real: processes die or stop, links lose their carrier, packets are dropped by nftables, disks hang ([`disk`]).
 //!
 //! Invariant: only processes that this module started, and what those started inside a host, are ever signalled.
 
 use std::path::PathBuf;
 
+pub mod disk;
 mod host;
 pub(crate) mod namespace;
 pub mod net;
 pub mod outer;
 pub(crate) mod processes;
+pub mod thaw;
 
 pub use host::{CutDirection, Host, HostPlan, HostProcess, Lab, LabPlan};
 pub(crate) use host::{ip_inside, new_boot_id};

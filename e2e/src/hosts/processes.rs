@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::{HostsError, io as failed, namespace};
@@ -21,12 +22,50 @@ pub struct ProcessInfo {
 }
 
 impl ProcessInfo {
+    /// The process of this number, if it is there.
+    #[must_use]
+    pub fn of(pid: i32) -> Option<Self> {
+        let folder = PathBuf::from(format!("/proc/{pid}"));
+        let Stat { name, state, parent } = Stat::read(&folder)?;
+        // The link of a zombie can't be read; the short name remains.
+        let program = fs::read_link(folder.join("exe"))
+            .ok()
+            .and_then(|path| Some(path.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned()))
+            .unwrap_or(name);
+        Some(Self {
+            pid,
+            program,
+            state,
+            parent,
+        })
+    }
+
     /// Whether it can do nothing: it stands or has ended, or it waits in vfork(2), in the kernel, for a child that
     /// stands, and has its own SIGSTOP before it once that is over.
     #[must_use]
     pub fn stands_still(&self, all: &[Self]) -> bool {
         let child_stands = || all.iter().any(|other| other.parent == self.pid && other.state == 'T');
         matches!(self.state, 'T' | 'Z' | 'X') || (self.state == 'D' && child_stands())
+    }
+
+    /// Names of its threads that wait in the kernel for something that no signal interrupts, such as a disk. One that is killed has them until
+    /// that has come.
+    #[must_use]
+    pub fn uninterruptible(&self) -> Vec<String> {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
+            return Vec::new();
+        };
+        let waiting = threads.filter_map(|thread| {
+            let stat = Stat::read(&thread.ok()?.path())?;
+            (stat.state == 'D').then_some(stat.name)
+        });
+        waiting.collect()
+    }
+
+    /// Whether it is still there, if only because it can't end.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        Self::of(self.pid).is_some()
     }
 }
 
@@ -42,7 +81,7 @@ pub(crate) fn all(init: i32) -> Result<Vec<ProcessInfo>, HostsError> {
         };
         // A process may end at any moment: what can't be read any more is not there.
         if pid != init && namespace(pid).is_ok_and(|other| other == own) {
-            found.extend(information(pid));
+            found.extend(ProcessInfo::of(pid));
         }
     }
     Ok(found)
@@ -61,7 +100,7 @@ pub(crate) fn below(init: i32, program: &str) -> Result<Vec<ProcessInfo>, HostsE
     for entry in fs::read_dir("/proc").map_err(failed("reading /proc"))? {
         let name = entry.map_err(failed("reading /proc"))?.file_name();
         let pid = name.to_str().and_then(|name| name.parse::<i32>().ok());
-        all.extend(pid.and_then(information).map(|found| (found.pid, found)));
+        all.extend(pid.and_then(ProcessInfo::of).map(|found| (found.pid, found)));
     }
     let descends = |process: &ProcessInfo| {
         let parents = std::iter::successors(Some(process), |child| all.get(&child.parent));
@@ -81,7 +120,7 @@ pub(crate) fn kill(init: i32, program: &str) -> Result<(usize, Instant), HostsEr
         let Ok(handle) = namespace::pidfd_open(victim.pid) else {
             continue;
         };
-        if information(victim.pid).is_some_and(|now| now.program == program) {
+        if ProcessInfo::of(victim.pid).is_some_and(|now| now.program == program) {
             namespace::signal(&handle, libc::SIGKILL).map_err(failed(format!("killing {program}")))?;
             killed += 1;
         }
@@ -95,28 +134,30 @@ pub(crate) fn stop_below(init: i32, program: &str) -> Result<Vec<OwnedFd>, Hosts
     let stopped = found.into_iter().filter_map(|process| {
         // As in `kill`. One that has ended meanwhile needs no stopping.
         let handle = namespace::pidfd_open(process.pid).ok()?;
-        let same = information(process.pid).is_some_and(|now| now.program == program);
+        let same = ProcessInfo::of(process.pid).is_some_and(|now| now.program == program);
         (same && namespace::signal(&handle, libc::SIGSTOP).is_ok()).then_some(handle)
     });
     Ok(stopped.collect())
 }
 
-fn information(pid: i32) -> Option<ProcessInfo> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (head, tail) = stat.rsplit_once(')')?;
-    let (_, comm) = head.split_once('(')?;
-    let mut fields = tail.split_ascii_whitespace();
-    let state = fields.next()?.chars().next()?;
-    let parent = fields.next()?.parse().ok()?;
-    // The link of a zombie can't be read; the short name remains.
-    let program = fs::read_link(format!("/proc/{pid}/exe"))
-        .ok()
-        .and_then(|path| Some(path.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned()))
-        .unwrap_or_else(|| comm.to_owned());
-    Some(ProcessInfo {
-        pid,
-        program,
-        state,
-        parent,
-    })
+/// What /proc/PID/stat says of a process or thread (proc(5)).
+struct Stat {
+    name: String,
+    state: char,
+    parent: i32,
+}
+
+impl Stat {
+    fn read(folder: &Path) -> Option<Self> {
+        let stat = fs::read_to_string(folder.join("stat")).ok()?;
+        // The name may contain anything.
+        let (head, tail) = stat.rsplit_once(')')?;
+        let (_, name) = head.split_once('(')?;
+        let mut fields = tail.split_ascii_whitespace();
+        Some(Self {
+            name: name.to_owned(),
+            state: fields.next()?.chars().next()?,
+            parent: fields.next()?.parse().ok()?,
+        })
+    }
 }

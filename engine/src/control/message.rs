@@ -223,7 +223,7 @@ pub struct Identity {
     pub authority_pem: String,
 }
 
-/// Time-outs, in milliseconds: [`ftvm_protocol::core::Timing`], which explains each.
+/// Time-outs, in milliseconds: [`ftvm_protocol::core::Timing`], which explains each but the last.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Timing {
@@ -236,6 +236,8 @@ pub struct Timing {
     pub switch_ms: u32,
     pub observe_ms: u32,
     pub holder_first_ms: u32,
+    /// A disk's request that is under way for longer hangs.
+    pub disk_hang_ms: u32,
 }
 
 impl Default for Timing {
@@ -252,6 +254,8 @@ impl Default for Timing {
             switch_ms: ms(core.switch_ms),
             observe_ms: ms(core.observe_ms),
             holder_first_ms: ms(core.holder_first_ms),
+            // So long Linux waits for a SCSI disk before it gives a command up.
+            disk_hang_ms: 30_000,
         }
     }
 }
@@ -574,6 +578,48 @@ pub enum AcceptedLoss {
 pub struct FailingDisk {
     /// Its position in [`Launch::disks`].
     pub disk: usize,
+    /// How.
+    #[serde(default)]
+    pub kind: StorageKind,
+    /// What failed first, with the operating system's error.
+    pub why: String,
+}
+
+/// How storage does not work.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StorageKind {
+    /// An I/O error.
+    #[default]
+    Failed,
+    /// No room, or no quota, is left.
+    Full,
+    /// Something has been under way for too long, and may be done yet.
+    Hangs,
+}
+
+/// A part of a seat's storage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoragePart {
+    /// A disk, by its position in [`Launch::disks`].
+    Disk(usize),
+    /// The journal.
+    Journal,
+    /// The header.
+    Header,
+}
+
+/// What failed of a seat's storage, in [`ExitReport`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailingStorage {
+    /// Which part.
+    pub part: StoragePart,
+    /// How.
+    pub kind: StorageKind,
+    /// It was the guest that used it: the seat was the active one.
+    #[serde(default)]
+    pub under_guest: bool,
     /// What failed first, with the operating system's error.
     pub why: String,
 }
@@ -667,4 +713,43 @@ pub struct ExitReport {
     pub term: Term,
     /// What, where, why, what to do.
     pub message: String,
+    /// Of an engine that its storage ended (code 21): what failed, as far as that is known. Empty from an engine of an earlier version.
+    #[serde(default)]
+    pub storage: Vec<FailingStorage>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{from_str, from_value, to_value};
+
+    /// Engines outlive the daemon that began them.
+    #[test]
+    fn what_an_engine_of_an_earlier_release_tells_of_storage_is_read() {
+        let failing: FailingDisk = from_str(r#"{"disk":1,"why":"no"}"#).unwrap();
+        assert_eq!((failing.disk, failing.kind), (1, StorageKind::Failed));
+        let report = ExitReport {
+            vm: "demo".to_owned(),
+            seat: "a".to_owned(),
+            incarnation: Incarnation {
+                seat: SeatId(1),
+                start: 2,
+            },
+            code: 21,
+            role: Role::Ended,
+            term: 3,
+            message: "this seat's storage failed".to_owned(),
+            storage: vec![FailingStorage {
+                part: StoragePart::Disk(1),
+                kind: StorageKind::Full,
+                under_guest: true,
+                why: "no".to_owned(),
+            }],
+        };
+        let mut told = to_value(&report).unwrap();
+        assert_eq!(from_value::<ExitReport>(told.clone()).unwrap(), report);
+        told.as_object_mut().unwrap().remove("storage").unwrap();
+        let earlier: ExitReport = from_value(told).unwrap();
+        assert!(earlier.storage.is_empty() && earlier.code == report.code);
+    }
 }

@@ -309,6 +309,7 @@ impl Driver {
                 leading.abandon();
             }
             self.seat.changed.over();
+            self.troubles.session_over(session);
             self.fail_digest("the session with the standby ended");
         }
         if self
@@ -347,6 +348,8 @@ impl Driver {
         match started {
             Ok(receiving) => {
                 self.set_route(Route::Follower(receiving.clone()));
+                // This leader was told nothing yet.
+                self.follower_watch.forget();
                 self.following = Some(Following {
                     session,
                     leader: leader_link,
@@ -485,14 +488,19 @@ impl Driver {
             .leading
             .as_ref()
             .is_some_and(|leading| leading.session.0 == frame.session);
-        if ours {
-            let text = format!("the other side can't follow: {}", printable(&frame.payload));
-            self.troubles.follower_said(SessionId(frame.session), text.clone());
-            self.warn(text);
+        if !ours {
+            return;
         }
+        let session = SessionId(frame.session);
+        if frame.payload.is_empty() {
+            return self.troubles.follower_goes_on(session);
+        }
+        let text = format!("the other side can't follow: {}", printable(&frame.payload));
+        self.troubles.follower_said(session, text.clone());
+        self.warn(text);
     }
 
-    /// Tells the leader of a followed session why it can't go on; that it does not, the core says.
+    /// Tells the leader of a followed session why it can't go on; that it does not, the core says. Without words: it goes on after all.
     pub(super) fn tell_leader(&mut self, why: &str) {
         let Some(following) = &self.following else { return };
         let max = Kind::Trouble.max_len() as usize;
@@ -542,10 +550,17 @@ impl Driver {
             EndReason::SessionOver => self.troubles.session_code,
             _ => None,
         };
+        let code = code.unwrap_or(exit_code::of_end(reason));
+        let storage = if code == exit_code::STORAGE {
+            self.failing_storage()
+        } else {
+            Vec::new()
+        };
         self.ended = Some(Ended {
-            code: code.unwrap_or(exit_code::of_end(reason)),
+            code,
             message,
             term: self.core.status().term,
+            storage,
         });
     }
 }

@@ -56,6 +56,7 @@ impl Driver {
                     code: exit_code::OK,
                     message: "ended by the daemon's command; the arbiter's record was not touched".to_owned(),
                     term: self.core.status().term,
+                    storage: Vec::new(),
                 });
             }
         }

@@ -463,6 +463,8 @@ impl Driver {
     fn cant_follow(&mut self, session: SessionId, follow::Failure { why, code }: follow::Failure) {
         tracing::warn!("session {} can't be followed: {why}", session.0);
         self.tell_leader(&why);
+        // What hung before has come to an end, with an error: that does not take these words back.
+        self.follower_watch.forget();
         self.troubles.session = Some(why);
         self.troubles.session_code = code;
         if code == Some(exit_code::STORAGE) {

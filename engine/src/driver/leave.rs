@@ -99,6 +99,7 @@ impl Driver {
                     code: exit_code::OK,
                     message,
                     term: status.term,
+                    storage: Vec::new(),
                 });
             }
         }

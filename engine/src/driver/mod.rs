@@ -45,7 +45,7 @@ use ftvm_protocol::core::{Core, Event, Gate, RoleName, Status as CoreStatus};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, Term};
 
 use crate::clock::Moment;
-use crate::control::{self, CommandId, Handle};
+use crate::control::{self, CommandId, FailingStorage, Handle};
 use crate::machine::VmEvent;
 use crate::replication::link::{LinkEvent, LinkHub, LinkSender};
 
@@ -167,6 +167,8 @@ pub struct Ended {
     pub message: String,
     /// Last term known to be in force.
     pub term: Term,
+    /// What failed, where that was the seat's storage.
+    pub storage: Vec<FailingStorage>,
 }
 
 /// What the guest does.
@@ -230,6 +232,7 @@ pub struct Driver {
     troubles: status::Troubles,
     failing_disks: status::FailingDisks,
     watch: storage::Watch,
+    follower_watch: storage::FollowerWatch,
     /// The disks are being flushed for a stop, for so long by now.
     flushing: Option<Duration>,
     told: status::Told,
@@ -250,8 +253,10 @@ impl Driver {
     /// A driver for a prepared seat.
     pub fn new(core: Core, mut seat: Seat, control: Handle, hub: LinkHub, queue: Queue) -> std::io::Result<Self> {
         let hold = hold::Hold::new(seat.when_unprotected);
-        let header =
-            header::HeaderWriter::start(seat.take_header_file()?, queue.clone(), seat.enter(seat::Work::Storage))?;
+        let failing_disks = status::FailingDisks::new(seat.hangs_after);
+        let file = seat.take_header_file()?;
+        let (failures, enter) = (seat.failures.clone(), seat.enter(seat::Work::Storage));
+        let header = header::HeaderWriter::start(file, queue.clone(), failures, enter)?;
         Ok(Self {
             core,
             seat,
@@ -280,8 +285,9 @@ impl Driver {
             pause_over: None,
             figures: status::Figures::default(),
             troubles: status::Troubles::default(),
-            failing_disks: status::FailingDisks::default(),
+            failing_disks,
             watch: storage::Watch::default(),
+            follower_watch: storage::FollowerWatch::default(),
             flushing: None,
             told: status::Told::default(),
             leaving: None,
@@ -313,6 +319,7 @@ impl Driver {
                         code: control::exit_code::INTERNAL,
                         message: "every thread of the engine has ended: a defect".to_owned(),
                         term: self.core.status().term,
+                        storage: Vec::new(),
                     };
                 }
             }

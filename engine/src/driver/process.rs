@@ -38,6 +38,7 @@ pub fn run(connection: Connection, rule: Rule) -> u8 {
         role: Role::Ended,
         term: ended.term,
         message: ended.message,
+        storage: ended.storage,
     };
     tracing::info!("ends with code {}: {}", exit.code, exit.message);
     if let Some(handle) = handle {
@@ -58,6 +59,7 @@ fn failed(code: u8, error: &dyn std::error::Error) -> Ended {
         code,
         message: error_chain(error),
         term: 0,
+        storage: Vec::new(),
     }
 }
 
@@ -89,7 +91,9 @@ fn run_launched(
         Ok(mut driver) => {
             let ended = driver.run(&inputs);
             if driver.is_hanging() {
-                // Taking it apart would wait for the disk's thread. The kernel ends that with the process, once the request is done.
+                // Taking it apart would wait for the disk's thread. The kernel ends that with the process, once the request is done. Where
+                // links have no table of descriptors of their own, their sockets would be open until then.
+                driver.close_links();
                 std::mem::forget(driver);
             }
             ended

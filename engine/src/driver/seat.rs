@@ -5,7 +5,7 @@ use std::fs::File;
 use std::net::{IpAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ftvm_protocol::core::{Config, StoredHeader};
 use ftvm_protocol::wire::{Hello, Kind};
@@ -16,13 +16,12 @@ use super::late::Route;
 use super::limits::EpochLimits;
 use super::nics::{Nic, duplicate_taps, host_sink, net_backends, open_nics};
 use super::status::hanging_text;
-use super::storage::HANGS_AFTER;
 use super::{Queue, hand_over, seat_watch};
 use crate::backends::DiskBackend;
 use crate::boot::BootSource;
 use crate::checkpoint::PacerConfig;
 use crate::control::header_file::{HeaderFile, HeaderFileError};
-use crate::control::{EndpointError, Launch, LaunchFds, Peer, Protection, WhenUnprotected, exit_code};
+use crate::control::{EndpointError, Launch, LaunchFds, Peer, Protection, StoragePart, WhenUnprotected, exit_code};
 use crate::devices::DeviceError;
 use crate::devices::set::{Backends, DeviceSet, DeviceSetConfig, DeviceThread};
 use crate::devices::virtio::blk::DiskConfig;
@@ -37,10 +36,12 @@ use crate::replication::epoch::StagingLimits;
 use crate::replication::journal::Journal;
 use crate::replication::link::{LinkConfig, LinkEvent, LinkHub, LinkSender, TlsError, TlsIdentity};
 use crate::replication::memory::PageMemory;
+use crate::replication::noted::{Failures, Noted};
 use crate::replication::pages::EncoderConfig;
 use crate::replication::resync::{Offer, ResyncProgress, ResyncSource};
 use crate::replication::standby_disks::{ClosedDisks, SeatVolume, Settler, StandbyDisks, StandbyDisksError};
 use crate::replication::storage::{FileStorage, Storage};
+use crate::replication::watched::{UnderWay, Watched};
 use crate::seat_io::{DiskLog, Inbox, NicPlace, Refused, SeatConsole, SeatDisk, discard_queued, queued_for};
 use crate::seccomp::{Filters, ThreadKind};
 
@@ -169,12 +170,20 @@ pub struct Seat {
     pub when_unprotected: WhenUnprotected,
     /// How long a claim of the record waits for what the guest has under way.
     pub(super) claim_waits: Duration,
+    /// A request of a disk that is under way for longer hangs.
+    pub(super) hangs_after: Duration,
+    /// A standby tells its leader of its own storage after so long: in time, before that one ejects it.
+    pub(super) tells_after: Duration,
     /// Where frames of a followed session go.
     pub(super) route: Arc<Mutex<Route>>,
     volumes: Vec<Arc<SeatVolume>>,
+    /// What failed of volumes, journal and header.
+    pub(super) failures: Arc<Failures>,
     /// Brings the volumes in order after a takeover, and empties the journal.
     settler: Option<Settler>,
     journal: Arc<dyn Storage>,
+    /// What is asked of the volumes and of the journal, but for what the guest asks.
+    under_way: Arc<UnderWay>,
     /// The journal as a boot emptied it. Nobody uses it while the guest is here.
     emptied: Option<Journal>,
     header: Option<HeaderFile>,
@@ -213,10 +222,9 @@ pub fn prepare(
     let ram_pages = u32::try_from(machine.memory_bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX);
     let limits = EpochLimits::new(ram_pages, machine.vcpus, launch.disks.len());
     machine.dirty_ring_entries = machine.dirty_ring_entries.min(limits.ring_entries);
-    let bytes = limits.journal_bytes;
-    let journal = FileStorage::allocated(fds.take(launch.files.journal, "the journal")?.into(), bytes);
-    let journal: Arc<dyn Storage> = Arc::new(journal.map_err(|source| SeatError::Journal { bytes, source })?);
-    let volumes = open_volumes(launch, fds)?;
+    let failures: Arc<Failures> = Arc::default();
+    let journal = open_journal(launch, fds, limits.journal_bytes, &failures)?;
+    let volumes = open_volumes(launch, fds, &failures)?;
     let nics = open_nics(launch, fds)?;
     let refused = nics.iter().map(|nic| nic.refused.clone()).collect();
     let console = File::from(fds.take(launch.files.console, "the console")?);
@@ -264,10 +272,14 @@ pub fn prepare(
         pacer: pacer_config(limits, &launch.protection),
         when_unprotected: launch.protection.when_unprotected,
         claim_waits: hand_over::waits(launch.timing.switch_ms),
+        hangs_after: Duration::from_millis(launch.timing.disk_hang_ms.into()),
+        tells_after: Duration::from_millis(u64::from(launch.timing.ack_stall_ms) / 2),
         route: Arc::default(),
         volumes,
+        failures,
         settler: None,
         journal,
+        under_way: Arc::default(),
         emptied: None,
         header: Some(header),
         dropped,
@@ -336,16 +348,33 @@ fn core_config(launch: &Launch, header: StoredHeader) -> Config {
     }
 }
 
-fn open_volumes(launch: &Launch, fds: &mut LaunchFds) -> Result<Vec<Arc<SeatVolume>>, SeatError> {
+fn open_journal(
+    launch: &Launch,
+    fds: &mut LaunchFds,
+    bytes: u64,
+    failures: &Arc<Failures>,
+) -> Result<Arc<dyn Storage>, SeatError> {
+    let file: File = fds.take(launch.files.journal, "the journal")?.into();
+    let journal = FileStorage::allocated(file, bytes).map_err(|source| SeatError::Journal { bytes, source })?;
+    let noted = Noted::new(Arc::new(journal), StoragePart::Journal, failures.clone());
+    Ok(Arc::new(noted))
+}
+
+fn open_volumes(
+    launch: &Launch,
+    fds: &mut LaunchFds,
+    failures: &Arc<Failures>,
+) -> Result<Vec<Arc<SeatVolume>>, SeatError> {
     let mut volumes = Vec::new();
-    for disk in &launch.disks {
+    for (index, disk) in launch.disks.iter().enumerate() {
         let file: File = fds.take(disk.file, &disk.path)?.into();
         let storage = FileStorage::new(file, None).map_err(|source| SeatError::Disk {
             name: disk.name.clone(),
             path: disk.path.clone(),
             source,
         })?;
-        volumes.push(Arc::new(SeatVolume::new(Arc::new(storage))));
+        let noted = Noted::new(Arc::new(storage), StoragePart::Disk(index), failures.clone());
+        volumes.push(Arc::new(SeatVolume::new(Arc::new(noted))));
     }
     Ok(volumes)
 }
@@ -591,23 +620,29 @@ impl Seat {
     }
 
     fn closed_disks(&self) -> Result<ClosedDisks, String> {
-        let volumes = self.volumes.iter().map(|volume| volume.direct()).collect();
-        let closed = ClosedDisks::new(self.journal.clone(), volumes, &self.filters);
+        let watched = |storage| Arc::new(Watched::new(storage, self.under_way.clone())) as Arc<dyn Storage>;
+        let volumes = self.volumes.iter().map(|volume| watched(volume.direct())).collect();
+        let closed = ClosedDisks::new(watched(self.journal.clone()), volumes, &self.filters);
         closed.map_err(|error| crate::error_chain(&error))
+    }
+
+    /// Since when volumes or journal have kept a follower waiting.
+    pub(super) fn storage_since(&self) -> Option<Instant> {
+        self.under_way.since()
     }
 
     /// The disks for a session that is followed. `joins`: a resync brings everything; otherwise the guest was here until now, and what
     /// it had under way comes to its end first.
     pub fn disks_to_follow(&mut self, joins: bool) -> Result<OpenDisks, String> {
         let closed = self.closed_disks()?;
-        let in_use = self.machine.disks_in_use();
+        let (in_use, hangs_after) = (self.machine.disks_in_use(), self.hangs_after);
         let (settler, emptied) = (self.settler.take(), self.emptied.take());
         Ok(Box::new(move || -> Result<StandbyDisks, Failure> {
             // A write that is under way would land behind what the new leader sends.
-            if !in_use.end_within(HANGS_AFTER) {
+            if !in_use.end_within(hangs_after) {
                 // Its storage counts as failed from here on: settler and journal are given up, and this engine never follows again.
                 return Err(Failure {
-                    why: format!("a disk of this seat hangs: {}", hanging_text()),
+                    why: format!("a disk of this seat hangs: {}", hanging_text(hangs_after)),
                     code: Some(exit_code::STORAGE),
                 });
             }

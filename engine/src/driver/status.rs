@@ -7,10 +7,12 @@ use ftvm_protocol::core::{AcceptedLoss as CoreLoss, ArbiterState, RoleName, Stat
 use ftvm_protocol::identity::{Epoch, SessionId};
 use serde_json::{Map, Value, json};
 
-use super::storage::HANGS_AFTER;
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
-use crate::control::{AcceptedLoss, Digest, Event, FailingDisk, PeerStatus, Role, StandbyStatus, Status};
+use crate::control::{
+    AcceptedLoss, Digest, Event, FailingDisk, FailingStorage, PeerStatus, Role, StandbyStatus, Status, StorageKind,
+    StoragePart,
+};
 use crate::devices::event::DeviceEvent;
 use crate::devices::set::DeviceCounts;
 use crate::pause::clock::{PauseClock, SlowestPauses};
@@ -60,6 +62,8 @@ pub struct Troubles {
     pub session: Option<String>,
     /// The session of which its follower has said so.
     pub told: Option<SessionId>,
+    /// What the follower of a session says of itself while that goes on.
+    pub said: Option<(SessionId, String)>,
     /// As a joiner: its exit code, if a person has to mend it.
     pub session_code: Option<u8>,
     /// Why the arbiter did not do what it was asked last.
@@ -84,8 +88,28 @@ impl Troubles {
 
     /// The follower's words, why it can't go on.
     pub fn follower_said(&mut self, session: SessionId, why: String) {
+        self.said = Some((session, why.clone()));
         self.session = Some(why);
         self.told = Some(session);
+    }
+
+    /// It can go on after all.
+    pub fn follower_goes_on(&mut self, session: SessionId) {
+        self.said = None;
+        if self.told.take_if(|told| *told == session).is_some() {
+            self.session = None;
+        }
+    }
+
+    /// A session that this seat led is over. What its follower said is the reason, also where it could be one for as long as the pair was
+    /// whole.
+    pub fn session_over(&mut self, session: SessionId) {
+        if let Some((of, why)) = self.said.take()
+            && of == session
+        {
+            self.session = Some(why);
+            self.told = Some(session);
+        }
     }
 
     /// What a session that this seat led came to. That the link is down is no reason beside the follower's own.
@@ -122,14 +146,25 @@ impl Figures {
 }
 
 /// Disks that failed what the guest asked for, and have not worked since, with what they said.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FailingDisks {
     failed: BTreeMap<usize, String>,
     /// The one whose request has been under way for too long.
     hanging: Option<usize>,
+    /// How long that is.
+    hangs_after: Duration,
 }
 
 impl FailingDisks {
+    /// None yet. A request that is under way for longer hangs.
+    pub fn new(hangs_after: Duration) -> Self {
+        Self {
+            failed: BTreeMap::new(),
+            hanging: None,
+            hangs_after,
+        }
+    }
+
     /// Takes what a device says of itself.
     pub fn noticed(&mut self, event: &DeviceEvent) {
         match event {
@@ -149,12 +184,14 @@ impl FailingDisks {
     fn told(&self) -> Vec<FailingDisk> {
         let told = |(disk, why): (&usize, &String)| FailingDisk {
             disk: *disk,
+            kind: StorageKind::Failed,
             why: why.clone(),
         };
         let hanging = self.hanging.filter(|disk| !self.failed.contains_key(disk));
         let hanging = hanging.map(|disk| FailingDisk {
             disk,
-            why: hanging_text(),
+            kind: StorageKind::Hangs,
+            why: hanging_text(self.hangs_after),
         });
         self.failed.iter().map(told).chain(hanging).collect()
     }
@@ -167,13 +204,13 @@ impl FailingDisks {
     /// The first of them, in words.
     pub fn first(&self) -> Option<String> {
         let told = self.told().into_iter().next();
-        told.map(|FailingDisk { disk, why }| format!("disk {disk} fails ({why})"))
+        told.map(|FailingDisk { disk, why, .. }| format!("disk {disk} fails ({why})"))
     }
 }
 
 /// What is said of a disk that hangs.
-pub fn hanging_text() -> String {
-    let seconds = HANGS_AFTER.as_secs();
+pub fn hanging_text(hangs_after: Duration) -> String {
+    let seconds = hangs_after.as_secs_f64();
     format!("a request has been under way for more than {seconds} s")
 }
 
@@ -288,6 +325,34 @@ impl Driver {
         }
     }
 
+    /// Disks that fail the guest, and how.
+    fn disks_that_fail(&self) -> Vec<FailingDisk> {
+        let mut told = self.failing_disks.told();
+        for failing in told.iter_mut().filter(|failing| failing.kind == StorageKind::Failed) {
+            let kind = self.seat.failures.kind(StoragePart::Disk(failing.disk));
+            failing.kind = kind.unwrap_or_default();
+        }
+        told
+    }
+
+    /// What has failed of this seat's storage, or hangs, whoever used it: for whoever reads how this engine ended.
+    pub(super) fn failing_storage(&self) -> Vec<FailingStorage> {
+        let mut told = self.seat.failures.told();
+        for failing in self.disks_that_fail() {
+            let part = StoragePart::Disk(failing.disk);
+            match told.iter_mut().find(|failed| failed.part == part) {
+                Some(failed) => failed.under_guest = true,
+                None => told.push(FailingStorage {
+                    part,
+                    kind: failing.kind,
+                    under_guest: true,
+                    why: failing.why,
+                }),
+            }
+        }
+        told
+    }
+
     /// The whole state, for the daemon.
     pub(super) fn status(&self) -> Status {
         let status = self.core.status();
@@ -332,7 +397,7 @@ impl Driver {
             arbiter_uid: status.uid,
             vouches: status.recreate.clone(),
             resync_percent: self.seat.resync_percent(),
-            failing_disks: self.failing_disks.told(),
+            failing_disks: self.disks_that_fail(),
             accepted_loss: status.accepted_loss.map(|loss| match loss {
                 CoreLoss::UnderWay => AcceptedLoss::UnderWay,
                 CoreLoss::Refused(refusal) => AcceptedLoss::Refused {
@@ -407,6 +472,7 @@ mod tests {
             link: Some((18, "identity".to_owned())),
             session: Some("resync failed".to_owned()),
             told: None,
+            said: None,
             session_code: None,
             arbiter: None,
             connection: Some("no route".to_owned()),
@@ -425,7 +491,8 @@ mod tests {
 
     #[test]
     fn a_disk_fails_until_it_works_again() {
-        let mut failing = FailingDisks::default();
+        let hangs_after = Duration::from_millis(1_500);
+        let mut failing = FailingDisks::new(hangs_after);
         let mut fails = |disk, message: &str| {
             failing.noticed(&DeviceEvent::DiskError {
                 disk,
@@ -435,6 +502,7 @@ mod tests {
         };
         let disk = |disk, why: &str| FailingDisk {
             disk,
+            kind: StorageKind::Failed,
             why: why.to_owned(),
         };
         assert_eq!(fails(1, "writing"), [disk(1, "writing")]);
@@ -447,7 +515,9 @@ mod tests {
         failing.noticed(&DeviceEvent::DiskRecovered { disk: 0 });
         assert!(failing.told().is_empty());
         assert!(failing.hangs(Some(1)) && !failing.hangs(Some(1)), "told once");
-        assert_eq!(failing.told(), [disk(1, &hanging_text())]);
+        let kind = StorageKind::Hangs;
+        let hangs = disk(1, "a request has been under way for more than 1.5 s");
+        assert_eq!(failing.told(), [FailingDisk { kind, ..hangs }]);
         assert!(failing.hangs(None));
         assert_eq!(failing.first(), None);
     }
@@ -464,5 +534,28 @@ mod tests {
         troubles.session_works();
         troubles.session_failed(SessionId(5), "the link is down".to_owned());
         assert_eq!(troubles.first(), Some("the link is down"), "since then it worked");
+    }
+
+    /// A follower whose disk hangs says so before its leader ejects it, while the pair is whole still.
+    #[test]
+    fn what_a_follower_says_is_the_reason_once_its_session_is_over() {
+        let said = |session| {
+            let mut troubles = Troubles::default();
+            troubles.follower_said(SessionId(session), "its storage hangs".to_owned());
+            troubles.session_works();
+            assert_eq!(troubles.first(), None, "protected");
+            troubles
+        };
+        let mut troubles = said(3);
+        troubles.session_over(SessionId(3));
+        troubles.session_failed(SessionId(3), "the link is down".to_owned());
+        assert_eq!(troubles.first(), Some("its storage hangs"));
+        let mut troubles = said(4);
+        troubles.follower_goes_on(SessionId(4));
+        troubles.session_over(SessionId(4));
+        assert_eq!(troubles.first(), None, "it went on");
+        let mut troubles = said(5);
+        troubles.session_over(SessionId(6));
+        assert_eq!(troubles.first(), None, "another session");
     }
 }

@@ -7,10 +7,9 @@ use ftvm_protocol::core::{Event, RoleName, Seal, Status as CoreStatus, StorageHe
 
 use super::seat::{Work, flush_all};
 use super::{Driver, Input};
+use crate::control::StoragePart;
 use crate::devices::event::DeviceEvent;
 
-/// A request that is under way for longer hangs: so long Linux waits for a SCSI disk before it gives a command up.
-pub const HANGS_AFTER: Duration = Duration::from_secs(30);
 /// Whoever ends waits so long for what its disks are doing.
 const IDLE_WITHIN: Duration = Duration::from_secs(1);
 /// One look counts no more: if it comes later than that, this process did not run, and neither did those that work for its disks.
@@ -49,40 +48,90 @@ impl Watch {
     }
 }
 
+/// Counts how long volumes or journal have kept this seat waiting as a follower of one session.
+#[derive(Debug, Default)]
+pub struct FollowerWatch {
+    watch: Watch,
+    /// The leader knows.
+    told: bool,
+}
+
+impl FollowerWatch {
+    /// One look. Some if the leader is to be told: true, that it waits for too long, and false, that it does so no more.
+    fn look(&mut self, now: Instant, since: Option<Instant>, limit: Duration) -> Option<bool> {
+        self.watch.look(now, &[since]);
+        let hangs = self.watch.slowest().is_some_and(|(_, lasts)| lasts > limit);
+        (std::mem::replace(&mut self.told, hangs) != hangs).then_some(hangs)
+    }
+
+    /// There is another leader, or this one was told something that is not to be taken back.
+    pub fn forget(&mut self) {
+        *self = Self::default();
+    }
+}
+
 impl Driver {
     pub(super) fn device_event(&mut self, event: &DeviceEvent) {
         self.failing_disks.noticed(event);
         self.warn(event.to_string());
-        if matches!(event, DeviceEvent::DiskError { .. }) {
-            self.step(Event::Storage(StorageHealth::Failed));
+        match event {
+            DeviceEvent::DiskError { .. } => self.step(Event::Storage(StorageHealth::Failed)),
+            DeviceEvent::DiskRecovered { disk } => self.seat.failures.forget(StoragePart::Disk(*disk)),
+            DeviceEvent::Reset
+            | DeviceEvent::PowerOff
+            | DeviceEvent::NetError { .. }
+            | DeviceEvent::NeedsReset { .. } => {}
         }
     }
 
     /// Looks for a request that takes too long, and whether one that did has ended.
     pub(super) fn watch_disks(&mut self) {
+        self.watch_as_follower();
         let ran = self.watch.look(Instant::now(), &self.seat.machine.requests_since());
         if let Some(flushing) = &mut self.flushing {
             *flushing += ran;
-            if *flushing > HANGS_AFTER {
+            if *flushing > self.seat.hangs_after {
                 self.flushed(Err("the last flush hangs: whether it was done is unknown".to_owned()));
             }
         }
         let slowest = self.watch.slowest();
         let lasts = slowest.map_or(Duration::ZERO, |(_, lasts)| lasts);
         self.figures.slowest_request = self.figures.slowest_request.max(lasts);
-        let hanging = slowest.filter(|_| lasts > HANGS_AFTER).map(|(disk, _)| disk);
+        let hanging = slowest.filter(|_| lasts > self.seat.hangs_after).map(|(disk, _)| disk);
         if !self.failing_disks.hangs(hanging) {
             return;
         }
         match hanging {
             Some(disk) => {
-                self.warn(format!("disk {disk} hangs: {}", super::status::hanging_text()));
+                let why = super::status::hanging_text(self.seat.hangs_after);
+                self.warn(format!("disk {disk} hangs: {why}"));
                 self.step(Event::Storage(StorageHealth::Hangs));
             }
             None => {
                 self.warn("no disk hangs any more".to_owned());
                 self.step(Event::Storage(StorageHealth::Works));
             }
+        }
+    }
+
+    /// Nobody acknowledges anything while this seat's own disks or journal hang, and its leader ejects it before long: it is told why. What
+    /// was said is taken back should the seat go on in time.
+    fn watch_as_follower(&mut self) {
+        let since = self.seat.storage_since().filter(|_| self.following.is_some());
+        let limit = if self.core.status().role == RoleName::Standby {
+            self.seat.tells_after
+        } else {
+            // Nobody ejects a joiner, and the sync of all that a resync brought may take long.
+            self.seat.tells_after.max(self.seat.hangs_after)
+        };
+        match self.follower_watch.look(Instant::now(), since, limit) {
+            Some(true) => {
+                let why = format!("its storage hangs: {}", super::status::hanging_text(limit));
+                self.tell_leader(&why);
+                self.warn(format!("this seat can't follow: {why}"));
+            }
+            Some(false) => self.tell_leader(""),
+            None => {}
         }
     }
 
@@ -130,6 +179,9 @@ impl Driver {
         let what = what.unwrap_or_else(|| "this seat's storage has failed".to_owned());
         Some(match (status.role, status.peer) {
             (RoleName::Active, Some(_)) => format!("{what}: the guest goes to the standby as soon as that can take it"),
+            (RoleName::Active, None) if status.storage == StorageHealth::Hangs => {
+                format!("{what}: the guest waits for it, or until a standby has joined and takes over")
+            }
             (RoleName::Active, None) => {
                 format!("{what}: the guest gets its errors until a standby has joined and takes over")
             }
@@ -141,11 +193,52 @@ impl Driver {
     pub fn is_hanging(&self) -> bool {
         !self.seat.machine.disks_in_use().end_within(IDLE_WITHIN)
     }
+
+    /// Nobody hears of this engine any more, however long its process may still be there.
+    pub fn close_links(&self) {
+        self.hub.end();
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_leader_is_told_once_that_its_follower_waits_and_once_that_it_does_not() {
+        let (mut watch, began) = (FollowerWatch::default(), Instant::now());
+        let limit = Duration::from_millis(100);
+        let mut at = |ms, since: Option<u64>| {
+            let moment = |ms| began + Duration::from_millis(ms);
+            watch.look(moment(ms), since.map(moment), limit)
+        };
+        assert_eq!(at(0, None), None);
+        assert_eq!(at(50, Some(40)), None);
+        assert_eq!(at(100, Some(90)), None, "another request");
+        assert_eq!(at(200, Some(90)), None, "no longer than it may");
+        assert_eq!(at(250, Some(90)), Some(true));
+        assert_eq!(at(300, Some(90)), None, "told");
+        assert_eq!(at(350, Some(340)), Some(false));
+        assert_eq!(at(400, None), None);
+    }
+
+    #[test]
+    fn what_ends_with_an_error_does_not_take_that_back() {
+        let (mut watch, began) = (FollowerWatch::default(), Instant::now());
+        let moment = |ms| began + Duration::from_millis(ms);
+        let look = |watch: &mut FollowerWatch, ms, since: Option<u64>| {
+            watch.look(moment(ms), since.map(moment), Duration::from_millis(100))
+        };
+        for (ms, told) in [(0, None), (100, None), (200, Some(true))] {
+            assert_eq!(look(&mut watch, ms, Some(0)), told);
+        }
+        watch.forget();
+        assert_eq!(look(&mut watch, 250, None), None);
+        // Another leader is told anew.
+        for (ms, told) in [(300, None), (400, None), (500, Some(true))] {
+            assert_eq!(look(&mut watch, ms, Some(260)), told);
+        }
+    }
 
     #[test]
     fn a_request_hangs_by_the_time_in_which_this_process_ran() {
@@ -170,9 +263,10 @@ mod tests {
         assert_eq!(look(&mut watch, 60_160, &[other, None]), Some((0, ms(50))));
         assert_eq!(look(&mut watch, 60_210, &[None, None]), None);
         // One that really hangs is found.
+        let hangs_after = Duration::from_secs(30);
         for tick in 1..=602_u64 {
             let slowest = look(&mut watch, 60_210 + 50 * tick, &[other, None]);
-            let hangs = slowest.is_some_and(|(_, lasts)| lasts > HANGS_AFTER);
+            let hangs = slowest.is_some_and(|(_, lasts)| lasts > hangs_after);
             assert_eq!(hangs, tick == 602);
         }
     }

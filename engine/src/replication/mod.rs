@@ -23,11 +23,13 @@ pub mod epoch;
 pub mod journal;
 pub mod link;
 pub mod memory;
+pub mod noted;
 pub mod pages;
 pub mod resync;
 pub mod standby_disks;
 pub mod storage;
 pub mod threads;
+pub mod watched;
 
 pub use memory::{HeapMemory, PAGE_SIZE, Page, PageMemory};
 

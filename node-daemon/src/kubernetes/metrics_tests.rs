@@ -192,6 +192,7 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
         &format!("ftvm_seat_arbiter_reachable{{{labels}}} 1"),
         &format!("ftvm_seat_program_connected{{{labels}}} 0"),
         &format!("ftvm_seat_engine_starts_total{{{labels}}} 0"),
+        &format!("ftvm_seat_storage_failures{{{labels}}} 0"),
         &format!(r#"ftvm_engine{{name="pause_us_total",{labels}}} 1234"#),
         r#"ftvm_guest_frames_refused_total{namespace="shop",nic="front",reason="mac",seat="web-a",vm="web"} 3"#,
         r#"ftvm_guest_frames_refused_total{namespace="shop",nic="front",reason="arp",seat="web-a",vm="web"} 0"#,
@@ -303,6 +304,34 @@ fn progress_and_the_end_of_an_engine_are_told() {
         !text.contains("ftvm_seat_progress_percent"),
         "it does not go on: {text}"
     );
+}
+
+/// Whatever an engine names.
+#[test]
+fn each_disk_that_the_seat_has_is_in_one_state() {
+    let rig = Rig::new();
+    let endpoint = Endpoint::new(health, |node| drop(add_running(node, &rig)));
+    for (kind, state) in [
+        (None, "works"),
+        (Some(StorageKind::Failed), "failed"),
+        (Some(StorageKind::Full), "full"),
+        (Some(StorageKind::Hangs), "hangs"),
+    ] {
+        let failing = |kind| {
+            [0, 7].map(|disk| FailingDisk {
+                disk,
+                kind,
+                why: "no".to_owned(),
+            })
+        };
+        rig.say(|status| status.failing_disks = kind.into_iter().flat_map(failing).collect());
+        let text = endpoint.metrics();
+        let told = text.lines().filter(|line| line.starts_with("ftvm_seat_disk{"));
+        let (now, other): (Vec<_>, Vec<_>) = told.partition(|line| line.ends_with(" 1"));
+        let labels = format!(r#"disk="root",namespace="shop",seat="web-a",state="{state}",vm="web""#);
+        assert_eq!(now, [format!("ftvm_seat_disk{{{labels}}} 1")]);
+        assert_eq!(other.len(), 3, "{other:?}");
+    }
 }
 
 #[test]

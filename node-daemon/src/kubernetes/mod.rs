@@ -25,6 +25,7 @@ mod plugin;
 mod publish;
 mod refused;
 mod request;
+mod storage;
 mod timing;
 mod watch;
 

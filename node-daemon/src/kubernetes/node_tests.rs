@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use ftvm_crds::seat::SeatPublished;
+use ftvm_crds::seat::{SeatPublished, StorageKind, StoragePart, StorageTrouble};
 use ftvm_protocol::core::GuestReport;
 use kube::Resource;
 use serde_json::json;
@@ -500,17 +500,59 @@ fn a_failing_disk_is_published_by_its_name() {
     let folder = Folder::new("node");
     let (node, rig) = (node(&folder), Rig::new());
     let seat = add_running(&node, &rig);
-    let storage = || seat.publisher.due(&seat).unwrap().1.storage;
-    assert_eq!(storage(), None);
+    let storage = || seat.publisher.due(&seat).unwrap().1.storage_troubles;
+    assert!(storage().is_empty());
+    let why = "writing 512 bytes at 0: I/O error";
     rig.say(|status| {
         status.failing_disks = vec![ftvm_engine::control::FailingDisk {
             disk: 0,
-            why: "writing 512 bytes at 0: I/O error".to_owned(),
+            kind: ftvm_engine::control::StorageKind::Full,
+            why: why.to_owned(),
         }];
     });
-    assert_eq!(storage().unwrap(), "disk root: writing 512 bytes at 0: I/O error");
+    let told = storage().remove(0);
+    assert_eq!(
+        (told.part, told.kind),
+        (StoragePart::Disk("root".to_owned()), StorageKind::Full)
+    );
+    assert!(told.why == why && told.under_guest, "{told:?}");
+    assert_eq!(
+        storage()[0].since_unix_ms,
+        told.since_unix_ms,
+        "also where it could not be written"
+    );
     rig.say(|status| status.failing_disks.clear());
-    assert_eq!(storage(), None);
+    assert!(storage().is_empty());
+}
+
+/// The pod is all that a daemon which is started anew knows of it.
+#[test]
+fn what_an_earlier_daemon_said_of_storage_is_gone_on_with() {
+    let folder = Folder::new("node");
+    let (node, rig) = (node(&folder), Rig::new());
+    let seat = add_running(&node, &rig);
+    let before = SeatPublished {
+        storage_troubles: vec![StorageTrouble {
+            part: StoragePart::Journal,
+            kind: StorageKind::Failed,
+            under_guest: false,
+            since_unix_ms: 7,
+            why: "syncing: I/O error".to_owned(),
+        }],
+        storage_failures: 2,
+        ..SeatPublished::default()
+    };
+    let publisher = Publisher::new(Some(&says(41, &before, None)));
+    for _ in 0..2 {
+        let published = publisher.due(&seat).unwrap().1;
+        assert_eq!(
+            (published.storage_troubles, published.storage_failures),
+            (before.storage_troubles.clone(), 2)
+        );
+    }
+    // A third one.
+    seat.pod.seat.had_storage_failures(1);
+    assert_eq!(publisher.due(&seat).unwrap().1.storage_failures, 3);
 }
 
 /// The pod of [`POD`] as the API server has it.

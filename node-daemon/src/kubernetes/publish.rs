@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ftvm_crds::names::{ANNOTATION_SEAT_STATUS, LABEL_ROLE, ROLE_ACTIVE, ROLE_STANDBY};
-use ftvm_crds::seat::{self, SeatExit, SeatPublished, SeatRole, Takeover};
-use ftvm_engine::control::{Event, FailingDisk, Role, exit_code};
+use ftvm_crds::seat::{self, SeatExit, SeatPublished, SeatRole, StorageTrouble, Takeover};
+use ftvm_engine::control::{Event, Role, exit_code};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
@@ -15,6 +15,7 @@ use super::echo::{Echo, difference};
 use super::node::NodeSeat;
 use super::pace::Pace;
 use super::request::Told;
+use super::storage;
 use crate::api::SeatStatus;
 use crate::config::AbsentSeat;
 use crate::random;
@@ -44,6 +45,10 @@ struct State {
     look: Option<String>,
     last_takeover: Option<Takeover>,
     last_exit: Option<SeatExit>,
+    /// What did not work of its storage at the last look.
+    storage: Vec<StorageTrouble>,
+    /// How often storage ended engines before, by what an earlier daemon published, until the seat knows.
+    storage_failures: u32,
     failures: u32,
     next: Option<Instant>,
     pace: Pace,
@@ -63,6 +68,8 @@ impl Publisher {
             look: None,
             last_takeover: None,
             last_exit: None,
+            storage: Vec::new(),
+            storage_failures: 0,
             failures: 0,
             next: None,
             pace: Pace::default(),
@@ -105,6 +112,10 @@ impl Publisher {
                 let found = found.unwrap_or_default();
                 state.last_takeover = state.last_takeover.take().or_else(|| found.last_takeover.clone());
                 state.last_exit = state.last_exit.take().or_else(|| found.last_exit.clone());
+                if state.storage.is_empty() {
+                    state.storage.clone_from(&found.storage_troubles);
+                }
+                state.storage_failures = found.storage_failures;
                 state.written = Some(found);
                 None
             }
@@ -114,6 +125,8 @@ impl Publisher {
 
     /// The patch that is due, and what it publishes.
     pub fn due(&self, seat: &NodeSeat) -> Option<(Value, SeatPublished)> {
+        let earlier = std::mem::take(&mut self.lock().storage_failures);
+        seat.pod.seat.had_storage_failures(earlier);
         let status = seat.pod.seat.status(STATUS_PATIENCE);
         let mut state = self.lock();
         let told = seat.requests.told();
@@ -194,6 +207,7 @@ impl Publisher {
         let over = seat.pod.is_over();
         note_exit(state, status);
         note_takeover(state, status);
+        state.storage = storage::troubles(&state.storage, status, &seat.known().config.disks, unix_ms());
         match &status.engine {
             Some(engine) if engine.role == Role::Active => state.pace.look(&engine.counters, Instant::now()),
             _ => state.pace.forget(),
@@ -211,6 +225,8 @@ impl Publisher {
             why: clip(&status.why),
             code: status.code,
             resync_percent: preparing.map(DiskProgress::percent),
+            storage_troubles: state.storage.clone(),
+            storage_failures: status.storage_failures,
             last_takeover: state.last_takeover.clone(),
             last_exit: state.last_exit.clone(),
             done_request: told.done,
@@ -236,7 +252,6 @@ impl Publisher {
             published.lease_uid = engine.arbiter_uid;
             published.vouches.clone_from(&engine.vouches);
             published.resync_percent = engine.resync_percent;
-            published.storage = failing(&engine.failing_disks, seat);
             if let Some(why) = progress.cut_off {
                 published.why = clip(&format!("{why}; {}", engine.why));
                 published.code = exit_code::NETWORK;
@@ -249,7 +264,6 @@ impl Publisher {
                 published.holds_guest = written.holds_guest;
                 published.term = written.term;
                 published.lease_uid = written.lease_uid;
-                published.storage.clone_from(&written.storage);
             }
             "the engine does not answer".clone_into(&mut published.why);
         } else if let Some(refusal) = seat.refusal().filter(|refusal| refusal.code != 0) {
@@ -289,8 +303,9 @@ fn same(one: &SeatPublished, other: &SeatPublished) -> bool {
     worth(one) == worth(other)
 }
 
+/// Of whatever an engine says, so much that all of it can be read, and nothing that would change how a terminal shows it.
 pub(super) fn clip(text: &str) -> String {
-    text.chars().take(WHY_CHARS_MAX).collect()
+    text.chars().filter(|c| !c.is_control()).take(WHY_CHARS_MAX).collect()
 }
 
 /// An engine knows seats that can't be dialled by their ids alone, and people by their names.
@@ -302,19 +317,6 @@ fn with_name(why: &str, absent: &[AbsentSeat]) -> String {
         ),
         None => why.to_owned(),
     }
-}
-
-/// Failing disks by name; none: all work.
-fn failing(disks: &[FailingDisk], seat: &NodeSeat) -> Option<String> {
-    if disks.is_empty() {
-        return None;
-    }
-    let names = seat.known().config.disks;
-    let told = disks.iter().map(|failing| {
-        let name = names.get(failing.disk).map_or("?", |disk| disk.name.as_str());
-        format!("disk {name}: {}", failing.why)
-    });
-    Some(clip(&told.collect::<Vec<_>>().join("; ")))
 }
 
 /// Now, in milliseconds since 1970.

@@ -30,6 +30,8 @@ pub fn timing(detection_ms: u32) -> TimingConfig {
         retry_ms: None,
         contact_limit_ms: None,
         observe_ms: None,
+        // An engine counts the time in which it ran.
+        disk_hang_ms: None,
     }
 }
 

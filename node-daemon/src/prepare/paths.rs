@@ -162,16 +162,17 @@ fn open_advice(error: &io::Error) -> String {
 /// Opens the header or the journal, making it if it is missing.
 fn open_own(what: &str, path: &Path) -> Result<File, SeatError> {
     let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(|error| SeatError::Disk {
-            what: what.to_owned(),
-            path: path.to_owned(),
-            why: open_advice(&error),
-        })
+    options.read(true).write(true);
+    let opened = match options.open(path) {
+        // Not at once: who may have to make a file waits for its file system, also where it is there and the file system hangs.
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            options.create(true).truncate(false).mode(0o600).open(path)
+        }
+        opened => opened,
+    };
+    opened.map_err(|error| SeatError::Disk {
+        what: what.to_owned(),
+        path: path.to_owned(),
+        why: open_advice(&error),
+    })
 }

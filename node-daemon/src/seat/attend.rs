@@ -243,6 +243,7 @@ impl Seat {
             role: inner.last_role.unwrap_or(Role::Starting),
             term: 0,
             message: format!("the engine ended {what} and without a report: see {log}"),
+            storage: Vec::new(),
         }
     }
 }

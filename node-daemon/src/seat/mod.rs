@@ -46,6 +46,8 @@ use informed::Informed;
 const EVENTS_MAX: usize = 64;
 /// Engine log: renamed at the start of an engine once it is larger.
 const LOG_BYTES_MAX: u64 = 16 << 20;
+/// After so long an engine counts as one that ran well.
+const RAN_WELL: Duration = Duration::from_secs(30);
 /// Whether a doubt is over is looked at this often.
 const DOUBT: Duration = Duration::from_secs(2);
 /// Requests of one engine that are worked on at a time; more are refused.
@@ -111,6 +113,8 @@ struct Inner {
     starts: u64,
     /// Failures in a row, for the pause before the next start.
     failures: u32,
+    /// Engines in a row that ended because of the seat's storage, none of which served well before.
+    storage_failures: u32,
     next_start: Option<Instant>,
     removing: bool,
     last_exit: Option<ExitReport>,
@@ -132,14 +136,28 @@ struct Engine {
     /// Whether it has a user id of its own.
     own_user: bool,
     since: Instant,
+    /// Since when it has been a standby or had the guest, as far as this daemon was told.
+    serves_since: Option<Instant>,
     connection: Option<Arc<Connection>>,
     introduced: Informed<LinkConfig>,
     protection: Informed<Protection>,
 }
 
+impl Engine {
+    /// Has it been a standby, or had the guest, for so long that its storage works? A resync alone is no proof, however long it takes.
+    fn served_well(&self) -> bool {
+        self.serves_since.is_some_and(|since| since.elapsed() >= RAN_WELL)
+    }
+}
+
 impl Inner {
     fn has_engine(&self) -> bool {
         self.engine.is_some() || self.doubt || self.launching || !self.looked
+    }
+
+    fn storage_failures(&self) -> u32 {
+        let served_well = self.engine.as_ref().is_some_and(Engine::served_well);
+        if served_well { 0 } else { self.storage_failures }
     }
 
     fn holds_swaps(&self) -> bool {
@@ -219,6 +237,7 @@ impl Seat {
             over,
             starts: 0,
             failures: 0,
+            storage_failures: 0,
             next_start: None,
             removing: false,
             last_exit: None,
@@ -373,6 +392,12 @@ impl Seat {
         }
         drop(inner);
         self.wake();
+    }
+
+    /// So many engines in a row ended because of the seat's storage before this daemon began to count.
+    pub fn had_storage_failures(&self, failures: u32) {
+        let mut inner = self.inner();
+        inner.storage_failures = inner.storage_failures.saturating_add(failures);
     }
 
     /// Something that a start needs has come: tries at once, unless the virtual machine is stopped.
@@ -552,6 +577,7 @@ impl Seat {
             adopted: inner.engine.as_ref().is_some_and(|engine| engine.adopted),
             jail: if own_user { "full" } else { "reduced" }.to_owned(),
             starts: inner.starts,
+            storage_failures: inner.storage_failures(),
             console: self.folder.file("console.log"),
             log: self.folder.file("engine.log"),
             engine,
@@ -567,6 +593,17 @@ impl Seat {
         tracing::info!(seat = inner.config.label(), "{}", describe(&event));
         if let Event::Role { role, .. } = event {
             inner.last_role = Some(role);
+            // What it served before this counts; it is copied anew now.
+            inner.storage_failures = inner.storage_failures();
+            if let Some(engine) = &mut inner.engine {
+                match role {
+                    Role::Standby | Role::Active | Role::Frozen => {
+                        engine.serves_since.get_or_insert_with(Instant::now);
+                    }
+                    Role::Starting | Role::Joining => engine.serves_since = None,
+                    Role::Ended => {}
+                }
+            }
         }
         inner.events.push_back(TimedEvent { unix_ms, event });
         if inner.events.len() > EVENTS_MAX {

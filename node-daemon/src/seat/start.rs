@@ -5,12 +5,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ftvm_engine::control::{Connection, FromEngine, Hello, ToEngine};
+use ftvm_engine::control::{Connection, FromEngine, Hello, ToEngine, exit_code};
 use ftvm_protocol::identity::Incarnation;
 use rustix::process::{Pid, PidfdFlags};
 
 use super::informed::Informed;
-use super::{Engine, LOG_BYTES_MAX, Seat};
+use super::{Engine, LOG_BYTES_MAX, RAN_WELL, Seat};
 use crate::api::Phase;
 use crate::explain;
 use crate::jail::{self, Child, Jail, Program};
@@ -19,8 +19,9 @@ use crate::state::{self, EngineRecord, StateError};
 
 /// Pauses before the next start, by failures in a row.
 const PAUSES_MS: [u64; 7] = [0, 500, 1_000, 2_000, 5_000, 10_000, 30_000];
-/// After so long an engine counts as one that ran well.
-const RAN_WELL: Duration = Duration::from_secs(30);
+/// The same for an engine that ended because of the seat's storage, which is asked again later and later.
+const STORAGE_PAUSE_MIN: Duration = Duration::from_secs(1);
+const STORAGE_PAUSE_MAX: Duration = Duration::from_secs(30);
 
 impl Seat {
     pub(super) fn start(self: &Arc<Seat>) {
@@ -77,6 +78,7 @@ impl Seat {
             adopted: false,
             own_user: jail.user.is_some(),
             since: Instant::now(),
+            serves_since: None,
             connection: Some(Arc::new(ours)),
             protection: Informed::Knows(config.protection()),
             introduced: Informed::Knows(config.link),
@@ -178,6 +180,7 @@ impl Seat {
             adopted: true,
             own_user: record.uid.is_some(),
             since: Instant::now(),
+            serves_since: None,
             connection: None,
             introduced: Informed::Unknown,
             protection: Informed::Unknown,
@@ -233,25 +236,36 @@ impl Seat {
         tracing::error!(seat = inner.config.label(), "{why}");
         inner.doubt = true;
         inner.why = why;
-        inner.code = ftvm_engine::control::exit_code::STATE_FOLDER;
+        inner.code = exit_code::STATE_FOLDER;
     }
 
     /// The engine ended or could not be started: when to try again.
     pub(super) fn ended(&self, why: String, code: u8) {
         let mut inner = self.inner();
+        inner.storage_failures = inner.storage_failures();
         let ran_well = inner
             .engine
             .take()
             .is_some_and(|engine| engine.since.elapsed() >= RAN_WELL);
         inner.failures = if ran_well { 0 } else { inner.failures.saturating_add(1) };
-        let index = usize::try_from(inner.failures)
-            .unwrap_or(usize::MAX)
-            .min(PAUSES_MS.len() - 1);
-        inner.next_start = Some(Instant::now() + Duration::from_millis(PAUSES_MS[index]));
+        let pause = if code == exit_code::STORAGE {
+            inner.storage_failures = inner.storage_failures.saturating_add(1);
+            storage_pause(inner.storage_failures)
+        } else {
+            let index = usize::try_from(inner.failures).unwrap_or(usize::MAX);
+            Duration::from_millis(PAUSES_MS[index.min(PAUSES_MS.len() - 1)])
+        };
+        inner.next_start = Some(Instant::now() + pause);
         inner.phase = Phase::Waiting;
         (inner.why, inner.code) = (why, code);
         inner.replies.clear();
     }
+}
+
+/// After so many engines in a row that ended because of the seat's storage, from the first on.
+fn storage_pause(failures: u32) -> Duration {
+    let doubled = STORAGE_PAUSE_MIN.saturating_mul(1 << failures.saturating_sub(1).min(16));
+    doubled.min(STORAGE_PAUSE_MAX)
 }
 
 /// The hello that an engine sends first, within two seconds.
@@ -336,6 +350,7 @@ mod tests {
     use crate::seat::testing::Rig;
     use crate::seat_socket::{Expected, Handed, Hierarchies};
     use crate::testing::Folder;
+    use ftvm_engine::control::{Event, Role};
     use ftvm_protocol::core::GuestReport;
     use ftvm_protocol::identity::{SeatId, VmId};
 
@@ -372,24 +387,104 @@ mod tests {
         assert!(living(&booted).unwrap().is_none());
     }
 
-    /// The state folder is empty: another engine beside it, or the word that there is none, would be wrong.
-    #[test]
-    fn an_engine_that_nobody_remembers_is_in_doubt_until_it_is_gone() {
-        let (rig, cgroups) = (Rig::new(), Folder::new("cgroups"));
+    /// A seat whose thread does not run, of a pod whose control groups are these.
+    fn idle(rig: &Rig, cgroups: &Folder) -> Arc<Seat> {
         let expected = Expected {
             vm: "web".to_owned(),
             vm_id: VmId(1),
             seat: "web-a".to_owned(),
             seat_id: SeatId(0xc),
         };
-        let leaf = format!("kubepods/pod{}/ftvm-engine", expected.seat_id);
-        let leaf = cgroups.path().join(leaf);
-        std::fs::create_dir_all(&leaf).unwrap();
-        std::fs::write(leaf.join("cgroup.procs"), "4711\n").unwrap();
         let source = Arc::new(Handed::new(expected, Hierarchies::at(cgroups.path())));
         let (config, folder) = (rig.seat.config(), rig.seat.folder().clone());
         let (arbiter, surroundings) = (rig.seat.arbiter().clone(), rig.seat.surroundings.clone());
-        let seat = Seat::new(config, folder, source, arbiter, surroundings, 0).unwrap();
+        Seat::new(config, folder, source, arbiter, surroundings, 0).unwrap()
+    }
+
+    /// An engine that was told to serve so long ago; its process is this one.
+    fn engine(served: Option<Duration>) -> Engine {
+        let (now, pid) = (Instant::now(), std::process::id().cast_signed());
+        let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap();
+        Engine {
+            incarnation: Incarnation {
+                seat: SeatId(0xc),
+                start: 1,
+            },
+            pid,
+            pidfd: Arc::new(pidfd),
+            adopted: false,
+            own_user: false,
+            // A resync may take as long as it likes.
+            since: now.checked_sub(RAN_WELL).unwrap(),
+            serves_since: served.map(|served| now.checked_sub(served).unwrap()),
+            connection: None,
+            introduced: Informed::Unknown,
+            protection: Informed::Unknown,
+        }
+    }
+
+    /// Each engine would read a whole disk from its peer.
+    #[test]
+    fn an_engine_that_its_storage_ended_is_begun_again_later_and_later() {
+        let (rig, cgroups) = (Rig::new(), Folder::new("cgroups"));
+        let seat = idle(&rig, &cgroups);
+        let ends = |served: Option<u64>, code: u8, pause_ms: u64, failures: u32| {
+            seat.inner().engine = Some(engine(served.map(Duration::from_secs)));
+            let (pause, before) = (Duration::from_millis(pause_ms), Instant::now());
+            seat.ended("writing: I/O error".to_owned(), code);
+            let next = seat.inner().next_start.unwrap();
+            let on_time = before + pause <= next && next <= Instant::now() + pause;
+            assert!(
+                on_time,
+                "{served:?}, code {code}: {:?}",
+                next.saturating_duration_since(before)
+            );
+            assert_eq!(seat.status(Duration::ZERO).storage_failures, failures);
+        };
+        for (failed, pause_ms) in (1..).zip([1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]) {
+            ends(None, exit_code::STORAGE, pause_ms, failed);
+        }
+        // A standby for a moment: that proves nothing of its disks.
+        ends(Some(5), exit_code::STORAGE, 30_000, 8);
+        // Nor does another end.
+        ends(None, exit_code::SEAT_LOST, 0, 8);
+        ends(Some(30), exit_code::STORAGE, 1000, 1);
+        ends(Some(30), exit_code::SEAT_LOST, 0, 0);
+        assert_eq!(storage_pause(u32::MAX), STORAGE_PAUSE_MAX);
+    }
+
+    /// What it was told last is old once it has served for long.
+    #[test]
+    fn storage_has_failed_until_an_engine_has_served_for_long() {
+        let (rig, cgroups) = (Rig::new(), Folder::new("cgroups"));
+        let seat = idle(&rig, &cgroups);
+        seat.ended("writing: I/O error".to_owned(), exit_code::STORAGE);
+        let tells = |served: Option<u64>| {
+            seat.inner().engine = Some(engine(served.map(Duration::from_secs)));
+            seat.status(Duration::ZERO).storage_failures
+        };
+        assert_eq!([tells(None), tells(Some(5)), tells(Some(30))], [1, 1, 0]);
+        seat.inner().engine = Some(engine(None));
+        let becomes = |role| {
+            let why = String::new();
+            seat.note(Event::Role { role, term: 1, why });
+            let inner = seat.inner();
+            inner.engine.as_ref().unwrap().serves_since.is_some()
+        };
+        assert!(!becomes(Role::Starting) && !becomes(Role::Joining) && becomes(Role::Standby));
+        assert!(becomes(Role::Ended), "what it served counts at its end");
+        assert!(!becomes(Role::Joining), "it is copied anew");
+    }
+
+    /// The state folder is empty: another engine beside it, or the word that there is none, would be wrong.
+    #[test]
+    fn an_engine_that_nobody_remembers_is_in_doubt_until_it_is_gone() {
+        let (rig, cgroups) = (Rig::new(), Folder::new("cgroups"));
+        let leaf = format!("kubepods/pod{}/ftvm-engine", SeatId(0xc));
+        let leaf = cgroups.path().join(leaf);
+        std::fs::create_dir_all(&leaf).unwrap();
+        std::fs::write(leaf.join("cgroup.procs"), "4711\n").unwrap();
+        let seat = idle(&rig, &cgroups);
         for _ in 0..2 {
             seat.adopt();
             assert!(seat.doubts() && seat.has_engine());

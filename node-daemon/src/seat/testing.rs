@@ -199,6 +199,7 @@ impl Rig {
             adopted: false,
             own_user: false,
             since: Instant::now(),
+            serves_since: None,
             connection: Some(Arc::new(ours)),
             protection: Informed::Knows(config.protection()),
             introduced: Informed::Knows(config.link),

@@ -306,23 +306,33 @@ fn node_affinity(vm: &FaultTolerantVM, entry: &SeatEntry, unfit: Option<&BTreeSe
     // Only the daemon of its node can say what became of a pod that did not end in order.
     let open = entry.former.iter().rfind(|former| !former.ended);
     let there = open.and_then(|former| former.node.clone());
-    let preferred = there.map(|node| PreferredSchedulingTerm {
-        // Less than what keeps seats in different zones.
-        weight: 50,
+    // Less than what keeps seats in different zones.
+    let there = there.map(|node| preferred(50, "In", std::slice::from_ref(&node)));
+    let failed_on = vm.status.as_ref().map_or(&[][..], |status| &status.storage_failed_on);
+    // As much as that: what comes from there does not last.
+    let elsewhere = (!failed_on.is_empty()).then(|| preferred(100, "NotIn", failed_on));
+    let preferred: Vec<_> = there.into_iter().chain(elsewhere).collect();
+    let required = required(vm, unfit);
+    (!preferred.is_empty() || required.is_some()).then(|| NodeAffinity {
+        required_during_scheduling_ignored_during_execution: required,
+        preferred_during_scheduling_ignored_during_execution: (!preferred.is_empty()).then_some(preferred),
+    })
+}
+
+/// A node that is one of these, or none of them: each requirement takes one name.
+fn preferred(weight: i32, operator: &str, nodes: &[String]) -> PreferredSchedulingTerm {
+    let is = |node: &String| NodeSelectorRequirement {
+        key: "metadata.name".to_owned(),
+        operator: operator.to_owned(),
+        values: Some(vec![node.clone()]),
+    };
+    PreferredSchedulingTerm {
+        weight,
         preference: NodeSelectorTerm {
             match_expressions: None,
-            match_fields: Some(vec![NodeSelectorRequirement {
-                key: "metadata.name".to_owned(),
-                operator: "In".to_owned(),
-                values: Some(vec![node]),
-            }]),
+            match_fields: Some(nodes.iter().map(is).collect()),
         },
-    });
-    let required = required(vm, unfit);
-    (preferred.is_some() || required.is_some()).then(|| NodeAffinity {
-        required_during_scheduling_ignored_during_execution: required,
-        preferred_during_scheduling_ignored_during_execution: preferred.map(|preferred| vec![preferred]),
-    })
+    }
 }
 
 /// On nodes that say what they may fail together with: of one that does not, nobody knows whether the other seat is far enough from it. And on

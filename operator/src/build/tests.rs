@@ -194,6 +194,26 @@ fn seats_are_spread_over_zones() {
     }
 }
 
+/// They come last, and no node is forbidden: all of them may have failed.
+#[test]
+fn a_seat_goes_last_where_storage_failed() {
+    let mut vm = vm();
+    vm.status.get_or_insert_default().storage_failed_on = vec!["one".to_owned(), "two".to_owned()];
+    let pod = pod(&vm, &entry(), &image(), GuestFiles::Mounted, None, false).unwrap();
+    let affinity = pod.spec.unwrap().affinity.unwrap().node_affinity.unwrap();
+    assert_eq!(affinity.required_during_scheduling_ignored_during_execution, None);
+    let wished = affinity.preferred_during_scheduling_ignored_during_execution.unwrap();
+    let [wish] = &wished[..] else { panic!("{wished:?}") };
+    let fields = wish.preference.match_fields.iter().flatten();
+    let told = fields.map(|field| {
+        let values = field.values.clone().unwrap_or_default();
+        // One name each: no API server takes more (ValidateNodeFieldSelectorRequirement).
+        (field.key.as_str(), field.operator.as_str(), values.join(" "))
+    });
+    let is_not = |node: &str| ("metadata.name", "NotIn", node.to_owned());
+    assert_eq!(told.collect::<Vec<_>>(), [is_not("one"), is_not("two")]);
+}
+
 #[test]
 fn first_contents_are_mounted_until_the_guest_ran() {
     let before = network_policy(&vm(), false);

@@ -49,7 +49,7 @@ pub use loss::{ACCEPT_DATA_LOSS, Acceptance, WORD_WITHIN, accepted_loss, accepte
 pub use recreate::{all_go_by, recreation};
 pub use run::is_known;
 pub use spare::{is_old_copy, is_spare, was_newer};
-pub use trouble::{Trouble, trouble};
+pub use trouble::{Trouble, fails_at_every_join, holder_fails, trouble};
 
 /// Seats of a VM.
 pub const SEATS: usize = 2;
@@ -198,6 +198,8 @@ pub struct Decision {
     pub settles: bool,
     /// Seats that were replaced since the VM was last protected.
     pub replacements: u32,
+    /// Nodes where the storage of a seat failed at every join since then.
+    pub storage_failed_on: Vec<String>,
     /// The CPU that was chosen for the guest.
     pub cpu: Option<ChosenCpu>,
     /// No CPU can be chosen for the guest: its seats' pods wait, so that none is placed in vain.
@@ -262,6 +264,7 @@ pub fn decide(seen: &Observed) -> Decision {
         switchover: status.switchover.clone(),
         failover: status.failover.clone(),
         replacements: status.replacements,
+        storage_failed_on: status.storage_failed_on.clone(),
         cpu: status.cpu.clone(),
         ..Decision::default()
     };
@@ -455,6 +458,8 @@ mod rig_disks;
 mod rig_lease;
 #[cfg(test)]
 mod spare_tests;
+#[cfg(test)]
+mod storage_tests;
 #[cfg(test)]
 mod stuck_tests;
 #[cfg(test)]

@@ -130,6 +130,16 @@ fn nothing_pends(world: &World) -> bool {
     asked.all(|asked| asked.outcome != Outcome::Pending)
 }
 
+/// The storage of nodes fails every join there: of all of them, of none, or of one.
+fn change_storage(world: &mut World, random: &mut Seeded) {
+    let nodes: Vec<String> = world.nodes.keys().cloned().collect();
+    match random.below(4) {
+        0 => world.bad_storage.extend(nodes),
+        1 => world.bad_storage.clear(),
+        _ => world.bad_storage.extend(random.pick(&nodes)),
+    }
+}
+
 /// Everything is mended: the VM is protected again, and then there is nothing to do. Nodes were booted: of a pod that vanished and whose successor
 /// is elsewhere, nothing else may be proven.
 fn mend(world: &mut World) {
@@ -137,6 +147,7 @@ fn mend(world: &mut World) {
         (node.ready, node.boot) = (true, Some("machine/second".to_owned()));
     }
     world.claims.values_mut().for_each(|claim| claim.bound = false);
+    world.bad_storage.clear();
 }
 
 /// A Lease that was made anew may be deleted before everybody goes by its successor, and then all pods go: a person does what the condition says.
@@ -154,8 +165,9 @@ fn delete_strange(world: &mut World, seed: u64) {
     }
 }
 
-/// So many engines were killed as it was asked for.
-fn walk(seed: u64) -> usize {
+/// So many engines were killed as it was asked for, and so many joins were failed by storage.
+fn walk(seed: u64) -> [usize; 2] {
+    let mut storage = Seeded(seed.wrapping_mul(0xd134_2543_de82_ef95) | 1);
     let mut random = Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut world = World::new(2 + random.below(3) as usize);
     if random.below(2) == 0 {
@@ -168,6 +180,9 @@ fn walk(seed: u64) -> usize {
             disturb(&mut world, &mut random);
         }
         wish(&mut world, &mut random, step);
+        if seed % 4 == 1 && step % 50 == 0 {
+            change_storage(&mut world, &mut storage);
+        }
         if seed.is_multiple_of(3) && step % 80 == 79 {
             world.new_leader(&format!("leader-{step}"));
         }
@@ -198,7 +213,7 @@ fn walk(seed: u64) -> usize {
     delete_strange(&mut world, seed);
     if world.is_split() {
         // Deleted twice in a row: told as gone, and a person's to mend.
-        return world.kills.len();
+        return [world.kills.len(), world.joins_failed];
     }
     let known = world
         .vm
@@ -235,13 +250,15 @@ fn walk(seed: u64) -> usize {
     assert!(world.has_finalizer());
     assert!(!world.step(), "seed {seed}");
     assert!(nothing_pends(&world), "seed {seed}: {:#?}", world.vm.status);
-    world.kills.len()
+    [world.kills.len(), world.joins_failed]
 }
 
 #[test]
 fn random_walks_break_nothing_and_end_protected() {
-    let kills: usize = (0..200).map(walk).sum();
+    let walks = (0..200).map(walk);
+    let [kills, joins] = walks.fold([0, 0], |[kills, joins], [k, j]| [kills + k, joins + j]);
     assert!(kills > 30, "only {kills} failures were brought about");
+    assert!(joins > 20, "only {joins} joins were failed");
 }
 
 /// The checks bite: a mutation of the rules is found.

@@ -1,12 +1,12 @@
 //! A small world for tests of decisions: an API server that keeps versions, a scheduler, daemons and engines that follow
 //! the contract of `docs/kubernetes.md`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ftvm_cpu::CpuBaseline;
 use ftvm_crds::cpu::NodeCpu;
 use ftvm_crds::names::{FINALIZER, LABEL_CPU, claim_name};
-use ftvm_crds::seat::{DoneRequest, Order, SeatExit, SeatPublished, SeatRole};
+use ftvm_crds::seat::{DoneRequest, Order, SeatExit, SeatPublished, SeatRole, StorageTrouble};
 use ftvm_crds::{FaultTolerantVM, RunStrategy, SeatEntry, yaml};
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, Nonce, SeatId};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
@@ -97,6 +97,14 @@ pub struct World {
     pub kills: Vec<String>,
     /// The last request that the daemon of a pod executed, by the pod's UID: its `request.json`.
     pub executed: BTreeMap<String, DoneRequest>,
+    /// Nodes whose storage fails at every join.
+    pub bad_storage: BTreeSet<String>,
+    /// Joins in a row that it failed, by the pod's UID.
+    pub storage_failures: BTreeMap<String, u32>,
+    /// Joins that it failed in all.
+    pub joins_failed: usize,
+    /// What whoever is active says of its disks.
+    pub guest_troubles: Vec<StorageTrouble>,
     /// What is on the volumes, by the UID of their claims.
     pub disks: BTreeMap<String, Disk>,
     /// What the leader drew at its first look, and when that was; none: it was there before the VM.
@@ -125,6 +133,10 @@ impl World {
             ended: BTreeMap::new(),
             kills: Vec::new(),
             executed: BTreeMap::new(),
+            bad_storage: BTreeSet::new(),
+            storage_failures: BTreeMap::new(),
+            joins_failed: 0,
+            guest_troubles: Vec::new(),
             disks: BTreeMap::new(),
             first_look: None,
             acceptance: None,
@@ -414,7 +426,9 @@ impl World {
             .map(|(name, _)| name.clone());
         // As the pod prefers it.
         let preferred = free.clone().find(|name| Some(name) == before.as_ref());
-        let free = preferred.or_else(|| free.next()).filter(|_| !bound);
+        let failed_on = self.vm.status.clone().unwrap_or_default().storage_failed_on;
+        let elsewhere = free.clone().find(|name| !failed_on.contains(name));
+        let free = preferred.or(elsewhere).or_else(|| free.next()).filter(|_| !bound);
         let Some(pod) = self.pods.get_mut(seat) else { return };
         match free {
             Some(node) => {
@@ -577,12 +591,12 @@ impl World {
             && record.holder.start == 1
             && leader.pod_uid.as_deref() == Some(&record.holder.seat.to_string())
         {
-            if self.pods[seat].published.as_ref().unwrap().role == Some(SeatRole::Joining) {
+            if self.pods[seat].published.as_ref().unwrap().role != Some(SeatRole::Joining) {
+                self.publish(seat, SeatRole::Joining, me);
+            } else if !self.fails_to_join(seat) {
                 let holder = record.holder;
                 self.holds_guest(seat);
                 self.swap(|record| record.members = Members::pair(holder, me));
-            } else {
-                self.publish(seat, SeatRole::Joining, me);
             }
         }
     }
@@ -638,6 +652,10 @@ impl World {
         let term = record.map_or(0, |record| record.term);
         let next = self.next().to_string();
         let pod = self.pods.get_mut(seat).unwrap();
+        if matches!(role, SeatRole::Standby | SeatRole::Active) {
+            self.storage_failures.remove(&pod.uid);
+        }
+        let troubles = self.guest_troubles.iter().filter(|_| role == SeatRole::Active);
         let published = SeatPublished {
             incarnation: Some(me),
             role: Some(role),
@@ -646,6 +664,8 @@ impl World {
             peer_connected: protected || role == SeatRole::Joining,
             arbiter_reachable: true,
             lease_uid: known,
+            storage_troubles: troubles.cloned().collect(),
+            storage_failures: self.storage_failures.get(&pod.uid).copied().unwrap_or(0),
             done_request: self.executed.get(&pod.uid).cloned(),
             look: pod.look.clone(),
             ..SeatPublished::default()

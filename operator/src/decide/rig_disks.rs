@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ftvm_crds::SeatEntry;
 use ftvm_crds::names::claim_name;
+use ftvm_crds::seat::SeatPublished;
 use ftvm_protocol::record::Record;
 
 use super::rig::World;
@@ -98,6 +99,26 @@ impl World {
     pub fn pass_for_words(&mut self) {
         self.observe();
         self.pass(WORD_WITHIN.as_secs().cast_signed());
+    }
+
+    /// The storage of the seat's node fails what it joins with: the engine ends, and its daemon tells that until another one begins.
+    pub fn fails_to_join(&mut self, seat: &str) -> bool {
+        let pod = self.pods.get_mut(seat).unwrap();
+        if pod.node.as_ref().is_none_or(|node| !self.bad_storage.contains(node)) {
+            return false;
+        }
+        self.joins_failed += 1;
+        let failures = self.storage_failures.entry(pod.uid.clone()).or_default();
+        *failures += 1;
+        pod.published = Ok(SeatPublished {
+            why: "this seat's storage failed".to_owned(),
+            code: 21,
+            storage_failures: *failures,
+            done_request: self.executed.get(&pod.uid).cloned(),
+            look: pod.look.clone(),
+            ..SeatPublished::default()
+        });
+        true
     }
 
     /// The seat's claims, in the order of its disks; none of one that is missing.

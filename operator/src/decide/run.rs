@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ftvm_crds::names::{nodes_text, seat_name};
 use ftvm_crds::seat::{Order, SeatPublished, SeatRequest, SeatRole};
-use ftvm_crds::{ChosenCpu, CpuBaseline, SeatEntry, VmPhase};
+use ftvm_crds::{ChosenCpu, CpuBaseline, STORAGE_FAILED_ON_MAX, SeatEntry, VmPhase};
 use ftvm_protocol::record::{Phase, Record};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -73,9 +73,11 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     let alone = record.members.iter().count() == 1;
     if !alone {
         decision.replacements = 0;
+        decision.storage_failed_on.clear();
     }
     let runs = guest_runs(seen, record, &decision.book);
     let spare = is_spare(seen, record, &decision.book);
+    let holder_fails = trouble::holder_fails(seen, record, &decision.book);
     let (told, mut waits) = (are_told(seen, record, &decision.book), false);
     let mut wanted = None;
     let mut leaving = decision.book.iter().any(|entry| entry.leaving);
@@ -102,7 +104,9 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         }
         let trouble = (alone && !named).then(|| super::trouble(seen, entry)).flatten();
         // While no guest runs there is nothing to join.
-        let trouble = trouble.filter(|trouble| runs || !matches!(trouble, Trouble::NoEngine | Trouble::Slow));
+        let idle = |trouble: &Trouble| matches!(trouble, Trouble::Storage | Trouble::NoEngine | Trouble::Slow);
+        let trouble = trouble.filter(|trouble| runs || !idle(trouble));
+        let trouble = trouble.filter(|trouble| !holder_fails || *trouble != Trouble::Storage);
         // As long as no other node could have it nothing counts: what keeps it from joining later is another loss.
         let trouble = trouble.filter(|trouble| genesis || helps(seen, &book, entry, trouble));
         let patience = trouble
@@ -122,6 +126,9 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         } else if told && !leaving && spare {
             if genesis || is_assured(seen, record, &book, entry) {
                 (entry.leaving, leaving) = (true, true);
+                if trouble == Some(Trouble::Storage) {
+                    note_storage(&mut decision.storage_failed_on, entry.node.as_ref());
+                }
             } else {
                 wanted = Some(entry.clone());
             }
@@ -142,9 +149,19 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
     }
 }
 
-/// Would another seat be better off? Where no other node could have it, its disks are kept: its node may come back, and little has to be copied then.
+/// The storage of this node failed last: another seat goes elsewhere while there is another place.
+fn note_storage(failed_on: &mut Vec<String>, node: Option<&String>) {
+    let Some(node) = node else { return };
+    failed_on.retain(|known| known != node);
+    failed_on.push(node.clone());
+    let surplus = failed_on.len().saturating_sub(STORAGE_FAILED_ON_MAX);
+    failed_on.drain(..surplus);
+}
+
+/// Would another seat be better off? Where no other node could have it, its disks are kept: its node may come back, or its storage be mended, and the seat
+/// joins by itself then. (Where its storage can't be had from another node, another claim there would mostly be of the same.)
 fn helps(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry, trouble: &Trouble) -> bool {
-    let of_node = matches!(trouble, Trouble::Node | Trouble::Bound);
+    let of_node = matches!(trouble, Trouble::Node | Trouble::Bound | Trouble::Storage);
     !of_node || claim_trouble(seen, entry).is_some() || cpu::has_other_place(seen, book, entry)
 }
 
@@ -170,7 +187,8 @@ fn lost_since(seen: &Observed, entry: &SeatEntry, trouble: Option<&Trouble>) -> 
     let since = entry.lost_since.as_ref().map_or(now, |since| since.0);
     let started = pod(seen, entry).and_then(|pod| pod.first_start);
     // By the node's clock: one that is ahead says nothing.
-    let started = started.filter(|started| *started <= now && trouble == Some(&Trouble::NoEngine));
+    let of_engine = matches!(trouble, Some(Trouble::NoEngine | Trouble::Storage));
+    let started = started.filter(|started| *started <= now && of_engine);
     started.map_or(since, |started| since.max(started))
 }
 

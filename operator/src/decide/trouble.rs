@@ -3,10 +3,15 @@
 use std::time::Duration;
 
 use ftvm_crds::SeatEntry;
-use ftvm_crds::seat::SeatRole;
+use ftvm_crds::seat::{SeatPublished, SeatRole, StorageKind};
+use ftvm_protocol::record::Record;
 
-use super::{claim_trouble, pod};
+use super::{claim_trouble, holder, pod, published};
 use crate::observe::{Observed, PodPhase, PodSeen};
+
+/// After so many engines in a row that its storage ended a seat is none that joins, whatever the next one copies: the first may have had the guest, or met
+/// a trouble that has passed; the second one was to begin anew.
+const STORAGE_FAILURES: u32 = 2;
 
 /// What keeps a seat from joining. Another node may help with all of these but for [`Trouble::Slow`] and [`Trouble::Unplaced`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +22,8 @@ pub enum Trouble {
     Failed,
     /// Its volumes are where it can't be scheduled, or one of them is gone or about to go.
     Bound,
+    /// It runs, and its storage fails whenever an engine joins.
+    Storage,
     /// It runs, but no engine joins.
     NoEngine,
     /// It is being started: images are pulled, volumes attached.
@@ -61,9 +68,28 @@ fn of_pod(seen: &Observed, entry: &SeatEntry, pod: &PodSeen) -> Option<Trouble> 
             })
         }
         PodPhase::Pending => Some(Trouble::Slow),
+        PodPhase::Running if fails_at_every_join(pod) => Some(Trouble::Storage),
         PodPhase::Running if joins(pod) => None,
         PodPhase::Running => Some(Trouble::NoEngine),
     }
+}
+
+/// Did its storage end the last engines, and does none hold a whole checkpoint now? Between two of them nobody joins, so how far one came is no progress.
+pub fn fails_at_every_join(pod: &PodSeen) -> bool {
+    let fails = |published: &SeatPublished| {
+        let whole = published.role == Some(SeatRole::Standby) && published.peer_connected;
+        published.storage_failures >= STORAGE_FAILURES && !whole
+    };
+    pod.published.as_ref().is_ok_and(fails)
+}
+
+/// Do disks of the record's holder fail, too? What another seat has may be all that can be read then. (One that is only full can be copied.)
+pub fn holder_fails(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
+    let told = holder(book, record).and_then(|holder| published(seen, holder));
+    told.is_some_and(|told| {
+        let mut troubles = told.storage_troubles.iter();
+        troubles.any(|trouble| trouble.kind != StorageKind::Full)
+    })
 }
 
 /// Does the seat make progress: disks prepared, or an engine that receives or holds a checkpoint? What says that it is active is

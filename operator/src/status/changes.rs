@@ -5,9 +5,13 @@ use ftvm_crds::{AskedFor, FaultTolerantVMStatus, Outcome, VmPhase, VolumePolicy}
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt;
 
+use super::storage::SWITCHED_OVER;
 use super::{ARBITER_REACHABLE, CPU_CHOSEN, NOT_RUNNING, PAUSED, PROTECTED, READY, STORAGE_HEALTHY};
 use crate::decide::{self, holder};
 use crate::observe::Observed;
+
+/// Reason of the event that tells of a guest that went to the other seat because of its disk.
+const SWITCHED_FOR_DISK: &str = "SwitchedForDisk";
 
 /// One event.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,6 +139,10 @@ fn condition(old: Option<&Condition>, new: Option<&Condition>) -> Option<Change>
     // A guest that has not run yet has to wait for its standby.
     let begins = new.reason == PAUSED && old.is_some_and(|old| old.reason == "Starting");
     let warning = !good && !begins && !quiet.contains(&new.reason.as_str());
-    let reason = if good { new.type_.clone() } else { new.reason.clone() };
-    (good || warning).then(|| change(warning, &reason, format!("{}: {}", new.type_, new.message)))
+    let reason = match new.reason.as_str() {
+        _ if good => new.type_.as_str(),
+        SWITCHED_OVER => SWITCHED_FOR_DISK,
+        reason => reason,
+    };
+    (good || warning).then(|| change(warning, reason, format!("{}: {}", new.type_, new.message)))
 }

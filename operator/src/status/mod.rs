@@ -127,6 +127,7 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         resync_percent: joining,
         seats: book.clone(),
         replacements: decision.replacements,
+        storage_failed_on: decision.storage_failed_on.clone(),
         lease_uid: decision.lease_uid.clone(),
         cpu: decision.cpu.clone(),
         last_failover: failover(seen, book).or(old.last_failover.clone()),
@@ -475,5 +476,7 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
 
 #[cfg(test)]
 mod page_tests;
+#[cfg(test)]
+mod storage_tests;
 #[cfg(test)]
 mod tests;

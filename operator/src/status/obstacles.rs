@@ -410,6 +410,9 @@ fn of_seat(seen: &Observed, entry: &SeatEntry) -> Option<Obstacle> {
     if let Some(text) = &seat.unschedulable {
         return Some(unschedulable(seen, entry, text));
     }
+    if let Some(found) = storage::fails_again(seen, &seen.status().seats, entry) {
+        return Some(found);
+    }
     let published = pod(seen, entry)?.published.as_ref();
     match published {
         Err(error) => Some(obstacle("SeatStatusUnreadable", format!("pod {}: {error}", entry.name))),

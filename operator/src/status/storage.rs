@@ -1,23 +1,33 @@
 //! What is wrong with the VM's disks, and what to do.
 
+use std::collections::BTreeSet;
+
 use ftvm_crds::names::{
     ANNOTATION_ACCEPT_DATA_LOSS, ANNOTATION_SWITCHOVER, LABEL_MANAGED_BY, LABEL_SEAT, LABEL_VM, MANAGED_BY,
 };
-use ftvm_crds::seat::{SeatPublished, SeatRole};
+use ftvm_crds::seat::{SeatPublished, SeatRole, StorageKind, StorageTrouble};
 use ftvm_crds::{SeatEntry, VolumePolicy};
 use ftvm_protocol::record::Record;
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use super::obstacles::{Obstacle, obstacle};
 use super::{STORAGE_HEALTHY, Said, said};
+use crate::cpu;
 use crate::decide::{
-    self, ClaimTrouble, Want, claim_trouble, holder, is_genesis, is_heard_of, is_named, lease_is_strange, pod,
-    published, want,
+    self, ClaimTrouble, Want, claim_trouble, fails_at_every_join, holder, holder_fails, is_genesis, is_heard_of,
+    is_named, lease_is_strange, pod, published, says_active, want,
 };
 use crate::observe::{Observed, PodPhase};
 
 /// Reason of a seat one of whose claims somebody deletes.
 pub(super) const CLAIM_BEING_DELETED: &str = "ClaimBeingDeleted";
+/// Reason of a seat whose storage has failed.
+const DISK_FAILED: &str = "DiskFailed";
+/// Reason of a guest that went to the other seat because of its disk.
+pub(super) const SWITCHED_OVER: &str = "SwitchedOver";
+/// So much of what seats say of their storage stands before what to do.
+const WORDS_CHARS_MAX: usize = 400;
 /// Reason of a seat that has lost a disk.
 const VOLUME_LOST: &str = "VolumeLost";
 /// Exit codes that mean a failing disk (`docs/exit-codes.md`).
@@ -26,48 +36,140 @@ const STORAGE_CODES: [u8; 2] = [16, 21];
 const KEEP_VOLUME: &str =
     "(to keep the volume itself, set persistentVolumeReclaimPolicy of its PersistentVolume to Retain)";
 
-/// The condition.
+/// The condition. What the record's holder says comes first: the guest runs there.
 pub(super) fn storage(seen: &Observed, book: &[SeatEntry]) -> Said {
-    if let Some(found) = claims(seen, book) {
-        return said(STORAGE_HEALTHY, false, found.reason, found.message);
+    let mut seats: Vec<_> = book.iter().collect();
+    let holder = decide::record(seen).and_then(|record| holder(book, &record.snapshot.record));
+    seats.sort_by_key(|entry| holder.is_none_or(|holder| holder.name != entry.name));
+    let mut found = seats.into_iter().filter_map(|entry| of_seat(seen, book, entry));
+    match claims(seen, book).or_else(|| found.next()) {
+        Some(found) => said(STORAGE_HEALTHY, false, found.reason, found.message),
+        None => said(STORAGE_HEALTHY, true, "NoFailures", "no seat reports a failing disk"),
     }
-    for entry in book {
-        let published = published(seen, entry);
-        if let Some(published) = published
-            && let Some(failing) = &published.storage
-        {
-            return said(
-                STORAGE_HEALTHY,
-                false,
-                "DiskFailed",
-                disk_failed(seen, entry, published, failing),
-            );
-        }
-        if let Some(published) = published
-            && STORAGE_CODES.contains(&published.code)
-        {
-            return said(
-                STORAGE_HEALTHY,
-                false,
-                "DiskFailed",
-                format!("seat {}: {}", entry.name, published.why),
-            );
-        }
-    }
-    said(STORAGE_HEALTHY, true, "NoFailures", "no seat reports a failing disk")
 }
 
-/// What an engine says of its own disks, and what to do about it.
-fn disk_failed(seen: &Observed, entry: &SeatEntry, published: &SeatPublished, failing: &str) -> String {
-    let (vm, seat) = (seen.vm.name_any(), &entry.name);
-    let hand_over = if published.role == Some(SeatRole::Active) {
-        format!(
-            "the guest got the error. Hand it over (kubectl annotate ftvm {vm} --overwrite {ANNOTATION_SWITCHOVER}=\"$(date)\"), and once the other seat is active"
-        )
-    } else {
-        "the guest got the error while it ran there. While the other seat is active".to_owned()
+/// What a seat says of its storage, and what to do about it.
+fn of_seat(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obstacle> {
+    let published = published(seen, entry)?;
+    if let Some(found) = fails_again(seen, book, entry) {
+        return Some(found);
+    }
+    let seat = &entry.name;
+    let Some(first) = published.storage_troubles.first() else {
+        let told = STORAGE_CODES.contains(&published.code);
+        return told.then(|| obstacle(DISK_FAILED, format!("seat {seat}: {}", published.why)));
     };
-    format!("seat {seat}: {failing}; {hand_over}, replace its volumes: delete pod {seat} and its claims")
+    let (at, what) = (place(entry), words(&published.storage_troubles));
+    let holder = decide::record(seen).and_then(|record| holder(book, &record.snapshot.record));
+    // What it said last may be old: one whose disk hangs can't end, and says nothing new.
+    let leads = holder.is_none_or(|holder| holder.name == *seat);
+    if leads && published.role == Some(SeatRole::Active) {
+        let then = of_active(seen, entry, published);
+        return Some(obstacle(reason(first.kind), format!("{at}: {what}; {then}")));
+    }
+    let anew = "it is begun anew by itself, and copied. Look at its disks: where they fail again, a seat that the record does not name is replaced";
+    let had_guest = published.storage_troubles.iter().any(|trouble| trouble.under_guest);
+    let other = book
+        .iter()
+        .find(|other| other.name != *seat && says_active(seen, other));
+    Some(match other.filter(|_| had_guest) {
+        Some(other) => {
+            let other = place(other);
+            obstacle(
+                SWITCHED_OVER,
+                format!("{at}: {what}; the guest went to {other} for that. As to {seat}, {anew}"),
+            )
+        }
+        None => obstacle(reason(first.kind), format!("{at}: {what}; {anew}")),
+    })
+}
+
+/// A seat that nobody waits for any more as it is: its storage fails at every join.
+pub(super) fn fails_again(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obstacle> {
+    let record = &decide::record(seen)?.snapshot.record;
+    let pod = pod(seen, entry).filter(|pod| !is_named(entry, record) && fails_at_every_join(pod))?;
+    let storage = pod
+        .published
+        .as_ref()
+        .map_or(&[][..], |published| &published.storage_troubles);
+    let what = match words(storage) {
+        words if words.is_empty() => String::new(),
+        words => format!("{words}; "),
+    };
+    let then = if holder_fails(seen, record, book) {
+        "disks of the seat that has the guest fail, too, and what is on these may be all that is left, so the seat is kept: mend its volumes, or delete its pod and claims"
+    } else if cpu::has_other_place(seen, book, entry) {
+        "it is replaced on another node, after spec.faultTolerance.replaceAfterSeconds and later each time"
+    } else {
+        "no other ready node could have it, so the seat is kept: mend or replace its volumes, or add a node with KVM"
+    };
+    let failed_on = &seen.status().storage_failed_on;
+    let before = if failed_on.is_empty() {
+        String::new()
+    } else {
+        let (nodes, classes) = (failed_on.join(", "), classes(seen));
+        format!(". So it was before on nodes {nodes}: look what the volumes of storage class {classes} have in common")
+    };
+    let reason = storage.first().map_or(DISK_FAILED, |first| reason(first.kind));
+    let at = place(entry);
+    Some(obstacle(
+        reason,
+        format!("{at}: {what}its storage fails at every join: {then}{before}"),
+    ))
+}
+
+fn place(entry: &SeatEntry) -> String {
+    let node = entry.node.as_deref().unwrap_or("unknown");
+    format!("seat {} on node {node}", entry.name)
+}
+
+fn reason(kind: StorageKind) -> &'static str {
+    match kind {
+        StorageKind::Failed => DISK_FAILED,
+        StorageKind::Full => "DiskFull",
+        StorageKind::Hangs => "DiskHangs",
+    }
+}
+
+/// What does not work, how, and since when.
+fn words(storage: &[StorageTrouble]) -> String {
+    let told = storage.iter().map(|trouble| {
+        let how = match trouble.kind {
+            StorageKind::Failed => "fails",
+            StorageKind::Full => "is full",
+            StorageKind::Hangs => "hangs",
+        };
+        let seconds = i64::try_from(trouble.since_unix_ms / 1000).ok();
+        let since = seconds.and_then(|seconds| Timestamp::from_second(seconds).ok());
+        let since = since.map_or_else(|| "a time unknown".to_owned(), |since| since.to_string());
+        format!("{} {how} since {since} ({})", trouble.part, trouble.why)
+    });
+    let told: Vec<String> = told.collect();
+    // Whatever a pod says, there is room for what to do, and a terminal shows it as it is.
+    let told = told.join(", ");
+    let told = told.chars().filter(|c| !c.is_control());
+    told.take(WORDS_CHARS_MAX).collect()
+}
+
+/// Storage classes of the VM's disks.
+fn classes(seen: &Observed) -> String {
+    let disks = seen.vm.spec.disks.iter();
+    let named = disks.map(|disk| disk.storage_class_name.as_deref().unwrap_or("the cluster's default"));
+    let named: BTreeSet<&str> = named.collect();
+    named.into_iter().collect::<Vec<_>>().join(", ")
+}
+
+/// The guest runs there: what becomes of it, and of the disk.
+fn of_active(seen: &Observed, entry: &SeatEntry, published: &SeatPublished) -> String {
+    let (vm, seat) = (seen.vm.name_any(), &entry.name);
+    let goes = if published.protected {
+        "the guest goes to the other seat as soon as that can take it, and gets the error if that takes long. Should it stay"
+    } else {
+        "the guest gets the error until another seat has joined and takes it over. Should it stay then"
+    };
+    format!(
+        "{goes}, hand it over (kubectl annotate ftvm {vm} --overwrite {ANNOTATION_SWITCHOVER}=\"$(date)\"); to replace the volumes, once the other seat is active, delete pod {seat} and its claims"
+    )
 }
 
 /// Of all seats that of the record's holder comes last: while it has the guest the other one can be replaced.

@@ -4,12 +4,10 @@ use ftvm_crds::SeatEntry;
 use ftvm_crds::lease::LeaseError;
 use ftvm_crds::seat::{DoneRequest, SeatPublished, Takeover};
 
-use kube::ResourceExt;
-
 use super::*;
 use crate::decide::rig::World;
 use crate::decide::{Action, decide};
-use crate::observe::{PodPhase, PodSeen, Refusal};
+use crate::observe::{PodPhase, Refusal};
 use k8s_openapi::api::core::v1::Taint;
 
 fn started() -> World {
@@ -20,7 +18,7 @@ fn started() -> World {
     world
 }
 
-fn said(world: &mut World, kind: &str) -> Condition {
+pub(super) fn said(world: &mut World, kind: &str) -> Condition {
     let seen = world.observe();
     said_of(&seen, kind)
 }
@@ -39,7 +37,7 @@ fn first(world: &World) -> SeatEntry {
 }
 
 /// Reason, and that the message says what to do.
-fn expect(condition: &Condition, reason: &str, advice: &str) {
+pub(super) fn expect(condition: &Condition, reason: &str, advice: &str) {
     assert_eq!(
         (condition.status.as_str(), condition.reason.as_str()),
         ("False", reason),
@@ -451,29 +449,6 @@ fn nodes_that_lack_the_topologys_label_are_told_to_be_too_few() {
     let text = "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector";
     world.pods.get_mut(&name).unwrap().unschedulable = Some(text.to_owned());
     expect(&said(&mut world, PROTECTED), "TooFewNodes", "example.com/rack");
-}
-
-/// The VM is protected and its guest has I/O errors: that is told, with what to do.
-#[test]
-fn a_disk_that_fails_under_the_guest_is_told_with_what_to_do() {
-    let mut world = World::new(3);
-    assert!(world.settle(60));
-    assert_eq!(said(&mut world, STORAGE_HEALTHY).reason, "NoFailures");
-    let why = "disk root: writing 512 bytes at 0: Input/output error";
-    let active = |pod: &&mut PodSeen| {
-        let published = pod.published.as_ref().ok();
-        published.is_some_and(|published| published.role == Some(SeatRole::Active))
-    };
-    let pod = world.pods.values_mut().find(active).unwrap();
-    pod.published.as_mut().unwrap().storage = Some(why.to_owned());
-    let condition = said(&mut world, STORAGE_HEALTHY);
-    expect(&condition, "DiskFailed", why);
-    let command = format!(
-        "kubectl annotate ftvm {} --overwrite ftvm.dev/switchover=",
-        world.vm.name_any()
-    );
-    assert!(condition.message.contains(&command), "{}", condition.message);
-    assert_eq!(said(&mut world, PROTECTED).status, "True");
 }
 
 /// What a daemon says of a bridge that is not for guests (`node-daemon/tests/seat_pod.rs`) reaches condition and event whole.

@@ -143,10 +143,9 @@ impl LinkHub {
             link.queue.close(DownReason::ClosedHere(reason.to_owned()));
         }
     }
-}
 
-impl Drop for LinkHub {
-    fn drop(&mut self) {
+    /// Closes all links, and neither dials nor accepts any more. Waits for the threads: while one dials, until its deadline.
+    pub fn end(&self) {
         let threads = {
             let mut state = self.shared.state();
             state.stopping = true;
@@ -163,6 +162,12 @@ impl Drop for LinkHub {
                 let _ = thread.join();
             }
         }
+    }
+}
+
+impl Drop for LinkHub {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

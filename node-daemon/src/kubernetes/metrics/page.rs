@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ftvm_engine::control::{Role, Status};
+use ftvm_engine::control::{FailingDisk, Role, Status, StorageKind};
 use ftvm_engine::seat_io::Reason;
 use prometheus::core::Collector;
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{STATUS_PATIENCE, Sources};
 use crate::arbiter::Leases;
-use crate::config::NicConfig;
+use crate::config::{DiskConfig, NicConfig, SeatConfig};
 use crate::kubernetes::node::NodeSeat;
 use crate::seat_socket::{DiskProgress, role_name};
 
@@ -74,6 +74,8 @@ pub struct Page {
     exit_code: IntGaugeVec,
     figures: IntGaugeVec,
     refused: IntCounterVec,
+    disks: IntGaugeVec,
+    storage_failures: IntGaugeVec,
     requests: IntCounterVec,
     requests_us: IntCounterVec,
     places: IntGaugeVec,
@@ -134,6 +136,16 @@ impl Page {
                 "Frames of the guest that did not leave, by card and reason, since the engine started",
                 &["namespace", "vm", "seat", "nic", "reason"],
             )?,
+            disks: told.gauges(
+                "ftvm_seat_disk",
+                "1 for the state of each of the seat's disks under its engine: works, failed, full, hangs",
+                &["namespace", "vm", "seat", "disk", "state"],
+            )?,
+            storage_failures: told.gauges(
+                "ftvm_seat_storage_failures",
+                "Engines in a row that ended because of the seat's storage, none of which served for long",
+                &SEAT,
+            )?,
             requests: told.counters(
                 "ftvm_arbiter_requests_total",
                 "Requests to the API server for records, by outcome",
@@ -188,6 +200,9 @@ impl Page {
             .with_label_values(&labels)
             .set(i64::from(program.connected));
         self.starts.with_label_values(&labels).inc_by(status.starts);
+        self.storage_failures
+            .with_label_values(&labels)
+            .set(status.storage_failures.into());
         if let Some(exit) = &status.last_exit {
             self.exit_code.with_label_values(&labels).set(exit.code.into());
         }
@@ -205,11 +220,11 @@ impl Page {
             .with_label_values(&[labels[0], labels[1], labels[2], name])
             .set(1);
         if let Some(engine) = &status.engine {
-            self.tell_engine(labels, engine, &known.config.nics);
+            self.tell_engine(labels, engine, &known.config);
         }
     }
 
-    fn tell_engine(&self, labels: [&str; 3], engine: &Status, nics: &[NicConfig]) {
+    fn tell_engine(&self, labels: [&str; 3], engine: &Status, config: &SeatConfig) {
         let protected = engine.protected && engine.role != Role::Ended;
         self.protected.with_label_values(&labels).set(i64::from(protected));
         self.term
@@ -218,13 +233,33 @@ impl Page {
         self.reachable
             .with_label_values(&labels)
             .set(i64::from(engine.arbiter_reachable));
-        self.tell_refused(labels, nics, engine.counters.get("nic_refused"));
+        self.tell_disks(labels, &config.disks, &engine.failing_disks);
+        self.tell_refused(labels, &config.nics, engine.counters.get("nic_refused"));
         let figures = engine.counters.iter().filter(|(name, _)| is_figure(name));
         let figures = figures.filter_map(|(name, value)| Some((name, value.as_i64()?)));
         for (name, value) in figures.take(FIGURES_MAX) {
             self.figures
                 .with_label_values(&[labels[0], labels[1], labels[2], name])
                 .set(value);
+        }
+    }
+
+    /// Of the disks that the seat has, whatever its engine names.
+    fn tell_disks(&self, seat: [&str; 3], disks: &[DiskConfig], failing: &[FailingDisk]) {
+        let kinds = [StorageKind::Failed, StorageKind::Full, StorageKind::Hangs];
+        for (index, disk) in disks.iter().enumerate() {
+            let found = failing.iter().find(|failing| failing.disk == index);
+            let now = found.map(|failing| failing.kind);
+            for kind in kinds.map(Some).into_iter().chain([None]) {
+                let state = match kind {
+                    None => "works",
+                    Some(StorageKind::Failed) => "failed",
+                    Some(StorageKind::Full) => "full",
+                    Some(StorageKind::Hangs) => "hangs",
+                };
+                let labels = [seat[0], seat[1], seat[2], &disk.name, state];
+                self.disks.with_label_values(&labels).set((kind == now).into());
+            }
         }
     }
 
