@@ -16,8 +16,8 @@ use super::book;
 use super::node::NodeSeat;
 use crate::explain;
 
-/// An answer that takes longer is none.
-const ASK_MAX: Duration = Duration::from_secs(2);
+/// An answer that takes longer is none. Nothing waits for it, and a node that has just started, with all its pods, may be slow.
+const ASK_MAX: Duration = Duration::from_secs(20);
 /// Pauses between an answer and the next question about the same seat: the first, and the longest. They double.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 

@@ -88,7 +88,7 @@ impl Kubernetes {
             // An emulated machine may stand still for a while when its host is busy: that is not its death. An engine takes half a minute to
             // start there, and there is no other node that a seat could be placed on.
             Guest::Linux => {
-                json!({"replaceAfterSeconds": 600, "detectionMs": 10_000, "interval": {"minMs": 20, "maxMs": 200}})
+                json!({"replaceAfterSeconds": 1200, "detectionMs": 10_000, "interval": {"minMs": 20, "maxMs": 200}})
             }
         };
         if let Some(ms) = self.options.peer_lost_ms {

@@ -25,8 +25,8 @@ use tokio::net::{UnixListener, UnixStream};
 
 /// Longest message that is taken.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
-/// A call takes no longer.
-const CALL_MAX: Duration = Duration::from_secs(10);
+/// A call takes no longer, also of a kubelet that has just started on a busy node.
+const CALL_MAX: Duration = Duration::from_secs(60);
 
 /// `UNIMPLEMENTED` and `INVALID_ARGUMENT` of grpc's status codes.
 pub const UNIMPLEMENTED: u16 = 12;

@@ -8,12 +8,14 @@ mod grpc;
 mod messages;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use prost::Message;
 use tokio::net::UnixListener;
+use tokio::sync::watch;
 
 use ftvm_crds::names::{PATH_RUN, RESOURCE_SEAT};
 
@@ -32,6 +34,8 @@ const KUBELET: &str = "kubelet.sock";
 const LOOK: Duration = Duration::from_millis(500);
 /// Pause before kubelet is asked again.
 const AGAIN: Duration = Duration::from_secs(2);
+/// kubelet asks for the devices as soon as it knows the plugin, and goes on to. For so long it may not.
+const UNWATCHED_MAX: Duration = Duration::from_secs(30);
 /// Memory that a small seat takes: there is no room for more seats than that.
 const SEAT_MIB: u64 = 256;
 /// Most seats of a node; kubelet's own default is 110 pods.
@@ -72,6 +76,7 @@ pub async fn run(options: Options, tested: Tested) {
     let plugin = Plugin {
         options: options.clone(),
         tested,
+        watches: Arc::default(),
     };
     let mut said = String::new();
     loop {
@@ -101,18 +106,33 @@ async fn serve_once(socket: &std::path::Path, plugin: &Plugin) -> Result<(), Str
     let listener = UnixListener::bind(socket).map_err(failed)?;
     let inode = inode(socket);
     let serving = tokio::spawn(grpc::serve(listener, plugin.clone()));
-    let registered = plugin.register().await;
-    if registered.is_ok() {
-        tracing::info!(
-            devices = plugin.options.seats,
-            "registered {RESOURCE_SEAT} with kubelet"
-        );
-        while inode.is_some() && self::inode(socket) == inode {
-            tokio::time::sleep(LOOK).await;
+    let outcome = match plugin.register().await {
+        // On a busy node kubelet answers late, and says of the next try that the plugin is connected already.
+        Err(why) if !plugin.is_watched() => Err(why),
+        _ => {
+            tracing::info!(
+                devices = plugin.options.seats,
+                "registered {RESOURCE_SEAT} with kubelet"
+            );
+            let mut watched = Instant::now();
+            loop {
+                if inode.is_none() || self::inode(socket) != inode {
+                    break Ok(());
+                }
+                if plugin.is_watched() {
+                    watched = Instant::now();
+                } else if watched.elapsed() > UNWATCHED_MAX {
+                    break Err(format!(
+                        "kubelet has not asked for the devices for {} s",
+                        UNWATCHED_MAX.as_secs()
+                    ));
+                }
+                tokio::time::sleep(LOOK).await;
+            }
         }
-    }
+    };
     serving.abort();
-    registered
+    outcome
 }
 
 fn inode(socket: &std::path::Path) -> Option<u64> {
@@ -124,6 +144,8 @@ fn inode(socket: &std::path::Path) -> Option<u64> {
 struct Plugin {
     options: Options,
     tested: Tested,
+    /// As many receivers as kubelet has watches of the devices.
+    watches: Arc<watch::Sender<()>>,
 }
 
 impl Plugin {
@@ -138,6 +160,11 @@ impl Plugin {
         grpc::call(&kubelet, "/v1beta1.Registration/Register", &request)
             .await
             .map(drop)
+    }
+
+    /// Whether kubelet watches the devices: then it knows the plugin.
+    fn is_watched(&self) -> bool {
+        self.watches.receiver_count() > 0
     }
 
     fn devices(&self) -> ListAndWatchResponse {
@@ -161,10 +188,11 @@ impl Plugin {
             let now = Bytes::from(self.devices().encode_to_vec());
             async move { now }
         });
-        let later = stream::unfold(self.clone(), |mut plugin| async move {
+        let watching = self.watches.subscribe();
+        let later = stream::unfold((self.clone(), watching), |(mut plugin, watching)| async move {
             plugin.tested.changed().await;
             let now = Bytes::from(plugin.devices().encode_to_vec());
-            Some((now, plugin))
+            Some((now, (plugin, watching)))
         });
         first.chain(later).boxed()
     }

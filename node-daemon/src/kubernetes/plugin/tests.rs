@@ -77,12 +77,54 @@ async fn it_registers_again_whenever_kubelet_forgot_it() {
     running.abort();
 }
 
+/// A kubelet that refuses whoever registers, for it is connected already; it may be.
+#[derive(Clone)]
+struct Connected {
+    plugin: std::path::PathBuf,
+    watches: bool,
+    asked: Arc<Mutex<usize>>,
+}
+
+impl grpc::Service for Connected {
+    fn call(&self, _: &str, _: Bytes) -> Result<Answers, Refusal> {
+        *self.asked.lock().unwrap() += 1;
+        if self.watches {
+            let plugin = self.plugin.clone();
+            tokio::spawn(async move { grpc::call(&plugin, "/v1beta1.DevicePlugin/ListAndWatch", &Empty {}).await });
+        }
+        Err(Refusal(2, "device plugin already connected".to_owned()))
+    }
+}
+
+#[tokio::test]
+async fn who_watches_the_devices_knows_the_plugin() {
+    for watches in [true, false] {
+        let folder = Folder::new("connected");
+        let kubelet = Connected {
+            plugin: folder.path().join(SOCKET),
+            watches,
+            asked: Arc::default(),
+        };
+        let listener = UnixListener::bind(folder.path().join(KUBELET)).unwrap();
+        let serving = tokio::spawn(grpc::serve(listener, kubelet.clone()));
+        let running = tokio::spawn(run(options(&folder), Tested::start()));
+        let asked = || *kubelet.asked.lock().unwrap();
+        // Its watch may come after its answer was read: then it is asked once more, no later.
+        wait("it is asked", || asked() == 1).await;
+        tokio::time::sleep(3 * AGAIN).await;
+        assert_eq!(asked() <= 2, watches, "asked {} times", asked());
+        running.abort();
+        serving.abort();
+    }
+}
+
 #[tokio::test]
 async fn devices_are_healthy_once_kvm_proved_to_work() {
     let folder = Folder::new("devices");
     let plugin = Plugin {
         options: options(&folder),
         tested: Tested::start(),
+        watches: Arc::default(),
     };
     let mut answers = plugin.watch();
     let mut last = ListAndWatchResponse::default();
@@ -115,6 +157,7 @@ async fn no_device_is_healthy_before_the_first_self_test_has_passed() {
     let plugin = Plugin {
         options: options(&folder),
         tested,
+        watches: Arc::default(),
     };
     let mut answers = plugin.watch();
     assert_eq!(next_health(&mut answers).await, UNHEALTHY);
@@ -160,6 +203,7 @@ async fn break_and_mend() {
     let plugin = Plugin {
         options: options(&folder),
         tested: Tested::every(Duration::from_millis(20), super::super::kvm_test::test),
+        watches: Arc::default(),
     };
     let mut answers = plugin.watch();
     assert_eq!(next_health(&mut answers).await, UNHEALTHY);
