@@ -181,6 +181,16 @@ pub enum StorageKind {
     Hangs,
 }
 
+impl fmt::Display for StorageKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Failed => "fails",
+            Self::Full => "is full",
+            Self::Hangs => "hangs",
+        })
+    }
+}
+
 /// A seat became active.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

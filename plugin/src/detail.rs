@@ -232,7 +232,8 @@ fn seat_note(entry: &SeatEntry, said: &Said, now: Timestamp) -> String {
             if !found.why.is_empty() && !prepares(found) {
                 notes.push(format!("{}{code}", found.why));
             }
-            notes.extend(found.storage.clone());
+            let troubles = found.storage_troubles.iter();
+            notes.extend(troubles.map(|trouble| format!("{} {} ({})", trouble.part, trouble.kind, trouble.why)));
         }
         Some(Err(why)) => notes.push(why.clone()),
         // Its pod is not in the book, is gone, or nobody knows.
@@ -265,9 +266,18 @@ fn disk(disk: &Disk) -> Vec<Cell> {
     vec![
         Cell::new(&disk.name),
         Cell::new(&disk.size),
-        Cell::new(disk.storage_class_name.as_deref().unwrap_or("default")),
+        Cell::new(classes(disk)),
         Cell::new(contents),
     ]
+}
+
+/// The storage class of its volumes, or those of each slot's.
+fn classes(disk: &Disk) -> String {
+    let [first, second] = [0, 1].map(|slot| disk.storage_class(slot).unwrap_or("default"));
+    if first == second {
+        return first.to_owned();
+    }
+    format!("{first}, {second}")
 }
 
 fn network_row(vm: &FaultTolerantVM, card: usize, network: &Network) -> Vec<Cell> {

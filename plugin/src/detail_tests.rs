@@ -108,6 +108,17 @@ fn an_import_stands_with_the_disks() {
 }
 
 #[test]
+fn what_fails_of_storage_and_each_slots_class_are_told() {
+    let mut object = seen("web", IN_STEP).object;
+    object["spec"]["disks"][0]["storageClassNames"] = json!(["fast", "slow"]);
+    let trouble = json!({"part": "journal", "kind": "full", "sinceUnixMs": 7, "why": "writing: no space"});
+    let said = said(&[(SECOND, json!({"role": "standby", "storageTroubles": [trouble]}))]);
+    let text = shown(&vm(of(object)), &said);
+    assert!(text.contains("  the journal is full (writing: no space)\n"), "{text}");
+    assert!(text.contains("  fast, slow  /disk/root.raw"), "{text}");
+}
+
+#[test]
 fn a_pod_that_is_not_in_the_book_says_nothing() {
     let vm = vm(seen("web", IN_STEP));
     let stranger = "0123abcd-0000-4000-8000-0000000000ee";
@@ -209,7 +220,11 @@ fn hostile_objects_and_pods_write_no_lines_of_their_own() {
     hostile["status"]["conditions"][1]["reason"] = json!(evil);
     hostile["spec"]["disks"][0]["storageClassName"] = json!(evil);
     hostile["spec"]["networks"][0]["mac"] = json!(evil);
-    let said = said(&[(SECOND, json!({"role": "joining", "why": evil, "storage": evil}))]);
+    let trouble = json!({"part": {"disk": evil}, "kind": "full", "sinceUnixMs": 7, "why": evil});
+    let said = said(&[(
+        SECOND,
+        json!({"role": "joining", "why": evil, "storageTroubles": [trouble]}),
+    )]);
     let text = shown(&vm(of(hostile)), &said);
     let harmless = |character: char| character == '\n' || crate::text::is_plain(character);
     assert!(text.chars().all(harmless), "{text}");

@@ -50,8 +50,10 @@ pub const TIMEOUT: u8 = 28;
 pub const GUEST: u8 = 29;
 /// A file of the guest image could not be copied into the seat's pod.
 pub const GUEST_IMAGE: u8 = 30;
-/// The API server of Kubernetes has not said what has to be known (of the operator's program alone, which has a copy of this number).
+/// The API server of Kubernetes has not said what has to be known (of the operator's program and of `kubectl ftvm`, which have copies of this number).
 pub const API_SERVER: u8 = 31;
+/// There is no such virtual machine in the cluster (of `kubectl ftvm` alone, which has a copy of this number).
+pub const NOT_FOUND: u8 = 32;
 
 /// What an engine exits with when its core ends it.
 pub fn of_end(reason: EndReason) -> u8 {
@@ -90,4 +92,5 @@ pub const ALL: &[(u8, &str)] = &[
     (GUEST, "guest"),
     (GUEST_IMAGE, "guest-image"),
     (API_SERVER, "api-server"),
+    (NOT_FOUND, "not-found"),
 ];

@@ -94,6 +94,11 @@ impl Storage for Noted {
         self.judge(result, || format!("zeroing {len} bytes at {offset}"))
     }
 
+    fn zero_anew(&self, offset: u64, len: u64) -> io::Result<()> {
+        let result = self.storage.zero_anew(offset, len);
+        self.judge(result, || format!("zeroing {len} bytes at {offset}"))
+    }
+
     fn sync(&self) -> io::Result<()> {
         let result = self.storage.sync();
         self.judge(result, || "syncing".to_owned())

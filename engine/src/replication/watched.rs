@@ -63,6 +63,10 @@ impl Storage for Watched {
         self.under_way.during(|| self.storage.zero(offset, len))
     }
 
+    fn zero_anew(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.under_way.during(|| self.storage.zero_anew(offset, len))
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.under_way.during(|| self.storage.sync())
     }

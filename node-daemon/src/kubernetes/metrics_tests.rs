@@ -4,7 +4,7 @@ use std::net::TcpStream as Client;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use ftvm_engine::control::Role;
+use ftvm_engine::control::{FailingDisk, Role, StorageKind};
 use ftvm_engine::seat_io::Reason;
 use ftvm_protocol::core::ReadOutcome;
 use ftvm_protocol::identity::VmId;

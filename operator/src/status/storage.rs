@@ -107,7 +107,7 @@ pub(super) fn fails_again(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry
     let before = if failed_on.is_empty() {
         String::new()
     } else {
-        let (nodes, classes) = (failed_on.join(", "), classes(seen));
+        let (nodes, classes) = (failed_on.join(", "), classes(seen, entry.slot));
         format!(". So it was before on nodes {nodes}: look what the volumes of storage class {classes} have in common")
     };
     let reason = storage.first().map_or(DISK_FAILED, |first| reason(first.kind));
@@ -134,15 +134,10 @@ fn reason(kind: StorageKind) -> &'static str {
 /// What does not work, how, and since when.
 fn words(storage: &[StorageTrouble]) -> String {
     let told = storage.iter().map(|trouble| {
-        let how = match trouble.kind {
-            StorageKind::Failed => "fails",
-            StorageKind::Full => "is full",
-            StorageKind::Hangs => "hangs",
-        };
         let seconds = i64::try_from(trouble.since_unix_ms / 1000).ok();
         let since = seconds.and_then(|seconds| Timestamp::from_second(seconds).ok());
         let since = since.map_or_else(|| "a time unknown".to_owned(), |since| since.to_string());
-        format!("{} {how} since {since} ({})", trouble.part, trouble.why)
+        format!("{} {} since {since} ({})", trouble.part, trouble.kind, trouble.why)
     });
     let told: Vec<String> = told.collect();
     // Whatever a pod says, there is room for what to do, and a terminal shows it as it is.
@@ -151,10 +146,10 @@ fn words(storage: &[StorageTrouble]) -> String {
     told.take(WORDS_CHARS_MAX).collect()
 }
 
-/// Storage classes of the VM's disks.
-fn classes(seen: &Observed) -> String {
+/// Storage classes of the volumes of a seat in this slot.
+fn classes(seen: &Observed, slot: u8) -> String {
     let disks = seen.vm.spec.disks.iter();
-    let named = disks.map(|disk| disk.storage_class_name.as_deref().unwrap_or("the cluster's default"));
+    let named = disks.map(|disk| disk.storage_class(slot).unwrap_or("the cluster's default"));
     let named: BTreeSet<&str> = named.collect();
     named.into_iter().collect::<Vec<_>>().join(", ")
 }

@@ -1,6 +1,9 @@
 use super::*;
+use crate::control::StoragePart;
 use crate::replication::journal::JOURNAL_MIN_BYTES;
+use crate::replication::noted::Noted;
 use crate::replication::testing::{MemStorage, Seeded, apply_change, random_change};
+use crate::replication::watched::Watched;
 
 pub(super) const SECTORS: u64 = 64;
 
@@ -221,12 +224,13 @@ impl Storage for Zeroing {
 }
 
 /// The other side zeroes in no time, and this one writes: what waits for that counts like what is written. A copy is zeroed anew,
-/// and what a guest zeroes meanwhile is not.
+/// and what a guest zeroes meanwhile is not, also through what a seat has around its volumes.
 #[test]
 fn what_is_to_be_zeroed_waits_like_what_is_to_be_written() {
     let (volume, bench) = (Arc::new(Zeroing::default()), Bench::new());
-    let mut disks =
-        StandbyDisks::open(bench.journal.clone(), vec![volume.clone() as Arc<dyn Storage>], &None).expect("opens");
+    let noted = Noted::new(volume.clone(), StoragePart::Disk(0), Arc::default());
+    let watched = Arc::new(Watched::new(Arc::new(noted), Arc::default())) as Arc<dyn Storage>;
+    let mut disks = StandbyDisks::open(bench.journal.clone(), vec![watched], &None).expect("opens");
     let zeroed = || vec![DiskChange::zeroed(0, 0, 64 << 20)];
     let held = volume.held.lock().expect("no panic");
     disks.stage(1, &zeroed(), false).expect("staged");
