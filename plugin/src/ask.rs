@@ -157,7 +157,7 @@ async fn wait(cluster: &Cluster, ask: &Ask, vm: &FaultTolerantVM, asked: &Asked)
     );
     loop {
         let why = match cluster.look(name).await {
-            Ok(Some(seen)) if seen.uid() == vm.uid() => match asked.judge(&cluster.readable(name, seen)?) {
+            Ok(Some(seen)) if seen.uid() == vm.uid() => match asked.judge(&*cluster.readable(name, seen)?) {
                 Verdict::Done(text) => return print_line(&format!("{what} of {name}: {text}")),
                 Verdict::Never(why) => return Err(refused(what, &why)),
                 Verdict::Yet(why) => why,

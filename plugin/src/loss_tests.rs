@@ -1,5 +1,3 @@
-use std::collections::BTreeMap;
-
 use ftvm_crds::seat::SeatPublished;
 use ftvm_protocol::identity::SeatId;
 use ftvm_protocol::record::Members;

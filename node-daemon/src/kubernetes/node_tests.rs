@@ -512,7 +512,7 @@ fn a_failing_disk_is_published_by_its_name() {
     });
     let told = storage().remove(0);
     assert_eq!(
-        (told.part, told.kind),
+        (told.part.clone(), told.kind),
         (StoragePart::Disk("root".to_owned()), StorageKind::Full)
     );
     assert!(told.why == why && told.under_guest, "{told:?}");
