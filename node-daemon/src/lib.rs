@@ -32,20 +32,7 @@ pub mod seat_socket;
 pub mod state;
 pub mod tap;
 
-/// An error with its causes, for people: "what: why: why". A cause that the text repeats already is not added.
-pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let why = error.to_string();
-        if !text.contains(&why) {
-            text.push_str(": ");
-            text.push_str(&why);
-        }
-        cause = error.source();
-    }
-    text
-}
+pub use ftvm_watch::explain;
 
 #[cfg(test)]
 mod testing;

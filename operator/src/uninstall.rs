@@ -4,7 +4,6 @@
 //! Only metadata is asked for, so that a VM that this release can't read counts, too. Without the definition there are no VMs; that it is
 //! missing is asked, since a version that is not served is not found either. Whatever is not known is no permission.
 
-use std::error::Error;
 use std::fmt;
 use std::io::Write as _;
 use std::time::Duration;
@@ -266,27 +265,13 @@ async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T
         }),
         Ok(Err(error)) => Err(Unanswered {
             status: None,
-            why: format!("the API server gives no answer ({})", with_causes(&error)),
+            why: format!("the API server gives no answer ({})", ftvm_watch::explain(&error)),
         }),
         Err(_) => Err(Unanswered {
             status: None,
             why: format!("the API server has not answered for {} s", ANSWER.as_secs()),
         }),
     }
-}
-
-/// An error with those of its causes that it does not tell itself.
-fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let words = error.to_string();
-        if !text.contains(&words) {
-            text = format!("{text}: {words}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 fn say(text: &str) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ftvm_crds::FaultTolerantVM;
 use ftvm_crds::names::LABEL_VM;
 use ftvm_crds::seat::SeatPublished;
+use ftvm_watch::explain;
 use futures::Stream;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::arguments::Place;
-use crate::failure::{Failure, with_causes};
+use crate::failure::Failure;
 use crate::seen::Seen;
 
 /// Who writes what is asked for.
@@ -51,18 +52,18 @@ impl Cluster {
                     ..KubeConfigOptions::default()
                 };
                 let read = Config::from_kubeconfig(&options).await;
-                read.map_err(|error| Failure::Config(with_causes(&error)))?
+                read.map_err(|error| Failure::Config(explain(&error)))?
             }
             None => Config::infer()
                 .await
-                .map_err(|error| Failure::Config(with_causes(&error)))?,
+                .map_err(|error| Failure::Config(explain(&error)))?,
         };
         if config.proxy_url.is_some() {
             return Err(Failure::Config(NO_PROXIES.to_owned()));
         }
         let namespace = place.namespace.clone();
         let namespace = namespace.unwrap_or_else(|| config.default_namespace.clone());
-        let client = ftvm_watch::client(config).map_err(|error| Failure::Config(with_causes(&error)))?;
+        let client = ftvm_watch::client(config).map_err(|error| Failure::Config(explain(&error)))?;
         Ok(Cluster { client, namespace })
     }
 

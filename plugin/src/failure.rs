@@ -1,6 +1,6 @@
 //! Why a command ends without what was asked for; `docs/exit-codes.md` has the codes.
 
-use std::error::Error;
+use ftvm_watch::explain;
 
 /// What the program ends with.
 mod code {
@@ -120,7 +120,7 @@ impl Failure {
             },
             error => Failure::ApiServer {
                 what,
-                why: format!("the API server gives no answer ({})", with_causes(error)),
+                why: format!("the API server gives no answer ({})", explain(error)),
                 lasts: false,
             },
         }
@@ -144,20 +144,6 @@ impl Failure {
     pub fn may_pass(&self) -> bool {
         matches!(self, Failure::ApiServer { lasts: false, .. })
     }
-}
-
-/// An error with those of its causes that it does not tell itself.
-pub fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let words = error.to_string();
-        if !text.contains(&words) {
-            text = format!("{text}: {words}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A watch of the API server that goes on for ever, whatever it is told, and a client that waits for no server that has died. What operator
 //! and node-daemon know of the cluster comes from such.
 
+use std::error::Error;
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
@@ -56,6 +57,22 @@ fn is_gone<K>(event: &watcher::Result<Event<K>>) -> bool {
     }
 }
 
+/// An error with its causes, for people: "what: why: why". A cause that the text repeats already, as those of a client's often do, is not
+/// added.
+pub fn explain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let why = error.to_string();
+        if !text.contains(&why) {
+            text.push_str(": ");
+            text.push_str(&why);
+        }
+        cause = error.source();
+    }
+    text
+}
+
 /// How long is waited before a watch begins anew.
 #[derive(Default)]
 struct Anew {
@@ -77,6 +94,8 @@ impl Anew {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt;
+
     use k8s_openapi::api::core::v1::ConfigMap;
     use kube::ResourceExt;
 
@@ -138,5 +157,30 @@ mod tests {
         }
         assert_eq!(pauses, [0, 2, 4, 8, 16, 32, 60, 60]);
         assert_eq!(anew.pause(now + 3 * ANEW.1), Duration::ZERO);
+    }
+
+    #[derive(Debug)]
+    struct Told(&'static str, Option<Box<Told>>);
+
+    impl fmt::Display for Told {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.0)
+        }
+    }
+
+    impl Error for Told {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            self.1.as_deref().map(|cause| cause as &(dyn Error + 'static))
+        }
+    }
+
+    #[test]
+    fn a_cause_that_is_told_already_is_not_told_again() {
+        let told = |text, cause| Box::new(Told(text, cause));
+        let (refused, plain) = (told("refused", None), told("connect: refused", None));
+        assert_eq!(explain(&*plain), "connect: refused");
+        let connect = told("connect: refused", Some(refused));
+        let request = told("request", Some(connect));
+        assert_eq!(explain(&*request), "request: connect: refused");
     }
 }
