@@ -289,7 +289,10 @@ impl Node {
             Ok(()) => self.refused.accept(id),
             Err(error) => {
                 let (why, code) = (explain(&error), error.exit_code());
-                tracing::error!(seat = label, "pod {id} can't be a seat: {why}");
+                // It is tried again all the time.
+                if self.refused.why(id).as_ref() != Some(&why) {
+                    tracing::error!(seat = label, "pod {id} can't be a seat: {why}");
+                }
                 self.refused.refuse(id, Refusal { why, code });
             }
         }

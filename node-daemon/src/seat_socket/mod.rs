@@ -11,6 +11,7 @@ mod handed;
 pub mod message;
 mod network;
 mod pod;
+mod refusals;
 mod server;
 
 mod seat;

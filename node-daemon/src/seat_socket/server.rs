@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use super::handed::Held;
 use super::message::{DiskToPrepare, FromSeat, SOCKET, ToSeat, VERSION};
 use super::pod::Peer;
+use super::refusals::Refusals;
 use super::seat::{DiskProgress, PodSeat};
 use crate::disks::Step;
 use crate::explain;
@@ -57,11 +58,11 @@ pub fn bind(folder: &Path) -> Result<Listener, StateError> {
 /// # Errors
 /// If there is no thread.
 pub fn serve(listener: Listener, pods: Arc<dyn Pods>) -> std::io::Result<()> {
-    let open = Arc::new(Open::default());
+    let (open, refusals) = (Arc::new(Open::default()), Arc::new(Refusals::default()));
     let accept = move || {
         loop {
             match listener.accept() {
-                Ok(connection) => welcome(connection, &pods, &open),
+                Ok(connection) => welcome(connection, &pods, &open, &refusals),
                 Err(error) => {
                     tracing::warn!("a seat can't connect: {error}");
                     // Out of descriptors or memory: those that are served now will end.
@@ -105,26 +106,33 @@ impl Open {
 }
 
 /// Looks who it is before a thread is spent on it.
-fn welcome(connection: Connection, pods: &Arc<dyn Pods>, open: &Arc<Open>) {
+fn welcome(connection: Connection, pods: &Arc<dyn Pods>, open: &Arc<Open>, refusals: &Arc<Refusals>) {
     let peer = match Peer::of(&connection) {
         Ok(peer) => Arc::new(peer),
         Err(error) => {
             let why = explain(&error);
-            tracing::warn!("a connection to the seat socket is refused: {why}");
+            if let Some(line) = refusals.line(None, &why, Instant::now()) {
+                tracing::warn!("a connection to the seat socket is refused: {line}");
+            }
             return refuse(&connection, why);
         }
     };
     let pod = peer.pod;
     if !open.enter(pod) {
-        tracing::warn!("pod {pod} has too many connections");
-        return refuse(&connection, "too many connections of this pod or node".to_owned());
+        let why = "too many connections of this pod or node".to_owned();
+        if let Some(line) = refusals.line(Some(pod), &why, Instant::now()) {
+            tracing::warn!("pod {pod} is refused: {line}");
+        }
+        return refuse(&connection, why);
     }
-    let (pods, counted) = (pods.clone(), open.clone());
+    let (pods, counted, refusals) = (pods.clone(), open.clone(), refusals.clone());
     let work = move || {
         match pods.find(pod) {
-            Ok(seat) => converse(&connection, &peer, &seat),
+            Ok(seat) => converse(&connection, &peer, &seat, &refusals),
             Err(why) => {
-                tracing::info!("pod {pod} is refused: {why}");
+                if let Some(line) = refusals.line(Some(pod), &why, Instant::now()) {
+                    tracing::info!("pod {pod} is refused: {line}");
+                }
                 refuse(&connection, why);
             }
         }
@@ -141,7 +149,7 @@ fn refuse(connection: &Connection, why: String) {
     let _ = connection.send(&ToSeat::Refused { why }, &[]);
 }
 
-fn converse(connection: &Connection, peer: &Arc<Peer>, seat: &Arc<PodSeat>) {
+fn converse(connection: &Connection, peer: &Arc<Peer>, seat: &Arc<PodSeat>, refusals: &Refusals) {
     seat.set_progress(|progress| progress.connected = true);
     let mut talk = Talk {
         connection,
@@ -153,8 +161,10 @@ fn converse(connection: &Connection, peer: &Arc<Peer>, seat: &Arc<PodSeat>) {
     };
     let ended = talk.run();
     seat.gone(peer);
-    if let Err(why) = ended {
-        tracing::info!(seat = seat.seat.config().label(), "the seat's program: {why}");
+    if let Err(why) = ended
+        && let Some(line) = refusals.line(Some(peer.pod), &why, Instant::now())
+    {
+        tracing::info!(seat = seat.seat.config().label(), "the seat's program: {line}");
     }
 }
 
