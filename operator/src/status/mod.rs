@@ -9,7 +9,7 @@ use ftvm_crds::seat::{SeatPublished, SeatRole};
 use ftvm_crds::{CpuBaseline, Failover, FaultTolerantVMStatus, SeatEntry, VmPhase};
 use ftvm_protocol::record::Phase;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use crate::decide::{
     self, Decision, Want, anyone_is_heard_of, goes_with_vm, holder, is_genesis, is_named, lease_is_strange, published,
@@ -54,6 +54,9 @@ pub const AUTHORITY_UNUSABLE: &str = "AuthorityUnusable";
 pub const NOT_RUNNING: &str = "NotRunning";
 /// Reason of a guest that stands still until a standby has joined.
 const PAUSED: &str = "Paused";
+
+/// Clocks of nodes, and of the operator's, that are right differ by less.
+const AHEAD_MAX: SignedDuration = SignedDuration::from_secs(60);
 
 /// Longest message of a condition.
 const MESSAGE_LENGTH_MAX: usize = 1024;
@@ -436,22 +439,24 @@ fn cpu_chosen(seen: &Observed, decision: &Decision) -> Said {
     }
 }
 
-/// The latest takeover that any seat tells of.
+/// The latest takeover that any seat tells of, if it is news.
 fn failover(seen: &Observed, book: &[SeatEntry]) -> Option<Failover> {
+    // By the clock of its node. One that is ahead says nothing: its takeover is told once that time has come, and hides no other one.
+    let lies_ahead = |time: Timestamp| time.duration_since(seen.now) > AHEAD_MAX;
     let told = book.iter().filter_map(|entry| {
-        let takeover = published(seen, entry)?.last_takeover.clone()?;
-        Some((entry, takeover))
+        let takeover = published(seen, entry)?.last_takeover.as_ref()?;
+        // The status keeps whole seconds.
+        let seconds = i64::try_from(takeover.unix_ms / 1000).ok()?;
+        let time = Timestamp::from_second(seconds).ok().filter(|time| !lies_ahead(*time))?;
+        Some((entry, takeover, time))
     });
-    let (entry, takeover) = told.max_by_key(|(_, takeover)| takeover.unix_ms)?;
-    let milliseconds = i64::try_from(takeover.unix_ms).ok()?;
-    let time = Time(Timestamp::from_millisecond(milliseconds).ok()?);
-    let known = seen.status().last_failover;
-    // The status keeps whole seconds.
-    if known.is_some_and(|known| known.time.0.as_second() >= time.0.as_second()) {
+    let (entry, takeover, time) = told.max_by_key(|(_, takeover, _)| takeover.unix_ms)?;
+    let known = seen.status().last_failover.map(|known| known.time.0);
+    if known.is_some_and(|known| known >= time && !lies_ahead(known)) {
         return None;
     }
     Some(Failover {
-        time: Time(Timestamp::from_second(time.0.as_second()).ok()?),
+        time: Time(time),
         reason: takeover.reason.chars().take(256).collect(),
         seat: entry.name.clone(),
         node: entry.node.clone(),
@@ -483,6 +488,8 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
     }
 }
 
+#[cfg(test)]
+mod failover_tests;
 #[cfg(test)]
 mod page_tests;
 #[cfg(test)]

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use ftvm_crds::SeatEntry;
 use ftvm_crds::lease::LeaseError;
-use ftvm_crds::seat::{DoneRequest, SeatPublished, Takeover};
+use ftvm_crds::seat::{DoneRequest, SeatPublished};
 
 use super::*;
 use crate::decide::rig::World;
@@ -512,39 +512,6 @@ fn times_of_conditions_are_of_their_last_change() {
     let after = said(&mut world, PROTECTED);
     assert_eq!(after.status, "False");
     assert_ne!(after.last_transition_time, before);
-}
-
-#[test]
-fn a_takeover_is_kept_and_told_once() {
-    let mut world = World::new(3);
-    assert!(world.settle(60));
-    let old = world.vm.status.clone().unwrap();
-    let active = world.book()[0].name.clone();
-    let unix_ms = u64::try_from(world.now.as_millisecond()).unwrap() + 123;
-    let takeover = Takeover {
-        unix_ms,
-        reason: "peer lost".to_owned(),
-        microseconds: 310_000,
-    };
-    world
-        .pods
-        .get_mut(&active)
-        .unwrap()
-        .published
-        .as_mut()
-        .unwrap()
-        .last_takeover = Some(takeover);
-    world.step();
-    let new = world.vm.status.clone().unwrap();
-    assert_eq!(new.last_failover.as_ref().unwrap().gap_microseconds, 310_000);
-    let told = changes(&old, &new);
-    assert!(
-        told.iter()
-            .any(|change| change.reason == "TookOver" && change.note.contains("310000 µs")),
-        "{told:?}"
-    );
-    assert!(!world.step(), "told once");
-    assert_eq!(changes(&new, &new), []);
 }
 
 #[test]
