@@ -1,8 +1,8 @@
 //! Digests of memory and disks, to compare both sides at one epoch. They find differences, not forgers: XXH3 is no
 //! cryptographic hash.
 //!
-//! Every piece is hashed with its number, and the hashes are added up: so the pieces can be taken by several threads,
-//! in any order.
+//! Every piece is hashed with its number, and the hashes are added up: so the pieces can be taken in any order, and one of
+//! them anew.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -136,44 +136,6 @@ impl StillDigest {
     }
 }
 
-/// Digest of all of a guest's memory, taken by `threads` threads. The guest must not run, unless an inconsistent
-/// answer is good enough.
-pub fn digest_memory(memory: &dyn PageMemory, threads: usize) -> Digest {
-    let pages = memory.page_count();
-    let share = pages.div_ceil(threads.clamp(1, 64) as u32).max(1);
-    let part = |first: u32| {
-        let mut digest = Digest::default();
-        let mut page = ZERO_PAGE;
-        for number in first..pages.min(first.saturating_add(share)) {
-            memory.read_page(number, &mut page);
-            digest.add(u64::from(number), &page);
-        }
-        digest
-    };
-    std::thread::scope(|scope| {
-        // The caller takes the first part itself; a part whose thread can't be started, too.
-        let others: Vec<_> = (share..pages)
-            .step_by(share as usize)
-            .map(|first| {
-                (
-                    first,
-                    std::thread::Builder::new()
-                        .spawn_scoped(scope, move || part(first))
-                        .ok(),
-                )
-            })
-            .collect();
-        let mut total = part(0);
-        for (first, thread) in others {
-            let digest = thread
-                .and_then(|thread| thread.join().ok())
-                .unwrap_or_else(|| part(first));
-            total.0 = total.0.wrapping_add(digest.0);
-        }
-        total
-    })
-}
-
 /// Digest of a whole volume, size included.
 pub fn digest_storage(storage: &dyn Storage) -> io::Result<Digest> {
     let size = storage.size_bytes();
@@ -197,17 +159,32 @@ mod tests {
     use crate::replication::memory::HeapMemory;
     use crate::replication::testing::{MemStorage, Seeded};
 
+    /// Of all of memory as it is, taken page by page and kept nowhere.
+    fn fresh(memory: &HeapMemory) -> Digest {
+        let whole = StillDigest::default().advance(memory, memory.page_count());
+        whole.expect("all pages were asked for")
+    }
+
     #[test]
-    fn threads_change_nothing_and_every_byte_counts() {
+    fn pieces_change_nothing_and_every_byte_counts() {
         let memory = HeapMemory::new(130);
         let mut seeded = Seeded::new(1);
         (0..130).for_each(|page| memory.write_page(page, &seeded.page()));
-        let digest = digest_memory(&memory, 1);
-        for threads in [2, 3, 64, 1000] {
-            assert_eq!(digest_memory(&memory, threads), digest);
+        let digest = fresh(&memory);
+        for pages in [1, 7, 64, 129, 130, u32::MAX] {
+            let (mut still, mut kept) = (StillDigest::default(), PageDigests::new(130));
+            let whole = loop {
+                assert!(!kept.is_whole(), "{pages} at a time");
+                kept.advance(&memory, pages);
+                if let Some(whole) = still.advance(&memory, pages) {
+                    break whole;
+                }
+            };
+            assert!(kept.is_whole(), "{pages} at a time");
+            assert_eq!((whole, kept.digest()), (digest, digest), "{pages} at a time");
         }
         memory.write_in_page(129, 4095, &[0]);
-        assert_ne!(digest_memory(&memory, 2), digest);
+        assert_ne!(fresh(&memory), digest);
     }
 
     #[test]
@@ -225,17 +202,17 @@ mod tests {
             digests.advance(&memory, 7);
         }
         assert!(digests.is_whole());
-        assert_eq!(digests.digest(), digest_memory(&memory, 1));
+        assert_eq!(digests.digest(), fresh(&memory));
         for _ in 0..200 {
             let (page, contents) = (seeded.below(40) as u32, seeded.page());
             memory.write_page(page, &contents);
-            assert_ne!(digests.digest(), digest_memory(&memory, 1), "one page is not set yet");
+            assert_ne!(digests.digest(), fresh(&memory), "one page is not set yet");
             if seeded.below(2) == 0 {
                 digests.set(page, &contents);
             } else {
                 digests.reread(&memory, page);
             }
-            assert_eq!(digests.digest(), digest_memory(&memory, 1));
+            assert_eq!(digests.digest(), fresh(&memory));
         }
     }
 
@@ -245,7 +222,9 @@ mod tests {
         for kept in [true, false] {
             let memory = HeapMemory::new(40);
             (0..40).for_each(|page| memory.write_page(page, &seeded.page()));
-            let before = digest_memory(&memory, 1);
+            let mut before = PageDigests::new(40);
+            before.advance(&memory, 40);
+            let before = before.digest();
             let mut digest = StillDigest::default();
             let mut whole = None;
             while whole.is_none() {
@@ -266,10 +245,10 @@ mod tests {
     fn exchanged_pages_differ() {
         let memory = HeapMemory::new(2);
         memory.write_page(0, &[1; 4096]);
-        let digest = digest_memory(&memory, 1);
+        let digest = fresh(&memory);
         memory.write_page(0, &[0; 4096]);
         memory.write_page(1, &[1; 4096]);
-        assert_ne!(digest_memory(&memory, 1), digest);
+        assert_ne!(fresh(&memory), digest);
     }
 
     #[test]

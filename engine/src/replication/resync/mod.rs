@@ -38,7 +38,7 @@ use super::standby_disks::StandbyDisksError;
 use crate::control::exit_code;
 use crate::kvm::{CpuBaseline, CpuError, CpuOffer};
 
-pub use digest::{DIGEST_PIECE_PAGES, Digest, PageDigests, StillDigest, digest_memory, digest_storage};
+pub use digest::{DIGEST_PIECE_PAGES, Digest, PageDigests, StillDigest, digest_storage};
 pub use source::{Resync, ResyncProgress, ResyncSource, ResyncStats};
 pub use target::{ResyncTarget, ResyncTotals};
 pub use window::ResyncWindow;
