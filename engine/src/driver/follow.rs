@@ -9,13 +9,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use ftvm_protocol::identity::{Epoch, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
+use super::jobs::next_job;
 use crate::control::exit_code;
 use crate::replication::changed::Stream;
 use crate::replication::epoch::{
@@ -321,7 +322,7 @@ impl Follower {
             failed = true;
             self.report(News::Failed(failure));
         }
-        while let Some(job) = self.next_job(todo) {
+        while let Some(job) = next_job(todo, || self.take_piece()) {
             if let Job::Frame(frame) = &job {
                 // Before it is decoded: whoever keeps it counts it again.
                 backlog.taken(frame);
@@ -362,23 +363,18 @@ impl Follower {
         }
     }
 
-    /// The next job, none if nobody gives any more. A digest is taken between jobs, piece by piece: neither an acknowledgment nor
-    /// a takeover waits for all of it.
-    fn next_job(&mut self, todo: &Receiver<Job>) -> Option<Job> {
-        while let Some((epoch, digest)) = &mut self.digesting {
-            if let Some(memory) = digest.advance(&*self.place.memory, DIGEST_PIECE_PAGES) {
-                let epoch = *epoch;
-                self.digesting = None;
-                self.report(News::Digest { epoch, memory });
-                break;
-            }
-            match todo.try_recv() {
-                Ok(job) => return Some(job),
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => return None,
-            }
-        }
-        todo.recv().ok()
+    /// Takes some of the digest that the leader asked for. Whether more is left.
+    fn take_piece(&mut self) -> bool {
+        let Some((epoch, digest)) = &mut self.digesting else {
+            return false;
+        };
+        let Some(memory) = digest.advance(&*self.place.memory, DIGEST_PIECE_PAGES) else {
+            return true;
+        };
+        let epoch = *epoch;
+        self.digesting = None;
+        self.report(News::Digest { epoch, memory });
+        false
     }
 
     /// A seat that joins has the stream's state with its checkpoint. One that goes on from its own ran the guest: what its disks

@@ -5,13 +5,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use ftvm_protocol::identity::{Epoch, Incarnation, SessionId};
 use ftvm_protocol::wire::Kind;
 
 use super::Queue;
+use super::jobs::next_job;
 use crate::checkpoint::Pacer;
 use crate::memory::DirtyPages;
 use crate::replication::changed::Stream;
@@ -152,21 +153,7 @@ struct Worker {
 
 impl Worker {
     fn send_all(&mut self, session: SessionId, todo: &Receiver<Job>, queue: &Queue) {
-        loop {
-            if self.read_piece() {
-                let done = Done::Digest;
-                queue.lead(Report { session, done });
-            }
-            let next = if self.reads() {
-                todo.try_recv()
-            } else {
-                todo.recv().map_err(|_| TryRecvError::Disconnected)
-            };
-            let job = match next {
-                Ok(job) => job,
-                Err(TryRecvError::Empty) => continue,
-                Err(TryRecvError::Disconnected) => return,
-            };
+        while let Some(job) = next_job(todo, || self.take_piece(session, queue)) {
             let done = match self.do_job(job) {
                 Ok(None) => continue,
                 Ok(Some(done)) => done,
@@ -180,18 +167,18 @@ impl Worker {
         }
     }
 
-    /// Whether a digest was asked for and pages are left that were never read for it.
-    fn reads(&self) -> bool {
-        self.digests.as_ref().is_some_and(|digests| !digests.is_whole())
-    }
-
-    /// Reads some of memory for a digest that was asked for: epochs wait for no more than that. True if that was the last of it.
-    fn read_piece(&mut self) -> bool {
+    /// Reads some of memory for a digest that was asked for. Whether pages are left that were never read for it.
+    fn take_piece(&mut self, session: SessionId, queue: &Queue) -> bool {
         let Some(digests) = self.digests.as_mut().filter(|digests| !digests.is_whole()) else {
             return false;
         };
         digests.advance(&*self.memory, DIGEST_PIECE_PAGES);
-        digests.is_whole()
+        let whole = digests.is_whole();
+        if whole {
+            let done = Done::Digest;
+            queue.lead(Report { session, done });
+        }
+        !whole
     }
 
     /// What there is to report of a job, if it is anything yet.

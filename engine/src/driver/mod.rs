@@ -24,6 +24,7 @@ mod guest;
 mod hand_over;
 mod header;
 mod hold;
+mod jobs;
 mod late;
 mod lead;
 mod leave;
