@@ -204,9 +204,14 @@ impl Observed {
 }
 
 impl PodSeen {
+    /// What its daemon says, if it can be read.
+    pub fn told(&self) -> Option<&SeatPublished> {
+        self.published.as_ref().ok()
+    }
+
     /// What its daemon says of the request that it executed or refused last; none, too, if what it published can't be read.
     pub fn last_answer(&self) -> Option<&DoneRequest> {
-        self.published.as_ref().ok()?.done_request.as_ref()
+        self.told()?.done_request.as_ref()
     }
 }
 

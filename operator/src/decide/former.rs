@@ -21,7 +21,7 @@ pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 /// The pod is being deleted, and its daemon said that no engine of it runs, nor is begun any more. That is true for good, whatever the record says now or
 /// later; a record that says Stopped proves nothing by itself: it may be started over, by an engine that was begun a moment before.
 pub(super) fn engine_ended(pod: &PodSeen) -> bool {
-    let over = pod.published.as_ref().is_ok_and(|published| published.over);
+    let over = pod.told().is_some_and(|published| published.over);
     pod.deleting && over && !has_engine(pod)
 }
 

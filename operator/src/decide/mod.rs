@@ -369,7 +369,7 @@ pub fn pod<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a PodSeen> {
 
 /// What the daemon of that pod says, if it can be read.
 pub fn published<'a>(seen: &'a Observed, entry: &SeatEntry) -> Option<&'a SeatPublished> {
-    pod(seen, entry)?.published.as_ref().ok()
+    pod(seen, entry)?.told()
 }
 
 /// Does the seat's engine run, or is it about to?
@@ -397,7 +397,7 @@ pub fn is_heard_of(seen: &Observed, entry: &SeatEntry) -> bool {
     let Some(pod) = pod(seen, entry) else { return false };
     let ready = pod.node.as_deref().is_some_and(|node| seen.node_ready(node));
     let deaf = seen.nodes.values().all(|node| !node.ready);
-    let has = pod.published.as_ref().is_ok_and(|published| match published.role {
+    let has = pod.told().is_some_and(|published| match published.role {
         Some(SeatRole::Active) => true,
         Some(SeatRole::Joining | SeatRole::Standby | SeatRole::Frozen) => {
             published.peer_connected || published.holds_guest

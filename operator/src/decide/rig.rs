@@ -455,7 +455,7 @@ impl World {
         if pod.deleting && pod.phase != PodPhase::Finished {
             // Its program is told, and its engine ends before it.
             pod.phase = PodPhase::Finished;
-            let had_engine = pod.published.as_ref().is_ok_and(|published| published.role.is_some());
+            let had_engine = pod.told().is_some_and(|published| published.role.is_some());
             let last_exit = had_engine.then(|| SeatExit {
                 incarnation: Incarnation {
                     seat: pod.uid.parse().unwrap(),
@@ -492,10 +492,7 @@ impl World {
             return false;
         }
         let pod = &self.pods[seat];
-        let runs = pod
-            .published
-            .as_ref()
-            .is_ok_and(|published| published.incarnation.is_some());
+        let runs = pod.told().is_some_and(|published| published.incarnation.is_some());
         let node = pod.node.as_ref().map(|node| &self.nodes[node]);
         runs || cpu::chosen(&self.vm).is_none_or(|cpu| node.is_some_and(|node| cpu::lacks(node, &cpu).is_none()))
     }

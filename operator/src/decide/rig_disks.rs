@@ -49,7 +49,7 @@ impl World {
     fn is_spoken_for(&self, seat: &str, record: &Record) -> bool {
         let book = self.book();
         let pod = holder(&book, record).and_then(|entry| self.pods.get(&entry.name));
-        let look = pod.and_then(|pod| pod.published.as_ref().ok()?.look.as_deref());
+        let look = pod.and_then(|pod| pod.told()?.look.as_deref());
         let parts: Vec<&str> = look.unwrap_or_default().split('.').collect();
         let [_, of, at] = parts[..] else { return false };
         let age = self.now.as_second() - at.parse::<i64>().unwrap();

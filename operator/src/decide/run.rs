@@ -506,7 +506,7 @@ fn attempt(id: &str, other: &str) -> Option<(u32, i64)> {
 /// Its engine has no guest, and waits for its turn or for a leader.
 pub(super) fn is_starting(pod: &PodSeen) -> bool {
     let role = |published: &SeatPublished| published.role == Some(SeatRole::Starting);
-    pod.published.as_ref().is_ok_and(role)
+    pod.told().is_some_and(role)
 }
 
 /// How often it was asked again.

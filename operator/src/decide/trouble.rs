@@ -80,7 +80,7 @@ pub fn fails_at_every_join(pod: &PodSeen) -> bool {
         let whole = published.role == Some(SeatRole::Standby) && published.peer_connected;
         published.storage_failures >= STORAGE_FAILURES && !whole
     };
-    pod.published.as_ref().is_ok_and(fails)
+    pod.told().is_some_and(fails)
 }
 
 /// Do disks of the record's holder fail, too? What another seat has may be all that can be read then. (One that is only full can be copied.)
@@ -95,7 +95,7 @@ pub fn holder_fails(seen: &Observed, record: &Record, book: &[SeatEntry]) -> boo
 /// Does the seat make progress: disks prepared, or an engine that receives or holds a checkpoint? What says that it is active is
 /// old: the record names another one, and its node may be dead for long before anybody calls it not ready.
 fn joins(pod: &PodSeen) -> bool {
-    let Ok(published) = &pod.published else {
+    let Some(published) = pod.told() else {
         return false;
     };
     let follows = matches!(published.role, Some(SeatRole::Joining | SeatRole::Standby));

@@ -88,10 +88,7 @@ fn of_seat(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obs
 pub(super) fn fails_again(seen: &Observed, book: &[SeatEntry], entry: &SeatEntry) -> Option<Obstacle> {
     let record = &decide::record(seen)?.snapshot.record;
     let pod = pod(seen, entry).filter(|pod| !is_named(entry, record) && fails_at_every_join(pod))?;
-    let storage = pod
-        .published
-        .as_ref()
-        .map_or(&[][..], |published| &published.storage_troubles);
+    let storage = pod.told().map_or(&[][..], |published| &published.storage_troubles);
     let what = match words(storage) {
         words if words.is_empty() => String::new(),
         words => format!("{words}; "),
