@@ -441,7 +441,7 @@ fn cpu_chosen(seen: &Observed, decision: &Decision) -> Said {
 
 /// The latest takeover that any seat tells of, if it is news.
 fn failover(seen: &Observed, book: &[SeatEntry]) -> Option<Failover> {
-    // By the clock of its node. One that is ahead says nothing: its takeover is told once that time has come, and hides no other one.
+    // By the clock of its node. One that is ahead says nothing: its takeover is not told before that time, and hides no other one.
     let lies_ahead = |time: Timestamp| time.duration_since(seen.now) > AHEAD_MAX;
     let told = book.iter().filter_map(|entry| {
         let takeover = published(seen, entry)?.last_takeover.as_ref()?;
