@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::{Cluster, Options, leadership, wait_for};
@@ -12,8 +12,11 @@ mod cpus;
 mod newer;
 mod plugin;
 mod refused;
+mod rest;
 mod troubles;
 mod zones;
+
+use rest::{requests, rests, rests_beside};
 
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -267,20 +270,6 @@ fn leader(cluster: &Cluster) -> anyhow::Result<String> {
     Ok(holder.context("nobody leads")?.to_owned())
 }
 
-/// Requests of the operators beside watches and the election, so far.
-fn requests(cluster: &Cluster) -> anyhow::Result<Vec<String>> {
-    let events = cluster.audit_events()?;
-    let ours = events
-        .into_iter()
-        .filter(|event| event.user_agent.starts_with("ftvm-operator") && event.verb != "watch");
-    let text = ours.filter_map(|event| {
-        let object = event.object_ref?;
-        let election = object.name.as_deref() == Some("ftvm-operator");
-        (!election).then(|| format!("{} {} {}", event.verb, object.resource, object.name.unwrap_or_default()))
-    });
-    Ok(text.collect())
-}
-
 #[test]
 fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Result<()> {
     let cluster = cluster()?;
@@ -349,13 +338,20 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     newer::correct(&cluster)?;
     rests(&cluster)?;
     assert_eq!(cluster.get(&["ftvm", "web"])?["status"]["seats"], Value::Array(seats));
+    halt_and_delete(&cluster, &plugin)
+}
+
+#[test]
+fn what_vms_are_in_want_of_is_told_and_mended_and_the_operator_rests_beside_them() -> anyhow::Result<()> {
+    let cluster = cluster()?;
+    cluster.kubectl(&["create", "namespace", "ftvm-system"])?;
+    let _operator = Operator::start(&cluster, "one")?;
     foreign_lease(&cluster)?;
     former_authority(&cluster)?;
     troubles::refused(&cluster)?;
-    halt_and_delete(&cluster, &plugin)?;
     kept_volumes(&cluster)?;
     troubles::offer_seats(&cluster)?;
-    lease_made_anew(&cluster, &plugin)?;
+    lease_made_anew(&cluster, &plugin::Plugin::new(&cluster)?)?;
     absent_provisioner(&cluster)
 }
 
@@ -419,27 +415,6 @@ fn without_image_volumes_guest_images_are_copied() -> anyhow::Result<()> {
         .context("no mounts")?;
     assert!(mounts.iter().all(|mount| mount["name"] != "guest"), "{made}");
     Ok(())
-}
-
-/// After everything is made nothing is asked of the API server any more.
-fn rests(cluster: &Cluster) -> anyhow::Result<()> {
-    rests_beside(cluster, || Ok(()))
-}
-
-/// The same, while something else goes on that does not concern the operator.
-fn rests_beside(cluster: &Cluster, goes_on: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    wait_for("the operator is quiet for 20 s", PATIENCE, || {
-        let before = requests(cluster)?.len();
-        let end = Instant::now() + Duration::from_secs(20);
-        while Instant::now() < end {
-            goes_on()?;
-            std::thread::sleep(Duration::from_secs(2));
-        }
-        let after = requests(cluster)?;
-        // An event's series may be told once more.
-        ensure!(after.len() <= before + 1, "{:?}", &after[before..]);
-        Ok(())
-    })
 }
 
 /// Waits for an event of a VM that says this.
