@@ -105,10 +105,11 @@ impl Scene {
     fn seat(&mut self) -> Seat {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match self.system.seat(self.active) {
-                Some(seat) => return seat,
-                None => assert!(Instant::now() < deadline, "the active's engine does not answer"),
+            if let Some(seat) = self.system.seat(self.active) {
+                return seat;
             }
+            assert!(Instant::now() < deadline, "the active's engine does not answer");
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
