@@ -72,7 +72,7 @@ fn defined(options: Options) -> anyhow::Result<Cluster> {
         "wait",
         "--for=condition=Established",
         "crd/faulttolerantvms.ftvm.dev",
-        "--timeout=60s",
+        "--timeout=180s",
     ])?;
     Ok(cluster)
 }
@@ -279,7 +279,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     cluster.apply(&example("unbound", None).to_string())?;
     let advice = wait_reason(&cluster, "unbound", "Protected", "VolumeNotBound")?;
     assert!(advice.contains("name a class that provisions"), "{advice}");
-    cluster.kubectl(&["delete", "ftvm", "unbound", "--timeout=60s"])?;
+    cluster.kubectl(&["delete", "ftvm", "unbound", "--timeout=180s"])?;
     classes_by_slot(&cluster)?;
     cluster.apply(&example("web", Some("local")).to_string())?;
     let advice = wait_reason(&cluster, "web", "Protected", "NoKvmNode")?;
@@ -453,7 +453,7 @@ fn former_authority(cluster: &Cluster) -> anyhow::Result<()> {
     let made = cluster.get(&["secret", "heir-authority"])?;
     let vm = cluster.get(&["ftvm", "heir"])?;
     assert_eq!(made["metadata"]["ownerReferences"][0]["uid"], vm["metadata"]["uid"]);
-    cluster.kubectl(&["delete", "ftvm", "heir", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "heir", "--timeout=180s"])?;
     Ok(())
 }
 
@@ -536,7 +536,7 @@ fn lease_made_anew(cluster: &Cluster, plugin: &plugin::Plugin<'_>) -> anyhow::Re
     cluster.kubectl(&["delete", "lease", "gone"])?;
     says("succeeds another record")?;
     no_lease(cluster, "gone").context("made anew from what is old")?;
-    cluster.kubectl(&["delete", "ftvm", "gone", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "gone", "--timeout=180s"])?;
     Ok(())
 }
 
@@ -544,7 +544,7 @@ fn halt_and_delete(cluster: &Cluster, plugin: &plugin::Plugin<'_>) -> anyhow::Re
     let watching = plugin.watch("web")?;
     plugin.stops_and_starts()?;
     wait_reason(cluster, "web", "Protected", "NoKvmNode")?;
-    cluster.kubectl(&["delete", "ftvm", "web", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "web", "--timeout=180s"])?;
     watching.end()?;
     wait_for("everything is gone", PATIENCE, || {
         let left = cluster.kubectl(&[
@@ -671,7 +671,7 @@ fn kept_volumes(cluster: &Cluster) -> anyhow::Result<()> {
     wait_reason(cluster, "kept", "Protected", "NoKvmNode")?;
     let claims = left(cluster, "pvc", "kept")?;
     assert_eq!(claims.len(), 2, "{claims:?}");
-    cluster.kubectl(&["delete", "ftvm", "kept", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "kept", "--timeout=180s"])?;
     wait_for("all but the claims is gone", PATIENCE, || {
         let left = left(cluster, "pods,leases,secrets,pdb,networkpolicies", "kept")?;
         ensure!(left.is_empty(), "{left:?}");
@@ -711,7 +711,7 @@ fn classes_by_slot(cluster: &Cluster) -> anyhow::Result<()> {
         }
         Ok(())
     })?;
-    cluster.kubectl(&["delete", "ftvm", "classes", "--timeout=60s"])?;
+    cluster.kubectl(&["delete", "ftvm", "classes", "--timeout=180s"])?;
     Ok(())
 }
 
@@ -735,7 +735,7 @@ fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
     rests(cluster)?;
     // The others would take what it needs.
     let others = ["taken", "unpulled", "large", "elsewhere"];
-    cluster.kubectl(&[&["delete", "ftvm", "--timeout=120s"], &others[..]].concat())?;
+    cluster.kubectl(&[&["delete", "ftvm", "--timeout=180s"], &others[..]].concat())?;
     let local = json!([{"op": "replace", "path": "/spec/disks/0/storageClassName", "value": "local"}]).to_string();
     cluster.kubectl(&["patch", "ftvm", "waiting", "--type=json", "-p", &local])?;
     let seats = cluster.get(&["ftvm", "waiting"])?["status"]["seats"].clone();
@@ -750,9 +750,9 @@ fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
             "pvc",
             &format!("{seat}-root"),
             "--ignore-not-found",
-            "--timeout=60s",
+            "--timeout=180s",
         ])?;
-        cluster.kubectl(&["delete", "pod", seat, "--ignore-not-found", "--timeout=60s"])?;
+        cluster.kubectl(&["delete", "pod", seat, "--ignore-not-found", "--timeout=180s"])?;
     }
     wait_for("a seat has a volume of the other class", PATIENCE, || {
         let claims = cluster.get(&["pvc", "--selector=ftvm.dev/vm=waiting"])?;
@@ -766,6 +766,6 @@ fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
         );
         Ok(())
     })?;
-    cluster.kubectl(&["delete", "ftvm", "waiting", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "waiting", "--timeout=180s"])?;
     Ok(())
 }

@@ -23,7 +23,7 @@ const TWO_REPORTS: Duration = Duration::from_secs(6);
 
 /// Deletes the machine; then all of the above.
 pub fn deleted(cluster: &Cluster, progress: &Progress) -> anyhow::Result<()> {
-    cluster.kubectl(&["delete", "ftvm", VM, "--namespace", NAMESPACE, "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", VM, "--namespace", NAMESPACE, "--timeout=180s"])?;
     wait_for("nothing is left of the machine", PATIENCE, || {
         let kinds = "pods,pvc,leases,secrets,pdb,networkpolicies";
         let words = [
@@ -103,7 +103,7 @@ fn common_cpu(cluster: &Cluster) -> anyhow::Result<()> {
         "{}",
         vm["status"]
     );
-    cluster.kubectl(&["delete", "ftvm", "less", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "less", "--namespace", NAMESPACE, "--timeout=180s"])?;
     cluster.kubectl(&["delete", "node", "away"])?;
     Ok(())
 }
@@ -131,7 +131,7 @@ fn missing_image(cluster: &Cluster) -> anyhow::Result<()> {
     ensure!(said.contains("correct spec.boot.image"), "{said}");
     wait_event(cluster, "none", "ImagePullFailed", "correct spec.boot.image")?;
     looks::operator_rests(cluster)?;
-    cluster.kubectl(&["delete", "ftvm", "none", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "none", "--namespace", NAMESPACE, "--timeout=180s"])?;
     Ok(())
 }
 
@@ -164,7 +164,7 @@ fn forbidden_bridge(cluster: &Cluster) -> anyhow::Result<()> {
             node.name()
         );
     }
-    cluster.kubectl(&["delete", "ftvm", "nosy", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "nosy", "--namespace", NAMESPACE, "--timeout=180s"])?;
     Ok(())
 }
 
@@ -240,7 +240,7 @@ fn strange_lease(cluster: &Cluster) -> anyhow::Result<()> {
     lease_comes_back(cluster, "edited")?;
     wait_condition(cluster, "edited", "Protected", "True", "StandbyFollows")?;
     lease_goes_with_its_holder(cluster)?;
-    cluster.kubectl(&["delete", "ftvm", "edited", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "edited", "--namespace", NAMESPACE, "--timeout=180s"])?;
     Ok(())
 }
 
@@ -361,7 +361,7 @@ fn uninstalled(cluster: &Cluster) -> anyhow::Result<()> {
     let rights = cluster.kubectl(&rights)?;
     ensure!(!rights.contains("ftvm-uninstall"), "{rights}");
     goes_on(cluster, &log)?;
-    cluster.kubectl(&["delete", "ftvm", "kept", "--namespace", NAMESPACE, "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "kept", "--namespace", NAMESPACE, "--timeout=180s"])?;
     uninstall()?;
     let kinds = [
         "deployments,daemonsets,jobs,serviceaccounts,networkpolicies",

@@ -188,7 +188,7 @@ pub(super) fn start_drain(cluster: &Cluster, node: &str) -> anyhow::Result<Child
         node,
         "--ignore-daemonsets",
         "--delete-emptydir-data",
-        "--timeout=120s",
+        "--timeout=180s",
     ])
 }
 
