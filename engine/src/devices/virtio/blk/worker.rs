@@ -120,10 +120,13 @@ impl Executing {
     }
 }
 
-/// How long something that failed has been kept from the guest. Time in which the guest stands still for a hand-over does not count.
+/// How long what failed has been kept from the guest, all of it together. Time in which the guest stands still for a hand-over does not
+/// count.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     lasts: Duration,
+    /// What `lasts` was when the present batch failed.
+    before: Duration,
     looked: Instant,
 }
 
@@ -131,8 +134,20 @@ impl Held {
     fn new(now: Instant) -> Self {
         Self {
             lasts: Duration::ZERO,
+            before: Duration::ZERO,
             looked: now,
         }
+    }
+
+    /// Another batch failed. Nothing was kept from the guest since the one before it.
+    fn begin(&mut self, now: Instant) {
+        self.before = self.lasts;
+        self.looked = now;
+    }
+
+    /// How long the present batch has been kept.
+    fn batch_lasts(&self) -> Duration {
+        self.lasts.saturating_sub(self.before)
     }
 
     /// Whether it may be kept for longer, if `most` is the longest.
@@ -310,13 +325,16 @@ impl BlkWorker {
         }
         let now = Instant::now();
         let held = self.held.get_or_insert_with(|| Held::new(now));
+        if !self.holding {
+            held.begin(now);
+        }
         let holds = held.may_last(now, most);
         if holds && !self.holding {
             self.holding = true;
             self.metrics.hold_begins(failed);
         }
         if self.holding {
-            self.metrics.hold_lasts(held.lasts);
+            self.metrics.hold_lasts(held.batch_lasts());
         }
         holds
     }
@@ -429,6 +447,25 @@ mod tests {
             now += look;
             assert_eq!(held.may_last(now, most), left > 0);
         }
+    }
+
+    /// The guest gave the first one up, by a reset of the disk.
+    #[test]
+    fn what_fails_later_is_kept_for_what_is_left_of_the_time() {
+        let (began, most, ms) = (Instant::now(), Duration::from_millis(400), Duration::from_millis);
+        let mut held = Held::new(began);
+        held.begin(began);
+        assert!(held.may_last(began + ms(300), most));
+        assert_eq!(held.batch_lasts(), ms(300));
+        let later = began + Duration::from_secs(60);
+        held.begin(later);
+        assert!(held.may_last(later, most), "nothing was kept meanwhile");
+        assert_eq!(held.batch_lasts(), Duration::ZERO);
+        assert!(held.may_last(later + ms(99), most));
+        assert_eq!(held.batch_lasts(), ms(99));
+        assert!(!held.may_last(later + ms(100), most));
+        held.begin(later + ms(200));
+        assert!(!held.may_last(later + ms(200), most), "it is over");
     }
 
     /// A file system turned read-only, and a sector can't be read either: that the sector was mended says nothing of writes.
