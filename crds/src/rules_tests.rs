@@ -107,6 +107,7 @@ fn defaults_are_in_the_schema() {
     assert_eq!(spec["boot"]["properties"]["kernel"]["default"], "/boot/vmlinuz");
     assert_eq!(spec["faultTolerance"]["properties"]["detectionMs"]["default"], 300);
     assert_eq!(spec["faultTolerance"]["default"]["replaceAfterSeconds"], 20);
+    assert_eq!(spec["faultTolerance"]["default"]["diskHoldMs"], 10_000);
     assert_eq!(
         spec["placement"]["properties"]["topologyKey"]["default"],
         "kubernetes.io/hostname"

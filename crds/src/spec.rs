@@ -344,6 +344,12 @@ pub struct FaultTolerance {
     /// A side that was silent for so many milliseconds is taken for dead.
     #[schemars(range(min = 100, max = 10_000))]
     pub detection_ms: u32,
+    /// A disk whose request is under way for more milliseconds than these hangs: of the active seat, the guest goes to the standby. An engine takes it when it starts.
+    #[schemars(range(min = 500, max = 60_000))]
+    pub disk_hang_ms: u32,
+    /// An error of the active seat's disk is kept from the guest for so many milliseconds in which that runs, so that the standby can take over and do what failed. With 0, and without a standby, the guest is told at once. An engine takes it when it starts.
+    #[schemars(range(max = 60_000))]
+    pub disk_hold_ms: u32,
     /// What the guest does while there is no standby.
     pub when_unprotected: WhenUnprotected,
     /// A seat that has been without a joining engine for so many seconds, while the other runs alone, is replaced on another node.
@@ -358,6 +364,8 @@ impl Default for FaultTolerance {
             interval: Interval::default(),
             target_latency_ms: None,
             detection_ms: 300,
+            disk_hang_ms: 30_000,
+            disk_hold_ms: 10_000,
             when_unprotected: WhenUnprotected::Continue,
             replace_after_seconds: 20,
         }

@@ -317,6 +317,11 @@ pub struct TimingConfig {
     pub holder_first_ms: Option<u32>,
     /// A disk whose request is under way for longer hangs: 500 to 60000, 30000 if missing.
     pub disk_hang_ms: Option<u32>,
+    /// What the active's disk fails is kept from the guest for so long, as far as it runs, while the standby may do it: 0 to 60000, 10000
+    /// if missing. With 0 the guest is told at once.
+    // What a daemon remembers of a seat is read by one of an earlier release, if that comes back, and fields that it does not know are refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_hold_ms: Option<u32>,
 }
 
 /// Checkpoint settings; what is missing has the engine's default.
@@ -352,6 +357,7 @@ impl TimingConfig {
             observe_ms: self.observe_ms.unwrap_or(default.observe_ms),
             holder_first_ms: self.holder_first_ms.unwrap_or(default.holder_first_ms),
             disk_hang_ms: self.disk_hang_ms.unwrap_or(default.disk_hang_ms),
+            disk_hold_ms: self.disk_hold_ms.unwrap_or(default.disk_hold_ms),
         }
     }
 }
@@ -494,6 +500,13 @@ impl SeatConfig {
         if !(500..=60_000).contains(&timing.disk_hang_ms) {
             let why = format!("a disk that hangs after {} ms", timing.disk_hang_ms);
             return refuse(at("timing"), why, "disk_hang_ms must be 500 to 60000");
+        }
+        if timing.disk_hold_ms > 60_000 {
+            let why = format!(
+                "errors of a disk that are kept from the guest for {} ms",
+                timing.disk_hold_ms
+            );
+            return refuse(at("timing"), why, "disk_hold_ms must be 0 to 60000");
         }
         let protection = self.protection();
         if protection.interval_min_us == 0 || protection.interval_max_us < protection.interval_min_us {

@@ -97,6 +97,9 @@ fn contradictions_are_refused_with_a_reason() {
         ("twice heartbeat", |c| c.seats[0].timing.peer_lost_ms = Some(10)),
         ("500 to 60000", |c| c.seats[0].timing.disk_hang_ms = Some(499)),
         ("500 to 60000", |c| c.seats[0].timing.disk_hang_ms = Some(60_001)),
+        ("disk_hold_ms must be", |c| {
+            c.seats[0].timing.disk_hold_ms = Some(60_001)
+        }),
         ("have the same name", |c| c.seats.push(c.seats[0].clone())),
         ("same identity folder", |c| add(c, |_| {})),
         ("both listen on", |c| add(c, |s| s.identity = "/elsewhere".into())),

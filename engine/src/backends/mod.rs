@@ -7,6 +7,7 @@ pub mod tap;
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 /// The host's side of a network interface. Both transfers are called inside the pause gate and must not block.
 pub trait NetBackend: Send {
@@ -79,10 +80,10 @@ pub trait DiskBackend: Send {
     /// Waits until the disk may be changed again. Called outside the pause gate, before each request that changes it: time that passes
     /// here is not the disk's.
     fn wait_for_room(&mut self) {}
-    /// Another disk with the same content may soon take the place of this one: a request that failed here need not be the guest's
-    /// error yet.
-    fn may_move(&self) -> bool {
-        false
+    /// What failed here need not be the guest's error for so long: another disk with the same content may take the place of this one
+    /// meanwhile. Zero: none may, or the guest is to be told at once.
+    fn held_for(&self) -> Duration {
+        Duration::ZERO
     }
 }
 

@@ -223,7 +223,7 @@ pub struct Identity {
     pub authority_pem: String,
 }
 
-/// Time-outs, in milliseconds: [`ftvm_protocol::core::Timing`], which explains each but the last.
+/// Time-outs, in milliseconds: [`ftvm_protocol::core::Timing`], which explains each but the last two.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Timing {
@@ -237,7 +237,21 @@ pub struct Timing {
     pub observe_ms: u32,
     pub holder_first_ms: u32,
     /// A disk's request that is under way for longer hangs.
+    #[serde(default = "disk_hang_ms")]
     pub disk_hang_ms: u32,
+    /// What a disk fails is kept from the guest for so long, as far as it runs, while another seat may do it; 0: it is told at once.
+    #[serde(default = "disk_hold_ms")]
+    pub disk_hold_ms: u32,
+}
+
+/// So long Linux waits for a SCSI disk before it gives a command up.
+const fn disk_hang_ms() -> u32 {
+    30_000
+}
+
+/// Longer than a switchover takes in both of its parts.
+const fn disk_hold_ms() -> u32 {
+    10_000
 }
 
 impl Default for Timing {
@@ -254,8 +268,8 @@ impl Default for Timing {
             switch_ms: ms(core.switch_ms),
             observe_ms: ms(core.observe_ms),
             holder_first_ms: ms(core.holder_first_ms),
-            // So long Linux waits for a SCSI disk before it gives a command up.
-            disk_hang_ms: 30_000,
+            disk_hang_ms: disk_hang_ms(),
+            disk_hold_ms: disk_hold_ms(),
         }
     }
 }
@@ -722,6 +736,25 @@ pub struct ExitReport {
 mod tests {
     use super::*;
     use serde_json::{from_str, from_value, to_value};
+
+    /// What of the time-outs is about disks alone: whoever does not say it means what there was before, and nobody refuses what it does not
+    /// know.
+    #[test]
+    fn time_outs_of_disks_may_be_missing_and_others_may_be_there() {
+        let mut said = to_value(Timing::default()).unwrap();
+        let fields = said.as_object_mut().unwrap();
+        for field in ["disk_hang_ms", "disk_hold_ms"] {
+            fields.remove(field).unwrap();
+        }
+        fields.insert("disk_of_tomorrow_ms".to_owned(), 1.into());
+        assert_eq!(from_value::<Timing>(said.clone()).unwrap(), Timing::default());
+        said["disk_hold_ms"] = 0.into();
+        let told_at_once = Timing {
+            disk_hold_ms: 0,
+            ..Timing::default()
+        };
+        assert_eq!(from_value::<Timing>(said).unwrap(), told_at_once);
+    }
 
     /// Engines outlive the daemon that began them.
     #[test]

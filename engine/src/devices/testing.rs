@@ -250,8 +250,8 @@ pub(crate) struct MemoryDisk {
     pub(crate) completed: Arc<Mutex<Vec<(Seen, bool)>>>,
     pub(crate) executed: Arc<AtomicU64>,
     pub(crate) fails: Arc<AtomicBool>,
-    /// Another disk may take its place.
-    pub(crate) moves: Arc<AtomicBool>,
+    /// What fails is kept from the guest for so long.
+    pub(crate) hold_ms: Arc<AtomicU64>,
     /// Requests that change something wait for room while this is held.
     pub(crate) room: Arc<Mutex<()>>,
     /// Requests wait, outside the gate, while this is held.
@@ -266,7 +266,7 @@ impl MemoryDisk {
             completed: Arc::default(),
             executed: Arc::default(),
             fails: Arc::default(),
-            moves: Arc::default(),
+            hold_ms: Arc::default(),
             room: Arc::default(),
             door: Arc::default(),
             gate: Arc::default(),
@@ -340,8 +340,8 @@ impl DiskBackend for MemoryDisk {
         drop(lock(&self.room));
     }
 
-    fn may_move(&self) -> bool {
-        self.moves.load(Ordering::SeqCst)
+    fn held_for(&self) -> Duration {
+        Duration::from_millis(self.hold_ms.load(Ordering::SeqCst))
     }
 }
 

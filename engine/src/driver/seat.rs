@@ -488,9 +488,10 @@ fn disk_configs(launch: &Launch) -> Vec<DiskConfig> {
 }
 
 fn disk_backends(launch: &Launch, volumes: &[Arc<SeatVolume>], log: &Arc<DiskLog>) -> Vec<Box<dyn DiskBackend>> {
+    let hold = Duration::from_millis(launch.timing.disk_hold_ms.into());
     let mut backends: Vec<Box<dyn DiskBackend>> = Vec::new();
     for (index, (disk, volume)) in launch.disks.iter().zip(volumes).enumerate() {
-        let disk = SeatDisk::new(index as u16, volume.clone(), disk.read_only, log.clone());
+        let disk = SeatDisk::new(index as u16, volume.clone(), disk.read_only, hold, log.clone());
         backends.push(Box::new(disk));
     }
     backends

@@ -455,6 +455,10 @@ impl Driver {
         let errors: u64 = disks.iter().map(|disk| disk.errors).sum();
         counters.insert("disk_errors".to_owned(), errors.into());
         counters.insert("disk_request_us_max".to_owned(), us(figures.slowest_request).into());
+        let held: u64 = disks.iter().map(|disk| disk.held).sum();
+        counters.insert("disk_held".to_owned(), held.into());
+        let held_ms_max = disks.iter().map(|disk| disk.held_ms_max).max().unwrap_or(0);
+        counters.insert("disk_held_ms_max".to_owned(), held_ms_max.into());
         if let Some(trace) = self.takeover.trace() {
             trace.counters(&mut counters);
         }

@@ -9,6 +9,8 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
+mod held;
+
 const MEMORY_BYTES: u64 = 16 << 20;
 const SETUP: Setup = Setup {
     pages: 256,

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::backends::{DiskBackend, DiskOp};
 use crate::replication::changed::ChangedBlocks;
@@ -169,16 +170,18 @@ pub struct SeatDisk {
     disk: u16,
     volume: Arc<dyn Storage>,
     read_only: bool,
+    hold: Duration,
     log: Arc<DiskLog>,
 }
 
 impl SeatDisk {
-    /// Disk `disk` of the machine on `volume`.
-    pub fn new(disk: u16, volume: Arc<dyn Storage>, read_only: bool, log: Arc<DiskLog>) -> Self {
+    /// Disk `disk` of the machine on `volume`. What fails is kept from the guest for `hold`, as long as another seat may do it.
+    pub fn new(disk: u16, volume: Arc<dyn Storage>, read_only: bool, hold: Duration, log: Arc<DiskLog>) -> Self {
         Self {
             disk,
             volume,
             read_only,
+            hold,
             log,
         }
     }
@@ -223,8 +226,12 @@ impl DiskBackend for SeatDisk {
         self.log.wait_for_room();
     }
 
-    fn may_move(&self) -> bool {
-        self.log.is_recording()
+    fn held_for(&self) -> Duration {
+        if self.log.is_recording() {
+            self.hold
+        } else {
+            Duration::ZERO
+        }
     }
 }
 
@@ -241,6 +248,21 @@ mod tests {
         Arc::new(ChangedBlocks::new(&[1 << 20]))
     }
 
+    fn seat_disk(hold: Duration, log: &Arc<DiskLog>) -> SeatDisk {
+        SeatDisk::new(0, MemStorage::new(vec![0; 1 << 20]), false, hold, log.clone())
+    }
+
+    #[test]
+    fn what_fails_is_held_as_long_as_was_asked_for_and_somebody_follows() {
+        let log = Arc::new(DiskLog::new(nothing_known(), NO_LIMIT, NO_LIMIT, || {}));
+        let hold = Duration::from_millis(250);
+        let (disk, told_at_once) = (seat_disk(hold, &log), seat_disk(Duration::ZERO, &log));
+        for (follows, held_for) in [(false, Duration::ZERO), (true, hold), (false, Duration::ZERO)] {
+            log.record(follows);
+            assert_eq!((disk.held_for(), told_at_once.held_for()), (held_for, Duration::ZERO));
+        }
+    }
+
     /// A guest that writes as fast as it can, and nobody takes what it writes: the log stays bounded, the owner is told, and
     /// the disk goes on when the log is taken, or is not kept any more.
     #[test]
@@ -255,7 +277,7 @@ mod tests {
         log.record(true);
         let written = Arc::new(AtomicUsize::new(0));
         let stop = Arc::new(AtomicBool::new(false));
-        let mut disk = SeatDisk::new(0, MemStorage::new(vec![0; 1 << 20]), false, log.clone());
+        let mut disk = seat_disk(Duration::ZERO, &log);
         let guest = std::thread::spawn({
             let (written, stop) = (written.clone(), stop.clone());
             move || {

@@ -281,7 +281,7 @@ fn config(
         header: beside(FILE_HEADER),
         journal: beside(FILE_JOURNAL),
         link,
-        timing: timing(tolerance.detection_ms),
+        timing: timing(tolerance),
         checkpoint: CheckpointConfig {
             interval_min_us: microseconds(tolerance.interval.min_ms),
             interval_max_us: microseconds(tolerance.interval.max_ms),

@@ -19,7 +19,8 @@ fn vm(change: impl FnOnce(&mut Value)) -> FaultTolerantVM {
             ],
             "networks": [{"name": "lan", "addresses": ["192.0.2.7", "2001:db8::7"], "bridge": {"name": "br0"}}, {"name": "wan", "mac": "02:00:00:00:00:09", "bridge": {"name": "br1"}}],
             "faultTolerance": {
-                "detectionMs": 400, "interval": {"minMs": 3, "maxMs": 40}, "targetLatencyMs": 15, "whenUnprotected": "Pause",
+                "detectionMs": 400, "diskHangMs": 2000, "interval": {"minMs": 3, "maxMs": 40}, "targetLatencyMs": 15,
+                "whenUnprotected": "Pause",
             },
         },
         "status": {"cpu": {"source": "Common", "baseline": CPU, "why": "common to 3 nodes"}, "seats": [
@@ -172,7 +173,9 @@ fn a_pod_of_the_book_is_a_seat() {
         config.header.as_ref().unwrap().to_str(),
         Some("/disks/root/ftvm-header")
     );
-    assert_eq!(config.timing, timing(400));
+    assert_eq!(config.timing.peer_lost_ms, Some(400));
+    let of_disks = (config.timing.disk_hang_ms, config.timing.disk_hold_ms);
+    assert_eq!(of_disks, (Some(2000), None));
     assert_eq!(config.checkpoint.interval_max_us, Some(40_000));
     assert_eq!(config.checkpoint.target_latency_us, Some(15_000));
     assert_eq!(config.when_unprotected, WhenUnprotected::Pause);
@@ -192,6 +195,22 @@ fn a_pod_of_the_book_is_a_seat() {
     // It is remembered as it is.
     let text = serde_json::to_string(&seat).unwrap();
     assert_eq!(serde_json::from_str::<Seat>(&text).unwrap(), seat);
+}
+
+/// A daemon of an earlier release that comes back refuses to read fields that it does not know: what is as before is not written.
+#[test]
+fn how_long_errors_of_disks_are_held_is_remembered_where_it_was_said() {
+    let remembered = |change: fn(&mut Value)| {
+        let seat = seat(&pod(|_| {}), &vm(change), "one").unwrap();
+        let written = serde_json::to_value(&seat).unwrap();
+        assert_eq!(serde_json::from_value::<Seat>(written.clone()).unwrap(), seat);
+        written["config"]["timing"].get("disk_hold_ms").cloned()
+    };
+    assert_eq!(remembered(|_| {}), None);
+    let told_at_once = remembered(|vm| vm["spec"]["faultTolerance"]["diskHoldMs"] = json!(0));
+    assert_eq!(told_at_once, Some(json!(0)));
+    let usual = remembered(|vm| vm["spec"]["faultTolerance"]["diskHoldMs"] = json!(10_000));
+    assert_eq!(usual, None);
 }
 
 #[test]

@@ -157,6 +157,22 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "detectionMs must be longer than an epoch",
     ),
     (
+        "spec: {faultTolerance: {diskHangMs: 499}}",
+        "should be greater than or equal to 500",
+    ),
+    (
+        "spec: {faultTolerance: {diskHangMs: 60001}}",
+        "should be less than or equal to 60000",
+    ),
+    (
+        "spec: {faultTolerance: {diskHoldMs: -1}}",
+        "should be greater than or equal to 0",
+    ),
+    (
+        "spec: {faultTolerance: {diskHoldMs: 60001}}",
+        "should be less than or equal to 60000",
+    ),
+    (
         "spec: {faultTolerance: {mode: Lockstep}}",
         "supported values: \"Checkpoint\"",
     ),
@@ -223,6 +239,7 @@ pub const AFTERWARDS: &[(&str, &str)] = &[
 /// Changes that are accepted at any time.
 pub const ACCEPTED: &[&str] = &[
     "spec: {faultTolerance: {replaceAfterSeconds: 60}}",
+    "spec: {faultTolerance: {diskHangMs: 500, diskHoldMs: 0}}",
     "spec: {placement: {seats: [{nodeSelector: {rack: one}}]}}",
     "spec: {disks: [{name: root, size: 2Gi, source: {image: {}}, storageClassNames: [fast, slow]}]}",
     "spec: {runStrategy: Halted}",

@@ -147,7 +147,7 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    fn find(buses: Arc<Buses>, ram: Arc<GuestRam>, slot: usize) -> Self {
+    pub(crate) fn find(buses: Arc<Buses>, ram: Arc<GuestRam>, slot: usize) -> Self {
         let mut driver = Self {
             buses,
             ram,

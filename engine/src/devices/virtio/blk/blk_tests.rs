@@ -3,7 +3,7 @@ use crate::devices::event::DeviceEvent;
 use crate::devices::testing::{Seen, wait_until};
 use crate::devices::virtio::rig::{BLK_SLOT, BUFFERS, Buffer, DISK_BYTES, Driver, Rig, Vq};
 use crate::devices::virtio::{F_EVENT_IDX, F_VERSION_1};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 const IN: u32 = 0;
@@ -17,6 +17,8 @@ const IO_ERROR: u8 = 1;
 const UNSUPPORTED: u8 = 2;
 /// Nothing written yet.
 const NO_STATUS: u8 = 0xee;
+/// No test waits for its end.
+const LONG_HOLD_MS: u64 = 60_000;
 
 struct Disk {
     rig: Rig,
@@ -274,7 +276,7 @@ fn a_failing_disk_is_the_guests_error_and_the_owners_event() {
 fn what_fails_is_done_by_the_successor_if_there_may_be_one() {
     let mut disk = disk();
     disk.rig.disk.fails.store(true, Ordering::SeqCst);
-    disk.rig.disk.moves.store(true, Ordering::SeqCst);
+    disk.rig.disk.hold_ms.store(LONG_HOLD_MS, Ordering::SeqCst);
     let asked = disk.ask(OUT, 0, &[1; 512], 0);
     let failing = || disk.rig.bench.events.take().into_iter().next();
     let event = wait_until("the owner hears of it", failing);
@@ -292,15 +294,39 @@ fn what_fails_is_done_by_the_successor_if_there_may_be_one() {
 fn what_failed_is_told_once_nobody_can_do_it() {
     let mut disk = disk();
     disk.rig.disk.fails.store(true, Ordering::SeqCst);
-    disk.rig.disk.moves.store(true, Ordering::SeqCst);
+    disk.rig.disk.hold_ms.store(LONG_HOLD_MS, Ordering::SeqCst);
     let asked = disk.ask(FLUSH, 0, &[], 0);
     wait_until("the owner hears of it", || {
         disk.rig.bench.events.take().into_iter().next()
     });
     assert_eq!(disk.status(asked), NO_STATUS);
-    disk.rig.disk.moves.store(false, Ordering::SeqCst);
+    disk.rig.disk.hold_ms.store(0, Ordering::SeqCst);
     assert_eq!(disk.vq.wait_used().0, asked.head);
     assert_eq!(disk.status(asked), IO_ERROR);
+}
+
+/// What was held, and for how long, is counted. What fails afterwards is told at once: nobody has taken over.
+#[test]
+fn what_failed_is_told_when_nobody_took_over_in_time() {
+    const HOLD_MS: u64 = 120;
+    let mut disk = disk();
+    disk.rig.disk.fails.store(true, Ordering::SeqCst);
+    disk.rig.disk.hold_ms.store(HOLD_MS, Ordering::SeqCst);
+    let began = Instant::now();
+    assert_eq!(disk.run(OUT, 0, &[1; 512], 0).0, IO_ERROR);
+    assert!(began.elapsed() >= Duration::from_millis(HOLD_MS));
+    let counts = |disk: &Disk| {
+        // Counters follow the answer, in the same turn.
+        disk.rig.close();
+        let counts = disk.rig.set.counts().disks[0];
+        disk.rig.open();
+        (counts.errors, counts.held, counts.held_ms_max)
+    };
+    let (errors, held, lasted_ms) = counts(&disk);
+    assert_eq!((errors, held), (1, 1));
+    assert!(lasted_ms >= HOLD_MS, "{lasted_ms} ms");
+    assert_eq!(disk.run(FLUSH, 0, &[], 0).0, IO_ERROR);
+    assert_eq!(counts(&disk), (2, 1, lasted_ms));
 }
 
 /// Room is the epoch's affair, and may be long in coming: the disk does not hang meanwhile.

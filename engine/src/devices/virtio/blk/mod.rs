@@ -16,6 +16,7 @@ mod request;
 mod worker;
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,8 @@ pub struct BlkMetrics {
     flushes: AtomicU64,
     ranges: AtomicU64,
     errors: AtomicU64,
+    held: AtomicU64,
+    held_ms_max: AtomicU64,
 }
 
 /// [`BlkMetrics`] at one moment.
@@ -94,6 +97,10 @@ pub struct BlkCounts {
     pub ranges: u64,
     /// Requests that the guest was told have failed.
     pub errors: u64,
+    /// Requests that failed and were kept from the guest at first, so that another side may do them.
+    pub held: u64,
+    /// The longest that one was, as far as the guest ran meanwhile, in milliseconds.
+    pub held_ms_max: u64,
 }
 
 impl BlkMetrics {
@@ -108,7 +115,20 @@ impl BlkMetrics {
             flushes: get(&self.flushes),
             ranges: get(&self.ranges),
             errors: get(&self.errors),
+            held: get(&self.held),
+            held_ms_max: get(&self.held_ms_max),
         }
+    }
+
+    /// So many requests are kept from the guest from now on.
+    fn hold_begins(&self, requests: usize) {
+        self.held.fetch_add(requests as u64, Ordering::Relaxed);
+    }
+
+    /// A hold has lasted for so long.
+    fn hold_lasts(&self, lasts: Duration) {
+        let ms = u64::try_from(lasts.as_millis()).unwrap_or(u64::MAX);
+        self.held_ms_max.fetch_max(ms, Ordering::Relaxed);
     }
 }
 

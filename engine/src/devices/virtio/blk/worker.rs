@@ -18,10 +18,7 @@ use crate::memory::GuestMem;
 const BATCH_REQUESTS: usize = 16;
 /// Buffers that have grown beyond this are given back to the allocator.
 const KEPT_BUFFER_BYTES: usize = 64 << 10;
-/// What failed is kept from the guest for so long, where another side may take the disk's place meanwhile: longer than a switchover takes
-/// in both of its parts. Time in which the guest stands still for it does not count.
-const HELD_MAX: Duration = Duration::from_secs(10);
-/// How often it is looked whether that is still so.
+/// How often it is looked whether what failed is still to be kept from the guest.
 const HELD_LOOK_MS: u32 = 50;
 /// One look counts no more: after a longer time the gate was closed, or this process did not run.
 const HELD_LOOK_MAX: Duration = Duration::from_millis(500);
@@ -123,10 +120,13 @@ impl Executing {
     }
 }
 
-/// How long something that failed has been kept from the guest.
+/// How long what failed has been kept from the guest, all of it together. Time in which the guest stands still for a hand-over does not
+/// count.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     lasts: Duration,
+    /// What `lasts` was when the present batch failed.
+    before: Duration,
     looked: Instant,
 }
 
@@ -134,15 +134,27 @@ impl Held {
     fn new(now: Instant) -> Self {
         Self {
             lasts: Duration::ZERO,
+            before: Duration::ZERO,
             looked: now,
         }
     }
 
-    /// Whether it may be kept for longer.
-    fn may_last(&mut self, now: Instant) -> bool {
+    /// Another batch failed. Nothing was kept from the guest since the one before it.
+    fn begin(&mut self, now: Instant) {
+        self.before = self.lasts;
+        self.looked = now;
+    }
+
+    /// How long the present batch has been kept.
+    fn batch_lasts(&self) -> Duration {
+        self.lasts.saturating_sub(self.before)
+    }
+
+    /// Whether it may be kept for longer, if `most` is the longest.
+    fn may_last(&mut self, now: Instant, most: Duration) -> bool {
         self.lasts += now.saturating_duration_since(self.looked).min(HELD_LOOK_MAX);
         self.looked = now;
-        self.lasts < HELD_MAX
+        self.lasts < most
     }
 }
 
@@ -165,6 +177,8 @@ pub(crate) struct BlkWorker {
     health: Health,
     /// What failed while another side may do it, all of it together.
     held: Option<Held>,
+    /// `batch` is being kept from the guest, and was counted.
+    holding: bool,
 }
 
 impl BlkWorker {
@@ -198,6 +212,7 @@ impl BlkWorker {
             buffers: Vec::new(),
             health: Health::default(),
             held: None,
+            holding: false,
         }
     }
 
@@ -208,6 +223,7 @@ impl BlkWorker {
 
     /// Tells backend and guest about the executed batch.
     fn complete(&mut self, inner: &mut Inner<Blk>, mem: &GuestMem) -> Result<(), QueueError> {
+        self.holding = false;
         let before = std::mem::replace(&mut self.life, inner.life);
         let same_life = inner.life == before;
         let batch = std::mem::take(&mut self.batch);
@@ -296,17 +312,31 @@ impl BlkWorker {
     /// Something failed that a successor may do, who finds it in flight in the state that it loads: neither guest nor backend are told
     /// for now.
     fn holds(&mut self, inner: &Inner<Blk>) -> bool {
-        if !self.disk.may_move() {
+        let most = self.disk.held_for();
+        if most.is_zero() {
             self.held = None;
             return false;
         }
         let failed =
-            |request: &Request| request.outcome == Some(Status::IoError) && Kind::of(&request.action).is_some();
-        if inner.life != self.life || inner.transport.reset_pending() || !self.batch.iter().any(failed) {
+            |request: &&Request| request.outcome == Some(Status::IoError) && Kind::of(&request.action).is_some();
+        let failed = self.batch.iter().filter(failed).count();
+        if inner.life != self.life || inner.transport.reset_pending() || failed == 0 {
             return false;
         }
         let now = Instant::now();
-        self.held.get_or_insert_with(|| Held::new(now)).may_last(now)
+        let held = self.held.get_or_insert_with(|| Held::new(now));
+        if !self.holding {
+            held.begin(now);
+        }
+        let holds = held.may_last(now, most);
+        if holds && !self.holding {
+            self.holding = true;
+            self.metrics.hold_begins(failed);
+        }
+        if self.holding {
+            self.metrics.hold_lasts(held.batch_lasts());
+        }
+        holds
     }
 
     /// Reports what a request says of the disk's health, if that is news.
@@ -404,19 +434,38 @@ mod tests {
     /// A switchover that is refused lets the guest stand still for a while, and so may a busy host.
     #[test]
     fn what_failed_is_kept_from_a_guest_for_a_part_of_the_time_that_it_runs() {
-        let began = Instant::now();
+        let (began, most) = (Instant::now(), Duration::from_secs(10));
         let look = Duration::from_millis(u64::from(HELD_LOOK_MS));
         let mut held = Held::new(began);
         let mut now = began;
         for _ in 0..10 {
             now += Duration::from_secs(60);
-            assert!(held.may_last(now));
+            assert!(held.may_last(now, most));
         }
-        let looks = (HELD_MAX - 10 * HELD_LOOK_MAX).as_millis() / look.as_millis();
+        let looks = (most - 10 * HELD_LOOK_MAX).as_millis() / look.as_millis();
         for left in (0..looks).rev() {
             now += look;
-            assert_eq!(held.may_last(now), left > 0);
+            assert_eq!(held.may_last(now, most), left > 0);
         }
+    }
+
+    /// The guest gave the first one up, by a reset of the disk.
+    #[test]
+    fn what_fails_later_is_kept_for_what_is_left_of_the_time() {
+        let (began, most, ms) = (Instant::now(), Duration::from_millis(400), Duration::from_millis);
+        let mut held = Held::new(began);
+        held.begin(began);
+        assert!(held.may_last(began + ms(300), most));
+        assert_eq!(held.batch_lasts(), ms(300));
+        let later = began + Duration::from_secs(60);
+        held.begin(later);
+        assert!(held.may_last(later, most), "nothing was kept meanwhile");
+        assert_eq!(held.batch_lasts(), Duration::ZERO);
+        assert!(held.may_last(later + ms(99), most));
+        assert_eq!(held.batch_lasts(), ms(99));
+        assert!(!held.may_last(later + ms(100), most));
+        held.begin(later + ms(200));
+        assert!(!held.may_last(later + ms(200), most), "it is over");
     }
 
     /// A file system turned read-only, and a sector can't be read either: that the sector was mended says nothing of writes.
