@@ -220,7 +220,7 @@ fn claim_is_taken(acts: &mut Acts<'_>, before: Pair) -> anyhow::Result<()> {
 fn is_now(acts: &mut Acts<'_>, (active, standby): (usize, usize)) -> anyhow::Result<()> {
     let now = acts.stage.pair()?;
     ensure!(
-        (now.active, now.standby) == (active, standby),
+        now.active == active && now.standby == standby,
         "the active is to be on host {active}, the standby on host {standby}: {now:?}"
     );
     Ok(())
