@@ -3,6 +3,9 @@
 //!
 //! One guest and one connection of its client through three acts: the standby's volume hangs, the active's, and that of an active which is
 //! alone. The last one is the control: nobody else can do what its disk does not, so no write is answered before the disk goes on.
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,7 +16,7 @@ use ftvm_e2e::demo::standalone::Standalone;
 use ftvm_e2e::demo::system::{Role, System};
 use ftvm_e2e::demo::{GUEST_MAC, Options};
 use ftvm_e2e::guest_protocol::Op;
-use ftvm_e2e::hosts::disk::Volume;
+use ftvm_e2e::hosts::disk::{Volume, take_blocks};
 use ftvm_e2e::hosts::outer::{Outer, enter, made_outside, test_inside};
 use ftvm_e2e::hosts::{Host, Lab, ProcessInfo, thaw};
 use ftvm_e2e::judge::client::Judge;
@@ -205,6 +208,32 @@ fn a_disk_that_hangs_costs_no_answer() {
         assert_eq!((emissions.violations(), emissions.handovers), (0, 1), "{emissions:?}");
         assert_eq!(sniffer.finish().expect("it listened"), 0, "frames that nobody saw");
         scene.expect_clean();
+    });
+}
+
+/// What other plays strike datastores with (`long_disks.rs`).
+#[test]
+fn a_volume_is_full_and_fails_when_it_is_told_to() {
+    let guard = guard();
+    let _turn = scene::turn();
+    test_inside("a_volume_is_full_and_fails_when_it_is_told_to", || {
+        let volume = volume("struck", &guard);
+        let path = volume.folder().join("file");
+        let file = File::create(&path).expect("a file");
+        let write = |byte: u8, at: u64| file.write_all_at(&[byte; 4096], at).and_then(|()| file.sync_all());
+        write(1, 0).expect("there is room");
+        let full = volume.fill().expect("it is filled");
+        write(2, 0).expect("its block is its own");
+        let kind = |error: std::io::Error| error.kind();
+        assert_eq!(write(3, 1 << 20).map_err(kind), Err(ErrorKind::StorageFull));
+        take_blocks(&path).expect("they are taken");
+        full.take_more().expect("it is filled again");
+        assert_eq!(write(4, 0).map_err(kind), Err(ErrorKind::StorageFull));
+        drop(full);
+        write(5, 0).expect("there is room again");
+        volume.fail().expect("it takes the order");
+        let failed = write(6, 0).map_err(|error| error.raw_os_error());
+        assert_eq!(failed, Err(Some(libc::EIO)));
     });
 }
 

@@ -21,6 +21,7 @@ mod api_proxy;
 pub mod audit;
 pub(crate) mod cgroup;
 mod control_plane;
+pub mod datastores;
 mod emulated;
 pub mod holder;
 mod http;
@@ -536,33 +537,49 @@ impl Cluster {
         )
     }
 
-    /// Manifests of all local volumes.
+    /// Manifests of all local volumes, and of the classes that datastores have.
     fn volumes(&self) -> anyhow::Result<String> {
-        let mut items = Vec::new();
+        let classes: &[&str] = if self.shared.options.datastores {
+            &datastores::CLASSES
+        } else {
+            &[]
+        };
+        let mut items: Vec<Value> = classes.iter().map(|class| datastores::storage_class(class)).collect();
         for node in &self.nodes {
+            let name = node.name();
             for number in 1..=self.shared.options.volumes_per_node {
-                let name = node.name();
-                items.push(json!({
-                    "apiVersion": "v1",
-                    "kind": "PersistentVolume",
-                    "metadata": {"name": format!("{name}-volume-{number}")},
-                    "spec": {
-                        "capacity": {"storage": "10Gi"},
-                        "accessModes": ["ReadWriteOnce"],
-                        "persistentVolumeReclaimPolicy": "Retain",
-                        "storageClassName": "local",
-                        "local": {"path": format!("{}/volume-{number}", plan::VOLUMES_FOLDER)},
-                        "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [
-                            {"key": "kubernetes.io/hostname", "operator": "In", "values": [name]}
-                        ]}]}},
-                    },
-                }));
+                let folder = format!("volume-{number}");
+                let path = Path::new(plan::VOLUMES_FOLDER).join(&folder);
+                items.push(volume(&name, &format!("{name}-{folder}"), "local", &path));
+                for class in classes {
+                    let path = datastores::mount_point(class).join(&folder);
+                    items.push(volume(&name, &format!("{name}-{class}-{number}"), class, &path));
+                }
             }
         }
         Ok(serde_json::to_string(
             &json!({"apiVersion": "v1", "kind": "List", "items": items}),
         )?)
     }
+}
+
+/// Manifest of a node's volume.
+fn volume(node: &str, name: &str, class: &str, path: &Path) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": name},
+        "spec": {
+            "capacity": {"storage": "10Gi"},
+            "accessModes": ["ReadWriteOnce"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "storageClassName": class,
+            "local": {"path": path},
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [
+                {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+            ]}]}},
+        },
+    })
 }
 
 /// Networks around the nodes: bridges, routes to the pods, the address for a proxy.

@@ -12,11 +12,13 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
 use super::cgroup::Groups;
+use super::datastores;
 use super::log_end;
 use super::node::{DAEMON_SOCKET, Machine, NodeProgram, PATIENCE, Shared, exec_path};
 use super::plan::{CLIENT_BRIDGE, NodePlan, VOLUMES_FOLDER};
 use super::wait::wait_for;
 use crate::demo::daemon;
+use crate::hosts::disk::Volume;
 use crate::hosts::namespace::{self, Init};
 use crate::hosts::{HostProcess, ip_inside, net, new_boot_id, processes};
 use crate::lab::{NETWORKS, Network};
@@ -69,6 +71,12 @@ impl Native {
         for number in 1..=this.shared.options.volumes_per_node {
             fs::create_dir_all(this.volume_folder(number))?;
         }
+        if this.shared.options.datastores {
+            for class in datastores::CLASSES {
+                fs::create_dir_all(this.kept(&datastores::mount_point(class)))?;
+            }
+            datastores::make_images(&this.folder)?;
+        }
         Ok(this)
     }
 
@@ -104,6 +112,19 @@ impl Native {
             self.name()
         );
         Ok(stopped)
+    }
+
+    /// Its datastore of a class, for as long as it runs. `guard` is where [`crate::hosts::thaw::guard`] listens.
+    ///
+    /// # Errors
+    /// If the node does not run or has no datastores, or no guard listens.
+    pub fn datastore(&self, class: &str, guard: &Path) -> anyhow::Result<Volume> {
+        ensure!(
+            self.shared.options.datastores && datastores::CLASSES.contains(&class),
+            "node {} has no datastore {class}",
+            self.name()
+        );
+        Volume::mounted(self.in_node(beneath_root(&datastores::mount_point(class)))?, guard)
     }
 
     /// The folder of one of its local volumes, on this machine.
@@ -174,7 +195,7 @@ impl Native {
     }
 
     /// A file of the node, as this process reaches it.
-    fn in_node(&self, path: &str) -> anyhow::Result<PathBuf> {
+    fn in_node(&self, path: impl AsRef<Path>) -> anyhow::Result<PathBuf> {
         self.with_life(|life| {
             Ok(Path::new("/proc")
                 .join(life.init.pid().to_string())
@@ -248,6 +269,7 @@ impl Machine for Native {
             .args(["-c", include_str!("../../cluster/node.sh")])
             .env("FOLDER", &self.folder)
             .env("PROGRAMS", &self.shared.programs)
+            .env("VOLUMES", self.shared.options.volumes_per_node.to_string())
             .env("CGROUPS", self.groups.mount_script());
         self.run_with_input(set_up, Stdio::null()).map(drop)
     }
@@ -366,15 +388,24 @@ impl Machine for Native {
         Ok(daemon::ask(&socket, request, patience)?)
     }
 
-    /// It lies on this machine.
+    /// It lies on this machine, and what is on a datastore in a file system that is mounted in the node alone.
     fn file(&self, path: &Path, _scratch: &Path) -> anyhow::Result<PathBuf> {
-        Ok(self.kept(path))
+        if self.shared.options.datastores {
+            self.in_node(beneath_root(path))
+        } else {
+            Ok(self.kept(path))
+        }
     }
 
     /// They lie in the node's folder.
     fn save_logs(&self) -> anyhow::Result<()> {
         Ok(())
     }
+}
+
+/// A path of a node, from its root on.
+fn beneath_root(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
 }
 
 impl Drop for Native {

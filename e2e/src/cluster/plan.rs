@@ -107,6 +107,9 @@ pub struct Options {
     pub images: Vec<PathBuf>,
     /// Local volumes of each node.
     pub volumes_per_node: u8,
+    /// Whether each node has as many volumes of each of [`datastores::CLASSES`](super::datastores::CLASSES), too, on file systems of their
+    /// own.
+    pub datastores: bool,
     /// A node that was not heard of for so long is not ready. Its kubelet reports four times as often.
     pub node_grace: Duration,
     /// Whether the API server writes down who asked for what ([`Cluster::audit_events`](super::Cluster::audit_events)).
@@ -128,6 +131,7 @@ impl Default for Options {
             emulated: 0,
             images: Vec::new(),
             volumes_per_node: 4,
+            datastores: false,
             node_grace: Duration::from_secs(10),
             audit: false,
             api_version: None,
@@ -178,6 +182,10 @@ impl Options {
             [1, 2].contains(&self.api_servers),
             "{} API servers: it must be 1 or 2",
             self.api_servers
+        );
+        ensure!(
+            !self.datastores || self.emulated == 0,
+            "datastores are native nodes': leave them out where nodes are emulated"
         );
         let alone = self.nodes > 0 && self.emulated == 0 && !self.api_proxy && !self.audit;
         ensure!(
@@ -287,6 +295,16 @@ mod tests {
             assert!(options.check().is_err());
         }
         assert!(Options::emulated(2).check().is_ok());
+    }
+
+    #[test]
+    fn datastores_are_native_nodes() {
+        let with_datastores = |options: Options| Options {
+            datastores: true,
+            ..options
+        };
+        assert!(with_datastores(Options::default()).check().is_ok());
+        assert!(with_datastores(Options::emulated(2)).check().is_err());
     }
 
     #[test]

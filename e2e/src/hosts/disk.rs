@@ -1,23 +1,38 @@
-//! A file system of its own that hangs when it is told to, for real: whoever writes to it waits in the kernel, and no signal ends that.
+//! A file system of its own that hangs, fails or is full when it is told to, for real.
 //!
-//! ext4 on a loop device, frozen by `FIFREEZE` (fsfreeze(8)): writes and allocations wait until it is thawed. What is in the page cache is
-//! read as ever, and a sync that has nothing to write returns.
+//! - It hangs by `FIFREEZE` (fsfreeze(8)): writes and allocations wait in the kernel until it is thawed, and no signal ends that. What is
+//!   in the page cache is read as ever, and a sync that has nothing to write returns.
+//! - It fails by the order that ext4 and XFS have for their own tests: whatever is read, written or made durable is an I/O error, until it
+//!   was mounted anew.
+//! - It is full by a file that takes all there is; what others have keeps its blocks, unless somebody takes them ([`take_blocks`]).
 //!
-//! Its image has no name any more once it is mounted, and the loop device goes with the last mount: nothing of it is left when the
-//! namespaces of the test are gone. [`super::thaw`] sees to it that they can go.
+//! A [`Volume::mount`] is ext4 on a loop device. Its image has no name any more once it is mounted, and the loop device goes with the last
+//! mount: nothing of it is left when the namespaces of the test are gone. [`super::thaw`] sees to it that they can go.
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, ensure};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 
 use super::thaw::Guarded;
 
 /// `FIFREEZE` and `FITHAW` (linux/fs.h).
 const FREEZE: libc::c_ulong = 0xC004_5877;
 const THAW: libc::c_ulong = 0xC004_5878;
+/// `XFS_IOC_GOINGDOWN`, and `EXT4_IOC_SHUTDOWN`, which is the same.
+const SHUT_DOWN: libc::c_ulong = 0x8004_587D;
+/// Nothing more reaches the device, not even the journal (`XFS_FSOP_GOING_FLAGS_NOLOGFLUSH`, `EXT4_GOING_FLAGS_NOLOGFLUSH`).
+const AT_ONCE: u32 = 2;
+/// Name of the file that takes all room.
+const FILLER: &str = "filler";
+/// Taken at a time, at first.
+const TAKEN_BYTES: u64 = 256 << 20;
+/// Taken at last.
+const BLOCK: [u8; 4096] = [1; 4096];
 
 /// A mounted file system.
 #[derive(Debug)]
@@ -44,10 +59,17 @@ impl Volume {
             .arg(&image)
             .arg(folder))?;
         fs::remove_file(&image).with_context(|| format!("removing {}", image.display()))?;
-        Ok(Self {
-            folder: folder.to_owned(),
-            guarded: Guarded::connect(guard).with_context(|| format!("connecting to {}", guard.display()))?,
-        })
+        Self::mounted(folder.to_owned(), guard)
+    }
+
+    /// One that is mounted at `folder` already, of its own: whatever is done to it is done to all of that file system. `guard` as in
+    /// [`Volume::mount`].
+    ///
+    /// # Errors
+    /// If no guard listens there.
+    pub fn mounted(folder: PathBuf, guard: &Path) -> anyhow::Result<Self> {
+        let guarded = Guarded::connect(guard).with_context(|| format!("connecting to {}", guard.display()))?;
+        Ok(Self { folder, guarded })
     }
 
     /// Where it is mounted.
@@ -66,6 +88,91 @@ impl Volume {
         order(&root, FREEZE).with_context(|| format!("freezing {}", self.folder.display()))?;
         Ok(Hanging(root))
     }
+
+    /// From now on it answers with I/O errors, until it was mounted anew.
+    ///
+    /// # Errors
+    /// If its kind knows no such order.
+    pub fn fail(&self) -> anyhow::Result<()> {
+        let root = File::open(&self.folder).with_context(|| format!("opening {}", self.folder.display()))?;
+        let how = AT_ONCE;
+        // SAFETY: an open descriptor; the order reads an integer, which outlives the call.
+        match unsafe { libc::ioctl(root.as_raw_fd(), SHUT_DOWN, &raw const how) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()).with_context(|| format!("shutting {} down", self.folder.display())),
+        }
+    }
+
+    /// Takes all room that is left, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// What else than want of room keeps a file from growing.
+    pub fn fill(&self) -> anyhow::Result<Full> {
+        let path = self.folder.join(FILLER);
+        let file = File::options().create_new(true).append(true).open(&path);
+        let file = file.with_context(|| format!("creating {}", path.display()))?;
+        let full = Full { path, file };
+        full.take_more()?;
+        Ok(full)
+    }
+}
+
+/// A volume without room. Dropping it gives the room back.
+#[derive(Debug)]
+#[must_use]
+pub struct Full {
+    path: PathBuf,
+    file: File,
+}
+
+impl Full {
+    /// Takes what has become free since.
+    ///
+    /// # Errors
+    /// What else than want of room keeps a file from growing.
+    pub fn take_more(&self) -> anyhow::Result<()> {
+        let filling = || format!("filling {}", self.path.display());
+        let mut at = self.file.metadata().with_context(filling)?.len();
+        let mut bytes = TAKEN_BYTES;
+        while bytes >= BLOCK.len() as u64 {
+            match fallocate(&self.file, FallocateFlags::empty(), at, bytes) {
+                Ok(()) => at += bytes,
+                Err(Errno::NOSPC) => bytes /= 2,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno).with_context(filling),
+            }
+        }
+        // What is set aside for a file system's own needs is there for writers.
+        let mut file = &self.file;
+        loop {
+            match file.write_all(&BLOCK) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::StorageFull => return Ok(()),
+                Err(error) => return Err(error).with_context(filling),
+            }
+        }
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            eprintln!("{} stays: {error}", self.path.display());
+        }
+    }
+}
+
+/// Takes the blocks from under a file that somebody may have open: it is as long as before and reads as zeros, and has to find room for
+/// whatever is written to it.
+///
+/// # Errors
+/// If its file system can't do that.
+pub fn take_blocks(file: &Path) -> anyhow::Result<()> {
+    let taking = || format!("taking the blocks of {}", file.display());
+    let open = File::options().write(true).open(file).with_context(taking)?;
+    let bytes = open.metadata().with_context(taking)?.len();
+    ensure!(bytes > 0, "{} has none", file.display());
+    fallocate(&open, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, bytes).with_context(taking)
 }
 
 /// A volume that hangs. Dropping it lets everything go on.

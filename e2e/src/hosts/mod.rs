@@ -18,7 +18,7 @@
 //!   the last process go the network and mount namespaces, bridges, taps and mounts. Nothing needs to be tidied up.
 //! * With root the namespaces are made directly, otherwise below a user namespace, where this process is root.
 //!
-//! Faults are real: processes die or stop, links lose their carrier, packets are dropped by nftables, disks hang ([`disk`]).
+//! Faults are real: processes die or stop, links lose their carrier, packets are dropped by nftables, disks hang, fail and are full ([`disk`]).
 //!
 //! Invariant: only processes that this module started, and what those started inside a host, are ever signalled.
 

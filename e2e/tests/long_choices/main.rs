@@ -38,11 +38,7 @@ fn what_people_choose_accept_and_ask_for_is_done() -> anyhow::Result<()> {
         rounds: 12,
         ..Options::default()
     };
-    let setting = Setting {
-        api_servers: 1,
-        profile: Profile::Dev,
-        api_proxy: false,
-    };
+    let setting = Setting::new(Profile::Dev);
     let progress = Progress::new();
     let folder = place::new_folder("cluster-choices")?;
     on_cluster(&options, setting, &folder, &progress, |cluster| {

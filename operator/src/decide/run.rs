@@ -126,7 +126,7 @@ fn give_up(seen: &Observed, record: &Record, decision: &mut Decision) {
         } else if told && !leaving && spare {
             if genesis || is_assured(seen, record, &book, entry) {
                 (entry.leaving, leaving) = (true, true);
-                if trouble == Some(Trouble::Storage) {
+                if trouble::is_of_storage(seen, entry, trouble.as_ref()) {
                     note_storage(&mut decision.storage_failed_on, entry.node.as_ref());
                 }
             } else {

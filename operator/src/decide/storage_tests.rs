@@ -105,6 +105,23 @@ fn earlier_nodes_come_last() {
     assert_eq!(world.vm.status.as_ref().unwrap().standby.as_deref(), Some("node-3"));
 }
 
+/// Its disks can't even be opened any more, so none is ended by them.
+#[test]
+fn a_node_whose_storage_lets_no_second_engine_begin_comes_last_too() {
+    let (mut world, _, standby) = ejected(4);
+    assert!(world.fails_to_join(&standby.name));
+    let begin = world.now;
+    while leaving(&world) == 0 {
+        world.step();
+        world.repeat_looks();
+        world.pass(2);
+        let waited = world.now.duration_since(begin).as_secs();
+        assert!(waited < 120, "it is borne for ever: {:#?}", world.book());
+    }
+    assert_eq!(failures(&world, &standby.name), 1);
+    assert_eq!(storage_failed_on(&world), [standby.node.unwrap()]);
+}
+
 /// A datastore that all nodes share: seats are made anew less and less often, and what fails is told.
 #[test]
 fn storage_that_fails_everywhere_is_tried_less_and_less_often_and_told() {

@@ -83,6 +83,15 @@ pub fn fails_at_every_join(pod: &PodSeen) -> bool {
     pod.told().is_some_and(fails)
 }
 
+/// Is it its storage for which a seat in this trouble is given up? What has failed altogether lets no second engine begin: then the one that it ended counts.
+pub fn is_of_storage(seen: &Observed, entry: &SeatEntry, trouble: Option<&Trouble>) -> bool {
+    match trouble {
+        Some(Trouble::Storage) => true,
+        Some(Trouble::NoEngine) => published(seen, entry).is_some_and(|told| told.storage_failures > 0),
+        _ => false,
+    }
+}
+
 /// Do disks of the record's holder fail, too? What another seat has may be all that can be read then. (One that is only full can be copied.)
 pub fn holder_fails(seen: &Observed, record: &Record, book: &[SeatEntry]) -> bool {
     let told = holder(book, record).and_then(|holder| published(seen, holder));

@@ -193,7 +193,7 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "long",
             about: "what takes too long for every run",
-            budget: minutes(45),
+            budget: minutes(60),
             build: minutes(25),
             runs: Runs::Rarely,
             packages: &[NAMESPACES, NATIVE, CLUSTER],

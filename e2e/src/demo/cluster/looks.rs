@@ -128,10 +128,32 @@ pub fn kvm_works(cluster: &Cluster) -> anyhow::Result<Vec<bool>> {
 /// # Errors
 /// If the daemon does not answer, or does not say it.
 pub fn api_servers(cluster: &Cluster, host: usize) -> anyhow::Result<(Vec<String>, u64)> {
+    servers_and_reads(&daemon_page(cluster, host)?)
+}
+
+/// How many engines of a seat in a row its storage has ended, as its host's daemon tells.
+///
+/// # Errors
+/// If the daemon does not answer, or does not say it.
+pub fn storage_failures(cluster: &Cluster, host: usize, seat: &str) -> anyhow::Result<u64> {
+    failures_of(&daemon_page(cluster, host)?, seat)
+}
+
+fn failures_of(page: &str, seat: &str) -> anyhow::Result<u64> {
+    let mut told = samples(page, "ftvm_seat_storage_failures");
+    told.retain(|(labels, _)| labels.contains(&format!("seat=\"{seat}\"")));
+    match told[..] {
+        [(_, failures)] => Ok(failures),
+        _ => bail!("ftvm_seat_storage_failures of seat {seat}: {told:?}"),
+    }
+}
+
+/// Metrics of a host's daemon.
+fn daemon_page(cluster: &Cluster, host: usize) -> anyhow::Result<String> {
     let address = cluster.nodes()[host].plan().address(Network::Management);
     let (status, page) = cluster.http_get(SocketAddr::from((address, DAEMON_PORT)), "/metrics")?;
     ensure!(status == 200, "{status}: {page}");
-    servers_and_reads(&page)
+    Ok(page)
 }
 
 fn servers_and_reads(page: &str) -> anyhow::Result<(Vec<String>, u64)> {
@@ -588,6 +610,17 @@ mod tests {
         assert!(wrong(&line(2, 70, 1), 70..=70).contains("1 errors"));
         assert!(wrong("ftvm-guest: hello\n", 0..=70).contains("nothing of a journal"));
         assert!(wrong(&format!("{JOURNAL}2, 70 records\n"), 70..=70).contains("70 records"));
+    }
+
+    #[test]
+    fn failures_of_another_seat_are_not_those_of_this_one() {
+        let line = |seat: &str, count: u32| {
+            format!("ftvm_seat_storage_failures{{namespace=\"demo\",seat=\"{seat}\",vm=\"demo\"}} {count}\n")
+        };
+        let page = line("demo-a", 3) + &line("demo-ab", 1);
+        assert_eq!(failures_of(&page, "demo-a").unwrap(), 3);
+        assert!(fault(failures_of(&page, "demo-b")).contains("of seat demo-b"));
+        assert!(failures_of(&(page + &line("demo-a", 4)), "demo-a").is_err());
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub const NAMESPACE: &str = "demo";
 pub const VM: &str = "demo";
 /// The guest's address on the client network.
 pub const GUEST_ADDRESS: [u8; 4] = [10, 79, 0, 100];
+/// Names of the VM's disks, where it is on datastores ([`Setting::datastores`]). Elsewhere it has the first one alone.
+pub const DISKS: &[&str] = &["root", "data"];
 /// Where the logs of a play that failed are kept, below `target`.
 const FOLDER: &str = "cluster-demo";
 
@@ -47,6 +49,11 @@ const NATIVE: Patience = Patience {
     stalled: Duration::from_secs(45),
     hold: Duration::from_secs(1),
     look: Duration::from_millis(20),
+};
+/// A disk that hangs counts as that after 30 s, in which its guest may not answer.
+const ON_DATASTORES: Patience = Patience {
+    stalled: Duration::from_secs(180),
+    ..NATIVE
 };
 /// There is no room on two processors for a third one.
 const EMULATED_NODES: u8 = 2;
@@ -69,17 +76,25 @@ pub struct Setting {
     pub api_proxy: bool,
     /// How many API servers ([`cluster::Options::api_servers`]).
     pub api_servers: u8,
+    /// Whether the machine has two disks, and each seat's copies of both lie on its node's datastore of the seat's class
+    /// ([`cluster::datastores::CLASSES`], by slot). For the embedded guest.
+    pub datastores: bool,
 }
 
 impl Setting {
-    /// One API server that all reach directly.
+    /// One API server that all reach directly, and one disk.
     #[must_use]
     pub fn new(profile: Profile) -> Self {
         Self {
             profile,
             api_proxy: false,
             api_servers: 1,
+            datastores: false,
         }
+    }
+
+    fn patience(self) -> Patience {
+        if self.datastores { ON_DATASTORES } else { NATIVE }
     }
 }
 
@@ -147,7 +162,7 @@ pub fn on_stage<T>(
     let client = |cluster: &Cluster| {
         let network = cluster.sandbox().network().try_clone()?;
         let entrance = move || namespace::enter_network(&network);
-        EmbeddedWitness::start(GUEST_ADDRESS, options, NATIVE, entrance)
+        EmbeddedWitness::start(GUEST_ADDRESS, options, setting.patience(), entrance)
     };
     prepare(options, setting, folder, progress, client, acts)
 }
@@ -163,10 +178,10 @@ fn prepare<W: Witness, T>(
     on_cluster(options, setting, folder, progress, |cluster| {
         let nodes = Nodes(Rc::clone(cluster));
         let (patience, mac) = match options.guest {
-            Guest::Embedded => (NATIVE, GUEST_MAC),
+            Guest::Embedded => (setting.patience(), GUEST_MAC),
             Guest::Linux => (EMULATED, guest::MAC),
         };
-        let mut system = Kubernetes::new(Rc::clone(cluster), options);
+        let mut system = Kubernetes::new(Rc::clone(cluster), options, setting.datastores);
         let stage = Stage::prepare(options, patience, progress, (&nodes, mac), &mut system, || {
             client(cluster)
         })?;
@@ -208,6 +223,7 @@ fn start(options: &Options, setting: Setting, folder: &Path, progress: &Progress
     let cluster = Cluster::start(cluster::Options {
         images: images.archives(),
         volumes_per_node: volumes,
+        datastores: setting.datastores,
         api_proxy: setting.api_proxy,
         api_servers: setting.api_servers,
         say: Arc::new(move |text| lines.say(text)),

@@ -8,18 +8,16 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
 use super::groups::EngineGroup;
-use super::{GUEST_ADDRESS, NAMESPACE, VM};
+use super::{DISKS, GUEST_ADDRESS, NAMESPACE, VM};
 use crate::cluster::install::{DEBIAN_IMAGE, GUEST_IMAGE};
 use crate::cluster::plan::CLIENT_BRIDGE;
-use crate::cluster::{Cluster, wait_for};
+use crate::cluster::{Cluster, datastores, wait_for};
 use crate::demo::background::Background;
 use crate::demo::standalone::DISK;
 use crate::demo::system::{Digest, Seat, System};
 use crate::demo::{GUEST_MAC, Guest, Options, compare, guest_command_line, mac_text};
 use crate::lab::guest;
 
-/// Name of the guest's disk.
-const DISK_NAME: &str = "root";
 /// How long a daemon may take to answer, longer than it waits for its engine.
 const ANSWER: Duration = Duration::from_secs(2);
 /// How long both sides may take to become equal once nothing happens any more.
@@ -33,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub struct Kubernetes {
     cluster: Rc<Cluster>,
     options: Options,
+    /// Its disks are on datastores.
+    datastores: bool,
     /// `kubectl drain`, while it waits.
     drain: Background,
     /// Name of the node that takes no pods since.
@@ -41,10 +41,11 @@ pub struct Kubernetes {
 
 impl Kubernetes {
     /// Nothing is applied yet.
-    pub fn new(cluster: Rc<Cluster>, options: &Options) -> Self {
+    pub fn new(cluster: Rc<Cluster>, options: &Options, datastores: bool) -> Self {
         Self {
             cluster,
             options: options.clone(),
+            datastores,
             drain: Background::new("kubectl drain"),
             drained: None,
         }
@@ -52,20 +53,20 @@ impl Kubernetes {
 
     /// What `kubectl apply` gets.
     fn manifest(&self) -> Value {
-        let (image, cmdline, mac, disk) = match self.options.guest {
-            Guest::Embedded => (
-                GUEST_IMAGE,
-                guest_command_line(GUEST_ADDRESS),
-                GUEST_MAC,
-                json!({"name": DISK_NAME, "size": "64Mi", "storageClassName": "local"}),
-            ),
-            Guest::Linux => (
-                DEBIAN_IMAGE,
-                guest::CMDLINE.to_owned(),
-                guest::MAC,
-                json!({"name": DISK_NAME, "size": "320Mi", "storageClassName": "local", "source": {"image": {}}}),
-            ),
+        let (image, cmdline, mac) = match self.options.guest {
+            Guest::Embedded => (GUEST_IMAGE, guest_command_line(GUEST_ADDRESS), GUEST_MAC),
+            Guest::Linux => (DEBIAN_IMAGE, guest::CMDLINE.to_owned(), guest::MAC),
         };
+        let disk = |name: &&str| match self.options.guest {
+            Guest::Embedded if self.datastores => {
+                json!({"name": name, "size": "64Mi", "storageClassNames": datastores::CLASSES})
+            }
+            Guest::Embedded => json!({"name": name, "size": "64Mi", "storageClassName": "local"}),
+            Guest::Linux => {
+                json!({"name": name, "size": "320Mi", "storageClassName": "local", "source": {"image": {}}})
+            }
+        };
+        let disks: Vec<Value> = self.disk_names().iter().map(disk).collect();
         json!({
             "apiVersion": "ftvm.dev/v1alpha1",
             "kind": "FaultTolerantVM",
@@ -73,13 +74,17 @@ impl Kubernetes {
             "spec": {
                 "machine": {"vcpus": self.options.vcpus, "memory": format!("{}Mi", self.options.memory_mib)},
                 "boot": {"image": {"reference": image, "pullPolicy": "Never"}, "cmdline": cmdline},
-                "disks": [disk],
+                "disks": disks,
                 "networks": [{"name": "front", "mac": mac_text(mac), "bridge": {"name": CLIENT_BRIDGE}}],
                 "faultTolerance": self.tolerance(),
                 // The nodes share this machine's two processors.
                 "resources": {"cpuRequest": "100m"},
             },
         })
+    }
+
+    fn disk_names(&self) -> &'static [&'static str] {
+        if self.datastores { DISKS } else { &DISKS[..1] }
     }
 
     fn tolerance(&self) -> Value {
@@ -138,9 +143,9 @@ impl Kubernetes {
         })
     }
 
-    /// The file of a seat's disk, as this machine can read it: that of its claim's volume on its node.
-    fn disk(&self, machine: usize) -> anyhow::Result<PathBuf> {
-        let claim = format!("{}-{DISK_NAME}", self.named(machine)?);
+    /// The file of one of a seat's disks, as this machine can read it: that of its claim's volume on its node.
+    fn disk(&self, machine: usize, name: &str) -> anyhow::Result<PathBuf> {
+        let claim = format!("{}-{name}", self.named(machine)?);
         let claim = self.cluster.get(&["pvc", "--namespace", NAMESPACE, &claim])?;
         let volume = claim["spec"]["volumeName"]
             .as_str()
@@ -172,7 +177,7 @@ impl Kubernetes {
     fn compare_copies(&self, active: usize, standby: usize) -> anyhow::Result<()> {
         let deadline = Instant::now() + self.patience(SETTLE);
         loop {
-            let (ours, theirs) = (self.disk(active)?, self.disk(standby)?);
+            let (ours, theirs) = (self.disk(active, DISKS[0])?, self.disk(standby, DISKS[0])?);
             let Some(at) = compare::first_difference(&ours, &theirs)? else {
                 return guest::examine_copy(&ours, self.cluster.folder()).context("the disks are equal, and damaged");
             };
@@ -263,7 +268,12 @@ impl System for Kubernetes {
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
         match self.options.guest {
-            Guest::Embedded => compare::disks(&self.disk(active)?, &self.disk(standby)?, SETTLE)?,
+            Guest::Embedded => {
+                for name in self.disk_names() {
+                    let (ours, theirs) = (self.disk(active, name)?, self.disk(standby, name)?);
+                    compare::disks(&ours, &theirs, SETTLE).with_context(|| format!("disk {name}"))?;
+                }
+            }
             Guest::Linux => {
                 self.examine_group(active)?;
                 self.examine_group(standby)?;
