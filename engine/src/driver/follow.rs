@@ -27,7 +27,7 @@ use crate::replication::resync::{DIGEST_PIECE_PAGES, Digest, Offer, ResyncTarget
 use crate::replication::standby_disks::{StandbyDisks, StandbyDisksError};
 
 /// Most bytes of input kept for injection, and of output kept for sending again.
-const LOG_BYTES: usize = 8 << 20;
+pub(super) const LOG_BYTES: usize = 8 << 20;
 
 const GONE: &str = "the receiving thread has ended before the takeover";
 

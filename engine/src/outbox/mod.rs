@@ -23,6 +23,10 @@ use crate::checkpoint::Histogram;
 /// The gate's value for "everything may leave at once".
 const OPEN: u64 = u64::MAX;
 
+/// Most that is held, with what it costs to hold it. While a standby follows epochs end long before. A guest whose peer is lost and whose arbiter
+/// can't be reached may go on to speak for hours: what has no room is lost, as on a wire that is cut.
+pub(crate) const HELD_BYTES_MAX: usize = 32 << 20;
+
 /// Whether an item of an epoch (first) may leave at a value of the gate (second). It is fixed when an outbox is made.
 pub type Rule = fn(u64, u64) -> bool;
 
@@ -69,12 +73,21 @@ struct Held {
 struct Queue {
     held: VecDeque<Held>,
     held_bytes: usize,
+    /// Items that had no room.
+    lost: u64,
     /// Since when the epoch of the last item has had one that is held.
     waits_since: Option<Instant>,
     /// How long what was held has waited.
     waited: Histogram,
     released: Released,
     watched: Watched,
+}
+
+impl Queue {
+    /// What one item more makes of what is held, without its own bytes.
+    fn cost_bytes(&self) -> usize {
+        self.held_bytes + (self.held.len() + 1) * size_of::<Held>()
+    }
 }
 
 /// When the first item of an epoch after this one left.
@@ -140,7 +153,8 @@ impl Outbox {
         (self.rule)(epoch, self.gate.load(Ordering::SeqCst))
     }
 
-    /// Takes an item of the running epoch `epoch`; called inside the pause gate. It leaves at once if it may.
+    /// Takes an item of the running epoch `epoch`; called inside the pause gate. It leaves at once if it may, and is lost if it has to be
+    /// held and there is no room.
     pub fn put(&self, epoch: u64, output: Output) {
         let mut queue = self.queue();
         if queue.held.is_empty() && self.may_leave(epoch) {
@@ -148,6 +162,10 @@ impl Outbox {
             queue.released.bytes += output.size_bytes() as u64;
             self.sink.emit(&output);
             queue.watched.left(epoch);
+            return;
+        }
+        if queue.cost_bytes() + output.size_bytes() > HELD_BYTES_MAX {
+            queue.lost += 1;
             return;
         }
         let first = queue.held.back().is_none_or(|held| held.epoch != epoch);
@@ -225,6 +243,11 @@ impl Outbox {
         let queue = self.queue();
         let of_running = queue.held.back().is_some_and(|held| held.epoch == running_epoch);
         (queue.waits_since.filter(|_| of_running), queue.held_bytes)
+    }
+
+    /// Items that were lost for want of room.
+    pub fn lost(&self) -> u64 {
+        self.queue().lost
     }
 
     /// From now on the first item of an epoch after `epoch` is looked out for.
@@ -313,6 +336,37 @@ mod tests {
         assert_eq!(outbox.oldest_held(), Some(2));
         outbox.open();
         assert_eq!(outbox.oldest_held(), None);
+    }
+
+    /// A guest that speaks and speaks while nothing may leave: some is held, in its order, and what has no room is counted. What comes
+    /// when there is room again leaves as ever.
+    #[test]
+    fn what_may_not_leave_takes_no_more_than_its_room() {
+        for len in [1, 60, 1500, 65_536] {
+            let (outbox, wire) = outbox();
+            let frame = |number: u64| {
+                let mut bytes = vec![0; len];
+                let number = number.to_le_bytes();
+                let part = len.min(number.len());
+                bytes[..part].copy_from_slice(&number[..part]);
+                Output::Frame {
+                    nic: 0,
+                    bytes: bytes.into(),
+                }
+            };
+            let fit = HELD_BYTES_MAX / (len + size_of::<Held>());
+            for number in 0..fit as u64 + 3 {
+                outbox.put(1 + number % 2, frame(number));
+            }
+            assert_eq!(outbox.lost(), 3, "{len} bytes");
+            let held = outbox.all_held();
+            assert_eq!(held.len(), fit);
+            assert!(held.iter().enumerate().all(|(at, output)| *output == frame(at as u64)));
+            outbox.open();
+            outbox.put(3, frame(0));
+            assert_eq!(outbox.lost(), 3);
+            assert_eq!(wire.0.lock().unwrap().len(), fit + 1);
+        }
     }
 
     #[test]

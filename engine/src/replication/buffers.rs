@@ -10,6 +10,9 @@ const BUFFER_MAX_BYTES: usize = 512 * 1024;
 /// Buffers that are kept: the window of a resync.
 const KEPT: usize = 32;
 
+/// What they hold.
+pub(crate) const KEPT_BUFFERS_BYTES: usize = KEPT * BUFFER_MAX_BYTES;
+
 static FREE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
 fn free() -> std::sync::MutexGuard<'static, Vec<Vec<u8>>> {
