@@ -36,6 +36,8 @@ pub const LINKS_BYTES: u64 = 56 << 20;
 pub const VCPU_BYTES: u64 = 1 << 20;
 /// Of each 4 KiB of RAM: entries of two page tables and of the file's index, sets of pages, numbers of a resync, hashes of a digest.
 const PAGE_BYTES: u64 = 64;
+/// Of so many bytes of disks: sets of blocks that have changed.
+pub const DISK_SHARE: u64 = 1 << 17;
 /// Of a standby alone: input and output for a takeover, changes that wait for the volumes.
 pub const STANDBY_BYTES: u64 = 40 << 20;
 /// Of an active alone: versions of pages that were sent last, frames that the links' threads received for the guest.
@@ -58,13 +60,32 @@ pub fn waiting_bytes(staging_bytes: u64) -> u64 {
     2 * staging_bytes + UNDER_WAY_BYTES
 }
 
-/// The most that an engine may hold in bytes beside its guest's RAM, whatever side it is of.
-pub fn engine_bytes(ram_bytes: u64, vcpus: u8, disks: usize, nics: usize) -> u64 {
-    let staging = staging_bytes(ram_bytes, vcpus, disks);
-    let standby = STAGED_EPOCHS * staging + waiting_bytes(staging) + STANDBY_BYTES;
-    let active = ACTIVE_EPOCHS * staging + ACTIVE_BYTES + nics as u64 * NIC_BYTES;
-    let vcpus = u64::from(vcpus.max(1)) * VCPU_BYTES;
-    PROCESS_BYTES + LINKS_BYTES + vcpus + ram_bytes / 4096 * PAGE_BYTES + standby.max(active)
+/// What says how much an engine may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Machine {
+    /// RAM in bytes.
+    pub ram_bytes: u64,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Disks.
+    pub disks: usize,
+    /// What all disks have together, in bytes.
+    pub disk_bytes: u64,
+    /// Network cards.
+    pub nics: usize,
+}
+
+impl Machine {
+    /// The most that an engine may hold beside its guest's RAM, in bytes, whatever side it is of.
+    pub fn engine_bytes(&self) -> u64 {
+        let staging = staging_bytes(self.ram_bytes, self.vcpus, self.disks);
+        let standby = STAGED_EPOCHS * staging + waiting_bytes(staging) + STANDBY_BYTES;
+        let active = ACTIVE_EPOCHS * staging + ACTIVE_BYTES + self.nics as u64 * NIC_BYTES;
+        let vcpus = u64::from(self.vcpus.max(1)) * VCPU_BYTES;
+        let pages = self.ram_bytes / 4096 * PAGE_BYTES;
+        let blocks = self.disk_bytes / DISK_SHARE;
+        PROCESS_BYTES + LINKS_BYTES + vcpus + pages + blocks + standby.max(active)
+    }
 }
 
 #[cfg(test)]
@@ -72,11 +93,22 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    fn machine(ram_mib: u64, vcpus: u8, disks: usize, nics: usize) -> Machine {
+        Machine {
+            ram_bytes: ram_mib * MIB,
+            vcpus,
+            disks,
+            disk_bytes: GIB,
+            nics,
+        }
+    }
 
     #[test]
     fn what_an_engine_may_hold_is_known() {
         for (ram_mib, vcpus, disks, nics, mib) in [
-            (16, 1, 1, 0, 354),
+            (16, 1, 1, 0, 355),
             (1 << 10, 1, 1, 1, 383),
             (1 << 10, 4, 1, 1, 949),
             (4 << 10, 4, 1, 1, 1048),
@@ -84,26 +116,27 @@ mod tests {
             // With many cards it is the active that holds more.
             (16, 1, 1, 8, 398),
         ] {
-            let bytes = engine_bytes(ram_mib * MIB, vcpus, disks, nics);
-            assert_eq!(
-                bytes.div_ceil(MIB),
-                mib,
-                "{ram_mib} MiB, {vcpus} vCPUs, {disks} disks, {nics} NICs"
-            );
+            let machine = machine(ram_mib, vcpus, disks, nics);
+            assert_eq!(machine.engine_bytes().div_ceil(MIB), mib, "{machine:?}");
         }
+        let small = machine(1 << 10, 1, 1, 1);
+        let large = Machine {
+            disk_bytes: GIB << 10,
+            ..small
+        };
+        assert_eq!((large.engine_bytes() - small.engine_bytes()).div_ceil(MIB), 8);
     }
 
     #[test]
     fn a_larger_machine_has_no_less_room() {
-        let room = |ram_mib: u64, vcpus, disks, nics| engine_bytes(ram_mib * MIB, vcpus, disks, nics);
         for ram_mib in [16, 100, 512, 1 << 10, 3000, 16 << 10, 1 << 20] {
             for vcpus in 1..16 {
                 for number in 0..8 {
-                    let least = room(ram_mib, vcpus, number, number);
-                    assert!(least <= room(ram_mib + 1, vcpus, number, number));
-                    assert!(least <= room(ram_mib, vcpus + 1, number, number));
-                    assert!(least <= room(ram_mib, vcpus, number + 1, number));
-                    assert!(least <= room(ram_mib, vcpus, number, number + 1));
+                    let least = machine(ram_mib, vcpus, number, number).engine_bytes();
+                    assert!(least <= machine(ram_mib + 1, vcpus, number, number).engine_bytes());
+                    assert!(least <= machine(ram_mib, vcpus + 1, number, number).engine_bytes());
+                    assert!(least <= machine(ram_mib, vcpus, number + 1, number).engine_bytes());
+                    assert!(least <= machine(ram_mib, vcpus, number, number + 1).engine_bytes());
                 }
             }
         }

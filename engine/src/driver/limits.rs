@@ -22,6 +22,7 @@ use crate::devices::virtio::blk::{BATCH_MAX_BYTES, REQUEST_BYTES};
 use crate::kvm::DEFAULT_RING_ENTRIES;
 use crate::memory::PAGE_SIZE;
 use crate::replication::KEPT_BUFFERS_BYTES;
+use crate::replication::changed::GRAIN_BYTES;
 use crate::replication::link::QueueLimits;
 use crate::replication::standby_disks::WAITING_MAX_BYTES;
 use crate::seat_io::{FRAME_BYTES_MAX, KEPT_BYTES_MAX};
@@ -47,6 +48,8 @@ const _: () = {
     let kept = KEPT_BYTES_MAX + FRAME_BYTES_MAX;
     assert!(DELTA_CACHE_BYTES as usize + kept <= room::ACTIVE_BYTES as usize);
     assert!(kept <= room::NIC_BYTES as usize);
+    // Two sets, what both are together for a standby that comes back, and one more.
+    assert!(8 * GRAIN_BYTES / 4 >= room::DISK_SHARE);
 };
 
 /// What an epoch may hold, and what follows from it.

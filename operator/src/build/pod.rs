@@ -186,10 +186,20 @@ fn container(vm: &FaultTolerantVM, image: &SeatImage, ran: bool) -> Result<Conta
 }
 
 /// What a pod has beside the guest's memory, in bytes: if its engine holds more it is killed, whatever side it is of.
-fn overhead_bytes(vm: &FaultTolerantVM, guest_bytes: u64) -> u64 {
+fn overhead_bytes(vm: &FaultTolerantVM, guest_bytes: u64) -> Result<u64, QuantityError> {
     let spec = &vm.spec;
-    let engine_bytes = room::engine_bytes(guest_bytes, spec.machine.vcpus, spec.disks.len(), spec.networks.len());
-    engine_bytes.max(OVERHEAD_MIN_BYTES + guest_bytes / 4)
+    let mut disk_bytes = 0_u64;
+    for disk in &spec.disks {
+        disk_bytes = disk_bytes.saturating_add(quantity::bytes(&disk.size)?);
+    }
+    let machine = room::Machine {
+        ram_bytes: guest_bytes,
+        vcpus: spec.machine.vcpus,
+        disks: spec.disks.len(),
+        disk_bytes,
+        nics: spec.networks.len(),
+    };
+    Ok(machine.engine_bytes().max(OVERHEAD_MIN_BYTES + guest_bytes / 4))
 }
 
 /// Memory in full on both sides. CPU is limited only if the user says so: a side that is held back looks dead to the other.
@@ -198,7 +208,7 @@ pub(super) fn resources(vm: &FaultTolerantVM) -> Result<ResourceRequirements, Qu
     let guest_bytes = quantity::bytes(&vm.spec.machine.memory)?;
     let overhead_bytes = match &wishes.memory_overhead {
         Some(text) => quantity::bytes(text)?,
-        None => overhead_bytes(vm, guest_bytes),
+        None => overhead_bytes(vm, guest_bytes)?,
     };
     let memory = Quantity(quantity::text(guest_bytes + overhead_bytes));
     let request = wishes

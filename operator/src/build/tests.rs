@@ -322,12 +322,17 @@ fn pods_have_room_for_what_engines_may_hold() {
         assert_eq!(pod_mib(memory, vcpus, 1, 1), mib, "{memory}, {vcpus} vCPUs");
     }
     for mib in [16, 100, 512, 1 << 10, 3 << 10, 16 << 10, 100 << 10, 1 << 20] {
-        let guest_bytes = mib << 20;
         for vcpus in 1..=16 {
             for number in 1..=8 {
                 let pod_bytes = pod_mib(&format!("{mib}Mi"), vcpus, number, number) << 20;
-                let engine_bytes = room::engine_bytes(guest_bytes, vcpus, number, number);
-                assert!(pod_bytes >= guest_bytes + engine_bytes, "{mib} MiB, {vcpus} vCPUs");
+                let machine = room::Machine {
+                    ram_bytes: mib << 20,
+                    vcpus,
+                    disks: number,
+                    disk_bytes: (number as u64) << 30,
+                    nics: number,
+                };
+                assert!(pod_bytes >= machine.ram_bytes + machine.engine_bytes(), "{machine:?}");
             }
         }
     }
