@@ -30,7 +30,8 @@ use crate::replication::standby_disks::{StandbyDisks, StandbyDisksError};
 pub(super) const LOG_BYTES: usize = 8 << 20;
 
 /// Epochs, of the largest size, that may be here whole and not be applied: the two that a leader has under way, and one that it ends because
-/// somebody asked. A leader that waits for acknowledgments never comes further: what was acknowledged was to be applied before the next one came.
+/// somebody asked. A leader that waits for acknowledgments never comes further: its next epoch comes after an acknowledgment, and what was
+/// here before that was to be applied by then. Each was found no larger than that, so that fewer than four are never refused.
 const STAGED_EPOCHS: usize = 3;
 
 const GONE: &str = "the receiving thread has ended before the takeover";

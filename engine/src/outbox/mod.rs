@@ -69,6 +69,12 @@ struct Held {
     output: Output,
 }
 
+/// What it costs to hold an item beside its bytes: the queue doubles when it is full, and the bytes are an allocation of their own. A console's
+/// items have one byte each.
+const ITEM_BYTES: usize = 2 * size_of::<Held>() + 32;
+/// Items for which the queue keeps room once it is empty.
+const KEPT_ITEMS: usize = 4096;
+
 #[derive(Default)]
 struct Queue {
     held: VecDeque<Held>,
@@ -86,7 +92,14 @@ struct Queue {
 impl Queue {
     /// What one item more makes of what is held, without its own bytes.
     fn cost_bytes(&self) -> usize {
-        self.held_bytes + (self.held.len() + 1) * size_of::<Held>()
+        self.held_bytes + (self.held.len() + 1) * ITEM_BYTES
+    }
+
+    /// Gives back what many items took, once none is held.
+    fn forget_room(&mut self) {
+        if self.held.is_empty() {
+            self.held.shrink_to(KEPT_ITEMS);
+        }
     }
 }
 
@@ -218,6 +231,7 @@ impl Outbox {
             queue.released.held_total += waited;
             queue.released.held_max = queue.released.held_max.max(waited);
             queue.waited.add(waited);
+            queue.forget_room();
         }
     }
 
@@ -268,6 +282,7 @@ impl Outbox {
         let mut queue = self.queue();
         queue.held.clear();
         queue.held_bytes = 0;
+        queue.forget_room();
     }
 
     /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`: without what left at once), and since when the oldest
@@ -354,7 +369,7 @@ mod tests {
                     bytes: bytes.into(),
                 }
             };
-            let fit = HELD_BYTES_MAX / (len + size_of::<Held>());
+            let fit = HELD_BYTES_MAX / (len + ITEM_BYTES);
             for number in 0..fit as u64 + 3 {
                 outbox.put(1 + number % 2, frame(number));
             }
@@ -362,10 +377,20 @@ mod tests {
             let held = outbox.all_held();
             assert_eq!(held.len(), fit);
             assert!(held.iter().enumerate().all(|(at, output)| *output == frame(at as u64)));
+            assert!(outbox.queue().held.capacity() * size_of::<Held>() + fit * len <= HELD_BYTES_MAX);
             outbox.open();
+            assert!(outbox.queue().held.capacity() <= 2 * KEPT_ITEMS);
             outbox.put(3, frame(0));
             assert_eq!(outbox.lost(), 3);
             assert_eq!(wire.0.lock().unwrap().len(), fit + 1);
+            // All of the room is there again, whether what was held has left or was thrown away.
+            for _ in 0..2 {
+                outbox.close();
+                (0..=fit as u64).for_each(|number| outbox.put(4, frame(number)));
+                assert_eq!(outbox.all_held().len(), fit);
+                outbox.discard();
+            }
+            assert_eq!(outbox.lost(), 5);
         }
     }
 

@@ -25,7 +25,8 @@ pub fn take(bytes: usize) -> Vec<u8> {
         return Vec::with_capacity(bytes);
     }
     let mut buffer = free().pop().unwrap_or_default();
-    buffer.reserve(bytes);
+    // No more than asked for: all of it counts as what an epoch holds.
+    buffer.reserve_exact(bytes);
     buffer
 }
 
@@ -61,6 +62,7 @@ mod tests {
         assert!(free().len() <= KEPT);
         let buffer = take(300_000);
         assert!(buffer.is_empty() && buffer.capacity() >= 300_000);
+        assert!(buffer.capacity() <= BUFFER_MAX_BYTES, "{}", buffer.capacity());
         assert!(take(10).capacity() < BUFFER_MIN_BYTES);
         forget();
     }
