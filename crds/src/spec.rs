@@ -460,7 +460,7 @@ pub struct SeatResources {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 12), extend("x-kubernetes-validations" = rules::cpu()))]
     pub cpu_limit: Option<String>,
-    /// Memory of a seat beyond the guest's: a whole number with Mi, Gi or Ti. If missing, 256Mi and a quarter of the guest's.
+    /// Memory of a seat beyond the guest's: a whole number with Mi, Gi or Ti. If missing, 256Mi and a quarter of the guest's, or more where an engine may hold more (little memory, or several vCPUs with less than 1Gi each); with less its pod may be killed.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 12), extend("x-kubernetes-validations" = rules::size()))]
     pub memory_overhead: Option<String>,

@@ -13,4 +13,5 @@ pub mod identity;
 pub mod message;
 pub mod record;
 pub mod recreation;
+pub mod room;
 pub mod wire;

@@ -326,6 +326,9 @@ impl Default for Protection {
     }
 }
 
+/// Bound of the delta cache unless configured, in bytes.
+pub const DELTA_CACHE_BYTES: u64 = 64 << 20;
+
 /// Checkpoint settings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checkpoint {
@@ -341,7 +344,7 @@ impl Default for Checkpoint {
     fn default() -> Self {
         Checkpoint {
             dirty_pages_max: 16_384,
-            delta_cache_bytes: 64 << 20,
+            delta_cache_bytes: DELTA_CACHE_BYTES,
             workers: 1,
         }
     }

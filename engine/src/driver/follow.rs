@@ -28,7 +28,12 @@ use crate::replication::resync::{DIGEST_PIECE_PAGES, Digest, Offer, ResyncTarget
 use crate::replication::standby_disks::{StandbyDisks, StandbyDisksError};
 
 /// Most bytes of input kept for injection, and of output kept for sending again.
-const LOG_BYTES: usize = 8 << 20;
+pub(super) const LOG_BYTES: usize = 8 << 20;
+
+/// Epochs, of the largest size, that may be here whole and not be applied: the two that a leader has under way, and one that it ends because
+/// somebody asked. A leader that waits for acknowledgments never comes further: its next epoch comes after an acknowledgment, and what was
+/// here before that was to be applied by then. Each was found no larger than that, so that fewer than four are never refused.
+const STAGED_EPOCHS: usize = 3;
 
 const GONE: &str = "the receiving thread has ended before the takeover";
 
@@ -433,6 +438,14 @@ impl Follower {
     }
 
     fn stage(&mut self, staged: StagedEpoch) -> Result<(), Failure> {
+        let max = STAGED_EPOCHS * self.place.limits.max_epoch_bytes;
+        let before: usize = self.staged.iter().map(StagedEpoch::staged_bytes).sum();
+        if before + staged.staged_bytes() > max {
+            let why = format!(
+                "more than {max} bytes of epochs wait here to be applied: the peer waits for no acknowledgment"
+            );
+            return Err(why.into());
+        }
         let joins = staged.base.is_none();
         if joins {
             self.disks.begin_stream(self.place.stream)?;
@@ -501,13 +514,16 @@ impl Follower {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
     use std::time::Duration;
 
     use super::*;
     use crate::kvm::{CpuOffer, Kvm, cpu_of_host};
     use crate::replication::changed::Holds;
+    use crate::replication::epoch::{EpochSender, FrameSink, SealedEpoch};
     use crate::replication::journal::JOURNAL_MIN_BYTES;
     use crate::replication::memory::HeapMemory;
+    use crate::replication::pages::{EncoderConfig, PageEncoder, SinkClosed};
     use crate::replication::testing::MemStorage;
     use ftvm_protocol::identity::{Incarnation, SeatId};
 
@@ -613,6 +629,70 @@ mod tests {
             for _ in 0..2 {
                 assert_eq!(open().holds(), holds, "ran the guest: {own}");
             }
+        }
+    }
+
+    #[derive(Default)]
+    struct Frames(Mutex<Vec<Frame>>);
+
+    impl FrameSink for Frames {
+        fn frame(&self, kind: Kind, epoch: u64, payload: Vec<u8>) -> Result<(), SinkClosed> {
+            self.0.lock().unwrap().push(Frame {
+                kind,
+                epoch,
+                session: STREAM.session.0,
+                payload,
+            });
+            Ok(())
+        }
+
+        fn bulk_frames(&self) -> u64 {
+            0
+        }
+
+        fn wait_bulk_sent(&self) -> Result<(), SinkClosed> {
+            Ok(())
+        }
+    }
+
+    /// A peer that sends whole epochs and waits for no acknowledgment: those that are not applied are bounded. One that waits never meets
+    /// that.
+    #[test]
+    fn epochs_that_wait_to_be_applied_are_bounded() {
+        for waits in [false, true] {
+            let journal = MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize]);
+            let disks = StandbyDisks::open(journal, vec![MemStorage::new(vec![0; 4096])], &None).expect("opens");
+            let last = Base {
+                epoch: 8,
+                state: Vec::new(),
+                since: Instant::now(),
+                outputs: Vec::new(),
+            };
+            let mut follower = follower(disks, Some(last));
+            follower.begin().expect("no fault");
+            let frames = Arc::new(Frames::default());
+            let encoder = PageEncoder::new(EncoderConfig::default()).expect("starts");
+            let mut sender = EpochSender::new(frames.clone(), encoder);
+            let mut taken = 0;
+            let refused = (9..29).find_map(|epoch| {
+                let sealed = SealedEpoch {
+                    epoch,
+                    base: Some(epoch - 1),
+                    state: vec![0; 900_000],
+                    ..SealedEpoch::default()
+                };
+                sender.finish(&sealed).expect("frames are kept");
+                let frames = std::mem::take(&mut *frames.0.lock().unwrap());
+                let refused = frames.into_iter().find_map(|frame| follower.frame(frame).err());
+                taken += usize::from(refused.is_none());
+                if waits {
+                    follower.apply_through(epoch).expect("no fault");
+                }
+                refused
+            });
+            let why = refused.map(|failure| failure.why);
+            assert_eq!(taken, if waits { 20 } else { STAGED_EPOCHS }, "{why:?}");
+            assert!(waits || why.is_some_and(|why| why.contains("waits for no acknowledgment")));
         }
     }
 

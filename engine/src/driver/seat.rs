@@ -776,8 +776,8 @@ impl Seat {
             .collect()
     }
 
-    /// Output that the host did not take.
+    /// Output that the host did not take, or that had no room where it waited.
     pub fn dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
+        self.dropped.load(Ordering::Relaxed) + self.outbox.lost()
     }
 }

@@ -23,6 +23,10 @@ use crate::checkpoint::Histogram;
 /// The gate's value for "everything may leave at once".
 const OPEN: u64 = u64::MAX;
 
+/// Most that is held, with what it costs to hold it. While a standby follows epochs end long before. A guest whose peer is lost and whose arbiter
+/// can't be reached may go on to speak for hours: what has no room is lost, as on a wire that is cut.
+pub(crate) const HELD_BYTES_MAX: usize = 32 << 20;
+
 /// Whether an item of an epoch (first) may leave at a value of the gate (second). It is fixed when an outbox is made.
 pub type Rule = fn(u64, u64) -> bool;
 
@@ -65,16 +69,38 @@ struct Held {
     output: Output,
 }
 
+/// What it costs to hold an item beside its bytes: the queue doubles when it is full, and the bytes are an allocation of their own. A console's
+/// items have one byte each.
+const ITEM_BYTES: usize = 2 * size_of::<Held>() + 32;
+/// Items for which the queue keeps room once it is empty.
+const KEPT_ITEMS: usize = 4096;
+
 #[derive(Default)]
 struct Queue {
     held: VecDeque<Held>,
     held_bytes: usize,
+    /// Items that had no room.
+    lost: u64,
     /// Since when the epoch of the last item has had one that is held.
     waits_since: Option<Instant>,
     /// How long what was held has waited.
     waited: Histogram,
     released: Released,
     watched: Watched,
+}
+
+impl Queue {
+    /// What one item more makes of what is held, without its own bytes.
+    fn cost_bytes(&self) -> usize {
+        self.held_bytes + (self.held.len() + 1) * ITEM_BYTES
+    }
+
+    /// Gives back what many items took, once none is held.
+    fn forget_room(&mut self) {
+        if self.held.is_empty() {
+            self.held.shrink_to(KEPT_ITEMS);
+        }
+    }
 }
 
 /// When the first item of an epoch after this one left.
@@ -140,7 +166,8 @@ impl Outbox {
         (self.rule)(epoch, self.gate.load(Ordering::SeqCst))
     }
 
-    /// Takes an item of the running epoch `epoch`; called inside the pause gate. It leaves at once if it may.
+    /// Takes an item of the running epoch `epoch`; called inside the pause gate. It leaves at once if it may, and is lost if it has to be
+    /// held and there is no room.
     pub fn put(&self, epoch: u64, output: Output) {
         let mut queue = self.queue();
         if queue.held.is_empty() && self.may_leave(epoch) {
@@ -148,6 +175,10 @@ impl Outbox {
             queue.released.bytes += output.size_bytes() as u64;
             self.sink.emit(&output);
             queue.watched.left(epoch);
+            return;
+        }
+        if queue.cost_bytes() + output.size_bytes() > HELD_BYTES_MAX {
+            queue.lost += 1;
             return;
         }
         let first = queue.held.back().is_none_or(|held| held.epoch != epoch);
@@ -200,6 +231,7 @@ impl Outbox {
             queue.released.held_total += waited;
             queue.released.held_max = queue.released.held_max.max(waited);
             queue.waited.add(waited);
+            queue.forget_room();
         }
     }
 
@@ -227,6 +259,11 @@ impl Outbox {
         (queue.waits_since.filter(|_| of_running), queue.held_bytes)
     }
 
+    /// Items that were lost for want of room.
+    pub fn lost(&self) -> u64 {
+        self.queue().lost
+    }
+
     /// From now on the first item of an epoch after `epoch` is looked out for.
     pub fn watch_after(&self, epoch: u64) {
         self.queue().watched = Watched {
@@ -245,6 +282,7 @@ impl Outbox {
         let mut queue = self.queue();
         queue.held.clear();
         queue.held_bytes = 0;
+        queue.forget_room();
     }
 
     /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`: without what left at once), and since when the oldest
@@ -313,6 +351,47 @@ mod tests {
         assert_eq!(outbox.oldest_held(), Some(2));
         outbox.open();
         assert_eq!(outbox.oldest_held(), None);
+    }
+
+    /// A guest that speaks and speaks while nothing may leave: some is held, in its order, and what has no room is counted. What comes
+    /// when there is room again leaves as ever.
+    #[test]
+    fn what_may_not_leave_takes_no_more_than_its_room() {
+        for len in [1, 60, 1500, 65_536] {
+            let (outbox, wire) = outbox();
+            let frame = |number: u64| {
+                let mut bytes = vec![0; len];
+                let number = number.to_le_bytes();
+                let part = len.min(number.len());
+                bytes[..part].copy_from_slice(&number[..part]);
+                Output::Frame {
+                    nic: 0,
+                    bytes: bytes.into(),
+                }
+            };
+            let fit = HELD_BYTES_MAX / (len + ITEM_BYTES);
+            for number in 0..fit as u64 + 3 {
+                outbox.put(1 + number % 2, frame(number));
+            }
+            assert_eq!(outbox.lost(), 3, "{len} bytes");
+            let held = outbox.all_held();
+            assert_eq!(held.len(), fit);
+            assert!(held.iter().enumerate().all(|(at, output)| *output == frame(at as u64)));
+            assert!(outbox.queue().held.capacity() * size_of::<Held>() + fit * len <= HELD_BYTES_MAX);
+            outbox.open();
+            assert!(outbox.queue().held.capacity() <= 2 * KEPT_ITEMS);
+            outbox.put(3, frame(0));
+            assert_eq!(outbox.lost(), 3);
+            assert_eq!(wire.0.lock().unwrap().len(), fit + 1);
+            // All of the room is there again, whether what was held has left or was thrown away.
+            for _ in 0..2 {
+                outbox.close();
+                (0..=fit as u64).for_each(|number| outbox.put(4, frame(number)));
+                assert_eq!(outbox.all_held().len(), fit);
+                outbox.discard();
+            }
+            assert_eq!(outbox.lost(), 5);
+        }
     }
 
     #[test]

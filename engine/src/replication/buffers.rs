@@ -10,6 +10,9 @@ const BUFFER_MAX_BYTES: usize = 512 * 1024;
 /// Buffers that are kept: the window of a resync.
 const KEPT: usize = 32;
 
+/// What they hold.
+pub(crate) const KEPT_BUFFERS_BYTES: usize = KEPT * BUFFER_MAX_BYTES;
+
 static FREE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
 fn free() -> std::sync::MutexGuard<'static, Vec<Vec<u8>>> {
@@ -22,7 +25,8 @@ pub fn take(bytes: usize) -> Vec<u8> {
         return Vec::with_capacity(bytes);
     }
     let mut buffer = free().pop().unwrap_or_default();
-    buffer.reserve(bytes);
+    // No more than asked for: all of it counts as what an epoch holds.
+    buffer.reserve_exact(bytes);
     buffer
 }
 
@@ -58,6 +62,7 @@ mod tests {
         assert!(free().len() <= KEPT);
         let buffer = take(300_000);
         assert!(buffer.is_empty() && buffer.capacity() >= 300_000);
+        assert!(buffer.capacity() <= BUFFER_MAX_BYTES, "{}", buffer.capacity());
         assert!(take(10).capacity() < BUFFER_MIN_BYTES);
         forget();
     }

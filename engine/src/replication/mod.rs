@@ -31,6 +31,7 @@ pub mod storage;
 pub mod threads;
 pub mod watched;
 
+pub(crate) use buffers::KEPT_BUFFERS_BYTES;
 pub use memory::{HeapMemory, PAGE_SIZE, Page, PageMemory};
 
 #[cfg(test)]

@@ -13,4 +13,5 @@ mod nic;
 
 pub use claims::{Claims, Guard, Reason, Refused};
 pub use disk::{DiskLog, EpochChanges, SeatDisk};
+pub(crate) use nic::{FRAME_BYTES_MAX, KEPT_BYTES_MAX};
 pub use nic::{HostSink, Inbox, InputCopy, NicPlace, SeatConsole, SeatNic, discard_queued, queued_for};

@@ -15,11 +15,11 @@ use crate::outbox::{Outbox, Output, Sink};
 use crate::pause::PauseGate;
 
 /// Longest Ethernet frame that a tap delivers: 64 KiB of payload and a header.
-const FRAME_BYTES_MAX: usize = 65_550;
+pub(crate) const FRAME_BYTES_MAX: usize = 65_550;
 /// What a flooded network can make us read at once.
 const QUEUE_FRAMES_MAX: usize = 4096;
 /// What it can make us keep for a guest that stands still, as much as its standby does.
-const KEPT_BYTES_MAX: usize = 8 << 20;
+pub(crate) const KEPT_BYTES_MAX: usize = 8 << 20;
 
 /// The host's end of all outputs.
 pub struct HostSink {

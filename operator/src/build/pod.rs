@@ -8,6 +8,7 @@ use ftvm_crds::names::{
 };
 use ftvm_crds::quantity::{self, QuantityError};
 use ftvm_crds::{ClaimFile, Contents, FaultTolerantVM, SeatEntry};
+use ftvm_protocol::room;
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, ExecAction, LocalObjectReference,
     NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod,
@@ -28,8 +29,8 @@ use super::{SeatImage, owner, seat_labels};
 const USER: i64 = 65532;
 /// Time for a hand-over at the end of a pod.
 const GRACE_SECONDS: i64 = 60;
-/// Of the engine itself, beside the guest's memory and what is in flight of it.
-const OVERHEAD_BYTES: u64 = 256 << 20;
+/// Beside the guest's memory: this and a quarter of it, or what an engine may hold if that is more.
+const OVERHEAD_MIN_BYTES: u64 = 256 << 20;
 /// Label of nodes that says in which zone they are (Kubernetes, "Well-Known Labels").
 const ZONE: &str = "topology.kubernetes.io/zone";
 
@@ -184,13 +185,30 @@ fn container(vm: &FaultTolerantVM, image: &SeatImage, ran: bool) -> Result<Conta
     })
 }
 
+/// What a pod has beside the guest's memory, in bytes: if its engine holds more it is killed, whatever side it is of.
+fn overhead_bytes(vm: &FaultTolerantVM, guest_bytes: u64) -> Result<u64, QuantityError> {
+    let spec = &vm.spec;
+    let mut disk_bytes = 0_u64;
+    for disk in &spec.disks {
+        disk_bytes = disk_bytes.saturating_add(quantity::bytes(&disk.size)?);
+    }
+    let machine = room::Machine {
+        ram_bytes: guest_bytes,
+        vcpus: spec.machine.vcpus,
+        disks: spec.disks.len(),
+        disk_bytes,
+        nics: spec.networks.len(),
+    };
+    Ok(machine.engine_bytes().max(OVERHEAD_MIN_BYTES + guest_bytes / 4))
+}
+
 /// Memory in full on both sides. CPU is limited only if the user says so: a side that is held back looks dead to the other.
 pub(super) fn resources(vm: &FaultTolerantVM) -> Result<ResourceRequirements, QuantityError> {
     let wishes = &vm.spec.resources;
     let guest_bytes = quantity::bytes(&vm.spec.machine.memory)?;
     let overhead_bytes = match &wishes.memory_overhead {
         Some(text) => quantity::bytes(text)?,
-        None => OVERHEAD_BYTES + guest_bytes / 4,
+        None => overhead_bytes(vm, guest_bytes)?,
     };
     let memory = Quantity(quantity::text(guest_bytes + overhead_bytes));
     let request = wishes

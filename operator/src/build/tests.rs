@@ -1,7 +1,8 @@
 use std::path::Path;
 
 use ftvm_crds::names::RESOURCE_SEAT;
-use ftvm_crds::{FaultTolerantVM, SeatEntry, yaml};
+use ftvm_crds::{FaultTolerantVM, SeatEntry, quantity, yaml};
+use ftvm_protocol::room;
 use k8s_openapi::api::core::v1::{Container, EmptyDirVolumeSource, Pod, PodSpec, Secret};
 use serde::Serialize;
 
@@ -289,6 +290,52 @@ fn a_claim_has_the_storage_class_of_its_slot() {
 fn shared_objects() {
     snapshot("budget.yaml", &budget(&vm()));
     snapshot("network-policy.yaml", &network_policy(&vm(), false));
+}
+
+/// Whatever machine there may be: its pod has room for what either side's engine may hold. Usual ones take what they always took.
+#[test]
+fn pods_have_room_for_what_engines_may_hold() {
+    let pod_mib = |memory: &str, vcpus, disks, networks| {
+        let mut vm = vm();
+        vm.spec.machine.memory = memory.to_owned();
+        vm.spec.machine.vcpus = vcpus;
+        let (disk, network) = (vm.spec.disks[0].clone(), vm.spec.networks[0].clone());
+        vm.spec.disks = vec![disk; disks];
+        vm.spec.networks = vec![network; networks];
+        let limits = super::pod::resources(&vm).unwrap().limits.unwrap();
+        quantity::bytes(&limits["memory"].0).unwrap() >> 20
+    };
+    for (memory, vcpus, mib) in [
+        ("512Mi", 1, 896),
+        ("1Gi", 1, 1536),
+        ("2Gi", 1, 2816),
+        ("2Gi", 2, 2816),
+        ("4Gi", 4, 5376),
+        ("16Gi", 4, 20736),
+        // Where a quarter and 256 MiB are too little.
+        ("64Mi", 1, 419),
+        ("1Gi", 2, 1587),
+        ("1Gi", 4, 1973),
+        ("2Gi", 4, 3013),
+        ("2Gi", 16, 5329),
+    ] {
+        assert_eq!(pod_mib(memory, vcpus, 1, 1), mib, "{memory}, {vcpus} vCPUs");
+    }
+    for mib in [16, 100, 512, 1 << 10, 3 << 10, 16 << 10, 100 << 10, 1 << 20] {
+        for vcpus in 1..=16 {
+            for number in 1..=8 {
+                let pod_bytes = pod_mib(&format!("{mib}Mi"), vcpus, number, 9 - number) << 20;
+                let machine = room::Machine {
+                    ram_bytes: mib << 20,
+                    vcpus,
+                    disks: number,
+                    disk_bytes: (number as u64) << 30,
+                    nics: 9 - number,
+                };
+                assert!(pod_bytes >= machine.ram_bytes + machine.engine_bytes(), "{machine:?}");
+            }
+        }
+    }
 }
 
 #[test]

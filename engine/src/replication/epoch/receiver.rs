@@ -130,9 +130,15 @@ pub struct StagedEpoch {
     /// The disk changes must be durable in the journal before the epoch is acknowledged.
     pub contains_flush: bool,
     chunks: Vec<PageChunk>,
+    bytes: usize,
 }
 
 impl StagedEpoch {
+    /// Bytes of memory that it holds; at most [`StagingLimits::max_epoch_bytes`].
+    pub fn staged_bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Brings memory from the base to this epoch; can't fail. Epochs are applied in order.
     pub fn apply_pages(&self, memory: &dyn PageMemory) {
         self.chunks.iter().for_each(|chunk| chunk.apply(memory));
@@ -257,6 +263,7 @@ impl EpochReceiver {
             outputs: Vec::new(),
             contains_flush: false,
             chunks: Vec::new(),
+            bytes: 0,
         };
         let mut checksum = crc32fast::Hasher::new();
         checksum.update(payload);
@@ -346,6 +353,7 @@ impl EpochReceiver {
         };
         let mut staged = partial.staged;
         staged.contains_flush = end.contains_flush;
+        staged.bytes = partial.bytes;
         let agrees = [
             ("checksum", end.checksum == partial.checksum.finalize()),
             ("payload bytes", end.payload_bytes == partial.payload_bytes),

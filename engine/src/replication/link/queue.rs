@@ -44,16 +44,24 @@ pub struct QueueLimits {
 
 impl Default for QueueLimits {
     fn default() -> Self {
-        Self {
-            control_bytes: 1 << 20,
-            input_bytes: 2 << 20,
-            epoch_bytes: 4 << 20,
-            bulk_bytes: 2 << 20,
-        }
+        Self::DEFAULT
     }
 }
 
 impl QueueLimits {
+    /// Unless somebody wants others.
+    pub const DEFAULT: Self = Self {
+        control_bytes: 1 << 20,
+        input_bytes: 2 << 20,
+        epoch_bytes: 4 << 20,
+        bulk_bytes: 2 << 20,
+    };
+
+    /// Of all classes together.
+    pub const fn bytes(&self) -> usize {
+        self.control_bytes + self.input_bytes + self.epoch_bytes + self.bulk_bytes
+    }
+
     fn of(&self, class: Class) -> usize {
         match class {
             Class::Control => self.control_bytes,

@@ -12,7 +12,7 @@ use crate::replication::threads::{ThreadFilters, spawn};
 use crate::seccomp::ThreadKind;
 
 /// Bytes that may wait for the volumes; more makes the committing side wait.
-const WAITING_MAX_BYTES: usize = 16 << 20;
+pub(crate) const WAITING_MAX_BYTES: usize = 16 << 20;
 
 /// A volume could not be written. The standby can't follow any more; what it acknowledged is in its journal.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -25,6 +25,7 @@ use super::storage::Storage;
 use super::threads::ThreadFilters;
 use applier::Applier;
 
+pub(crate) use applier::WAITING_MAX_BYTES;
 pub use applier::{ReadThrough, VolumeError};
 pub use seat_volume::{SeatVolume, Settler};
 
