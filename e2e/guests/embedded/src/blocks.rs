@@ -110,6 +110,7 @@ impl Blocks {
             place: if order.random { now | 1 } else { 0 },
             unflushed: 0,
             flushing: false,
+            stopped: false,
             abandoned: false,
             report: BlockReport {
                 area_bytes: area,
@@ -119,10 +120,20 @@ impl Blocks {
         true
     }
 
-    /// The load's client has gone: it ends as soon as the disk lets it.
+    /// The load ends as soon as the disk lets it.
+    pub fn stop(&mut self) {
+        if let State::Busy(load) = &mut self.state {
+            load.stopped = true;
+        }
+    }
+
+    /// The load's client has gone: it ends, too, and nobody is told.
     pub fn abandon(&mut self) {
         match &mut self.state {
-            State::Busy(load) => load.abandoned = true,
+            State::Busy(load) => {
+                load.stopped = true;
+                load.abandoned = true;
+            }
             State::Over(_) => self.state = State::Idle,
             State::Idle => {}
         }
@@ -195,6 +206,7 @@ struct Load {
     /// Writes that were done since the last flush was given.
     unflushed: u32,
     flushing: bool,
+    stopped: bool,
     /// Nobody waits for its report any more.
     abandoned: bool,
     report: BlockReport,
@@ -209,7 +221,7 @@ impl Load {
             ..
         } = self.order;
         let lasts_ns = time::now().saturating_sub(self.began);
-        self.abandoned
+        self.stopped
             || limit_ms > 0 && lasts_ns >= u64::from(limit_ms) * 1_000_000
             || limit_requests > 0 && self.given >= u64::from(limit_requests)
     }

@@ -205,6 +205,10 @@ impl Connection {
             socket.listen(port).expect("the port is not 0, the socket is closed");
             return true;
         }
+        if matches!(self.phase, Phase::Block { .. }) && socket.state() == TcpState::CloseWait {
+            // A client that says no more waits for what there is.
+            machine.blocks.stop();
+        }
         let mut moved = false;
         for _ in 0..REQUESTS_A_TURN {
             moved |= self.release(socket, machine);
