@@ -51,7 +51,7 @@ pub struct BlockLoad {
     pub block_bytes: u32,
     /// Requests that are in the queue at a time, a flush among them; 1 to [`DEPTH_MAX`].
     pub depth: u32,
-    /// A flush after so many writes; 0 for none.
+    /// A flush after so many writes, and one in the end; 0 for none.
     pub flush_every: u32,
     /// Ends after so many milliseconds; 0 for no such limit.
     pub limit_ms: u32,

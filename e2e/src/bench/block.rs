@@ -287,9 +287,8 @@ fn judge(load: &BlockLoad, report: &BlockReport) -> anyhow::Result<()> {
         report.bytes,
         report.elapsed_ns
     );
-    let flushes = load.flush_every > 0 && report.requests > 2 * u64::from(load.flush_every) + u64::from(load.depth);
     ensure!(
-        report.flushes > 0 || !flushes,
+        report.flushes > 0 || load.flush_every == 0,
         "the guest flushed nothing during {} writes ({load:?})",
         report.requests
     );
@@ -419,14 +418,8 @@ mod tests {
             flush_every: 3,
             ..whole_area(true)
         };
-        let without = BlockReport {
-            requests: 100,
-            bytes: 100 * u64::from(read.block_bytes),
-            ..sound
-        };
-        assert!(judged(&flushing, without).contains("flushed nothing"));
-        judge(&flushing, &BlockReport { flushes: 9, ..without }).unwrap();
-        judge(&flushing, &sound).unwrap();
+        assert!(judged(&flushing, sound).contains("flushed nothing"));
+        judge(&flushing, &BlockReport { flushes: 1, ..sound }).unwrap();
     }
 
     #[test]

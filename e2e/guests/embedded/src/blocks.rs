@@ -160,18 +160,24 @@ impl Blocks {
             return false;
         };
         let parts = &mut self.parts;
-        let (mut taken, mut given) = (false, false);
-        while load.take(parts, disk) {
-            taken = true;
-        }
-        while load.give(parts, disk) {
-            given = true;
-        }
-        if given {
-            disk.kick();
+        let mut moved = false;
+        // Others have their turn after as many as there may be at a time: a fast disk would have done the next ones by then.
+        for _ in 0..DEPTH_MAX {
+            let taken = load.take(parts, disk);
+            let mut given = false;
+            while load.give(parts, disk) {
+                given = true;
+            }
+            if given {
+                disk.kick();
+            }
+            moved |= taken || given;
+            if !taken {
+                break;
+            }
         }
         if !load.is_over() || parts.lanes.iter().any(|lane| lane.running.is_some()) {
-            return taken || given;
+            return moved;
         }
         let report = BlockReport {
             elapsed_ns: load.ended.saturating_sub(load.began),
@@ -213,7 +219,7 @@ struct Load {
 }
 
 impl Load {
-    /// Whether nothing more is to be given.
+    /// Whether no more reads or writes are to be given. There is at least one.
     fn is_over(&self) -> bool {
         let BlockLoad {
             limit_ms,
@@ -222,7 +228,7 @@ impl Load {
         } = self.order;
         let lasts_ns = time::now().saturating_sub(self.began);
         self.stopped
-            || limit_ms > 0 && lasts_ns >= u64::from(limit_ms) * 1_000_000
+            || limit_ms > 0 && self.given > 0 && lasts_ns >= u64::from(limit_ms) * 1_000_000
             || limit_requests > 0 && self.given >= u64::from(limit_requests)
     }
 
@@ -293,10 +299,16 @@ impl Load {
         let Some(number) = lanes.iter().position(|lane| lane.running.is_none()) else {
             return false;
         };
-        if self.is_over() {
+        let (over, every) = (self.is_over(), self.order.flush_every);
+        let flush_due = match over {
+            _ if every == 0 || self.flushing => false,
+            false => self.unflushed >= every,
+            // The last one, for what is left.
+            true => self.unflushed > 0 && lanes.iter().all(|lane| lane.running.is_none()),
+        };
+        if over && !flush_due {
             return false;
         }
-        let flush_due = self.order.flush_every > 0 && self.unflushed >= self.order.flush_every && !self.flushing;
         let (kind, unit, sector) = if flush_due {
             (Kind::Flush, 0, 0)
         } else {
