@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use ftvm_e2e::bench::pair::Pair;
 use ftvm_e2e::bench::{Options, block};
 use ftvm_e2e::demo::programs::{Profile, Programs, build};
-use ftvm_e2e::guest_blocks::{AREA_OFFSET, UNIT_BYTES};
+use ftvm_e2e::guest_blocks::{AREA_OFFSET, BLOCK_MAX_BYTES, BlockLoad, UNIT_BYTES};
 use ftvm_e2e::hosts::outer::{made_outside, test_inside};
 use ftvm_e2e::report::Progress;
 
@@ -16,17 +16,11 @@ fn built() -> Programs {
     made_outside(&file, || build(Profile::Dev)).expect("the programs build")
 }
 
-/// Writes these bytes over what is on a disk from there on; returns what was there.
-fn exchange(disk: &Path, at: u64, bytes: &[u8]) -> Vec<u8> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open(disk)
-        .expect("the seat's disk");
-    let mut before = vec![0; bytes.len()];
-    file.read_exact_at(&mut before, at).expect("inside the disk");
-    file.write_all_at(bytes, at).expect("inside the disk");
-    before
+/// What a disk holds from there on.
+fn look(disk: &File, at: u64, bytes: usize) -> Vec<u8> {
+    let mut found = vec![0; bytes];
+    disk.read_exact_at(&mut found, at).expect("inside the disk");
+    found
 }
 
 /// The negative control of what the block loads find: one wrong bit, and a write that never came to be, behind the guest's back.
@@ -41,30 +35,38 @@ fn a_disk_that_brings_other_bytes_than_were_written_is_found() {
         let mut pair = Pair::start(&Options::short(), &programs, &folder, &progress).expect("a protected pair");
         pair.append(3).expect("the journal works");
         block::write_all(&mut pair).expect("the area is written");
-        block::read_back(&mut pair).expect("what was written is there");
+        let path = pair.disk(pair.active());
+        let disk = File::options().read(true).write(true).open(path);
+        let disk = disk.expect("the seat's disk");
+        let [older, flipped] = [7, 1234].map(|unit| AREA_OFFSET + unit * UNIT_BYTES as u64);
+        let old = look(&disk, older, UNIT_BYTES);
+        // The first block of the area once more.
+        let rewrite = BlockLoad {
+            writes: true,
+            random: false,
+            block_bytes: BLOCK_MAX_BYTES as u32,
+            depth: 1,
+            flush_every: 0,
+            limit_ms: 0,
+            limit_requests: 1,
+        };
+        let rewritten = pair.blocks(rewrite).expect("the load is taken");
+        assert_eq!((rewritten.requests, rewritten.failed), (1, 0));
         let standby = pair.standby().expect("it is protected");
-        pair.compare(standby).expect("the standby's disk has it, too");
+        pair.compare(standby).expect("the standby's disk has it all, too");
 
-        let disk = pair.disk(pair.active());
-        let place = AREA_OFFSET + 1234 * UNIT_BYTES as u64;
-        let found = |pair: &mut Pair<'_>| block::read_back(pair).unwrap_err().to_string();
-        let wrong = "1 pieces of 4096 bytes have other bytes than it wrote";
-        let byte = exchange(&disk, place + 777, &[0]);
-        exchange(&disk, place + 777, &[byte[0] ^ 0x10]);
-        let said = found(&mut pair);
-        assert!(
-            said.contains(wrong) && said.contains(&(1234 * UNIT_BYTES).to_string()),
-            "{said}"
+        let (new, byte) = (look(&disk, older, UNIT_BYTES), look(&disk, flipped + 777, 1));
+        let put = |at: u64, bytes: &[u8]| disk.write_all_at(bytes, at).expect("inside the disk");
+        put(older, &old);
+        put(flipped + 777, &[byte[0] ^ 0x10]);
+        let said = block::read_back(&mut pair).unwrap_err().to_string();
+        let wrong = format!(
+            "2 pieces of {UNIT_BYTES} bytes have other bytes than it wrote, the first one {} bytes",
+            7 * UNIT_BYTES
         );
-        exchange(&disk, place + 777, &byte);
-        block::read_back(&mut pair).expect("mended");
-
-        let old = exchange(&disk, place, &[0; UNIT_BYTES]);
-        block::write_all(&mut pair).expect("the area is written again");
-        let new = exchange(&disk, place, &old);
-        let said = found(&mut pair);
-        assert!(said.contains(wrong), "a write before the last: {said}");
-        exchange(&disk, place, &new);
+        assert!(said.contains(&wrong), "an older write and a flipped bit: {said}");
+        put(older, &new);
+        put(flipped + 777, &byte);
         block::read_back(&mut pair).expect("mended");
         pair.check(3).expect("neither journal nor memory suffered");
     });

@@ -5,8 +5,7 @@ use crate::guest_blocks::DEPTH_MAX;
 use crate::guest_journal::{MAX_DISKS, SECTOR_BYTES};
 use crate::net::begin;
 use crate::statics::Once;
-use crate::virtio::{GuestHal, PciTransport};
-use core::sync::atomic::{Ordering, fence};
+use crate::virtio::{GuestHal, PciTransport, wants_kick};
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::Transport;
 
@@ -176,9 +175,7 @@ impl Disk {
 
     /// Tells the device of new requests.
     pub fn kick(&mut self) {
-        // The device says that it wants to be told, and then looks once more: what was put must not be seen later than that is read.
-        fence(Ordering::SeqCst);
-        if self.queue.should_notify() {
+        if wants_kick(&self.queue) {
             self.transport.notify(REQUESTS);
         }
     }
