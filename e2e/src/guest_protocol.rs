@@ -4,7 +4,7 @@
 //! `e2e/guests/embedded/PROTOCOL.md`. All numbers are little endian.
 //!
 //! A request is [`REQUEST_BYTES`] long, an answer [`ANSWER_BYTES`]. A [`Op::Sink`] request is followed by `arg` bytes of
-//! payload, a [`Op::Bulk`] answer by `arg` bytes of [`bulk_word`] data. Requests may be pipelined; the answers of one
+//! payload, a [`Op::Bulk`] answer by `arg` bytes of [`bulk_word`] data, an [`Op::Block`] answer by a report. Requests may be pipelined; the answers of one
 //! connection come in the order of its requests.
 
 use core::fmt;
@@ -56,6 +56,8 @@ pub enum Op {
     PowerOff = 10,
     /// Negative control: flips one bit of page `arg` of the churn region, so that a check must report it.
     Damage = 11,
+    /// A load on the first disk; arguments, and the report that follows the answer, are those of `guest_blocks.rs`.
+    Block = 12,
 }
 
 impl Op {
@@ -73,6 +75,7 @@ impl Op {
             9 => Self::Reset,
             10 => Self::PowerOff,
             11 => Self::Damage,
+            12 => Self::Block,
             _ => return None,
         })
     }
@@ -397,7 +400,7 @@ mod tests {
         let known: Vec<u32> = (0..32)
             .filter(|&n| Op::from_u32(n).is_some_and(|op| op as u32 == n))
             .collect();
-        assert_eq!(known, (1..=11).collect::<Vec<_>>());
+        assert_eq!(known, (1..=12).collect::<Vec<_>>());
     }
 
     #[test]

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod cargo;
 pub mod cluster;
 pub mod demo;
+pub mod guest_blocks;
 pub mod guest_build;
 pub mod guest_journal;
 pub mod guest_protocol;

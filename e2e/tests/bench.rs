@@ -59,6 +59,15 @@ const ABOVE_ZERO: &[&str] = &[
     "resync.stream_bytes_per_s",
     "resync.rounds.0.resync_ms",
     "resync.rounds.0.sent_bytes",
+    "block.area_bytes",
+    "block.points.0.share",
+    "block.points.0.protected.bytes_per_s",
+    "block.points.0.unprotected.requests_per_s",
+    "block.points.11.protected.latency_us_p50",
+    "block.points.11.unprotected.latency_us_p99",
+    "block.points.12.protected.flushes",
+    "block.points.12.unprotected.flush_us_p50",
+    "block.points.27.share",
     "gap.kill_engine.gap_ms_max",
     "gap.kill_host.gap_ms_p50",
     "gap.kill_host.rounds",
@@ -91,6 +100,8 @@ fn every_figure_can_be_measured() {
         }
         let pauses = json["pause"].as_array().expect("a list");
         assert_eq!(pauses.len(), 9, "four loads idle, one of whole pages, four busy");
+        let blocks = at(&json, "block.points").as_array().expect("a list");
+        assert_eq!(blocks.len(), 28, "three sizes, two depths, two with flushes");
         assert!(
             report.goals.iter().all(|goal| goal.met.is_some()),
             "{:#?}",

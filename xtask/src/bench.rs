@@ -18,8 +18,8 @@ pub struct Bench {
     /// Write the tables into the marked sections of this Markdown page; sections of other parts stay
     #[arg(long)]
     markdown: Option<PathBuf>,
-    /// Only this part (may be given several times): pause, latency, speed, memory, resync, gap, migration, colo; or, as root and only when
-    /// named, cluster, operator, fleet
+    /// Only this part (may be given several times): pause, latency, speed, memory, resync, gap, migration, colo, block; or, as root and
+    /// only when named, cluster, operator, fleet
     #[arg(long, value_name = "NAME", value_parser = part)]
     only: Vec<Part>,
     /// Seconds instead of minutes: shows that everything can be measured; the figures mean nothing

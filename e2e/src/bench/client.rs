@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 
 use super::Load;
+use crate::guest_blocks::{BLOCK_REPORT_BYTES, BlockLoad, BlockReport};
 use crate::guest_protocol::{ANSWER_BYTES, Answer, CHURN_WORD_ONLY, Op, Request};
 use crate::judge::latency::Histogram;
 
@@ -120,6 +121,20 @@ impl GuestClient {
         self.ask(Op::SetChurn, pages, 1)?;
         self.ask(Op::SetWork, 0, 0)?;
         Ok(())
+    }
+
+    /// Has the guest run a block load, and waits for its report, which is not judged here.
+    ///
+    /// # Errors
+    /// As [`GuestClient::ask`].
+    pub fn blocks(&mut self, load: BlockLoad) -> anyhow::Result<BlockReport> {
+        let (arg, arg2) = load.encode();
+        self.ask(Op::Block, arg, arg2).with_context(|| format!("{load:?}"))?;
+        let mut bytes = [0; BLOCK_REPORT_BYTES];
+        self.stream
+            .read_exact(&mut bytes)
+            .context("reading the report of a block load")?;
+        Ok(BlockReport::decode(&bytes))
     }
 
     /// Asks one request after the other for a while.

@@ -12,7 +12,7 @@ use super::facts::{BusyTime, Facts, own_ticks};
 use super::pair::Pair;
 use super::qemu::{EMULATOR, Setup, colo, migration};
 use super::report::{Latency, Report, Speed};
-use super::{Load, Options, Part, gap, kubernetes, resync, tables};
+use super::{Load, Options, Part, block, gap, kubernetes, resync, tables};
 use crate::demo::place::{folder, new_folder, remove_disks, show_at_short_path};
 use crate::demo::prerequisites;
 use crate::demo::programs::{self, Profile, Programs};
@@ -86,7 +86,7 @@ pub fn run(options: &Options, arguments: &[OsString]) -> anyhow::Result<ExitCode
     let folder = new_folder(FOLDER)?;
     let ended = outer::enter_with(arguments, &[(BUILT, serde_json::to_string(&built)?)])?;
     // An interrupted pair has left its own.
-    for part in ["pair", "gap/kill-engine", "gap/kill-host"] {
+    for part in ["pair", "block", "gap/kill-engine", "gap/kill-host"] {
         let part = folder.join(part);
         if part.exists() {
             remove_disks(&part)?;
@@ -126,6 +126,10 @@ pub fn measure(options: &Options, built: &Built, folder: &Path, command: String,
     };
     let result = place("pair").and_then(|place| of_pair(options, built, &place, progress, &mut report));
     report.note(progress, "pair", result);
+    if options.wants(Part::Block) {
+        let block = place("block").and_then(|place| block::measure(options, &built.programs, &place, progress));
+        report.block = report.note(progress, "block", block);
+    }
     if options.wants(Part::Gap) {
         let gap = place("gap").and_then(|place| gap::gaps(options, &built.programs, &place, progress));
         report.gap = report.note(progress, "gap", gap);

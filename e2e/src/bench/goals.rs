@@ -1,7 +1,7 @@
 //! The project's goals, and how far the figures of a run are from them.
 use serde::Serialize;
 
-use super::{kubernetes, report::Report};
+use super::{block, kubernetes, report::Report};
 
 /// A goal beside its figure.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -88,7 +88,7 @@ fn of_engine(report: &Report) -> Vec<Verdict> {
         _ => None,
     };
     let gap = report.gap.as_ref();
-    vec![
+    let mut verdicts = vec![
         Verdict::new(
             "pause_us_p99",
             "pause p99, worst of all dirty sets, guest otherwise idle",
@@ -143,7 +143,9 @@ fn of_engine(report: &Report) -> Vec<Verdict> {
             (AtLeast, 0.7, "of 1"),
             report.resync.as_ref().map(|resync| resync.share),
         ),
-    ]
+    ];
+    verdicts.extend(block::verdicts(report));
+    verdicts
 }
 
 #[cfg(test)]
@@ -171,6 +173,6 @@ mod tests {
     fn an_empty_run_judges_nothing() {
         let verdicts = verdicts(&Report::default());
         assert!(verdicts.iter().all(|verdict| verdict.met.is_none()), "{verdicts:?}");
-        assert_eq!(verdicts.len(), 9);
+        assert_eq!(verdicts.len(), 13);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   pair      a real pair on hosts made of namespaces (`demo::standalone`): pauses, latency, speed, memory, resync
+//!   block     the guest's own load on its disk, protected and alone in turns, on a pair of its own
 //!   gap       the demonstration itself, a few rounds of two faults
 //!   qemu      the same guest under QEMU: live migration, then COLO checkpoints
 //!   kubernetes  a VM on a cluster, the operator at rest, the operator with many VMs: runs of their own
@@ -19,6 +20,7 @@ use anyhow::{bail, ensure};
 
 use crate::lab::binaries::Profile;
 
+pub mod block;
 pub mod client;
 pub mod command;
 pub mod facts;
@@ -53,6 +55,8 @@ pub enum Part {
     Migration,
     /// QEMU's COLO checkpoints.
     Colo,
+    /// Throughput of the guest's disk, with and without protection.
+    Block,
     /// A VM on a cluster: apply, killed nodes, drains.
     Cluster,
     /// Operator and daemons with one VM at rest.
@@ -63,7 +67,7 @@ pub enum Part {
 
 impl Part {
     /// Those of the engine, which need no root: one run measures several on one pair.
-    pub const OF_ENGINE: [Self; 8] = [
+    pub const OF_ENGINE: [Self; 9] = [
         Self::Pause,
         Self::Latency,
         Self::Speed,
@@ -72,6 +76,7 @@ impl Part {
         Self::Gap,
         Self::Migration,
         Self::Colo,
+        Self::Block,
     ];
     /// Those that need a cluster.
     pub const OF_KUBERNETES: [Self; 3] = [Self::Cluster, Self::Operator, Self::Fleet];
@@ -86,6 +91,11 @@ impl Part {
         Self::OF_KUBERNETES.contains(&self)
     }
 
+    /// Whether its figures have a section of a page to themselves, and so can be measured anew alone.
+    pub fn has_section(self) -> bool {
+        self.is_of_kubernetes() || self == Self::Block
+    }
+
     /// Its name on the command line and in the report.
     pub fn name(self) -> &'static str {
         match self {
@@ -97,6 +107,7 @@ impl Part {
             Self::Gap => "gap",
             Self::Migration => "migration",
             Self::Colo => "colo",
+            Self::Block => "block",
             Self::Cluster => "cluster",
             Self::Operator => "operator",
             Self::Fleet => "fleet",
@@ -176,14 +187,16 @@ impl Options {
             of_kubernetes == 0,
             "cluster, operator and fleet are measured on clusters and the other parts in namespaces: give them in runs of their own"
         );
+        let shares = |part: &Part| !part.has_section();
         let missing: Vec<&str> = Part::OF_ENGINE
             .into_iter()
-            .filter(|part| !self.wants(*part))
+            .filter(|part| shares(part) && !self.wants(*part))
             .map(Part::name)
             .collect();
-        if self.markdown.is_some() && !missing.is_empty() {
+        let some_share = self.parts.iter().any(shares);
+        if self.markdown.is_some() && some_share && !missing.is_empty() {
             bail!(
-                "the engine's parts share one section of a page: without {} their figures would be wiped out of it; run all parts, or leave --markdown out",
+                "pause to colo share one section of a page: without {} their figures would be wiped out of it; run all parts, or leave --markdown out",
                 missing.join(", ")
             );
         }
@@ -210,6 +223,10 @@ pub struct Plan {
     pub speed_window: Duration,
     /// From a change of the load to the window's begin.
     pub settle: Duration,
+    /// A window in which the requests to the guest's disk are counted.
+    pub block_window: Duration,
+    /// How often each of these is measured, with and without protection.
+    pub block_rounds: u32,
     /// Full resyncs.
     pub resyncs: u32,
     /// Rounds of each fault.
@@ -233,11 +250,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A full run takes some ten minutes.
+    /// A full run takes some fifteen minutes.
     const FULL: Self = Self {
         window: Duration::from_secs(20),
         speed_window: Duration::from_secs(10),
         settle: Duration::from_millis(1500),
+        block_window: Duration::from_secs(2),
+        block_rounds: 3,
         resyncs: 3,
         faults: 5,
         migrations: 5,
@@ -255,6 +274,8 @@ impl Plan {
         window: Duration::from_millis(500),
         speed_window: Duration::from_millis(300),
         settle: Duration::from_millis(100),
+        block_window: Duration::from_millis(50),
+        block_rounds: 1,
         resyncs: 1,
         faults: 1,
         migrations: 1,
@@ -341,8 +362,16 @@ mod tests {
         };
         assert_eq!(run(&Part::OF_ENGINE, &page), Ok(()));
         assert_eq!(run(&[Part::Fleet], &page), Ok(()));
+        assert_eq!(run(&[Part::Block], &page), Ok(()));
         assert_eq!(run(&[Part::Pause], &None), Ok(()));
-        assert!(run(&[Part::Pause], &page).unwrap_err().contains("wiped out"));
+        for some in [&[Part::Pause][..], &[Part::Pause, Part::Block][..]] {
+            assert!(run(some, &page).unwrap_err().contains("wiped out"));
+        }
+        assert_eq!(
+            run(&Part::OF_ENGINE[..8], &page),
+            Ok(()),
+            "block is not in their section"
+        );
         let missing = run(&[Part::Fleet], &Some(PathBuf::from("/nowhere/page.md"))).unwrap_err();
         assert!(missing.contains("/nowhere/page.md"), "{missing}");
         let other = Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md"));

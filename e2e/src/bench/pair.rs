@@ -1,6 +1,6 @@
 //! A real pair under load: daemons and engines on hosts made of namespaces, and a client outside.
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,8 @@ use crate::demo::programs::Programs;
 use crate::demo::standalone::Standalone;
 use crate::demo::system::{Role, Seat, System};
 use crate::demo::{GUEST_ADDRESS, Options as DemoOptions};
-use crate::guest_protocol::DEFAULT_PORT;
+use crate::guest_blocks::{BlockLoad, BlockReport};
+use crate::guest_protocol::{DEFAULT_PORT, Op};
 use crate::hosts::{Lab, LabPlan};
 use crate::report::Progress;
 
@@ -202,6 +203,47 @@ impl<'a> Pair<'a> {
     /// If the guest does not take it.
     pub fn load(&mut self, load: Load) -> anyhow::Result<()> {
         self.client.load(load, self.epoch_ms)
+    }
+
+    /// Has the guest run a block load; its report is not judged here.
+    ///
+    /// # Errors
+    /// If the guest refuses, or does not answer.
+    pub fn blocks(&mut self, load: BlockLoad) -> anyhow::Result<BlockReport> {
+        self.client.blocks(load)
+    }
+
+    /// Has so many records appended to the guest's journal.
+    ///
+    /// # Errors
+    /// If the guest does not.
+    pub fn append(&mut self, records: u32) -> anyhow::Result<()> {
+        for _ in 0..records {
+            self.client.ask(Op::Journal, 0, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the guest's own check of its memory and its journal, which it reads back, finds nothing, and the journal has so many records.
+    ///
+    /// # Errors
+    /// What it finds.
+    pub fn check(&mut self, records: u32) -> anyhow::Result<()> {
+        let found = self.client.ask(Op::Verify, 0, 0)?;
+        let errors = (found.memory_errors, found.journal_errors);
+        ensure!(
+            errors == (0, 0) && found.journal_seq == u64::from(records),
+            "the guest finds {} faulty pages and {} errors in its journal, which has {} records of {records}",
+            errors.0,
+            errors.1,
+            found.journal_seq
+        );
+        Ok(())
+    }
+
+    /// The disk of a host's seat.
+    pub fn disk(&self, host: usize) -> PathBuf {
+        self.system.disk(host, 0)
     }
 
     /// Whether the active and this standby have the same memory at one epoch, and the same disks.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::block::Block;
 use super::facts::Facts;
 use super::goals::Verdict;
 use super::kubernetes::figures::{ClusterFigures, FleetFigures, OperatorFigures};
@@ -329,6 +330,8 @@ pub struct Report {
     pub resync: Option<Resync>,
     /// What a client waits.
     pub gap: Option<Gap>,
+    /// Throughput of the guest's disk.
+    pub block: Option<Block>,
     /// QEMU's live migration.
     pub migration: Option<Vec<MigrationPoint>>,
     /// QEMU's COLO.

@@ -6,13 +6,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 
+use super::block;
 use super::goals::Verdict;
 use super::kubernetes::shown;
 use super::report::{ColoPoint, CostPoint, LoadKey, PauseFigures, PausePoint, Report};
 use super::{Options, Part};
 
-/// Where the section of these figures begins and ends in a Markdown page; everything between is replaced. Those of a cluster have one for each
-/// part, so that each can be measured anew alone.
+/// Where the section of these figures begins and ends in a Markdown page; everything between is replaced. Some parts have one to themselves, so
+/// that each can be measured anew alone; the others share one.
 fn marks(part: Option<Part>) -> [String; 2] {
     let of = part.map_or_else(String::new, |part| format!(" of {}", part.name()));
     [
@@ -151,10 +152,7 @@ pub fn conclude(report: &Report, options: &Options, logs: &Path) -> anyhow::Resu
 /// # Errors
 /// If the page can't be read or written, or has no such section.
 pub fn write_markdown(report: &Report, parts: &[Part], page: &Path) -> anyhow::Result<()> {
-    let written = with_sections(page, parts, |part| match part {
-        Some(part) => markdown(&of_part(report, part)),
-        None => markdown(report),
-    })?;
+    let written = with_sections(page, parts, |section| markdown(&of_section(report, section)))?;
     std::fs::write(page, written).with_context(|| format!("writing {}", page.display()))
 }
 
@@ -166,28 +164,43 @@ pub fn check_page(parts: &[Part], page: &Path) -> anyhow::Result<()> {
     with_sections(page, parts, |_| String::new()).map(drop)
 }
 
-/// The page with these parts' sections anew. Parts of Kubernetes have one each, those of the engine one together.
-fn with_sections(page: &Path, parts: &[Part], section: impl Fn(Option<Part>) -> String) -> anyhow::Result<String> {
+/// The page with these parts' sections anew.
+fn with_sections(page: &Path, parts: &[Part], figures: impl Fn(Option<Part>) -> String) -> anyhow::Result<String> {
     let mut text = std::fs::read_to_string(page).with_context(|| format!("reading {}", page.display()))?;
-    let mut sections: Vec<Option<Part>> = parts
+    let sections: BTreeSet<Option<Part>> = parts
         .iter()
-        .map(|part| Some(*part).filter(|part| part.is_of_kubernetes()))
+        .map(|part| Some(*part).filter(|part| part.has_section()))
         .collect();
-    sections.dedup();
-    for part in sections {
-        text = with_section(&text, &marks(part), &section(part)).with_context(|| page.display().to_string())?;
+    for section in sections {
+        text = with_section(&text, &marks(section), &figures(section)).with_context(|| page.display().to_string())?;
     }
     Ok(text)
 }
 
-/// The report as if this part of Kubernetes had been measured alone.
-fn of_part(report: &Report, part: Part) -> Report {
-    let mut alone = report.clone();
-    alone.cluster = alone.cluster.filter(|_| part == Part::Cluster);
-    alone.operator = alone.operator.filter(|_| part == Part::Operator);
-    alone.fleet = alone.fleet.filter(|_| part == Part::Fleet);
-    alone.goals.retain(|verdict| verdict.name.starts_with(part.name()));
-    alone.complaints.retain(|complaint| complaint.starts_with(part.name()));
+/// The report as if what belongs to this section had been measured alone.
+fn of_section(report: &Report, section: Option<Part>) -> Report {
+    let whose = |text: &str| Part::all().find(|part| part.has_section() && text.starts_with(part.name()));
+    let mut alone = match section {
+        None => report.clone(),
+        Some(_) => Report {
+            machine: report.machine.clone(),
+            settings: report.settings.clone(),
+            block: report.block.clone(),
+            cluster: report.cluster.clone(),
+            operator: report.operator.clone(),
+            fleet: report.fleet.clone(),
+            goals: report.goals.clone(),
+            complaints: report.complaints.clone(),
+            took_s: report.took_s,
+            ..Report::default()
+        },
+    };
+    alone.block = alone.block.filter(|_| section == Some(Part::Block));
+    alone.cluster = alone.cluster.filter(|_| section == Some(Part::Cluster));
+    alone.operator = alone.operator.filter(|_| section == Some(Part::Operator));
+    alone.fleet = alone.fleet.filter(|_| section == Some(Part::Fleet));
+    alone.goals.retain(|verdict| whose(verdict.name) == section);
+    alone.complaints.retain(|complaint| whose(complaint) == section);
     alone
 }
 
@@ -248,6 +261,7 @@ fn tables(report: &Report) -> Vec<Table> {
         memory(report),
         resync(report),
         gaps(report),
+        block::table(report),
     ];
     let made = made.into_iter().chain(shown::tables(report));
     made.filter(|table| table.rows.len() > 1).collect()
@@ -550,7 +564,7 @@ fn milliseconds(us: u64) -> String {
     }
 }
 
-fn percent(share: f64) -> String {
+pub(super) fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)
 }
 
@@ -635,6 +649,32 @@ mod tests {
                 .to_string()
                 .contains("has no line")
         );
+    }
+
+    /// What else was measured by the same run is not in it, nor is it in what the others share.
+    #[test]
+    fn a_section_has_what_belongs_to_it() {
+        let mut report = report();
+        report.block = Some(block::Block {
+            rounds: 1,
+            window_ms: 1,
+            area_bytes: 1,
+            points: Vec::new(),
+        });
+        report.complaints = vec!["block: a wrong byte".to_owned(), "gap: no answer".to_owned()];
+        report
+            .goals
+            .retain(|verdict| verdict.name == "speed_share" || verdict.name.starts_with("block_random"));
+        let of = |section| {
+            let alone = of_section(&report, section);
+            let goals: Vec<_> = alone.goals.iter().map(|verdict| verdict.name).collect();
+            (alone.block.is_some(), alone.speed.is_some(), goals, alone.complaints)
+        };
+        let complaints = |index: usize| vec![report.complaints[index].clone()];
+        assert_eq!(of(None), (false, true, vec!["speed_share"], complaints(1)));
+        let goals = vec!["block_random_read_share", "block_random_write_share"];
+        assert_eq!(of(Some(Part::Block)), (true, false, goals, complaints(0)));
+        assert_eq!(of(Some(Part::Fleet)), (false, false, vec![], vec![]));
     }
 
     #[test]

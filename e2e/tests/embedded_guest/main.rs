@@ -5,6 +5,7 @@ mod qemu;
 mod wire;
 
 use client::Client;
+use ftvm_e2e::guest_blocks::{AREA_OFFSET, BLOCK_REPORT_BYTES, BlockLoad, BlockReport};
 use ftvm_e2e::guest_journal::{self, HEADER_SECTORS, SECTOR_BYTES};
 use ftvm_e2e::guest_protocol::{CHURN_WORD_ONLY, Checksum, MAX_PAYLOAD_BYTES, Op, REFUSED, fill_bulk, next_chain};
 use qemu::{Disk, Guest};
@@ -13,6 +14,17 @@ use std::time::Duration;
 const DISK_BYTES: u64 = 4 << 20;
 /// For an echo on a busy machine. A neighbour that has moved is known to have from its own request on.
 const ECHO: Duration = Duration::from_secs(20);
+/// All of a small area, with as many requests at a time as there may be.
+const WRITE: BlockLoad = BlockLoad {
+    writes: true,
+    random: false,
+    block_bytes: 4 << 10,
+    depth: 32,
+    flush_every: 5,
+    limit_ms: 0,
+    limit_requests: (AREA_BYTES >> 12) as u32,
+};
+const AREA_BYTES: u64 = 1 << 20;
 
 #[test]
 fn increments_count_and_chain_and_pipelined_answers_keep_their_order() {
@@ -112,6 +124,8 @@ fn what_is_not_a_request_is_refused() {
     );
     assert!(client.call(Op::SetWork, 7, 2, 0).refused());
     assert!(client.call(Op::Damage, 8, 0, 0).refused(), "there is no churn");
+    let (arg, arg2) = WRITE.encode();
+    assert!(client.call(Op::Block, 8, arg, arg2).refused(), "there is no disk");
     client.raw(&[0x55; 64]);
     assert!(client.at_end(), "a stream out of step is cut");
     assert_eq!(guest.connect().call(Op::Status, 9, 0, 0).count, 0);
@@ -325,6 +339,91 @@ fn two_disks_have_the_same_journal() {
     assert!(
         refused.refused() && refused.journal_errors > 0,
         "a durable record that one disk lacks is missed"
+    );
+}
+
+/// Begins a block load; a further request follows at once.
+fn begin(client: &mut Client, load: BlockLoad) {
+    let (arg, arg2) = load.encode();
+    client.send(Op::Block, 1, arg, arg2);
+    client.send(Op::Status, 2, 0, 0);
+}
+
+/// The report of a load that was begun.
+fn report(client: &mut Client) -> BlockReport {
+    assert!(!client.answer().refused());
+    let bytes = client.bytes(BLOCK_REPORT_BYTES);
+    assert_eq!(client.answer().seq, 2, "the request behind a load is found");
+    BlockReport::decode(&bytes.try_into().expect("so many were read"))
+}
+
+#[test]
+fn the_block_load_finds_what_the_disk_changed_and_leaves_the_journal_alone() {
+    let disk = Disk::create("blocks", AREA_OFFSET + AREA_BYTES);
+    let guest = Guest::start("blocks-1", Some(&disk), "vcpus=1");
+    let (mut client, mut other) = (guest.connect(), guest.connect());
+    let read = BlockLoad {
+        writes: false,
+        flush_every: 0,
+        ..WRITE
+    };
+    let (arg, arg2) = read.encode();
+    assert!(
+        client.call(Op::Block, 0, arg, arg2).refused(),
+        "nothing was written yet"
+    );
+    assert!(client.call(Op::Block, 0, 0, 0).refused(), "no load");
+
+    begin(&mut client, WRITE);
+    (1..=50).for_each(|seq| other.send(Op::Journal, seq, 0, 0));
+    (1..=50).for_each(|seq| assert_eq!(other.answer().seq, seq));
+    let written = report(&mut client);
+    assert_eq!((written.requests, written.bytes, written.failed), (256, AREA_BYTES, 0));
+    assert_eq!(written.area_bytes, AREA_BYTES);
+    assert!(written.flushes > 0 && written.elapsed_ns > 0, "{written:?}");
+    let latency = written.latency;
+    assert!(
+        0 < latency.p50_ns && latency.p50_ns <= latency.p99_ns && latency.p99_ns <= latency.max_ns,
+        "{latency:?}"
+    );
+    let rewrite = BlockLoad {
+        random: true,
+        block_bytes: 8 << 10,
+        ..WRITE
+    };
+    begin(&mut client, rewrite);
+    assert_eq!(report(&mut client).bytes, 2 * AREA_BYTES);
+    begin(&mut client, read);
+    let found = report(&mut client);
+    assert_eq!((found.requests, found.wrong_units, found.flushes), (256, 0, 0));
+
+    // The control: one bit.
+    disk.flip(AREA_OFFSET + 5000);
+    begin(&mut client, read);
+    let found = report(&mut client);
+    assert_eq!((found.wrong_units, found.first_wrong_unit, found.failed), (1, 1, 0));
+    let status = client.call(Op::Verify, 3, 0, 0);
+    assert_eq!((status.journal_seq, status.journal_errors), (50, 0));
+
+    // A load whose client has gone is in nobody's way.
+    let forever = BlockLoad {
+        limit_requests: u32::MAX,
+        ..WRITE
+    };
+    let mut gone = guest.connect();
+    begin(&mut gone, forever);
+    drop(gone);
+    begin(&mut client, WRITE);
+    assert_eq!(report(&mut client).requests, 256);
+    drop(guest);
+
+    let guest = Guest::start("blocks-2", Some(&disk), "vcpus=1");
+    let mut client = guest.connect();
+    let status = client.call(Op::Verify, 1, 0, 0);
+    assert_eq!((status.boots, status.journal_seq, status.journal_errors), (2, 50, 0));
+    assert!(
+        client.call(Op::Block, 2, arg, arg2).refused(),
+        "what an earlier boot wrote is not known any more"
     );
 }
 

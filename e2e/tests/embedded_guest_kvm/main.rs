@@ -7,6 +7,7 @@ mod client;
 mod vm;
 
 use client::Client;
+use ftvm_e2e::guest_blocks::{BLOCK_REPORT_BYTES, BlockLoad, BlockReport};
 use ftvm_e2e::guest_protocol::{CHURN_WORD_ONLY, Checksum, Op, fill_bulk, next_chain};
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm::{Lab, Vm};
@@ -98,6 +99,74 @@ fn a_machine_saved_amidst_traffic_goes_on_in_another() {
             }
         });
     }
+}
+
+fn report(client: &mut Client) -> BlockReport {
+    assert!(!client.answer().refused());
+    let bytes = client.bytes(BLOCK_REPORT_BYTES);
+    BlockReport::decode(&bytes.try_into().expect("so many were read"))
+}
+
+/// What the disk had under way is done again by the other machine: nothing is lost, and each request is answered once.
+#[test]
+fn a_machine_saved_amidst_a_block_load_goes_on_in_another() {
+    let lab = Lab::new("blocks");
+    let mut vm = Vm::boot(&lab, 1, "");
+    let (mut client, mut journal) = (lab.connect(), lab.connect());
+    let write = BlockLoad {
+        writes: true,
+        random: false,
+        block_bytes: 64 << 10,
+        depth: 8,
+        flush_every: 0,
+        limit_ms: 0,
+        limit_requests: 128,
+    };
+    let loads = [
+        write,
+        BlockLoad {
+            random: true,
+            block_bytes: 4 << 10,
+            depth: 32,
+            flush_every: 7,
+            limit_ms: 1000,
+            limit_requests: 0,
+            ..write
+        },
+        BlockLoad {
+            writes: false,
+            random: true,
+            depth: 32,
+            limit_ms: 1000,
+            limit_requests: 0,
+            ..write
+        },
+        BlockLoad { writes: false, ..write },
+    ];
+    for load in loads {
+        let (arg, arg2) = load.encode();
+        client.send(Op::Block, 1, arg, arg2);
+        if load.limit_ms > 0 {
+            for seq in 0..2 {
+                // Once this is answered the guest has the load as well.
+                assert_eq!(journal.call(Op::Journal, seq, 0, 0).journal_errors, 0);
+                vm = vm.move_to_another(&lab);
+            }
+        }
+        let found = report(&mut client);
+        assert!(found.requests > 0, "{found:?}");
+        assert_eq!(
+            (found.bytes, found.failed, found.wrong_units),
+            (found.requests * u64::from(load.block_bytes), 0, 0),
+            "{load:?}: {found:?}"
+        );
+    }
+    let checked = client.call(Op::Verify, 3, 0, 0);
+    assert_eq!(
+        (checked.journal_seq, checked.journal_errors, checked.memory_errors),
+        (4, 0, 0)
+    );
+    drop(vm);
 }
 
 struct StopOnDrop<'a>(&'a AtomicBool);

@@ -1,6 +1,7 @@
 //! A machine of the engine with the embedded guest in it, in a network namespace of its own.
 
 use crate::client::Client;
+use ftvm_e2e::guest_blocks::AREA_OFFSET;
 use ftvm_e2e::guest_build::build_embedded_guest;
 use ftvm_e2e::guest_protocol::DEFAULT_PORT;
 use ftvm_engine::backends::console::Ring;
@@ -26,7 +27,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 const TAP: &str = "ftvm0";
-const DISK_BYTES: u64 = 4 << 20;
+/// With an area for block loads as large as what lies before it.
+const DISK_BYTES: u64 = 2 * AREA_OFFSET;
 const MEMORY_BYTES: u64 = 64 << 20;
 const PATIENCE: Duration = Duration::from_secs(90);
 

@@ -1,58 +1,82 @@
-//! virtio-blk: one request at a time, without waiting. (Virtio 1.2, section 5.2.)
+//! virtio-blk, without waiting: one request at a time of the disk's own, and beside it those of whoever brings buffers
+//! (blocks.rs). (Virtio 1.2, section 5.2.)
 
+use crate::guest_blocks::DEPTH_MAX;
 use crate::guest_journal::{MAX_DISKS, SECTOR_BYTES};
 use crate::net::begin;
 use crate::statics::Once;
-use crate::virtio::{GuestHal, PciTransport};
+use crate::virtio::{GuestHal, PciTransport, wants_kick};
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::Transport;
 
-const QUEUE_SIZE: usize = 16;
+const QUEUE_SIZE: usize = 128;
+/// Header, data, status.
+const REQUEST_DESCRIPTORS: usize = 3;
 const REQUESTS: u16 = 0;
 const VERSION_1: u64 = 1 << 32;
 const READ_ONLY: u64 = 1 << 5;
 const FLUSH: u64 = 1 << 9;
-/// Sectors that one request moves at most.
+/// Sectors that one request of the disk's own moves at most.
 pub const REQUEST_SECTORS: usize = 128;
+
+const _: () = assert!((DEPTH_MAX + 1) * REQUEST_DESCRIPTORS <= QUEUE_SIZE);
+
+type Queue = VirtQueue<GuestHal, QUEUE_SIZE>;
+
+/// What a request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Fills its data.
+    Read,
+    /// Takes its data.
+    Write,
+    /// Makes durable what was written before. It has no data.
+    Flush,
+}
+
+/// What stands around a request's data.
+pub struct Frame {
+    header: [u8; 16],
+    status: [u8; 1],
+}
+
+impl Frame {
+    /// Of a request that is yet to come.
+    pub const NEW: Self = Self {
+        header: [0; 16],
+        status: [0],
+    };
+}
+
+/// A request that the device has.
+#[derive(Clone, Copy)]
+pub struct Running {
+    /// What it does.
+    pub kind: Kind,
+    token: u16,
+}
 
 /// One request's buffers, which the device uses while the request runs.
 struct Buffers {
-    header: [u8; 16],
+    frame: Frame,
     data: [u8; REQUEST_SECTORS * SECTOR_BYTES],
-    status: [u8; 1],
 }
 
 static BUFFERS: [Once<Buffers>; MAX_DISKS] = [const {
     Once::new(Buffers {
-        header: [0; 16],
+        frame: Frame::NEW,
         data: [0; REQUEST_SECTORS * SECTOR_BYTES],
-        status: [0],
     })
 }; MAX_DISKS];
-
-/// What a request does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Read,
-    Write,
-    Flush,
-}
-
-#[derive(Clone, Copy)]
-struct Running {
-    kind: Kind,
-    bytes: usize,
-    token: u16,
-}
 
 /// A disk.
 pub struct Disk {
     transport: PciTransport,
-    queue: VirtQueue<GuestHal, QUEUE_SIZE>,
+    queue: Queue,
     buffers: &'static mut Buffers,
     sectors: u64,
     features: u64,
-    running: Option<Running>,
+    running: Option<(Running, usize)>,
 }
 
 impl Disk {
@@ -94,9 +118,14 @@ impl Disk {
         self.start(Kind::Write, sector, sectors * SECTOR_BYTES);
     }
 
-    /// Starts a flush: what was written before is durable when it is done. A device that offers no flush writes through.
+    /// Whether the device offers a flush; one that does not writes through.
+    pub fn can_flush(&self) -> bool {
+        self.features & FLUSH != 0
+    }
+
+    /// Starts a flush: what was written before is durable when it is done.
     pub fn flush(&mut self) {
-        if self.features & FLUSH != 0 {
+        if self.can_flush() {
             self.start(Kind::Flush, 0, 0);
         }
     }
@@ -115,47 +144,91 @@ impl Disk {
 
     fn start(&mut self, kind: Kind, sector: u64, bytes: usize) {
         assert!(self.running.is_none(), "one request at a time");
-        let code: u32 = match kind {
-            Kind::Read => 0,
-            Kind::Write => 1,
-            Kind::Flush => 4,
-        };
-        self.buffers.header[..4].copy_from_slice(&code.to_le_bytes());
-        self.buffers.header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.buffers.status = [0xFF];
-        let Buffers { header, data, status } = &mut *self.buffers;
-        let data = &mut data[..bytes];
+        let Buffers { frame, data } = &mut *self.buffers;
         // SAFETY: the buffers are static; `data` and `data_mut` refuse, and `start` too, until `poll` pops the request.
-        let token = unsafe {
-            match kind {
-                Kind::Read => self.queue.add(&[header], &mut [data, status]),
-                Kind::Write => self.queue.add(&[header, data], &mut [status]),
-                Kind::Flush => self.queue.add(&[header], &mut [status]),
-            }
+        let running = unsafe { add(&mut self.queue, kind, sector, frame, &mut data[..bytes]) };
+        self.running = Some((running, bytes));
+        self.kick();
+    }
+
+    /// `None` while a request runs; then whether it succeeded. Without a request: success. A request of somebody else's that
+    /// was done before has to be taken first.
+    pub fn poll(&mut self) -> Option<bool> {
+        let Some((running, bytes)) = self.running else {
+            return Some(true);
         };
-        let token = token.expect("the queue is empty");
-        self.running = Some(Running { kind, bytes, token });
-        if self.queue.should_notify() {
+        let Buffers { frame, data } = &mut *self.buffers;
+        // SAFETY: the same buffers as in `start`.
+        let done = unsafe { pop(&mut self.queue, running, frame, &mut data[..bytes]) }?;
+        self.running = None;
+        Some(done)
+    }
+
+    /// Puts a request into the queue; the device hears of it by [`Disk::kick`]. There is room for [`DEPTH_MAX`].
+    ///
+    /// # Safety
+    /// Nobody touches `frame` and `data`, nor do they cease to be, until [`Disk::take`] has taken the request.
+    pub unsafe fn put(&mut self, kind: Kind, sector: u64, frame: &mut Frame, data: &mut [u8]) -> Running {
+        // SAFETY: the caller's promise.
+        unsafe { add(&mut self.queue, kind, sector, frame, data) }
+    }
+
+    /// Tells the device of new requests.
+    pub fn kick(&mut self) {
+        if wants_kick(&self.queue) {
             self.transport.notify(REQUESTS);
         }
     }
 
-    /// `None` while a request runs; then whether it succeeded. Without a request: success.
-    pub fn poll(&mut self) -> Option<bool> {
-        let Some(running) = self.running else { return Some(true) };
-        self.queue.peek_used()?;
-        let Buffers { header, data, status } = &mut *self.buffers;
-        let data = &mut data[..running.bytes];
-        // SAFETY: the same buffers as in `start`, under the same token.
-        let popped = unsafe {
-            match running.kind {
-                Kind::Read => self.queue.pop_used(running.token, &[header], &mut [data, status]),
-                Kind::Write => self.queue.pop_used(running.token, &[header, data], &mut [status]),
-                Kind::Flush => self.queue.pop_used(running.token, &[header], &mut [status]),
-            }
-        };
-        popped.expect("the device returns the only request");
-        self.running = None;
-        Some(self.buffers.status == [0])
+    /// Takes a request back, if it is the next one that the device has done; says whether it succeeded.
+    ///
+    /// # Safety
+    /// `frame` and `data` are those of [`Disk::put`].
+    pub unsafe fn take(&mut self, running: Running, frame: &mut Frame, data: &mut [u8]) -> Option<bool> {
+        // SAFETY: the caller's promise.
+        unsafe { pop(&mut self.queue, running, frame, data) }
     }
+}
+
+/// # Safety
+/// As for [`Disk::put`].
+unsafe fn add(queue: &mut Queue, kind: Kind, sector: u64, frame: &mut Frame, data: &mut [u8]) -> Running {
+    let code: u32 = match kind {
+        Kind::Read => 0,
+        Kind::Write => 1,
+        Kind::Flush => 4,
+    };
+    frame.header[..4].copy_from_slice(&code.to_le_bytes());
+    frame.header[8..].copy_from_slice(&sector.to_le_bytes());
+    frame.status = [0xFF];
+    let Frame { header, status } = frame;
+    // SAFETY: the caller's promise.
+    let token = unsafe {
+        match kind {
+            Kind::Read => queue.add(&[header], &mut [data, status]),
+            Kind::Write => queue.add(&[header, data], &mut [status]),
+            Kind::Flush => queue.add(&[header], &mut [status]),
+        }
+    };
+    let token = token.expect("the queue has room for all that there may be");
+    Running { kind, token }
+}
+
+/// # Safety
+/// As for [`Disk::take`].
+unsafe fn pop(queue: &mut Queue, running: Running, frame: &mut Frame, data: &mut [u8]) -> Option<bool> {
+    if queue.peek_used() != Some(running.token) {
+        return None;
+    }
+    let Frame { header, status } = frame;
+    // SAFETY: the caller's promise.
+    let popped = unsafe {
+        match running.kind {
+            Kind::Read => queue.pop_used(running.token, &[header], &mut [data, status]),
+            Kind::Write => queue.pop_used(running.token, &[header, data], &mut [status]),
+            Kind::Flush => queue.pop_used(running.token, &[header], &mut [status]),
+        }
+    };
+    popped.expect("it was there just now");
+    Some(frame.status == [0])
 }

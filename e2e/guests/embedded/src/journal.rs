@@ -157,6 +157,11 @@ impl Journal {
         Some(past)
     }
 
+    /// The first disk, for requests beside the journal's own.
+    pub fn first_disk(&mut self) -> Option<&mut Disk> {
+        self.disks.first_mut()?.as_mut()
+    }
+
     fn disk(&mut self, number: usize) -> &mut Disk {
         self.disks[number].as_mut().expect("it was opened")
     }
@@ -417,6 +422,10 @@ impl Journal {
 
     fn step(&mut self) -> bool {
         if self.state == State::Failed {
+            // What still ran then is taken back: it would be in the way of others' requests.
+            for disk in self.disks.iter_mut().flatten() {
+                disk.poll();
+            }
             return false;
         }
         match self.poll_disks() {

@@ -6,6 +6,9 @@
 #![no_std]
 #![no_main]
 
+#[path = "../../../src/guest_blocks.rs"]
+#[allow(dead_code)]
+mod guest_blocks;
 #[path = "../../../src/guest_journal.rs"]
 #[allow(dead_code)]
 mod guest_journal;
@@ -19,6 +22,7 @@ use guest_protocol as protocol;
 mod serial;
 mod acpi;
 mod apic;
+mod blocks;
 mod card;
 mod config;
 mod cpu;

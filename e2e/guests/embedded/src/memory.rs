@@ -69,6 +69,14 @@ impl Region {
         self.pages
     }
 
+    /// The end of the highest range, so many bytes of it in a row: the number of their first page, and where it is. None if the range
+    /// is not that large.
+    pub fn tail(&self, bytes: u64) -> Option<(u64, *mut u8)> {
+        let highest = self.segments.iter().rfind(|range| range.start < range.end)?;
+        let start = highest.end.checked_sub(bytes)?;
+        (start >= highest.start).then_some((self.pages - bytes / PAGE_BYTES, start as *mut u8))
+    }
+
     /// The address of page `index`.
     pub fn page(&self, index: u64) -> *mut [AtomicU64; PAGE_WORDS] {
         let mut offset = index * PAGE_BYTES;

@@ -2,7 +2,8 @@
 
 use crate::protocol::MAX_CARDS;
 use crate::statics::Once;
-use crate::virtio::{GuestHal, PciTransport};
+use crate::virtio::{GuestHal, PciTransport, wants_kick};
+use core::sync::atomic::{Ordering, fence};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium};
 use smoltcp::time::Instant;
 use virtio_drivers::queue::VirtQueue;
@@ -111,10 +112,10 @@ impl Net {
 
     /// Tells the device about buffers added since the last time. To be called after smoltcp ran.
     pub fn flush(&mut self) {
-        if core::mem::take(&mut self.receiver.kick) && self.receiver.queue.should_notify() {
+        if core::mem::take(&mut self.receiver.kick) && wants_kick(&self.receiver.queue) {
             self.transport.notify(RECEIVE);
         }
-        if core::mem::take(&mut self.transmitter.kick) && self.transmitter.queue.should_notify() {
+        if core::mem::take(&mut self.transmitter.kick) && wants_kick(&self.transmitter.queue) {
             self.transport.notify(TRANSMIT);
         }
     }
@@ -178,11 +179,13 @@ impl Transmitter {
         if self.free_count > 0 {
             return true;
         }
-        if core::mem::take(&mut self.kick) && self.queue.should_notify() {
+        if core::mem::take(&mut self.kick) && wants_kick(&self.queue) {
             transport.notify(TRANSMIT);
         }
         self.queue.set_dev_notify(true);
-        self.collect(); // what was used before the device saw the flag raises no interrupt
+        // What was used before the device saw the flag raises no interrupt: it has to be seen here.
+        fence(Ordering::SeqCst);
+        self.collect();
         if self.free_count > 0 {
             self.queue.set_dev_notify(false);
         }

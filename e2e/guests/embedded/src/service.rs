@@ -2,8 +2,10 @@
 
 use crate::acpi::Acpi;
 use crate::apic;
+use crate::blocks::Blocks;
 use crate::card::{ALL_CONNECTIONS, Card};
-use crate::cpu::out8;
+use crate::cpu::{self, out8};
+use crate::guest_blocks::{BLOCK_REPORT_BYTES, BlockLoad};
 use crate::guest_journal::{Record, Tally};
 use crate::journal::{BATCH_RECORDS, Journal, Past};
 use crate::memory::Region;
@@ -37,6 +39,8 @@ enum Phase {
     Churn { request: Request, ticket: u64 },
     /// Waiting until memory and journal are checked.
     Verify { request: Request, ticket: u64 },
+    /// Waiting until the block load is over.
+    Block { request: Request },
     /// Answered; when the client has it, the machine ends.
     Ending { op: Op, deadline: Nanoseconds },
 }
@@ -95,6 +99,7 @@ struct Connection {
 /// What requests change, apart from connections.
 struct Machine {
     journal: Journal,
+    blocks: Blocks,
     region: Region,
     acpi: Acpi,
     vcpus: usize,
@@ -137,6 +142,7 @@ impl Service {
         }
         let machine = Machine {
             journal,
+            blocks: Blocks::new(),
             region,
             acpi,
             vcpus,
@@ -159,6 +165,10 @@ impl Service {
                 progress |= card.poll(now);
             }
             progress |= self.machine.journal.poll();
+            if self.machine.poll_blocks() {
+                // There may be more at once, but this vCPU's worker has its turn before.
+                cpu::this().set_wake();
+            }
             for connection in self.connections.iter_mut().flatten() {
                 let card = self.cards[connection.card].as_mut().expect("it made this connection");
                 let socket = card.sockets.get_mut::<Socket>(connection.handle);
@@ -187,10 +197,17 @@ impl Connection {
     /// Serves what can be served; true if anything moved.
     fn serve(&mut self, socket: &mut Socket<'_>, machine: &mut Machine, port: u16) -> bool {
         if socket.state() == TcpState::Closed {
+            if matches!(self.phase, Phase::Block { .. }) {
+                machine.blocks.abandon();
+            }
             self.phase = Phase::Ready;
             self.waiting.count = 0;
             socket.listen(port).expect("the port is not 0, the socket is closed");
             return true;
+        }
+        if matches!(self.phase, Phase::Block { .. }) && socket.state() == TcpState::CloseWait {
+            // A client that says no more waits for what there is.
+            machine.blocks.stop();
         }
         let mut moved = false;
         for _ in 0..REQUESTS_A_TURN {
@@ -282,6 +299,16 @@ impl Connection {
                 }
                 send(socket, &machine.answer(self.card, *request));
             }
+            Phase::Block { request } => {
+                if !room_for(socket, ANSWER_BYTES + BLOCK_REPORT_BYTES) {
+                    return false;
+                }
+                let Some(report) = machine.blocks.report() else {
+                    return false;
+                };
+                send(socket, &machine.answer(self.card, *request));
+                let _ = socket.send_slice(&report.encode());
+            }
             Phase::Ending { op, deadline } => {
                 if socket.send_queue() == 0 || time::now() >= *deadline {
                     machine.end(*op);
@@ -312,8 +339,14 @@ impl Connection {
             self.waiting.push(record, answer);
             return true;
         }
-        let churn_busy = op == Some(Op::SetChurn) && !worker::churn_ready(worker::last_churn(), machine.vcpus);
-        if self.waiting.count > 0 || churn_busy || !room_for_answer(socket) {
+        let churn_ready = || worker::churn_ready(worker::last_churn(), machine.vcpus);
+        let busy = match op {
+            Some(Op::SetChurn) => !churn_ready(),
+            // Until then the churn may use pages that it is to leave.
+            Some(Op::Block) => machine.blocks.busy() || !churn_ready(),
+            _ => false,
+        };
+        if self.waiting.count > 0 || busy || !room_for_answer(socket) {
             return false;
         }
         consume(socket);
@@ -324,7 +357,8 @@ impl Connection {
     /// Starts a request that needs no earlier answer to go first.
     fn start(&mut self, socket: &mut Socket<'_>, machine: &mut Machine, request: Request, op: Option<Op>) {
         match op {
-            Some(Op::SetChurn) if request.arg <= machine.region.pages() => {
+            Some(Op::Block) if machine.start_blocks(&request) => self.phase = Phase::Block { request },
+            Some(Op::SetChurn) if request.arg <= machine.free_pages() => {
                 let rate = request.arg2 & !CHURN_WORD_ONLY;
                 let words = request.arg2 & CHURN_WORD_ONLY != 0;
                 let ticket = worker::order_churn(Churn {
@@ -444,6 +478,28 @@ impl Machine {
         }
     }
 
+    /// Begins a block load. False if it is refused.
+    fn start_blocks(&mut self, request: &Request) -> bool {
+        let Some(order) = BlockLoad::decode(request.arg, request.arg2) else {
+            return false;
+        };
+        let bytes = u64::from(order.block_bytes) * u64::from(order.depth);
+        let (Some((first_page, data)), Some(disk)) = (self.region.tail(bytes), self.journal.first_disk()) else {
+            return false;
+        };
+        worker::churn_pages() <= first_page && self.blocks.start(order, first_page, data, disk)
+    }
+
+    fn poll_blocks(&mut self) -> bool {
+        let disk = self.journal.first_disk();
+        disk.is_some_and(|disk| self.blocks.poll(disk))
+    }
+
+    /// How many pages the churn may have.
+    fn free_pages(&self) -> u64 {
+        self.blocks.first_page().unwrap_or(self.region.pages())
+    }
+
     fn wake_others(&self) {
         (1..self.vcpus).for_each(apic::wake);
     }
@@ -468,12 +524,16 @@ impl Machine {
             time::spin_us(GRACE_US);
             log!("reset: neither port {RESET_CONTROL:#x} nor {KEYBOARD_CONTROLLER:#x} had an effect");
         }
-        crate::cpu::stop();
+        cpu::stop();
     }
 }
 
 fn room_for_answer(socket: &Socket<'_>) -> bool {
-    socket.send_capacity() - socket.send_queue() >= ANSWER_BYTES
+    room_for(socket, ANSWER_BYTES)
+}
+
+fn room_for(socket: &Socket<'_>, bytes: usize) -> bool {
+    socket.send_capacity() - socket.send_queue() >= bytes
 }
 
 /// Sends an answer. There is room: callers ask first. A connection that closed meanwhile gets none.

@@ -6,7 +6,8 @@ use crate::pci::VirtioFunction;
 use crate::protocol::MAX_CARDS;
 use crate::statics::Once;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicUsize, Ordering, fence};
+use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Error, Hal, PAGE_SIZE, PhysAddr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -169,6 +170,14 @@ impl Transport for PciTransport {
         unsafe { field.write_volatile(value) };
         Ok(())
     }
+}
+
+/// Whether the device is to be told of what was added to the queue.
+pub fn wants_kick<const SIZE: usize>(queue: &VirtQueue<GuestHal, SIZE>) -> bool {
+    // The device says that it wants to be told, and then looks once more: what was added must not be seen later than that is read, and
+    // `add` has no such fence.
+    fence(Ordering::SeqCst);
+    queue.should_notify()
 }
 
 /// Two pages a queue: cards have two queues, disks one.

@@ -76,6 +76,11 @@ pub fn last_churn() -> u64 {
     CHURN_GENERATION.load(Ordering::Acquire)
 }
 
+/// The pages of the last order.
+pub fn churn_pages() -> u64 {
+    CHURN_PAGES.load(Ordering::Relaxed)
+}
+
 /// Whether the first `vcpus` have filled their pages for this order.
 pub fn churn_ready(ticket: u64, vcpus: usize) -> bool {
     REPORTS[..vcpus]
@@ -127,7 +132,7 @@ pub fn totals() -> Totals {
 
 /// Negative control: flips one bit of a page of the churn. False if there is no such page or word.
 pub fn damage(region: &Region, page: u64, word: u64) -> bool {
-    if page >= CHURN_PAGES.load(Ordering::Relaxed) || word >= PAGE_WORDS as u64 {
+    if page >= churn_pages() || word >= PAGE_WORDS as u64 {
         return false;
     }
     // SAFETY: the page is RAM of the region; its words are only ever used as atomics.
