@@ -161,13 +161,22 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
     assert_eq!(accepted, None);
     let explained = cluster.kubectl(&["explain", "ftvm.spec.faultTolerance.replaceAfterSeconds"])?;
     assert!(explained.contains("is replaced on another node"), "{explained}");
-    let explained = cluster.kubectl(&["explain", "ftvm.spec.disks.source.format"])?;
-    // kubectl breaks lines.
-    let explained = explained.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(
-        explained.contains("neither a backing file nor an external data file"),
-        "{explained}"
-    );
+    for (field, words) in [
+        ("format", "What a qcow2 file names is never opened"),
+        (
+            "image.backing",
+            "in the same image or volume of the files that a qcow2 file is the difference from, nearest first",
+        ),
+        (
+            "claim.backing",
+            "in the same volume of the files that a qcow2 file is the difference from, nearest first",
+        ),
+    ] {
+        let explained = cluster.kubectl(&["explain", &format!("ftvm.spec.disks.source.{field}")])?;
+        // kubectl breaks lines.
+        let explained = explained.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(explained.contains(words), "{explained}");
+    }
     columns(&cluster)
 }
 

@@ -12,6 +12,7 @@ fn job(folder: &Path) -> Job {
         mark: folder.join("disk.mark"),
         source: None,
         file: None,
+        backing: Vec::new(),
         staging: folder.join("staging"),
         importer: folder.join("importer"),
         used: false,
@@ -104,6 +105,7 @@ fn a_blank_disk_gets_first_contents_if_its_seat_becomes_the_original() {
         source: Some(Source {
             place: Place::Image {
                 path: "/root.raw".to_owned(),
+                backing: Vec::new(),
             },
             format: Some(source::Format::Raw),
             compression: None,
