@@ -184,3 +184,53 @@ impl Drop for Helper {
         let _ = self.child.wait();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+    use crate::disks::source::Place;
+
+    /// A shell in the place of the importer says what it has open.
+    #[test]
+    fn the_importer_has_its_files_open_and_no_other() {
+        let folder = crate::testing::Folder::new("helper");
+        let open = |name: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, name).unwrap();
+            File::open(path).unwrap()
+        };
+        let _other = open("other");
+        let image = Image {
+            file: open("image"),
+            backing: ["near", "far"].map(|name| (name.to_owned(), open(name))).into(),
+        };
+        let descriptors = image.descriptors();
+        let source = Source {
+            place: Place::Image {
+                path: "/image".to_owned(),
+                backing: Vec::new(),
+            },
+            format: None,
+            compression: None,
+            sha256: None,
+        };
+        // JSON has it in quotation marks, in which a shell still executes it.
+        let order = "$(ls -l /proc/$$/fd > /proc/$$/fd/1)";
+        let mut helper = Helper::start(Path::new("/bin/sh"), ("-c", &order), Some(image), &source).unwrap();
+        let mut said = String::new();
+        helper.output.read_to_string(&mut said).unwrap();
+        let is_open = |descriptor: RawFd, name: &str| {
+            let path = folder.path().join(name);
+            said.contains(&format!(" {descriptor} -> {}\n", path.display()))
+        };
+        assert!(is_open(0, "image"), "{said}");
+        assert_eq!(descriptors.len(), 2);
+        for Backing { name, descriptor } in &descriptors {
+            assert!(is_open(*descriptor, name), "{name} as {descriptor}: {said}");
+        }
+        let files = said.matches(&folder.path().display().to_string()).count();
+        assert_eq!(files, 3, "{said}");
+    }
+}

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! What others wrote is touched by a program of its own, the importer. It holds nothing but the file that it reads, with its
-//! backing files (or the network, never both), and says what it finds through a pipe; whoever prepares the disk, this module, writes it, within the
-//! bounds of the disk. `docs/disks.md` has the reasons.
+//! backing files (or the network, never both), and says what it finds through a pipe; whoever prepares the disk, this module,
+//! writes it, within the bounds of the disk. `docs/disks.md` has the reasons.
 //!
 //! Invariant: a disk counts only if its mark says complete, and that is written after contents and blocks are durable and
 //! counted ([`mark`]).
