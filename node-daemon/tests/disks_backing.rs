@@ -65,8 +65,8 @@ fn make_files(bench: &Bench) {
         ("cluster_size=4096", 1022),
         &writes,
     );
-    // What the base has behind the end of the one before it is not seen.
-    let writes = [(0x71, 1010, 30), (0x72, 1400, 1)];
+    // What the base has behind the end of the one before it is not seen, not even in the last cluster of that one.
+    let writes = [(0x71, 1030, 30), (0x72, 1400, 1)];
     layer(
         bench,
         "third.qcow2",
