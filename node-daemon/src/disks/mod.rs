@@ -193,7 +193,8 @@ pub enum FileAt {
 impl FileAt {
     fn open(&self) -> io::Result<File> {
         match self {
-            FileAt::Path(path) => File::open(path),
+            // A FIFO that nobody writes is not waited for.
+            FileAt::Path(path) => OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path),
             FileAt::In(folder, path) => beneath::open(folder, path),
         }
     }
@@ -287,6 +288,7 @@ pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
         forget(&job.staging)?;
     }
     filled?;
+    unchanged(job, &mark)?;
     file.sync_all().map_err(DiskError::write("making it durable"))?;
     thick::verify(&file, job.size_bytes)?;
     mark = Mark {
@@ -422,6 +424,17 @@ fn origin(job: &Job) -> Result<String, DiskError> {
         "{what} as {:?} {:?}{behind}",
         reading.format, reading.compression
     ))
+}
+
+/// Refuses what was changed while it was read: the disk may have some of both, or zeros behind a new end. The next attempt begins anew.
+fn unchanged(job: &Job, mark: &Mark) -> Result<(), DiskError> {
+    let Some(source) = &job.source else { return Ok(()) };
+    if mark.source == Some(origin(job)?) {
+        return Ok(());
+    }
+    let why =
+        "it or a backing file of it was changed while it was read: leave them as they are until the disk is complete";
+    Err(of_source(source, why.to_owned()))
 }
 
 /// A file as it is now: one that is changed, or another one under its name, has another length or time.
