@@ -29,7 +29,7 @@ pub struct Import {
     #[arg(long)]
     file: Option<PathBuf>,
     /// A file that the one of --file is the difference from (qcow2); once for each file of the chain, nearest first.
-    #[arg(long, requires = "file")]
+    #[arg(long, conflicts_with_all = ["url", "blank"])]
     backing: Vec<PathBuf>,
     /// Take the first contents from this address (http, https).
     #[arg(long, requires = "sha256")]

@@ -306,7 +306,45 @@ fn a_chain_that_is_not_what_its_headers_say_is_refused_and_told() {
         &["its backing file", "gone.qcow2 can't be read"],
     );
     std::fs::create_dir(bench.path("folder")).unwrap();
-    refused(&bench, &["smaller.qcow2", "folder"], &["folder is no regular file"]);
+    bench.run("mkfifo", &["pipe"], "");
+    // Nobody writes the pipe: who waited for that would wait for ever.
+    for name in ["folder", "pipe", "/dev/zero"] {
+        let words = format!("{name} is no regular file");
+        refused(&bench, &["smaller.qcow2", name], &[&words]);
+    }
+}
+
+/// What is said to do about version 2 helps, and looks at no other file: under the name in the header there is none.
+#[test]
+fn an_image_of_version_2_is_read_once_it_is_one_of_version_3() {
+    let bench = Bench::new();
+    bench.write("base.raw", &contents(2));
+    let writes = [(0x5a, 64, 128), (0x5b, 2000, 100)];
+    layer(&bench, "old.qcow2", ("base.raw", "raw"), ("compat=0.10", 3072), &writes);
+    let expected = by_qemu(&bench, "old.qcow2");
+    std::fs::rename(bench.path("base.raw"), bench.path("moved.raw")).unwrap();
+    refused(&bench, &["old.qcow2", "moved.raw"], &["of version 2", "come first"]);
+    for words in [
+        &["rebase", "-u", "-f", "qcow2", "-b", "", "old.qcow2"][..],
+        &["amend", "-f", "qcow2", "-o", "compat=1.1", "old.qcow2"],
+    ] {
+        bench.run("qemu-img", words, "");
+    }
+    rename(&bench, "old.qcow2", ("base.raw", "raw"));
+    succeeds(&bench, &["old.qcow2", "moved.raw"], &expected);
+}
+
+#[test]
+fn only_a_file_has_backing_files() {
+    let bench = Bench::new();
+    let base = bench.write("base.raw", &contents(1)).display().to_string();
+    let output = bench.import("disk.img", DISK_MIB, &["--blank", "--backing", &base]);
+    let said = said(&output);
+    assert!(
+        !output.status.success() && said.contains("cannot be used with"),
+        "{said}"
+    );
+    assert!(!bench.path("disk.img").exists());
 }
 
 /// Which would never end.

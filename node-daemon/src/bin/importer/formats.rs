@@ -479,7 +479,7 @@ fn next_of(image: &Qcow2<Stored>, behind: &mut IntoIter<Behind>) -> Result<Optio
         }
         None => {
             return Err(Failure::new(
-                "it does not say what its backing file is written in, which is never guessed: write it there (qemu-img amend -o compat=1.1, then qemu-img rebase -u -F raw or qcow2, and -b with the file's name), or make it whole (qemu-img convert -O qcow2)",
+                "it does not say what its backing file is written in, which is never guessed: write it there (qemu-img rebase -u -F raw or qcow2, and -b with the file's name; of version 2, qemu-img rebase -u -b '' and qemu-img amend -o compat=1.1 come first), or make it whole (qemu-img convert -O qcow2)",
             ));
         }
     };
