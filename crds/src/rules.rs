@@ -9,6 +9,9 @@ use crate::FaultTolerantVM;
 use crate::names::VM_NAME_LENGTH_MAX;
 use crate::quantity::{MEMORY_MIB, PATTERN as SIZE, WHOLE_MAX};
 
+/// Paths in an image or a volume.
+const PATH: &str = "^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$";
+
 fn rule(rule: impl AsRef<str>, message: impl AsRef<str>) -> Value {
     json!({ "rule": rule.as_ref(), "message": message.as_ref() })
 }
@@ -110,13 +113,27 @@ pub(crate) fn boot() -> Value {
 
 pub(crate) fn path() -> Value {
     json!([rule(
-        "self.matches('^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$')",
+        format!("self.matches('{PATH}')"),
         "write an absolute path of letters, digits, dots, dashes and underscores without hidden names, such as /boot/vmlinuz",
     )])
 }
 
+pub(crate) fn backing() -> Value {
+    json!([
+        rule(
+            format!("self.all(path, path.matches('{PATH}'))"),
+            "write backing files as absolute paths of letters, digits, dots, dashes and underscores without hidden names, nearest first, such as /disk/base.qcow2",
+        ),
+        rule(
+            "self.all(one, self.exists_one(other, other == one))",
+            "name each backing file once: a chain that leads back to itself has no end",
+        ),
+    ])
+}
+
 pub(crate) fn source() -> Value {
     let file = "(has(self.image) || has(self.claim) || has(self.http))";
+    let backed = "((has(self.image) && has(self.image.backing)) || (has(self.claim) && has(self.claim.backing)))";
     json!([
         rule(
             "[has(self.image), has(self.claim), has(self.http), has(self.blank)].filter(named, named).size() <= 1",
@@ -133,6 +150,10 @@ pub(crate) fn source() -> Value {
         rule(
             "!(has(self.format) && self.format == 'Qcow2' && has(self.compression) && self.compression != 'None')",
             "a compressed qcow2 file can't be read: let qcow2 compress itself (qemu-img convert -c -O qcow2), and leave source.compression out",
+        ),
+        rule(
+            format!("!{backed} || !has(self.format) || self.format == 'Qcow2'"),
+            "only a qcow2 file has backing files: say source.format Qcow2, or leave backing out",
         ),
     ])
 }

@@ -87,6 +87,21 @@ fn a_card_has_at_most_as_many_addresses_as_the_daemon_takes() {
     );
 }
 
+#[test]
+fn a_disk_has_at_most_as_many_backing_files_as_the_seat_takes() {
+    let definition = definition();
+    let disks = &schema(&definition)["properties"]["spec"]["properties"]["disks"];
+    for place in ["image", "claim"] {
+        let backing = &disks["items"]["properties"]["source"]["properties"][place]["properties"]["backing"];
+        assert_eq!(backing["maxItems"], crate::BACKING_MAX, "{place}");
+        let default = &backing["default"];
+        assert!(
+            default.is_null(),
+            "{place}: a rule asks whether there is one: {default}"
+        );
+    }
+}
+
 /// What the API server takes, the daemon takes, too.
 #[test]
 fn memory_is_bounded_by_one_constant() {

@@ -243,7 +243,14 @@ pub struct ClaimFile {
     #[serde(default = "default_claim_path")]
     #[schemars(length(max = 255), extend("x-kubernetes-validations" = rules::path()))]
     pub path: String,
+    /// Paths in the same volume of the files that a qcow2 file is the difference from, nearest first: its backing file, that one's, and so on to the last. Nothing is opened by a name that stands in a file; number and formats must be those of the files' headers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 8), inner(length(max = 255)), extend("x-kubernetes-validations" = rules::backing()))]
+    pub backing: Vec<String>,
 }
+
+/// Most backing files of a disk's first contents, as the schema has it.
+pub const BACKING_MAX: usize = 8;
 
 fn default_claim_path() -> String {
     "/disk.img".to_owned()
@@ -262,12 +269,12 @@ pub struct HttpFile {
     pub authority: Option<String>,
 }
 
-/// What the file is written in, within its compression. If missing: Qcow2 if its name ends in .qcow2, else Raw. A qcow2 file is whole: neither a backing file nor an external data file is ever opened.
+/// What the file is written in, within its compression. If missing: Qcow2 if its name ends in .qcow2, else Raw. What a qcow2 file names is never opened: its backing files are those in backing of source.image or source.claim, and one with an external data file is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum FileFormat {
     /// As the guest sees it.
     Raw,
-    /// QEMU's copy-on-write format, whole in one file.
+    /// QEMU's copy-on-write format.
     Qcow2,
 }
 
@@ -289,6 +296,10 @@ pub struct ImageFile {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 255), extend("x-kubernetes-validations" = rules::path()))]
     pub path: Option<String>,
+    /// Paths in the same image or volume of the files that a qcow2 file is the difference from, nearest first: its backing file, that one's, and so on to the last. Nothing is opened by a name that stands in a file; number and formats must be those of the files' headers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 8), inner(length(max = 255)), extend("x-kubernetes-validations" = rules::backing()))]
+    pub backing: Vec<String>,
 }
 
 /// No contents.
@@ -488,8 +499,8 @@ pub enum Attachment<'a> {
 pub enum Contents {
     /// Zeros.
     Blank,
-    /// A file of the guest image or volume, by its path there.
-    File(String),
+    /// A file of the guest image or volume, by its path there, and its backing files.
+    File(String, Vec<String>),
     /// A file of a claim.
     Claim(ClaimFile),
     /// A file of a web server.
@@ -516,7 +527,11 @@ impl Disk {
     pub fn contents(&self) -> Contents {
         let source = &self.source;
         match (&source.image, &source.claim, &source.http) {
-            (Some(file), ..) => Contents::File(file.path.clone().unwrap_or_else(|| format!("/disk/{}.raw", self.name))),
+            (Some(file), ..) => {
+                let path = file.path.clone();
+                let path = path.unwrap_or_else(|| format!("/disk/{}.raw", self.name));
+                Contents::File(path, file.backing.clone())
+            }
             (None, Some(file), _) => Contents::Claim(file.clone()),
             (None, None, Some(file)) => Contents::Http(file.clone()),
             (None, None, None) => Contents::Blank,

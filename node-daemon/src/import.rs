@@ -28,6 +28,9 @@ pub struct Import {
     /// Take the first contents from this file.
     #[arg(long)]
     file: Option<PathBuf>,
+    /// A file that the one of --file is the difference from (qcow2); once for each file of the chain, nearest first.
+    #[arg(long, conflicts_with_all = ["url", "blank"])]
+    backing: Vec<PathBuf>,
     /// Take the first contents from this address (http, https).
     #[arg(long, requires = "sha256")]
     url: Option<String>,
@@ -114,6 +117,7 @@ impl Import {
             mark,
             source: self.source(authority.transpose()?),
             file: self.file.clone().map(FileAt::Path),
+            backing: self.backing.iter().cloned().map(FileAt::Path).collect(),
             importer: importer.with_file_name("importer"),
             used: false,
             // Others may have written the disk since.
@@ -140,6 +144,7 @@ impl Import {
         let place = match (&self.file, &self.url) {
             (Some(path), _) => Place::Image {
                 path: path.display().to_string(),
+                backing: self.backing.iter().map(|path| path.display().to_string()).collect(),
             },
             (None, Some(url)) => Place::Http {
                 url: url.clone(),

@@ -56,15 +56,50 @@ fn wherever_it_is_killed_a_disk_that_counts_is_whole() {
     let raw = bench.write("root.raw", &contents(IMAGE_MIB));
     drop(raw);
     let file = bench.convert("root.raw", "root.qcow2", &[]).display().to_string();
+    let (lives, went_on) = killed_anywhere(&bench, &["--file", &file], 3);
+    assert!(lives > 35 && went_on > 5, "{lives} lives, {went_on} went on");
+}
+
+#[test]
+fn wherever_it_is_killed_a_disk_of_a_chain_is_whole() {
+    let bench = Bench::new();
+    // The first half is the base's, the second that of the image over it.
+    let image = contents(IMAGE_MIB);
+    let (first, second) = image.split_at(image.len() / 2);
+    let base = bench.write("base.raw", first).display().to_string();
+    let second = bench.write("second", second).display().to_string();
+    let size = format!("{IMAGE_MIB}M");
+    let words = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        &base,
+        "-F",
+        "raw",
+        "top.qcow2",
+        &size,
+    ];
+    let top = bench.run("qemu-img", &words, "top.qcow2").display().to_string();
+    let half = IMAGE_MIB / 2;
+    let write = format!("write -s {second} {half}M {half}M");
+    bench.run("qemu-io", &["-f", "qcow2", "-c", &write, &top], "");
+    let (lives, went_on) = killed_anywhere(&bench, &["--file", &top, "--backing", &base], 1);
+    assert!(lives > 30 && went_on > 1, "{lives} lives, {went_on} went on");
+}
+
+/// Imports until the disk was complete so many times; each time it must be [`expected`]. Gives the number of lives, and of those that had a
+/// beginning.
+fn killed_anywhere(bench: &Bench, words: &[&str], times: u32) -> (u32, u32) {
     let expected = expected();
-    let words = ["--file", file.as_str()];
     // Each life begins where the one before was killed, and dies at another system call.
     let (mut lives, mut went_on, mut complete) = (0u32, 0u32, 0u32);
     let mut call = 1;
     let mut dice = 1u32;
-    while complete < 3 {
+    while complete < times {
         let before = bench.done_bytes("disk.img");
-        let died = killed_at(&bench, call, &words);
+        let died = killed_at(bench, call, words);
         lives += 1;
         went_on += u32::from(before > 0);
         let after = bench.done_bytes("disk.img");
@@ -83,7 +118,7 @@ fn wherever_it_is_killed_a_disk_that_counts_is_whole() {
         call = if lives < 30 { lives + 1 } else { 1 + (dice >> 8) % 900 };
         assert!(lives < 300, "it never becomes complete");
     }
-    assert!(lives > 35 && went_on > 5, "{lives} lives, {went_on} went on");
+    (lives, went_on)
 }
 
 #[test]

@@ -335,6 +335,40 @@ fn an_image_that_leads_out_of_itself_gets_nothing() {
     );
 }
 
+#[test]
+fn backing_files_are_looked_up_in_the_guest_image_by_the_names_that_a_person_gave() {
+    let mut pod = Pod::with_image("/disk/root.qcow2");
+    pod.backing = vec!["/disk/base.raw".to_owned()];
+    let named = pod.root().join("guest/disk/root.raw");
+    let image = named.with_file_name("root.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &named, &image);
+    // What the header names is another file by now, and the person's name leads out of the image at first.
+    let base = named.with_file_name("base.raw");
+    std::fs::write(&named, vec![b's'; 512]).unwrap();
+    std::os::unix::fs::symlink("../../identity/key.pem", &base).unwrap();
+    assert!(
+        std::fs::read(&base).unwrap().starts_with(b"-----BEGIN"),
+        "whoever follows it has the key"
+    );
+    pod.make_record();
+    pod.start_daemon();
+    pod.start_seat();
+    pod.wait("the seat says so", |pod| {
+        let said = std::fs::read_to_string(pod.folder.join("seat.err")).unwrap();
+        let told = said.contains("its backing file /disk/base.raw can't be read")
+            && said.contains("it must be a file of the guest image");
+        told.then_some(())
+    });
+    let disk = std::fs::read(pod.disk("disk.raw")).unwrap_or_default();
+    assert!(disk.iter().all(|byte| *byte == 0), "something was imported");
+    std::fs::remove_file(&base).unwrap();
+    std::fs::write(&base, CONTENTS).unwrap();
+    pod.wait_running();
+    let disk = std::fs::read(pod.disk("disk.raw")).unwrap();
+    assert_eq!(&disk[..CONTENTS.len()], CONTENTS);
+    assert!(disk[CONTENTS.len()..].iter().all(|byte| *byte == 0));
+}
+
 fn qemu_img(words: &[&str], from: &Path, to: &Path) {
     let status = std::process::Command::new("qemu-img")
         .args(words)

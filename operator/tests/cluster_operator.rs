@@ -162,15 +162,17 @@ fn every_rule_refuses_its_example_and_says_what_to_write() -> anyhow::Result<()>
     let other_disk = "spec: {machine: {memory: 1Gi}, disks: [{name: other, size: 1Gi}]}";
     let accepted = expect_refusal(patch(other_disk), other_disk, "spec.disks: names and order are fixed");
     assert_eq!(accepted, None);
-    let explained = cluster.kubectl(&["explain", "ftvm.spec.faultTolerance.replaceAfterSeconds"])?;
-    assert!(explained.contains("is replaced on another node"), "{explained}");
-    let explained = cluster.kubectl(&["explain", "ftvm.spec.disks.source.format"])?;
-    // kubectl breaks lines.
-    let explained = explained.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(
-        explained.contains("neither a backing file nor an external data file"),
-        "{explained}"
-    );
+    for (field, words) in [
+        ("faultTolerance.replaceAfterSeconds", "is replaced on another node"),
+        ("disks.source.format", "What a qcow2 file names is never opened"),
+        ("disks.source.image.backing", "is the difference from, nearest first"),
+        ("disks.source.claim.backing", "is the difference from, nearest first"),
+    ] {
+        let explained = cluster.kubectl(&["explain", &format!("ftvm.spec.{field}")])?;
+        // kubectl breaks lines.
+        let explained = explained.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(explained.contains(words), "{explained}");
+    }
     columns(&cluster)
 }
 

@@ -259,8 +259,8 @@ fn preparing(status: &FaultTolerantVMStatus, said: &Said) -> Vec<String> {
 fn disk(disk: &Disk) -> Vec<Cell> {
     let contents = match disk.contents() {
         Contents::Blank => "blank".to_owned(),
-        Contents::File(path) => format!("{path} of the guest image"),
-        Contents::Claim(file) => format!("{} of claim {}", file.path, file.claim_name),
+        Contents::File(path, backing) => format!("{} of the guest image", chain(path, backing)),
+        Contents::Claim(file) => format!("{} of claim {}", chain(file.path, file.backing), file.claim_name),
         Contents::Http(file) => file.url,
     };
     vec![
@@ -269,6 +269,11 @@ fn disk(disk: &Disk) -> Vec<Cell> {
         Cell::new(classes(disk)),
         Cell::new(contents),
     ]
+}
+
+/// A file and those that it is the difference from.
+fn chain(path: String, backing: Vec<String>) -> String {
+    [vec![path], backing].concat().join(" over ")
 }
 
 /// The storage class of its volumes, or those of each slot's.

@@ -119,6 +119,16 @@ fn what_fails_of_storage_and_each_slots_class_are_told() {
 }
 
 #[test]
+fn backing_files_stand_behind_their_image() {
+    let mut object = seen("web", IN_STEP).object;
+    let image = json!({"path": "/disk/root.qcow2", "backing": ["/disk/b.qcow2", "/disk/a.raw"]});
+    object["spec"]["disks"][0]["source"] = json!({"image": image});
+    let text = shown(&vm(of(object)), &said(&[]));
+    let chain = "  /disk/root.qcow2 over /disk/b.qcow2 over /disk/a.raw of the guest image\n";
+    assert!(text.contains(chain), "{text}");
+}
+
+#[test]
 fn a_pod_that_is_not_in_the_book_says_nothing() {
     let vm = vm(seen("web", IN_STEP));
     let stranger = "0123abcd-0000-4000-8000-0000000000ee";

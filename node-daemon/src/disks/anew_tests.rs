@@ -12,6 +12,7 @@ fn job(folder: &Path) -> Job {
         mark: folder.join("disk.mark"),
         source: None,
         file: None,
+        backing: Vec::new(),
         staging: folder.join("staging"),
         importer: folder.join("importer"),
         used: false,
@@ -104,6 +105,7 @@ fn a_blank_disk_gets_first_contents_if_its_seat_becomes_the_original() {
         source: Some(Source {
             place: Place::Image {
                 path: "/root.raw".to_owned(),
+                backing: Vec::new(),
             },
             format: Some(source::Format::Raw),
             compression: None,
@@ -156,4 +158,49 @@ fn a_blank_disk_gets_first_contents_if_its_seat_becomes_the_original() {
     std::fs::remove_file(&image).unwrap();
     prepare(&original, &|_, _, _| ()).unwrap();
     assert_eq!(marks.read().unwrap(), Some(filled));
+}
+
+/// As a backing file that somebody else still uses.
+#[test]
+fn what_is_changed_while_it_is_read_does_not_count() {
+    let folder = crate::testing::Folder::new("anew");
+    let [image, base] = ["root.qcow2", "base.raw"].map(|name| folder.path().join(name));
+    for path in [&image, &base] {
+        std::fs::write(path, [7; 4096]).unwrap();
+    }
+    let place = Place::Image {
+        path: "/root.qcow2".to_owned(),
+        backing: vec!["/base.raw".to_owned()],
+    };
+    let job = Job {
+        source: Some(Source {
+            place,
+            format: None,
+            compression: None,
+            sha256: None,
+        }),
+        file: Some(FileAt::Path(image.clone())),
+        backing: vec![FileAt::Path(base.clone())],
+        ..job(folder.path())
+    };
+    // In the importer's place: it appends to a file, and says that there are no contents. A shell writes it: a program that any process
+    // still has open for writing, such as a child of another test, can't be executed.
+    let importer = |appends_to: &Path| {
+        let end = format!("E{}", r"\000".repeat(20));
+        let script = format!("#!/bin/sh\necho >> {}\nprintf '{end}'\n", appends_to.display());
+        let words = ["-c", r#"printf %s "$1" > "$0" && chmod 755 "$0""#];
+        let mut shell = std::process::Command::new("sh");
+        let status = shell.args(words).arg(&job.importer).arg(script).status().unwrap();
+        assert!(status.success());
+    };
+    for path in [&image, &base] {
+        importer(path);
+        let error = prepare(&job, &|_, _, _| ()).unwrap_err();
+        assert!(error.to_string().contains("was changed while it was read"), "{error}");
+        let mark = MarkFile::new(job.mark.clone()).read().unwrap().unwrap();
+        assert!(!mark.complete);
+    }
+    // The control: the same without a change.
+    importer(&folder.path().join("another"));
+    prepare(&job, &|_, _, _| ()).unwrap();
 }

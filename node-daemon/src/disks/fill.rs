@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use ftvm_engine::zeroing::Zeroing;
 
 use super::frame::Frame;
-use super::helper::{Helper, Read};
+use super::helper::{Helper, Image, Read};
 use super::mark::{Mark, MarkFile};
 use super::{DiskError, Job, MARK_BYTES, Progress, Step, of_source};
 
@@ -26,11 +26,12 @@ pub(super) struct Target<'a> {
 
 impl Target<'_> {
     /// Everything that the mark does not have yet.
-    pub(super) fn fill(&self, job: &Job, image: Option<File>, mark: &mut Mark) -> Result<(), DiskError> {
+    pub(super) fn fill(&self, job: &Job, image: Option<Image>, mark: &mut Mark) -> Result<(), DiskError> {
         let mut at = mark.done_bytes;
         if let (Some(source), Some(image)) = (&job.source, image) {
             let order = Read {
                 reading: source.reading().map_err(|why| of_source(source, why))?,
+                backing: image.descriptors(),
                 sha256: source.sha256.clone(),
                 from_bytes: at,
                 limit_bytes: self.size_bytes,

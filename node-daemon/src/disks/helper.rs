@@ -1,10 +1,13 @@
 //! The importer as a child, and what it is asked for.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{self, BufReader};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use rustix::io::FdFlags;
 use serde::{Deserialize, Serialize};
 
 use super::DiskError;
@@ -19,12 +22,40 @@ const WHY_CHARS_MAX: usize = 400;
 pub struct Read {
     /// What to read it as.
     pub reading: Reading,
+    /// The files that it is the difference from, nearest first.
+    pub backing: Vec<Backing>,
     /// Its digest, which is compared before anything else is done with it.
     pub sha256: Option<String>,
     /// What comes before is known.
     pub from_bytes: u64,
     /// Longest contents.
     pub limit_bytes: u64,
+}
+
+/// A file that the importer finds open.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Backing {
+    /// Its name, for people.
+    pub name: String,
+    /// Its descriptor.
+    pub descriptor: RawFd,
+}
+
+/// What the importer reads: a file, and those that it is the difference from, nearest first, by their names.
+pub(super) struct Image {
+    pub(super) file: File,
+    pub(super) backing: Vec<(String, File)>,
+}
+
+impl Image {
+    /// Where the importer finds the backing files.
+    pub(super) fn descriptors(&self) -> Vec<Backing> {
+        let all = self.backing.iter().map(|(name, file)| Backing {
+            name: name.clone(),
+            descriptor: file.as_raw_fd(),
+        });
+        all.collect()
+    }
 }
 
 /// `importer fetch`: download.
@@ -52,26 +83,33 @@ pub(super) struct Helper {
 }
 
 impl Helper {
-    /// Starts it with this order and, as standard input, this file.
+    /// Starts it with this order and, as standard input, this file; its backing files are open under the numbers that they have here.
     pub(super) fn start<T: Serialize>(
         program: &Path,
         (word, order): (&str, &T),
-        input: Option<File>,
+        input: Option<Image>,
         source: &Source,
     ) -> Result<Helper, DiskError> {
         let order = serde_json::to_string(order).map_err(|error| failed(program, error.to_string()))?;
-        let mut child = Command::new(program)
+        let (input, backing) = match input {
+            Some(Image { file, backing }) => (Stdio::from(file), backing),
+            None => (Stdio::null(), Vec::new()),
+        };
+        let mut command = Command::new(program);
+        command
             .args([word, &order])
             .env_clear()
-            .stdin(input.map_or_else(Stdio::null, Stdio::from))
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|error| {
-                failed(
-                    program,
-                    format!("can't be started ({error}): it is part of the release"),
-                )
-            })?;
+            .stdin(input)
+            .stdout(Stdio::piped());
+        if !backing.is_empty() {
+            leave_open(&mut command, backing);
+        }
+        let mut child = command.spawn().map_err(|error| {
+            failed(
+                program,
+                format!("can't be started ({error}): it is part of the release"),
+            )
+        })?;
         let output = child
             .stdout
             .take()
@@ -120,6 +158,18 @@ impl Helper {
     }
 }
 
+/// The program gets these descriptors, and none else that is open here: each is closed by exec unless its mark says otherwise, which is
+/// taken away in the new process alone.
+fn leave_open(command: &mut Command, files: Vec<(String, File)>) {
+    let keep = move || {
+        files
+            .iter()
+            .try_for_each(|(_, file)| rustix::io::fcntl_setfd(file, FdFlags::empty()).map_err(io::Error::from))
+    };
+    // SAFETY: between fork and exec it makes system calls alone, on descriptors that it owns.
+    unsafe { command.pre_exec(keep) };
+}
+
 fn failed(program: &Path, why: String) -> DiskError {
     DiskError::Importer {
         program: program.to_owned(),
@@ -132,5 +182,55 @@ impl Drop for Helper {
         // It has ended by itself, or is of no use any more.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+    use crate::disks::source::Place;
+
+    /// A shell in the place of the importer says what it has open.
+    #[test]
+    fn the_importer_has_its_files_open_and_no_other() {
+        let folder = crate::testing::Folder::new("helper");
+        let open = |name: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, name).unwrap();
+            File::open(path).unwrap()
+        };
+        let _other = open("other");
+        let image = Image {
+            file: open("image"),
+            backing: ["near", "far"].map(|name| (name.to_owned(), open(name))).into(),
+        };
+        let descriptors = image.descriptors();
+        let source = Source {
+            place: Place::Image {
+                path: "/image".to_owned(),
+                backing: Vec::new(),
+            },
+            format: None,
+            compression: None,
+            sha256: None,
+        };
+        // JSON has it in quotation marks, in which a shell still executes it.
+        let order = "$(ls -l /proc/$$/fd > /proc/$$/fd/1)";
+        let mut helper = Helper::start(Path::new("/bin/sh"), ("-c", &order), Some(image), &source).unwrap();
+        let mut said = String::new();
+        helper.output.read_to_string(&mut said).unwrap();
+        let is_open = |descriptor: RawFd, name: &str| {
+            let path = folder.path().join(name);
+            said.contains(&format!(" {descriptor} -> {}\n", path.display()))
+        };
+        assert!(is_open(0, "image"), "{said}");
+        assert_eq!(descriptors.len(), 2);
+        for Backing { name, descriptor } in &descriptors {
+            assert!(is_open(*descriptor, name), "{name} as {descriptor}: {said}");
+        }
+        let files = said.matches(&folder.path().display().to_string()).count();
+        assert_eq!(files, 3, "{said}");
     }
 }

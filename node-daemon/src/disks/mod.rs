@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!   web server ──► importer fetch ──pipe──► staging file ─┐  (network, no file)
-//!   guest image, claim ───────────────────────────────────┴─► importer read ──pipe──► disk   (one descriptor, no network)
+//!   guest image, claim ───────────────────────────────────┴─► importer read ──pipe──► disk   (open files, no network)
 //!                                                              digest, format, decompression
 //! ```
 //!
-//! What others wrote is touched by a program of its own, the importer. It holds nothing but the file that it reads (or the
-//! network, never both) and says what it finds through a pipe; whoever prepares the disk, this module, writes it, within the
-//! bounds of the disk. `docs/disks.md` has the reasons.
+//! What others wrote is touched by a program of its own, the importer. It holds nothing but the file that it reads, with its
+//! backing files (or the network, never both), and says what it finds through a pipe; whoever prepares the disk, this module,
+//! writes it, within the bounds of the disk. `docs/disks.md` has the reasons.
 //!
 //! Invariant: a disk counts only if its mark says complete, and that is written after contents and blocks are durable and
 //! counted ([`mark`]).
@@ -32,7 +32,8 @@ use rustix::io::Errno;
 
 use crate::{beneath, durable, explain};
 use fill::Target;
-pub use helper::{Fetch, Read};
+use helper::Image;
+pub use helper::{Backing, Fetch, Read};
 use mark::{Mark, MarkFile};
 use source::{Place, Source};
 
@@ -192,8 +193,16 @@ pub enum FileAt {
 impl FileAt {
     fn open(&self) -> io::Result<File> {
         match self {
-            FileAt::Path(path) => File::open(path),
+            // A FIFO that nobody writes is not waited for.
+            FileAt::Path(path) => OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path),
             FileAt::In(folder, path) => beneath::open(folder, path),
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            FileAt::Path(path) => path.display().to_string(),
+            FileAt::In(_, path) => path.clone(),
         }
     }
 }
@@ -211,6 +220,8 @@ pub struct Job {
     pub source: Option<Source>,
     /// Where a source that is a file is.
     pub file: Option<FileAt>,
+    /// The files that it is the difference from, nearest first.
+    pub backing: Vec<FileAt>,
     /// Where a download is put until the disk is complete.
     pub staging: PathBuf,
     /// The importer.
@@ -277,6 +288,7 @@ pub fn prepare(job: &Job, progress: Progress<'_>) -> Result<(), DiskError> {
         forget(&job.staging)?;
     }
     filled?;
+    unchanged(job, &mark)?;
     file.sync_all().map_err(DiskError::write("making it durable"))?;
     thick::verify(&file, job.size_bytes)?;
     mark = Mark {
@@ -396,22 +408,44 @@ fn origin(job: &Job) -> Result<String, DiskError> {
     let reading = source.reading().map_err(|why| of_source(source, why))?;
     let what = match (&source.sha256, &job.file) {
         (Some(digest), _) => format!("sha256 {digest}"),
-        (None, Some(file)) => {
-            let data = file.open().and_then(|file| file.metadata());
-            let data = data.map_err(|error| unreadable(source, &error))?;
-            let (seconds, nanoseconds) = (data.mtime(), data.mtime_nsec());
-            format!("{} {} bytes of {seconds}.{nanoseconds:09}", source.name(), data.len())
-        }
+        (None, Some(file)) => version(source.name(), file).map_err(|error| unreadable(source, "it", &error))?,
         (None, None) => {
             let why = "a download needs sha256: name the digest of the file";
             return Err(of_source(source, why.to_owned()));
         }
     };
-    Ok(format!("{what} as {:?} {:?}", reading.format, reading.compression))
+    let behind = job.backing.iter().map(|file| {
+        let version = version(&file.name(), file);
+        let version = version.map_err(|error| unreadable(source, &backing_file(file), &error))?;
+        Ok(format!(" over {version}"))
+    });
+    let behind = behind.collect::<Result<String, DiskError>>()?;
+    Ok(format!(
+        "{what} as {:?} {:?}{behind}",
+        reading.format, reading.compression
+    ))
 }
 
-/// The file with the first contents, downloaded if need be; none: zeros.
-fn image(job: &Job, mark: &mut Mark, marks: &MarkFile, progress: Progress<'_>) -> Result<Option<File>, DiskError> {
+/// Refuses what was changed while it was read: the disk may have some of both, or zeros behind a new end. The next attempt begins anew.
+fn unchanged(job: &Job, mark: &Mark) -> Result<(), DiskError> {
+    let Some(source) = &job.source else { return Ok(()) };
+    if mark.source == Some(origin(job)?) {
+        return Ok(());
+    }
+    let why =
+        "it or a backing file of it was changed while it was read: leave them as they are until the disk is complete";
+    Err(of_source(source, why.to_owned()))
+}
+
+/// A file as it is now: one that is changed, or another one under its name, has another length or time.
+fn version(name: &str, file: &FileAt) -> io::Result<String> {
+    let data = file.open()?.metadata()?;
+    let (seconds, nanoseconds) = (data.mtime(), data.mtime_nsec());
+    Ok(format!("{name} {} bytes of {seconds}.{nanoseconds:09}", data.len()))
+}
+
+/// The file with the first contents, downloaded if need be, and those that it is the difference from; none: zeros.
+fn image(job: &Job, mark: &mut Mark, marks: &MarkFile, progress: Progress<'_>) -> Result<Option<Image>, DiskError> {
     let Some(source) = &job.source else { return Ok(None) };
     if let Place::Http { url, authority } = &source.place {
         download::complete(job, (url, authority.as_deref()), mark, marks, progress)?;
@@ -420,15 +454,39 @@ fn image(job: &Job, mark: &mut Mark, marks: &MarkFile, progress: Progress<'_>) -
         (Place::Image { .. } | Place::Claim { .. }, Some(file)) => file.open(),
         _ => File::open(&job.staging),
     };
-    let file = file.map_err(|error| unreadable(source, &error))?;
-    let data = file.metadata().map_err(|error| unreadable(source, &error))?;
-    if !data.is_file() {
-        return Err(of_source(source, "it is no regular file: name a file".to_owned()));
+    let (file, identity) = regular(source, "it", file)?;
+    let (mut backing, mut seen) = (Vec::new(), vec![identity]);
+    for at in &job.backing {
+        let what = backing_file(at);
+        let (file, identity) = regular(source, &what, at.open())?;
+        if seen.contains(&identity) {
+            let why =
+                format!("{what} is in the chain before: one that leads back to itself has no end; name each file once");
+            return Err(of_source(source, why));
+        }
+        seen.push(identity);
+        backing.push((at.name(), file));
     }
-    Ok(Some(file))
+    Ok(Some(Image { file, backing }))
 }
 
-fn unreadable(source: &Source, error: &io::Error) -> DiskError {
+/// A file that was opened, and by which numbers it is known, if it is one.
+fn regular(source: &Source, what: &str, opened: io::Result<File>) -> Result<(File, (u64, u64)), DiskError> {
+    let known = opened.and_then(|file| Ok((file.metadata()?, file)));
+    let (data, file) = known.map_err(|error| unreadable(source, what, &error))?;
+    if !data.is_file() {
+        return Err(of_source(source, format!("{what} is no regular file: name a file")));
+    }
+    Ok((file, (data.dev(), data.ino())))
+}
+
+/// How a backing file is spoken of.
+fn backing_file(file: &FileAt) -> String {
+    format!("its backing file {}", file.name())
+}
+
+/// `what`: the file itself, or one that it is the difference from.
+fn unreadable(source: &Source, what: &str, error: &io::Error) -> DiskError {
     let where_ = match source.place {
         Place::Image { .. } => "it must be a file of the guest image (or of the volume that is named there)",
         Place::Claim { .. } => {
@@ -436,7 +494,7 @@ fn unreadable(source: &Source, error: &io::Error) -> DiskError {
         }
         Place::Http { .. } => "its download is gone; it is begun anew",
     };
-    of_source(source, format!("it can't be read ({error}): {where_}"))
+    of_source(source, format!("{what} can't be read ({error}): {where_}"))
 }
 
 fn of_source(source: &Source, why: String) -> DiskError {

@@ -1,5 +1,6 @@
 //! Where first contents come from and what they are written in.
 
+use ftvm_crds::BACKING_MAX;
 use serde::{Deserialize, Serialize};
 
 /// First contents of a disk.
@@ -27,11 +28,17 @@ pub enum Place {
     Image {
         /// The path.
         path: String,
+        /// Those of the files there that it is the difference from, nearest first.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        backing: Vec<String>,
     },
     /// In a claim that is mounted for reading, by its path there.
     Claim {
         /// The path.
         path: String,
+        /// Those of the files there that it is the difference from, nearest first.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        backing: Vec<String>,
     },
     /// At a web server.
     Http {
@@ -82,8 +89,16 @@ impl Source {
     /// The file's name, from which the rest follows where nobody says it.
     pub fn name(&self) -> &str {
         match &self.place {
-            Place::Image { path } | Place::Claim { path } => path,
+            Place::Image { path, .. } | Place::Claim { path, .. } => path,
             Place::Http { url, .. } => url.split(['?', '#']).next().unwrap_or(url),
+        }
+    }
+
+    /// Its backing files' paths.
+    fn backing(&self) -> &[String] {
+        match &self.place {
+            Place::Image { backing, .. } | Place::Claim { backing, .. } => backing,
+            Place::Http { .. } => &[],
         }
     }
 
@@ -123,6 +138,19 @@ impl Source {
                 self.name()
             ));
         }
+        if format == Format::Raw && !self.backing().is_empty() {
+            return Err(format!(
+                "{} is to be read as a raw disk, and only a qcow2 file has backing files: say source.format Qcow2, or leave backing out",
+                self.name()
+            ));
+        }
+        if self.backing().len() > BACKING_MAX {
+            return Err(format!(
+                "{} has {} backing files, and {BACKING_MAX} can be read: make some of them one (qemu-img convert -O qcow2)",
+                self.name(),
+                self.backing().len()
+            ));
+        }
         Ok(Reading {
             format,
             compression,
@@ -137,7 +165,10 @@ mod tests {
 
     fn source(path: &str) -> Source {
         Source {
-            place: Place::Image { path: path.to_owned() },
+            place: Place::Image {
+                path: path.to_owned(),
+                backing: Vec::new(),
+            },
             format: None,
             compression: None,
             sha256: None,
@@ -170,6 +201,27 @@ mod tests {
             authority: None,
         };
         assert_eq!(url.reading().unwrap().format, Format::Qcow2);
+    }
+
+    #[test]
+    fn only_qcow2_has_backing_files_and_not_too_many() {
+        let over = |path: &str, count: usize| Source {
+            place: Place::Claim {
+                path: path.to_owned(),
+                backing: (0..count).map(|n| format!("/base-{n}.qcow2")).collect(),
+            },
+            ..source("")
+        };
+        assert_eq!(over("/a.qcow2", BACKING_MAX).reading().unwrap().format, Format::Qcow2);
+        let why = over("/a.qcow2", BACKING_MAX + 1).reading().unwrap_err();
+        assert!(why.contains("9 backing files") && why.contains("convert"), "{why}");
+        let why = over("/a.img", 1).reading().unwrap_err();
+        assert!(why.contains("say source.format Qcow2"), "{why}");
+        let said = Source {
+            format: Some(Format::Qcow2),
+            ..over("/a.img", 1)
+        };
+        assert_eq!(said.reading().unwrap().format, Format::Qcow2);
     }
 
     #[test]

@@ -360,8 +360,11 @@ fn recipe(vm: &FaultTolerantVM) -> Result<Recipe, Refusal> {
 fn source(disk: &ftvm_crds::Disk) -> Option<Source> {
     let place = match disk.contents() {
         Contents::Blank => return None,
-        Contents::File(path) => Place::Image { path },
-        Contents::Claim(file) => Place::Claim { path: file.path },
+        Contents::File(path, backing) => Place::Image { path, backing },
+        Contents::Claim(file) => Place::Claim {
+            path: file.path,
+            backing: file.backing,
+        },
         Contents::Http(file) => Place::Http {
             url: file.url,
             authority: file.authority,

@@ -214,6 +214,17 @@ fn how_long_errors_of_disks_are_held_is_remembered_where_it_was_said() {
 }
 
 #[test]
+fn backing_files_reach_the_seat_in_their_order() {
+    let claim = json!({"claimName": "golden", "path": "/a.qcow2", "backing": ["/c.qcow2", "/b.raw"]});
+    let vm = vm(|vm| vm["spec"]["disks"][1]["source"] = json!({"claim": claim}));
+    let seat = seat(&pod(|_| {}), &vm, "one").unwrap();
+    let place = seat.recipe.disks[1].source.clone().unwrap().place;
+    let backing = vec!["/c.qcow2".to_owned(), "/b.raw".to_owned()];
+    let path = "/a.qcow2".to_owned();
+    assert_eq!(place, Place::Claim { path, backing });
+}
+
+#[test]
 fn what_is_not_in_the_book_is_no_seat() {
     let other = "00000000-0000-4000-8000-00000000000c";
     let cases: [(Pod, FaultTolerantVM, &str, &str); 8] = [

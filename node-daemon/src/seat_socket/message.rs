@@ -134,6 +134,7 @@ mod tests {
                 source: Some(Source {
                     place: Place::Image {
                         path: "/disk/root.qcow2".into(),
+                        backing: Vec::new(),
                     },
                     format: Some(Format::Qcow2),
                     compression: None,
@@ -146,6 +147,20 @@ mod tests {
             text,
             r#"{"type":"prepare","kernel":"/boot/vmlinuz","initrd":null,"disks":[{"name":"root","sizeBytes":7,"original":true,"source":{"place":{"kind":"image","path":"/disk/root.qcow2"},"format":"qcow2","compression":null,"sha256":null}}]}"#
         );
+        // Peers of an earlier release have no word for backing files.
+        let backed = text.replace(
+            r#""path":"/disk/root.qcow2""#,
+            r#""path":"/disk/root.qcow2","backing":["/disk/base.raw"]"#,
+        );
+        let ToSeat::Prepare(recipe) = serde_json::from_str::<ToSeat>(&backed).unwrap() else {
+            panic!("{backed}")
+        };
+        let place = recipe.disks[0].source.as_ref().map(|source| &source.place);
+        assert!(
+            matches!(place, Some(Place::Image { backing, .. }) if backing[..] == ["/disk/base.raw"]),
+            "{place:?}"
+        );
+        assert_eq!(serde_json::to_string(&ToSeat::Prepare(recipe)).unwrap(), backed);
         let progress = r#"{"type":"progress","disk":"root","step":"downloading","doneBytes":1,"totalBytes":2}"#;
         let progress: FromSeat = serde_json::from_str(progress).unwrap();
         assert!(matches!(progress, FromSeat::Progress { done_bytes: 1, .. }));

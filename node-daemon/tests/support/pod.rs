@@ -40,6 +40,8 @@ pub struct Pod {
     pub devices: String,
     /// The file of the guest image with the first contents.
     pub image: String,
+    /// Those of the files there that it is the difference from.
+    pub backing: Vec<String>,
     namespace: Child,
 }
 
@@ -65,6 +67,7 @@ impl Pod {
             allowed_bridges: Vec::new(),
             devices: "ip link set lo up".into(),
             image: image.to_owned(),
+            backing: Vec::new(),
             namespace,
         };
         pod.make_volumes();
@@ -119,7 +122,7 @@ impl Pod {
             "recipe": {
                 "kernel": "/boot/vmlinuz",
                 "disks": [{"name": "root", "sizeBytes": DISK_BYTES, "original": false,
-                    "source": {"place": {"kind": "image", "path": self.image}}}],
+                    "source": {"place": {"kind": "image", "path": self.image, "backing": self.backing}}}],
             },
             "seat": {
                 "vm": "vm", "seat": "vm-a", "identity": "/identity",

@@ -134,9 +134,9 @@ fn wanted(vm: &FaultTolerantVM, ran: bool) -> Vec<String> {
     let mut paths = vec![boot.kernel.clone()];
     paths.extend(boot.initrd.clone());
     if !ran {
-        paths.extend(vm.spec.disks.iter().filter_map(|disk| match disk.contents() {
-            Contents::File(path) => Some(path),
-            Contents::Blank | Contents::Claim(_) | Contents::Http(_) => None,
+        paths.extend(vm.spec.disks.iter().flat_map(|disk| match disk.contents() {
+            Contents::File(path, backing) => [vec![path], backing].concat(),
+            Contents::Blank | Contents::Claim(_) | Contents::Http(_) => Vec::new(),
         }));
     }
     paths.sort();

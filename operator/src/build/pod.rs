@@ -236,7 +236,7 @@ pub(super) fn resources(vm: &FaultTolerantVM) -> Result<ResourceRequirements, Qu
 fn claims_of_sources(vm: &FaultTolerantVM) -> impl Iterator<Item = (&str, ClaimFile)> {
     vm.spec.disks.iter().filter_map(|disk| match disk.contents() {
         Contents::Claim(file) => Some((disk.name.as_str(), file)),
-        Contents::Blank | Contents::File(_) | Contents::Http(_) => None,
+        Contents::Blank | Contents::File(..) | Contents::Http(_) => None,
     })
 }
 

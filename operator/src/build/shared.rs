@@ -93,7 +93,7 @@ fn downloads(vm: &FaultTolerantVM) -> Option<NetworkPolicyEgressRule> {
 pub(super) fn urls(vm: &FaultTolerantVM) -> impl Iterator<Item = String> {
     vm.spec.disks.iter().filter_map(|disk| match disk.contents() {
         Contents::Http(file) => Some(file.url),
-        Contents::Blank | Contents::File(_) | Contents::Claim(_) => None,
+        Contents::Blank | Contents::File(..) | Contents::Claim(_) => None,
     })
 }
 

@@ -83,11 +83,17 @@ fn pods_of_clusters_without_image_volumes() {
     );
     let disks = serde_json::json!([
         {"name": "root", "size": "1Gi", "source": {"image": {"path": "/disk/a.qcow2"}}},
-        {"name": "data", "size": "1Gi", "source": {"image": {"path": "/disk/a.qcow2"}}},
-        {"name": "more", "size": "1Gi", "source": {"claim": {"claimName": "golden"}}},
+        {"name": "data", "size": "1Gi", "source": {"image": {"path": "/disk/b.qcow2", "backing": ["/disk/a.qcow2", "/disk/base.raw"]}}},
+        {"name": "more", "size": "1Gi", "source": {"claim": {"claimName": "golden", "backing": ["/base.raw"]}}},
     ]);
     vm.spec.disks = serde_json::from_value(disks).unwrap();
-    let files = ["/boot/vmlinuz", "/disk/a.qcow2", "/initrd"];
+    let files = [
+        "/boot/vmlinuz",
+        "/disk/a.qcow2",
+        "/disk/b.qcow2",
+        "/disk/base.raw",
+        "/initrd",
+    ];
     assert_eq!(command(copied(&vm, false)), [&head[..], &files].concat());
 }
 

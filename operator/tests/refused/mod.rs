@@ -63,6 +63,39 @@ pub const AT_CREATION: &[(&str, &str)] = &[
         "a compressed qcow2 file can't be read",
     ),
     (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {path: /disk/a.qcow2, backing: [/disk/../../etc/shadow]}}}]}",
+        "write backing files as absolute paths",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {claim: {claimName: a, path: /a.qcow2, backing: [/b.qcow2, base.raw]}}}]}",
+        "write backing files as absolute paths",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {claim: {claimName: a, path: /a.qcow2, backing: [/b.qcow2, /c.qcow2, /b.qcow2]}}}]}",
+        "name each backing file once",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {backing: [/disk/base.raw]}, format: Raw}}]}",
+        "only a qcow2 file has backing files",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {claim: {claimName: a, backing: [/base.raw]}, format: Raw}}]}",
+        "only a qcow2 file has backing files",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {path: /a.qcow2, backing: [/b, /c, /d, /e, /f, /g, /h, /i, /j]}}}]}",
+        "at most 8 items",
+    ),
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {image: {path: /a.qcow2, backing: []}}}]}",
+        "should have at least 1 items",
+    ),
+    // What a web server has is one file.
+    (
+        "spec: {disks: [{name: root, size: 2Gi, source: {http: {url: 'https://images.example/a.qcow2', backing: [/b]}}}]}",
+        "unknown field \"spec.disks[0].source.http.backing\"",
+    ),
+    (
         "spec: {disks: [{name: root, size: 2Gi, source: {image: {}, format: Vmdk}}]}",
         "supported values: \"Raw\", \"Qcow2\"",
     ),

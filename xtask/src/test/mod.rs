@@ -25,6 +25,7 @@ const TWO_AT_A_TIME: &[&str] = &[
     "cluster_chart",
     "cluster_operator",
     "disks",
+    "disks_backing",
     "disks_killed",
     "emulated_guest",
 ];

@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::vec::IntoIter;
 
 use ftvm_node_daemon::disks::source::{Compression, Format, Reading};
 use imago::qcow2::Qcow2;
+use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, Mapping};
 use rustix::fs::SeekFrom as Extent;
 use rustix::io::Errno;
@@ -13,8 +15,21 @@ use crate::Failure;
 
 /// Contents are read so many bytes at a time.
 pub const PIECE_BYTES: usize = 256 << 10;
+/// Longest word of an image in what is said of it: the advice comes after it.
+const SHOWN_CHARS_MAX: usize = 60;
 /// Memory of a decompressor's window.
 const WINDOW_BYTES: u64 = 128 << 20;
+
+/// A file as the crate has it.
+type Stored = imago::file::File;
+
+/// A backing file.
+pub struct Behind {
+    /// Its name, for people.
+    pub name: String,
+    /// What it is.
+    pub file: File,
+}
 
 /// Takes contents: where, what. In ascending order.
 pub trait Sink {
@@ -24,9 +39,11 @@ pub trait Sink {
     fn zeros(&mut self, end: u64) -> Result<(), Failure>;
 }
 
+/// What every qcow2 file begins with.
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 /// What begins like one of these is not what it is taken for unless a person says so.
 const MAGICS: &[(&str, u64, &[u8])] = &[
-    ("qcow2: say source.format Qcow2", 0, b"QFI\xfb"),
+    ("qcow2: say source.format Qcow2", 0, &QCOW2_MAGIC),
     ("gzip: say source.compression Gzip", 0, &[0x1f, 0x8b]),
     ("xz: say source.compression Xz", 0, &[0xfd, b'7', b'z', b'X', b'Z', 0]),
     ("Zstandard: say source.compression Zstd", 0, &[0x28, 0xb5, 0x2f, 0xfd]),
@@ -45,8 +62,13 @@ const MAGICS: &[(&str, u64, &[u8])] = &[
     ),
 ];
 
-/// Says all contents of a file from this place on.
-pub fn read(file: File, reading: Reading, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(), Failure> {
+/// Says all contents of a file, which is the difference from those behind it, nearest first, from this place on.
+pub fn read(
+    (file, behind): (File, Vec<Behind>),
+    reading: Reading,
+    (from, limit): (u64, u64),
+    sink: &mut dyn Sink,
+) -> Result<(), Failure> {
     match (reading.format, reading.compression) {
         (Format::Raw, Compression::None) => {
             if !reading.certain {
@@ -54,7 +76,7 @@ pub fn read(file: File, reading: Reading, (from, limit): (u64, u64), sink: &mut 
             }
             raw(file, (from, limit), sink)
         }
-        (Format::Qcow2, Compression::None) => qcow2(file, (from, limit), sink),
+        (Format::Qcow2, Compression::None) => qcow2((file, behind), (from, limit), sink),
         (Format::Qcow2, _) => Err(Failure::new("a compressed qcow2 file can't be read")),
         (Format::Raw, compression) => {
             let file = BufReader::with_capacity(PIECE_BYTES, file);
@@ -154,7 +176,7 @@ fn stream(
             ))
         })?;
         let piece = &buffer[..filled];
-        if at == 0 && piece.starts_with(b"QFI\xfb") && !reading.certain {
+        if at == 0 && piece.starts_with(&QCOW2_MAGIC) && !reading.certain {
             return Err(Failure::new(
                 "it is a compressed qcow2 file, which would have to be unpacked first: let qcow2 compress itself (qemu-img convert -c -O qcow2)",
             ));
@@ -224,18 +246,24 @@ impl Read for Frames {
     }
 }
 
-fn qcow2(file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(), Failure> {
-    let file_bytes = file.metadata()?.len();
-    let cluster_bytes = check_header(&file)?;
-    let image = open_qcow2(file)?;
+fn qcow2((file, behind): (File, Vec<Behind>), (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(), Failure> {
+    let (image, layers) = open_chain(file, behind)?;
     let size = image.size();
     if size > limit {
         return Err(too_large(&format!("{size} bytes as the guest sees it"), limit));
     }
+    // In the order of the layers: what is behind an image comes before it.
+    let stored = image.inner().collect_storage_dependencies();
+    let whose = if layers.len() > 1 {
+        "it or a backing file of it"
+    } else {
+        "it"
+    };
     let mut buffer = vec![0u8; PIECE_BYTES];
     let mut at = from;
     while at < size {
-        let damaged = |error: std::io::Error| Failure::new(format!("it is damaged at byte {at} of the disk: {error}"));
+        let damaged =
+            |error: std::io::Error| Failure::new(format!("{whose} is damaged at byte {at} of the disk: {error}"));
         let (mapping, length) = image.get_mapping(at, size - at).map_err(damaged)?;
         if length == 0 {
             return Err(damaged(std::io::Error::other("a place without contents")));
@@ -246,16 +274,43 @@ fn qcow2(file: File, (from, limit): (u64, u64), sink: &mut dyn Sink) -> Result<(
             continue;
         }
         let count = usize::try_from(length).map_or(PIECE_BYTES, |length| length.min(PIECE_BYTES));
-        if let Mapping::Raw { offset, .. } = mapping
-            && offset.saturating_add(length) >= file_bytes.saturating_add(cluster_bytes)
-        {
-            return Err(cut_short(offset.max(file_bytes)));
+        if let Mapping::Raw { storage, offset, .. } = mapping {
+            let place = stored.iter().position(|known| std::ptr::eq(*known, storage));
+            let layer = place.and_then(|place| layers.get(place));
+            let layer = layer.ok_or_else(|| damaged(std::io::Error::other("contents of no file")))?;
+            layer.check(offset, length)?;
         }
         image.read(&mut buffer[..count], at).map_err(damaged)?;
         sink.data(at, &buffer[..count])?;
         at += count as u64;
     }
     Ok(())
+}
+
+/// A file of a chain.
+struct Layer {
+    /// None: the image itself.
+    name: Option<String>,
+    file_bytes: u64,
+    /// So much may be missing at its end.
+    cluster_bytes: u64,
+}
+
+impl Layer {
+    /// Whether the file has these contents.
+    fn check(&self, offset: u64, length: u64) -> Result<(), Failure> {
+        if offset.saturating_add(length) < self.file_bytes.saturating_add(self.cluster_bytes) {
+            return Ok(());
+        }
+        Err(said_of(self.name.as_deref(), cut_short(offset.max(self.file_bytes))))
+    }
+}
+
+fn said_of(backing: Option<&str>, failure: Failure) -> Failure {
+    match backing {
+        Some(name) => failure.of_backing(name),
+        None => failure,
+    }
 }
 
 /// What the crate would not notice, or call by a number. Gives the size of a cluster.
@@ -267,6 +322,11 @@ fn check_header(file: &File) -> Result<u64, Failure> {
     };
     let short = |_| Failure::new("it can't be read as qcow2: it has no whole header");
     let convert = "convert it (qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off)";
+    if number(0).map_err(short)?.to_be_bytes() != QCOW2_MAGIC {
+        return Err(Failure::new(
+            "it can't be read as qcow2, for it does not begin like one: name the right file, or convert it (qemu-img convert -O qcow2)",
+        ));
+    }
     let (version, encryption) = (number(4).map_err(short)?, number(32).map_err(short)?);
     if encryption != 0 {
         return Err(Failure::new(format!("it is encrypted: {convert}")));
@@ -327,24 +387,110 @@ fn cut_short(at: u64) -> Failure {
     ))
 }
 
-/// An image that is whole in one file. The crate would open others by name; it is not asked to, told not to, and in a sandbox
-/// where it can't.
-fn open_qcow2(file: File) -> Result<FormatAccess<imago::file::File>, Failure> {
-    let no_image = |error: std::io::Error| Failure::new(format!("it can't be read as qcow2: {error}"));
-    let storage = imago::file::File::try_from(file).map_err(no_image)?;
-    let mut image = Qcow2::<imago::file::File>::open_image(storage, false).map_err(no_image)?;
-    if let Some(backing) = image.implicit_backing_file() {
-        return Err(Failure::new(format!(
-            "it is only the difference from another file ({backing:?}), which is never opened: make it whole (qemu-img convert -O qcow2)"
-        )));
+/// An image with all that is behind it, and its files: the last one of the chain first. The crate would open others by their names in
+/// headers; it is not asked to, told not to, and in a sandbox where it can't.
+fn open_chain(file: File, behind: Vec<Behind>) -> Result<(FormatAccess<Stored>, Vec<Layer>), Failure> {
+    let (mut behind, mut layers) = (behind.into_iter(), Vec::new());
+    let image = open_qcow2((None, file), &mut behind, &mut layers)?;
+    match behind.next() {
+        None => Ok((image, layers)),
+        Some(Behind { name, .. }) => Err(Failure::new(format!(
+            "its chain of backing files ends before {name}: leave that one and those after it out of backing"
+        ))),
     }
+}
+
+/// One image, and then what is behind it.
+fn open_qcow2(
+    (name, file): (Option<String>, File),
+    behind: &mut IntoIter<Behind>,
+    layers: &mut Vec<Layer>,
+) -> Result<FormatAccess<Stored>, Failure> {
+    let own = |failure: Failure| said_of(name.as_deref(), failure);
+    let file_bytes = file.metadata()?.len();
+    let cluster_bytes = check_header(&file).map_err(own)?;
+    let mut image = open_image(file).map_err(own)?;
+    if let Some((format, next)) = next_of(&image, behind).map_err(own)? {
+        let backing = match format {
+            Format::Qcow2 => open_qcow2((Some(next.name), next.file), behind, layers)?,
+            Format::Raw => open_raw(next, layers)?,
+        };
+        image.set_backing(Some(backing));
+    }
+    image
+        .open_implicit_dependencies_gated(DenyImplicitOpenGate::default())
+        .map_err(|error| own(no_image(&error)))?;
+    layers.push(Layer {
+        name,
+        file_bytes,
+        cluster_bytes,
+    });
+    Ok(FormatAccess::new(image))
+}
+
+/// A raw file ends a chain. Its format is what the image before it says: nothing that it begins with makes it another one.
+fn open_raw(Behind { name, file }: Behind, layers: &mut Vec<Layer>) -> Result<FormatAccess<Stored>, Failure> {
+    let file_bytes = file.metadata()?.len();
+    let opened = Stored::try_from(file).and_then(|stored| Raw::open_image(stored, false));
+    let raw = opened.map_err(|error| Failure::from(error).of_backing(&name))?;
+    layers.push(Layer {
+        name: Some(name),
+        file_bytes,
+        // Its mappings end where it does.
+        cluster_bytes: 1,
+    });
+    Ok(FormatAccess::new(raw))
+}
+
+fn no_image(error: &std::io::Error) -> Failure {
+    Failure::new(format!("it can't be read as qcow2: {error}"))
+}
+
+fn open_image(file: File) -> Result<Qcow2<Stored>, Failure> {
+    let opened = Stored::try_from(file).and_then(|stored| Qcow2::<Stored>::open_image(stored, false));
+    let image = opened.map_err(|error| no_image(&error))?;
     if image.requires_external_data_file() || image.implicit_external_data_file().is_some() {
         return Err(Failure::new(
             "its data is in another file, which is never opened: make it whole (qemu-img convert -O qcow2)",
         ));
     }
-    image
-        .open_implicit_dependencies_gated(DenyImplicitOpenGate::default())
-        .map_err(no_image)?;
-    Ok(FormatAccess::new(image))
+    Ok(image)
+}
+
+/// What is behind an image: its header says whether anything is, and in which format; which file it is, a person says.
+fn next_of(image: &Qcow2<Stored>, behind: &mut IntoIter<Behind>) -> Result<Option<(Format, Behind)>, Failure> {
+    let Some(named) = image.implicit_backing_file() else {
+        return Ok(None);
+    };
+    let Some(next) = behind.next() else {
+        return Err(Failure::new(format!(
+            "it is only the difference from another file (it says {}), which is never opened by that name: name the file in backing, or make it whole (qemu-img convert -O qcow2)",
+            shown(named)
+        )));
+    };
+    let format = match image.implicit_backing_format().map(String::as_str) {
+        Some("qcow2") => Format::Qcow2,
+        Some("raw") => Format::Raw,
+        Some(other) => {
+            return Err(Failure::new(format!(
+                "it says that its backing file is written in {}, and only raw and qcow2 can be read: make it whole (qemu-img convert -O qcow2)",
+                shown(other)
+            )));
+        }
+        None => {
+            return Err(Failure::new(
+                "it does not say what its backing file is written in, which is never guessed: write it there (qemu-img rebase -u -F raw or qcow2, and -b with the file's name; of version 2, qemu-img rebase -u -b '' and qemu-img amend -o compat=1.1 come first), or make it whole (qemu-img convert -O qcow2)",
+            ));
+        }
+    };
+    Ok(Some((format, next)))
+}
+
+/// A word of an image, as far as it is fit to be shown.
+fn shown(word: &str) -> String {
+    let plain = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
+    format!(
+        "`{}`",
+        word.chars().take(SHOWN_CHARS_MAX).map(plain).collect::<String>()
+    )
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   importer read ORDER     standard input: the file;  seccomp: read it, write the pipe, ask for memory
+//!                           its backing files, open
 //!   importer fetch ORDER    no file;                   the network
 //!                │
 //!                └─► standard output: frames (ftvm_node_daemon::disks::frame)
@@ -31,6 +32,12 @@ impl Failure {
             other: false,
             why: why.into(),
         }
+    }
+
+    /// The same, said of a backing file.
+    fn of_backing(mut self, name: &str) -> Failure {
+        self.why = format!("its backing file {name}: {}", self.why);
+        self
     }
 }
 

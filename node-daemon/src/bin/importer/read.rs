@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use ftvm_node_daemon::disks::Read;
 use ftvm_node_daemon::disks::frame::Frame;
+use ftvm_node_daemon::disks::{Backing, Read};
 use ring::digest::{Context, SHA256};
 
 use crate::Failure;
-use crate::formats::{self, PIECE_BYTES, Sink};
+use crate::formats::{self, Behind, PIECE_BYTES, Sink};
 
 /// Zeros are told of in blocks of this size; smaller ones are contents like others.
 const BLOCK_BYTES: usize = 64 << 10;
@@ -24,11 +24,29 @@ pub fn run(order: &str, out: &mut impl Write) -> Result<(), Failure> {
         serde_json::from_str(order).map_err(|error| Failure::new(format!("its order is malformed: {error}")))?;
     // SAFETY: standard input is open, and nobody else in this program uses it.
     let mut file = File::from(unsafe { OwnedFd::from_raw_fd(0) });
+    let behind = take(order.backing)?;
     if let Some(digest) = &order.sha256 {
         check(&mut file, digest, out)?;
     }
     let limits = (order.from_bytes, order.limit_bytes);
-    formats::read(file, order.reading, limits, &mut Pieces { out })
+    formats::read((file, behind), order.reading, limits, &mut Pieces { out })
+}
+
+/// The backing files, which are open.
+fn take(backing: Vec<Backing>) -> Result<Vec<Behind>, Failure> {
+    let mut taken: Vec<Behind> = Vec::new();
+    for Backing { name, descriptor } in backing {
+        let twice = taken.iter().any(|behind| behind.file.as_raw_fd() == descriptor);
+        if descriptor <= libc::STDERR_FILENO || twice {
+            return Err(Failure::new(format!(
+                "its order names descriptor {descriptor} for {name}"
+            )));
+        }
+        // SAFETY: whoever started this program left it open for this, it is taken once, and nobody else in this program uses it.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(descriptor) });
+        taken.push(Behind { name, file });
+    }
+    Ok(taken)
 }
 
 /// Compares the whole file with its digest, before anything in it is believed.

@@ -42,7 +42,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// For `read`: from here on nothing but the file and the pipe.
+/// For `read`: from here on nothing but the open files and the pipe.
 pub fn enter() -> Result<(), Failure> {
     limit(Resource::As, MEMORY_BYTES)?;
     limit(Resource::Core, 0)?;

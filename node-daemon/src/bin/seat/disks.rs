@@ -116,17 +116,21 @@ fn prepare(layout: &Layout, disk: &DiskToPrepare, used: bool, progress: disks::P
     let path = disk_path(layout, &disk.name);
     let folder = path.parent().unwrap_or(Path::new("/"));
     let source = disk.source.clone().filter(|_| disk.original);
-    let file = source.as_ref().and_then(|source| match &source.place {
-        Place::Image { path } => Some(FileAt::In(layout.path("guest"), path.clone())),
-        Place::Claim { path } => Some(FileAt::In(layout.path("sources").join(&disk.name), path.clone())),
-        Place::Http { .. } => None,
-    });
+    let (file, backing) = match source.as_ref().map(|source| &source.place) {
+        Some(Place::Image { path, backing }) => in_folder(&layout.path("guest"), path, backing),
+        Some(Place::Claim { path, backing }) => {
+            let folder = layout.path("sources").join(&disk.name);
+            in_folder(&folder, path, backing)
+        }
+        Some(Place::Http { .. }) | None => (None, Vec::new()),
+    };
     let importer = std::env::current_exe().map(|seat| seat.with_file_name("importer"));
     let job = Job {
         size_bytes: disk.size_bytes,
         mark: folder.join("ftvm-disk"),
         source,
         file,
+        backing,
         staging: layout.path("staging").join(&disk.name),
         importer: importer.unwrap_or_else(|_| PathBuf::from("/importer")),
         used,
@@ -134,6 +138,12 @@ fn prepare(layout: &Layout, disk: &DiskToPrepare, used: bool, progress: disks::P
         path,
     };
     disks::prepare(&job, progress).map_err(|error| disks::told(&disk.name, &job.path, &error))
+}
+
+/// A file with first contents, and those that it is the difference from: all of them in one folder, which is their root.
+fn in_folder(folder: &Path, path: &str, backing: &[String]) -> (Option<FileAt>, Vec<FileAt>) {
+    let file = |path: &str| FileAt::In(folder.to_owned(), path.to_owned());
+    (Some(file(path)), backing.iter().map(|path| file(path)).collect())
 }
 
 #[cfg(test)]
