@@ -101,8 +101,20 @@ impl Scene {
         }
     }
 
+    /// The active, which may have no time for an answer.
+    fn seat(&mut self) -> Seat {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(seat) = self.system.seat(self.active) {
+                return seat;
+            }
+            assert!(Instant::now() < deadline, "the active's engine does not answer");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     fn counter(&mut self, name: &str) -> f64 {
-        let seat = self.system.seat(self.active).expect("it answers");
+        let seat = self.seat();
         seat.counter(name).unwrap_or_else(|| panic!("no counter {name}"))
     }
 
@@ -118,7 +130,7 @@ impl Scene {
     }
 
     fn goes(&mut self) {
-        self.gone_in = self.system.seat(self.active).expect("it answers").term;
+        self.gone_in = self.seat().term;
     }
 
     /// Kills the engine on a host, which its daemon starts again.

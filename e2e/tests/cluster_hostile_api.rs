@@ -544,7 +544,7 @@ fn a_falsifying_api_server_costs_no_answer() -> anyhow::Result<()> {
         // Each replaced seat leaves a volume behind.
         rounds: 6,
         // How fast a death is noticed is not what this is about; busy machines miss heartbeats.
-        peer_lost_ms: Some(1_500),
+        peer_lost_ms: Some(3_000),
         ..Options::default()
     };
     let setting = Setting {

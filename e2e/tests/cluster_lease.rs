@@ -100,6 +100,8 @@ fn swaps_are_what_they_say_whatever_stands_between() -> anyhow::Result<()> {
 fn every_fault(direct: &LeaseArbiter, way: &Way, proxy: &ApiProxy) -> anyhow::Result<()> {
     let arbiter = way.arbiter()?;
     let late = Fault::Late(Duration::from_millis(1500));
+    // What was there before the first of those in a row that must not land.
+    let mut stays = None;
     for (number, expectation) in [
         (Fault::None, "Won", true),
         (late, "Unknown", true),
@@ -123,9 +125,25 @@ fn every_fault(direct: &LeaseArbiter, way: &Way, proxy: &ApiProxy) -> anyhow::Re
     .into_iter()
     .enumerate()
     {
+        let (.., lands) = expectation;
+        if lands {
+            nothing_lands(direct, stays.take())?;
+        } else if stays.is_none() {
+            stays = Some(read(direct)?);
+        }
         one_fault(direct, &arbiter, proxy, 1000 * (1 + number as u128), expectation)?;
     }
+    nothing_lands(direct, stays)?;
     old_answers(direct, way, proxy, &arbiter)
+}
+
+/// What was refused, or never passed on, is not under way either: after a while the Lease is still what it was before all of that.
+fn nothing_lands(direct: &LeaseArbiter, stays: Option<Snapshot>) -> anyhow::Result<()> {
+    let Some(before) = stays else { return Ok(()) };
+    std::thread::sleep(Duration::from_millis(2500));
+    let after = read(direct)?;
+    ensure!(after == before, "{after:?}");
+    Ok(())
 }
 
 /// One fault, what is said of a swap under it, and whether it lands.
@@ -170,8 +188,6 @@ fn one_fault(
             Ok(())
         });
     }
-    // It was refused, or never passed on: nothing of it is under way any more.
-    std::thread::sleep(Duration::from_millis(2500));
     let after = read(direct)?;
     ensure!(after == before, "{fault:?}: {after:?}");
     Ok(())

@@ -40,10 +40,6 @@ fn check(options: &Options, report: &Report) {
             0,
             "{round:?}"
         );
-        // After a cut either side may win, otherwise the host that was hit must have lost.
-        if matches!(options.fault, Fault::KillEngine | Fault::KillHost | Fault::PauseHost) {
-            assert_ne!(round.active_before, round.active_after, "round {}", round.round);
-        }
     }
     assert!(report.answers > 100, "{} answers", report.answers);
 }

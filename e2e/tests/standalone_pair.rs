@@ -14,7 +14,7 @@ use ftvm_e2e::demo::programs::{self, Profile, Programs};
 use serde_json::{Value, json};
 
 /// Long enough for a busy machine; nothing is judged by it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Seats of the machine: the third one has no part in it until somebody gives it one.
 const SEATS: [&str; 3] = ["a", "b", "c"];
 /// First user id of each daemon's engines.
@@ -187,11 +187,23 @@ impl Pair {
             .unwrap_or(Value::Null)
     }
 
+    /// What a seat's engine says of itself; one that has no time for an answer is asked again.
+    fn engine(&self, n: usize) -> Value {
+        let mut engine = Value::Null;
+        self.wait("an engine that answers", |_| {
+            engine = self.seat(n)["engine"].take();
+            engine.is_object()
+        });
+        engine
+    }
+
     fn pid(&self, n: usize) -> i32 {
-        let pid = self.seat(n)["pid"]
-            .as_i64()
-            .unwrap_or_else(|| panic!("no engine: {}", self.logs()));
-        pid.try_into().unwrap()
+        let mut pid = None;
+        self.wait("a seat with an engine", |_| {
+            pid = self.seat(n)["pid"].as_i64();
+            pid.is_some()
+        });
+        pid.and_then(|pid| pid.try_into().ok()).expect("a process id")
     }
 
     fn kill_engine(&self, n: usize) {
@@ -404,7 +416,7 @@ fn a_failure_on_request_is_taken_over_from_and_refused_without_a_standby() {
         pair.control(&["failover", "--vm", "demo"]);
         pair.wait_protected(Some(1 - active));
         assert_ne!(pair.pid(active), before, "another engine came");
-        let engine = pair.seat(1 - active)["engine"].clone();
+        let engine = pair.engine(1 - active);
         assert!(
             engine["counters"]["takeover_us"].is_u64(),
             "the active was lost: {engine}"
@@ -435,8 +447,12 @@ fn switchover_stop_and_start() {
     for to in [1, 0, 1, 0] {
         pair.control(&["switchover", "--vm", "demo"]);
         pair.wait_protected(Some(to));
-        let counter = |name: &str| pair.seat(to)["engine"]["counters"][name].as_u64();
-        pair.wait("measured switchover", |_| counter("switchover_us").is_some());
+        let mut engine = Value::Null;
+        pair.wait("measured switchover", |_| {
+            engine = pair.engine(to);
+            engine["counters"]["switchover_us"].is_u64()
+        });
+        let counter = |name: &str| engine["counters"][name].as_u64();
         let steps = ["loaded", "running", "followed", "sealed", "sent", "released"];
         let steps: Vec<_> = steps
             .iter()
@@ -462,11 +478,11 @@ fn switchover_stop_and_start() {
 #[test]
 fn a_guest_that_may_not_run_alone_is_stopped_and_started_while_it_stands_still() {
     let mut pair = protected_pair_that_pauses("pause");
-    assert_eq!(pair.status()["vms"][0]["paused"], false);
+    pair.wait("going on", |status| status["vms"][0]["paused"] == false);
     pair.kill_daemon(1);
     pair.kill_engine_of(1);
     pair.wait_alone(0, true);
-    assert_eq!(pair.status()["vms"][0]["paused"], true);
+    pair.wait("told as paused", |status| status["vms"][0]["paused"] == true);
     let (_, table) = pair.ftvm(&["status", "--daemon", &pair.sockets()], None);
     assert!(
         table.contains("no, paused") && table.contains("until a standby has joined"),
@@ -558,7 +574,7 @@ fn a_seat_that_is_lost_for_good_is_replaced() {
         "replace", "--vm", "demo", "--lost", "b", "--with", "c", "--wait-s", "60",
     ]);
     pair.wait_protected(Some(0));
-    assert_eq!(pair.status()["vms"][0]["standby"], "c");
+    pair.wait("protected by the new seat", |status| status["vms"][0]["standby"] == "c");
     // It is worth as much as the first one: it takes over.
     pair.kill_engine(0);
     pair.wait_protected(Some(2));
@@ -655,10 +671,7 @@ fn a_seats_disk_boots_over_a_dead_holder_only_when_a_person_says_so() {
     pair.kill_daemon(1);
     pair.kill_engine_of(1);
     pair.wait("alone", |_| pair.seat(0)["engine"]["protected"] == false);
-    let holder = pair.seat(0)["engine"]["incarnation"]
-        .as_str()
-        .unwrap_or_default()
-        .to_owned();
+    let holder = pair.engine(0)["incarnation"].as_str().expect("a name").to_owned();
     pair.kill_daemon(0);
     pair.kill_engine_of(0);
     std::fs::remove_file(pair.folder.join("a.img")).unwrap();
@@ -679,7 +692,7 @@ fn an_arbiter_that_is_away_stops_nothing_and_is_used_again_when_it_is_back() {
     // The standby dies: without the arbiter the active may not go on alone, and with it nothing is taken from it.
     pair.kill_engine(1);
     pair.wait("told", |_| pair.seat(0)["engine"]["arbiter_reachable"] == false);
-    assert_eq!(pair.seat(0)["engine"]["protected"], false);
+    assert_eq!(pair.engine(0)["protected"], false);
     std::fs::rename(&hidden, &folder).unwrap();
     pair.wait_protected(Some(0));
 }

@@ -350,16 +350,24 @@ fn a_download_that_is_replaced_or_wrong_does_not_count() {
     server.state.cut_bytes.store(50 << 20, Ordering::SeqCst);
     let (url, digest) = (server.url("root.raw"), sha256(&image));
     let words = ["--url", url.as_str(), "--sha256", digest.as_str()];
-    let mut child = bench
-        .command("disk.img", 100, &words)
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    while server.state.sent_bytes.load(Ordering::SeqCst) < 45 << 20 {
-        std::thread::sleep(Duration::from_millis(5));
+    loop {
+        server.state.sent_bytes.store(0, Ordering::SeqCst);
+        let mut child = bench
+            .command("disk.img", 100, &words)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while server.state.sent_bytes.load(Ordering::SeqCst) < 45 << 20 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if !bench.complete("disk.img") {
+            break;
+        }
+        // It had a second connection, and all the time that it needs, before it was killed: once more.
+        bench.remove("disk.img");
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
     // Another file, under another ETag: begun anew, and found to be another one.
     let mut other = image.clone();
     other[7] ^= 1;

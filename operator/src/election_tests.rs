@@ -1,27 +1,21 @@
 //! Replicas at a small server that keeps the Lease as the API server does, and answers as badly as it is told.
+//!
+//! The clock is a paused one: it goes on when all wait for it, so a machine that is slow or stands still changes nothing. That needs a server
+//! without a network, for whoever waits for a socket does not wait for the clock.
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 
-use hyper::Method;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
-use hyper::http::request::Parts;
-use kube::Config;
+use hyper::{Method, Request, Response};
+use kube::client::Body;
 use serde_json::{Value, json};
+use tower::service_fn;
 
 use super::*;
-use crate::testing::{Answer, serve};
 
-/// A fifth of the operator's times.
-const SHORT: Times = Times {
-    lease: Duration::from_millis(1600),
-    renew: Duration::from_millis(400),
-    lead_max: Duration::from_millis(1200),
-    again: Duration::from_millis(60),
-    look: Duration::from_millis(400),
-    answer_max: Duration::from_millis(300),
-    candidate_answer_max: Duration::from_millis(800),
-};
-/// Long enough for a busy machine; nothing is judged by it.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// By the paused clock.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What becomes of a request.
 #[derive(Clone, Copy, PartialEq)]
@@ -49,11 +43,23 @@ struct Server {
 }
 
 impl Server {
-    async fn start() -> (Arc<Server>, Config) {
+    /// It, and a client whose requests it is handed.
+    fn start() -> (Arc<Server>, Client) {
         let server = Arc::new(Server::default());
         let serving = server.clone();
-        let config = serve(move |head: Parts, body| serving.clone().answer(head.method, body));
-        (server, config.await)
+        let service = service_fn(move |request: Request<Body>| {
+            let serving = serving.clone();
+            async move {
+                let (head, body) = request.into_parts();
+                let body = body.collect().await.unwrap().to_bytes();
+                let (code, body) = serving.answer(head.method, body).await;
+                let response = Response::builder()
+                    .status(code)
+                    .header("content-type", "application/json");
+                Ok::<_, Infallible>(response.body(Full::new(Bytes::from(body))).unwrap())
+            }
+        });
+        (server, Client::new(service, "system"))
     }
 
     fn misbehaves(&self, does: impl FnMut(&Method, &str) -> Does + Send + 'static) {
@@ -69,7 +75,7 @@ impl Server {
         pod_of(holder.unwrap_or_default()).to_owned()
     }
 
-    async fn answer(self: Arc<Self>, method: Method, body: Bytes) -> Answer {
+    async fn answer(self: Arc<Self>, method: Method, body: Bytes) -> (u16, String) {
         let object: Value = serde_json::from_slice(&body).unwrap_or_default();
         let replica = pod_of(object["spec"]["holderIdentity"].as_str().unwrap_or_default()).to_owned();
         let does = match &mut *self.does.lock().unwrap() {
@@ -98,7 +104,7 @@ impl Server {
                 (500, failure(500))
             }
         };
-        Some((code, body.to_string()))
+        (code, body.to_string())
     }
 
     fn right(&self, method: &Method, mut object: Value) -> (u16, Value) {
@@ -131,8 +137,8 @@ fn failure(code: u16) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": "", "code": code})
 }
 
-fn replica(config: &Config, name: &str) -> Election {
-    Election::new(Client::try_from(config.clone()).unwrap(), "system", name, SHORT)
+fn replica(client: &Client, name: &str) -> Election {
+    Election::new(client.clone(), "system", name, TIMES)
 }
 
 async fn soon<T>(event: impl Future<Output = T>) -> T {
@@ -141,8 +147,8 @@ async fn soon<T>(event: impl Future<Output = T>) -> T {
 
 /// Two replicas; the first leads.
 async fn two() -> (Arc<Server>, Election, Election) {
-    let (server, config) = Server::start().await;
-    let (mut first, second) = (replica(&config, "first"), replica(&config, "second"));
+    let (server, client) = Server::start();
+    let (mut first, second) = (replica(&client, "first"), replica(&client, "second"));
     soon(first.won()).await;
     (server, first, second)
 }
@@ -168,11 +174,11 @@ async fn first_stays(server: &Server, first: &mut Election, second: &mut Electio
             () = second.won() => panic!("two lead"),
         }
     };
-    assert!(timeout(2 * SHORT.lease, nothing).await.is_err());
+    assert!(timeout(2 * TIMES.lease, nothing).await.is_err());
     assert_eq!(server.holder(), "first");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn one_leads_and_another_one_waits() {
     let (server, mut first, mut second) = two().await;
     first_stays(&server, &mut first, &mut second).await;
@@ -187,12 +193,12 @@ async fn one_leads_and_another_one_waits() {
 }
 
 /// Whatever becomes of its renewals, a leader has ended before another one leads.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn who_cannot_renew_leads_no_longer_before_another_one_does() {
     for does in [
         Does::Says(500),
         Does::Says(409),
-        Does::Later(2 * SHORT.lease),
+        Does::Later(2 * TIMES.lease),
         Does::Later(PATIENCE),
     ] {
         let (server, mut first, mut second) = two().await;
@@ -207,7 +213,7 @@ async fn who_cannot_renew_leads_no_longer_before_another_one_does() {
 }
 
 /// What it sends is done and said to be refused. It must not keep the Lease from all others by that: who lost it waits as they do.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn who_lost_the_lease_does_not_keep_it_from_others() {
     let (server, mut first, mut second) = two().await;
     server.misbehaves(move |method, replica| match replica {
@@ -231,20 +237,20 @@ async fn who_lost_the_lease_does_not_keep_it_from_others() {
 }
 
 /// What the old leader sent arrives when another one leads: it is refused, and changes nothing.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_late_renewal_takes_nothing_from_the_next_leader() {
     let (server, mut first, mut second) = two().await;
     server.misbehaves(|method, replica| match replica {
-        "first" if method == Method::PUT => Does::Later(2 * SHORT.lease),
+        "first" if method == Method::PUT => Does::Later(2 * TIMES.lease),
         _ => Does::Right,
     });
     times(first.lost(), second.won()).await;
-    assert!(timeout(2 * SHORT.lease, second.lost()).await.is_err());
+    assert!(timeout(2 * TIMES.lease, second.lost()).await.is_err());
     assert_eq!(server.holder(), "second");
 }
 
 /// One that says that it failed when it did not, or the other way round, now and then.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_leader_stays_one_through_single_failures() {
     for does in [
         Does::Says(500),
@@ -263,14 +269,14 @@ async fn a_leader_stays_one_through_single_failures() {
                 Does::Right
             }
         });
-        assert!(timeout(2 * SHORT.lease, first.lost()).await.is_err());
+        assert!(timeout(2 * TIMES.lease, first.lost()).await.is_err());
     }
 }
 
 /// A candidate whose answer is lost leads once it reads that it was taken.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_candidate_bears_an_api_server_that_fails() {
-    let (server, config) = Server::start().await;
+    let (server, client) = Server::start();
     let mut failures = [
         Does::Says(500),
         Does::RightAndSays(500),
@@ -279,13 +285,13 @@ async fn a_candidate_bears_an_api_server_that_fails() {
     ]
     .into_iter();
     server.misbehaves(move |_, _| failures.next().unwrap_or(Does::Right));
-    let mut first = replica(&config, "first");
+    let mut first = replica(&client, "first");
     soon(first.won()).await;
     assert_eq!(server.holder(), "first");
 }
 
 /// Somebody deletes the Lease: its leader ends as soon as it sees that.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_lease_that_is_gone_is_nobodys() {
     let (server, mut first, mut second) = two().await;
     *server.lease.lock().unwrap() = None;
@@ -294,22 +300,22 @@ async fn a_lease_that_is_gone_is_nobodys() {
 }
 
 /// Another process under the name of the leader's pod is another replica: both must not lead.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn another_process_of_the_same_name_waits_as_any_other() {
-    let (server, config) = Server::start().await;
-    let (mut first, mut second) = (replica(&config, "first"), replica(&config, "first"));
+    let (server, client) = Server::start();
+    let (mut first, mut second) = (replica(&client, "first"), replica(&client, "first"));
     soon(first.won()).await;
     first_stays(&server, &mut first, &mut second).await;
 }
 
 /// A leader that is told to end frees its Lease: the next one, whose times are far longer, waits for nothing.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_leader_that_ends_frees_the_lease() {
-    let (server, config) = Server::start().await;
-    let (mut first, mut second) = (replica(&config, "first"), replica(&config, "second"));
+    let (server, client) = Server::start();
+    let (mut first, mut second) = (replica(&client, "first"), replica(&client, "second"));
     second.times.lease = 2 * PATIENCE;
     soon(first.won()).await;
-    assert!(timeout(SHORT.look, second.won()).await.is_err());
+    assert!(timeout(TIMES.look, second.won()).await.is_err());
     soon(first.release()).await;
     assert_eq!(server.holder(), "");
     soon(second.won()).await;
@@ -320,7 +326,7 @@ async fn a_leader_that_ends_frees_the_lease() {
 }
 
 /// A leader that is stopped, and told to end when another one leads already, takes nothing from that one.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_late_release_takes_nothing_from_the_next_leader() {
     let (server, mut first, mut second) = two().await;
     soon(second.won()).await;
@@ -330,21 +336,21 @@ async fn a_late_release_takes_nothing_from_the_next_leader() {
     server.misbehaves(|_, _| Does::Later(2 * PATIENCE));
     let began = Instant::now();
     second.release().await;
-    assert!(began.elapsed() < PATIENCE);
+    assert!(began.elapsed() <= 2 * RELEASE_MAX);
 }
 
 /// An API server that is too slow for a leader's renewals still lets a candidate win.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_candidate_waits_longer_for_answers() {
-    let (server, config) = Server::start().await;
-    server.misbehaves(|_, _| Does::Slowly(2 * SHORT.answer_max));
-    let mut first = replica(&config, "first");
+    let (server, client) = Server::start();
+    server.misbehaves(|_, _| Does::Slowly(2 * TIMES.answer_max));
+    let mut first = replica(&client, "first");
     soon(first.won()).await;
     assert_eq!(server.holder(), "first");
 }
 
 /// Reads that are never answered take nothing of the time in which a leader must renew.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_leader_writes_again_before_it_reads() {
     let (server, mut first, _) = two().await;
     let mut count = 0;
@@ -356,7 +362,7 @@ async fn a_leader_writes_again_before_it_reads() {
             _ => Does::Right,
         }
     });
-    assert!(timeout(2 * SHORT.lease, first.lost()).await.is_err());
+    assert!(timeout(2 * TIMES.lease, first.lost()).await.is_err());
 }
 
 /// Of a replica that never says anything again.
@@ -366,41 +372,41 @@ fn foreign(seconds: i64) -> Value {
 }
 
 /// A holder that says that its Lease lasts for years is waited for, but not for ever, and not with one request after the other.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_foreign_lease_lasts_no_longer_than_is_sensible() {
-    let (server, config) = Server::start().await;
-    let first = replica(&config, "first");
+    let (server, client) = Server::start();
+    let first = replica(&client, "first");
     for (seconds, lasts) in [
-        (1, SHORT.lease),
+        (1, TIMES.lease),
         (20, Duration::from_secs(20)),
         (1 << 30, FOREIGN_MAX),
-        (-1, SHORT.lease),
+        (-1, TIMES.lease),
     ] {
         assert_eq!(first.lasts(&serde_json::from_value(foreign(seconds)).unwrap()), lasts);
     }
     *server.lease.lock().unwrap() = Some(foreign(1 << 30));
     let looks = counted(&server, |_| Does::Right);
     let mut first = first;
-    assert!(timeout(3 * SHORT.lease, first.won()).await.is_err());
+    assert!(timeout(3 * TIMES.lease, first.won()).await.is_err());
     // Each look's time and not each `again`.
-    let most = 3 * SHORT.lease.as_millis() / SHORT.look.as_millis() + 2;
+    let most = 3 * TIMES.lease.as_millis() / TIMES.look.as_millis() + 2;
     assert!(u128::from(*looks.lock().unwrap()) <= most, "{looks:?}");
 }
 
 /// Neither an API server that refuses writes nor one that always says that another one was faster is asked without end.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_candidate_asks_more_and_more_rarely() {
     for code in [500, 409] {
-        let (server, config) = Server::start().await;
+        let (server, client) = Server::start();
         *server.lease.lock().unwrap() = Some(foreign(1));
         let count = counted(&server, move |method| match *method {
             Method::PUT => Does::Says(code),
             _ => Does::Right,
         });
-        let mut first = replica(&config, "first");
-        assert!(timeout(3 * SHORT.lease, first.won()).await.is_err());
+        let mut first = replica(&client, "first");
+        assert!(timeout(3 * TIMES.lease, first.won()).await.is_err());
         // Each is a read and a write, and the pauses are short only at first.
-        let looks = 3 * SHORT.lease.as_millis() / SHORT.look.as_millis() + 4;
+        let looks = 3 * TIMES.lease.as_millis() / TIMES.look.as_millis() + 4;
         assert!(u128::from(*count.lock().unwrap()) <= 2 * looks, "{count:?}");
     }
 }

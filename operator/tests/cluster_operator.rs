@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use ftvm_e2e::cluster::{Cluster, Options, leadership, wait_for};
@@ -12,8 +12,11 @@ mod cpus;
 mod newer;
 mod plugin;
 mod refused;
+mod rest;
 mod troubles;
 mod zones;
+
+use rest::{requests, rests, rests_beside};
 
 /// Long enough for a busy machine; nothing is judged by it.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -69,7 +72,7 @@ fn defined(options: Options) -> anyhow::Result<Cluster> {
         "wait",
         "--for=condition=Established",
         "crd/faulttolerantvms.ftvm.dev",
-        "--timeout=60s",
+        "--timeout=180s",
     ])?;
     Ok(cluster)
 }
@@ -267,20 +270,6 @@ fn leader(cluster: &Cluster) -> anyhow::Result<String> {
     Ok(holder.context("nobody leads")?.to_owned())
 }
 
-/// Requests of the operators beside watches and the election, so far.
-fn requests(cluster: &Cluster) -> anyhow::Result<Vec<String>> {
-    let events = cluster.audit_events()?;
-    let ours = events
-        .into_iter()
-        .filter(|event| event.user_agent.starts_with("ftvm-operator") && event.verb != "watch");
-    let text = ours.filter_map(|event| {
-        let object = event.object_ref?;
-        let election = object.name.as_deref() == Some("ftvm-operator");
-        (!election).then(|| format!("{} {} {}", event.verb, object.resource, object.name.unwrap_or_default()))
-    });
-    Ok(text.collect())
-}
-
 #[test]
 fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Result<()> {
     let cluster = cluster()?;
@@ -290,7 +279,7 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     cluster.apply(&example("unbound", None).to_string())?;
     let advice = wait_reason(&cluster, "unbound", "Protected", "VolumeNotBound")?;
     assert!(advice.contains("name a class that provisions"), "{advice}");
-    cluster.kubectl(&["delete", "ftvm", "unbound", "--timeout=60s"])?;
+    cluster.kubectl(&["delete", "ftvm", "unbound", "--timeout=180s"])?;
     classes_by_slot(&cluster)?;
     cluster.apply(&example("web", Some("local")).to_string())?;
     let advice = wait_reason(&cluster, "web", "Protected", "NoKvmNode")?;
@@ -349,13 +338,20 @@ fn the_operator_makes_its_objects_says_what_is_missing_and_rests() -> anyhow::Re
     newer::correct(&cluster)?;
     rests(&cluster)?;
     assert_eq!(cluster.get(&["ftvm", "web"])?["status"]["seats"], Value::Array(seats));
+    halt_and_delete(&cluster, &plugin)
+}
+
+#[test]
+fn what_vms_are_in_want_of_is_told_and_mended_and_the_operator_rests_beside_them() -> anyhow::Result<()> {
+    let cluster = cluster()?;
+    cluster.kubectl(&["create", "namespace", "ftvm-system"])?;
+    let _operator = Operator::start(&cluster, "one")?;
     foreign_lease(&cluster)?;
     former_authority(&cluster)?;
     troubles::refused(&cluster)?;
-    halt_and_delete(&cluster, &plugin)?;
     kept_volumes(&cluster)?;
     troubles::offer_seats(&cluster)?;
-    lease_made_anew(&cluster, &plugin)?;
+    lease_made_anew(&cluster, &plugin::Plugin::new(&cluster)?)?;
     absent_provisioner(&cluster)
 }
 
@@ -421,27 +417,6 @@ fn without_image_volumes_guest_images_are_copied() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// After everything is made nothing is asked of the API server any more.
-fn rests(cluster: &Cluster) -> anyhow::Result<()> {
-    rests_beside(cluster, || Ok(()))
-}
-
-/// The same, while something else goes on that does not concern the operator.
-fn rests_beside(cluster: &Cluster, goes_on: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    wait_for("the operator is quiet for 20 s", PATIENCE, || {
-        let before = requests(cluster)?.len();
-        let end = Instant::now() + Duration::from_secs(20);
-        while Instant::now() < end {
-            goes_on()?;
-            std::thread::sleep(Duration::from_secs(2));
-        }
-        let after = requests(cluster)?;
-        // An event's series may be told once more.
-        ensure!(after.len() <= before + 1, "{:?}", &after[before..]);
-        Ok(())
-    })
-}
-
 /// Waits for an event of a VM that says this.
 fn wait_event(cluster: &Cluster, vm: &str, reason: &str, words: &str) -> anyhow::Result<()> {
     wait_for(&format!("an event of {vm} tells {reason}"), PATIENCE, || {
@@ -478,7 +453,7 @@ fn former_authority(cluster: &Cluster) -> anyhow::Result<()> {
     let made = cluster.get(&["secret", "heir-authority"])?;
     let vm = cluster.get(&["ftvm", "heir"])?;
     assert_eq!(made["metadata"]["ownerReferences"][0]["uid"], vm["metadata"]["uid"]);
-    cluster.kubectl(&["delete", "ftvm", "heir", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "heir", "--timeout=180s"])?;
     Ok(())
 }
 
@@ -561,7 +536,7 @@ fn lease_made_anew(cluster: &Cluster, plugin: &plugin::Plugin<'_>) -> anyhow::Re
     cluster.kubectl(&["delete", "lease", "gone"])?;
     says("succeeds another record")?;
     no_lease(cluster, "gone").context("made anew from what is old")?;
-    cluster.kubectl(&["delete", "ftvm", "gone", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "gone", "--timeout=180s"])?;
     Ok(())
 }
 
@@ -569,7 +544,7 @@ fn halt_and_delete(cluster: &Cluster, plugin: &plugin::Plugin<'_>) -> anyhow::Re
     let watching = plugin.watch("web")?;
     plugin.stops_and_starts()?;
     wait_reason(cluster, "web", "Protected", "NoKvmNode")?;
-    cluster.kubectl(&["delete", "ftvm", "web", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "web", "--timeout=180s"])?;
     watching.end()?;
     wait_for("everything is gone", PATIENCE, || {
         let left = cluster.kubectl(&[
@@ -696,7 +671,7 @@ fn kept_volumes(cluster: &Cluster) -> anyhow::Result<()> {
     wait_reason(cluster, "kept", "Protected", "NoKvmNode")?;
     let claims = left(cluster, "pvc", "kept")?;
     assert_eq!(claims.len(), 2, "{claims:?}");
-    cluster.kubectl(&["delete", "ftvm", "kept", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "kept", "--timeout=180s"])?;
     wait_for("all but the claims is gone", PATIENCE, || {
         let left = left(cluster, "pods,leases,secrets,pdb,networkpolicies", "kept")?;
         ensure!(left.is_empty(), "{left:?}");
@@ -736,7 +711,7 @@ fn classes_by_slot(cluster: &Cluster) -> anyhow::Result<()> {
         }
         Ok(())
     })?;
-    cluster.kubectl(&["delete", "ftvm", "classes", "--timeout=60s"])?;
+    cluster.kubectl(&["delete", "ftvm", "classes", "--timeout=180s"])?;
     Ok(())
 }
 
@@ -760,7 +735,7 @@ fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
     rests(cluster)?;
     // The others would take what it needs.
     let others = ["taken", "unpulled", "large", "elsewhere"];
-    cluster.kubectl(&[&["delete", "ftvm", "--timeout=120s"], &others[..]].concat())?;
+    cluster.kubectl(&[&["delete", "ftvm", "--timeout=180s"], &others[..]].concat())?;
     let local = json!([{"op": "replace", "path": "/spec/disks/0/storageClassName", "value": "local"}]).to_string();
     cluster.kubectl(&["patch", "ftvm", "waiting", "--type=json", "-p", &local])?;
     let seats = cluster.get(&["ftvm", "waiting"])?["status"]["seats"].clone();
@@ -775,9 +750,9 @@ fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
             "pvc",
             &format!("{seat}-root"),
             "--ignore-not-found",
-            "--timeout=60s",
+            "--timeout=180s",
         ])?;
-        cluster.kubectl(&["delete", "pod", seat, "--ignore-not-found", "--timeout=60s"])?;
+        cluster.kubectl(&["delete", "pod", seat, "--ignore-not-found", "--timeout=180s"])?;
     }
     wait_for("a seat has a volume of the other class", PATIENCE, || {
         let claims = cluster.get(&["pvc", "--selector=ftvm.dev/vm=waiting"])?;
@@ -791,6 +766,6 @@ fn absent_provisioner(cluster: &Cluster) -> anyhow::Result<()> {
         );
         Ok(())
     })?;
-    cluster.kubectl(&["delete", "ftvm", "waiting", "--timeout=120s"])?;
+    cluster.kubectl(&["delete", "ftvm", "waiting", "--timeout=180s"])?;
     Ok(())
 }

@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 /// File in a cluster's folder that names its groups, one a line.
 const LIST: &str = "control-groups";
 /// Killed processes have left their groups after this.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Controllers that kubelet needs where there is only version 2.
 const CONTROLLERS_V2: &str = "+cpuset +cpu +memory +pids";
 

@@ -195,6 +195,16 @@ impl<'a, W: Witness> Stage<'a, W> {
 
         let at = self.strike(before, standby)?;
         let after = self.wait_failover(before, seat.term)?;
+        // After a cut either side may win, otherwise the one that was hit has lost. (Later another failover may bring it back.)
+        let was_hit = matches!(
+            self.options.fault,
+            Fault::KillEngine | Fault::KillHost | Fault::PauseHost
+        );
+        ensure!(
+            after != before || !was_hit || !self.system.protects(),
+            "{} was hit, and runs the guest again",
+            self.names[before]
+        );
         round.active_after.clone_from(&self.names[after]);
         let goal = self.witness.answers() + ANSWERS_AFTER;
         let resumed = self.wait_for_answers(goal);

@@ -42,7 +42,9 @@ pub const DISK_MIB: u64 = 64;
 /// How long a daemon may take to answer, longer than it waits for its engine. A frozen one is not asked.
 const ANSWER: Duration = Duration::from_secs(2);
 /// How long both sides may take to become equal once nothing happens any more.
-const SETTLE: Duration = Duration::from_secs(20);
+const SETTLE: Duration = Duration::from_secs(60);
+/// For what a daemon begins or does with its engine, a digest of memory among it, longer than it waits itself.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Daemons and engines.
 pub struct Standalone {
@@ -302,7 +304,7 @@ impl Standalone {
         let log = self.log(&self.host_folder(host).join("daemon.log"))?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut process = self.lab.host(host).spawn("ftvm-node-daemon", command)?;
-        let deadline = Instant::now() + SETTLE;
+        let deadline = Instant::now() + PATIENCE;
         while daemon::ask(&self.socket(host), &json!({ "request": "status" }), ANSWER).is_err() {
             if let Some(status) = process.try_wait()? {
                 bail!(
@@ -349,7 +351,7 @@ impl Standalone {
     /// One round of questions to a host's daemon about its seat's engine.
     fn ask_engine(&self, host: usize, command: Value) -> anyhow::Result<Value> {
         let request = json!({ "request": "command", "vm": VM, "seat": seat_name(host), "command": command });
-        let answer = daemon::ask(&self.socket(host), &request, SETTLE)
+        let answer = daemon::ask(&self.socket(host), &request, PATIENCE)
             .with_context(|| format!("asking the daemon of {}", self.lab.host(host).name()))?;
         ensure!(
             answer["response"] == "reply",
@@ -502,7 +504,7 @@ impl System for Standalone {
             return self.prepare_host(host, None);
         }
         let request = json!({ "request": "apply_seat", "seat": self.seat_config(host, None) });
-        let answer = daemon::ask(&self.socket(host), &request, SETTLE)?;
+        let answer = daemon::ask(&self.socket(host), &request, PATIENCE)?;
         ensure!(
             answer["response"] == "done",
             "the daemon of {} said {answer}",
@@ -513,7 +515,7 @@ impl System for Standalone {
 
     fn compare_sides(&mut self, active: usize, standby: usize) -> anyhow::Result<()> {
         self.compare_disks(active, standby, SETTLE)?;
-        compare::memory(|host| self.digest(host), active, standby, SETTLE)
+        compare::memory(|host| self.digest(host), active, standby, PATIENCE)
     }
 
     fn logs(&self) -> Vec<PathBuf> {

@@ -19,7 +19,7 @@ use super::{NETWORKS, Network, guest};
 /// How long a command in a node may take unless told otherwise. Generous: emulation is slow, and slower beside other work.
 const COMMAND: Duration = Duration::from_secs(120);
 /// How long a node may take to boot: 4 s on an idle machine.
-const BOOT: Duration = Duration::from_secs(180);
+const BOOT: Duration = Duration::from_secs(600);
 
 /// File in the folder of nodes that is the disk with the agent and programs: /lab in each of them.
 pub(super) const PAYLOAD: &str = "payload.img";
@@ -267,7 +267,7 @@ impl Node {
     /// # Errors
     /// If the agent does not answer or cannot start it.
     pub fn start(&self, start: &Start) -> anyhow::Result<Session> {
-        self.start_within(start, Duration::from_secs(30))
+        self.start_within(start, COMMAND)
     }
 
     /// Starts a command that outlives the connection; its output goes to the file `log` in the node. Returns its process id there.

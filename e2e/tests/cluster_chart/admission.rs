@@ -281,7 +281,7 @@ fn install_monitoring_definitions(cluster: &Cluster) {
         let definition = fs::read_to_string(folder.join(format!("monitoring.coreos.com_{kind}.yaml"))).unwrap();
         cluster.apply(&definition).unwrap();
         let name = format!("crd/{kind}.monitoring.coreos.com");
-        let wait = ["wait", "--for=condition=Established", &name, "--timeout=120s"];
+        let wait = ["wait", "--for=condition=Established", &name, "--timeout=180s"];
         cluster.kubectl(&wait).unwrap();
     }
 }

@@ -111,7 +111,10 @@ fn uncordon(acts: &Acts<'_>, host: usize) -> anyhow::Result<()> {
 
 /// How long the last change of sides took by which this host's engine became active: as a takeover, as a switchover.
 fn last_change(acts: &mut Acts<'_>, host: usize) -> anyhow::Result<[Option<u64>; 2]> {
-    let seat = acts.stage.system().seat(host).context("the engine does not answer")?;
+    let seat = wait_for("an answer of the active's engine", PATIENCE, || {
+        let seat = acts.stage.system().seat(host);
+        seat.context("the engine does not answer")
+    })?;
     Ok(["takeover_us", "switchover_us"].map(|name| seat.counters.get(name).and_then(Value::as_u64)))
 }
 

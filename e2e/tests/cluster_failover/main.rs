@@ -32,7 +32,7 @@ fn a_machine_lives_through_everything() -> anyhow::Result<()> {
         // Each replaced seat leaves a volume behind, each `helm test` and each small machine two, and ten machines at once need twenty.
         rounds: 24,
         // A machine that is busy for a while must not count as dead: it is judged who takes over when.
-        peer_lost_ms: Some(1_500),
+        peer_lost_ms: Some(3_000),
         ..Options::default()
     };
     // Not while the machine runs.

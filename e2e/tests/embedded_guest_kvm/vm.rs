@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 const TAP: &str = "ftvm0";
 const DISK_BYTES: u64 = 4 << 20;
 const MEMORY_BYTES: u64 = 64 << 20;
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// What outlives a machine: the network, the disk, the kernel. The test's thread is in the network namespace.
 pub struct Lab {

@@ -12,7 +12,7 @@ use ftvm_e2e::lab::wire::Start;
 use ftvm_e2e::lab::{Lab, Node, NodeConfig};
 
 /// How long the guest may take to do something: emulation is slow, and slower beside other work.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(900);
 
 /// Builds the engine's example that runs one machine.
 fn solo() -> PathBuf {

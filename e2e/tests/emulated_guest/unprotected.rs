@@ -8,8 +8,8 @@ use ftvm_e2e::lab::image::Image;
 use ftvm_e2e::lab::{Lab, Node, NodeConfig, Sandbox};
 
 /// Enough for two emulations on top of each other on a busy machine; judgements never depend on it.
-const PATIENCE: Duration = Duration::from_secs(600);
-const ANSWER: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(900);
+const ANSWER: Duration = Duration::from_secs(180);
 const CONSOLE: &str = "/data/guest.log";
 
 /// Waits for the services of a freshly booted guest; says what its console says if they don't come.

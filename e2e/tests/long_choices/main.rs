@@ -94,7 +94,7 @@ fn mended(cluster: &Cluster) -> anyhow::Result<()> {
             Ok(())
         })?;
     }
-    let all = ["delete", "ftvm", "--all", "--namespace", NAMESPACE, "--timeout=120s"];
+    let all = ["delete", "ftvm", "--all", "--namespace", NAMESPACE, "--timeout=180s"];
     cluster.kubectl(&all).map(drop)
 }
 

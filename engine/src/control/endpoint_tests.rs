@@ -51,7 +51,7 @@ impl Rig {
 
     fn next(&self) -> Input {
         self.inputs
-            .recv_timeout(Duration::from_secs(20))
+            .recv_timeout(Duration::from_secs(90))
             .expect("an input comes")
     }
 

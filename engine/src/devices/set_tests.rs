@@ -367,6 +367,7 @@ fn the_gate_closes_while_all_is_busy_and_then_nothing_moves() {
     rig.mem().write_obj([1u32, 0, 0, 0], GuestAddress(BUFFERS)).unwrap();
     rig.open();
     let stop = AtomicBool::new(false);
+    let begun = Instant::now();
     let mut waits_us = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::SeqCst) {
@@ -406,6 +407,7 @@ fn the_gate_closes_while_all_is_busy_and_then_nothing_moves() {
         stop.store(true, Ordering::SeqCst);
         waits
     });
+    let took_us = begun.elapsed().as_micros() as u64;
     let counts = rig.set.counts();
     assert!(counts.nics[0].tx_frames > 0 && counts.disks[0].writes > 0, "{counts:?}");
     assert!(rig.bench.events.take().is_empty());
@@ -414,9 +416,12 @@ fn the_gate_closes_while_all_is_busy_and_then_nothing_moves() {
         "closing the gate: p50 {} us, p99 {} us; {counts:?}",
         waits_us[150], waits_us[297]
     );
+    // How long a turn takes is the machine's matter. None is taken while the gate is waited for but the one under way.
+    let turns = counts.nics[0].tx_frames / 64 + counts.disks[0].writes / 30;
+    let turn_us = took_us.saturating_sub(waits_us.iter().sum::<u64>()) / turns.max(1);
     assert!(
-        waits_us[150] < 50_000,
-        "half of all pauses wait {} us for devices",
+        waits_us[150] < (20 * turn_us).max(50_000),
+        "half of all pauses wait {} us for devices, a turn of which takes {turn_us} us",
         waits_us[150]
     );
 }

@@ -564,7 +564,7 @@ mod tests {
         };
         let (ready, readied) = channel();
         let receiving = start(Box::new(move || -> Result<StandbyDisks, Failure> {
-            let waited = readied.recv_timeout(Duration::from_secs(20));
+            let waited = readied.recv_timeout(Duration::from_secs(90));
             waited.map_err(|_| "the driver waited for the disks".to_owned())?;
             let journal = MemStorage::new(vec![0; JOURNAL_MIN_BYTES as usize]);
             Ok(StandbyDisks::open(
@@ -577,7 +577,7 @@ mod tests {
         ready.send(()).expect("the thread waits for it");
         assert_eq!(receiving.take_over(8).expect("taken over").state, [1, 2, 3]);
         let receiving = start(Box::new(|| Err(Failure::from("the disk is gone".to_owned()))));
-        let report = match inputs.0.recv_timeout(Duration::from_secs(20)) {
+        let report = match inputs.0.recv_timeout(Duration::from_secs(90)) {
             Ok(crate::driver::Input::Follow(report)) => report,
             other => panic!("{other:?}"),
         };

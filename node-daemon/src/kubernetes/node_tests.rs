@@ -179,7 +179,7 @@ fn a_pod_that_is_there_is_no_earlier_one() {
     let former = json!([{"uid": POD, "node": "one", "missingSince": "2026-11-27T00:00:00Z"}]);
     node.reconcile(&[pod(OTHER)], &[vm_with_former(&former)]);
     assert_eq!(seats(&node), [POD]);
-    let report = seat.pod.seat.report(seat.known().seat_id, Duration::from_secs(20));
+    let report = seat.pod.seat.report(seat.known().seat_id, Duration::from_secs(90));
     assert_eq!(report.guest, GuestReport::Present);
 }
 

@@ -39,7 +39,7 @@ pub fn apply(cluster: &Cluster) -> anyhow::Result<()> {
 pub fn beside(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
     cluster.apply(&small(name, "local").to_string())?;
     wait_reason(cluster, name, "Protected", "NoKvmNode")?;
-    cluster.kubectl(&["delete", "ftvm", name, "--timeout=60s"]).map(drop)
+    cluster.kubectl(&["delete", "ftvm", name, "--timeout=180s"]).map(drop)
 }
 
 /// Whoever leads now attends to others, and to this one once it can be read.
@@ -50,7 +50,7 @@ pub fn correct(cluster: &Cluster) -> anyhow::Result<()> {
     let halt = json!({"spec": {"runStrategy": "Halted"}}).to_string();
     cluster.kubectl(&["patch", "ftvm", "newer", "--type=merge", "-p", &halt])?;
     wait_reason(cluster, "newer", "Ready", "Halted")?;
-    cluster.kubectl(&["delete", "ftvm", "newer", "--timeout=60s"])?;
+    cluster.kubectl(&["delete", "ftvm", "newer", "--timeout=180s"])?;
     let third = json!([
         {"op": "test", "path": THIRD, "value": "Sometimes"},
         {"op": "remove", "path": THIRD},

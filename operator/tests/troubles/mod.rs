@@ -169,6 +169,6 @@ pub fn refused(cluster: &Cluster) -> anyhow::Result<()> {
         Ok(())
     })?;
     cluster
-        .kubectl(&["delete", "ftvm", "refused", "--timeout=60s"])
+        .kubectl(&["delete", "ftvm", "refused", "--timeout=180s"])
         .map(drop)
 }

@@ -148,7 +148,8 @@ fn tiers(root: &Path) -> anyhow::Result<Vec<Tier>> {
         Tier {
             name: "unit",
             about: "each module by itself",
-            budget: minutes(3),
+            // Two where the machine has its usual pace.
+            budget: minutes(5),
             build: minutes(10),
             runs: Runs::Always,
             packages: &[NAMESPACES],

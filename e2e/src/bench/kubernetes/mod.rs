@@ -125,6 +125,6 @@ fn define(cluster: &Cluster) -> anyhow::Result<()> {
     let definition = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     cluster.apply(&definition)?;
     let name = "crd/faulttolerantvms.ftvm.dev";
-    let words = ["wait", "--for=condition=Established", name, "--timeout=60s"];
+    let words = ["wait", "--for=condition=Established", name, "--timeout=180s"];
     cluster.kubectl(&words).map(drop)
 }

@@ -21,7 +21,7 @@ use super::*;
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Long enough for a busy machine; nothing is judged by it.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(90);
 /// What is late is late by this much at least.
 const LATE: Duration = Duration::from_millis(300);
 
@@ -304,10 +304,10 @@ async fn told_under(rig: &Rig, fault: Fault) -> (String, Duration) {
     let first = event("ADDED", 11);
     happens.send(first.clone()).unwrap();
     hear(&mut body, first.len()).await;
-    rig.once(true, fault);
-    // Its turn has begun when the chooser was asked.
-    tokio::task::yield_now().await;
+    // Its turn begins when the chooser is asked, which is now or a little later.
     let begin = Instant::now();
+    rig.once(true, fault);
+    tokio::task::yield_now().await;
     for event in [event("MODIFIED", 12), event("BOOKMARK", 13), event("DELETED", 14)] {
         happens.send(event).unwrap();
     }

@@ -23,7 +23,7 @@ const DISK_NAME: &str = "root";
 /// How long a daemon may take to answer, longer than it waits for its engine.
 const ANSWER: Duration = Duration::from_secs(2);
 /// How long both sides may take to become equal once nothing happens any more.
-const SETTLE: Duration = Duration::from_secs(20);
+const SETTLE: Duration = Duration::from_secs(60);
 /// For a digest of memory, longer than its daemon waits for its engine.
 const DIGEST: Duration = Duration::from_secs(50);
 /// For a node that was started to be of use again.
@@ -188,7 +188,7 @@ pub(super) fn start_drain(cluster: &Cluster, node: &str) -> anyhow::Result<Child
         node,
         "--ignore-daemonsets",
         "--delete-emptydir-data",
-        "--timeout=120s",
+        "--timeout=180s",
     ])
 }
 

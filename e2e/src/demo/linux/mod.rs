@@ -25,7 +25,7 @@ use crate::report::{Progress, Report, table};
 
 /// Everything is slower by a factor of ten to a hundred in here.
 const PATIENCE: Patience = Patience {
-    protected: Duration::from_secs(420),
+    protected: Duration::from_secs(1200),
     calm: Duration::from_secs(5),
     stalled: Duration::from_secs(180),
     hold: Duration::from_secs(10),
@@ -33,7 +33,7 @@ const PATIENCE: Patience = Patience {
     look: Duration::from_millis(500),
 };
 /// For the guest to switch itself off.
-const STOP: Duration = Duration::from_secs(180);
+const STOP: Duration = Duration::from_secs(600);
 
 /// Runs the demonstration and prints its report.
 ///

@@ -25,9 +25,9 @@ const SOCKET: &str = "/data/state/daemon.sock";
 const CONFIG: &str = "/data/config.yaml";
 const DAEMON_LOG: &str = "/data/daemon.log";
 /// For things that take their time in an emulation on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// For the first seat to run the guest.
-const START: Duration = Duration::from_secs(400);
+const START: Duration = Duration::from_secs(1200);
 /// A machine whose cut link hides an answer is not waited for long.
 const ANSWER: Duration = Duration::from_secs(30);
 /// For a digest of memory, longer than its daemon waits for its engine.

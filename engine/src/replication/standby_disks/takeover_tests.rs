@@ -212,7 +212,7 @@ fn who_gives_the_guest_away_waits_for_no_disk() {
         disks.commit(8).expect("committed");
         followed.send(disks).expect("somebody waits");
     });
-    let follows = follows.recv_timeout(Duration::from_secs(20));
+    let follows = follows.recv_timeout(Duration::from_secs(90));
     hold(false);
     let mut disks = follows.expect("no disk was waited for");
     disks.stage(9, &[], true).expect("staged");

@@ -88,13 +88,19 @@ fn who_has_too_much_to_do_is_asked_once_more_when_it_says_so() {
     assert_eq!(outcome, ReadOutcome::Unreachable, "{why:?}");
     assert!(begin.elapsed() >= Duration::from_secs(1), "asked again at once");
     assert_eq!(api.asked(), ["GET", "GET"]);
-    // Not where the answer would come too late.
-    let soon = Instant::now() + Duration::from_secs(1);
+    // Not where the answer would come too late. Of a machine on which nothing is left of that time this says nothing, and it is asked anew.
     let (leases, path) = (&arbiter.leases, &arbiter.path);
-    let answer = leases.runtime.block_on(leases.server.read(path, soon));
-    assert!(Instant::now() < soon, "waited for nothing");
-    assert_eq!(answer.unwrap().status, StatusCode::TOO_MANY_REQUESTS);
-    assert_eq!(api.asked(), ["GET"]);
+    let asked_in_vain = || {
+        let soon = Instant::now() + Duration::from_secs(1);
+        let answer = leases.runtime.block_on(leases.server.read(path, soon));
+        let asked = api.asked();
+        (Instant::now() < soon).then(|| (answer.unwrap().status, asked))
+    };
+    let told = Some((StatusCode::TOO_MANY_REQUESTS, vec!["GET".to_owned()]));
+    assert!(
+        (0..20).any(|_| asked_in_vain() == told),
+        "waited for nothing, or asked again"
+    );
     let outcome = std::thread::scope(|scope| {
         let reading = scope.spawn(|| arbiter.read().0);
         api.wait_until("it is not asked", |seen| !seen.requests.is_empty());
