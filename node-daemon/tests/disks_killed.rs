@@ -385,14 +385,15 @@ fn a_download_that_is_replaced_or_wrong_does_not_count() {
     server.state.cut_bytes.store(50 << 20, Ordering::SeqCst);
     let (url, digest) = (server.url("root.raw"), sha256(&image));
     let words = ["--url", url.as_str(), "--sha256", digest.as_str()];
-    loop {
+    for life in 0.. {
+        assert!(life < 20, "it is complete before it is killed, each time");
         server.state.sent_bytes.store(0, Ordering::SeqCst);
         let mut child = bench
             .command("disk.img", 100, &words)
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        while server.state.sent_bytes.load(Ordering::SeqCst) < 45 << 20 {
+        while server.state.sent_bytes.load(Ordering::SeqCst) < 45 << 20 && child.try_wait().unwrap().is_none() {
             std::thread::sleep(Duration::from_millis(5));
         }
         child.kill().unwrap();

@@ -175,7 +175,8 @@ async fn look(vm: &FaultTolerantVM, context: &Context) -> Result<Next, ApiError>
         }
     }
     let (again, unrestored) = restore(&seen, &objects, context).await?;
-    let recheck = decision.recheck.into_iter().chain(again).min();
+    let ahead = status::failover_ahead(&seen, &decision.book);
+    let recheck = [decision.recheck, again, ahead].into_iter().flatten().min();
     let next = pause(recheck, seen.waits()).map_or_else(Next::await_change, Next::requeue);
     if let Some(refused) = unrestored.filter(|_| seen.refused.is_none()) {
         show(refused, true, &vm, seen, decision, &objects, context).await?;

@@ -17,30 +17,36 @@ pub fn next_job<J>(todo: &Receiver<J>, mut piece: impl FnMut() -> bool) -> Optio
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::sync::mpsc::channel;
+    use std::time::Instant;
 
     use super::*;
+    use crate::devices::testing::PATIENCE;
 
     #[test]
     fn jobs_wait_for_one_piece_and_pieces_for_no_job() {
         let (give, todo) = channel();
-        let mut taken = 0;
-        let mut next = |pieces: u32| {
-            next_job(&todo, || {
-                taken += 1;
-                taken < pieces
-            })
-            .map(|job| (job, taken))
+        let taken = AtomicU32::new(0);
+        let next = |pieces: u32| {
+            let piece = || taken.fetch_add(1, Ordering::SeqCst) + 1 < pieces;
+            next_job(&todo, piece).map(|job| (job, taken.load(Ordering::SeqCst)))
         };
         give.send("a").expect("received");
         give.send("b").expect("received");
         assert_eq!(next(10), Some(("a", 1)));
         assert_eq!(next(10), Some(("b", 2)));
-        // The last piece is taken without a job, which is waited for then.
-        let later = give.clone();
-        let giver = std::thread::spawn(move || later.send("c").expect("received"));
-        assert_eq!(next(0), Some(("c", 3)));
-        giver.join().expect("no panic");
+        // Nobody gives a job before the last piece is taken; then one is waited for.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let deadline = Instant::now() + PATIENCE;
+                while taken.load(Ordering::SeqCst) < 5 && Instant::now() < deadline {
+                    std::thread::yield_now();
+                }
+                give.send("c").expect("received");
+            });
+            assert_eq!(next(5), Some(("c", 5)));
+        });
         drop(give);
         assert_eq!(next(10), None);
     }

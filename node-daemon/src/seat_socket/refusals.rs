@@ -10,6 +10,8 @@ use ftvm_protocol::identity::SeatId;
 const AGAIN: Duration = Duration::from_secs(60);
 /// Lines of one pod within that time: for what a hostile program is refused, it chooses itself.
 const LINES_MAX: usize = 8;
+/// Letters of a reason. It may contain what the program sent: the field of a message that nobody knows, say.
+const WHY_CHARS_MAX: usize = 1000;
 
 /// What was logged of a pod.
 #[derive(Default)]
@@ -30,6 +32,7 @@ pub struct Refusals(Mutex<BTreeMap<Option<SeatId>, Told>>);
 impl Refusals {
     /// A program of this pod is refused: what the log gets of that, if anything.
     pub fn line(&self, pod: Option<SeatId>, why: &str, now: Instant) -> Option<String> {
+        let why: String = why.chars().filter(|c| !c.is_control()).take(WHY_CHARS_MAX).collect();
         let age = |line: &Instant| now.saturating_duration_since(*line);
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, told| told.lines.last().is_some_and(|last| age(last) < 2 * AGAIN));
@@ -41,9 +44,9 @@ impl Refusals {
             return None;
         }
         told.lines.push(now);
-        why.clone_into(&mut told.why);
+        told.why.clone_from(&why);
         Some(match std::mem::take(&mut told.left_out) {
-            0 => why.to_owned(),
+            0 => why,
             left_out => format!("{why} (left out since the last line: {left_out})"),
         })
     }
@@ -104,6 +107,20 @@ mod tests {
         let left_out = 1000 - lines_max;
         let expected = format!("the last (left out since the last line: {left_out})");
         assert_eq!(refusals.line(POD, "the last", now), Some(expected));
+    }
+
+    #[test]
+    fn a_program_writes_neither_long_lines_nor_lines_of_its_own() {
+        let (refusals, now) = (Refusals::default(), Instant::now());
+        let sent = format!("unknown field `\n\u{1b}[2J{}`", "x".repeat(100_000));
+        let line = refusals.line(POD, &sent, now).unwrap();
+        assert!(line.starts_with("unknown field `[2Jxxx") && line.len() == WHY_CHARS_MAX);
+        let kept = |text: &Told| text.why.len();
+        assert_eq!(
+            refusals.0.lock().unwrap().values().map(kept).sum::<usize>(),
+            WHY_CHARS_MAX
+        );
+        assert_eq!(refusals.line(POD, &sent, now), None, "it is known");
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! What is told of takeovers.
 
-use ftvm_crds::seat::Takeover;
-
 use super::*;
 use crate::decide::decide;
 use crate::decide::rig::World;
@@ -91,4 +89,22 @@ fn a_known_takeover_that_lies_ahead_hides_no_other() {
         let (by, seconds) = told(&mut world, begin).unwrap();
         assert_eq!((by.as_str(), seconds), expected);
     }
+}
+
+#[test]
+fn a_takeover_that_lies_ahead_is_looked_at_when_its_time_has_come() {
+    let mut world = World::new(3);
+    assert!(world.settle(60));
+    let (book, begin_ms) = (world.book(), u64::try_from(world.now.as_millisecond()).unwrap());
+    let look = |world: &mut World| failover_ahead(&world.observe(), &world.book()).map(|after| after.as_secs());
+    assert_eq!(look(&mut world), None);
+    for (ahead_s, after_s) in [(60, None), (61, Some(1)), (90, Some(30)), (366 * 86_400, Some(3600))] {
+        took_over(&mut world, &book[0].name, begin_ms + 1000 * ahead_s);
+        assert_eq!(look(&mut world), after_s, "{ahead_s} s ahead");
+    }
+    // The next one of several.
+    took_over(&mut world, &book[1].name, begin_ms + 90_000);
+    assert_eq!(look(&mut world), Some(30));
+    world.pass(30);
+    assert_eq!(look(&mut world), Some(3600), "the other one is told by now");
 }

@@ -4,8 +4,10 @@ mod changes;
 mod obstacles;
 mod storage;
 
+use std::time::Duration;
+
 use ftvm_crds::quantity::WHOLE_MAX;
-use ftvm_crds::seat::{SeatPublished, SeatRole};
+use ftvm_crds::seat::{SeatPublished, SeatRole, Takeover};
 use ftvm_crds::{CpuBaseline, Failover, FaultTolerantVMStatus, SeatEntry, VmPhase};
 use ftvm_protocol::record::Phase;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -57,6 +59,8 @@ const PAUSED: &str = "Paused";
 
 /// Clocks of nodes, and of the operator's, that are right differ by less.
 const AHEAD_MAX: SignedDuration = SignedDuration::from_secs(60);
+/// What lies further ahead is looked at again after this time: shortest and longest.
+const AHEAD_LOOKS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
 
 /// Longest message of a condition.
 const MESSAGE_LENGTH_MAX: usize = 1024;
@@ -439,20 +443,39 @@ fn cpu_chosen(seen: &Observed, decision: &Decision) -> Said {
     }
 }
 
+/// Takeovers that seats tell of, and when they were: by the clocks of their nodes, in whole seconds, as the status keeps them.
+fn takeovers<'a>(
+    seen: &'a Observed,
+    book: &'a [SeatEntry],
+) -> impl Iterator<Item = (&'a SeatEntry, &'a Takeover, Timestamp)> {
+    book.iter().filter_map(move |entry| {
+        let takeover = published(seen, entry)?.last_takeover.as_ref()?;
+        let seconds = i64::try_from(takeover.unix_ms / 1000).ok()?;
+        Some((entry, takeover, Timestamp::from_second(seconds).ok()?))
+    })
+}
+
+/// A clock that is ahead says nothing: its takeover is not told before that time, and hides no other one.
+fn lies_ahead(seen: &Observed, time: Timestamp) -> bool {
+    time.duration_since(seen.now) > AHEAD_MAX
+}
+
+/// When a takeover that lies ahead is to be looked at, for nothing else need happen by then.
+pub fn failover_ahead(seen: &Observed, book: &[SeatEntry]) -> Option<Duration> {
+    let ahead = takeovers(seen, book).filter(|(.., time)| lies_ahead(seen, *time));
+    let next = ahead
+        .map(|(.., time)| time.duration_since(seen.now) - AHEAD_MAX)
+        .min()?;
+    let (shortest, longest) = AHEAD_LOOKS;
+    Some(Duration::try_from(next).unwrap_or(shortest).clamp(shortest, longest))
+}
+
 /// The latest takeover that any seat tells of, if it is news.
 fn failover(seen: &Observed, book: &[SeatEntry]) -> Option<Failover> {
-    // By the clock of its node. One that is ahead says nothing: its takeover is not told before that time, and hides no other one.
-    let lies_ahead = |time: Timestamp| time.duration_since(seen.now) > AHEAD_MAX;
-    let told = book.iter().filter_map(|entry| {
-        let takeover = published(seen, entry)?.last_takeover.as_ref()?;
-        // The status keeps whole seconds.
-        let seconds = i64::try_from(takeover.unix_ms / 1000).ok()?;
-        let time = Timestamp::from_second(seconds).ok().filter(|time| !lies_ahead(*time))?;
-        Some((entry, takeover, time))
-    });
+    let told = takeovers(seen, book).filter(|(.., time)| !lies_ahead(seen, *time));
     let (entry, takeover, time) = told.max_by_key(|(_, takeover, _)| takeover.unix_ms)?;
     let known = seen.status().last_failover.map(|known| known.time.0);
-    if known.is_some_and(|known| known >= time && !lies_ahead(known)) {
+    if known.is_some_and(|known| known >= time && !lies_ahead(seen, known)) {
         return None;
     }
     Some(Failover {
