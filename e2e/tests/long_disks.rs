@@ -11,6 +11,7 @@ use ftvm_e2e::demo::cluster::acts::Acts;
 use ftvm_e2e::demo::cluster::looks::{self, Seats, wait_event};
 use ftvm_e2e::demo::cluster::{DISKS, NAMESPACE, Setting, VM, on_stage};
 use ftvm_e2e::demo::rounds::Pair;
+use ftvm_e2e::demo::system::Role;
 use ftvm_e2e::demo::{Fault, Options, place};
 use ftvm_e2e::hosts::disk::{Volume, take_blocks};
 use ftvm_e2e::hosts::thaw;
@@ -169,6 +170,13 @@ fn active_hangs(acts: &mut Acts<'_>, before: Pair, guard: &Path) -> anyhow::Resu
     acts.standby_takes_over(before)?;
     let moved = began.elapsed();
     ensure!(moved >= HANGS_AFTER, "it moved after {moved:?}, for another reason");
+    // Were its disk to go on before the new active has called it, it would follow as if nothing had been, and there would be nothing to tell.
+    wait_for("the former active has ended", PATIENCE, || {
+        let former = acts.stage.system().seat(before.active);
+        let stays = former.filter(|seat| matches!(seat.role, Role::Active | Role::Frozen));
+        ensure!(stays.is_none(), "{stays:?}");
+        Ok(())
+    })?;
     drop(hanging);
     wait_switched(acts, before, &seats, "hangs")?;
     all_is_well(acts)
