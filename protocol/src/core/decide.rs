@@ -291,11 +291,13 @@ impl Core {
         Ok(Decision::Done)
     }
 
-    /// Rule 13: a seat that can't follow any more is no place for the guest while its leader may live. That one ejects it as soon as it can.
+    /// Rules 6 and 13: a seat that is to go, or can't follow any more, is no place for the guest while its leader may live. That one ejects it as
+    /// soon as it can.
     fn lets_leader_go_first(&self, standby: &Standby) -> bool {
         let limit_ms = self.timing.peer_lost_ms + self.timing.switch_ms;
         let may_live = self.now_ms.saturating_sub(standby.contact_ms) <= limit_ms;
-        standby.failed && may_live && !self.has_tried()
+        let gives_way = standby.failed || standby.leave_ms.is_some();
+        gives_way && may_live && !self.has_tried()
     }
 
     /// A write of ours has been unsettled for long and the leader does not settle it.
