@@ -43,7 +43,9 @@ impl Core {
     fn session_lost(&mut self, peer: Incarnation, actions: &mut Vec<Action>) {
         match &mut self.role {
             Role::Joining(_) => self.end(EndReason::SessionOver, actions),
-            Role::Standby(standby) => standby.lost = true,
+            Role::Standby(standby) => {
+                standby.lost.get_or_insert(standby.contact_ms);
+            }
             Role::Active(_) | Role::Frozen(_) => self.break_lead(Refusal::PeerLost(peer), actions),
             Role::Starting(_) | Role::Ended(_) => {}
         }
@@ -469,7 +471,7 @@ impl Core {
             acked: epoch,
             leader_acked: epoch,
             failed: false,
-            lost: lead.broken.is_some(),
+            lost: lead.broken.map(|_| lead.contact_ms),
             verify: false,
             claim: None,
             switch: None,
