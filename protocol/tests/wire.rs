@@ -275,8 +275,33 @@ fn the_words_of_version_2_are_what_they_were() {
         epoch: 8,
         term: 4,
     };
-    let words: [(Message, &[u8]); 13] = [
+    let view = View {
+        role: PeerRole::Standby,
+        term: 1,
+        uid: Some(ArbiterUid(7)),
+        session: Some((incarnation(1, 2), SessionId(3))),
+        with: None,
+        unsettled: true,
+    };
+    let join = Message::Join {
+        session,
+        term: 5,
+        uid: ArbiterUid(7),
+    };
+    let ack = Message::Ack {
+        leader: incarnation(1, 2),
+        session,
+        epoch: 4,
+    };
+    let words: [(Message, &[u8]); 17] = [
+        (Message::Probe { n: 4, view }, &[0, 4, 2, 1, 1, 7, 1, 1, 2, 3, 0, 1]),
+        (
+            Message::ProbeReply { n: 4, view },
+            &[1, 4, 2, 1, 1, 7, 1, 1, 2, 3, 0, 1],
+        ),
+        (join, &[2, 9, 5, 7]),
         (Message::JoinReady { session }, &[3, 9]),
+        (ack, &[4, 1, 2, 9, 4]),
         (end(SessionEnd::Ejected), &[5, 9, 0]),
         (end(SessionEnd::JoinAborted), &[5, 9, 1]),
         (end(SessionEnd::FollowerFailed), &[5, 9, 2]),
@@ -292,6 +317,19 @@ fn the_words_of_version_2_are_what_they_were() {
     ];
     for (message, bytes) in words {
         assert_eq!(message.encode(2).as_deref(), Ok(bytes), "{message:?}");
+    }
+    let roles = [
+        PeerRole::Starting,
+        PeerRole::Joining,
+        PeerRole::Standby,
+        PeerRole::Active,
+        PeerRole::Frozen,
+        PeerRole::Ended,
+    ];
+    for (number, role) in (0u8..).zip(roles) {
+        let view = View { role, ..view };
+        let bytes = Message::Probe { n: 4, view }.encode(2).expect("encodes");
+        assert_eq!(bytes[2], number, "{role:?}");
     }
     assert_eq!(
         messages().iter().map(first_byte).collect::<Vec<_>>(),
