@@ -229,7 +229,7 @@ impl Core {
     // ---- standby
 
     pub(super) fn is_leader_lost(&self, standby: &Standby) -> bool {
-        standby.lost.is_some() || self.is_silent()
+        standby.lost || self.is_silent()
     }
 
     fn decide_standby(
@@ -291,15 +291,11 @@ impl Core {
         Ok(Decision::Done)
     }
 
-    /// Rules 6 and 13: a seat that is to go, or can't follow any more, is no place for the guest while its leader may live. That one ejects it as
-    /// soon as it can.
+    /// Rule 13: a seat that can't follow any more is no place for the guest while its leader may live. That one ejects it as soon as it can.
     fn lets_leader_go_first(&self, standby: &Standby) -> bool {
         let limit_ms = self.timing.peer_lost_ms + self.timing.switch_ms;
-        // A seat that is well does not wait for a leader that lives and can't go on by itself, either.
-        let lost_ms = standby.lost.filter(|_| !standby.failed);
-        let may_live = self.now_ms.saturating_sub(lost_ms.unwrap_or(standby.contact_ms)) <= limit_ms;
-        let gives_way = standby.failed || standby.leave_ms.is_some();
-        gives_way && may_live && !self.has_tried()
+        let may_live = self.now_ms.saturating_sub(standby.contact_ms) <= limit_ms;
+        standby.failed && may_live && !self.has_tried()
     }
 
     /// A write of ours has been unsettled for long and the leader does not settle it.

@@ -69,7 +69,7 @@ impl Core {
                 }
             }
             Role::Standby(standby) => {
-                standby.lost.is_some()
+                standby.lost
                     || self.is_silent()
                     || standby.verify
                     || self.unsettled.is_some()
@@ -148,7 +148,7 @@ impl Core {
                     acked: 0,
                     leader_acked: joining.leader_acked,
                     failed: false,
-                    lost: None,
+                    lost: false,
                     verify: false,
                     claim: None,
                     switch: None,

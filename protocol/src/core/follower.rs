@@ -43,9 +43,7 @@ impl Core {
     fn session_lost(&mut self, peer: Incarnation, actions: &mut Vec<Action>) {
         match &mut self.role {
             Role::Joining(_) => self.end(EndReason::SessionOver, actions),
-            Role::Standby(standby) => {
-                standby.lost.get_or_insert(standby.contact_ms);
-            }
+            Role::Standby(standby) => standby.lost = true,
             Role::Active(_) | Role::Frozen(_) => self.break_lead(Refusal::PeerLost(peer), actions),
             Role::Starting(_) | Role::Ended(_) => {}
         }
@@ -471,7 +469,7 @@ impl Core {
             acked: epoch,
             leader_acked: epoch,
             failed: false,
-            lost: lead.broken.map(|_| lead.contact_ms),
+            lost: lead.broken.is_some(),
             verify: false,
             claim: None,
             switch: None,

@@ -352,7 +352,7 @@ impl Core {
             sealed: epoch,
             acked: epoch,
             waiting_since_ms: None,
-            broken: standby.lost.map(|_| Refusal::PeerLost(standby.leader)),
+            broken: standby.lost.then_some(Refusal::PeerLost(standby.leader)),
             leaving: false,
             contact_ms: standby.contact_ms,
         };

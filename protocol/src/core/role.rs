@@ -173,8 +173,8 @@ pub(super) struct Standby {
     pub(super) leader_acked: Epoch,
     /// Staging failed: acknowledges nothing more, keeps what it has.
     pub(super) failed: bool,
-    /// The link is down or the leader's process is gone: when there was contact last before that.
-    pub(super) lost: Option<u64>,
+    /// The link is down or the leader's process is gone.
+    pub(super) lost: bool,
     /// Somebody said that we are no member any more, or stopped: read the record.
     pub(super) verify: bool,
     pub(super) claim: Option<Claim>,
