@@ -2,11 +2,14 @@
 //!
 //! They travel in [`crate::wire::Kind::Control`] frames, over authenticated links, so the sender's incarnation is the
 //! link's. Encoded with postcard; bounded by the frame kind; decoding accepts no trailing bytes.
+//!
+//! Invariant: what a version has keeps its bytes. New words come last in their enum, and [`Message::since`] says of each which
+//! version brought it; older peers are spoken to in what they have for it ([`Message::spoken_in`]), or not at all.
 
 use serde::{Deserialize, Serialize};
 
 use crate::identity::{ArbiterUid, Epoch, Incarnation, SessionId, Term};
-use crate::wire::Kind;
+use crate::wire::{Kind, VERSION_MIN, VERSION_STORAGE};
 
 /// What a seat is, as far as its peer needs to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -54,6 +57,17 @@ pub enum SessionEnd {
     FollowerFailed,
     /// The follower has lost its place and restarts.
     FollowerLeft,
+    /// The follower cannot go on: its storage failed or hangs (rule 13). Version 3; in version 2 it is [`Self::FollowerFailed`].
+    FollowerStorage,
+}
+
+impl SessionEnd {
+    fn since(self) -> u16 {
+        match self {
+            Self::Ejected | Self::JoinAborted | Self::FollowerFailed | Self::FollowerLeft => VERSION_MIN,
+            Self::FollowerStorage => VERSION_STORAGE,
+        }
+    }
 }
 
 /// A control message.
@@ -165,14 +179,66 @@ pub enum MessageError {
     /// Longer than a control frame may be.
     #[error("control message has {0} bytes, more than a control frame may carry")]
     TooLong(usize),
+    /// Of a version that was not agreed on.
+    #[error("control message is of wire version {since}, {agreed} was agreed on")]
+    Version {
+        /// First version that has it.
+        since: u16,
+        /// Agreed on.
+        agreed: u16,
+    },
     /// Malformed.
     #[error("control message is malformed: {0}")]
     Malformed(&'static str),
 }
 
 impl Message {
-    /// Payload of a control frame.
-    pub fn encode(&self) -> Result<Vec<u8>, MessageError> {
+    /// First wire version that has it, with all that it carries.
+    pub fn since(&self) -> u16 {
+        match self {
+            Message::End { reason, .. } => reason.since(),
+            Message::Probe { .. }
+            | Message::ProbeReply { .. }
+            | Message::Join { .. }
+            | Message::JoinReady { .. }
+            | Message::Ack { .. }
+            | Message::Switch { .. }
+            | Message::SwitchRefused { .. }
+            | Message::Follow { .. }
+            | Message::Following { .. }
+            | Message::Stopped { .. }
+            | Message::Claim { .. }
+            | Message::Claimed { .. }
+            | Message::Leave { .. } => VERSION_MIN,
+        }
+    }
+
+    /// What a peer is told with which this version was agreed on: the same, or what that version has for it. `None`: it has nothing
+    /// for it, and such a peer is not told.
+    pub fn spoken_in(self, version: u16) -> Option<Self> {
+        let word = match self {
+            Message::End {
+                session,
+                reason: SessionEnd::FollowerStorage,
+            } if version < VERSION_STORAGE => Message::End {
+                session,
+                reason: SessionEnd::FollowerFailed,
+            },
+            message => message,
+        };
+        (word.since() <= version).then_some(word)
+    }
+
+    fn check(&self, agreed: u16) -> Result<(), MessageError> {
+        match self.since() {
+            since if since > agreed => Err(MessageError::Version { since, agreed }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Payload of a control frame of the version that was agreed on.
+    pub fn encode(&self, agreed: u16) -> Result<Vec<u8>, MessageError> {
+        self.check(agreed)?;
         let bytes = postcard::to_allocvec(self).map_err(|_| MessageError::Malformed("does not encode"))?;
         if bytes.len() > Kind::Control.max_len() as usize {
             return Err(MessageError::TooLong(bytes.len()));
@@ -180,16 +246,17 @@ impl Message {
         Ok(bytes)
     }
 
-    /// From the payload of a verified control frame.
-    pub fn decode(payload: &[u8]) -> Result<Self, MessageError> {
+    /// From the payload of a verified control frame of the version that was agreed on.
+    pub fn decode(payload: &[u8], agreed: u16) -> Result<Self, MessageError> {
         if payload.len() > Kind::Control.max_len() as usize {
             return Err(MessageError::TooLong(payload.len()));
         }
-        let (message, rest) =
+        let (message, rest): (Self, _) =
             postcard::take_from_bytes(payload).map_err(|_| MessageError::Malformed("does not decode"))?;
         if !rest.is_empty() {
             return Err(MessageError::Malformed("bytes follow its end"));
         }
+        message.check(agreed)?;
         Ok(message)
     }
 }

@@ -23,11 +23,11 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"FTVM");
 /// Bytes of the fixed header.
 pub const HEADER_BYTES: usize = 32;
 /// Oldest wire version that this build speaks.
-pub const VERSION_MIN: u16 = 1;
+pub const VERSION_MIN: u16 = 2;
 /// Newest wire version that this build speaks: at most one above [`VERSION_MIN`].
-pub const VERSION_MAX: u16 = 2;
-/// First version in which a joiner says what its disks hold, and gets only what changed ([`Kind::ResyncHolds`]).
-pub const VERSION_HOLDS: u16 = 2;
+pub const VERSION_MAX: u16 = 3;
+/// First version in which a follower says that it is its storage which fails ([`crate::message::SessionEnd::FollowerStorage`]).
+pub const VERSION_STORAGE: u16 = 3;
 /// Version field of every [`Hello`] frame, whatever was or will be agreed on: its layout never changes.
 pub const VERSION_HELLO: u16 = 0;
 /// Payload bytes of a [`Hello`].
@@ -62,7 +62,6 @@ macro_rules! kinds {
             pub fn since(self) -> u16 {
                 match self {
                     Kind::Hello => VERSION_HELLO,
-                    Kind::ResyncHolds | Kind::ResyncPlan => VERSION_HOLDS,
                     _ => VERSION_MIN,
                 }
             }
@@ -104,9 +103,9 @@ kinds! {
     ResyncDisk = 34, 4 * MIB;
     /// The resync's bulk is over; the join checkpoint follows as an epoch.
     ResyncEnd = 35, 4 * KIB;
-    /// Joiner to leader, after the beginning: what its disks hold, or that it does not know. Version 2.
+    /// Joiner to leader, after the beginning: what its disks hold, or that it does not know.
     ResyncHolds = 36, 256;
-    /// Leader to joiner, after that: whole disks, or how much of each. Version 2.
+    /// Leader to joiner, after that: whole disks, or how much of each.
     ResyncPlan = 37, 64 * KIB;
     /// Flow control and progress of bulk data.
     Credit = 40, 4 * KIB;

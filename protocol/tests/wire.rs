@@ -4,8 +4,8 @@
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, SeatId, SessionId, VmId};
 use ftvm_protocol::message::{Message, MessageError, PeerRole, SessionEnd, View};
 use ftvm_protocol::wire::{
-    FrameHeader, HEADER_BYTES, Hello, Kind, MAGIC, NegotiateError, VERSION_HELLO, VERSION_HOLDS, VERSION_MAX,
-    VERSION_MIN, WireError, encode_header, negotiate,
+    FrameHeader, HEADER_BYTES, Hello, Kind, MAGIC, NegotiateError, VERSION_HELLO, VERSION_MAX, VERSION_MIN, WireError,
+    encode_header, negotiate,
 };
 
 struct Rng(u64);
@@ -59,6 +59,10 @@ fn messages() -> Vec<Message> {
             session,
             reason: SessionEnd::FollowerFailed,
         },
+        Message::End {
+            session,
+            reason: SessionEnd::FollowerStorage,
+        },
         Message::Switch {
             session,
             epoch: 8,
@@ -75,6 +79,7 @@ fn messages() -> Vec<Message> {
         Message::Stopped { term: 2 },
         Message::Claim { session },
         Message::Claimed { session, term: 3 },
+        Message::Leave { session },
     ]
 }
 
@@ -94,18 +99,18 @@ fn accept(frame: &[u8]) -> Result<FrameHeader, WireError> {
 #[test]
 fn every_message_round_trips_in_a_frame() {
     for message in messages() {
-        let payload = message.encode().expect("encodes");
+        let payload = message.encode(VERSION_MAX).expect("encodes");
         let bytes = frame(Kind::Control, &payload);
         let header = accept(&bytes).expect("valid");
         assert_eq!((header.kind, header.epoch, header.session), (Kind::Control, 5, 6));
-        assert_eq!(Message::decode(&bytes[HEADER_BYTES..]), Ok(message));
+        assert_eq!(Message::decode(&bytes[HEADER_BYTES..], VERSION_MAX), Ok(message));
     }
 }
 
 #[test]
 fn every_truncation_and_every_flipped_bit_of_a_frame_is_found() {
     for message in messages() {
-        let good = frame(Kind::Control, &message.encode().expect("encodes"));
+        let good = frame(Kind::Control, &message.encode(VERSION_MAX).expect("encodes"));
         for end in 0..good.len() {
             assert!(accept(&good[..end]).is_err(), "{message:?} cut at {end}");
         }
@@ -136,7 +141,7 @@ fn random_bytes_are_neither_frames_nor_cause_panics() {
         }
         let length = rng.below(200) as usize;
         let bytes: Vec<u8> = (0..length).map(|_| rng.bits() as u8).collect();
-        let _ = Message::decode(&bytes);
+        let _ = Message::decode(&bytes, VERSION_MAX);
         let _ = Hello::decode(&bytes);
     }
 }
@@ -145,24 +150,28 @@ fn random_bytes_are_neither_frames_nor_cause_panics() {
 fn mutated_messages_never_decode_to_something_longer_or_panic() {
     let mut rng = Rng(2);
     for message in messages() {
-        let good = message.encode().expect("encodes");
+        let good = message.encode(VERSION_MAX).expect("encodes");
         for end in 0..good.len() {
-            assert!(Message::decode(&good[..end]).is_err(), "{message:?} cut at {end}");
+            assert!(
+                Message::decode(&good[..end], VERSION_MAX).is_err(),
+                "{message:?} cut at {end}"
+            );
         }
         let mut long = good.clone();
         long.push(0);
         assert_eq!(
-            Message::decode(&long),
+            Message::decode(&long, VERSION_MAX),
             Err(MessageError::Malformed("bytes follow its end"))
         );
         for _ in 0..2_000 {
             let mut bad = good.clone();
             let at = rng.below(bad.len() as u64) as usize;
             bad[at] = rng.bits() as u8;
-            let _ = Message::decode(&bad);
+            let _ = Message::decode(&bad, VERSION_MAX);
         }
     }
-    assert!(matches!(Message::decode(&[0; 4097]), Err(MessageError::TooLong(4097))));
+    let long = Message::decode(&[0; 4097], VERSION_MAX);
+    assert!(matches!(long, Err(MessageError::TooLong(4097))));
 }
 
 #[test]
@@ -210,25 +219,127 @@ fn other_versions_kinds_and_a_second_hello_are_refused() {
     assert!(accept(&hello).is_err(), "a hello after the negotiation");
 }
 
-/// A peer of the version before has never heard of them: they are neither sent to it nor taken from it.
+/// The oldest version is the first one of every kind: what an older peer would call so is not taken from it, nor sent.
 #[test]
-fn kinds_of_a_newer_version_are_none_in_an_older_one() {
-    for kind in [Kind::ResyncHolds, Kind::ResyncPlan] {
+fn a_version_that_is_too_old_has_no_kinds() {
+    let too_old = VERSION_MIN - 1;
+    for kind in Kind::ALL.iter().copied().filter(|kind| *kind != Kind::Hello) {
         let refused = Err(WireError::Kind(kind as u16));
-        assert_eq!(encode_header(VERSION_HOLDS - 1, kind, 0, 0, &[]).map(drop), refused);
-        let mut header = encode_header(VERSION_HOLDS, kind, 0, 0, &[]).expect("has it");
-        assert!(FrameHeader::decode(&header, VERSION_HOLDS).is_ok());
-        header[4..6].copy_from_slice(&(VERSION_HOLDS - 1).to_le_bytes());
-        assert_eq!(FrameHeader::decode(&header, VERSION_HOLDS - 1).map(drop), refused);
+        assert_eq!(encode_header(too_old, kind, 0, 0, &[]).map(drop), refused);
+        let mut header = encode_header(VERSION_MIN, kind, 0, 0, &[]).expect("has it");
+        assert!(FrameHeader::decode(&header, VERSION_MIN).is_ok());
+        header[4..6].copy_from_slice(&too_old.to_le_bytes());
+        assert_eq!(FrameHeader::decode(&header, too_old).map(drop), refused);
     }
-    let old = Hello {
-        version_max: VERSION_HOLDS - 1,
-        ..Hello::new(VmId(1), incarnation(2, 1))
+}
+
+#[test]
+fn what_an_older_version_lacks_is_said_in_its_words_or_refused() {
+    let mut newer = 0;
+    for message in messages() {
+        assert_eq!(message.clone().spoken_in(VERSION_MAX), Some(message.clone()));
+        assert_eq!(message.clone().spoken_in(VERSION_MIN - 1), None);
+        let word = message.clone().spoken_in(VERSION_MIN).expect("there is one");
+        let bytes = word.encode(VERSION_MIN).expect("it has that");
+        assert_eq!(Message::decode(&bytes, VERSION_MIN), Ok(word.clone()));
+        if message.since() <= VERSION_MIN {
+            assert_eq!(word, message);
+            assert_eq!(message.encode(VERSION_MAX), Ok(bytes), "the same in both");
+            continue;
+        }
+        newer += 1;
+        let refused = MessageError::Version {
+            since: message.since(),
+            agreed: VERSION_MIN,
+        };
+        assert_eq!(message.encode(VERSION_MIN), Err(refused.clone()));
+        let bytes = message.encode(VERSION_MAX).expect("encodes");
+        assert_eq!(Message::decode(&bytes, VERSION_MIN), Err(refused));
+    }
+    assert_eq!(newer, 1, "FollowerStorage");
+}
+
+/// What peers of version 2 send and understand, byte by byte.
+#[test]
+fn the_words_of_version_2_are_what_they_were() {
+    let session = SessionId(9);
+    let end = |reason| Message::End { session, reason };
+    let follow = Message::Follow {
+        session,
+        previous: SessionId(1),
+        epoch: 8,
+        term: 6,
     };
+    let switch = Message::Switch {
+        session,
+        epoch: 8,
+        term: 4,
+    };
+    let view = View {
+        role: PeerRole::Standby,
+        term: 1,
+        uid: Some(ArbiterUid(7)),
+        session: Some((incarnation(1, 2), SessionId(3))),
+        with: None,
+        unsettled: true,
+    };
+    let join = Message::Join {
+        session,
+        term: 5,
+        uid: ArbiterUid(7),
+    };
+    let ack = Message::Ack {
+        leader: incarnation(1, 2),
+        session,
+        epoch: 4,
+    };
+    let words: [(Message, &[u8]); 17] = [
+        (Message::Probe { n: 4, view }, &[0, 4, 2, 1, 1, 7, 1, 1, 2, 3, 0, 1]),
+        (
+            Message::ProbeReply { n: 4, view },
+            &[1, 4, 2, 1, 1, 7, 1, 1, 2, 3, 0, 1],
+        ),
+        (join, &[2, 9, 5, 7]),
+        (Message::JoinReady { session }, &[3, 9]),
+        (ack, &[4, 1, 2, 9, 4]),
+        (end(SessionEnd::Ejected), &[5, 9, 0]),
+        (end(SessionEnd::JoinAborted), &[5, 9, 1]),
+        (end(SessionEnd::FollowerFailed), &[5, 9, 2]),
+        (end(SessionEnd::FollowerLeft), &[5, 9, 3]),
+        (switch, &[6, 9, 8, 4]),
+        (Message::SwitchRefused { session }, &[7, 9]),
+        (follow, &[8, 9, 1, 8, 6]),
+        (Message::Following { session }, &[9, 9]),
+        (Message::Stopped { term: 2 }, &[10, 2]),
+        (Message::Claim { session }, &[11, 9]),
+        (Message::Claimed { session, term: 3 }, &[12, 9, 3]),
+        (Message::Leave { session }, &[13, 9]),
+    ];
+    for (message, bytes) in words {
+        assert_eq!(message.encode(2).as_deref(), Ok(bytes), "{message:?}");
+    }
+    let roles = [
+        PeerRole::Starting,
+        PeerRole::Joining,
+        PeerRole::Standby,
+        PeerRole::Active,
+        PeerRole::Frozen,
+        PeerRole::Ended,
+    ];
+    for (number, role) in (0u8..).zip(roles) {
+        let view = View { role, ..view };
+        let bytes = Message::Probe { n: 4, view }.encode(2).expect("encodes");
+        assert_eq!(bytes[2], number, "{role:?}");
+    }
     assert_eq!(
-        negotiate(&Hello::new(VmId(1), incarnation(1, 1)), &old),
-        Ok(VERSION_HOLDS - 1)
+        messages().iter().map(first_byte).collect::<Vec<_>>(),
+        [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     );
+}
+
+/// The number of a message.
+fn first_byte(message: &Message) -> u8 {
+    message.encode(VERSION_MAX).expect("encodes")[0]
 }
 
 fn read_hello(frame: &[u8]) -> Result<Hello, WireError> {
@@ -255,6 +366,20 @@ fn hello_round_trips_and_versions_are_negotiated() {
         "version N and N+1 work together"
     );
     assert_eq!(negotiate(&newer, &own), Ok(VERSION_MAX));
+    let former = Hello {
+        version_max: VERSION_MIN,
+        ..peer
+    };
+    assert_eq!(negotiate(&own, &former), Ok(VERSION_MIN));
+    let too_old = Hello {
+        version_min: VERSION_MIN - 1,
+        version_max: VERSION_MIN - 1,
+        ..peer
+    };
+    assert!(matches!(
+        negotiate(&own, &too_old),
+        Err(NegotiateError::Versions { .. })
+    ));
     let far = Hello {
         version_min: VERSION_MAX + 1,
         version_max: VERSION_MAX + 2,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::Message;
-use ftvm_protocol::wire::{Kind, VERSION_HOLDS};
+use ftvm_protocol::wire::Kind;
 
 use super::late::Route;
 use super::seat::Work;
@@ -99,7 +99,7 @@ impl Driver {
 
     fn send(&mut self, link: LinkId, message: &Message) {
         let Some(link) = self.links.get(&link) else { return };
-        match message.encode() {
+        match message.encode(link.version) {
             // A link that refuses is down or about to be; its event follows.
             Ok(payload) => drop(link.sender.try_send(Kind::Control, 0, 0, payload)),
             Err(error) => tracing::error!("{error}"),
@@ -256,7 +256,6 @@ impl Driver {
                 session,
             },
             peer,
-            tells_holds: self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS),
             stage,
             sending,
             pacer: Pacer::new(self.seat.pacer, began),
@@ -284,17 +283,15 @@ impl Driver {
 
     fn stream_resync(&mut self, session: SessionId) {
         let leading = self.leading.as_ref().filter(|leading| leading.session == session);
-        let Some((by, tells_holds)) = leading.map(|leading| (leading.peer.seat, leading.tells_holds)) else {
+        let Some(by) = leading.map(|leading| leading.peer.seat) else {
             return;
         };
         self.troubles.session_works();
         // What the guest writes from here on is found, and comes behind the copy that begins now.
         self.start_recording();
-        let mut source = self.seat.resync_source();
-        if tells_holds {
-            let changed = self.seat.changed.clone();
-            source = source.asking(move |claim| changed.since(by, claim));
-        }
+        let changed = self.seat.changed.clone();
+        let source = self.seat.resync_source();
+        let source = source.asking(move |claim| changed.since(by, claim));
         if let Some(leading) = self.leading.as_mut() {
             leading.stage = lead::Stage::Bulk { passes: 0 };
             leading.window = Some(source.window());
@@ -337,9 +334,8 @@ impl Driver {
             return self.session_failed(session, "the link is gone");
         };
         let leader_link = credit.clone();
-        let tells_holds = self.links.get(&link).is_some_and(|link| link.version >= VERSION_HOLDS);
         let stream = Stream { leader, session };
-        let place = self.seat.follower_place(credit, stream, tells_holds);
+        let place = self.seat.follower_place(credit, stream);
         let started = self.seat.disks_to_follow(last.is_none()).and_then(|disks| {
             let enter = self.seat.enter(Work::Storage);
             let started = follow::Receiving::start(session, place, disks, last, self.queue.clone(), enter);
@@ -421,7 +417,7 @@ impl Driver {
                 self.links.insert(link, up);
                 self.troubles.link_up();
                 self.tell_link(true, format!("connected to {peer}"));
-                self.step(Event::Connected { link, peer });
+                self.step(Event::Connected { link, peer, version });
                 self.ask_to_announce();
             }
             LinkEvent::Down { link, reason } => {
@@ -444,14 +440,21 @@ impl Driver {
                 }
             }
             LinkEvent::Frame { link, frame } => match frame.kind {
-                Kind::Control => match Message::decode(&frame.payload) {
-                    Ok(message) => self.received(link, message),
-                    Err(error) => self.close_link(link, &error.to_string()),
-                },
+                Kind::Control => self.control_arrived(link, &frame),
                 Kind::Credit | Kind::ResyncHolds => self.resync_answered(link, &frame),
                 Kind::Trouble => self.follower_trouble(&frame),
                 kind => self.close_link(link, &format!("frame of kind {kind:?} does not belong here")),
             },
+        }
+    }
+
+    fn control_arrived(&mut self, link: LinkId, frame: &Frame) {
+        let Some(version) = self.links.get(&link).map(|link| link.version) else {
+            return;
+        };
+        match Message::decode(&frame.payload, version) {
+            Ok(message) => self.received(link, message),
+            Err(error) => self.close_link(link, &error.to_string()),
         }
     }
 

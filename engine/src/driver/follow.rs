@@ -154,8 +154,6 @@ pub struct Place {
     pub stream: Stream,
     /// Where the leader learns what the disks hold, and how much of the resync was taken.
     pub credit: LinkSender,
-    /// Whether the version agreed on lets this side say what its disks hold.
-    pub tells_holds: bool,
     /// Bytes of frames that may wait for the receiving thread.
     pub waiting_bytes: usize,
 }
@@ -307,7 +305,7 @@ impl Follower {
         Self {
             session,
             receiver: EpochReceiver::new(place.limits.clone(), last_epoch),
-            resync: ResyncTarget::new(&place.limits, place.offer.clone(), place.tells_holds),
+            resync: ResyncTarget::new(&place.limits, place.offer.clone(), true),
             place,
             disks,
             staged: VecDeque::new(),
@@ -555,7 +553,6 @@ mod tests {
             },
             stream: STREAM,
             credit: LinkSender::to_nobody(),
-            tells_holds: true,
             waiting_bytes: 1 << 20,
         }
     }

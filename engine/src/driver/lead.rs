@@ -271,8 +271,6 @@ pub struct Leading {
     pub stream: Stream,
     /// Who follows.
     pub peer: Incarnation,
-    /// Whether the version agreed on lets a joiner say what its disks hold.
-    pub tells_holds: bool,
     /// How far it is.
     pub stage: Stage,
     /// Its thread.

@@ -698,13 +698,12 @@ impl Seat {
     }
 
     /// What a receiving thread works on.
-    pub fn follower_place(&self, credit: LinkSender, stream: Stream, tells_holds: bool) -> Place {
+    pub fn follower_place(&self, credit: LinkSender, stream: Stream) -> Place {
         let page_count = self.machine.ram().pages();
         Place {
             memory: self.page_memory(),
             stream,
             credit,
-            tells_holds,
             offer: Offer {
                 cpu: self.machine.cpu_offer().clone(),
                 nics: self.nics.clone(),

@@ -30,6 +30,8 @@ pub enum Kind {
     FalselyProtected,
     /// The holder of the record gives up although nobody took it from it.
     GaveUp,
+    /// A seat says what its peer's wire version lacks.
+    NotUnderstood,
     /// Faults have stopped and service does not come back, in no documented way.
     Stuck,
 }

@@ -74,6 +74,8 @@ names! {
     DiskFails,
     /// What this seat's disk is asked for is not done for a while.
     DiskHangs,
+    /// This seat speaks the former wire version with its peer: one of them is of the former release.
+    FormerVersion,
 }
 
 names! {

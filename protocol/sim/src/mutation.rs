@@ -12,6 +12,7 @@ use ftvm_protocol::identity::{ArbiterUid, Epoch, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::{Message, PeerRole};
 use ftvm_protocol::record::{Members, Phase, Record, Snapshot};
 use ftvm_protocol::recreation::Vouched;
+use ftvm_protocol::wire::VERSION_MAX;
 
 use crate::arbiter::Put;
 use crate::world::{Input, World};
@@ -92,6 +93,7 @@ mutations! {
     FlushErrorForgotten = 13, "a flush that failed is forgotten: later ones succeed";
     AnswerBeforeHandOver = 13, "a flush that was not done is answered as done before the guest moves";
     StopFlushUnheard = 13, "a last flush that fails before a stop is not heard of";
+    VersionUnchecked = 13, "version agreed on is not checked: a leader is told of failed storage in words that it lacks";
     LateWriteIntoNextLife = 13, "a seat's next engine begins before the former process is gone";
 }
 
@@ -152,6 +154,11 @@ impl World {
                 message: Message::Leave { .. },
                 ..
             } if mutation == Mutation::LeaveUnheard => return None,
+            Event::Connected { link, peer, .. } if mutation == Mutation::VersionUnchecked => Event::Connected {
+                link,
+                peer,
+                version: VERSION_MAX,
+            },
             Event::Storage(_) if mutation == Mutation::StopFlushUnheard && status.stopping => return None,
             Event::Storage(health) => return mutate_storage(mutation, status.role, health).map(Event::Storage),
             Event::Received { link, message } => Event::Received {

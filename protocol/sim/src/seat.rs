@@ -151,9 +151,11 @@ impl World {
         };
         let core = Core::new(config);
         let driver = Driver::new();
+        let version = self.draw_version();
         let engine = Engine {
             life,
             incarnation,
+            version,
             core,
             driver,
             paused: false,
@@ -162,7 +164,7 @@ impl World {
             known_term: 0,
         };
         self.slots[slot].engine = Some(engine);
-        self.log(|| format!("{slot}: engine starts as {incarnation:?}"));
+        self.log(|| format!("{slot}: engine starts as {incarnation:?}, wire version {version}"));
         self.step(slot, Event::Tick);
     }
 
@@ -488,6 +490,7 @@ impl World {
     }
 
     pub(crate) fn send(&mut self, slot: usize, link: LinkId, message: Message) {
+        self.check_words(slot, link, &message);
         if let Message::Probe { n, .. } = message {
             self.probes_sent.insert((slot, link), n);
         }

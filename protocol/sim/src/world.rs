@@ -13,6 +13,7 @@ use ftvm_protocol::identity::{ArbiterUid, Incarnation, LinkId, RequestId, SeatId
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::{Phase, Record, Snapshot};
 use ftvm_protocol::recreation::Vouched;
+use ftvm_protocol::wire::{VERSION_MAX, VERSION_MIN};
 
 use crate::arbiter::Arbiter;
 use crate::checks::{Checks, Kind, Violation};
@@ -158,6 +159,8 @@ impl Ord for Entry {
 pub(crate) struct Engine {
     pub(crate) life: u64,
     pub(crate) incarnation: Incarnation,
+    /// Newest wire version that it speaks.
+    pub(crate) version: u16,
     pub(crate) core: Core,
     pub(crate) driver: Driver,
     pub(crate) paused: bool,
@@ -203,6 +206,8 @@ pub(crate) struct Operator {
 
 pub(crate) struct LinkState {
     pub(crate) id: LinkId,
+    /// Wire version agreed on.
+    pub(crate) version: u16,
     /// Slot and life at either end.
     pub(crate) ends: [(usize, u64); 2],
     pub(crate) open: [bool; 2],
@@ -229,9 +234,26 @@ pub(crate) struct Claimed {
     pub(crate) of_source: Term,
 }
 
+/// Which releases a run has.
+struct Releases {
+    /// Numbers of its own: what else happens in a run does not depend on versions.
+    rng: Rng,
+    /// Engines of two releases meet.
+    mixed: bool,
+}
+
+impl Releases {
+    fn draw(seed: u64) -> Self {
+        let mut rng = Rng::new(!seed);
+        let mixed = rng.percent(50);
+        Self { rng, mixed }
+    }
+}
+
 /// One run.
 pub struct World {
     pub(crate) rng: Rng,
+    releases: Releases,
     pub(crate) now_ms: u64,
     pub(crate) queue: BinaryHeap<Reverse<Entry>>,
     order: u64,
@@ -280,6 +302,7 @@ impl World {
         };
         let mut world = Self {
             rng,
+            releases: Releases::draw(seed),
             now_ms: 0,
             queue: BinaryHeap::new(),
             order: 0,
@@ -528,6 +551,26 @@ impl World {
 
     // ---- network
 
+    /// The newest wire version of an engine that starts: of this release or of the former one.
+    pub(crate) fn draw_version(&mut self) -> u16 {
+        let former = self.releases.mixed && self.releases.rng.percent(50);
+        if former { VERSION_MIN } else { VERSION_MAX }
+    }
+
+    /// A driver of the former release closes a link that brings what its version lacks, and with it a session that works.
+    pub(crate) fn check_words(&mut self, from: usize, id: LinkId, message: &Message) {
+        let Some(version) = self.links.iter().find(|link| link.id == id).map(|link| link.version) else {
+            return;
+        };
+        if version < VERSION_MAX {
+            self.meet(Fault::FormerVersion, from);
+        }
+        if message.since() > version {
+            let text = format!("{from} says {message:?} over a link of wire version {version}");
+            self.check(Err((Kind::NotUnderstood, text)));
+        }
+    }
+
     pub(crate) fn dial(&mut self) {
         self.after(15, What::Dial);
         let [Some(a), Some(b)] = [&self.slots[0].engine, &self.slots[1].engine] else {
@@ -545,18 +588,25 @@ impl World {
             return;
         }
         let peers = [b.incarnation, a.incarnation];
+        let version = a.version.min(b.version);
         self.next_link += 1;
         let id = LinkId(self.next_link);
         self.links.retain(|link| link.open != [false, false]);
         self.links.push(LinkState {
             id,
+            version,
             ends,
             open: [true, true],
             last_ms: [0, 0],
         });
         for (slot, peer) in peers.into_iter().enumerate() {
             let delay_ms = self.rng.range(1, 4);
-            self.input_after(delay_ms, slot, Input::Core(Event::Connected { link: id, peer }));
+            let connected = Event::Connected {
+                link: id,
+                peer,
+                version,
+            };
+            self.input_after(delay_ms, slot, Input::Core(connected));
         }
     }
 

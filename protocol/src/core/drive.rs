@@ -49,10 +49,7 @@ impl Core {
         let (now_ms, interval_ms) = (self.now_ms, self.timing.heartbeat_ms);
         for link in &mut self.links {
             if let Some(n) = link.probe_due(now_ms, interval_ms) {
-                actions.push(Action::Send {
-                    link: link.id,
-                    message: Message::Probe { n, view },
-                });
+                link.say(Message::Probe { n, view }, actions);
             }
         }
     }

@@ -137,6 +137,8 @@ pub enum Event {
         link: LinkId,
         /// Who is at the other end.
         peer: Incarnation,
+        /// Wire version that the hellos agreed on: the peer is told nothing that it lacks.
+        version: u16,
     },
     /// A link is down (closed, reset, or closed by the driver after a bad frame).
     Disconnected {

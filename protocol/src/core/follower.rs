@@ -10,9 +10,9 @@ use super::{Action, Core, EndReason, Refusal};
 impl Core {
     // ---- links
 
-    pub(super) fn on_connected(&mut self, link: LinkId, peer: Incarnation) {
+    pub(super) fn on_connected(&mut self, link: LinkId, peer: Incarnation, version: u16) {
         if self.link(link).is_none() && peer.seat != self.me.seat {
-            self.links.push(Link::new(link, peer, self.now_ms));
+            self.links.push(Link::new(link, peer, version, self.now_ms));
         }
     }
 
@@ -58,10 +58,7 @@ impl Core {
             actions.push(Action::Refused(Refusal::OtherSession));
             return;
         }
-        let failed = Message::End {
-            session,
-            reason: SessionEnd::FollowerFailed,
-        };
+        let failed = self.follower_failed(session);
         match &mut self.role {
             Role::Joining(_) => {
                 self.send(link, failed, actions);
@@ -75,6 +72,16 @@ impl Core {
             Role::Active(_) | Role::Frozen(_) => self.break_lead(Refusal::PeerLost(peer), actions),
             Role::Starting(_) | Role::Ended(_) => {}
         }
+    }
+
+    /// What a follower that can't go on tells its leader.
+    fn follower_failed(&self, session: SessionId) -> Message {
+        let reason = if self.storage.works() {
+            SessionEnd::FollowerFailed
+        } else {
+            SessionEnd::FollowerStorage
+        };
+        Message::End { session, reason }
     }
 
     // ---- messages
@@ -156,9 +163,7 @@ impl Core {
             return;
         }
         if standby.failed {
-            let session = standby.session;
-            let reason = SessionEnd::FollowerFailed;
-            self.send(link, Message::End { session, reason }, actions);
+            self.send(link, self.follower_failed(standby.session), actions);
         } else if standby.acked > 0 && !tried {
             let ack = Message::Ack {
                 leader: standby.leader,
@@ -299,10 +304,14 @@ impl Core {
                 self.end(EndReason::SessionOver, actions);
             }
             (Role::Standby(standby), SessionEnd::JoinAborted | SessionEnd::Ejected) => standby.verify = true,
-            (Role::Active(_) | Role::Frozen(_), SessionEnd::FollowerFailed | SessionEnd::FollowerLeft) => {
+            (
+                Role::Active(_) | Role::Frozen(_),
+                SessionEnd::FollowerFailed | SessionEnd::FollowerStorage | SessionEnd::FollowerLeft,
+            ) => {
                 if let Some((peer, ..)) = self.role.session() {
                     let refusal = match reason {
                         SessionEnd::FollowerFailed => Refusal::FollowerFailed(peer),
+                        SessionEnd::FollowerStorage => Refusal::FollowerStorage(peer),
                         _ => Refusal::PeerLost(peer),
                     };
                     self.break_lead(refusal, actions);
@@ -444,8 +453,7 @@ impl Core {
         }
         if !self.storage.works() {
             // Rule 13: whatever this seat would acknowledge, nobody knows what its disks hold.
-            let reason = SessionEnd::FollowerFailed;
-            self.send(link, Message::End { session, reason }, actions);
+            self.send(link, self.follower_failed(session), actions);
             self.end(EndReason::StorageFailed, actions);
             return Ok(());
         }

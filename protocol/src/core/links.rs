@@ -1,9 +1,14 @@
 //! Links and heartbeats. Contact is an answer to an own probe, dated to when the probe was sent.
+//!
+//! Invariant: over a link goes only what its version has. A driver on the other side closes a link that brings anything else, and
+//! with it a session that works.
 
 use std::collections::VecDeque;
 
 use crate::identity::{Incarnation, LinkId};
-use crate::message::View;
+use crate::message::{Message, View};
+
+use super::Action;
 
 /// Most probes that wait for an answer on one link.
 const MAX_OPEN_PROBES: usize = 64;
@@ -12,6 +17,8 @@ const MAX_OPEN_PROBES: usize = 64;
 pub(super) struct Link {
     pub(super) id: LinkId,
     pub(super) peer: Incarnation,
+    /// Wire version agreed on.
+    version: u16,
     /// What the peer said of itself last.
     pub(super) view: Option<View>,
     /// When the newest answered probe was sent.
@@ -22,16 +29,24 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new(id: LinkId, peer: Incarnation, now_ms: u64) -> Self {
+    pub(super) fn new(id: LinkId, peer: Incarnation, version: u16, now_ms: u64) -> Self {
         Self {
             id,
             peer,
+            version,
             view: None,
             contact_ms: None,
             open: VecDeque::new(),
             probes: 0,
             next_probe_ms: now_ms,
         }
+    }
+
+    /// Tells the peer, in words that its version has; if it has none for this, it is not told.
+    pub(super) fn say(&self, message: Message, actions: &mut Vec<Action>) {
+        let link = self.id;
+        let word = message.spoken_in(self.version);
+        actions.extend(word.map(|message| Action::Send { link, message }));
     }
 
     /// Number of the probe to send now, if one is due.
@@ -67,6 +82,7 @@ impl Link {
 mod tests {
     use super::*;
     use crate::identity::SeatId;
+    use crate::wire::VERSION_MAX;
 
     #[test]
     fn a_late_answer_is_old_contact_and_a_second_one_none() {
@@ -74,7 +90,7 @@ mod tests {
             seat: SeatId(1),
             start: 1,
         };
-        let mut link = Link::new(LinkId(1), peer, 100);
+        let mut link = Link::new(LinkId(1), peer, VERSION_MAX, 100);
         assert_eq!(link.probe_due(100, 50), Some(1));
         assert_eq!(link.probe_due(120, 50), None);
         assert_eq!(link.probe_due(150, 50), Some(2));

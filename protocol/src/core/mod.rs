@@ -198,7 +198,7 @@ impl Core {
     fn take_in(&mut self, event: Event, actions: &mut Vec<Action>) {
         match event {
             Event::Tick => {}
-            Event::Connected { link, peer } => self.on_connected(link, peer),
+            Event::Connected { link, peer, version } => self.on_connected(link, peer, version),
             Event::Disconnected { link } => self.on_disconnected(link, actions),
             Event::Received { link, message } => self.on_message(link, message, actions),
             Event::Heard { link } => self.on_heard(link),
@@ -278,8 +278,8 @@ impl Core {
     }
 
     fn send(&self, link: LinkId, message: Message, actions: &mut Vec<Action>) {
-        if self.link(link).is_some() {
-            actions.push(Action::Send { link, message });
+        if let Some(link) = self.link(link) {
+            link.say(message, actions);
         }
     }
 

@@ -118,6 +118,9 @@ pub enum Refusal {
     /// The follower can't go on.
     #[error("{0} can't follow any more, its storage or its stream failed: it is ejected")]
     FollowerFailed(Incarnation),
+    /// The follower can't go on, and says that it is its storage.
+    #[error("{0} can't follow any more, its storage failed or hangs: it is ejected")]
+    FollowerStorage(Incarnation),
     /// The peer is lost.
     #[error("{0} is lost: no answer to heartbeats, or its process is gone")]
     PeerLost(Incarnation),

@@ -8,6 +8,7 @@ use ftvm_protocol::header::SeatHeader;
 use ftvm_protocol::identity::{ArbiterUid, Incarnation, LinkId, SeatId};
 use ftvm_protocol::message::Message;
 use ftvm_protocol::record::{Phase, Record, Snapshot};
+use ftvm_protocol::wire::VERSION_MAX;
 
 /// What becomes of a seat's requests to the arbiter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +82,8 @@ pub struct Bench {
     pub now_ms: u64,
     pub seats: [Seat; 2],
     pub record: Option<Snapshot>,
+    /// What the hellos of the next link agree on.
+    pub version: u16,
     link: Option<LinkId>,
     links: u64,
 }
@@ -100,6 +103,7 @@ impl Bench {
             now_ms: 0,
             seats,
             record,
+            version: VERSION_MAX,
             link: None,
             links: 0,
         }
@@ -107,7 +111,13 @@ impl Bench {
 
     /// A protected pair: seat 0 active, seat 1 standby.
     pub fn pair() -> Self {
+        Self::pair_speaking(VERSION_MAX)
+    }
+
+    /// The same, one of them of an older version.
+    pub fn pair_speaking(version: u16) -> Self {
         let mut bench = Self::new();
+        bench.version = version;
         bench.pass(100);
         bench.connect();
         bench.pass(500);
@@ -125,8 +135,13 @@ impl Bench {
         self.link = Some(link);
         for at in 0..2 {
             let peer = self.seats[1 - at].me;
-            self.step(at, Event::Connected { link, peer });
+            let version = self.version;
+            self.step(at, Event::Connected { link, peer, version });
         }
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.link.is_some()
     }
 
     pub fn cut(&mut self) {
@@ -169,7 +184,7 @@ impl Bench {
     fn execute(&mut self, at: usize, action: Action, todo: &mut Vec<(usize, Event)>) {
         match action {
             Action::Send { link, message } if !self.seats[at].mute && self.link == Some(link) => {
-                todo.push((1 - at, Event::Received { link, message }));
+                self.carry(at, link, &message, todo);
             }
             Action::WriteHeader { request, header } if !self.seats[at].header_hangs => {
                 self.seats[at].header = Some(header);
@@ -216,6 +231,18 @@ impl Bench {
                 leader_acked: self.seats[at].core.status().acked,
             };
             todo.push((1 - at, event));
+        }
+    }
+
+    /// Over the wire, to a driver that closes a link which brings what its version lacks.
+    fn carry(&mut self, from: usize, link: LinkId, message: &Message, todo: &mut Vec<(usize, Event)>) {
+        let payload = message.encode(VERSION_MAX).expect("encodes");
+        match Message::decode(&payload, self.version) {
+            Ok(message) => todo.push((1 - from, Event::Received { link, message })),
+            Err(_) => {
+                self.link = None;
+                todo.extend([0, 1].map(|at| (at, Event::Disconnected { link })));
+            }
         }
     }
 

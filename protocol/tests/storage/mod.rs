@@ -96,7 +96,7 @@ fn a_standby_whose_disk_fails_is_ejected_and_takes_no_guest() {
         bench.seats[0].arbiter = Arbiter::Away;
         bench.step(1, trouble);
         let peer = bench.seats[1].me;
-        assert!(bench.seats[0].wanted(|action| *action == Action::Refused(Refusal::FollowerFailed(peer))));
+        assert!(bench.seats[0].wanted(|action| *action == Action::Refused(Refusal::FollowerStorage(peer))));
         assert!(!bench.seats[0].core.status().protected, "told at once");
         bench.step(0, Event::Command(Command::Switchover));
         assert!(bench.seats[0].wanted(|action| *action == Action::Refused(Refusal::NotProtected)));
@@ -328,7 +328,7 @@ fn a_leader_hears_from_a_source_that_does_not_follow() {
         matches!(
             message,
             Message::End {
-                reason: SessionEnd::FollowerFailed,
+                reason: SessionEnd::FollowerStorage,
                 ..
             }
         )

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Instant;
 
 use ftvm_protocol::identity::{SeatId, VmId, identity_name};
-use ftvm_protocol::wire::{VERSION_MAX, encode_header};
+use ftvm_protocol::wire::{VERSION_MAX, VERSION_MIN, encode_header};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 use super::*;
@@ -401,6 +401,29 @@ fn an_expired_peer_is_refused() {
     let _ = client.read(&mut [0; 100]);
     let refused = a.refused();
     assert!(refused.to_string().contains("has expired"), "{refused}");
+}
+
+#[test]
+fn a_peer_of_the_former_version_is_spoken_to_in_that_one() {
+    let authority = Authority::new();
+    let base = config(&authority, B);
+    let hello = Hello {
+        version_max: VERSION_MIN,
+        ..base.hello
+    };
+    let (a, b) = pair(config(&authority, A), LinkConfig { hello, ..base });
+    let up = |node: &Node| {
+        node.wait(|event| match event {
+            LinkEvent::Up { sender, version, .. } => Some((sender, version)),
+            _ => None,
+        })
+    };
+    let ((to_b, at_a), (to_a, at_b)) = (up(&a), up(&b));
+    assert_eq!((at_a, at_b), (VERSION_MIN, VERSION_MIN));
+    to_b.send(Kind::Control, 0, 0, b"there".to_vec()).expect("queued");
+    assert_eq!(b.frame().payload, b"there");
+    to_a.send(Kind::Control, 0, 0, b"back".to_vec()).expect("queued");
+    assert_eq!(a.frame().payload, b"back");
 }
 
 #[test]

@@ -54,8 +54,8 @@ pub struct ResyncTarget {
 }
 
 impl ResyncTarget {
-    /// For the machine that `limits` and `offer` describe. `told`: the version agreed on lets this side say what its disks
-    /// hold.
+    /// For the machine that `limits` and `offer` describe. `told`: the other side asks first what these disks hold
+    /// ([`super::ResyncSource::asking`]), as drivers do.
     pub fn new(limits: &StagingLimits, offer: Offer, told: bool) -> Self {
         Self {
             offer,
