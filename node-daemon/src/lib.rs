@@ -24,6 +24,7 @@ pub mod import;
 pub mod jail;
 pub mod kubernetes;
 pub mod netns;
+pub mod networks;
 pub mod peer;
 pub mod prepare;
 pub mod random;
