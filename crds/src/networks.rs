@@ -85,7 +85,7 @@ impl PathState {
                 "has an address that can't be used (another host has it, or it is still being checked)"
             }
             PathState::NoInterface => "is no interface of the node",
-            PathState::NoAddress => "has no address there",
+            PathState::NoAddress => "has no address of the node",
             PathState::SameInterface => "is on the same interface as the other one",
         }
     }

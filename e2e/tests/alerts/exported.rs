@@ -8,7 +8,9 @@ use ftvm_node_daemon::kubernetes::described_metrics;
 use ftvm_node_daemon::seat_socket::role_name;
 use ftvm_operator::metrics::Metrics;
 use ftvm_operator::reconcile::count;
-use ftvm_operator::status::{ARBITER_REACHABLE, CPU_CHOSEN, PROTECTED, READY, RESYNCING, STORAGE_HEALTHY};
+use ftvm_operator::status::{
+    ARBITER_REACHABLE, CPU_CHOSEN, NETWORKS_REDUNDANT, PROTECTED, READY, RESYNCING, STORAGE_HEALTHY,
+};
 use serde_json::{Map, json};
 
 /// Labels of each metric of operator and node-daemons.
@@ -69,6 +71,7 @@ fn operators_page() -> String {
         STORAGE_HEALTHY,
         ARBITER_REACHABLE,
         CPU_CHOSEN,
+        NETWORKS_REDUNDANT,
     ];
     let conditions = conditions.map(|kind| {
         json!({"type": kind, "status": "True", "reason": "R", "message": "", "lastTransitionTime": "2026-11-28T00:00:00Z"})

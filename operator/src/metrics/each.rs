@@ -8,16 +8,17 @@ use kube::ResourceExt;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::{Gauge, LabelPair, Metric, MetricFamily, MetricType};
 
-use crate::status::{ARBITER_REACHABLE, CPU_CHOSEN, PROTECTED, READY, RESYNCING, STORAGE_HEALTHY};
+use crate::status::{ARBITER_REACHABLE, CPU_CHOSEN, NETWORKS_REDUNDANT, PROTECTED, READY, RESYNCING, STORAGE_HEALTHY};
 
 /// Conditions that are told.
-const CONDITIONS: [&str; 6] = [
+const CONDITIONS: [&str; 7] = [
     READY,
     PROTECTED,
     RESYNCING,
     STORAGE_HEALTHY,
     ARBITER_REACHABLE,
     CPU_CHOSEN,
+    NETWORKS_REDUNDANT,
 ];
 
 /// One VM.

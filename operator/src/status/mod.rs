@@ -1,6 +1,7 @@
 //! What a person reads: status, conditions, events. Pure functions of what was observed and decided.
 
 mod changes;
+mod networks;
 mod obstacles;
 mod storage;
 
@@ -18,6 +19,7 @@ use crate::decide::{
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
+use networks::networks;
 use obstacles::{LEASE_OLDER, holds_up, is_no_news, lease_gone, lease_older};
 pub use obstacles::{Obstacle, obstacles};
 use storage::storage;
@@ -32,6 +34,9 @@ pub const RESYNCING: &str = "Resyncing";
 pub const STORAGE_HEALTHY: &str = "StorageHealthy";
 /// The record can be read and written.
 pub const ARBITER_REACHABLE: &str = "ArbiterReachable";
+
+/// The nodes of its seats have two paths that work for each role of a network that is configured.
+pub const NETWORKS_REDUNDANT: &str = "NetworksRedundant";
 
 /// The guest's CPU was chosen.
 pub const CPU_CHOSEN: &str = "CpuChosen";
@@ -108,6 +113,7 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         storage(seen, book),
         arbiter(seen, book, decision.lease_uid.as_ref()),
         cpu_chosen(seen, decision),
+        networks(seen, book),
     ];
     let conditions = conditions.map(|said| condition(said, &old, seen));
     FaultTolerantVMStatus {
@@ -474,6 +480,8 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
     }
 }
 
+#[cfg(test)]
+mod networks_tests;
 #[cfg(test)]
 mod page_tests;
 #[cfg(test)]
