@@ -24,7 +24,7 @@ use super::node::Node;
 use crate::arbiter::Leases;
 use crate::networks::Seen;
 use page::Page;
-pub use page::described;
+pub use page::{PATH_STATES, described};
 
 /// An engine answers a status within this time.
 const STATUS_PATIENCE: Duration = Duration::from_millis(300);

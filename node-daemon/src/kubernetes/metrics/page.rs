@@ -22,6 +22,9 @@ const SEAT: [&str; 3] = ["namespace", "vm", "seat"];
 const FIGURES_MAX: usize = 128;
 const FIGURE_NAME_BYTES_MAX: usize = 64;
 
+/// States of the node's paths.
+pub const PATH_STATES: [&str; 4] = ["up", "down", "missing", "shared"];
+
 /// Name and labels of each metric of a node-daemon, for whoever writes rules about them.
 ///
 /// # Errors
@@ -301,7 +304,7 @@ impl Page {
     /// Of the roles that are configured, so that one without a path that works is told, too.
     fn tell_networks(&self, networks: &NodeNetworks) {
         for (role, paths) in &networks.0 {
-            for state in ["up", "down", "missing", "shared"] {
+            for state in PATH_STATES {
                 let of_state = paths.iter().filter(|path| path_state(path.state) == state);
                 let count = i64::try_from(of_state.count()).unwrap_or(i64::MAX);
                 self.paths.with_label_values(&[role.name(), state]).set(count);
