@@ -419,7 +419,7 @@ fn paths_are_told_by_role_and_state_while_they_are_known() {
             expected.insert(format!(r#"ftvm_node_paths{{role="{role}",state="{state}"}} {count}"#));
         }
     }
-    assert_eq!(told, expected.iter().map(String::as_str).collect());
+    assert_eq!(told, expected.iter().map(String::as_str).collect::<BTreeSet<_>>());
     endpoint.networks.send_replace(None);
     assert!(
         !endpoint.metrics().contains("ftvm_node_paths"),

@@ -136,7 +136,7 @@ impl Changes {
 pub fn interfaces() -> Result<Vec<Interface>, NetlinkError> {
     let mut interfaces = BTreeMap::new();
     // Statistics are most of an answer, and nobody reads them.
-    let mut wanted = [0; LINK_HEADER_BYTES].to_vec();
+    let mut wanted = vec![0_u8; LINK_HEADER_BYTES];
     wanted.extend(attribute(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS));
     for message in dump(RTM_GETLINK, &wanted)? {
         if message.kind == RTM_NEWLINK {

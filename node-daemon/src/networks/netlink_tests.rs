@@ -158,7 +158,7 @@ fn strange_answers_are_told_and_bounded() {
     for length in [0_u16, 3, 9, u16::MAX] {
         let mut lies = attribute_of(IFLA_IFNAME, b"eth1");
         lies[..2].copy_from_slice(&length.to_ne_bytes());
-        assert!(link(&link_body(2, 0, &[lies.clone()])).is_err(), "{length}");
+        assert!(link(&link_body(2, 0, std::slice::from_ref(&lies))).is_err(), "{length}");
         assert!(address(&address_body(2, 0, &[lies])).is_err(), "{length}");
     }
     let address_of = address_body(2, 0, &[attribute_of(IFA_ADDRESS, &[10, 1, 0, 7])]);
