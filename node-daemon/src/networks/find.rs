@@ -33,6 +33,9 @@ pub struct Address {
     pub ip: IpAddr,
     /// It is no duplicate, nor still checked for being one.
     pub usable: bool,
+    /// It came first in its network, and stays: not added to another one, not temporary, and not a single address as virtual ones are, which
+    /// move from node to node.
+    pub main: bool,
 }
 
 /// An interface that could be a path of a network.
@@ -96,10 +99,12 @@ fn candidate<'a>(role: NetworkRole, network: &Network, interface: &'a Interface)
     })
 }
 
-/// Of its addresses that are wanted the same one, in whatever order they are told.
+/// Of its addresses that are wanted the one that stays, in whatever order they are told.
 fn best(interface: &Interface, wanted: impl Fn(IpAddr) -> bool) -> Option<Address> {
     let addresses = interface.addresses.iter().filter(|address| wanted(address.ip));
-    addresses.min_by_key(|address| (!address.usable, address.ip)).copied()
+    addresses
+        .min_by_key(|address| (!address.usable, !address.main, address.ip))
+        .copied()
 }
 
 /// One of each, on two interfaces: whoever chooses first must not take the only one that the other could have.
@@ -159,6 +164,7 @@ mod tests {
         let address = |text: &&str| Address {
             ip: text.parse().unwrap(),
             usable: true,
+            main: true,
         };
         Interface {
             index,
@@ -321,5 +327,14 @@ mod tests {
         assert_eq!(found(&["eth1"], std::slice::from_ref(&eth1)), ["Up eth1 10.1.0.8"]);
         eth1.addresses[0].usable = false;
         assert_eq!(found(&["eth1"], std::slice::from_ref(&eth1)), ["Up eth1 10.1.0.9"]);
+        // An address that moves from node to node is not the node's, however low it is; where there is no other one it has to do.
+        let mut virtual_too = interface(2, "eth1", &["10.1.0.1", "10.1.0.7"]);
+        virtual_too.addresses[0].main = false;
+        assert_eq!(
+            found(&["10.1.0.0/24"], std::slice::from_ref(&virtual_too)),
+            ["Up eth1 10.1.0.7"]
+        );
+        virtual_too.addresses.pop();
+        assert_eq!(found(&["10.1.0.0/24"], &[virtual_too]), ["Up eth1 10.1.0.1"]);
     }
 }

@@ -42,6 +42,7 @@ const IFF_LOWER_UP: u32 = 0x1_0000;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_FLAGS: u16 = 8;
+const IFA_F_SECONDARY: u32 = 0x01;
 const IFA_F_DADFAILED: u32 = 0x08;
 const IFA_F_TENTATIVE: u32 = 0x40;
 
@@ -314,7 +315,13 @@ fn address(body: &[u8]) -> Result<Option<(u32, Address)>, NetlinkError> {
         }
     }
     let usable = flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED) == 0;
-    Ok(own.or(other).map(|ip| (index, Address { ip, usable })))
+    let prefix_bits = header[1];
+    Ok(own.or(other).map(|ip| {
+        let single = prefix_bits == if ip.is_ipv4() { 32 } else { 128 };
+        // Of IPv6 the same bit says that it is temporary.
+        let main = flags & IFA_F_SECONDARY == 0 && !single;
+        (index, Address { ip, usable, main })
+    }))
 }
 
 fn ip(value: &[u8]) -> Option<IpAddr> {

@@ -86,7 +86,8 @@ fn an_address_is_the_nodes_own() {
     let read = |flags, attributes: &[Vec<u8>]| address(&address_body(2, flags, attributes)).unwrap();
     let is = |ip: &str, usable| {
         let ip = ip.parse().unwrap();
-        Some((2, Address { ip, usable }))
+        let main = true;
+        Some((2, Address { ip, usable, main }))
     };
     // Of both ends of a tunnel this one.
     let ends = [
@@ -104,6 +105,15 @@ fn an_address_is_the_nodes_own() {
     // The longer field of flags says more.
     let flags = attribute_of(IFA_FLAGS, &0x140_u32.to_ne_bytes());
     assert_eq!(read(0, &[attribute_of(IFA_ADDRESS, &six), flags]), is("fd00::7", false));
+    // One that was added to another one, and single ones.
+    let main = |prefix_bits, flags, ip: &[u8]| {
+        let mut body = address_body(2, flags, &[attribute_of(IFA_ADDRESS, ip)]);
+        body[1] = prefix_bits;
+        address(&body).unwrap().unwrap().1.main
+    };
+    assert!(main(24, 0x80, &four) && main(64, 0x80, &six) && main(32, 0x80, &six));
+    assert!(!main(24, 0x81, &four) && !main(64, 0x01, &six));
+    assert!(!main(32, 0x80, &four) && !main(128, 0x80, &six));
     // Of a family without such addresses.
     assert_eq!(read(0, &[attribute_of(IFA_ADDRESS, &[1, 2])]), None);
     assert_eq!(read(0, &[]), None);
