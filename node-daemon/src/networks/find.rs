@@ -82,7 +82,7 @@ fn candidate<'a>(role: NetworkRole, network: &Network, interface: &'a Interface)
     let address = match network {
         Network::Interface(name) if *name != interface.name => return None,
         Network::Interface(_) => best(interface, may_be_of_other_nodes),
-        Network::Cidr(cidr) => Some(best(interface, |ip| cidr.contains(ip))?),
+        Network::Cidr(cidr) => Some(best(interface, |ip| cidr.contains(ip) && may_be_of_other_nodes(ip))?),
     };
     let state = match address {
         _ if !interface.set_up => PathState::SetDown,
@@ -221,6 +221,9 @@ mod tests {
         );
         assert_eq!(found(&["10.1.0.0/24"], &[]), ["NoAddress - -"]);
         assert_eq!(find(&roles(&[]), &node), NodeNetworks::default());
+        // A CIDR so wide that addresses of a link are among its own, too.
+        let of_a_link = interface(2, "eth1", &["fe80::1"]);
+        assert_eq!(found(&["fc00::/6"], &[of_a_link]), ["NoAddress - -"]);
         // A network that only the way back to the node itself has.
         let mut lonely = two();
         lonely[0].addresses = interface(1, "lo", &["10.9.0.1"]).addresses;

@@ -39,8 +39,10 @@ fn attend(roles: &Roles, sender: &watch::Sender<Option<NodeNetworks>>) {
         let Err(error) = attend_until_it_fails(roles, sender) else {
             return;
         };
-        // What was seen last may be otherwise by now.
-        sender.send_replace(None);
+        // What was seen last may be otherwise by now. What fails after it went well is told again.
+        if sender.send_replace(None).is_some() {
+            said.clear();
+        }
         let why = explain(&error);
         if why != said {
             tracing::error!("this node's networks are not known ({why}); it is tried again");

@@ -81,6 +81,9 @@ fn is_down(state: PathState) -> bool {
 pub(super) fn networks(seen: &Observed, book: &[SeatEntry]) -> Said {
     let stay = book.iter().filter(|entry| !entry.leaving);
     let nodes: BTreeSet<&str> = stay.filter_map(|entry| entry.node.as_deref()).collect();
+    if nodes.is_empty() {
+        return unknown("NotKnown", "no seat of the VM has a node yet".to_owned());
+    }
     let all: Vec<(&str, Told)> = nodes.into_iter().map(|node| (node, told(seen, node))).collect();
     if all.iter().all(|(_, told)| matches!(told, Told::Nothing)) {
         let message =

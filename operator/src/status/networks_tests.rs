@@ -87,6 +87,16 @@ fn only_the_nodes_of_its_seats_count() {
     assert_eq!(told(&mut world).reason, "TwoPaths");
 }
 
+/// Whoever has named networks is not told to name them because a VM is nowhere yet.
+#[test]
+fn without_a_seat_on_a_node_nothing_is_known() {
+    let mut world = World::new(3);
+    for node in world.nodes.values_mut() {
+        node.networks = Some(paths("Up"));
+    }
+    is_unknown(&told(&mut world), "NotKnown", "no seat of the VM has a node");
+}
+
 /// What was told by a node that is away, or by nobody's daemon, is no reason to call anything redundant.
 #[test]
 fn what_says_nothing_of_now_is_not_known() {
