@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod lease;
 pub mod mac;
 pub mod names;
+pub mod networks;
 pub mod quantity;
 mod rules;
 pub mod seat;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ftvm_crds::FaultTolerantVM;
 use ftvm_engine::control::Role;
 use ftvm_engine::outbox::{Outbox, Output, Sink, admitted};
-use ftvm_node_daemon::kubernetes::described_metrics;
+use ftvm_node_daemon::kubernetes::{PATH_STATES, described_metrics};
 use ftvm_node_daemon::seat_socket::role_name;
 use ftvm_operator::metrics::Metrics;
 use ftvm_operator::reconcile::count;
@@ -40,6 +40,7 @@ pub fn values() -> BTreeMap<(&'static str, &'static str), BTreeSet<String>> {
     ];
     BTreeMap::from([
         (("ftvm_engine", "name"), engines_figures()),
+        (("ftvm_node_paths", "state"), PATH_STATES.map(str::to_owned).into()),
         (
             ("ftvm_seat_role", "role"),
             roles.map(|role| role_name(role).to_owned()).into(),

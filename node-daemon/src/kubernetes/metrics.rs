@@ -22,8 +22,9 @@ use super::health::Health;
 use super::kvm_test::Tested;
 use super::node::Node;
 use crate::arbiter::Leases;
+use crate::networks::Seen;
 use page::Page;
-pub use page::described;
+pub use page::{PATH_STATES, described};
 
 /// An engine answers a status within this time.
 const STATUS_PATIENCE: Duration = Duration::from_millis(300);
@@ -45,6 +46,8 @@ pub struct Sources {
     pub tested: Tested,
     /// The daemon itself.
     pub health: Health,
+    /// The node's networks.
+    pub networks: Seen,
 }
 
 /// Serves this address for ever; a predecessor may still have it.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use ftvm_crds::networks::{NodeNetworks, PathState};
 use ftvm_engine::control::{FailingDisk, Role, Status, StorageKind};
 use ftvm_engine::seat_io::Reason;
 use prometheus::core::Collector;
@@ -20,6 +21,9 @@ const SEAT: [&str; 3] = ["namespace", "vm", "seat"];
 /// Figures of an engine, and how long their names are: an engine that its guest has taken over must not fill the memory of whoever scrapes.
 const FIGURES_MAX: usize = 128;
 const FIGURE_NAME_BYTES_MAX: usize = 64;
+
+/// States of the node's paths.
+pub const PATH_STATES: [&str; 4] = ["up", "down", "missing", "shared"];
 
 /// Name and labels of each metric of a node-daemon, for whoever writes rules about them.
 ///
@@ -79,6 +83,7 @@ pub struct Page {
     requests: IntCounterVec,
     requests_us: IntCounterVec,
     places: IntGaugeVec,
+    paths: IntGaugeVec,
     kvm_works: IntGauge,
     synced: IntGauge,
     build: IntGaugeVec,
@@ -161,6 +166,11 @@ impl Page {
                 "When an address of the API server is asked for records: the one with 0 first",
                 &["server"],
             )?,
+            paths: told.gauges(
+                "ftvm_node_paths",
+                "Paths of the node's networks by role and state: up, down, missing, shared",
+                &["role", "state"],
+            )?,
             kvm_works: told.gauge("ftvm_kvm_works", "1 while the KVM self-test passes")?,
             synced: told.gauge("ftvm_api_server_synced", "1 once the API server's objects are known")?,
             build: told.gauges(
@@ -183,6 +193,9 @@ impl Page {
             self.tell_seat(&seat);
         }
         self.tell_arbiter(&sources.leases);
+        if let Some(networks) = &*sources.networks.borrow() {
+            self.tell_networks(networks);
+        }
         self.kvm_works.set(i64::from(sources.tested.trouble().is_none()));
         self.synced.set(i64::from(sources.health.is_synced()));
         self.build
@@ -286,6 +299,26 @@ impl Page {
         for (place, server) in (0..).zip(leases.server().addresses()) {
             self.places.with_label_values(&[server.as_str()]).set(place);
         }
+    }
+
+    /// Of the roles that are configured, so that one without a path that works is told, too.
+    fn tell_networks(&self, networks: &NodeNetworks) {
+        for (role, paths) in &networks.0 {
+            for state in PATH_STATES {
+                let of_state = paths.iter().filter(|path| path_state(path.state) == state);
+                let count = i64::try_from(of_state.count()).unwrap_or(i64::MAX);
+                self.paths.with_label_values(&[role.name(), state]).set(count);
+            }
+        }
+    }
+}
+
+fn path_state(state: PathState) -> &'static str {
+    match state {
+        PathState::Up => "up",
+        PathState::SetDown | PathState::NoCarrier | PathState::AddressUnusable => "down",
+        PathState::NoInterface | PathState::NoAddress => "missing",
+        PathState::SameInterface => "shared",
     }
 }
 
