@@ -2,7 +2,7 @@
 use std::collections::BTreeSet;
 
 use super::obstacles::IMAGE_TROUBLES;
-use super::{ARBITER_REACHABLE, CONDITIONS, CPU_CHOSEN, PROTECTED, READY, STORAGE_HEALTHY};
+use super::{ARBITER_REACHABLE, CONDITIONS, CPU_CHOSEN, NETWORKS_REDUNDANT, PROTECTED, READY, STORAGE_HEALTHY};
 
 const PAGE: &str = include_str!("../../../docs/kubernetes.md");
 /// Where reasons are written.
