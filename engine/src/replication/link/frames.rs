@@ -84,20 +84,20 @@ impl Assembler {
 
 #[cfg(test)]
 mod tests {
-    use ftvm_protocol::wire::encode_header;
+    use ftvm_protocol::wire::{VERSION_MIN, encode_header};
 
     use super::*;
     use crate::replication::testing::Seeded;
 
     fn frame(kind: Kind, epoch: u64, payload: &[u8]) -> Vec<u8> {
-        let mut bytes = encode_header(1, kind, epoch, 7, payload).expect("fits").to_vec();
+        let mut bytes = encode_header(VERSION_MIN, kind, epoch, 7, payload).expect("fits").to_vec();
         bytes.extend_from_slice(payload);
         bytes
     }
 
     fn assembler() -> Assembler {
         let mut assembler = Assembler::new();
-        assembler.agree(1);
+        assembler.agree(VERSION_MIN);
         assembler
     }
 
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn oversized_frames_are_refused_by_their_header() {
-        let mut header = encode_header(1, Kind::Control, 0, 0, &[]).expect("fits");
+        let mut header = encode_header(VERSION_MIN, Kind::Control, 0, 0, &[]).expect("fits");
         header[24..28].copy_from_slice(&u32::MAX.to_le_bytes());
         let refused = assembler().take(&mut &header[..]);
         assert!(
@@ -166,7 +166,7 @@ mod tests {
             matches!(
                 refused,
                 Err(WireError::Version {
-                    got: 1,
+                    got: VERSION_MIN,
                     agreed: VERSION_HELLO
                 })
             ),
