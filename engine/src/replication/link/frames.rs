@@ -90,7 +90,9 @@ mod tests {
     use crate::replication::testing::Seeded;
 
     fn frame(kind: Kind, epoch: u64, payload: &[u8]) -> Vec<u8> {
-        let mut bytes = encode_header(VERSION_MIN, kind, epoch, 7, payload).expect("fits").to_vec();
+        let mut bytes = encode_header(VERSION_MIN, kind, epoch, 7, payload)
+            .expect("fits")
+            .to_vec();
         bytes.extend_from_slice(payload);
         bytes
     }
