@@ -8,7 +8,7 @@ use ftvm_node_daemon::kubernetes::described_metrics;
 use ftvm_node_daemon::seat_socket::role_name;
 use ftvm_operator::metrics::Metrics;
 use ftvm_operator::reconcile::count;
-use ftvm_operator::status::{ARBITER_REACHABLE, CPU_CHOSEN, PROTECTED, READY, RESYNCING, STORAGE_HEALTHY};
+use ftvm_operator::status::CONDITIONS;
 use serde_json::{Map, json};
 
 /// Labels of each metric of operator and node-daemons.
@@ -62,15 +62,7 @@ fn engines_figures() -> BTreeSet<String> {
 
 /// What the operator tells of a VM in each phase, of which all conditions are known.
 fn operators_page() -> String {
-    let conditions = [
-        READY,
-        PROTECTED,
-        RESYNCING,
-        STORAGE_HEALTHY,
-        ARBITER_REACHABLE,
-        CPU_CHOSEN,
-    ];
-    let conditions = conditions.map(|kind| {
+    let conditions = CONDITIONS.map(|kind| {
         json!({"type": kind, "status": "True", "reason": "R", "message": "", "lastTransitionTime": "2026-11-28T00:00:00Z"})
     });
     let phases = ["Starting", "Running", "Paused", "Stopping", "Halted", "Deleting"];

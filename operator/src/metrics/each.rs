@@ -8,17 +8,7 @@ use kube::ResourceExt;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::{Gauge, LabelPair, Metric, MetricFamily, MetricType};
 
-use crate::status::{ARBITER_REACHABLE, CPU_CHOSEN, PROTECTED, READY, RESYNCING, STORAGE_HEALTHY};
-
-/// Conditions that are told.
-const CONDITIONS: [&str; 6] = [
-    READY,
-    PROTECTED,
-    RESYNCING,
-    STORAGE_HEALTHY,
-    ARBITER_REACHABLE,
-    CPU_CHOSEN,
-];
+use crate::status::CONDITIONS;
 
 /// One VM.
 #[derive(Debug, Clone, PartialEq, Eq)]

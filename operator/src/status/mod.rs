@@ -32,9 +32,18 @@ pub const RESYNCING: &str = "Resyncing";
 pub const STORAGE_HEALTHY: &str = "StorageHealthy";
 /// The record can be read and written.
 pub const ARBITER_REACHABLE: &str = "ArbiterReachable";
-
 /// The guest's CPU was chosen.
 pub const CPU_CHOSEN: &str = "CpuChosen";
+
+/// All conditions.
+pub const CONDITIONS: [&str; 6] = [
+    READY,
+    PROTECTED,
+    RESYNCING,
+    STORAGE_HEALTHY,
+    ARBITER_REACHABLE,
+    CPU_CHOSEN,
+];
 
 /// Reason of a VM for which something can't be made.
 pub const API_SERVER_REFUSES: &str = "ApiServerRefuses";

@@ -2,7 +2,7 @@
 use std::collections::BTreeSet;
 
 use super::obstacles::IMAGE_TROUBLES;
-use super::{ARBITER_REACHABLE, CPU_CHOSEN, PROTECTED, READY, RESYNCING, STORAGE_HEALTHY};
+use super::{ARBITER_REACHABLE, CONDITIONS, CPU_CHOSEN, PROTECTED, READY, STORAGE_HEALTHY};
 
 const PAGE: &str = include_str!("../../../docs/kubernetes.md");
 /// Where reasons are written.
@@ -53,15 +53,7 @@ fn the_page_lists_each_phase() {
 
 #[test]
 fn the_page_lists_each_condition_with_its_reasons() {
-    let kinds = [
-        READY,
-        PROTECTED,
-        RESYNCING,
-        STORAGE_HEALTHY,
-        ARBITER_REACHABLE,
-        CPU_CHOSEN,
-    ];
-    assert_eq!(column(PAGE, "### Conditions", 0), BTreeSet::from(kinds));
+    assert_eq!(column(PAGE, "### Conditions", 0), BTreeSet::from(CONDITIONS));
     let reasons = SOURCES.into_iter().flat_map(words);
     let reasons = reasons.filter(|word| !OTHERS.contains(word) && !IMAGE_TROUBLES.contains(word));
     assert_eq!(column(PAGE, "### Conditions", 2), reasons.collect::<BTreeSet<_>>());
