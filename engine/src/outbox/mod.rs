@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Histogram;
 
@@ -247,8 +247,8 @@ impl Outbox {
         queue.held_bytes = 0;
     }
 
-    /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`: without what left at once), and since when the oldest
-    /// item waits that has not left yet.
+    /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`, `held_us_buckets`: without what left at once), and
+    /// since when the oldest item waits that has not left yet.
     pub fn counters(&self, into: &mut Map<String, Value>) {
         let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let queue = self.queue();
@@ -270,6 +270,7 @@ impl Outbox {
         ] {
             into.insert(name.to_owned(), value.into());
         }
+        into.insert("held_us_buckets".to_owned(), json!(queue.waited.buckets_us()));
     }
 }
 
