@@ -459,7 +459,7 @@ fn the_list_has_each_role_reason_and_outcome() {
         Role::Ended,
     ];
     let roles = roles.map(role_name).into_iter().chain(["none"]);
-    assert_eq!(allowed("ftvm_seat_role", "role"), roles.collect());
+    assert_eq!(allowed("ftvm_seat_role", "role"), roles.collect::<BTreeSet<_>>());
     let reasons = Reason::ALL.map(Reason::label);
     assert_eq!(
         allowed("ftvm_guest_frames_refused_total", "reason"),
