@@ -78,7 +78,7 @@ pub enum Values {
 /// Label: the VM's namespace.
 pub const NAMESPACE: Label = Label {
     name: "namespace",
-    values: Values::Each("VM's namespace"),
+    values: Values::Each("namespace with VMs"),
 };
 /// Label: the VM's name.
 pub const VM: Label = Label {
