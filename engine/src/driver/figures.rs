@@ -13,7 +13,7 @@ pub struct Figure {
 }
 
 /// Units as names have them, and in full.
-const UNITS: [(&str, &str); 4] = [
+const UNITS: &[(&str, &str)] = &[
     ("us", "microseconds"),
     ("ms", "milliseconds"),
     ("bytes", "bytes"),

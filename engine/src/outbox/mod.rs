@@ -386,6 +386,10 @@ mod tests {
         outbox.open();
         assert_eq!(counter(&outbox, "output_waits_us"), 0);
         assert_eq!(counter(&outbox, "released_bytes"), 2);
+        let mut counters = Map::new();
+        outbox.counters(&mut counters);
+        let buckets: Vec<(u64, u64)> = serde_json::from_value(counters["held_us_buckets"].clone()).unwrap();
+        assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), 2, "{buckets:?}");
     }
 
     /// A sink that closes the gate while the first item leaves: the second item of the same batch must stay.
