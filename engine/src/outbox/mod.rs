@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Histogram;
 
@@ -285,8 +285,8 @@ impl Outbox {
         queue.forget_room();
     }
 
-    /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`: without what left at once), and since when the oldest
-    /// item waits that has not left yet.
+    /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`, `held_us_buckets`: without what left at once), and
+    /// since when the oldest item waits that has not left yet.
     pub fn counters(&self, into: &mut Map<String, Value>) {
         let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let queue = self.queue();
@@ -308,6 +308,7 @@ impl Outbox {
         ] {
             into.insert(name.to_owned(), value.into());
         }
+        into.insert("held_us_buckets".to_owned(), json!(queue.waited.buckets_us()));
     }
 }
 
@@ -464,6 +465,10 @@ mod tests {
         outbox.open();
         assert_eq!(counter(&outbox, "output_waits_us"), 0);
         assert_eq!(counter(&outbox, "released_bytes"), 2);
+        let mut counters = Map::new();
+        outbox.counters(&mut counters);
+        let buckets: Vec<(u64, u64)> = serde_json::from_value(counters["held_us_buckets"].clone()).unwrap();
+        assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), 2, "{buckets:?}");
     }
 
     /// A sink that closes the gate while the first item leaves: the second item of the same batch must stay.

@@ -1,5 +1,6 @@
 //! Metrics and probes over HTTP, for monitors.
 
+mod list;
 mod page;
 
 use std::convert::Infallible;
@@ -22,8 +23,8 @@ use super::health::Health;
 use super::kvm_test::Tested;
 use super::node::Node;
 use crate::arbiter::Leases;
+pub use list::METRICS;
 use page::Page;
-pub use page::described;
 
 /// An engine answers a status within this time.
 const STATUS_PATIENCE: Duration = Duration::from_millis(300);
