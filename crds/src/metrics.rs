@@ -308,7 +308,8 @@ impl Durations {
         })
     }
 
-    /// What was counted under these labels: durations in microseconds, how often each came, and the sum of all.
+    /// What was counted under these labels: durations in microseconds, how often each came, and the sum of all. It is told in the place of what
+    /// was told of them before: Prometheus takes each series once.
     pub fn tell(&self, labels: &[&str], counted: &[(u64, u64)], sum: Duration) {
         let bounds = bounds(self.metric);
         let mut total = 0u64;
@@ -333,9 +334,12 @@ impl Durations {
         histogram.set_bucket(buckets.collect());
         histogram.set_sample_count(total);
         histogram.set_sample_sum(sum.as_secs_f64());
-        let mut sample = proto::Metric::from_label(self.metric.labelled(labels));
+        let labels = self.metric.labelled(labels);
+        let mut samples = self.lock();
+        samples.retain(|told| told.get_label() != labels);
+        let mut sample = proto::Metric::from_label(labels);
         sample.set_histogram(histogram);
-        self.lock().push(sample);
+        samples.push(sample);
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<proto::Metric>> {
@@ -403,6 +407,7 @@ mod tests {
     fn what_was_counted_in_fine_buckets_is_told_in_coarse_ones() {
         let mut families = Families::new(&LIST[1..]);
         let durations = families.durations("b_seconds").unwrap();
+        durations.tell(&["web"], &[(10, 99)], Duration::ZERO);
         durations.tell(
             &["web"],
             &[(10, 2), (1_000, 1), (1_001, 4), (600_000, 8)],
@@ -422,5 +427,6 @@ mod tests {
         ] {
             assert!(text.lines().any(|told| told == line), "{line}\n{text}");
         }
+        assert_eq!(text.matches("b_seconds_count{").count(), 2, "each series once: {text}");
     }
 }

@@ -26,7 +26,7 @@ Of VMs the replica tells that leads; the others have no VMs.
 
 const NODE_DAEMON: &str = "
 ## Node-daemon
-Each tells of the seats of its node. What only an engine knows is told while there is one.
+Each tells of the seats of its node. What only an engine knows is told while there is one, and one of an earlier release may not tell all of it.
 
 ";
 

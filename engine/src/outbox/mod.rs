@@ -27,6 +27,12 @@ const OPEN: u64 = u64::MAX;
 /// can't be reached may go on to speak for hours: what has no room is lost, as on a wire that is cut.
 pub(crate) const HELD_BYTES_MAX: usize = 32 << 20;
 
+/// Buckets in which the status tells how long output was held, by their largest values in microseconds. They are few, for the status is one
+/// message of the control socket, and has the pauses' fine ones already. Node-daemons tell Prometheus the same ones.
+pub const HELD_BOUNDS_US: [u64; 13] = [
+    1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000,
+];
+
 /// Whether an item of an epoch (first) may leave at a value of the gate (second). It is fixed when an outbox is made.
 pub type Rule = fn(u64, u64) -> bool;
 
@@ -308,7 +314,10 @@ impl Outbox {
         ] {
             into.insert(name.to_owned(), value.into());
         }
-        into.insert("held_us_buckets".to_owned(), json!(queue.waited.buckets_us()));
+        into.insert(
+            "held_us_buckets".to_owned(),
+            json!(queue.waited.within_us(&HELD_BOUNDS_US)),
+        );
     }
 }
 
@@ -469,6 +478,8 @@ mod tests {
         outbox.counters(&mut counters);
         let buckets: Vec<(u64, u64)> = serde_json::from_value(counters["held_us_buckets"].clone()).unwrap();
         assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), 2, "{buckets:?}");
+        let is_known = |bound: u64| HELD_BOUNDS_US.contains(&bound) || bound == u64::MAX;
+        assert!(buckets.iter().all(|(bound, _)| is_known(*bound)), "{buckets:?}");
     }
 
     /// A sink that closes the gate while the first item leaves: the second item of the same batch must stay.

@@ -4,9 +4,10 @@ use std::net::TcpStream as Client;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use ftvm_crds::metrics::{Label, Values};
+use ftvm_crds::metrics::{Kind, Label, Values};
 use ftvm_engine::control::{FailingDisk, Role, StorageKind};
 use ftvm_engine::driver::FIGURES;
+use ftvm_engine::outbox::HELD_BOUNDS_US;
 use ftvm_engine::seat_io::Reason;
 use ftvm_protocol::core::ReadOutcome;
 use ftvm_protocol::identity::VmId;
@@ -437,6 +438,19 @@ fn said<'a>(text: &'a str, metric: &str, label: &str) -> BTreeSet<&'a str> {
     let samples = text.lines().filter(|line| line.starts_with(&begins));
     let values = samples.filter_map(|line| line.split_once(mark.as_str())?.1.split('"').next());
     values.collect()
+}
+
+/// An engine tells them in these buckets alone: of any other the count would be that of the next smaller one.
+#[test]
+fn held_output_has_the_buckets_of_the_engine() {
+    let metric = METRICS
+        .iter()
+        .find(|metric| metric.name == "ftvm_seat_output_hold_seconds");
+    let Some(Kind::Histogram(bounds)) = metric.map(|metric| metric.kind) else {
+        panic!("{metric:?}");
+    };
+    let of_engine = HELD_BOUNDS_US.map(|bound_us| Duration::from_micros(bound_us).as_secs_f64());
+    assert_eq!(bounds, of_engine);
 }
 
 /// Labels that are made of what there is in code: the list has it all, and nothing else.
