@@ -9,6 +9,7 @@ pub mod lease;
 pub mod mac;
 pub mod metrics;
 pub mod names;
+pub mod networks;
 pub mod quantity;
 mod rules;
 pub mod seat;

@@ -35,6 +35,8 @@ pub const ANNOTATION_LOOK: &str = "ftvm.dev/look";
 pub const ANNOTATION_CPU: &str = "ftvm.dev/cpu";
 /// Label on a node: alike on those that can give the same.
 pub const LABEL_CPU: &str = "ftvm.dev/cpu";
+/// Annotation on a node: its networks by role ([`crate::networks::NodeNetworks`]).
+pub const ANNOTATION_NETWORKS: &str = "ftvm.dev/networks";
 /// Label that tells nodes apart, put on each by its kubelet (Kubernetes, "Well-Known Labels").
 pub const LABEL_HOSTNAME: &str = "kubernetes.io/hostname";
 /// Annotation on a VM, for people: each new value (a time, a word) asks for one switchover.

@@ -62,7 +62,7 @@ pub struct FaultTolerantVMStatus {
     /// The last failure of the active that was asked for, to see that the standby takes over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failover: Option<AskedFor>,
-    /// Ready, Protected, Resyncing, StorageHealthy, ArbiterReachable, CpuChosen. A reason and message say why, and what to do.
+    /// Ready, Protected, Resyncing, StorageHealthy, ArbiterReachable, CpuChosen, NetworksRedundant. A reason and message say why, and what to do.
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }

@@ -52,7 +52,7 @@ impl fmt::Display for BridgePattern {
 }
 
 /// Can a network device be called so? As the resource's own rule has it, which a tampered object need not keep.
-fn is_name(text: &str) -> bool {
+pub(crate) fn is_name(text: &str) -> bool {
     let mut bytes = text.bytes();
     let first = bytes
         .next()

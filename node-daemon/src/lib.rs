@@ -7,6 +7,7 @@
 //!                     └ arbiter: the record, compared and swapped with a hard deadline: a folder, or a Lease
 //!
 //!   on Kubernetes: pods ──► kubernetes ──► seats; their programs ── seat_socket ──► files, cgroups, network
+//!                  kernel ── networks ──► kubernetes: which paths the node has for each role
 //! ```
 
 pub mod api;
@@ -24,6 +25,7 @@ pub mod import;
 pub mod jail;
 pub mod kubernetes;
 pub mod netns;
+pub mod networks;
 pub mod peer;
 pub mod prepare;
 pub mod random;

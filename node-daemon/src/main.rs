@@ -12,6 +12,7 @@ use ftvm_node_daemon::config::Config;
 use ftvm_node_daemon::daemon::Daemon;
 use ftvm_node_daemon::import::Import;
 use ftvm_node_daemon::kubernetes::{self, Options, health};
+use ftvm_node_daemon::networks::{RoleNetwork, Roles};
 
 /// Starts, jails and supervises the engines of this node.
 #[derive(Parser)]
@@ -83,6 +84,10 @@ struct NodeArguments {
     /// A bridge of the node that guests may be connected to, or its beginning followed by `*`; once for each. None: no bridge.
     #[arg(long = "allowed-bridge", value_name = "PATTERN")]
     allowed_bridges: Vec<BridgePattern>,
+    /// A network of the node for `management`, `replication`, `migration` or `client`, by its CIDR or by the name of an interface; up to two a
+    /// role, in the same order on each node.
+    #[arg(long = "network", value_name = "ROLE=NETWORK")]
+    networks: Vec<RoleNetwork>,
 }
 
 fn main() -> ExitCode {
@@ -137,6 +142,10 @@ fn run_node(arguments: NodeArguments) -> u8 {
         eprintln!("ftvm-node-daemon: --node and --node-ip, or $NODE_NAME and $NODE_IP, must say which node this is");
         return exit_code::USAGE;
     };
+    let networks = match Roles::new(arguments.networks) {
+        Ok(networks) => networks,
+        Err(error) => return fail(&error, exit_code::USAGE),
+    };
     let options = Options {
         node,
         node_ip,
@@ -148,6 +157,7 @@ fn run_node(arguments: NodeArguments) -> u8 {
         probe: arguments.probe,
         seats: arguments.seats,
         allowed_bridges: arguments.allowed_bridges,
+        networks,
     };
     until_signalled(move || match kubernetes::run(&options) {
         Ok(()) => exit_code::OK,

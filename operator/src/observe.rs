@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ftvm_crds::lease::{self, LeaseError};
-use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_NODES, LABEL_SEAT, LABEL_VM, RESOURCE_SEAT};
+use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_NETWORKS, ANNOTATION_NODES, LABEL_SEAT, LABEL_VM, RESOURCE_SEAT};
 use ftvm_crds::seat::{self, AnnotationError, DoneRequest, SeatPublished, SeatRequest};
 use ftvm_crds::{FaultTolerantVM, FaultTolerantVMStatus};
 use ftvm_protocol::identity::VmId;
@@ -170,6 +170,8 @@ pub struct NodeSeen {
     pub boot: Option<String>,
     /// What its daemon says of its CPU: the annotation as it is, read when a CPU is chosen.
     pub cpu: Option<String>,
+    /// What its daemon says of its networks: the annotation as it is.
+    pub networks: Option<String>,
 }
 
 impl Observed {
@@ -390,6 +392,7 @@ pub fn node(node: &Node) -> (String, NodeSeen) {
             .unwrap_or_default(),
         boot: status.and_then(|status| status.node_info.as_ref()).and_then(boot),
         cpu: node.annotations().get(ANNOTATION_CPU).cloned(),
+        networks: node.annotations().get(ANNOTATION_NETWORKS).cloned(),
     };
     (node.name_any(), seen)
 }

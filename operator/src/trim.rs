@@ -4,7 +4,9 @@
 //! the caches comes whole, so [`crate::observe`] must make the same of both: its test takes whole objects and trimmed ones.
 
 use ftvm_crds::FaultTolerantVM;
-use ftvm_crds::names::{ANNOTATION_CPU, ANNOTATION_LOOK, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS, RESOURCE_SEAT};
+use ftvm_crds::names::{
+    ANNOTATION_CPU, ANNOTATION_LOOK, ANNOTATION_NETWORKS, ANNOTATION_REQUEST, ANNOTATION_SEAT_STATUS, RESOURCE_SEAT,
+};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateTerminated, ContainerStatus, Node, NodeCondition, NodeSpec, NodeStatus,
@@ -126,7 +128,7 @@ pub fn claim(claim: &mut PersistentVolumeClaim) {
 /// A node.
 pub fn node(node: &mut Node) {
     node.metadata.managed_fields = None;
-    keep_annotations(&mut node.metadata, &[ANNOTATION_CPU]);
+    keep_annotations(&mut node.metadata, &[ANNOTATION_CPU, ANNOTATION_NETWORKS]);
     node.spec = node.spec.take().map(|spec| NodeSpec {
         taints: spec.taints,
         unschedulable: spec.unschedulable,
@@ -180,6 +182,7 @@ mod tests {
                 ANNOTATION_REQUEST: json!({"id": "stop-1", "do": "stop"}).to_string(),
                 ANNOTATION_LOOK: "0123456789abcdef",
                 ANNOTATION_CPU: "anything",
+                ANNOTATION_NETWORKS: "{}",
             },
             "ownerReferences": [{"apiVersion": "ftvm.dev/v1alpha1", "kind": "FaultTolerantVM", "name": "web", "uid": "0000abcd-0000-4000-8000-0000000000ff", "controller": true}],
             "managedFields": [{"manager": "kubelet", "operation": "Update", "fieldsType": "FieldsV1", "fieldsV1": {"f:status": {"f:conditions": {}}}}],
@@ -339,7 +342,12 @@ mod tests {
         let (whole, trimmed) = both(object, node);
         let seen = observe::node(&whole);
         assert!(seen.1.ready && !seen.1.schedulable && seen.1.seats == 12 && seen.1.seats_in_all == 12);
-        assert!(seen.1.cpu.is_some() && seen.1.labels.contains_key("zone") && seen.1.taints.len() == 1);
+        assert!(
+            seen.1.cpu.is_some()
+                && seen.1.networks.is_some()
+                && seen.1.labels.contains_key("zone")
+                && seen.1.taints.len() == 1
+        );
         assert_eq!(seen, observe::node(&trimmed));
     }
 

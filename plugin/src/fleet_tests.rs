@@ -40,6 +40,20 @@ shop       new    ?        ?                                           24h  the 
     assert_eq!(render(&fleet(), true, now(), paper), expected);
 }
 
+/// Of paths that nobody named nobody has to do anything about; one that is down is somebody's business.
+#[test]
+fn what_is_not_known_is_no_trouble() {
+    let told_of = |status: &str, reason: &str| {
+        let condition = format!(
+            "- {{type: NetworksRedundant, status: '{status}', reason: {reason}, message: a cable, lastTransitionTime: '2026-01-02T03:04:05Z'}}"
+        );
+        note(&seen("web", &format!("{PROTECTED}{condition}\n")))
+    };
+    assert_eq!(told_of("Unknown", "NotConfigured"), "");
+    assert_eq!(told_of("Unknown", "NotKnown"), "");
+    assert_eq!(told_of("False", "PathDown"), "PathDown: a cable");
+}
+
 #[test]
 fn a_vm_of_another_release_is_told_beside_the_others() {
     let mut strange = seen("strange", PROTECTED).object;

@@ -37,7 +37,8 @@ const PROGRAMS: [(&str, &str); 5] = [
     ("ftvm-node-daemon", "importer"),
 ];
 
-/// A program that only asks the daemon is started so slowly on an emulated node, at worst.
+/// A program that only asks the daemon is started so slowly on an emulated node, at worst. Each start costs such a node's one processor seconds, so
+/// two of them are as far apart as this, too: with the chart's 10 s they would take half of it.
 const SLOW_PROBE_S: u32 = 60;
 /// For operator and node-daemons to be ready.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -133,7 +134,9 @@ impl Cluster {
         ];
         let bridges = format!("nodeDaemon.allowedBridges={{{CLIENT_BRIDGE}}}");
         let probe = |name: &str| format!("nodeDaemon.{name}Probe.timeoutSeconds={SLOW_PROBE_S}");
-        let probes = ["startup", "readiness", "liveness"].map(probe);
+        let rarely = |name: &str| format!("nodeDaemon.{name}Probe.periodSeconds={SLOW_PROBE_S}");
+        let probes = ["startup", "readiness", "liveness"].map(probe).into_iter();
+        let probes = probes.chain(["readiness", "liveness"].map(rarely));
         let on = |part: &str, kind: NodeKind| format!("{part}.nodeSelector.{KIND_LABEL}={}", kind.name());
         // Emulated nodes have enough to do.
         let places = [on("operator", NodeKind::Native), on("nodeDaemon", NodeKind::Emulated)];

@@ -133,6 +133,7 @@ fn name_fault(word: &str) -> Option<String> {
         names::LABEL_SEAT,
         names::LABEL_ROLE,
         names::ANNOTATION_SEAT_STATUS,
+        names::ANNOTATION_NETWORKS,
         names::ANNOTATION_SWITCHOVER,
         names::ANNOTATION_FAILOVER,
         names::ANNOTATION_ACCEPT_DATA_LOSS,

@@ -299,7 +299,7 @@ const NODE_PATCHES: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn a_daemon_publishes_the_cpu_of_its_own_node_alone() {
+fn a_daemon_publishes_cpu_and_networks_of_its_own_node_alone() {
     let installed = Installed::new();
     let keep = json!({"metadata": {"labels": {"kept": "x"}, "annotations": {"kept": "x"}}}).to_string();
     for node in ["n1", "n2"] {
@@ -334,6 +334,19 @@ fn a_daemon_publishes_the_cpu_of_its_own_node_alone() {
     }
     let long = json!({"metadata": {"annotations": {"ftvm.dev/cpu": "x".repeat(16641)}}});
     refused(one.patches_node("n1", &long), "at most 16640 bytes").unwrap();
+    // Its networks: written, as long as can be, and taken away.
+    let networks = |text: Value| json!({"metadata": {"annotations": {"ftvm.dev/networks": text}}});
+    for text in [json!("{}"), json!("x".repeat(4096)), Value::Null] {
+        one.patches_node("n1", &networks(text)).unwrap();
+    }
+    let long = networks(json!("x".repeat(4097)));
+    refused(one.patches_node("n1", &long), "at most 4096 bytes").unwrap();
+    let far_networks = networks(json!("{}"));
+    refused(
+        one.patches_node("n2", &far_networks),
+        "this token is of the node \"n1\"",
+    )
+    .unwrap();
 
     // RBAC gives no other verb, and the policy would not either.
     let ready = json!({"status": {"conditions": []}});

@@ -131,6 +131,50 @@ const REFUSED: &[(&[&str], &[&str])] = &[
         ],
         &["guests may not be connected to br0"],
     ),
+    (
+        &["networks.storage[0].cidr=10.1.0.0/24"],
+        &["/networks", "'storage' not allowed"],
+    ),
+    (
+        &["networks.replication[0].multus=rep"],
+        &["/networks/replication/0", "'multus' not allowed"],
+    ),
+    (
+        &["networks.replication[0].cidr=10.1.0.0"],
+        &["/networks/replication/0/cidr", "does not match pattern"],
+    ),
+    (
+        &["networks.replication[0].cidr=10.1.0.256/24"],
+        &["/networks/replication/0/cidr", "does not match pattern"],
+    ),
+    (
+        &["networks.replication[0].cidr=fd00:1::/129"],
+        &["/networks/replication/0/cidr", "does not match pattern"],
+    ),
+    (
+        &["networks.client[0].interface=eth 0"],
+        &["/networks/client/0/interface", "does not match pattern"],
+    ),
+    (&["networks.client[0].interface=lo"], &["/networks/client/0/interface"]),
+    (
+        &[
+            "networks.client[0].interface=eth0",
+            "networks.client[0].cidr=10.1.0.0/24",
+        ],
+        &["/networks/client/0", "maxProperties"],
+    ),
+    (
+        &["networks.client[0].interface=eth0", "networks.client[1].interface=eth0"],
+        &["/networks/client"],
+    ),
+    (
+        &[
+            "networks.client[0].interface=eth0",
+            "networks.client[1].interface=eth1",
+            "networks.client[2].interface=eth2",
+        ],
+        &["/networks/client", "maxItems"],
+    ),
     (&["nodeDaemon.updateMaxSurge=0"], &["/nodeDaemon/updateMaxSurge"]),
     (&["nodeDaemon.updateMaxSurge=0%"], &["/nodeDaemon/updateMaxSurge"]),
     (
@@ -362,6 +406,26 @@ fn the_number_of_seats_reaches_the_daemons() {
     assert_eq!(told_to_daemons("--seats", &[]), [""; 0], "by their memory");
     let set = "--set=nodeDaemon.seats=7";
     assert_eq!(told_to_daemons("--seats", &[set]), ["- --seats=7"]);
+}
+
+/// In the order of the values: it numbers paths on all nodes alike.
+#[test]
+fn networks_reach_the_daemons_in_their_order() {
+    let told = |sets: &[&str]| told_to_daemons("--network=", sets);
+    assert_eq!(told(&[]), [""; 0], "none by default");
+    assert_eq!(told(&["--set=networks=null"]), [""; 0], "values of an earlier release");
+    assert_eq!(
+        told(&[
+            "--set=networks.replication[0].interface=eth2",
+            "--set=networks.replication[1].cidr=10.1.0.0/24",
+            "--set=networks.client[0].cidr=fd00:1::/64",
+        ]),
+        [
+            r#"- "--network=client=fd00:1::/64""#,
+            r#"- "--network=replication=eth2""#,
+            r#"- "--network=replication=10.1.0.0/24""#,
+        ]
+    );
 }
 
 /// What the daemons are told, and that the test's own bridge has to be among it.

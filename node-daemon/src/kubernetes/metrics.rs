@@ -23,6 +23,7 @@ use super::health::Health;
 use super::kvm_test::Tested;
 use super::node::Node;
 use crate::arbiter::Leases;
+use crate::networks::Seen;
 pub use list::METRICS;
 use page::Page;
 
@@ -46,6 +47,8 @@ pub struct Sources {
     pub tested: Tested,
     /// The daemon itself.
     pub health: Health,
+    /// The node's networks.
+    pub networks: Seen,
 }
 
 /// Serves this address for ever; a predecessor may still have it.

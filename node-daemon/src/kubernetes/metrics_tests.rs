@@ -5,6 +5,7 @@ use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use ftvm_crds::metrics::{Kind, Label, Values};
+use ftvm_crds::networks::{NetworkRole, NodeNetworks, NodePath, PathState};
 use ftvm_engine::control::{FailingDisk, Role, StorageKind};
 use ftvm_engine::driver::FIGURES;
 use ftvm_engine::outbox::HELD_BOUNDS_US;
@@ -13,6 +14,7 @@ use ftvm_protocol::core::ReadOutcome;
 use ftvm_protocol::identity::VmId;
 use serde_json::json;
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 
 use super::*;
 use crate::arbiter::{Arbiter, Server};
@@ -28,6 +30,8 @@ struct Endpoint {
     sources: Sources,
     /// Ends the first KVM self-test, which goes well.
     pass: Sender<()>,
+    /// Tells of the node's networks.
+    networks: watch::Sender<Option<NodeNetworks>>,
     runtime: Runtime,
     _folder: Folder,
 }
@@ -38,12 +42,14 @@ impl Endpoint {
         let node = Arc::new(node(&folder));
         prepare(&node);
         let (tested, pass) = Tested::held();
+        let (networks, seen) = watch::channel(None);
         let config = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
         let sources = Sources {
             node,
             leases: Leases::new(Server::new(&config).unwrap()).unwrap(),
             tested,
             health: health(&folder),
+            networks: seen,
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -59,6 +65,7 @@ impl Endpoint {
             address,
             sources,
             pass,
+            networks,
             runtime,
             _folder: folder,
         }
@@ -398,6 +405,49 @@ fn the_daemons_own_figures_follow_what_happens() {
     assert!(!has(&after, no_time), "what failed took time, too: {after}");
 }
 
+/// A role that is configured is told in each state, so that it can be seen that no path works.
+#[test]
+fn paths_are_told_by_role_and_state_while_they_are_known() {
+    let endpoint = Endpoint::new(health, |_| {});
+    assert!(!endpoint.metrics().contains("ftvm_node_paths"), "nothing was seen yet");
+    let path = |state| NodePath {
+        network: "10.1.0.0/24".to_owned(),
+        interface: None,
+        address: None,
+        state,
+    };
+    let paths = [
+        (NetworkRole::Replication, vec![path(PathState::Up), path(PathState::Up)]),
+        (
+            NetworkRole::Migration,
+            vec![path(PathState::NoAddress), path(PathState::SameInterface)],
+        ),
+        (NetworkRole::Client, vec![path(PathState::NoCarrier)]),
+    ];
+    endpoint.networks.send_replace(Some(NodeNetworks(paths.into())));
+    let text = endpoint.metrics();
+    let told: BTreeSet<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("ftvm_node_paths"))
+        .collect();
+    let mut expected = BTreeSet::new();
+    for (role, counts) in [
+        ("replication", [2, 0, 0, 0]),
+        ("migration", [0, 0, 1, 1]),
+        ("client", [0, 1, 0, 0]),
+    ] {
+        for (state, count) in ["up", "down", "missing", "shared"].into_iter().zip(counts) {
+            expected.insert(format!(r#"ftvm_node_paths{{role="{role}",state="{state}"}} {count}"#));
+        }
+    }
+    assert_eq!(told, expected.iter().map(String::as_str).collect::<BTreeSet<_>>());
+    endpoint.networks.send_replace(None);
+    assert!(
+        !endpoint.metrics().contains("ftvm_node_paths"),
+        "they are not known any more"
+    );
+}
+
 /// What is told has a help and a type, and labels say what the list allows.
 #[test]
 fn what_is_told_is_as_the_list_says() {
@@ -479,6 +529,8 @@ fn the_list_has_each_role_reason_and_outcome() {
         allowed("ftvm_guest_frames_refused_total", "reason"),
         BTreeSet::from(reasons)
     );
+    let of_networks = NetworkRole::ALL.map(NetworkRole::name);
+    assert_eq!(allowed("ftvm_node_paths", "role"), BTreeSet::from(of_networks));
     let rig = Rig::new();
     let text = Endpoint::new(health, |node| drop(add_running(node, &rig))).metrics();
     for (metric, label) in [

@@ -6,6 +6,7 @@
 //!                                   │    └─► engines ─► Leases (arbiter)
 //!                                   └─► annotations and labels of the pods
 //!   kubelet ◄─► device plugin ◄─ KVM self-test ─► CPU of the Node
+//!   kernel ─► networks ─► networks of the Node
 //! ```
 //!
 //! Without an API server the seats go on: what is genuine was remembered, and everything here is tried again. Two daemons may
@@ -19,6 +20,7 @@ mod kvm_test;
 mod machine;
 mod metrics;
 mod missing;
+mod networks;
 mod node;
 mod pace;
 mod plugin;
@@ -41,6 +43,7 @@ use crate::bridges::{AllowedBridges, BridgePattern};
 use crate::config::JailConfig;
 use crate::daemon::{Daemon, DaemonError, Settings, engine_path};
 use crate::explain;
+use crate::networks::{Roles, follow};
 use crate::seat_socket::{self, Hierarchies};
 use crate::state::{StateError, StateFolder};
 
@@ -76,6 +79,8 @@ pub struct Options {
     pub seats: Option<u32>,
     /// Bridges of the node that guests may be connected to.
     pub allowed_bridges: Vec<BridgePattern>,
+    /// Networks of the node by role.
+    pub networks: Roles,
 }
 
 /// Why the daemon can't run.
@@ -172,6 +177,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
         })
         .map_err(system("starting a thread"))?;
     let tested = kvm_test::Tested::start();
+    let seen = follow(options.networks.clone()).map_err(system("starting a thread"))?;
     runtime.block_on(async {
         tokio::spawn(follow_servers(config.clone(), leases.server()));
         tokio::spawn(metrics::serve(
@@ -181,10 +187,12 @@ pub fn run(options: &Options) -> Result<(), StartError> {
                 leases,
                 tested: tested.clone(),
                 health: health.clone(),
+                networks: seen.clone(),
             },
         ));
         tokio::spawn(plugin::run(plugin::Options::new(options, folder), tested.clone()));
         tokio::spawn(cpu::publish(config.clone(), options.node.clone(), machine, tested));
+        tokio::spawn(networks::publish(config.clone(), options.node.clone(), seen));
         watch::run(config, node, health).await;
     });
     Ok(())

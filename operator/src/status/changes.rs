@@ -5,8 +5,11 @@ use ftvm_crds::{AskedFor, FaultTolerantVMStatus, Outcome, VmPhase, VolumePolicy}
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt;
 
+use super::networks::ONE_PATH;
 use super::storage::SWITCHED_OVER;
-use super::{ARBITER_REACHABLE, CPU_CHOSEN, NOT_RUNNING, PAUSED, PROTECTED, READY, STORAGE_HEALTHY};
+use super::{
+    ARBITER_REACHABLE, CPU_CHOSEN, NETWORKS_REDUNDANT, NOT_RUNNING, PAUSED, PROTECTED, READY, STORAGE_HEALTHY,
+};
 use crate::decide::{self, holder};
 use crate::observe::Observed;
 
@@ -62,7 +65,14 @@ pub fn changes(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<
     found.extend(seats(old, new));
     found.extend(asked("Switchover", old.switchover.as_ref(), new.switchover.as_ref()));
     found.extend(asked("Failover", old.failover.as_ref(), new.failover.as_ref()));
-    for kind in [READY, PROTECTED, STORAGE_HEALTHY, ARBITER_REACHABLE, CPU_CHOSEN] {
+    for kind in [
+        READY,
+        PROTECTED,
+        STORAGE_HEALTHY,
+        ARBITER_REACHABLE,
+        CPU_CHOSEN,
+        NETWORKS_REDUNDANT,
+    ] {
         found.extend(condition(old.condition(kind), new.condition(kind)));
     }
     found.dedup_by(|a, b| a.note == b.note);
@@ -134,6 +144,8 @@ fn condition(old: Option<&Condition>, new: Option<&Condition>) -> Option<Change>
         NOT_RUNNING,
         "Resyncing",
         "WaitsForNodes",
+        // The chart's values are meant so.
+        ONE_PATH,
     ];
     let good = new.status == "True";
     // A guest that has not run yet has to wait for its standby.

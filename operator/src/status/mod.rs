@@ -1,6 +1,7 @@
 //! What a person reads: status, conditions, events. Pure functions of what was observed and decided.
 
 mod changes;
+mod networks;
 mod obstacles;
 mod storage;
 
@@ -20,6 +21,7 @@ use crate::decide::{
 use crate::observe::{LeaseSeen, Observed};
 
 pub use changes::{Change, changes, kept};
+use networks::networks;
 use obstacles::{LEASE_OLDER, holds_up, is_no_news, lease_gone, lease_older};
 pub use obstacles::{Obstacle, obstacles};
 use storage::storage;
@@ -34,17 +36,20 @@ pub const RESYNCING: &str = "Resyncing";
 pub const STORAGE_HEALTHY: &str = "StorageHealthy";
 /// The record can be read and written.
 pub const ARBITER_REACHABLE: &str = "ArbiterReachable";
+/// The nodes of its seats have two paths that work for each role of a network that is configured.
+pub const NETWORKS_REDUNDANT: &str = "NetworksRedundant";
 /// The guest's CPU was chosen.
 pub const CPU_CHOSEN: &str = "CpuChosen";
 
 /// All conditions.
-pub const CONDITIONS: [&str; 6] = [
+pub const CONDITIONS: [&str; 7] = [
     READY,
     PROTECTED,
     RESYNCING,
     STORAGE_HEALTHY,
     ARBITER_REACHABLE,
     CPU_CHOSEN,
+    NETWORKS_REDUNDANT,
 ];
 
 /// Reason of a VM for which something can't be made.
@@ -124,6 +129,7 @@ pub fn status(seen: &Observed, decision: &Decision) -> FaultTolerantVMStatus {
         storage(seen, book),
         arbiter(seen, book, decision.lease_uid.as_ref()),
         cpu_chosen(seen, decision),
+        networks(seen, book),
     ];
     let conditions = conditions.map(|said| condition(said, &old, seen));
     FaultTolerantVMStatus {
@@ -513,6 +519,8 @@ fn condition(said: Said, old: &FaultTolerantVMStatus, seen: &Observed) -> Condit
 
 #[cfg(test)]
 mod failover_tests;
+#[cfg(test)]
+mod networks_tests;
 #[cfg(test)]
 mod page_tests;
 #[cfg(test)]

@@ -2,24 +2,26 @@
 use std::collections::BTreeSet;
 
 use super::obstacles::IMAGE_TROUBLES;
-use super::{ARBITER_REACHABLE, CONDITIONS, CPU_CHOSEN, PROTECTED, READY, STORAGE_HEALTHY};
+use super::{ARBITER_REACHABLE, CONDITIONS, CPU_CHOSEN, NETWORKS_REDUNDANT, PROTECTED, READY, STORAGE_HEALTHY};
 
 const PAGE: &str = include_str!("../../../docs/kubernetes.md");
 /// Where reasons are written.
-const SOURCES: [&str; 5] = [
+const SOURCES: [&str; 6] = [
     include_str!("mod.rs"),
+    include_str!("networks.rs"),
     include_str!("obstacles.rs"),
     include_str!("storage.rs"),
     include_str!("../decide/run.rs"),
     include_str!("../decide/words.rs"),
 ];
 /// Words in these files that are no reasons: conditions (but for the one that is called like a reason), their statuses, and what others say.
-const OTHERS: [&str; 9] = [
+const OTHERS: [&str; 10] = [
     READY,
     PROTECTED,
     STORAGE_HEALTHY,
     ARBITER_REACHABLE,
     CPU_CHOSEN,
+    NETWORKS_REDUNDANT,
     "True",
     "False",
     "Unknown",

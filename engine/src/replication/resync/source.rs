@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ftvm_protocol::wire::Kind;
 
-use super::window::ResyncWindow;
+use super::window::{ResyncWindow, ZEROES_MAX_BYTES};
 use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, Plan, ResyncError};
 use crate::kvm::CpuBaseline;
 use crate::replication::buffers;
@@ -240,7 +240,7 @@ impl ResyncSource {
             }
             let mut copy = Vec::new();
             let changes = (self.changes)();
-            let flush_zeroes = !zero || !changes.is_empty() || offset + len == size;
+            let flush_zeroes = !zero || !changes.is_empty() || offset + len == size || zeroes >= ZEROES_MAX_BYTES;
             if zeroes > 0 && flush_zeroes {
                 let end = if zero { offset + len } else { offset };
                 copy.push(DiskChange::zeroed(disk, end - zeroes, zeroes));

@@ -2,12 +2,12 @@
 
 use ftvm_protocol::wire::Kind;
 
-use super::window::{CREDIT_EVERY_BYTES, credit_payload, told_payload};
+use super::window::{CREDIT_EVERY_BYTES, CREDIT_EVERY_WORK_BYTES, credit_payload, told_payload};
 use super::{Begin, DISK_CHANGES, DISK_COPY, DISK_PREFIX_BYTES, End, Offer, Plan, ResyncError};
 use crate::devices::virtio::net::check_mtu;
 use crate::replication::buffers;
 use crate::replication::epoch::{DiskChange, PayloadError, StagingLimits, wire};
-use crate::replication::memory::PageMemory;
+use crate::replication::memory::{PAGE_SIZE, PageMemory};
 use crate::replication::pages::PageChunk;
 use crate::replication::standby_disks::StandbyDisks;
 
@@ -51,6 +51,8 @@ pub struct ResyncTarget {
     came: Vec<u64>,
     totals: ResyncTotals,
     credited: u64,
+    /// Bytes written or zeroed since then.
+    work_bytes: u64,
 }
 
 impl ResyncTarget {
@@ -71,6 +73,7 @@ impl ResyncTarget {
             came: vec![0; limits.disk_bytes.len()],
             totals: ResyncTotals::default(),
             credited: 0,
+            work_bytes: 0,
         }
     }
 
@@ -126,10 +129,14 @@ impl ResyncTarget {
         if self.phase == Phase::Told {
             return Ok(Some((Kind::ResyncHolds, told_payload(disks.holds())?)));
         }
-        if self.totals.payload_bytes - self.credited < CREDIT_EVERY_BYTES && kind != Kind::ResyncEnd {
+        let is_due = self.totals.payload_bytes - self.credited >= CREDIT_EVERY_BYTES
+            || self.work_bytes >= CREDIT_EVERY_WORK_BYTES
+            || kind == Kind::ResyncEnd;
+        if !is_due {
             return Ok(None);
         }
         self.credited = self.totals.payload_bytes;
+        self.work_bytes = 0;
         Ok(Some((Kind::Credit, credit_payload(self.credited))))
     }
 
@@ -190,11 +197,14 @@ impl ResyncTarget {
         let pages = &mut self.pages;
         chunk.visit_pages(|page| pages[page as usize / 64] |= 1 << (page % 64));
         self.totals.pages += chunk.pages();
+        self.work_bytes += chunk.pages() * PAGE_SIZE as u64;
         Ok(())
     }
 
     fn disk(&mut self, payload: &[u8], disks: &mut StandbyDisks) -> Result<(), ResyncError> {
         let changes = wire::decode_disk(payload, DISK_PREFIX_BYTES, &self.disk_bytes)?;
+        let written = changes.iter().map(DiskChange::len).fold(0, u64::saturating_add);
+        self.work_bytes = self.work_bytes.saturating_add(written);
         match payload[DISK_PREFIX_BYTES - 1] {
             DISK_CHANGES => Ok(disks.write_resync(changes)?),
             DISK_COPY => {

@@ -4,13 +4,14 @@ use std::sync::{Arc, LazyLock, Mutex};
 
 use ftvm_protocol::wire::Kind;
 
+use super::window::{CREDIT_EVERY_BYTES, CREDIT_EVERY_WORK_BYTES};
 use super::*;
 use crate::kvm::{CpuBaseline, CpuOffer, Kvm, cpu_of_host};
 use crate::replication::epoch::{
     DiskChange, DiskData, EpochReceiver, EpochSender, FrameSink, SealedEpoch, StagedEpoch, StagingLimits,
 };
 use crate::replication::journal::JOURNAL_MIN_BYTES;
-use crate::replication::memory::{HeapMemory, PageMemory};
+use crate::replication::memory::{HeapMemory, PAGE_SIZE, PageMemory, ZERO_PAGE};
 use crate::replication::pages::{CopiedPages, EncoderConfig, PageEncoder};
 use crate::replication::standby_disks::StandbyDisks;
 use crate::replication::storage::Storage;
@@ -503,6 +504,26 @@ fn a_resync_that_was_given_up_says_nothing_of_its_successor() {
         sending.join().expect("no panic").expect_err("the link is gone");
         assert_eq!(progress.percent(), None, "it has ended");
     });
+}
+
+/// Memory that the guest never wrote is next to nothing on the link and as much as any other on the standby, which says how far it is all the same.
+#[test]
+fn zeroes_are_confirmed_though_they_take_no_payload() {
+    let active = Active::new();
+    (0..PAGES).for_each(|page| active.memory.write_page(page, &ZERO_PAGE));
+    let mut standby = Standby::new();
+    let (mut payload_bytes, mut credits) = (0, 0);
+    for frame in frames_of(&active) {
+        let (is_memory, len) = (frame.0 == Kind::ResyncMemory, frame.2.len() as u64);
+        let answer = standby.accept(frame).expect("accepted");
+        if is_memory {
+            payload_bytes += len;
+            credits += u64::from(answer.is_some_and(|(kind, _)| kind == Kind::Credit));
+        }
+    }
+    assert!(standby.target.is_complete());
+    assert!(payload_bytes < CREDIT_EVERY_BYTES / 64, "{payload_bytes} bytes");
+    assert_eq!(credits, u64::from(PAGES) * PAGE_SIZE as u64 / CREDIT_EVERY_WORK_BYTES);
 }
 
 #[test]

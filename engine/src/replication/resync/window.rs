@@ -10,10 +10,14 @@ use crate::replication::pages::SinkClosed;
 
 /// Bytes under way: on the link, and received but not written.
 const WINDOW_BYTES: u64 = 8 << 20;
-/// Confirmations come after this many bytes.
+/// Confirmations come after this many bytes of payload.
 pub(super) const CREDIT_EVERY_BYTES: u64 = 1 << 20;
-/// A receiver that confirms nothing for so long is stuck.
-const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// And after this many bytes of memory and disks that were written, or zeroed, which takes no payload.
+pub(super) const CREDIT_EVERY_WORK_BYTES: u64 = 16 << 20;
+/// Zeroes of a disk in one change, at most, so that they can be confirmed piece by piece.
+pub(super) const ZEROES_MAX_BYTES: u64 = 64 << 20;
+/// A receiver that confirms nothing for so long is stuck. Twice as long as a disk may hang by default: one that is only slow begins anew otherwise.
+const STALL_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Default)]
 struct State {

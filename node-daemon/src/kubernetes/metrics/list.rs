@@ -5,6 +5,9 @@ use ftvm_crds::metrics::{BUILD_INFO, Kind, Label, Metric, NAMESPACE, SEAT, VM, V
 /// Labels of what is told of a seat.
 const SEAT_LABELS: [Label; 3] = [NAMESPACE, VM, SEAT];
 
+/// States of the node's paths.
+pub const PATH_STATES: [&str; 4] = ["up", "down", "missing", "shared"];
+
 /// The metrics, in the order of `docs/metrics.md`.
 pub const METRICS: &[Metric] = &[
     Metric {
@@ -226,6 +229,22 @@ pub const METRICS: &[Metric] = &[
             values: Values::Each("address of the API server, nine at most"),
         }],
         help: "When an address of the API server is asked for records: the one with 0 first",
+    },
+    Metric {
+        name: "ftvm_node_paths",
+        kind: Kind::Gauge,
+        unit: "paths",
+        labels: &[
+            Label {
+                name: "role",
+                values: Values::OneOf(&["management", "replication", "migration", "client"]),
+            },
+            Label {
+                name: "state",
+                values: Values::OneOf(&PATH_STATES),
+            },
+        ],
+        help: "Paths of the node's networks by role, where it is configured, and state",
     },
     Metric {
         name: "ftvm_kvm_works",

@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use ftvm_crds::metrics::{BUILD_INFO, Durations, Families};
+use ftvm_crds::networks::{NodeNetworks, PathState};
 use ftvm_engine::control::{FailingDisk, Role, Status, StorageKind};
 use ftvm_engine::driver::is_figure;
 use ftvm_engine::seat_io::Reason;
 use prometheus::{GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
 use serde_json::{Map, Value};
 
-use super::list::METRICS;
+use super::list::{METRICS, PATH_STATES};
 use super::{STATUS_PATIENCE, Sources};
 use crate::arbiter::Leases;
 use crate::config::{DiskConfig, NicConfig, SeatConfig};
@@ -41,6 +42,7 @@ pub struct Page {
     requests: IntCounterVec,
     took: Durations,
     places: IntGaugeVec,
+    paths: IntGaugeVec,
     kvm_works: IntGauge,
     synced: IntGauge,
     build: IntGaugeVec,
@@ -77,6 +79,7 @@ impl Page {
             requests: told.counters("ftvm_arbiter_requests_total")?,
             took: told.durations("ftvm_arbiter_request_seconds")?,
             places: told.gauges("ftvm_api_server_place")?,
+            paths: told.gauges("ftvm_node_paths")?,
             kvm_works: told.gauge("ftvm_kvm_works")?,
             synced: told.gauge("ftvm_api_server_synced")?,
             build: told.gauges(BUILD_INFO.name)?,
@@ -95,6 +98,9 @@ impl Page {
             self.tell_seat(&seat);
         }
         self.tell_arbiter(&sources.leases);
+        if let Some(networks) = &*sources.networks.borrow() {
+            self.tell_networks(networks);
+        }
         self.kvm_works.set(i64::from(sources.tested.trouble().is_none()));
         self.synced.set(i64::from(sources.health.is_synced()));
         self.build
@@ -224,6 +230,26 @@ impl Page {
         for (place, server) in (0..).zip(leases.server().addresses()) {
             self.places.with_label_values(&[server.as_str()]).set(place);
         }
+    }
+
+    /// Of the roles that are configured, so that one without a path that works is told, too.
+    fn tell_networks(&self, networks: &NodeNetworks) {
+        for (role, paths) in &networks.0 {
+            for state in PATH_STATES {
+                let of_state = paths.iter().filter(|path| path_state(path.state) == state);
+                let count = i64::try_from(of_state.count()).unwrap_or(i64::MAX);
+                self.paths.with_label_values(&[role.name(), state]).set(count);
+            }
+        }
+    }
+}
+
+fn path_state(state: PathState) -> &'static str {
+    match state {
+        PathState::Up => "up",
+        PathState::SetDown | PathState::NoCarrier | PathState::AddressUnusable => "down",
+        PathState::NoInterface | PathState::NoAddress => "missing",
+        PathState::SameInterface => "shared",
     }
 }
 
