@@ -1,11 +1,13 @@
 //! The Kubernetes types of fault-tolerant VMs, and everything else that operator, node-daemon and command line must see alike:
-//! names of objects, labels and annotations, what daemon and operator write to each other, and the arbiter's record in a Lease.
+//! names of objects, labels and annotations, what daemon and operator write to each other, how they tell Prometheus, and the
+//! arbiter's record in a Lease.
 //!
 //! No client and no engine in here. `docs/kubernetes.md` says who writes what.
 
 pub mod cpu;
 pub mod lease;
 pub mod mac;
+pub mod metrics;
 pub mod names;
 pub mod networks;
 pub mod quantity;

@@ -1,5 +1,6 @@
 //! Labs, test guests, judges and fault tools.
 
+pub mod alerts;
 pub mod bench;
 pub mod cargo;
 pub mod cluster;

@@ -23,7 +23,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::build::{self, Authority, IdentityError};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, VERBS};
 
 /// Why something could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +151,7 @@ impl Objects {
     }
 
     fn api<K: Kind>(&self, verb: &'static str) -> Api<K> {
+        debug_assert!(VERBS.contains(&verb), "the list of metrics lacks {verb}");
         self.metrics.requests.with_label_values(&[verb, &K::kind(&())]).inc();
         Api::namespaced(self.client.clone(), &self.namespace)
     }

@@ -737,4 +737,32 @@ mod tests {
             assert_eq!(words, (status::API_SERVER_REFUSES, "no: pay first"));
         }
     }
+
+    /// By the names that the list of metrics has.
+    #[test]
+    fn vms_are_counted_in_each_phase() {
+        let all = [
+            VmPhase::Starting,
+            VmPhase::Running,
+            VmPhase::Paused,
+            VmPhase::Stopping,
+            VmPhase::Halted,
+            VmPhase::Deleting,
+        ];
+        let vms = all.map(|phase| {
+            let mut vm = World::new(3).vm;
+            vm.status.get_or_insert_default().phase = Some(phase);
+            vm
+        });
+        let told = Metrics::new().unwrap();
+        count(vms.iter(), &told);
+        let text = told.text();
+        for phase in metrics::PHASES {
+            let line = format!("ftvm_vms{{phase=\"{phase}\"}} 1");
+            assert!(text.lines().any(|told| told == line), "{line}\n{text}");
+        }
+        for metric in ["\nftvm_vms{", "\nftvm_vm_phase{"] {
+            assert_eq!(text.matches(metric).count(), metrics::PHASES.len(), "{text}");
+        }
+    }
 }

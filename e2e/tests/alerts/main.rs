@@ -1,31 +1,19 @@
 //! The chart's alerts: they fire where they should, use nothing that the programs don't tell, and each has a page that says what to do.
 //!
 //! Rules are in one file of the chart. `promtool` plays them on made-up series; what it can't know, whether programs tell such series at all, is
-//! asked of the programs' own registries. Each judge has its negative control.
+//! asked of the lists that they make their metrics of. Each judge has its negative control.
 mod exported;
-mod expression;
+mod expressions;
 mod pages;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ftvm_e2e::alerts::{Alert, RULES, expression};
 use serde_json::Value;
 
-const RULES: &str = "charts/fault-tolerant-vm/files/alerts.yaml";
 const CASES: &str = "e2e/tests/alerts/cases.yaml";
-
-/// One alert.
-#[derive(Debug, Clone)]
-struct Alert {
-    name: String,
-    severity: String,
-    expression: String,
-    /// What it says of labels.
-    texts: String,
-    /// Place of its page, from the project's folder.
-    runbook: String,
-}
 
 /// The project's folder.
 fn root() -> PathBuf {
@@ -41,20 +29,7 @@ fn yaml(text: &str) -> Value {
 }
 
 fn alerts() -> Vec<Alert> {
-    let rules = yaml(&read(RULES));
-    let groups = rules["groups"].as_array().unwrap();
-    let rules = groups.iter().flat_map(|group| group["rules"].as_array().unwrap());
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let found = rules.map(|rule| Alert {
-        name: text(&rule["alert"]),
-        severity: text(&rule["labels"]["severity"]),
-        expression: text(&rule["expr"]),
-        texts: ["summary", "description"]
-            .map(|key| text(&rule["annotations"][key]))
-            .join("\n"),
-        runbook: text(&rule["annotations"]["runbook_url"]),
-    });
-    let found: Vec<Alert> = found.collect();
+    let found = ftvm_e2e::alerts::read(&root()).unwrap();
     assert!(found.len() >= 18, "{found:?}");
     found
 }

@@ -3,6 +3,7 @@ use std::collections::BTreeSet;
 
 use ftvm_crds::names;
 use ftvm_e2e::cluster::install::NAMESPACE;
+use ftvm_engine::driver::FIGURES;
 
 use crate::{Alert, alerts, exported, read, root};
 
@@ -39,8 +40,6 @@ struct World {
     /// Sources of the programs that write conditions.
     sources: String,
     metrics: BTreeSet<String>,
-    /// Figures of engines, from their source.
-    figures: String,
 }
 
 impl World {
@@ -50,7 +49,6 @@ impl World {
             chart: texts("charts/fault-tolerant-vm/templates"),
             sources: texts("operator/src") + &texts("crds/src"),
             metrics: exported::metrics().into_keys().collect(),
-            figures: texts("engine/src/driver") + &texts("engine/src/outbox"),
         }
     }
 
@@ -114,7 +112,7 @@ fn word_fault(word: &str, world: &World) -> Option<String> {
     } else if word.starts_with("spec.") || word.starts_with("status.") {
         !fields(word).all(|field| world.definition.contains(&format!(" {field}:")))
     } else if word.ends_with("_us") || word.contains("_us_") || word.ends_with("_bytes") {
-        !world.figures.contains(&format!("\"{word}\""))
+        !FIGURES.iter().any(|figure| figure.name == word)
     } else if word.contains("ftvm.dev/") {
         return name_fault(word);
     } else {

@@ -79,6 +79,19 @@ impl Histogram {
         counts.map(|(index, count)| (upper_micros(index), *count)).collect()
     }
 
+    /// The same in these buckets alone, whose largest values in microseconds grow, for whoever has no room for all. What is longer than all of
+    /// them is under `u64::MAX`. What is at most 1/64 below the largest value of a bucket may be in the next.
+    pub fn within_us(&self, bounds: &[u64]) -> Vec<(u64, u64)> {
+        let bounds_and_more = bounds.iter().copied().chain([u64::MAX]);
+        let mut coarse: Vec<(u64, u64)> = bounds_and_more.map(|bound| (bound, 0)).collect();
+        for (micros, count) in self.buckets_us() {
+            let place = bounds.partition_point(|bound| *bound < micros);
+            coarse[place].1 += count;
+        }
+        coarse.retain(|(_, count)| *count > 0);
+        coarse
+    }
+
     /// The value that a share `q` (0 to 1) of all does not exceed, in microseconds, at most 1/64 too high. Zero if empty.
     pub fn quantile_us(&self, q: f64) -> u64 {
         let rank = ((self.total as f64 * q).ceil() as u64).clamp(1, self.total.max(1));
@@ -126,6 +139,20 @@ mod tests {
             second[1].0 >= 500 && second[1].0 < 508 && second[1].1 == 1,
             "{second:?}"
         );
+    }
+
+    #[test]
+    fn few_buckets_have_all_of_it() {
+        let mut histogram = Histogram::default();
+        assert!(histogram.within_us(&[1_000]).is_empty());
+        for micros in [0, 980, 1_001, 2_600, 2_700, 9_000_000, u64::MAX] {
+            histogram.add(Duration::from_micros(micros));
+        }
+        assert_eq!(
+            histogram.within_us(&[1_000, 2_000, 5_000, 10_000]),
+            [(1_000, 2), (2_000, 1), (5_000, 2), (u64::MAX, 2)]
+        );
+        assert_eq!(histogram.within_us(&[]), [(u64::MAX, 7)]);
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod act;
 mod announce;
 mod command;
 mod epochs;
+mod figures;
 mod follow;
 mod guest;
 mod hand_over;
@@ -50,6 +51,7 @@ use crate::control::{self, CommandId, FailingStorage, Handle};
 use crate::machine::VmEvent;
 use crate::replication::link::{LinkEvent, LinkHub, LinkSender};
 
+pub use figures::{FIGURES, Figure, is_figure};
 pub use seat::{Prepared, Seat, SeatError, prepare, start_links};
 
 /// What reaches the driver.

@@ -7,6 +7,7 @@ use ftvm_protocol::core::{AcceptedLoss as CoreLoss, ArbiterState, RoleName, Stat
 use ftvm_protocol::identity::{Epoch, SessionId};
 use serde_json::{Map, Value, json};
 
+use super::figures::is_figure;
 use super::{Driver, Guest, hold};
 use crate::checkpoint::Histogram;
 use crate::control::{
@@ -51,6 +52,21 @@ pub struct Figures {
     pub slowest_request: Duration,
     /// As a follower: the digest that the leader asked for last.
     pub digest: Option<Digest>,
+}
+
+/// What is counted elsewhere, as it is at one time.
+#[derive(Debug, Default)]
+struct Now {
+    devices: DeviceCounts,
+    link_sent_bytes: u64,
+    /// Time that the guest stood still for want of a standby.
+    paused: Duration,
+    output_dropped: u64,
+    nic_mtus: Vec<u16>,
+    /// By card and reason.
+    nic_refused: Value,
+    input_frames: u64,
+    guest_running: bool,
 }
 
 /// What did not work on the way to protection, for as long as that is the reason that there is none.
@@ -142,6 +158,59 @@ impl Figures {
     pub fn sent(&mut self, stats: &EpochStats) {
         self.pages.add(&stats.pages);
         self.epoch_bytes += stats.payload_bytes;
+    }
+
+    /// All of it, with what others count now.
+    fn told(&self, now: &Now) -> Map<String, Value> {
+        let DeviceCounts { nics, disks } = &now.devices;
+        let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let counters = json!({
+            "pause_us_p50": self.pause.quantile_us(0.5),
+            "pause_us_p99": self.pause.quantile_us(0.99),
+            "pause_us_max": us(self.pause.max()),
+            "pause_us_total": us(self.pause.sum()),
+            "pause_slowest": self.slowest.to_json(),
+            "pause_us_buckets": self.pause.buckets_us(),
+            "ack_us_p50": self.acknowledged.quantile_us(0.5),
+            "ack_us_p99": self.acknowledged.quantile_us(0.99),
+            "epochs": self.epochs,
+            "residue_pages": self.residue_pages,
+            "precopy_rounds": self.rounds,
+            "pages_sent": self.pages.pages,
+            "pages_zero": self.pages.zero,
+            "pages_unchanged": self.pages.unchanged,
+            "pages_raw": self.pages.raw,
+            "delta_cache_bytes": self.cache_bytes,
+            "resync_us": us(self.resync.time),
+            "resync_copied_bytes": self.resync.copied_bytes(),
+            "resync_disk_bytes": self.resync.disk_bytes,
+            "resync_spared_bytes": self.resync.spared_bytes,
+            "resync_passes": self.resync.passes,
+            "resync_again_pages": self.resync.again_pages,
+            "resync_sent_bytes": self.resync.payload_bytes,
+            "epoch_sent_bytes": self.epoch_bytes,
+            "link_sent_bytes": now.link_sent_bytes,
+            "braked_us": us(self.braked),
+            "paused_us": us(now.paused),
+            "output_dropped": now.output_dropped,
+            "nic_mtus": &now.nic_mtus,
+            "nic_tx_dropped": nics.iter().map(|nic| nic.tx_dropped).sum::<u64>(),
+            "nic_rx_dropped": nics.iter().map(|nic| nic.rx_dropped).sum::<u64>(),
+            "nic_refused": &now.nic_refused,
+            "input_frames": now.input_frames,
+            "guest_running": now.guest_running,
+        });
+        let Value::Object(mut counters) = counters else {
+            return Map::new();
+        };
+        let errors: u64 = disks.iter().map(|disk| disk.errors).sum();
+        counters.insert("disk_errors".to_owned(), errors.into());
+        counters.insert("disk_request_us_max".to_owned(), us(self.slowest_request).into());
+        let held: u64 = disks.iter().map(|disk| disk.held).sum();
+        counters.insert("disk_held".to_owned(), held.into());
+        let held_ms_max = disks.iter().map(|disk| disk.held_ms_max).max().unwrap_or(0);
+        counters.insert("disk_held_ms_max".to_owned(), held_ms_max.into());
+        counters
     }
 }
 
@@ -409,66 +478,75 @@ impl Driver {
     }
 
     fn counters(&self) -> Map<String, Value> {
-        let figures = &self.figures;
-        let DeviceCounts { nics, disks } = self.seat.machine.device_counts();
-        let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
-        let counters = json!({
-            "pause_us_p50": figures.pause.quantile_us(0.5),
-            "pause_us_p99": figures.pause.quantile_us(0.99),
-            "pause_us_max": us(figures.pause.max()),
-            "pause_us_total": us(figures.pause.sum()),
-            "pause_slowest": figures.slowest.to_json(),
-            "pause_us_buckets": figures.pause.buckets_us(),
-            "ack_us_p50": figures.acknowledged.quantile_us(0.5),
-            "ack_us_p99": figures.acknowledged.quantile_us(0.99),
-            "epochs": figures.epochs,
-            "residue_pages": figures.residue_pages,
-            "precopy_rounds": figures.rounds,
-            "pages_sent": figures.pages.pages,
-            "pages_zero": figures.pages.zero,
-            "pages_unchanged": figures.pages.unchanged,
-            "pages_raw": figures.pages.raw,
-            "delta_cache_bytes": figures.cache_bytes,
-            "resync_us": us(figures.resync.time),
-            "resync_copied_bytes": figures.resync.copied_bytes(),
-            "resync_disk_bytes": figures.resync.disk_bytes,
-            "resync_spared_bytes": figures.resync.spared_bytes,
-            "resync_passes": figures.resync.passes,
-            "resync_again_pages": figures.resync.again_pages,
-            "resync_sent_bytes": figures.resync.payload_bytes,
-            "epoch_sent_bytes": figures.epoch_bytes,
-            "link_sent_bytes": self.links.values().map(|link| link.sender.state().taken_bytes).sum::<u64>(),
-            "braked_us": us(figures.braked),
-            "paused_us": us(figures.unprotected + self.hold.lasts()),
-            "output_dropped": self.seat.dropped(),
-            "nic_mtus": self.seat.machine.mtus(),
-            "nic_tx_dropped": nics.iter().map(|nic| nic.tx_dropped).sum::<u64>(),
-            "nic_rx_dropped": nics.iter().map(|nic| nic.rx_dropped).sum::<u64>(),
-            "input_frames": self.seat.inbox.frames(),
-            "guest_running": self.guest == Guest::Running,
-        });
-        let Value::Object(mut counters) = counters else {
-            return Map::new();
+        let now = Now {
+            devices: self.seat.machine.device_counts(),
+            link_sent_bytes: self.links.values().map(|link| link.sender.state().taken_bytes).sum(),
+            paused: self.figures.unprotected + self.hold.lasts(),
+            output_dropped: self.seat.dropped(),
+            nic_mtus: self.seat.machine.mtus(),
+            nic_refused: json!(self.seat.refused()),
+            input_frames: self.seat.inbox.frames(),
+            guest_running: self.guest == Guest::Running,
         };
+        let mut counters = self.figures.told(&now);
         self.seat.outbox.counters(&mut counters);
-        counters.insert("nic_refused".to_owned(), json!(self.seat.refused()));
-        let errors: u64 = disks.iter().map(|disk| disk.errors).sum();
-        counters.insert("disk_errors".to_owned(), errors.into());
-        counters.insert("disk_request_us_max".to_owned(), us(figures.slowest_request).into());
-        let held: u64 = disks.iter().map(|disk| disk.held).sum();
-        counters.insert("disk_held".to_owned(), held.into());
-        let held_ms_max = disks.iter().map(|disk| disk.held_ms_max).max().unwrap_or(0);
-        counters.insert("disk_held_ms_max".to_owned(), held_ms_max.into());
         if let Some(trace) = self.takeover.trace() {
             trace.counters(&mut counters);
         }
+        let mut numbers = counters.iter().filter(|(_, value)| value.is_number());
+        debug_assert!(numbers.all(|(name, _)| is_figure(name)), "{counters:?}");
         counters
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Instant;
+
     use super::*;
+    use crate::driver::figures::FIGURES;
+    use crate::driver::trace::{Change, Trace};
+    use crate::outbox::{Outbox, Output, Sink, admitted};
+
+    /// What the status says beside numbers.
+    const NO_NUMBERS: [&str; 7] = [
+        "guest_running",
+        "held_us_buckets",
+        "nic_mtus",
+        "nic_refused",
+        "pause_slowest",
+        "pause_us_buckets",
+        "takeover_noticed_by",
+    ];
+
+    struct Nowhere;
+
+    impl Sink for Nowhere {
+        fn emit(&self, _: &Output) {}
+    }
+
+    /// As [`Driver::counters`] puts it together, with a switchover and a takeover.
+    #[test]
+    fn the_list_of_figures_has_the_numbers_of_the_status_and_no_others() {
+        let mut counters = Figures::default().told(&Now::default());
+        Outbox::new(Box::new(Nowhere), admitted).counters(&mut counters);
+        let lost = Change::Takeover {
+            by: "its silence",
+            silence: Duration::ZERO,
+        };
+        for change in [lost, Change::Switchover] {
+            Trace::new(change, Instant::now()).counters(&mut counters);
+        }
+        let told = counters.keys().map(String::as_str);
+        let told: BTreeSet<&str> = told.filter(|name| !NO_NUMBERS.contains(name)).collect();
+        let listed: BTreeSet<&str> = FIGURES.iter().map(|figure| figure.name).collect();
+        assert_eq!(told, listed);
+        assert_eq!(listed.len(), FIGURES.len(), "each once");
+        for name in NO_NUMBERS {
+            assert!(counters.get(name).is_some_and(|value| !value.is_number()), "{name}");
+        }
+    }
 
     #[test]
     fn a_trouble_is_told_while_it_lasts_and_no_longer() {

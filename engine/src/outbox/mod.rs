@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Histogram;
 
@@ -26,6 +26,12 @@ const OPEN: u64 = u64::MAX;
 /// Most that is held, with what it costs to hold it. While a standby follows epochs end long before. A guest whose peer is lost and whose arbiter
 /// can't be reached may go on to speak for hours: what has no room is lost, as on a wire that is cut.
 pub(crate) const HELD_BYTES_MAX: usize = 32 << 20;
+
+/// Buckets in which the status tells how long output was held, by their largest values in microseconds. They are few, for the status is one
+/// message of the control socket, and has the pauses' fine ones already. Node-daemons tell Prometheus the same ones.
+pub const HELD_BOUNDS_US: [u64; 13] = [
+    1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000,
+];
 
 /// Whether an item of an epoch (first) may leave at a value of the gate (second). It is fixed when an outbox is made.
 pub type Rule = fn(u64, u64) -> bool;
@@ -285,8 +291,8 @@ impl Outbox {
         queue.forget_room();
     }
 
-    /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`: without what left at once), and since when the oldest
-    /// item waits that has not left yet.
+    /// For the status: what has left, how long it was held (`held_us_p50`, `held_us_p90`, `held_us_buckets`: without what left at once), and
+    /// since when the oldest item waits that has not left yet.
     pub fn counters(&self, into: &mut Map<String, Value>) {
         let us = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let queue = self.queue();
@@ -308,6 +314,10 @@ impl Outbox {
         ] {
             into.insert(name.to_owned(), value.into());
         }
+        into.insert(
+            "held_us_buckets".to_owned(),
+            json!(queue.waited.within_us(&HELD_BOUNDS_US)),
+        );
     }
 }
 
@@ -464,6 +474,12 @@ mod tests {
         outbox.open();
         assert_eq!(counter(&outbox, "output_waits_us"), 0);
         assert_eq!(counter(&outbox, "released_bytes"), 2);
+        let mut counters = Map::new();
+        outbox.counters(&mut counters);
+        let buckets: Vec<(u64, u64)> = serde_json::from_value(counters["held_us_buckets"].clone()).unwrap();
+        assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), 2, "{buckets:?}");
+        let is_known = |bound: u64| HELD_BOUNDS_US.contains(&bound) || bound == u64::MAX;
+        assert!(buckets.iter().all(|(bound, _)| is_known(*bound)), "{buckets:?}");
     }
 
     /// A sink that closes the gate while the first item leaves: the second item of the same batch must stay.

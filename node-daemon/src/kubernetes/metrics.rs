@@ -1,5 +1,6 @@
 //! Metrics and probes over HTTP, for monitors.
 
+mod list;
 mod page;
 
 use std::convert::Infallible;
@@ -23,8 +24,8 @@ use super::kvm_test::Tested;
 use super::node::Node;
 use crate::arbiter::Leases;
 use crate::networks::Seen;
+pub use list::METRICS;
 use page::Page;
-pub use page::{PATH_STATES, described};
 
 /// An engine answers a status within this time.
 const STATUS_PATIENCE: Duration = Duration::from_millis(300);

@@ -1,11 +1,14 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream as Client;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
+use ftvm_crds::metrics::{Kind, Label, Values};
 use ftvm_crds::networks::{NetworkRole, NodeNetworks, NodePath, PathState};
 use ftvm_engine::control::{FailingDisk, Role, StorageKind};
+use ftvm_engine::driver::FIGURES;
+use ftvm_engine::outbox::HELD_BOUNDS_US;
 use ftvm_engine::seat_io::Reason;
 use ftvm_protocol::core::ReadOutcome;
 use ftvm_protocol::identity::VmId;
@@ -18,7 +21,7 @@ use crate::arbiter::{Arbiter, Server};
 use crate::disks::Step;
 use crate::kubernetes::node::tests::{add_running, add_waiting, node};
 use crate::seat::testing::Rig;
-use crate::seat_socket::DiskProgress;
+use crate::seat_socket::{DiskProgress, role_name};
 use crate::testing::Folder;
 
 /// The endpoint at an address of its own.
@@ -178,6 +181,9 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
     rig.say(|status| {
         for (name, value) in [
             ("pause_us_total", json!(1234)),
+            ("pause_us_buckets", json!([[300, 2], [634, 1]])),
+            ("held_us_total", json!(7_000_000)),
+            ("held_us_buckets", json!([[1, "many"]])),
             ("takeover_noticed_by", json!("its silence")),
             ("nic_mtus", json!([1500])),
             (
@@ -196,6 +202,14 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
         r#"ftvm_seat_role{namespace="shop",role="active",seat="web-a",vm="web"} 1"#,
         &format!("ftvm_seat_protected{{{labels}}} 1"),
         &format!("ftvm_seat_term{{{labels}}} 3"),
+        &format!("ftvm_seat_epoch{{{labels}}} 40"),
+        &format!("ftvm_seat_epoch_acknowledged{{{labels}}} 39"),
+        &format!("ftvm_seat_unacknowledged_seconds{{{labels}}} 0.002"),
+        &format!("ftvm_seat_link_up{{{labels}}} 1"),
+        r#"ftvm_seat_guest_pause_seconds_bucket{namespace="shop",vm="web",seat="web-a",le="0.0005"} 2"#,
+        r#"ftvm_seat_guest_pause_seconds_bucket{namespace="shop",vm="web",seat="web-a",le="0.001"} 3"#,
+        r#"ftvm_seat_guest_pause_seconds_sum{namespace="shop",vm="web",seat="web-a"} 0.001234"#,
+        r#"ftvm_seat_guest_pause_seconds_count{namespace="shop",vm="web",seat="web-a"} 3"#,
         &format!("ftvm_seat_arbiter_reachable{{{labels}}} 1"),
         &format!("ftvm_seat_program_connected{{{labels}}} 0"),
         &format!("ftvm_seat_engine_starts_total{{{labels}}} 0"),
@@ -218,8 +232,10 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
     for absent in ["ftvm_seat_progress_percent", "ftvm_seat_engine_exit_code"] {
         assert!(!text.contains(absent), "nothing is under way, none has ended: {text}");
     }
+    assert!(!text.contains("ftvm_seat_output_hold_seconds"), "no counts: {text}");
     rig.say(|status| {
         (status.role, status.protected, status.arbiter_reachable) = (Role::Ended, true, false);
+        (status.peer, status.standby) = (None, None);
         status.counters.clear();
     });
     let text = endpoint.metrics();
@@ -227,6 +243,7 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
         r#"ftvm_seat_role{namespace="shop",role="ended",seat="web-a",vm="web"} 1"#,
         &format!("ftvm_seat_protected{{{labels}}} 0"),
         &format!("ftvm_seat_arbiter_reachable{{{labels}}} 0"),
+        &format!("ftvm_seat_link_up{{{labels}}} 0"),
     ] {
         assert!(has(&text, line), "{line}\n{text}");
     }
@@ -235,7 +252,9 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
         1,
         "the former role is not there: {text}"
     );
-    assert!(!text.contains("ftvm_engine"), "{text}");
+    for absent in ["ftvm_engine", "_pause_seconds", "ftvm_seat_unacknowledged_seconds"] {
+        assert!(!text.contains(absent), "{text}");
+    }
     // Without an engine nothing is said of what only an engine knows.
     let waiting = Endpoint::new(health, add_waiting).metrics();
     assert!(
@@ -253,26 +272,27 @@ fn a_seat_is_told_with_its_names_and_goes_without_a_trace() {
     assert!(has(&none, "ftvm_seats 0") && !none.contains("ftvm_seat_"), "{none}");
 }
 
-/// The engine is as hostile as its guest: it has so many figures, with names as figures have them.
+/// The engine is as hostile as its guest: it has the figures of the list, whatever it names.
 #[test]
 fn what_an_engine_calls_figures_is_bounded() {
     let rig = Rig::new();
-    let (longest, longer) = ("a".repeat(64), "a".repeat(65));
     rig.say(|status| {
-        for name in [longest.as_str(), longer.as_str(), "a name", "a\n1", "A"] {
+        for name in ["epoch", "a name", "a\n1", "Epochs", ""] {
             status.counters.insert(name.to_owned(), 1.into());
         }
-    });
-    let endpoint = Endpoint::new(health, |node| drop(add_running(node, &rig)));
-    let figures = |text: &str| text.lines().filter(|line| line.starts_with("ftvm_engine{")).count();
-    let text = endpoint.metrics();
-    assert!(figures(&text) == 1 && text.contains(&longest), "{text}");
-    rig.say(|status| {
         for number in 0..1000 {
             status.counters.insert(format!("z_{number}"), 1.into());
         }
     });
-    assert_eq!(figures(&endpoint.metrics()), 128);
+    let endpoint = Endpoint::new(health, |node| drop(add_running(node, &rig)));
+    let figures = |text: &str| text.lines().filter(|line| line.starts_with("ftvm_engine{")).count();
+    assert_eq!(figures(&endpoint.metrics()), 0);
+    rig.say(|status| {
+        for figure in FIGURES {
+            status.counters.insert(figure.name.to_owned(), 1.into());
+        }
+    });
+    assert_eq!(figures(&endpoint.metrics()), FIGURES.len());
 }
 
 #[test]
@@ -351,8 +371,8 @@ fn the_daemons_own_figures_follow_what_happens() {
         r#"ftvm_api_server_place{server="127.0.0.1:9"} 0"#,
         r#"ftvm_arbiter_requests_total{outcome="unreachable",request="read"} 0"#,
         r#"ftvm_arbiter_requests_total{outcome="won",request="swap"} 0"#,
-        r#"ftvm_arbiter_requests_us_total{request="read"} 0"#,
-        r#"ftvm_arbiter_requests_us_total{request="swap"} 0"#,
+        r#"ftvm_arbiter_request_seconds_count{request="read"} 0"#,
+        r#"ftvm_arbiter_request_seconds_sum{request="swap"} 0"#,
         concat!(
             r#"ftvm_build_info{component="node-daemon",version=""#,
             env!("CARGO_PKG_VERSION"),
@@ -376,11 +396,12 @@ fn the_daemons_own_figures_follow_what_happens() {
         "ftvm_kvm_works 1",
         "ftvm_api_server_synced 1",
         r#"ftvm_arbiter_requests_total{outcome="unreachable",request="read"} 1"#,
-        r#"ftvm_arbiter_requests_us_total{request="swap"} 0"#,
+        r#"ftvm_arbiter_request_seconds_count{request="read"} 1"#,
+        r#"ftvm_arbiter_request_seconds_count{request="swap"} 0"#,
     ] {
         assert!(has(&after, line), "{line}\n{after}");
     }
-    let no_time = r#"ftvm_arbiter_requests_us_total{request="read"} 0"#;
+    let no_time = r#"ftvm_arbiter_request_seconds_sum{request="read"} 0"#;
     assert!(!has(&after, no_time), "what failed took time, too: {after}");
 }
 
@@ -427,41 +448,96 @@ fn paths_are_told_by_role_and_state_while_they_are_known() {
     );
 }
 
-/// Every metric has a help and a type, is in docs/kubernetes.md, and only what is there is told. Counters end in `_total` (Prometheus,
-/// "Metric and label naming"); what has a unit, an engine's figures, has it in its name.
+/// What is told has a help and a type, and labels say what the list allows.
 #[test]
-fn names_types_and_documentation_agree() {
+fn what_is_told_is_as_the_list_says() {
     let rig = Rig::new();
     rig.say(|status| {
         status.counters.insert("pause_us_p50".to_owned(), 7.into());
         status.counters.insert("nic_refused".to_owned(), json!({}));
     });
     let text = Endpoint::new(health, |node| drop(add_running(node, &rig))).metrics();
-    let mut types = BTreeMap::new();
+    let mut told = BTreeSet::new();
     let mut helps = BTreeSet::new();
     for line in text.lines() {
         if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
-            types.insert(name, kind);
+            let metric = METRICS.iter().find(|metric| metric.name == name).expect(name);
+            assert_eq!(kind, metric.kind.name(), "{line}");
+            told.insert(name);
         } else if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
             assert!(help.len() > 10, "{line}");
             helps.insert(name);
         } else {
-            let name = line.split(['{', ' ']).next().unwrap();
-            assert!(types.contains_key(name) && helps.contains(name), "{line}");
             let value = line.rsplit_once(' ').unwrap().1;
-            assert!(value.parse::<u64>().is_ok(), "{line}");
+            assert!(value.parse::<f64>().is_ok(), "{line}");
         }
     }
-    for (name, kind) in &types {
-        assert_eq!(*kind == "counter", name.ends_with("_total"), "{name} is a {kind}");
+    assert!(told == helps && told.len() > 10, "{told:?} {helps:?}");
+    for metric in METRICS {
+        for Label { name, values } in metric.labels {
+            let Values::OneOf(allowed) = values else { continue };
+            let said = said(&text, metric.name, name);
+            assert!(said.iter().all(|value| allowed.contains(value)), "{name}: {said:?}");
+        }
     }
-    let page = include_str!("../../../docs/kubernetes.md");
-    let listed = page.lines().find(|line| line.starts_with("- Metrics: ")).unwrap();
-    let words = listed.split('`').skip(1).step_by(2);
-    let documented: BTreeSet<&str> = words.filter_map(|word| word.split('{').next()).collect();
-    let described = described().unwrap();
-    let names: BTreeSet<&str> = described.keys().map(String::as_str).collect();
-    assert_eq!(names, documented);
-    let told: BTreeSet<&str> = types.keys().copied().collect();
-    assert!(told.is_subset(&names) && told.len() > 10, "{told:?}");
+}
+
+/// Values of a label of a metric.
+fn said<'a>(text: &'a str, metric: &str, label: &str) -> BTreeSet<&'a str> {
+    let (begins, mark) = (format!("{metric}{{"), format!("{label}=\""));
+    let samples = text.lines().filter(|line| line.starts_with(&begins));
+    let values = samples.filter_map(|line| line.split_once(mark.as_str())?.1.split('"').next());
+    values.collect()
+}
+
+/// An engine tells them in these buckets alone: of any other the count would be that of the next smaller one.
+#[test]
+fn held_output_has_the_buckets_of_the_engine() {
+    let metric = METRICS
+        .iter()
+        .find(|metric| metric.name == "ftvm_seat_output_hold_seconds");
+    let Some(Kind::Histogram(bounds)) = metric.map(|metric| metric.kind) else {
+        panic!("{metric:?}");
+    };
+    let of_engine = HELD_BOUNDS_US.map(|bound_us| Duration::from_micros(bound_us).as_secs_f64());
+    assert_eq!(bounds, of_engine);
+}
+
+/// Labels that are made of what there is in code: the list has it all, and nothing else.
+#[test]
+fn the_list_has_each_role_reason_and_outcome() {
+    let allowed = |metric: &str, label: &str| -> BTreeSet<&str> {
+        let metric = METRICS.iter().find(|found| found.name == metric).expect(metric);
+        let label = metric.labels.iter().find(|found| found.name == label).expect(label);
+        match label.values {
+            Values::OneOf(values) => values.iter().copied().collect(),
+            Values::Each(what) => panic!("one for each {what}"),
+        }
+    };
+    let roles = [
+        Role::Starting,
+        Role::Joining,
+        Role::Standby,
+        Role::Active,
+        Role::Frozen,
+        Role::Ended,
+    ];
+    let roles = roles.map(role_name).into_iter().chain(["none"]);
+    assert_eq!(allowed("ftvm_seat_role", "role"), roles.collect::<BTreeSet<_>>());
+    let reasons = Reason::ALL.map(Reason::label);
+    assert_eq!(
+        allowed("ftvm_guest_frames_refused_total", "reason"),
+        BTreeSet::from(reasons)
+    );
+    let of_networks = NetworkRole::ALL.map(NetworkRole::name);
+    assert_eq!(allowed("ftvm_node_paths", "role"), BTreeSet::from(of_networks));
+    let rig = Rig::new();
+    let text = Endpoint::new(health, |node| drop(add_running(node, &rig))).metrics();
+    for (metric, label) in [
+        ("ftvm_arbiter_requests_total", "request"),
+        ("ftvm_arbiter_requests_total", "outcome"),
+        ("ftvm_seat_disk", "state"),
+    ] {
+        assert_eq!(allowed(metric, label), said(&text, metric, label), "{metric}");
+    }
 }

@@ -48,7 +48,7 @@ use crate::seat_socket::{self, Hierarchies};
 use crate::state::{StateError, StateFolder};
 
 use health::Health;
-pub use metrics::{PATH_STATES, described as described_metrics};
+pub use metrics::METRICS;
 use node::Node;
 
 /// The folder with the seats' socket, below the state folder.

@@ -1,12 +1,13 @@
 //! What is told of each VM by its name.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use ftvm_crds::FaultTolerantVM;
+use ftvm_crds::metrics::{Families, Metric};
 use kube::ResourceExt;
 use prometheus::core::{Collector, Desc};
-use prometheus::proto::{Gauge, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::{self, Gauge, MetricFamily};
 
 use crate::status::CONDITIONS;
 
@@ -22,6 +23,7 @@ pub struct Vm {
     conditions: Vec<(&'static str, bool)>,
     /// In seconds since 1970; 0: never.
     last_failover: i64,
+    last_gap: Option<Duration>,
     target_latency_ms: Option<u32>,
 }
 
@@ -45,6 +47,7 @@ impl Vm {
             lacks_protection,
             conditions: CONDITIONS.into_iter().filter_map(condition).collect(),
             last_failover: failover.map_or(0, |failover| failover.time.0.as_second()),
+            last_gap: failover.map(|failover| Duration::from_micros(failover.gap_microseconds)),
             target_latency_ms: vm.spec.fault_tolerance.target_latency_ms,
         }
     }
@@ -69,59 +72,40 @@ impl Vm {
         vec![("", self.last_failover as f64)]
     }
 
+    fn gaps(&self) -> Vec<(&str, f64)> {
+        let gap = self.last_gap.into_iter();
+        gap.map(|gap| ("", gap.as_secs_f64())).collect()
+    }
+
     fn targets(&self) -> Vec<(&str, f64)> {
         let target = self.target_latency_ms.into_iter();
         target.map(|target_ms| ("", f64::from(target_ms))).collect()
     }
 }
 
-/// One metric.
-struct Measure {
-    name: &'static str,
-    help: &'static str,
-    /// A label beside namespace and name.
-    label: Option<&'static str>,
-    /// The value of that label, if there is one, and what is told, of one VM.
-    tell: fn(&Vm) -> Vec<(&str, f64)>,
-}
+/// The value of a metric's label beside namespace and name, if it has one, and what is told, of one VM.
+type Tell = fn(&Vm) -> Vec<(&str, f64)>;
 
-static MEASURES: [Measure; 5] = [
-    Measure {
-        name: "ftvm_vm_phase",
-        help: "1 for the phase that the VM is in",
-        label: Some("phase"),
-        tell: Vm::phases,
-    },
-    Measure {
-        name: "ftvm_vm_unprotected",
-        help: "1 while the VM's guest runs without protection",
-        label: None,
-        tell: Vm::unprotected,
-    },
-    Measure {
-        name: "ftvm_vm_condition",
-        help: "1 for a condition of the VM that is True, 0 for one that is False",
-        label: Some("condition"),
-        tell: Vm::told_conditions,
-    },
-    Measure {
-        name: "ftvm_vm_last_failover_timestamp_seconds",
-        help: "When the standby took over last, in seconds since 1970; 0: never",
-        label: None,
-        tell: Vm::failovers,
-    },
-    Measure {
-        name: "ftvm_vm_target_latency_ms",
-        help: "For how long output may wait for its release, in milliseconds, where the VM's spec says it",
-        label: None,
-        tell: Vm::targets,
-    },
+const MEASURES: [(&str, Tell); 6] = [
+    ("ftvm_vm_phase", Vm::phases),
+    ("ftvm_vm_unprotected", Vm::unprotected),
+    ("ftvm_vm_condition", Vm::told_conditions),
+    ("ftvm_vm_last_failover_timestamp_seconds", Vm::failovers),
+    ("ftvm_vm_last_failover_gap_seconds", Vm::gaps),
+    ("ftvm_vm_target_latency_ms", Vm::targets),
 ];
+
+/// One of them.
+struct Measure {
+    metric: &'static Metric,
+    desc: Desc,
+    tell: Tell,
+}
 
 /// All VMs. They are replaced together: nothing of one that is gone stays, and no scrape misses one that is there.
 #[derive(Clone)]
 pub struct Each {
-    described: Arc<Vec<Desc>>,
+    measures: Arc<Vec<Measure>>,
     vms: Arc<Mutex<Vec<Vm>>>,
 }
 
@@ -129,19 +113,16 @@ impl Each {
     /// None.
     ///
     /// # Errors
-    /// If a name is none.
-    pub fn new() -> prometheus::Result<Each> {
-        let described = MEASURES.iter().map(|measure| {
-            let labels = ["namespace", "vm"].into_iter().chain(measure.label);
-            Desc::new(
-                measure.name.to_owned(),
-                measure.help.to_owned(),
-                labels.map(str::to_owned).collect(),
-                HashMap::new(),
-            )
+    /// If the list says something else.
+    pub fn new(families: &mut Families) -> prometheus::Result<Each> {
+        let measures = MEASURES.into_iter().map(|(name, tell)| {
+            let metric = families.listed(name)?;
+            let desc = metric.described()?;
+            Ok(Measure { metric, desc, tell })
         });
-        Ok(Each {
-            described: Arc::new(described.collect::<prometheus::Result<_>>()?),
+        let measures: Vec<Measure> = measures.collect::<prometheus::Result<_>>()?;
+        families.add(Each {
+            measures: Arc::new(measures),
             vms: Arc::default(),
         })
     }
@@ -158,49 +139,37 @@ impl Each {
 
 impl Collector for Each {
     fn desc(&self) -> Vec<&Desc> {
-        self.described.iter().collect()
+        self.measures.iter().map(|measure| &measure.desc).collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
         let vms = self.lock();
-        let families = MEASURES.iter().map(|measure| {
+        let families = self.measures.iter().map(|Measure { metric, tell, .. }| {
             let samples = vms.iter().flat_map(|vm| {
-                let told = (measure.tell)(vm).into_iter();
-                told.map(move |(label, value)| sample(measure, vm, label, value))
+                let told = tell(vm).into_iter();
+                told.map(move |(label, value)| sample(metric, vm, label, value))
             });
-            let mut family = MetricFamily::default();
-            family.set_name(measure.name.to_owned());
-            family.set_help(measure.help.to_owned());
-            family.set_field_type(MetricType::GAUGE);
-            family.set_metric(samples.collect());
-            family
+            metric.family(samples.collect())
         });
         families.collect()
     }
 }
 
-fn sample(measure: &Measure, vm: &Vm, label: &str, value: f64) -> Metric {
-    let own = measure.label.map(|name| (name, label));
-    let labels = [("namespace", vm.namespace.as_str()), ("vm", vm.name.as_str())];
-    let pairs = labels.into_iter().chain(own).map(|(name, value)| {
-        let mut pair = LabelPair::default();
-        pair.set_name(name.to_owned());
-        pair.set_value(value.to_owned());
-        pair
-    });
+fn sample(metric: &Metric, vm: &Vm, label: &str, value: f64) -> proto::Metric {
     let mut gauge = Gauge::default();
     gauge.set_value(value);
-    let mut metric = Metric::from_gauge(gauge);
-    metric.set_label(pairs.collect());
-    metric
+    let mut sample = proto::Metric::from_gauge(gauge);
+    sample.set_label(metric.labelled(&[&vm.namespace, &vm.name, label]));
+    sample
 }
 
 #[cfg(test)]
 mod tests {
-    use prometheus::{Registry, TextEncoder};
+    use prometheus::TextEncoder;
     use serde_json::json;
 
     use super::*;
+    use crate::metrics::Metrics;
 
     fn vm(namespace: &str, name: &str) -> FaultTolerantVM {
         let condition = |kind: &str, status: &str| json!({"type": kind, "status": status, "reason": "R", "message": "", "lastTransitionTime": "2026-11-28T00:00:00Z"});
@@ -217,7 +186,7 @@ mod tests {
                     condition("Foreign", "True"),
                 ],
                 "lastFailover": {
-                    "time": "1970-01-01T00:01:40Z", "reason": "lost", "seat": "web-a", "gapMicroseconds": 1,
+                    "time": "1970-01-01T00:01:40Z", "reason": "lost", "seat": "web-a", "gapMicroseconds": 410_000,
                 },
             },
         });
@@ -225,14 +194,14 @@ mod tests {
     }
 
     fn text(each: &Each) -> String {
-        let registry = Registry::new();
-        registry.register(Box::new(each.clone())).unwrap();
-        TextEncoder::new().encode_to_string(&registry.gather()).unwrap()
+        let told = each.collect().into_iter();
+        let told: Vec<MetricFamily> = told.filter(|family| !family.get_metric().is_empty()).collect();
+        TextEncoder::new().encode_to_string(&told).unwrap()
     }
 
     #[test]
     fn each_vm_is_told_by_its_name_and_goes_without_a_trace() {
-        let each = Each::new().unwrap();
+        let each = Metrics::new().unwrap().each;
         assert_eq!(text(&each), "");
         each.set(vec![Vm::of(&vm("shop", "web"), "running".to_owned(), true)]);
         let told = text(&each);
@@ -240,12 +209,13 @@ mod tests {
         assert_eq!(
             samples,
             [
+                r#"ftvm_vm_phase{namespace="shop",vm="web",phase="running"} 1"#,
+                r#"ftvm_vm_unprotected{namespace="shop",vm="web"} 1"#,
                 r#"ftvm_vm_condition{namespace="shop",vm="web",condition="Protected"} 0"#,
                 r#"ftvm_vm_condition{namespace="shop",vm="web",condition="StorageHealthy"} 1"#,
                 r#"ftvm_vm_last_failover_timestamp_seconds{namespace="shop",vm="web"} 100"#,
-                r#"ftvm_vm_phase{namespace="shop",vm="web",phase="running"} 1"#,
+                r#"ftvm_vm_last_failover_gap_seconds{namespace="shop",vm="web"} 0.41"#,
                 r#"ftvm_vm_target_latency_ms{namespace="shop",vm="web"} 20"#,
-                r#"ftvm_vm_unprotected{namespace="shop",vm="web"} 1"#,
             ]
         );
         // Names that are the same one after the other are two VMs.
@@ -262,7 +232,7 @@ mod tests {
         let never = r#"ftvm_vm_last_failover_timestamp_seconds{namespace="shop",vm="web"} 0"#;
         assert!(told.lines().any(|line| line == never), "{told}");
         assert!(
-            !told.contains("target_latency") && !told.contains("condition{"),
+            !told.contains("target_latency") && !told.contains("condition{") && !told.contains("_gap_"),
             "{told}"
         );
         each.set(Vec::new());

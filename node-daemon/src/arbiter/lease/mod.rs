@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ftvm_crds::lease::{check_owner, set_record, snapshot};
+use ftvm_engine::checkpoint::Histogram;
 use ftvm_protocol::core::{ReadOutcome, SwapOutcome};
 use ftvm_protocol::identity::{ArbiterUid, VmId};
 use ftvm_protocol::record::Record;
@@ -61,15 +62,15 @@ pub struct Leases {
 struct Counts {
     /// How often, by request and outcome.
     outcomes: BTreeMap<(&'static str, &'static str), u64>,
-    /// How long all of them took, in microseconds, by request.
-    took_us: BTreeMap<&'static str, u64>,
+    /// How long they took, by request.
+    took: BTreeMap<&'static str, Histogram>,
 }
 
 impl Counts {
     fn new() -> Counts {
         Counts {
             outcomes: OUTCOMES.into_iter().map(|outcome| (outcome, 0)).collect(),
-            took_us: OUTCOMES.into_iter().map(|(request, _)| (request, 0)).collect(),
+            took: OUTCOMES.map(|(request, _)| (request, Histogram::default())).into(),
         }
     }
 }
@@ -113,11 +114,9 @@ impl Leases {
     }
 
     fn count(&self, request: &'static str, outcome: &'static str, took: Duration) {
-        let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let mut counts = self.counted();
         *counts.outcomes.entry((request, outcome)).or_default() += 1;
-        let sum = counts.took_us.entry(request).or_default();
-        *sum = sum.saturating_add(took_us);
+        counts.took.entry(request).or_default().add(took);
     }
 
     /// Request, outcome, how often, since the start.
@@ -129,10 +128,11 @@ impl Leases {
             .collect()
     }
 
-    /// Request, how long all of that kind took since the start, in microseconds, whatever came of them.
-    pub fn took_us(&self) -> Vec<(&'static str, u64)> {
+    /// Request, how long those of that kind took since the start, whatever came of them.
+    pub fn took(&self) -> Vec<(&'static str, Histogram)> {
         let counts = self.counted();
-        counts.took_us.iter().map(|(request, sum)| (*request, *sum)).collect()
+        let took = counts.took.iter();
+        took.map(|(request, took)| (*request, took.clone())).collect()
     }
 
     /// The arbiter of one virtual machine.

@@ -1,76 +1,35 @@
 //! The metrics of one scrape.
 
-use std::collections::BTreeMap;
+use std::time::Duration;
 
+use ftvm_crds::metrics::{BUILD_INFO, Durations, Families};
 use ftvm_crds::networks::{NodeNetworks, PathState};
 use ftvm_engine::control::{FailingDisk, Role, Status, StorageKind};
+use ftvm_engine::driver::is_figure;
 use ftvm_engine::seat_io::Reason;
-use prometheus::core::Collector;
-use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
-use serde_json::Value;
+use prometheus::{GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
+use serde_json::{Map, Value};
 
+use super::list::{METRICS, PATH_STATES};
 use super::{STATUS_PATIENCE, Sources};
 use crate::arbiter::Leases;
 use crate::config::{DiskConfig, NicConfig, SeatConfig};
 use crate::kubernetes::node::NodeSeat;
 use crate::seat_socket::{DiskProgress, role_name};
 
-/// Labels of what is told of a seat.
-const SEAT: [&str; 3] = ["namespace", "vm", "seat"];
-
-/// Figures of an engine, and how long their names are: an engine that its guest has taken over must not fill the memory of whoever scrapes.
-const FIGURES_MAX: usize = 128;
-const FIGURE_NAME_BYTES_MAX: usize = 64;
-
-/// States of the node's paths.
-pub const PATH_STATES: [&str; 4] = ["up", "down", "missing", "shared"];
-
-/// Name and labels of each metric of a node-daemon, for whoever writes rules about them.
-///
-/// # Errors
-/// If a name is used twice.
-pub fn described() -> prometheus::Result<BTreeMap<String, Vec<String>>> {
-    Ok(Page::new()?.families.labels)
-}
-
-/// Whatever can be told.
-#[derive(Default)]
-struct Families {
-    registry: Registry,
-    /// By name.
-    labels: BTreeMap<String, Vec<String>>,
-}
-
-impl Families {
-    fn add<C: Collector + Clone + 'static>(&mut self, family: C) -> prometheus::Result<C> {
-        for described in family.desc() {
-            self.labels
-                .insert(described.fq_name.clone(), described.variable_labels.clone());
-        }
-        self.registry.register(Box::new(family.clone()))?;
-        Ok(family)
-    }
-
-    fn gauge(&mut self, name: &str, help: &str) -> prometheus::Result<IntGauge> {
-        self.add(IntGauge::new(name, help)?)
-    }
-
-    fn gauges(&mut self, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntGaugeVec> {
-        self.add(IntGaugeVec::new(Opts::new(name, help), labels)?)
-    }
-
-    fn counters(&mut self, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
-        self.add(IntCounterVec::new(Opts::new(name, help), labels)?)
-    }
-}
-
 /// Made anew for each scrape: nothing of a seat that is gone stays behind.
 pub struct Page {
-    families: Families,
+    registry: Registry,
     seats: IntGauge,
     role: IntGaugeVec,
     protected: IntGaugeVec,
     term: IntGaugeVec,
+    epoch: IntGaugeVec,
+    acknowledged: IntGaugeVec,
+    unacknowledged: GaugeVec,
+    link_up: IntGaugeVec,
+    pauses: Durations,
+    holds: Durations,
     reachable: IntGaugeVec,
     connected: IntGaugeVec,
     progress: IntGaugeVec,
@@ -81,7 +40,7 @@ pub struct Page {
     disks: IntGaugeVec,
     storage_failures: IntGaugeVec,
     requests: IntCounterVec,
-    requests_us: IntCounterVec,
+    took: Durations,
     places: IntGaugeVec,
     paths: IntGaugeVec,
     kvm_works: IntGauge,
@@ -93,92 +52,38 @@ impl Page {
     /// An empty one.
     ///
     /// # Errors
-    /// If a name is used twice.
+    /// If it is not what the list says.
     pub fn new() -> prometheus::Result<Page> {
-        let mut families = Families::default();
+        let mut families = Families::new(METRICS);
         let told = &mut families;
         Ok(Page {
-            seats: told.gauge("ftvm_seats", "Seats of this node")?,
-            role: told.gauges(
-                "ftvm_seat_role",
-                "1 for the role that the seat has now",
-                &["namespace", "vm", "seat", "role"],
-            )?,
-            protected: told.gauges("ftvm_seat_protected", "1 while the seat leads a protected pair", &SEAT)?,
-            term: told.gauges("ftvm_seat_term", "Term of the record as the engine knows it", &SEAT)?,
-            reachable: told.gauges(
-                "ftvm_seat_arbiter_reachable",
-                "0 after the engine's last arbiter request failed",
-                &SEAT,
-            )?,
-            connected: told.gauges(
-                "ftvm_seat_program_connected",
-                "1 while the pod's program is connected",
-                &SEAT,
-            )?,
-            progress: told.gauges(
-                "ftvm_seat_progress_percent",
-                "Progress of preparing a disk, or of a resync, while there is one",
-                &SEAT,
-            )?,
-            starts: told.counters(
-                "ftvm_seat_engine_starts_total",
-                "Engines of the seat that this daemon started",
-                &SEAT,
-            )?,
-            exit_code: told.gauges(
-                "ftvm_seat_engine_exit_code",
-                "Exit code of the seat's last engine that this daemon saw end",
-                &SEAT,
-            )?,
-            figures: told.gauges(
-                "ftvm_engine",
-                "Counters and measures of the engine by name",
-                &["namespace", "vm", "seat", "name"],
-            )?,
-            refused: told.counters(
-                "ftvm_guest_frames_refused_total",
-                "Frames of the guest that did not leave, by card and reason, since the engine started",
-                &["namespace", "vm", "seat", "nic", "reason"],
-            )?,
-            disks: told.gauges(
-                "ftvm_seat_disk",
-                "1 for the state of each of the seat's disks under its engine: works, failed, full, hangs",
-                &["namespace", "vm", "seat", "disk", "state"],
-            )?,
-            storage_failures: told.gauges(
-                "ftvm_seat_storage_failures",
-                "Engines in a row that ended because of the seat's storage, none of which served for long",
-                &SEAT,
-            )?,
-            requests: told.counters(
-                "ftvm_arbiter_requests_total",
-                "Requests to the API server for records, by outcome",
-                &["request", "outcome"],
-            )?,
-            requests_us: told.counters(
-                "ftvm_arbiter_requests_us_total",
-                "Time that requests to the API server for records took, whatever came of them, in microseconds",
-                &["request"],
-            )?,
-            places: told.gauges(
-                "ftvm_api_server_place",
-                "When an address of the API server is asked for records: the one with 0 first",
-                &["server"],
-            )?,
-            paths: told.gauges(
-                "ftvm_node_paths",
-                "Paths of the node's networks by role and state: up, down, missing, shared",
-                &["role", "state"],
-            )?,
-            kvm_works: told.gauge("ftvm_kvm_works", "1 while the KVM self-test passes")?,
-            synced: told.gauge("ftvm_api_server_synced", "1 once the API server's objects are known")?,
-            build: told.gauges(
-                "ftvm_build_info",
-                "1, with the program and its version",
-                &["component", "version"],
-            )?,
-            families,
+            seats: told.gauge("ftvm_seats")?,
+            role: told.gauges("ftvm_seat_role")?,
+            protected: told.gauges("ftvm_seat_protected")?,
+            term: told.gauges("ftvm_seat_term")?,
+            epoch: told.gauges("ftvm_seat_epoch")?,
+            acknowledged: told.gauges("ftvm_seat_epoch_acknowledged")?,
+            unacknowledged: told.real_gauges("ftvm_seat_unacknowledged_seconds")?,
+            link_up: told.gauges("ftvm_seat_link_up")?,
+            pauses: told.durations("ftvm_seat_guest_pause_seconds")?,
+            holds: told.durations("ftvm_seat_output_hold_seconds")?,
+            reachable: told.gauges("ftvm_seat_arbiter_reachable")?,
+            connected: told.gauges("ftvm_seat_program_connected")?,
+            progress: told.gauges("ftvm_seat_progress_percent")?,
+            starts: told.counters("ftvm_seat_engine_starts_total")?,
+            exit_code: told.gauges("ftvm_seat_engine_exit_code")?,
+            figures: told.gauges("ftvm_engine")?,
+            refused: told.counters("ftvm_guest_frames_refused_total")?,
+            disks: told.gauges("ftvm_seat_disk")?,
+            storage_failures: told.gauges("ftvm_seat_storage_failures")?,
+            requests: told.counters("ftvm_arbiter_requests_total")?,
+            took: told.durations("ftvm_arbiter_request_seconds")?,
+            places: told.gauges("ftvm_api_server_place")?,
+            paths: told.gauges("ftvm_node_paths")?,
+            kvm_works: told.gauge("ftvm_kvm_works")?,
+            synced: told.gauge("ftvm_api_server_synced")?,
+            build: told.gauges(BUILD_INFO.name)?,
+            registry: families.complete()?,
         })
     }
 
@@ -201,7 +106,7 @@ impl Page {
         self.build
             .with_label_values(&["node-daemon", env!("CARGO_PKG_VERSION")])
             .set(1);
-        TextEncoder::new().encode_to_string(&self.families.registry.gather())
+        TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
     fn tell_seat(&self, seat: &NodeSeat) {
@@ -240,20 +145,46 @@ impl Page {
     fn tell_engine(&self, labels: [&str; 3], engine: &Status, config: &SeatConfig) {
         let protected = engine.protected && engine.role != Role::Ended;
         self.protected.with_label_values(&labels).set(i64::from(protected));
-        self.term
-            .with_label_values(&labels)
-            .set(i64::try_from(engine.term).unwrap_or(i64::MAX));
+        for (gauge, value) in [
+            (&self.term, engine.term),
+            (&self.epoch, engine.epoch),
+            (&self.acknowledged, engine.acknowledged),
+        ] {
+            let value = i64::try_from(value).unwrap_or(i64::MAX);
+            gauge.with_label_values(&labels).set(value);
+        }
+        if let Some(standby) = &engine.standby {
+            let waited = Duration::from_millis(standby.unacknowledged_ms);
+            self.unacknowledged.with_label_values(&labels).set(waited.as_secs_f64());
+        }
+        let link_up = engine.peer.as_ref().is_some_and(|peer| peer.connected);
+        self.link_up.with_label_values(&labels).set(i64::from(link_up));
         self.reachable
             .with_label_values(&labels)
             .set(i64::from(engine.arbiter_reachable));
         self.tell_disks(labels, &config.disks, &engine.failing_disks);
         self.tell_refused(labels, &config.nics, engine.counters.get("nic_refused"));
-        let figures = engine.counters.iter().filter(|(name, _)| is_figure(name));
+        self.tell_figures(labels, &engine.counters);
+    }
+
+    /// Those that there are, whatever else its engine names.
+    fn tell_figures(&self, seat: [&str; 3], counters: &Map<String, Value>) {
+        let figures = counters.iter().filter(|(name, _)| is_figure(name));
         let figures = figures.filter_map(|(name, value)| Some((name, value.as_i64()?)));
-        for (name, value) in figures.take(FIGURES_MAX) {
+        for (name, value) in figures {
             self.figures
-                .with_label_values(&[labels[0], labels[1], labels[2], name])
+                .with_label_values(&[seat[0], seat[1], seat[2], name])
                 .set(value);
+        }
+        for (durations, counted, sum_us) in [
+            (&self.pauses, "pause_us_buckets", "pause_us_total"),
+            (&self.holds, "held_us_buckets", "held_us_total"),
+        ] {
+            let counted = counters.get(counted).and_then(counts);
+            let sum = counters.get(sum_us).and_then(Value::as_u64);
+            if let Some((counted, sum_us)) = counted.zip(sum) {
+                durations.tell(&seat, &counted, Duration::from_micros(sum_us));
+            }
         }
     }
 
@@ -293,8 +224,8 @@ impl Page {
         for (request, outcome, count) in leases.counts() {
             self.requests.with_label_values(&[request, outcome]).inc_by(count);
         }
-        for (request, took_us) in leases.took_us() {
-            self.requests_us.with_label_values(&[request]).inc_by(took_us);
+        for (request, took) in leases.took() {
+            self.took.tell(&[request], &took.buckets_us(), took.sum());
         }
         for (place, server) in (0..).zip(leases.server().addresses()) {
             self.places.with_label_values(&[server.as_str()]).set(place);
@@ -322,8 +253,7 @@ fn path_state(state: PathState) -> &'static str {
     }
 }
 
-/// Is it a name that an engine's figure can have?
-fn is_figure(name: &str) -> bool {
-    let known = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
-    name.len() <= FIGURE_NAME_BYTES_MAX && name.bytes().all(known)
+/// Values in microseconds and how often each came, if that is what an engine says.
+fn counts(told: &Value) -> Option<Vec<(u64, u64)>> {
+    serde_json::from_value(told.clone()).ok()
 }
