@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use super::cache::PageCache;
 use super::codec::{Coded, Compression, PageCoder, PageKind, PageStats, RECORD_HEADER_BYTES};
-use super::{CHUNK_HEADER_BYTES, CHUNK_MAX_BYTES, CHUNK_TARGET_BYTES, CHUNK_ZERO_PAGES_MAX};
+use super::{CHUNK_HEADER_BYTES, CHUNK_MAX_BYTES, CHUNK_TARGET_BYTES};
 use crate::replication::buffers;
 use crate::replication::memory::{PAGE_SIZE, Page, PageMemory};
 
@@ -244,16 +244,12 @@ fn shard_of(page: u32, shards: u32) -> u32 {
 struct ChunkBuilder {
     payload: Vec<u8>,
     records: u32,
-    zero_pages: u32,
     /// Where the last record starts and the page after it.
     last: Option<(usize, u32)>,
 }
 
 impl ChunkBuilder {
     fn zero(&mut self, page: u32, work: &Work, stats: &mut PageStats) -> Result<(), SinkClosed> {
-        if self.zero_pages >= CHUNK_ZERO_PAGES_MAX {
-            self.close(work, stats)?;
-        }
         if let Some((at, next)) = self.last
             && next == page
             && self.payload[at] == PageKind::Zero as u8
@@ -262,13 +258,10 @@ impl ChunkBuilder {
             if count < u16::MAX {
                 self.payload[at + 5..at + 7].copy_from_slice(&(count + 1).to_le_bytes());
                 self.last = Some((at, page + 1));
-                self.zero_pages += 1;
                 return Ok(());
             }
         }
-        self.record(page, PageKind::Zero, 1, &[], work, stats)?;
-        self.zero_pages += 1;
-        Ok(())
+        self.record(page, PageKind::Zero, 1, &[], work, stats)
     }
 
     fn data(
@@ -311,7 +304,6 @@ impl ChunkBuilder {
 
     fn close(&mut self, work: &Work, stats: &mut PageStats) -> Result<(), SinkClosed> {
         self.last = None;
-        self.zero_pages = 0;
         let records = std::mem::take(&mut self.records);
         if records == 0 {
             return Ok(());

@@ -22,10 +22,6 @@ pub const CHUNK_TARGET_BYTES: usize = 256 * 1024;
 /// No chunk is longer than this.
 pub const CHUNK_MAX_BYTES: usize = CHUNK_TARGET_BYTES + codec::RECORD_MAX_BYTES;
 
-/// Pages of zeroes in one chunk, at most: they take no room in it, and a receiver that has not had them before takes as long for them as for
-/// any others. One that is to say now and then how far it is can't have all of a guest's memory in one chunk.
-pub const CHUNK_ZERO_PAGES_MAX: u32 = 4096;
-
 /// Bytes at the start of a chunk: sequence number of the frame in its stream (u32, filled in by whoever sends it),
 /// number of records (u32).
 pub const CHUNK_HEADER_BYTES: usize = 8;

@@ -1,8 +1,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::super::{
-    CHUNK_ZERO_PAGES_MAX, Compression, CopiedPages, EncodeError, EncoderConfig, LivePages, PageEncoder, PageStats,
-    SinkClosed,
+    Compression, CopiedPages, EncodeError, EncoderConfig, LivePages, PageEncoder, PageStats, SinkClosed,
 };
 use super::*;
 use crate::replication::memory::HeapMemory;
@@ -45,30 +44,6 @@ fn change(seeded: &mut Seeded, page: &mut Page) {
             }
         }
     }
-}
-
-/// However little room they take: a receiver gets to its next chunk in bounded time.
-#[test]
-fn zeroes_are_spread_over_chunks() {
-    const PAGES: u32 = 10_000;
-    let memory = HeapMemory::new(PAGES);
-    let mut source = CopiedPages::default();
-    // Alone and in runs.
-    let pages = (0..PAGES).filter(|page| page % 1000 != 500);
-    pages.clone().for_each(|page| source.copy_from(&memory, page));
-    let mut encoder = PageEncoder::new(EncoderConfig {
-        workers: 1,
-        ..EncoderConfig::default()
-    })
-    .expect("threads");
-    let (chunks, _) = encode(&mut encoder, source);
-    let chunks: Vec<_> = chunks
-        .into_iter()
-        .map(|payload| PageChunk::check(payload, PAGES).expect("sound").pages())
-        .collect();
-    let most = u64::from(CHUNK_ZERO_PAGES_MAX);
-    assert_eq!(chunks.iter().sum::<u64>(), pages.count() as u64);
-    assert_eq!(chunks, [most, most, 9990 - 2 * most]);
 }
 
 #[test]
