@@ -28,6 +28,8 @@ pub const VERSION_MIN: u16 = 2;
 pub const VERSION_MAX: u16 = 3;
 /// First version in which a follower says that it is its storage which fails ([`crate::message::SessionEnd::FollowerStorage`]).
 pub const VERSION_STORAGE: u16 = 3;
+/// First version in which a joiner confirms a resync by what it has written or zeroed, too, and not only by what came ([`Kind::Credit`]).
+pub const VERSION_WORK: u16 = 3;
 /// Version field of every [`Hello`] frame, whatever was or will be agreed on: its layout never changes.
 pub const VERSION_HELLO: u16 = 0;
 /// Payload bytes of a [`Hello`].

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use ftvm_protocol::core::{Action, EndReason, Event, Gate, Refusal};
 use ftvm_protocol::identity::{Epoch, Incarnation, LinkId, RequestId, SessionId};
 use ftvm_protocol::message::Message;
-use ftvm_protocol::wire::Kind;
+use ftvm_protocol::wire::{Kind, VERSION_WORK};
 
 use super::late::Route;
 use super::seat::Work;
@@ -256,6 +256,7 @@ impl Driver {
                 session,
             },
             peer,
+            confirms_work: self.links.get(&link).is_some_and(|link| link.version >= VERSION_WORK),
             stage,
             sending,
             pacer: Pacer::new(self.seat.pacer, began),
@@ -283,7 +284,7 @@ impl Driver {
 
     fn stream_resync(&mut self, session: SessionId) {
         let leading = self.leading.as_ref().filter(|leading| leading.session == session);
-        let Some(by) = leading.map(|leading| leading.peer.seat) else {
+        let Some((by, confirms_work)) = leading.map(|leading| (leading.peer.seat, leading.confirms_work)) else {
             return;
         };
         self.troubles.session_works();
@@ -292,6 +293,7 @@ impl Driver {
         let changed = self.seat.changed.clone();
         let source = self.seat.resync_source();
         let source = source.asking(move |claim| changed.since(by, claim));
+        let source = source.with_work_confirmed(confirms_work);
         if let Some(leading) = self.leading.as_mut() {
             leading.stage = lead::Stage::Bulk { passes: 0 };
             leading.window = Some(source.window());

@@ -271,6 +271,8 @@ pub struct Leading {
     pub stream: Stream,
     /// Who follows.
     pub peer: Incarnation,
+    /// Whether the version agreed on has it confirm what it has written, too, and not only what came.
+    pub confirms_work: bool,
     /// How far it is.
     pub stage: Stage,
     /// Its thread.

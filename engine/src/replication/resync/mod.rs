@@ -22,7 +22,7 @@
 //! comes again is repeated together with everything that overwrote it, in order.
 //!
 //! Bulk frames are the last class of the link, so epochs, input and heartbeats of other sessions are not held up.
-//! Credit bounds what the other side has received and not written yet.
+//! Credit bounds what the other side has received and not written yet: payload, and what zeroes make of it, which have next to none.
 
 mod digest;
 mod source;

@@ -19,7 +19,8 @@ use crate::replication::storage::Storage;
 
 /// Disks are copied in blocks of this size.
 const BLOCK_BYTES: u64 = 256 * 1024;
-/// Memory is copied in pieces of this many pages; between them disk changes are sent.
+/// Memory is copied in pieces of this many pages; between them disk changes are sent. No chunk has more than a piece, so zeroes, which
+/// take no room in one, are confirmed as often as other pages.
 const PIECE_PAGES: usize = 4096;
 
 /// How far a resync is; shared with whoever shows it.
@@ -104,6 +105,7 @@ pub struct ResyncSource {
     volumes: Vec<Arc<dyn Storage>>,
     changes: Feed,
     changed: Option<Changed>,
+    confirms_work: bool,
     window: Arc<ResyncWindow>,
     progress: Arc<ResyncProgress>,
 }
@@ -125,6 +127,7 @@ impl ResyncSource {
             volumes,
             changes: Box::new(changes),
             changed: None,
+            confirms_work: false,
             window: Arc::default(),
             progress: Arc::default(),
         }
@@ -138,6 +141,14 @@ impl ResyncSource {
         changed: impl FnOnce(Option<Holds>) -> Result<Vec<Grains>, Unknown> + Send + 'static,
     ) -> Self {
         self.changed = Some(Box::new(changed));
+        self
+    }
+
+    /// Whether the other side confirms what it has written or zeroed, too, and not only what came. Then no more of that is under way than it
+    /// does in a moment; otherwise the join checkpoint may come far ahead of the zeroes before it.
+    #[must_use]
+    pub fn with_work_confirmed(mut self, confirms_work: bool) -> Self {
+        self.confirms_work = confirms_work;
         self
     }
 
@@ -161,7 +172,7 @@ impl ResyncSource {
         let all_bytes: u64 = disk_bytes.iter().sum();
         let memory_bytes = u64::from(page_count) * PAGE_SIZE as u64;
         self.progress.begin(memory_bytes + all_bytes);
-        let bulk = Arc::new(Bulk::new(sender, self.window.clone()));
+        let bulk = Arc::new(Bulk::new(sender, self.window.clone(), self.confirms_work));
         let begin = wire::sequenced(
             0,
             &Begin {
@@ -250,6 +261,7 @@ impl ResyncSource {
                 copy.push(DiskChange::written(disk, offset, bytes));
             }
             bulk.disk(DISK_COPY, &copy)?;
+            bulk.worked(copy.iter().map(DiskChange::len).sum())?;
             // Only now: what completed after the block was read has to come behind it.
             bulk.disk(DISK_CHANGES, &changes)?;
             sent += changes.len() as u64;
@@ -306,8 +318,10 @@ impl Resync {
             let source = Arc::new(LivePages::new(self.source.memory.clone(), piece.to_vec()));
             let encoded = sender.encoder().copy(source, self.bulk.clone());
             self.stats.pages.add(&encoded.map_err(|error| self.bulk.why(error))?);
+            let bytes = piece.len() as u64 * PAGE_SIZE as u64;
+            self.bulk.worked(bytes)?;
             self.stats.disk_changes += self.source.send_changes(&self.bulk)?;
-            self.source.progress.add(piece.len() as u64 * PAGE_SIZE as u64);
+            self.source.progress.add(bytes);
         }
         Ok(())
     }
@@ -329,15 +343,17 @@ fn is_zero(bytes: &[u8]) -> bool {
 struct Bulk {
     stream: NumberedStream,
     window: Arc<ResyncWindow>,
+    confirms_work: bool,
     /// Why the window refused, for the encoder's caller: the encoder itself only knows that its sink is closed.
     refused: Mutex<Option<ResyncError>>,
 }
 
 impl Bulk {
-    fn new(sender: &EpochSender, window: Arc<ResyncWindow>) -> Self {
+    fn new(sender: &EpochSender, window: Arc<ResyncWindow>, confirms_work: bool) -> Self {
         Self {
             stream: NumberedStream::new(sender.sink()),
             window,
+            confirms_work,
             refused: Mutex::default(),
         }
     }
@@ -352,6 +368,15 @@ impl Bulk {
             payload[DISK_PREFIX_BYTES - 1] = what;
             self.send(Kind::ResyncDisk, payload)
         })
+    }
+
+    /// What was sent since this was called last brings so many bytes of memory or of a disk's copy.
+    fn worked(&self, bytes: u64) -> Result<(), ResyncError> {
+        if self.confirms_work {
+            self.window.worked(bytes)
+        } else {
+            Ok(())
+        }
     }
 
     fn why(&self, error: EncodeError) -> ResyncError {

@@ -219,7 +219,8 @@ impl Active {
             .collect();
         let active = self.clone();
         let changes = move || std::mem::take(&mut *active.completed.lock().expect("no panic"));
-        ResyncSource::new(self.memory.clone(), offer().cpu.machine, vec![MTU], volumes, changes)
+        let source = ResyncSource::new(self.memory.clone(), offer().cpu.machine, vec![MTU], volumes, changes);
+        source.with_work_confirmed(true)
     }
 
     /// What was written since this was asked last; what is written from here on is found by the next call.

@@ -1,5 +1,6 @@
 //! What the other side says during a resync: how much may be under way (`Credit` frames), and what its disks hold.
 
+use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,15 +17,32 @@ pub(super) const CREDIT_EVERY_BYTES: u64 = 1 << 20;
 pub(super) const CREDIT_EVERY_WORK_BYTES: u64 = 16 << 20;
 /// Zeroes of a disk in one change, at most, so that they can be confirmed piece by piece.
 pub(super) const ZEROES_MAX_BYTES: u64 = 64 << 20;
-/// A receiver that confirms nothing for so long is stuck. Twice as long as a disk may hang by default: one that is only slow begins anew otherwise.
-const STALL_LIMIT: Duration = Duration::from_secs(60);
+/// No more of memory and disks is sent while so much of it is not confirmed: whoever waits for the join checkpoint waits for that first. More
+/// than a receiver may keep to itself for ever: what it confirms next, and the piece of which it has confirmed some, a run of zeroes at most.
+const WINDOW_WORK_BYTES: u64 = 2 * ZEROES_MAX_BYTES;
+const _: () = assert!(WINDOW_WORK_BYTES >= CREDIT_EVERY_WORK_BYTES + ZEROES_MAX_BYTES + (1 << 20));
+/// A receiver that confirms nothing for so long is stuck. Longer than a disk may hang at most (`disk_hang_ms`): one that is only slow begins anew
+/// otherwise, and one whose disk hangs says so itself.
+const STALL_LIMIT: Duration = Duration::from_secs(90);
 
 #[derive(Debug, Default)]
 struct State {
     sent: u64,
     confirmed: u64,
+    /// Of what is not confirmed: what was sent with it, and how many bytes of memory and disks it brings.
+    work: VecDeque<(u64, u64)>,
+    work_bytes: u64,
     told: Option<Told>,
     closed: bool,
+}
+
+impl State {
+    fn confirm(&mut self, confirmed: u64) {
+        self.confirmed = confirmed;
+        while let Some((_, bytes)) = self.work.pop_front_if(|(sent, _)| *sent <= confirmed) {
+            self.work_bytes -= bytes;
+        }
+    }
 }
 
 /// Counts what was sent and what the receiver confirmed. The driver hands it every `Credit` and `ResyncHolds` frame of the
@@ -65,7 +83,7 @@ impl ResyncWindow {
             return Err(malformed.into());
         }
         if confirmed > state.confirmed {
-            state.confirmed = confirmed;
+            state.confirm(confirmed);
             self.changed.notify_all();
         }
         Ok(())
@@ -130,15 +148,33 @@ impl ResyncWindow {
 
     /// Waits until `bytes` more may be sent, as long as the other side confirms more and more.
     pub(super) fn take(&self, bytes: u64) -> Result<(), ResyncError> {
+        let mut state = self.wait_while(|state| state.sent - state.confirmed + bytes > WINDOW_BYTES)?;
+        state.sent += bytes;
+        Ok(())
+    }
+
+    /// What was sent since this was called last brings `bytes` of memory or disks. Waits until little enough of that is not confirmed, as long as
+    /// the other side confirms more and more.
+    pub(super) fn worked(&self, bytes: u64) -> Result<(), ResyncError> {
+        let mut state = self.state();
+        let sent = state.sent;
+        if bytes > 0 && sent > state.confirmed {
+            state.work.push_back((sent, bytes));
+            state.work_bytes += bytes;
+        }
+        drop(state);
+        self.wait_while(|state| state.work_bytes >= WINDOW_WORK_BYTES).map(drop)
+    }
+
+    fn wait_while(&self, is_full: impl Fn(&State) -> bool) -> Result<MutexGuard<'_, State>, ResyncError> {
         let mut state = self.state();
         let (mut confirmed, mut deadline) = (state.confirmed, Instant::now() + self.stall_limit);
         loop {
             if state.closed {
                 return Err(SinkClosed.into());
             }
-            if state.sent - state.confirmed + bytes <= WINDOW_BYTES {
-                state.sent += bytes;
-                return Ok(());
+            if !is_full(&state) {
+                return Ok(state);
             }
             if state.confirmed > confirmed {
                 (confirmed, deadline) = (state.confirmed, Instant::now() + self.stall_limit);
@@ -160,6 +196,9 @@ pub(super) fn credit_payload(taken: u64) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::mpsc::channel;
+
     use super::*;
 
     /// A peer that says something all the time, and nothing new: nobody waits for it longer than for one that is silent.
@@ -203,5 +242,52 @@ mod tests {
             }
             waiting.join().expect("no panic").expect("there is room again");
         });
+    }
+
+    /// One that keeps to itself as much as it ever does is waited for, and zeroes are no further ahead of it than other memory. One that confirms
+    /// nothing is stuck.
+    #[test]
+    fn zeroes_are_not_far_ahead_of_who_confirms_them() {
+        const BLOCK_BYTES: u64 = 256 << 10;
+        let window = ResyncWindow::stuck_after(Duration::from_secs(60));
+        let ahead = AtomicU64::new(0);
+        let (frames, came) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut taken, mut credited, mut work_bytes) = (0, 0, 0);
+                for (payload, bytes) in came {
+                    std::thread::yield_now();
+                    ahead.fetch_sub(bytes, Ordering::SeqCst);
+                    taken += payload;
+                    work_bytes += bytes;
+                    if taken - credited >= CREDIT_EVERY_BYTES || work_bytes >= CREDIT_EVERY_WORK_BYTES {
+                        (credited, work_bytes) = (taken, 0);
+                        window.credited(&credit_payload(credited)).expect("it was sent");
+                    }
+                }
+            });
+            for round in 0..1000 {
+                // A run of zeroes and a block in two frames, two chunks of a piece of memory, a block.
+                let sent = match round % 3 {
+                    0 => vec![(30, ZEROES_MAX_BYTES), (BLOCK_BYTES, BLOCK_BYTES)],
+                    1 => vec![(200, 7 << 20), (200, 9 << 20)],
+                    _ => vec![(BLOCK_BYTES, BLOCK_BYTES)],
+                };
+                for &(payload, bytes) in &sent {
+                    window.take(payload).expect("it is confirmed");
+                    ahead.fetch_add(bytes, Ordering::SeqCst);
+                    frames.send((payload, bytes)).expect("it is taken");
+                }
+                let bytes = sent.iter().map(|(_, bytes)| bytes).sum();
+                window.worked(bytes).expect("it is confirmed");
+                let ahead = ahead.load(Ordering::SeqCst);
+                assert!(ahead < WINDOW_WORK_BYTES, "{ahead} bytes");
+            }
+            drop(frames);
+        });
+        let silent = ResyncWindow::stuck_after(Duration::from_millis(300));
+        silent.take(30).expect("there is room");
+        let stuck = silent.worked(WINDOW_WORK_BYTES);
+        assert!(matches!(stuck, Err(ResyncError::Stalled { .. })), "{stuck:?}");
     }
 }
