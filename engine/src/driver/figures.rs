@@ -108,7 +108,10 @@ pub const FIGURES: &[Figure] = &[
         "paused_us",
         "Time that the guest stood still because no standby would take over",
     ),
-    total("output_dropped", "Output that the host did not take"),
+    total(
+        "output_dropped",
+        "Output that the host did not take, or that had no room where it waited",
+    ),
     total(
         "nic_tx_dropped",
         "Frames of the guest that were none, or longer than its MTU",

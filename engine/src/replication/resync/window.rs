@@ -15,11 +15,12 @@ const WINDOW_BYTES: u64 = 8 << 20;
 pub(super) const CREDIT_EVERY_BYTES: u64 = 1 << 20;
 /// And after this many bytes of memory and disks that were written, or zeroed, which takes no payload.
 pub(super) const CREDIT_EVERY_WORK_BYTES: u64 = 16 << 20;
-/// Zeroes of a disk in one change, at most, so that they can be confirmed piece by piece.
-pub(super) const ZEROES_MAX_BYTES: u64 = 64 << 20;
+/// Zeroes of a disk in one change, at most, so that they can be confirmed piece by piece. And where they have to be written that is one request,
+/// which hangs if it takes longer than `disk_hang_ms`: as little as half a second.
+pub(super) const ZEROES_MAX_BYTES: u64 = 16 << 20;
 /// No more of memory and disks is sent while so much of it is not confirmed: whoever waits for the join checkpoint waits for that first. More
-/// than a receiver may keep to itself for ever: what it confirms next, and the piece of which it has confirmed some, a run of zeroes at most.
-const WINDOW_WORK_BYTES: u64 = 2 * ZEROES_MAX_BYTES;
+/// than a receiver may keep to itself for ever: what it confirms next, and the piece of which it has confirmed some, of memory or zeroes.
+const WINDOW_WORK_BYTES: u64 = 4 * ZEROES_MAX_BYTES;
 const _: () = assert!(WINDOW_WORK_BYTES >= CREDIT_EVERY_WORK_BYTES + ZEROES_MAX_BYTES + (1 << 20));
 /// A receiver that confirms nothing for so long is stuck. Longer than a disk may hang at most (`disk_hang_ms`): one that is only slow begins anew
 /// otherwise, and one whose disk hangs says so itself.
