@@ -16,7 +16,7 @@ pub(super) const CREDIT_EVERY_BYTES: u64 = 1 << 20;
 /// And after this many bytes of memory and disks that were written, or zeroed, which takes no payload.
 pub(super) const CREDIT_EVERY_WORK_BYTES: u64 = 16 << 20;
 /// Zeroes of a disk in one change, at most, so that they can be confirmed piece by piece. And where they have to be written that is one request,
-/// which hangs if it takes longer than `disk_hang_ms`: as little as half a second.
+/// which is said to hang if it takes long (`Driver::watch_as_follower`).
 pub(super) const ZEROES_MAX_BYTES: u64 = 16 << 20;
 /// No more of memory and disks is sent while so much of it is not confirmed: whoever waits for the join checkpoint waits for that first. More
 /// than a receiver may keep to itself for ever: what it confirms next, and the piece of which it has confirmed some, of memory or zeroes.
