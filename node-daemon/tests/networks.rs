@@ -122,8 +122,8 @@ fn an_interface_that_is_named_and_a_network_of_ipv6_are_found() {
     node.cable("rep0", "10.1.0.7/24");
     node.shows([Up, Up]);
     assert_eq!(node.places(), ["rep0 10.1.0.7", "rep1 fd00:2::7"]);
-    // Another host has this address: the kernel finds that out by itself.
-    ip(&["address", "add", "fd00:2::9/64", "dev", "rep1-far", "nodad"]);
+    // The kernel asks for a long time whether another host has this address, and uses it only then.
+    std::fs::write("/proc/sys/net/ipv6/conf/rep1/dad_transmits", "10000").unwrap();
     ip(&["address", "del", "fd00:2::7/64", "dev", "rep1"]);
     ip(&["address", "add", "fd00:2::9/64", "dev", "rep1"]);
     node.shows([Up, AddressUnusable]);
