@@ -22,7 +22,8 @@
 //! comes again is repeated together with everything that overwrote it, in order.
 //!
 //! Bulk frames are the last class of the link, so epochs, input and heartbeats of other sessions are not held up.
-//! Credit bounds what the other side has received and not written yet: payload, and what zeroes make of it, which have next to none.
+//! Credit bounds what the other side has received and not taken yet: payload, and what zeroes of memory and of copied disks make of it, which
+//! have next to none. Of what the guest zeroes meanwhile it is payload alone.
 
 mod digest;
 mod source;
