@@ -103,6 +103,18 @@ pub enum VmPhase {
     Deleting,
 }
 
+impl VmPhase {
+    /// Every phase.
+    pub const ALL: [VmPhase; 6] = [
+        VmPhase::Starting,
+        VmPhase::Running,
+        VmPhase::Paused,
+        VmPhase::Stopping,
+        VmPhase::Halted,
+        VmPhase::Deleting,
+    ];
+}
+
 /// One seat in the book.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

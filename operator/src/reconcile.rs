@@ -580,15 +580,7 @@ pub fn count<'a>(vms: impl Iterator<Item = &'a FaultTolerantVM>, metrics: &Metri
         unprotected += i64::from(lacks);
         each.push(metrics::Vm::of(vm, phase_name(phase), lacks));
     }
-    let all = [
-        VmPhase::Starting,
-        VmPhase::Running,
-        VmPhase::Paused,
-        VmPhase::Stopping,
-        VmPhase::Halted,
-        VmPhase::Deleting,
-    ];
-    for phase in all {
+    for phase in VmPhase::ALL {
         let count = phases.get(&phase).copied().unwrap_or_default();
         metrics.vms.with_label_values(&[&phase_name(phase)]).set(count);
     }
@@ -741,15 +733,7 @@ mod tests {
     /// By the names that the list of metrics has.
     #[test]
     fn vms_are_counted_in_each_phase() {
-        let all = [
-            VmPhase::Starting,
-            VmPhase::Running,
-            VmPhase::Paused,
-            VmPhase::Stopping,
-            VmPhase::Halted,
-            VmPhase::Deleting,
-        ];
-        let vms = all.map(|phase| {
+        let vms = VmPhase::ALL.map(|phase| {
             let mut vm = World::new(3).vm;
             vm.status.get_or_insert_default().phase = Some(phase);
             vm

@@ -33,7 +33,7 @@ pub(super) const LOG_BYTES: usize = 8 << 20;
 /// Epochs, of the largest size, that may be here whole and not be applied: the two that a leader has under way, and one that it ends because
 /// somebody asked. A leader that waits for acknowledgments never comes further: its next epoch comes after an acknowledgment, and what was
 /// here before that was to be applied by then. Each was found no larger than that, so that fewer than four are never refused.
-const STAGED_EPOCHS: usize = 3;
+const UNAPPLIED_EPOCHS_MAX: usize = 3;
 
 const GONE: &str = "the receiving thread has ended before the takeover";
 
@@ -436,7 +436,7 @@ impl Follower {
     }
 
     fn stage(&mut self, staged: StagedEpoch) -> Result<(), Failure> {
-        let max = STAGED_EPOCHS * self.place.limits.max_epoch_bytes;
+        let max = UNAPPLIED_EPOCHS_MAX * self.place.limits.max_epoch_bytes;
         let before: usize = self.staged.iter().map(StagedEpoch::staged_bytes).sum();
         if before + staged.staged_bytes() > max {
             let why = format!(
@@ -688,7 +688,7 @@ mod tests {
                 refused
             });
             let why = refused.map(|failure| failure.why);
-            assert_eq!(taken, if waits { 20 } else { STAGED_EPOCHS }, "{why:?}");
+            assert_eq!(taken, if waits { 20 } else { UNAPPLIED_EPOCHS_MAX }, "{why:?}");
             assert!(waits || why.is_some_and(|why| why.contains("waits for no acknowledgment")));
         }
     }

@@ -7,9 +7,7 @@ use kube::ResourceExt;
 
 use super::networks::ONE_PATH;
 use super::storage::SWITCHED_OVER;
-use super::{
-    ARBITER_REACHABLE, CPU_CHOSEN, NETWORKS_REDUNDANT, NOT_RUNNING, PAUSED, PROTECTED, READY, STORAGE_HEALTHY,
-};
+use super::{CONDITIONS, NOT_RUNNING, PAUSED, RESYNCING};
 use crate::decide::{self, holder};
 use crate::observe::Observed;
 
@@ -65,14 +63,8 @@ pub fn changes(old: &FaultTolerantVMStatus, new: &FaultTolerantVMStatus) -> Vec<
     found.extend(seats(old, new));
     found.extend(asked("Switchover", old.switchover.as_ref(), new.switchover.as_ref()));
     found.extend(asked("Failover", old.failover.as_ref(), new.failover.as_ref()));
-    for kind in [
-        READY,
-        PROTECTED,
-        STORAGE_HEALTHY,
-        ARBITER_REACHABLE,
-        CPU_CHOSEN,
-        NETWORKS_REDUNDANT,
-    ] {
+    // How far a resync is, is no event.
+    for kind in CONDITIONS.into_iter().filter(|kind| *kind != RESYNCING) {
         found.extend(condition(old.condition(kind), new.condition(kind)));
     }
     found.dedup_by(|a, b| a.note == b.note);
